@@ -1,0 +1,29 @@
+"""The config keys of data and evaluation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def add_data_config(cfg: Any) -> None:
+    """Add the data and evaluation keys to a Detectron2 config; what exists already keeps its value.
+
+    ``DATASETS.REGISTER``: list of ``{NAME, JSON, IMAGES}``, COCO-format sets of one's own.
+    ``DATASETS.CHECK``: check the json files before training and refuse what would crash.
+    ``TEST.TILES``: evaluate whole images by overlapping tiles of ``SIZE`` px, enlarged by ``SCALE``.
+    """
+    from detectron2.config import CfgNode
+
+    _default(cfg.DATASETS, "REGISTER", [])
+    _default(cfg.DATASETS, "CHECK", True)
+    _default(cfg.TEST, "TILES", CfgNode())
+    _default(cfg.TEST.TILES, "ENABLED", False)
+    _default(cfg.TEST.TILES, "SIZE", 96)
+    _default(cfg.TEST.TILES, "SCALE", 2.0)
+    _default(cfg.TEST.TILES, "OVERLAP", 32)
+    _default(cfg.TEST.TILES, "MERGE_THRESH", 0.5)
+
+
+def _default(node: Any, key: str, value: Any) -> None:
+    if key not in node:
+        node[key] = value
