@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
 """Build an installable Detectron2 0.5 wheel from its source archive on the Python package index.
 
-Detectron2 is not on the index under its own name; its Python sources are, as the archive `detectron2-cdo` 0.5, which lacks
-the C++ sources and predates NumPy 2, Pillow 10 and setuptools 82. This script downloads that archive through pip, verifies
-its sha256, applies `TABLE` and writes a pure-Python wheel. Compiled operators (rotated boxes, the legacy deformable
-convolution) are absent and say so when they are used; everything else works.
+Detectron2 is not on the index under its own name; its Python sources are, as the archive `detectron2-cdo` 0.5, which
+lacks the C++ sources and predates NumPy 2, Pillow 10 and setuptools 82. This script downloads that archive through pip,
+verifies its sha256, applies `TABLE` and writes a pure-Python wheel. Compiled operators (rotated boxes, the legacy
+deformable convolution) are absent and say so when they are used; everything else works.
 
-    python tools/build_detectron2.py                  # prints the path of the wheel, which is built once and kept
-    python tools/build_detectron2.py --install        # the same, then pip installs it unless a Detectron2 is there already
+    python tools/build_detectron2.py              # prints the path of the wheel, which is built once and kept
+    python tools/build_detectron2.py --install    # the same, then pip installs it unless a Detectron2 is there already
 
 Run it with the interpreter of the environment that is to have Detectron2; torch and setuptools must be in it.
 """
@@ -67,7 +67,7 @@ PROJECTS = {
 
 @dataclass(frozen=True)
 class Row:
-    """One modernisation: in the wheel's files matching `files` (a regex), `pattern` becomes `replacement`, `hits` times."""
+    """One modernisation: in files whose path matches `files`, the regex `pattern` becomes `replacement`, `hits` times."""
 
     why: str
     files: str
@@ -92,7 +92,7 @@ TABLE = (
     Row(
         "setuptools 82 removed pkg_resources",
         r"/model_zoo/model_zoo\.py$",
-        r"pkg_resources\.resource_filename\(\s*\"detectron2\.model_zoo\", os\.path\.join\(\"configs\", config_path\)\s*\)",
+        r'pkg_resources\.resource_filename\(\s*"detectron2\.model_zoo", os\.path\.join\("configs", config_path\)\s*\)',
         'str(resources.files("detectron2.model_zoo").joinpath("configs", config_path))',
         1,
     ),
@@ -119,7 +119,7 @@ TABLE = (
     ),
 )
 
-# Takes the place of the compiled module. Only dunder names are missing in the usual way: tools that probe a module keep working.
+# Takes the place of the compiled module. Dunder names are missing in the usual way, for what probes any module.
 COMPILED_MODULE = '''\
 """Stands for Detectron2's compiled operators, which this pure-Python wheel does not have."""
 
@@ -165,7 +165,7 @@ def download_sdist(folder: Path) -> Path:
     # pip's own output belongs to the log, not to the path that this script prints.
     if subprocess.run(command, stdout=sys.stderr).returncode:
         raise BuildError(
-            f"pip could not download {requirement} (its message is above). Check the network or the index settings of pip, "
+            f"pip could not download {requirement} (its message is above). Check the network or pip's index settings, "
             "or fetch the archive elsewhere and pass it with --sdist."
         )
     archives = sorted(folder.glob("*.tar.gz"))
@@ -180,7 +180,9 @@ def verify(archive: Path) -> None:
         raise BuildError(f"no source archive at {archive}: leave --sdist out to download it")
     digest = hashlib.sha256(archive.read_bytes()).hexdigest()
     if digest != SHA256:
-        raise BuildError(f"{archive.name} has sha256 {digest}, expected {SHA256}: it is damaged or another file. Delete it and retry")
+        raise BuildError(
+            f"{archive} has sha256 {digest}, expected {SHA256}: damaged, or another file; delete and retry"
+        )
 
 
 def read_package(archive: Path) -> dict[str, bytes]:
@@ -214,8 +216,8 @@ def modernise(files: dict[str, bytes], table: tuple[Row, ...] = TABLE) -> dict[s
             hits += count
         if hits != row.hits:
             raise BuildError(
-                f"modernisation {row.pattern!r} ({row.why}) matched {hits} times in files {row.files!r}, expected {row.hits}: "
-                "the sources are not the ones that the table was written for"
+                f"modernisation {row.pattern!r} ({row.why}) matched {hits} times in files {row.files!r}, "
+                f"expected {row.hits}: the sources are not the ones that the table was written for"
             )
     return result
 
@@ -236,7 +238,7 @@ def metadata() -> dict[str, bytes]:
 
 
 def write_wheel(files: dict[str, bytes], path: Path) -> None:
-    """Write `files` and their RECORD as a wheel, byte for byte reproducibly; `path` appears only when it is complete."""
+    """Write `files` and their RECORD as a wheel, byte for byte reproducibly; `path` appears only when complete."""
     record = f"detectron2-{VERSION}.dist-info/RECORD"
     rows = []
     for name in sorted(files):
@@ -282,17 +284,17 @@ def installed() -> str | None:
 
 
 def install(wheel: Path) -> None:
-    """pip install `wheel` and what it requires. The requirements' own old archives are built with this environment's setuptools."""
-    command = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check", "--no-build-isolation", str(wheel)]
-    if subprocess.run(command).returncode:
+    """pip install `wheel` and what it requires; requirements that are old archives build with this setuptools."""
+    pip = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check"]
+    if subprocess.run([*pip, "--no-build-isolation", str(wheel)]).returncode:
         raise BuildError(f"pip could not install {wheel} (its message is above)")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     default = Path(__file__).resolve().parent.parent / ".cache" / "detectron2"
-    parser.add_argument("--cache", type=Path, default=default, help="folder that keeps the wheel (default: %(default)s)")
-    parser.add_argument("--sdist", type=Path, help="a source archive that was fetched before; default: download it with pip")
+    parser.add_argument("--cache", type=Path, default=default, help="where the wheel is kept (default: %(default)s)")
+    parser.add_argument("--sdist", type=Path, help="a source archive fetched before (default: download it)")
     parser.add_argument("--install", action="store_true", help="install the wheel unless a Detectron2 is there already")
     arguments = parser.parse_args()
     present = installed() if arguments.install else None
