@@ -33,10 +33,6 @@ PROJECT = "detectron2-cdo"
 RELEASE = "0.5"
 SHA256 = "53c9e79e9cc943e80419c588ea44b5479507a8628ed14a4e06bd093e29311b18"
 
-# The recipe is part of the version, so that a changed recipe makes another wheel and replaces one that is installed.
-RECIPE = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]
-VERSION = f"{RELEASE}+peftd2.r{RECIPE}"
-
 REQUIREMENTS = (
     "torch",
     "torchvision",
@@ -67,7 +63,7 @@ PROJECTS = {
 
 @dataclass(frozen=True)
 class Row:
-    """One modernisation: in files whose path matches `files`, the regex `pattern` becomes `replacement`, `hits` times."""
+    """One modernisation: in files whose path matches `files`, `pattern` becomes `replacement`, `hits` times."""
 
     why: str
     files: str
@@ -146,6 +142,10 @@ def __getattr__(name):
     )
 '''
 
+# The recipe is part of the version: a changed recipe makes another wheel, which replaces one that is installed.
+RECIPE = hashlib.sha256(repr((SHA256, REQUIREMENTS, PROJECTS, TABLE, COMPILED_MODULE)).encode()).hexdigest()[:8]
+VERSION = f"{RELEASE}+peftd2.r{RECIPE}"
+
 
 class BuildError(RuntimeError):
     """A step that failed; the message names the step, what was expected, and the remedy."""
@@ -180,9 +180,7 @@ def verify(archive: Path) -> None:
         raise BuildError(f"no source archive at {archive}: leave --sdist out to download it")
     digest = hashlib.sha256(archive.read_bytes()).hexdigest()
     if digest != SHA256:
-        raise BuildError(
-            f"{archive} has sha256 {digest}, expected {SHA256}: damaged, or another file; delete and retry"
-        )
+        raise BuildError(f"{archive} has sha256 {digest}, expected {SHA256}: damaged, or another file; delete it")
 
 
 def read_package(archive: Path) -> dict[str, bytes]:
