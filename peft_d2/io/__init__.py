@@ -1,0 +1,16 @@
+"""What is stored: base checkpoints and adapter files, written so that no kill can damage them. Needs torch alone."""
+
+from peft_d2.io.atomic import StorageError
+from peft_d2.io.base_fingerprint import Fingerprint, fingerprint
+from peft_d2.io.base_weights import Checkpoint, CheckpointError, LoadReport, load_base, read_checkpoint
+
+__all__ = [
+    "Checkpoint",
+    "CheckpointError",
+    "Fingerprint",
+    "LoadReport",
+    "StorageError",
+    "fingerprint",
+    "load_base",
+    "read_checkpoint",
+]

@@ -1,0 +1,220 @@
+"""Loading base weights into a model, every tensor that is not loaded by name.
+
+Works on any nn.Module, before or after injection: tensors that modules report as injected (`peft_parameters()`) are
+no part of a base checkpoint and are never missing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import Tensor, nn
+
+from peft_d2.io import caffe2_names
+from peft_d2.io.checkpoint import Checkpoint, CheckpointError, read_checkpoint
+
+__all__ = [
+    "CLASS_HEADS",
+    "Checkpoint",
+    "CheckpointError",
+    "LoadReport",
+    "injected_names",
+    "load_base",
+    "read_checkpoint",
+]
+
+# Tensors whose first dimension counts classes. One of these with another first dimension, all others equal, belongs
+# to a head of another class count: it keeps the model's initial values. Any other difference of shape is an error.
+CLASS_HEADS = (
+    "*class_embed.*", "*criterion.empty_weight", "*label_enc.weight",  # Mask2Former, Mask DINO, DETR-like
+    "*box_predictor*.cls_score.*", "*box_predictor*.bbox_pred.*", "*mask_head.predictor.*",  # R-CNN
+    "*head.cls_score.*", "*head.bbox_pred.*",  # RetinaNet, FCOS
+    "sem_seg_head.predictor.weight", "sem_seg_head.predictor.bias",  # semantic FPN
+)  # fmt: skip
+
+# Buffers that the constructor computes from the config or from nothing: harmless when a file lacks them or has them
+# in excess.
+_COMPUTED = (
+    "pixel_mean", "pixel_std", "*.cell_anchors.*", "*num_batches_tracked", "*relative_position_index", "*.attn_mask",
+    "*criterion.empty_weight",
+)  # fmt: skip
+
+# What a detector adds to a published backbone below the backbone's own name: Swin's output norms.
+_ADDED_TO_BACKBONE = ("norm[0-9].weight", "norm[0-9].bias")
+
+_BACKBONES = ("backbone.bottom_up.", "backbone.net.", "backbone.")
+_NAMED = 20
+
+
+@dataclasses.dataclass
+class LoadReport:
+    """What `load_base` did; `str(report)` is the log text.
+
+    Attributes:
+        path: the file.
+        loaded: names of the model's tensors that were loaded.
+        reinitialised: (name, shape in the file, shape in the model) of heads of another class count.
+        initial: tensors that the file lacks and that rightly keep their initial values.
+        unexpected: names in the file that the model has no use for.
+        backbone: the prefix of the only part that the file covers ("backbone."), or "" for a file of the whole model.
+    """
+
+    path: str
+    loaded: list[str]
+    reinitialised: list[tuple[str, tuple[int, ...], tuple[int, ...]]]
+    initial: list[str]
+    unexpected: list[str]
+    backbone: str
+
+    def __str__(self) -> str:
+        lines = [f"base weights {self.path}: {len(self.loaded)} tensors loaded"]
+        if self.backbone:
+            lines[0] += f"; the file holds a backbone alone ({self.backbone}*), all else keeps its initial values"
+        elif self.initial:
+            lines.append(f"  not in the file, initial values kept: {_some(self.initial)}")
+        if self.reinitialised:
+            heads = [f"{name} {old} -> {new}" for name, old, new in self.reinitialised]
+            lines.append(f"  another class count, initial values kept: {_some(heads)}")
+        if self.unexpected:
+            lines.append(f"  in the file, not in the model: {_some(self.unexpected)}")
+        return "\n".join(lines)
+
+
+def load_base(
+    model: nn.Module,
+    checkpoint: Checkpoint | str | os.PathLike[str],
+    *,
+    resizable: Sequence[str] = CLASS_HEADS,
+    logger: logging.Logger | None = None,
+) -> LoadReport:
+    """Load base weights; what is not loaded is named in the report, which is logged, or in the error.
+
+    Args:
+        model: any module; its own `upgrade_state_dict(state) -> state` is applied first where it has one.
+        checkpoint: a file, or what `read_checkpoint` returned.
+        resizable: glob patterns of tensors whose first dimension counts classes. Where only that dimension differs,
+            the model's
+            initial values are kept and listed.
+        logger: where the report goes; the module's own logger when None.
+
+    Raises:
+        CheckpointError: a tensor of the model is not in the file, or has another shape there. The model is then
+            unchanged.
+    """
+    if not isinstance(checkpoint, Checkpoint):
+        checkpoint = read_checkpoint(checkpoint)
+    own = {name: value for name, value in model.state_dict().items() if name not in injected_names(model)}
+    state, prefix = _named_as_in_model(model, checkpoint, own)
+    matched, heads, misshaped = _compared(state, own, resizable)
+    backbone = prefix or _only_part(state, own)
+    missing = _missing(model, own, state)
+    if backbone:
+        required = [
+            n for n in missing if n.startswith(backbone) and not _any(n.removeprefix(backbone), _ADDED_TO_BACKBONE)
+        ]
+    else:
+        required = [n for n in missing if not _any(n, _COMPUTED)]
+    unexpected = sorted(n for n in state if n not in own and not _any(n, _COMPUTED))
+    if required or misshaped or not matched:
+        raise CheckpointError(_refusal(checkpoint.path, required, misshaped, unexpected, own, bool(matched)))
+    lost = model.load_state_dict(matched, strict=False).unexpected_keys
+    if lost:
+        raise CheckpointError(f"the model's own loading hooks lost tensors of {checkpoint.path}: {_some(sorted(lost))}")
+    report = LoadReport(checkpoint.path, sorted(matched), heads, missing, unexpected, backbone)
+    (logger or logging.getLogger(__name__)).info("%s", report)
+    return report
+
+
+def injected_names(model: nn.Module) -> set[str]:
+    """Names, as in `state_dict()`, of all parameters that modules report as injected, under every alias."""
+    return {
+        f"{path}.{local}" if path else local
+        for path, module in model.named_modules(remove_duplicate=False)
+        for local in getattr(module, "peft_parameters", dict)()
+    }
+
+
+def _named_as_in_model(
+    model: nn.Module, checkpoint: Checkpoint, own: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], str]:
+    """The file's tensors under the model's names, and the prefix that had to be added."""
+    state = dict(checkpoint.state)
+    if checkpoint.metadata.get("__author__") == "Caffe2":
+        state = caffe2_names.to_detectron2(state)
+    upgrade: Any = getattr(model, "upgrade_state_dict", None)
+    if upgrade is not None:
+        state = upgrade(state)
+    counts = {prefix: sum(prefix + name in own for name in state) for prefix in ("", *_BACKBONES)}
+    best = max(counts, key=lambda prefix: counts[prefix])  # the first of equals
+    return {best + name: value for name, value in state.items()}, best
+
+
+def _only_part(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
+    """The backbone's prefix when the file has the model's names and nothing but its backbone."""
+    known = [name for name in state if name in own]
+    if not known:
+        return ""
+    return next((prefix for prefix in _BACKBONES if all(name.startswith(prefix) for name in known + list(state))), "")
+
+
+def _compared(
+    state: Mapping[str, Tensor], own: Mapping[str, Tensor], resizable: Sequence[str]
+) -> tuple[dict[str, Tensor], list[tuple[str, tuple[int, ...], tuple[int, ...]]], list[str]]:
+    matched, heads, misshaped = {}, [], []
+    for name in sorted(state.keys() & own.keys()):
+        old, new = tuple(state[name].shape), tuple(own[name].shape)
+        if old == new:
+            matched[name] = state[name]
+        elif len(old) == len(new) > 0 and old[1:] == new[1:] and _any(name, resizable):
+            heads.append((name, old, new))
+        else:
+            misshaped.append(f"{name} {old} -> {new}")
+    return matched, heads, misshaped
+
+
+def _missing(model: nn.Module, own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[str]:
+    """Names of the model that the file lacks; a tensor with several names needs only one of them."""
+    tensors = {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
+    covered = {id(tensors[name]) for name in state if name in tensors}
+    return sorted(name for name in own if name not in state and id(tensors.get(name)) not in covered)
+
+
+def _refusal(
+    path: str,
+    missing: list[str],
+    misshaped: list[str],
+    unexpected: list[str],
+    own: Mapping[str, Tensor],
+    any_match: bool,
+) -> str:
+    lines = [f"the checkpoint {path} does not fit the model; nothing was loaded"]
+    if not any_match and not misshaped:
+        lines[0] = f"the checkpoint {path} has no tensor of the model; nothing was loaded"
+        lines.append(f"  the model has: {_some(sorted(own), 5)}")
+    elif missing:
+        lines.append(f"  {len(missing)} tensors of the model are not in the file: {_some(missing)}")
+    if misshaped:
+        lines.append(f"  {len(misshaped)} have another shape (file -> model): {_some(misshaped)}")
+    if unexpected:
+        lines.append(f"  {len(unexpected)} tensors of the file are not in the model: {_some(unexpected)}")
+    lines.append(
+        "  use the config that belongs to this file (backbone, depth, queries), or the file that belongs to this config"
+    )
+    return "\n".join(lines)
+
+
+def _any(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _some(names: Sequence[str], limit: int = _NAMED) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
