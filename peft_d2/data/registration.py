@@ -41,7 +41,7 @@ def register_coco(name: str, json_path: str | Path, image_root: str | Path) -> N
     image_root = os.path.abspath(image_root)
     if not os.path.isfile(json_path):
         raise FileNotFoundError(
-            f"DATASETS.REGISTER: data set {name!r}: JSON {json_path!r} is no file. Give the path of its COCO-format json."
+            f"DATASETS.REGISTER: data set {name!r}: JSON {json_path!r} is no file. Give the path of its json."
         )
     if not os.path.isdir(image_root):
         raise FileNotFoundError(

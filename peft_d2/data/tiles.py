@@ -80,7 +80,7 @@ def enlarge(picture: Image.Image, scale: float) -> Image.Image:
 def _cut_image(
     picture: Image.Image, record: dict[str, Any], output: Path, tile: int, scale: float, overlap: int, first_id: int
 ) -> list[dict[str, Any]]:
-    tiles = []
+    tiles: list[dict[str, Any]] = []
     for y in tile_starts(picture.height, tile, overlap):
         for x in tile_starts(picture.width, tile, overlap):
             box = (x, y, min(x + tile, picture.width), min(y + tile, picture.height))

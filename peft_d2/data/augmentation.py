@@ -1,0 +1,133 @@
+"""The augmentation recipes of the published configs, on Detectron2's transforms."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from detectron2.data import detection_utils
+from detectron2.data import transforms as T
+from fvcore.transforms.transform import Transform
+from PIL import Image
+
+
+class KeepsAPixel(T.Augmentation):
+    """Another resizing augmentation whose result is at least one pixel wide and high (5000 x 1 images exist)."""
+
+    def __init__(self, resize: T.Augmentation) -> None:
+        super().__init__()
+        self.resize = resize
+
+    def get_transform(self, image: np.ndarray) -> Transform:
+        transform = self.resize.get_transform(image)
+        if isinstance(transform, T.ResizeTransform) and min(transform.new_h, transform.new_w) < 1:
+            height, width = max(1, int(transform.new_h)), max(1, int(transform.new_w))
+            return T.ResizeTransform(transform.h, transform.w, height, width, transform.interp)
+        return transform
+
+    def __repr__(self) -> str:
+        return repr(self.resize)
+
+
+def keep_a_pixel(augmentations: list[Any]) -> list[Any]:
+    """The same list with every resizing kept from rounding a side down to nothing."""
+    resizing = (T.ResizeShortestEdge, T.ResizeScale)
+    return [KeepsAPixel(a) if isinstance(a, resizing) else a for a in augmentations]
+
+
+class SSDColour(T.Augmentation):
+    """Photometric distortion of SSD (Liu et al. 2016, section 2.2): each step with probability one half.
+
+    Brightness +-32, contrast and saturation x 0.5 to 1.5, hue +-18 degrees of 180; contrast before or after the
+    other two with equal chance.
+    """
+
+    def __init__(self, image_format: str = "BGR") -> None:
+        super().__init__()
+        if image_format not in ("BGR", "RGB"):
+            raise ValueError(f"INPUT.COLOR_AUG_SSD works on INPUT.FORMAT BGR or RGB, not {image_format!r}.")
+        self.image_format = image_format
+
+    def get_transform(self, image: np.ndarray) -> Transform:
+        def draw(low: float, high: float) -> float | None:
+            value, applied = np.random.uniform(low, high), np.random.rand() < 0.5
+            return float(value) if applied else None
+
+        brightness, contrast, saturation = draw(-32, 32), draw(0.5, 1.5), draw(0.5, 1.5)
+        hue, contrast_first = draw(-18, 18), bool(np.random.rand() < 0.5)
+        swap = self.image_format == "BGR"
+
+        def distort(pixels: np.ndarray) -> np.ndarray:
+            if brightness is not None:
+                pixels = _affine(pixels, 1.0, brightness)
+            if contrast is not None and contrast_first:
+                pixels = _affine(pixels, contrast, 0.0)
+            if saturation is not None or hue is not None:
+                pixels = _hue_saturation(pixels, hue or 0.0, 1.0 if saturation is None else saturation, swap)
+            if contrast is not None and not contrast_first:
+                pixels = _affine(pixels, contrast, 0.0)
+            return pixels
+
+        return T.ColorTransform(distort)
+
+
+def _affine(pixels: np.ndarray, factor: float, offset: float) -> np.ndarray:
+    return np.clip(pixels.astype(np.float32) * factor + offset, 0, 255).astype(np.uint8)
+
+
+def _hue_saturation(pixels: np.ndarray, degrees: float, factor: float, swap: bool) -> np.ndarray:
+    """``degrees`` of 180, as in the published recipe, whose colour wheel has 180 steps."""
+    rgb = np.ascontiguousarray(pixels[..., ::-1] if swap else pixels)
+    hsv = np.asarray(Image.fromarray(rgb).convert("HSV")).astype(np.int16)
+    hsv[..., 0] = (hsv[..., 0] + round(degrees * 256 / 180)) % 256
+    hsv[..., 1] = np.clip(hsv[..., 1] * factor, 0, 255)
+    result = np.asarray(Image.fromarray(hsv.astype(np.uint8), mode="HSV").convert("RGB"))
+    return np.ascontiguousarray(result[..., ::-1]) if swap else result
+
+
+def resize_recipe(cfg: Any, semantic: bool) -> list[Any]:
+    """Shortest-edge resize, crop, colour, flip. ``semantic``: crops are limited to one class's largest area."""
+    augmentations: list[Any] = [
+        T.ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MAX_SIZE_TRAIN, cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING)
+    ]
+    crop = cfg.INPUT.CROP
+    if crop.ENABLED and semantic:
+        augmentations.append(
+            T.RandomCrop_CategoryAreaConstraint(
+                crop.TYPE, crop.SIZE, crop.get("SINGLE_CATEGORY_MAX_AREA", 1.0), cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE
+            )
+        )
+    elif crop.ENABLED:
+        augmentations.append(T.RandomCrop(crop.TYPE, crop.SIZE))
+    if cfg.INPUT.get("COLOR_AUG_SSD", False):
+        augmentations.append(SSDColour(cfg.INPUT.FORMAT))
+    return keep_a_pixel(augmentations + _flip(cfg))
+
+
+def large_scale_jitter_recipe(cfg: Any) -> list[Any]:
+    """Flip, jittered scale, crop or pad to a square of ``INPUT.IMAGE_SIZE`` (Ghiasi et al. 2021, section 3)."""
+    size = cfg.INPUT.IMAGE_SIZE
+    scale = T.ResizeScale(cfg.INPUT.MIN_SCALE, cfg.INPUT.MAX_SCALE, size, size)
+    colour = [SSDColour(cfg.INPUT.FORMAT)] if cfg.INPUT.get("COLOR_AUG_SSD", False) else []
+    return keep_a_pixel([*_flip(cfg), scale, T.FixedSizeCrop(crop_size=(size, size)), *colour])
+
+
+def detectron2_recipe(cfg: Any) -> list[Any]:
+    """What Detectron2's own mapper does: crop, shortest-edge resize, flip."""
+    augmentations = detection_utils.build_augmentation(cfg, is_train=True)
+    if cfg.INPUT.CROP.ENABLED:
+        augmentations.insert(0, T.RandomCrop(cfg.INPUT.CROP.TYPE, cfg.INPUT.CROP.SIZE))
+    return keep_a_pixel(augmentations)
+
+
+def _flip(cfg: Any) -> list[Any]:
+    kind = cfg.INPUT.RANDOM_FLIP
+    if kind == "none":
+        return []
+    return [T.RandomFlip(horizontal=kind == "horizontal", vertical=kind == "vertical")]
+
+
+__all__ = [
+    "KeepsAPixel", "SSDColour", "detectron2_recipe", "keep_a_pixel", "large_scale_jitter_recipe",
+    "resize_recipe",
+]

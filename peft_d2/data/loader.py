@@ -1,0 +1,114 @@
+"""Loaders on Detectron2's data sets. A resumed run sees exactly the data of one that was never stopped."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.data import DatasetFromList, build_detection_test_loader, get_detection_dataset_dicts
+from detectron2.data.samplers import RepeatFactorTrainingSampler
+from detectron2.utils import comm
+from torch.utils.data import DataLoader, Dataset
+
+from peft_d2.data.mappers import build_mapper, build_test_mapper
+from peft_d2.data.order import BatchOrder, Draw, sample_seed
+from peft_d2.data.registration import register_from_config
+
+Mapper = Callable[[dict[str, Any]], "dict[str, Any] | None"]
+logger = logging.getLogger(__name__)
+
+
+def build_train_loader(cfg: Any, start_iter: int = 0, mapper: Mapper | None = None) -> DataLoader:
+    """Endless loader of this rank's batches (lists of samples), beginning with iteration ``start_iter``.
+
+    What iteration i sees depends on ``cfg.SEED``, the data set and ``SOLVER.IMS_PER_BATCH`` alone, not on the number
+    of workers or ranks. ``SEED: -1`` draws a seed, so that order is not restored on resuming.
+
+    Raises:
+        ValueError: no image is left to train on; the batch cannot be dealt out; unknown sampler or mapper.
+    """
+    register_from_config(cfg)
+    records = training_records(cfg)
+    seed = cfg.SEED
+    if seed < 0:
+        seed = comm.shared_random_seed()
+        logger.info("SEED is -1: the order of the data is random, and resuming does not restore it. Set SEED.")
+    order = BatchOrder(
+        _groups(cfg, records), cfg.SOLVER.IMS_PER_BATCH, seed, repeats=_repeats(cfg, records),
+        start=start_iter, rank=comm.get_rank(), world=comm.get_world_size(),
+    )  # fmt: skip
+    return DataLoader(
+        _Samples(DatasetFromList(records, copy=False), mapper or build_mapper(cfg, records), seed),
+        batch_sampler=order,
+        num_workers=cfg.DATALOADER.NUM_WORKERS,
+        collate_fn=_as_list,
+        generator=torch.Generator().manual_seed(seed),  # or iter() would draw from the training's random numbers
+    )
+
+
+def build_test_loader(cfg: Any, name: str) -> DataLoader:
+    """Loader of one data set in order, one image at a time, dealt out to the ranks."""
+    register_from_config(cfg)
+    return build_detection_test_loader(cfg, name, mapper=build_test_mapper(cfg))
+
+
+def training_records(cfg: Any) -> list[dict[str, Any]]:
+    """Dataset dicts of ``DATASETS.TRAIN``; images without objects stay unless ``FILTER_EMPTY_ANNOTATIONS``."""
+    keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0
+    records = get_detection_dataset_dicts(
+        list(cfg.DATASETS.TRAIN),
+        filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+        min_keypoints=keypoints,
+        proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
+    )
+    if not records:
+        raise ValueError(
+            f"{list(cfg.DATASETS.TRAIN)}: no image with annotations is left to train on. "
+            "Check the annotations, or set DATALOADER.FILTER_EMPTY_ANNOTATIONS False to train on empty images."
+        )
+    return records
+
+
+class _Samples(Dataset):
+    """Maps a :class:`Draw` to its sample."""
+
+    def __init__(self, records: Any, mapper: Mapper, seed: int) -> None:
+        self.records, self.mapper, self.seed = records, mapper, seed
+
+    def __getitem__(self, draw: Draw) -> dict[str, Any]:
+        with sample_seed(self.seed, draw.number):
+            index = draw.record
+            for _ in range(1000):
+                sample = self.mapper(self.records[index])
+                if sample is not None:
+                    return sample
+                # A mapper may refuse an image; which one replaces it is part of the sample's random numbers.
+                index = int(np.random.randint(len(self.records)))
+        raise RuntimeError("the mapper refused 1000 images in a row. Check INPUT and the data set.")
+
+
+def _as_list(batch: list[Any]) -> list[Any]:
+    return batch
+
+
+def _groups(cfg: Any, records: Sequence[dict[str, Any]]) -> list[int]:
+    if not cfg.DATALOADER.ASPECT_RATIO_GROUPING:
+        return [0] * len(records)
+    return [int(r.get("width", 0) > r.get("height", 0)) for r in records]
+
+
+def _repeats(cfg: Any, records: Sequence[dict[str, Any]]) -> Sequence[float] | None:
+    name = cfg.DATALOADER.SAMPLER_TRAIN
+    if name == "TrainingSampler":
+        return None
+    if name == "RepeatFactorTrainingSampler":
+        factors = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
+            records, cfg.DATALOADER.REPEAT_THRESHOLD
+        )
+        return factors.tolist()
+    raise ValueError(
+        f"DATALOADER.SAMPLER_TRAIN {name!r} is not known. Expected TrainingSampler or RepeatFactorTrainingSampler."
+    )
