@@ -1,0 +1,73 @@
+# make demo     fine-tune, evaluate and picture a small Mask2Former
+# make test     run the tests
+# make lint     run ruff and mypy
+# make setup    only make the environment that the others need
+#
+# The environment is .venv; PYTHON=python3.12 chooses the interpreter that makes it. Each step of the setup leaves a stamp
+# named by the checksum of what it depends on, so an interrupted setup goes on where it stopped, and a finished one is free.
+
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := PIP_CONSTRAINT=constraints.txt $(PY) -m pip install --quiet --disable-pip-version-check --no-build-isolation
+
+checksum = $(shell { cat $(1); echo "$(2)"; } 2>/dev/null | cksum | cut -d' ' -f1)
+compilers := $(shell command -v $${CXX:-c++}; command -v nvcc)
+operator := $(shell find csrc -type f 2>/dev/null | LC_ALL=C sort)
+
+STAMPS := $(VENV)/.stamps
+venv := $(STAMPS)/venv
+torch := $(STAMPS)/torch-$(call checksum,constraints.txt)
+detectron2 := $(STAMPS)/detectron2-$(call checksum,constraints.txt tools/build_detectron2.py)
+package := $(STAMPS)/package-$(call checksum,constraints.txt pyproject.toml setup.py $(operator),$(compilers))
+extras := $(STAMPS)/extras-$(call checksum,constraints.txt pyproject.toml)
+
+.PHONY: demo test lint setup
+.NOTPARALLEL:
+
+demo: $(package)
+	$(PY) tools/run_demo.py
+
+test: $(extras)
+	$(PY) -m pytest $(ARGS)
+
+lint: $(extras)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+setup: $(extras)
+	@echo "The environment $(VENV) is ready. What it has: $(PY) -m peft_d2.doctor"
+
+$(venv):
+	@command -v $(PYTHON) >/dev/null || { echo "No interpreter '$(PYTHON)'. Choose another: make PYTHON=..."; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	    { echo "$(PYTHON) is $$($(PYTHON) -V 2>&1), and 3.10 or newer is needed. Choose another: make PYTHON=..."; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || \
+	    { echo "$(PYTHON) lacks venv or pip. Install them (Debian, Ubuntu: apt install python3-venv python3-pip)"; exit 1; }
+	@echo "== environment in $(VENV), with $$($(PYTHON) -V)"
+	@# One that works stays as it is: somebody may have made it, with their own Detectron2 in it.
+	@$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	@mkdir -p $(STAMPS) && touch $@
+
+$(torch): | $(venv)
+	@echo "== torch and torchvision (some gigabytes, a minute or more)"
+	@$(PIP) setuptools wheel ninja torch torchvision
+	@touch $@
+
+$(detectron2): | $(torch)
+	@echo "== Detectron2"
+	@PIP_CONSTRAINT=constraints.txt PIP_QUIET=1 $(PY) tools/build_detectron2.py --install
+	@touch $@
+
+$(package): | $(detectron2)
+	@echo "== peft_d2 and its operator$(if $(compilers),, (no C++ compiler found: the pure-torch operator will serve))"
+	@$(PIP) --editable .
+	@touch $@
+
+# The names of the test and lint extras stand in pyproject.toml; the installed package knows them.
+$(extras): | $(package)
+	@echo "== tools for tests and lint"
+	@$(PIP) $$($(PY) -c 'from importlib.metadata import requires; \
+	    print(*(r.partition(";")[0].replace(" ", "") for r in requires("peft_d2") if "extra ==" in r and ("test" in r or "lint" in r)))')
+	@touch $@

@@ -1,0 +1,72 @@
+"""Which Detectron2 is there, if any, and what differs between 0.5, 0.6 and its main branch."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import re
+from pathlib import Path
+from typing import Any
+
+HOW_TO_GET_DETECTRON2 = (
+    "Run `python tools/build_detectron2.py --install` in a checkout of peft_d2 (pure Python, from the package index), "
+    "or install Detectron2 0.5 or newer from its own project's sources"
+)
+
+
+class Detectron2Missing(ImportError):
+    """Something was called that needs Detectron2, and there is none that can be imported."""
+
+
+def require_detectron2() -> None:
+    """Return if Detectron2 can be imported.
+
+    Raises:
+        Detectron2Missing: it is not installed, or importing it fails; the message says which, and what to do.
+    """
+    try:
+        importlib.import_module("detectron2")
+    except ImportError as error:
+        absent = isinstance(error, ModuleNotFoundError) and error.name == "detectron2"
+        state = "is not installed" if absent else f"is installed but cannot be imported ({error})"
+        raise Detectron2Missing(f"Detectron2 {state}, and this needs it. {HOW_TO_GET_DETECTRON2}.") from error
+
+
+def detectron2_version() -> str | None:
+    """The ``__version__`` of the Detectron2 that an import would find, None if there is none. Imports nothing.
+
+    The main branch calls itself 0.6, as the release does: ask for a feature, not for a version.
+    """
+    try:
+        spec = importlib.util.find_spec("detectron2")
+    except ValueError:  # something that is not a module stands in sys.modules
+        return None
+    if spec is None or spec.origin is None:
+        return None
+    found = re.search(r'^__version__ = "(.+)"', Path(spec.origin).read_text(encoding="utf-8"), re.MULTILINE)
+    return found.group(1) if found else "unknown"
+
+
+def accept_empty_polygons() -> None:
+    """Let ``polygons_to_bitmask`` return an empty mask for an instance that a crop left without polygons.
+
+    The main branch does; 0.5 and 0.6 assert instead, in a data loader's worker, hours into a training.
+    """
+    require_detectron2()
+    import numpy as np
+    from detectron2 import structures
+    from detectron2.data import detection_utils
+    from detectron2.structures import masks
+
+    original = masks.polygons_to_bitmask
+    try:
+        original([], 1, 1)
+        return
+    except AssertionError:
+        pass
+
+    def polygons_to_bitmask(polygons: Any, height: int, width: int) -> Any:
+        return original(polygons, height, width) if len(polygons) else np.zeros((height, width), dtype=bool)
+
+    for module in (masks, structures, detection_utils):  # each has imported the name
+        module.polygons_to_bitmask = polygons_to_bitmask
