@@ -1,0 +1,115 @@
+"""Transformer sublayers with residual and norm, one module each, so that anything can be put after any of them.
+
+Sequences come first: (length, N, C). The parts are nn.Linear, nn.MultiheadAttention, nn.Dropout and nn.LayerNorm children
+that are called, never read.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def _with(x: Tensor, position: Tensor | None) -> Tensor:
+    return x if position is None else x + position
+
+
+def xavier_matrices(module: nn.Module) -> None:
+    """Xavier-uniform start for every matrix of ``module``; vectors keep theirs."""
+    for parameter in module.parameters():
+        if parameter.dim() > 1:
+            nn.init.xavier_uniform_(parameter)
+
+
+class SelfAttentionLayer(nn.Module):
+    """Self-attention, dropout, residual, norm.
+
+    Args:
+        d_model: channels.
+        n_heads: attention heads.
+        dropout: probability, on attention weights and on the result.
+        pre_norm: the norm is applied to the input of the attention instead of to the sum.
+    """
+
+    def __init__(self, d_model: int, n_heads: int, dropout: float = 0.0, pre_norm: bool = False) -> None:
+        super().__init__()
+        self.self_attn = nn.MultiheadAttention(d_model, n_heads, dropout=dropout)
+        self.norm = nn.LayerNorm(d_model)
+        self.dropout = nn.Dropout(dropout)
+        self.pre_norm = pre_norm
+        xavier_matrices(self)
+
+    def forward(self, x: Tensor, position: Tensor | None = None, attn_mask: Tensor | None = None) -> Tensor:
+        """x, position: (L, N, C); attn_mask: (L, L) or (N * heads, L, L), True where attending is forbidden."""
+        source = self.norm(x) if self.pre_norm else x
+        place = _with(source, position)
+        attended = self.self_attn(place, place, source, attn_mask=attn_mask, need_weights=False)[0]
+        x = x + self.dropout(attended)
+        return x if self.pre_norm else self.norm(x)
+
+
+class CrossAttentionLayer(nn.Module):
+    """Attention of queries to a memory, dropout, residual, norm. Arguments as in :class:`SelfAttentionLayer`."""
+
+    def __init__(self, d_model: int, n_heads: int, dropout: float = 0.0, pre_norm: bool = False) -> None:
+        super().__init__()
+        self.multihead_attn = nn.MultiheadAttention(d_model, n_heads, dropout=dropout)
+        self.norm = nn.LayerNorm(d_model)
+        self.dropout = nn.Dropout(dropout)
+        self.pre_norm = pre_norm
+        xavier_matrices(self)
+
+    def forward(
+        self,
+        x: Tensor,
+        key: Tensor,
+        value: Tensor,
+        position: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Attend.
+
+        Args:
+            x, position: (Q, N, C) queries and what is added to them for attending.
+            key, value: (S, N, C); the key holds the memory's position code already, as several layers share it.
+            attn_mask: (N * heads, Q, S), True where attending is forbidden.
+        """
+        source = self.norm(x) if self.pre_norm else x
+        query = _with(source, position)
+        attended = self.multihead_attn(query, key, value, attn_mask=attn_mask, need_weights=False)[0]
+        x = x + self.dropout(attended)
+        return x if self.pre_norm else self.norm(x)
+
+
+class FFNLayer(nn.Module):
+    """Linear, ReLU, linear, residual, norm. Arguments as in :class:`SelfAttentionLayer`."""
+
+    def __init__(self, d_model: int, d_hidden: int, dropout: float = 0.0, pre_norm: bool = False) -> None:
+        super().__init__()
+        self.linear1 = nn.Linear(d_model, d_hidden)
+        self.dropout = nn.Dropout(dropout)
+        self.linear2 = nn.Linear(d_hidden, d_model)
+        self.norm = nn.LayerNorm(d_model)
+        self.pre_norm = pre_norm
+        xavier_matrices(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(L, N, C) -> (L, N, C)."""
+        source = self.norm(x) if self.pre_norm else x
+        x = x + self.dropout(self.linear2(self.dropout(F.relu(self.linear1(source)))))
+        return x if self.pre_norm else self.norm(x)
+
+
+class MLP(nn.Module):
+    """``n_layers`` linear layers with ReLU between them."""
+
+    def __init__(self, d_in: int, d_hidden: int, d_out: int, n_layers: int) -> None:
+        super().__init__()
+        widths = [d_in, *[d_hidden] * (n_layers - 1), d_out]
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(widths[:-1], widths[1:]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., d_in) -> (..., d_out)."""
+        for layer in self.layers[:-1]:
+            x = F.relu(layer(x))
+        return self.layers[-1](x)

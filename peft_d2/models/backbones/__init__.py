@@ -1,0 +1,1 @@
+"""Backbones beside those of Detectron2."""

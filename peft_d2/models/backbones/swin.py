@@ -1,0 +1,327 @@
+"""Swin Transformer (Liu et al., ICCV 2021) as a Detectron2 backbone, with the published parameter names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from detectron2.config import CfgNode, configurable
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import Backbone
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from torchvision.ops import StochasticDepth
+
+_SHIFT_PENALTY = -100.0  # added between pixels that are neighbours only by the cyclic shift
+
+
+def _pad_bottom_right(x: Tensor, multiple: int) -> Tensor:
+    """Zero-pad maps (N, H, W, C) to multiples of ``multiple``."""
+    height, width = x.shape[1:3]
+    return F.pad(x, (0, 0, 0, -width % multiple, 0, -height % multiple))
+
+
+def _to_windows(x: Tensor, window: int) -> Tensor:
+    """(N, H, W, C) -> (N * windows, window * window, C); an image's windows follow each other row by row."""
+    n, height, width, channels = x.shape
+    x = x.view(n, height // window, window, width // window, window, channels)
+    return x.transpose(2, 3).reshape(-1, window * window, channels)
+
+
+def _from_windows(x: Tensor, window: int, height: int, width: int) -> Tensor:
+    """The inverse of :func:`_to_windows`."""
+    x = x.view(-1, height // window, width // window, window, window, x.shape[-1])
+    return x.transpose(2, 3).reshape(-1, height, width, x.shape[-1])
+
+
+def shift_mask(height: int, width: int, window: int, shift: int, device: torch.device) -> Tensor:
+    """What to add to attention logits of shifted windows: (windows, window^2, window^2), 0 or -100 (section 3.2, figure 4).
+
+    ``height`` and ``width`` are those of the padded map.
+    """
+
+    def region(length: int) -> Tensor:
+        place = torch.arange(length, device=device)
+        return (place >= length - window).int() + (place >= length - shift).int()
+
+    regions = 3 * region(height)[:, None] + region(width)
+    windows = _to_windows(regions[None, :, :, None], window)[..., 0]
+    return (windows[:, None] != windows[:, :, None]).float() * _SHIFT_PENALTY
+
+
+class WindowAttention(nn.Module):
+    """Multi-head self-attention within windows, with a learned bias per relative place (equation 4).
+
+    Args:
+        dim: channels.
+        window: side of a window in pixels.
+        n_heads: attention heads.
+        qkv_bias: whether q, k and v have a bias.
+        qk_scale: replaces 1 / sqrt(channels of a head).
+        attn_drop, proj_drop: dropout of attention weights and of the result.
+    """
+
+    relative_position_index: Tensor
+
+    def __init__(
+        self,
+        dim: int,
+        window: int,
+        n_heads: int,
+        qkv_bias: bool = True,
+        qk_scale: float | None = None,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.n_heads = n_heads
+        self.scale = qk_scale or (dim // n_heads) ** -0.5
+        self.relative_position_bias_table = nn.Parameter(torch.empty((2 * window - 1) ** 2, n_heads))
+        nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
+        y, x = torch.meshgrid(torch.arange(window), torch.arange(window), indexing="ij")
+        dy, dx = (c.flatten()[:, None] - c.flatten() + window - 1 for c in (y, x))
+        self.register_buffer("relative_position_index", dy * (2 * window - 1) + dx)
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.attn_drop = nn.Dropout(attn_drop)
+        self.proj = nn.Linear(dim, dim)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """x (N * windows, T, C); mask (windows, T, T), added to the logits."""
+        rows, tokens, channels = x.shape
+        q, k, v = self.qkv(x).view(rows, tokens, 3, self.n_heads, -1).permute(2, 0, 3, 1, 4)
+        bias = self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)
+        logits = (q * self.scale) @ k.transpose(-2, -1) + bias
+        if mask is not None:
+            logits = (logits.unflatten(0, (-1, len(mask))) + mask[:, None]).flatten(0, 1)
+        x = self.attn_drop(logits.softmax(-1)) @ v
+        return self.proj_drop(self.proj(x.transpose(1, 2).reshape(rows, tokens, channels)))
+
+
+class Mlp(nn.Module):
+    """Linear, GELU, linear."""
+
+    def __init__(self, dim: int, hidden: int, drop: float = 0.0) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.act = nn.GELU()
+        self.fc2 = nn.Linear(hidden, dim)
+        self.drop = nn.Dropout(drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., dim) -> (..., dim)."""
+        return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
+
+
+class SwinBlock(nn.Module):
+    """Window attention and MLP, each pre-normed with a residual; ``shift`` moves the windows cyclically."""
+
+    def __init__(
+        self,
+        dim: int,
+        n_heads: int,
+        window: int,
+        shift: int,
+        mlp_ratio: float,
+        drop: float,
+        drop_path: float,
+        **attention_options: Any,
+    ) -> None:
+        super().__init__()
+        self.window = window
+        self.shift = shift
+        self.norm1 = nn.LayerNorm(dim)
+        self.attn = WindowAttention(dim, window, n_heads, proj_drop=drop, **attention_options)
+        self.drop_path = StochasticDepth(drop_path, mode="row")
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop)
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """x (N, H, W, C); mask as of :func:`shift_mask`, used by shifted blocks."""
+        height, width = x.shape[1:3]
+        inside = _pad_bottom_right(self.norm1(x), self.window)
+        padded = inside.shape[1:3]
+        if self.shift:
+            inside = inside.roll((-self.shift, -self.shift), dims=(1, 2))
+        attended = self.attn(_to_windows(inside, self.window), mask if self.shift else None)
+        attended = _from_windows(attended, self.window, *padded)
+        if self.shift:
+            attended = attended.roll((self.shift, self.shift), dims=(1, 2))
+        x = x + self.drop_path(attended[:, :height, :width])
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+class PatchMerging(nn.Module):
+    """Each 2 x 2 pixels become one with twice the channels."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
+        self.norm = nn.LayerNorm(4 * dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, H, W, C) -> (N, ceil(H / 2), ceil(W / 2), 2 C)."""
+        x = _pad_bottom_right(x, 2)
+        # Column by column: (0, 0), (1, 0), (0, 1), (1, 1) as (row, column).
+        x = torch.cat([x[:, row::2, column::2] for column in (0, 1) for row in (0, 1)], dim=-1)
+        return self.reduction(self.norm(x))
+
+
+class SwinStage(nn.Module):
+    """Blocks at one resolution, every second one shifted by half a window, and the merging before the next stage."""
+
+    def __init__(
+        self,
+        dim: int,
+        n_heads: int,
+        window: int,
+        drop_paths: Sequence[float],
+        merge: bool,
+        use_checkpoint: bool,
+        **block_options: Any,
+    ) -> None:
+        super().__init__()
+        self.window = window
+        self.use_checkpoint = use_checkpoint
+        self.blocks = nn.ModuleList(
+            SwinBlock(dim, n_heads, window, window // 2 * (i % 2), drop_path=drop_path, **block_options)
+            for i, drop_path in enumerate(drop_paths)
+        )
+        self.downsample = PatchMerging(dim) if merge else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, H, W, C) -> the same, before merging."""
+        height, width = (length + -length % self.window for length in x.shape[1:3])
+        mask = shift_mask(height, width, self.window, self.window // 2, x.device)
+        for block in self.blocks:
+            if self.use_checkpoint and self.training and torch.is_grad_enabled():
+                x = checkpoint(block, x, mask, use_reentrant=False)
+            else:
+                x = block(x, mask)
+        return x
+
+
+class PatchEmbed(nn.Module):
+    """A strided convolution and, if ``norm``, a LayerNorm over the channels."""
+
+    def __init__(self, patch: int, dim: int, norm: bool) -> None:
+        super().__init__()
+        self.patch = patch
+        self.proj = nn.Conv2d(3, dim, kernel_size=patch, stride=patch)
+        self.norm = nn.LayerNorm(dim) if norm else None
+
+    def forward(self, image: Tensor) -> Tensor:
+        """(N, 3, H, W) -> (N, ceil(H / patch), ceil(W / patch), dim)."""
+        height, width = image.shape[-2:]
+        x = self.proj(F.pad(image, (0, -width % self.patch, 0, -height % self.patch))).permute(0, 2, 3, 1)
+        return x if self.norm is None else self.norm(x)
+
+
+class SwinTransformer(Backbone):
+    """Four stages at strides 4, 8, 16 and 32, named ``res2`` to ``res5``, each with a norm of its own on its output.
+
+    Args:
+        embed_dim: channels of the first stage; they double with each.
+        depths, n_heads: blocks and attention heads per stage.
+        window: side of the attention windows.
+        out_features: which stages are given out.
+        patch: stride of the first stage.
+        pretrain_size: image size that the absolute position embedding belongs to; it is interpolated to others.
+        absolute_position, patch_norm: whether to have them.
+        drop, drop_path: dropout, and stochastic depth of the last block, growing linearly from 0.
+        use_checkpoint: recompute each block in the backward pass instead of keeping its activations.
+        options: ``mlp_ratio``, ``qkv_bias``, ``qk_scale`` and ``attn_drop`` of the blocks.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        embed_dim: int,
+        depths: Sequence[int],
+        n_heads: Sequence[int],
+        window: int,
+        out_features: Sequence[str],
+        patch: int = 4,
+        pretrain_size: int = 224,
+        absolute_position: bool = False,
+        patch_norm: bool = True,
+        drop: float = 0.0,
+        drop_path: float = 0.0,
+        use_checkpoint: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        self.patch_embed = PatchEmbed(patch, embed_dim, patch_norm)
+        if absolute_position:
+            side = pretrain_size // patch
+            self.absolute_pos_embed = nn.Parameter(torch.empty(1, embed_dim, side, side))
+            nn.init.trunc_normal_(self.absolute_pos_embed, std=0.02)
+        self.pos_drop = nn.Dropout(drop)
+        drop_paths = [rates.tolist() for rates in torch.linspace(0, drop_path, sum(depths)).split(list(depths))]
+        dims = [embed_dim * 2**i for i in range(len(depths))]
+        last = len(depths) - 1
+        self.layers = nn.ModuleList(
+            SwinStage(dims[i], n_heads[i], window, drop_paths[i], i < last, use_checkpoint, drop=drop, **options)
+            for i in range(len(depths))
+        )
+        for i, dim in enumerate(dims):
+            self.add_module(f"norm{i}", nn.LayerNorm(dim))
+        self._stage_names = [f"res{i + 2}" for i in range(len(depths))]
+        self._out_features = list(out_features)
+        self._out_feature_channels = dict(zip(self._stage_names, dims))
+        self._out_feature_strides = {name: patch * 2**i for i, name in enumerate(self._stage_names)}
+        self.apply(_init_linear)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict[str, Any]:
+        """Arguments from ``MODEL.SWIN``."""
+        swin = cfg.MODEL.SWIN
+        return {
+            "embed_dim": swin.EMBED_DIM,
+            "depths": swin.DEPTHS,
+            "n_heads": swin.NUM_HEADS,
+            "window": swin.WINDOW_SIZE,
+            "out_features": swin.OUT_FEATURES,
+            "patch": swin.PATCH_SIZE,
+            "pretrain_size": swin.PRETRAIN_IMG_SIZE,
+            "absolute_position": swin.APE,
+            "patch_norm": swin.PATCH_NORM,
+            "drop": swin.DROP_RATE,
+            "drop_path": swin.DROP_PATH_RATE,
+            "use_checkpoint": swin.USE_CHECKPOINT,
+            "mlp_ratio": swin.MLP_RATIO,
+            "qkv_bias": swin.QKV_BIAS,
+            "qk_scale": swin.QK_SCALE,
+            "attn_drop": swin.ATTN_DROP_RATE,
+        }
+
+    def forward(self, image: Tensor) -> dict[str, Tensor]:
+        """(N, 3, H, W) -> the maps (N, C_l, H_l, W_l) of ``out_features`` by name."""
+        x = self.patch_embed(image)
+        if hasattr(self, "absolute_pos_embed"):
+            place = F.interpolate(self.absolute_pos_embed, size=x.shape[1:3], mode="bicubic")
+            x = x + place.permute(0, 2, 3, 1)
+        x = self.pos_drop(x)
+        outputs = {}
+        for i, (name, stage) in enumerate(zip(self._stage_names, self.layers)):
+            x = stage(x)
+            if name in self._out_features:
+                outputs[name] = getattr(self, f"norm{i}")(x).permute(0, 3, 1, 2).contiguous()
+            if stage.downsample is not None:
+                x = stage.downsample(x)
+        return outputs
+
+    @property
+    def size_divisibility(self) -> int:
+        """Stride of the last stage; other sizes work too, as every stage pads."""
+        return self._out_feature_strides[self._stage_names[-1]]
+
+
+def _init_linear(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

@@ -1,0 +1,101 @@
+"""The config nodes of the models, with the published names and defaults."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from detectron2.config import CfgNode
+
+# What add_maskformer2_config adds, and of add_deeplab_config what published yaml files set, flattened.
+_PUBLISHED: dict[str, Any] = {
+    "INPUT.DATASET_MAPPER_NAME": "mask_former_semantic",
+    "INPUT.COLOR_AUG_SSD": False,
+    "INPUT.CROP.SINGLE_CATEGORY_MAX_AREA": 1.0,
+    "INPUT.SIZE_DIVISIBILITY": -1,
+    "INPUT.IMAGE_SIZE": 1024,
+    "INPUT.MIN_SCALE": 0.1,
+    "INPUT.MAX_SCALE": 2.0,
+    "SOLVER.WEIGHT_DECAY_EMBED": 0.0,
+    "SOLVER.OPTIMIZER": "ADAMW",
+    "SOLVER.BACKBONE_MULTIPLIER": 0.1,
+    "SOLVER.POLY_LR_POWER": 0.9,
+    "SOLVER.POLY_LR_CONSTANT_ENDING": 0.0,
+    "MODEL.RESNETS.RES4_DILATION": 1,
+    "MODEL.RESNETS.RES5_MULTI_GRID": [1, 2, 4],
+    "MODEL.RESNETS.STEM_TYPE": "deeplab",
+    "MODEL.MASK_FORMER.DEEP_SUPERVISION": True,
+    "MODEL.MASK_FORMER.NO_OBJECT_WEIGHT": 0.1,
+    "MODEL.MASK_FORMER.CLASS_WEIGHT": 1.0,
+    "MODEL.MASK_FORMER.DICE_WEIGHT": 1.0,
+    "MODEL.MASK_FORMER.MASK_WEIGHT": 20.0,
+    "MODEL.MASK_FORMER.NHEADS": 8,
+    "MODEL.MASK_FORMER.DROPOUT": 0.1,
+    "MODEL.MASK_FORMER.DIM_FEEDFORWARD": 2048,
+    "MODEL.MASK_FORMER.ENC_LAYERS": 0,
+    "MODEL.MASK_FORMER.DEC_LAYERS": 6,
+    "MODEL.MASK_FORMER.PRE_NORM": False,
+    "MODEL.MASK_FORMER.HIDDEN_DIM": 256,
+    "MODEL.MASK_FORMER.NUM_OBJECT_QUERIES": 100,
+    "MODEL.MASK_FORMER.TRANSFORMER_IN_FEATURE": "res5",
+    "MODEL.MASK_FORMER.ENFORCE_INPUT_PROJ": False,
+    "MODEL.MASK_FORMER.SIZE_DIVISIBILITY": 32,
+    "MODEL.MASK_FORMER.TRANSFORMER_DECODER_NAME": "MultiScaleMaskedTransformerDecoder",
+    "MODEL.MASK_FORMER.TRAIN_NUM_POINTS": 112 * 112,
+    "MODEL.MASK_FORMER.OVERSAMPLE_RATIO": 3.0,
+    "MODEL.MASK_FORMER.IMPORTANCE_SAMPLE_RATIO": 0.75,
+    "MODEL.MASK_FORMER.TEST.SEMANTIC_ON": True,
+    "MODEL.MASK_FORMER.TEST.INSTANCE_ON": False,
+    "MODEL.MASK_FORMER.TEST.PANOPTIC_ON": False,
+    "MODEL.MASK_FORMER.TEST.OBJECT_MASK_THRESHOLD": 0.0,
+    "MODEL.MASK_FORMER.TEST.OVERLAP_THRESHOLD": 0.0,
+    "MODEL.MASK_FORMER.TEST.SEM_SEG_POSTPROCESSING_BEFORE_INFERENCE": False,
+    "MODEL.SEM_SEG_HEAD.MASK_DIM": 256,
+    "MODEL.SEM_SEG_HEAD.TRANSFORMER_ENC_LAYERS": 0,
+    "MODEL.SEM_SEG_HEAD.PIXEL_DECODER_NAME": "BasePixelDecoder",
+    "MODEL.SEM_SEG_HEAD.DEFORMABLE_TRANSFORMER_ENCODER_IN_FEATURES": ["res3", "res4", "res5"],
+    "MODEL.SEM_SEG_HEAD.DEFORMABLE_TRANSFORMER_ENCODER_N_POINTS": 4,
+    "MODEL.SEM_SEG_HEAD.DEFORMABLE_TRANSFORMER_ENCODER_N_HEADS": 8,
+    "MODEL.SWIN.PRETRAIN_IMG_SIZE": 224,
+    "MODEL.SWIN.PATCH_SIZE": 4,
+    "MODEL.SWIN.EMBED_DIM": 96,
+    "MODEL.SWIN.DEPTHS": [2, 2, 6, 2],
+    "MODEL.SWIN.NUM_HEADS": [3, 6, 12, 24],
+    "MODEL.SWIN.WINDOW_SIZE": 7,
+    "MODEL.SWIN.MLP_RATIO": 4.0,
+    "MODEL.SWIN.QKV_BIAS": True,
+    "MODEL.SWIN.QK_SCALE": None,
+    "MODEL.SWIN.DROP_RATE": 0.0,
+    "MODEL.SWIN.ATTN_DROP_RATE": 0.0,
+    "MODEL.SWIN.DROP_PATH_RATE": 0.3,
+    "MODEL.SWIN.APE": False,
+    "MODEL.SWIN.PATCH_NORM": True,
+    "MODEL.SWIN.OUT_FEATURES": ["res2", "res3", "res4", "res5"],
+    "MODEL.SWIN.USE_CHECKPOINT": False,
+}
+
+# Ours. They sit under Detectron2's own nodes: upstream's functions replace MODEL.MASK_FORMER and MODEL.SWIN as a whole.
+_OWN: dict[str, Any] = {
+    # Hidden channels of the pixel decoder's encoder; the published models have 1024 whatever MASK_FORMER.DIM_FEEDFORWARD is.
+    "MODEL.SEM_SEG_HEAD.DIM_FEEDFORWARD": 1024,
+    # True runs the pixel decoder in the autocast type with SOLVER.AMP; the published models keep it in float32.
+    "MODEL.SEM_SEG_HEAD.PIXEL_DECODER_AUTOCAST": False,
+    # Boxes of instances are computed from their masks; False leaves them zero, as the published code does.
+    "MODEL.SEM_SEG_HEAD.INSTANCE_BOXES": True,
+}
+
+
+def add_models_config(cfg: CfgNode) -> None:
+    """Add the models' config nodes to ``cfg``, in place.
+
+    What is there already stays as it is, so that this can come after upstream's ``add_*_config``, before them, or twice.
+    """
+    for key, value in {**_PUBLISHED, **_OWN}.items():
+        *path, name = key.split(".")
+        node = cfg
+        for part in path:
+            if part not in node:
+                node[part] = CfgNode()
+            node = node[part]
+        if name not in node:
+            # A list of its own for every config: CfgNode keeps what it is given.
+            node[name] = list(value) if isinstance(value, list) else value

@@ -1,0 +1,152 @@
+"""The multi-scale masked transformer decoder (Cheng et al., Masked-attention Mask Transformer, CVPR 2022, section 3.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import fvcore.nn.weight_init as weight_init
+import torch
+import torch.nn.functional as F
+from detectron2.config import CfgNode, configurable
+from detectron2.layers import Conv2d
+from torch import Tensor, nn
+
+from peft_d2.layers.position import SinePosition2d
+from peft_d2.layers.transformer import MLP, CrossAttentionLayer, FFNLayer, SelfAttentionLayer
+
+_LEVELS = 3
+
+
+class MultiScaleMaskedTransformerDecoder(nn.Module):
+    """Queries attend to one scale after the other, each only where it predicts its mask to be.
+
+    Args:
+        in_channels: of the multi-scale features.
+        num_classes: K; the classifier has one more output, no-object.
+        hidden_dim, n_heads, dim_feedforward: of the layers.
+        num_queries: Q.
+        n_layers: layers; the predictions are one more, as the first is made from the queries themselves.
+        pre_norm: see :class:`peft_d2.layers.transformer.SelfAttentionLayer`.
+        mask_dim: channels of the mask features.
+        enforce_input_projection: project the features even where their channels fit.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        in_channels: int,
+        mask_classification: bool = True,
+        *,
+        num_classes: int,
+        hidden_dim: int,
+        num_queries: int,
+        n_heads: int,
+        dim_feedforward: int,
+        n_layers: int,
+        pre_norm: bool,
+        mask_dim: int,
+        enforce_input_projection: bool,
+    ) -> None:
+        super().__init__()
+        if not mask_classification:
+            raise ValueError("MultiScaleMaskedTransformerDecoder: mask_classification is False; only True is supported")
+        self.num_heads = n_heads
+        self.position = SinePosition2d(hidden_dim)
+        layers = range(n_layers)
+        self.transformer_self_attention_layers = nn.ModuleList(
+            SelfAttentionLayer(hidden_dim, n_heads, pre_norm=pre_norm) for _ in layers
+        )
+        self.transformer_cross_attention_layers = nn.ModuleList(
+            CrossAttentionLayer(hidden_dim, n_heads, pre_norm=pre_norm) for _ in layers
+        )
+        self.transformer_ffn_layers = nn.ModuleList(
+            FFNLayer(hidden_dim, dim_feedforward, pre_norm=pre_norm) for _ in layers
+        )
+        self.decoder_norm = nn.LayerNorm(hidden_dim)
+        self.query_feat = nn.Embedding(num_queries, hidden_dim)
+        self.query_embed = nn.Embedding(num_queries, hidden_dim)
+        self.level_embed = nn.Embedding(_LEVELS, hidden_dim)
+        self.input_proj = nn.ModuleList()
+        for _ in range(_LEVELS):
+            projection: nn.Module = nn.Identity()  # has no keys in the state dict
+            if in_channels != hidden_dim or enforce_input_projection:
+                projection = Conv2d(in_channels, hidden_dim, kernel_size=1)
+                weight_init.c2_xavier_fill(projection)
+            self.input_proj.append(projection)
+        self.class_embed = nn.Linear(hidden_dim, num_classes + 1)
+        self.mask_embed = MLP(hidden_dim, hidden_dim, mask_dim, 3)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, in_channels: int, mask_classification: bool = True) -> dict[str, Any]:
+        """Arguments from ``MODEL.MASK_FORMER`` and ``MODEL.SEM_SEG_HEAD``."""
+        former = cfg.MODEL.MASK_FORMER
+        if former.DEC_LAYERS < 1:
+            raise ValueError(f"MODEL.MASK_FORMER.DEC_LAYERS is {former.DEC_LAYERS}; it counts predictions, at least 1")
+        return {
+            "in_channels": in_channels,
+            "mask_classification": mask_classification,
+            "num_classes": cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES,
+            "hidden_dim": former.HIDDEN_DIM,
+            "num_queries": former.NUM_OBJECT_QUERIES,
+            "n_heads": former.NHEADS,
+            "dim_feedforward": former.DIM_FEEDFORWARD,
+            # DEC_LAYERS counts the prediction made from the queries themselves, before any layer.
+            "n_layers": former.DEC_LAYERS - 1,
+            "pre_norm": former.PRE_NORM,
+            "mask_dim": cfg.MODEL.SEM_SEG_HEAD.MASK_DIM,
+            "enforce_input_projection": former.ENFORCE_INPUT_PROJ,
+        }
+
+    def forward(self, features: Sequence[Tensor], mask_features: Tensor, mask: Tensor | None = None) -> dict[str, Any]:
+        """Predict classes and masks.
+
+        Args:
+            features: three maps (N, C, H_l, W_l), coarsest first.
+            mask_features: (N, mask_dim, H, W).
+            mask: ignored: padding is attended to.
+
+        Returns:
+            ``pred_logits`` (N, Q, K + 1) and ``pred_masks`` (N, Q, H, W) of the last layer, and ``aux_outputs``, the same
+            of the raw queries and of every layer but the last.
+        """
+        if len(features) != _LEVELS:
+            raise ValueError(f"the transformer decoder got {len(features)} feature maps; it needs {_LEVELS}")
+        sizes = [(f.shape[-2], f.shape[-1]) for f in features]
+        values = [self._flatten(level, feature) for level, feature in enumerate(features)]
+        keys = [value + self.position(*size, value.device)[:, None] for value, size in zip(values, sizes)]
+        batch = mask_features.shape[0]
+        place = self.query_embed.weight[:, None].expand(-1, batch, -1)
+        x = self.query_feat.weight[:, None].expand(-1, batch, -1)
+        predictions = [self.predict(x, mask_features)]
+        layers = zip(
+            self.transformer_cross_attention_layers, self.transformer_self_attention_layers, self.transformer_ffn_layers
+        )
+        for number, (cross_attention, self_attention, ffn) in enumerate(layers):
+            level = number % _LEVELS
+            blocked = self.attention_mask(predictions[-1]["pred_masks"], sizes[level])
+            x = cross_attention(x, keys[level], values[level], place, blocked)
+            x = ffn(self_attention(x, place))
+            predictions.append(self.predict(x, mask_features))
+        return {**predictions[-1], "aux_outputs": predictions[:-1]}
+
+    def predict(self, x: Tensor, mask_features: Tensor) -> dict[str, Tensor]:
+        """Class and mask logits of hidden states (Q, N, C)."""
+        hidden = self.decoder_norm(x).transpose(0, 1)
+        masks = torch.einsum("bqc,bchw->bqhw", self.mask_embed(hidden), mask_features)
+        return {"pred_logits": self.class_embed(hidden), "pred_masks": masks}
+
+    @torch.no_grad()
+    def attention_mask(self, masks: Tensor, size: tuple[int, int]) -> Tensor:
+        """(N * heads, Q, h * w), True where a query must not attend: outside of its predicted mask (section 3.2.1).
+
+        A query whose mask is empty attends everywhere.
+        """
+        resized = F.interpolate(masks, size=size, mode="bilinear", align_corners=False)
+        blocked = resized.sigmoid().flatten(2) < 0.5
+        blocked &= ~blocked.all(-1, keepdim=True)
+        return blocked.repeat_interleave(self.num_heads, dim=0)
+
+    def _flatten(self, level: int, feature: Tensor) -> Tensor:
+        x = self.input_proj[level](feature).flatten(2) + self.level_embed.weight[level][:, None]
+        return x.permute(2, 0, 1)

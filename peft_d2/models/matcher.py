@@ -1,0 +1,102 @@
+"""Assignment of predictions to targets (Carion et al., ECCV 2020, section 3.1; mask costs of Cheng et al., CVPR 2022, appendix A)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor, nn
+
+from peft_d2.models.points import sample_shared_points
+from peft_d2.models.targets import Target
+
+Match = tuple[Tensor, Tensor]  # (query indices, target indices), both int64 on the CPU, sorted by target
+_FORBIDDEN = 1e6  # replaces a cost that is not finite: far above any real one, small enough to be summed exactly
+
+
+def mask_cost(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean binary cross-entropy of every prediction with every target.
+
+    With s = softplus: -[t log p + (1 - t) log(1 - p)] = s(x) - x t, so one product serves all pairs.
+
+    Args:
+        logits: (..., Q, P) at sampled points.
+        labels: (T, P) in [0, 1] at the same points.
+
+    Returns:
+        (..., Q, T).
+    """
+    return (F.softplus(logits).sum(-1, keepdim=True) - logits @ labels.T) / labels.shape[1]
+
+
+def dice_cost(logits: Tensor, labels: Tensor) -> Tensor:
+    """1 - (2 |p t| + 1) / (|p| + |t| + 1) of every prediction with every target; shapes as in :func:`mask_cost`."""
+    probability = logits.sigmoid()
+    overlap = 2 * (probability @ labels.T)
+    return 1 - (overlap + 1) / (probability.sum(-1, keepdim=True) + labels.sum(-1) + 1)
+
+
+def assign(cost: Tensor) -> Match:
+    """The cheapest one-to-one assignment of ``cost`` (Q, T) on the CPU; what is not finite is avoided if possible."""
+    finite = torch.nan_to_num(cost, nan=_FORBIDDEN, posinf=_FORBIDDEN, neginf=_FORBIDDEN)
+    queries, targets = (torch.as_tensor(i, dtype=torch.int64) for i in linear_sum_assignment(finite.numpy()))
+    order = targets.argsort()
+    return queries[order], targets[order]
+
+
+class HungarianMatcher(nn.Module):
+    """Matches by class probability, mask cross-entropy and dice, in float32 whatever the autocast type.
+
+    All predictions of an image (one per decoder layer) are compared with its targets at one random set of points,
+    and all costs of a batch leave the device in one copy.
+
+    Args:
+        cost_class, cost_mask, cost_dice: weights of the three costs.
+        num_points: points per image.
+    """
+
+    def __init__(self, cost_class: float, cost_mask: float, cost_dice: float, num_points: int) -> None:
+        super().__init__()
+        self.cost_class = cost_class
+        self.cost_mask = cost_mask
+        self.cost_dice = cost_dice
+        self.num_points = num_points
+
+    @torch.no_grad()
+    def forward(self, predictions: Sequence[dict[str, Tensor]], targets: Sequence[Target]) -> list[list[Match]]:
+        """Match every prediction by itself.
+
+        Args:
+            predictions: one dict per decoder layer with ``pred_logits`` (N, Q, K + 1) and ``pred_masks`` (N, Q, H, W).
+            targets: one per image.
+
+        Returns:
+            ``[layer][image]``: a :data:`Match` of min(Q, T) pairs.
+        """
+        with torch.autocast(predictions[0]["pred_masks"].device.type, enabled=False):
+            costs = [self.costs(predictions, image, target) for image, target in enumerate(targets)]
+        flat = torch.cat([cost.flatten() for cost in costs]).cpu()
+        matches: list[list[Match]] = [[] for _ in predictions]
+        for cost, values in zip(costs, flat.split([cost.numel() for cost in costs])):
+            for layer, layer_cost in enumerate(values.view(cost.shape)):
+                matches[layer].append(assign(layer_cost))
+        return matches
+
+    def costs(self, predictions: Sequence[dict[str, Tensor]], image: int, target: Target) -> Tensor:
+        """(layers, Q, T) float32 costs of one image."""
+        class_logits = torch.stack([p["pred_logits"][image] for p in predictions]).float()
+        points = torch.rand(self.num_points, 2, device=class_logits.device)
+        labels = sample_shared_points(target.masks, points)
+        logits = torch.stack([sample_shared_points(p["pred_masks"][image].float(), points) for p in predictions])
+        # 1 - probability would be the cost; the constant changes no assignment.
+        cost_class = -class_logits.softmax(-1)[..., target.labels]
+        return (
+            self.cost_mask * mask_cost(logits, labels)
+            + self.cost_class * cost_class
+            + self.cost_dice * dice_cost(logits, labels)
+        )
+
+    def extra_repr(self) -> str:
+        return f"class={self.cost_class}, mask={self.cost_mask}, dice={self.cost_dice}, points={self.num_points}"

@@ -1,0 +1,1 @@
+"""From a backbone's maps to mask features and multi-scale features."""

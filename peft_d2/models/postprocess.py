@@ -1,0 +1,185 @@
+"""From class and mask logits to instance, panoptic and semantic results at the requested size.
+
+Masks are brought to full size a few queries at a time: memory is bounded by :data:`CHUNK_VALUES`, not by the number of queries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from detectron2.structures import Boxes, Instances
+from torch import Tensor
+
+CHUNK_VALUES = 2**24  # float32 values that are held at full size at once: 64 MiB
+
+
+@dataclass(frozen=True)
+class Canvas:
+    """Where an image's masks go: each size is (height, width).
+
+    The decoder's masks cover ``padded``, the size of the batch; ``image`` is the part without padding; ``output`` is asked for.
+    """
+
+    padded: tuple[int, int]
+    image: tuple[int, int]
+    output: tuple[int, int]
+
+    def upsample(self, masks: Tensor) -> Tensor:
+        """(M, h, w) logits -> (M, *output) float32."""
+        return self.crop_and_resize(self.to_padded(masks))
+
+    def to_padded(self, masks: Tensor) -> Tensor:
+        """(M, h, w) -> (M, *padded) float32."""
+        return _resize(masks.float(), self.padded)
+
+    def crop_and_resize(self, maps: Tensor) -> Tensor:
+        """(M, *padded) -> (M, *output)."""
+        return _resize(maps[:, : self.image[0], : self.image[1]], self.output)
+
+    def chunks(self, count: int, full_size: bool = True) -> Iterator[slice]:
+        """Slices of ``count`` masks that fit into :data:`CHUNK_VALUES` each."""
+        height, width = self.padded
+        if full_size:
+            height, width = max(height, self.output[0]), max(width, self.output[1])
+        step = max(1, CHUNK_VALUES // (height * width))
+        return (slice(start, min(start + step, count)) for start in range(0, count, step))
+
+
+def _resize(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    return F.interpolate(maps[None], size=size, mode="bilinear", align_corners=False)[0]
+
+
+def mask_boxes(masks: Tensor) -> Tensor:
+    """Tight boxes (M, 4) float32 as (x0, y0, x1, y1), x1 and y1 one past the last pixel, of masks (M, H, W); zeros where empty."""
+    sides = []
+    for hit in (masks.any(1), masks.any(2)):  # columns, rows
+        hit = hit.to(torch.uint8)
+        sides.append((hit.argmax(1), hit.shape[1] - hit.flip(1).argmax(1)))
+    (x0, x1), (y0, y1) = sides
+    boxes = torch.stack([x0, y0, x1, y1], dim=1).float()
+    return boxes * masks.flatten(1).any(1)[:, None]
+
+
+def instance_inference(
+    class_logits: Tensor,
+    mask_logits: Tensor,
+    canvas: Canvas,
+    top_k: int,
+    keep_classes: Collection[int] | None = None,
+    boxes: bool = True,
+) -> Instances:
+    """The best (query, class) pairs, sorted by score; a query may appear with several classes.
+
+    Args:
+        class_logits: (Q, K + 1), no-object last.
+        mask_logits: (Q, h, w).
+        canvas: sizes.
+        top_k: pairs; all of them if there are fewer.
+        keep_classes: of the top ones, only these classes stay; None keeps all.
+        boxes: compute boxes from the masks; zeros otherwise.
+
+    Returns:
+        ``pred_masks`` (M, H, W) bool, ``pred_boxes``, ``scores`` (class probability times the mask's mean probability
+        inside itself) and ``pred_classes``.
+    """
+    probability = class_logits.float().softmax(-1)[:, :-1]
+    n_classes = probability.shape[1]
+    scores, pairs = probability.flatten().topk(min(top_k, probability.numel()))
+    classes, queries = pairs % n_classes, pairs // n_classes
+    if keep_classes is not None:
+        keep = torch.isin(classes, torch.tensor(sorted(keep_classes), dtype=classes.dtype, device=classes.device))
+        scores, classes, queries = scores[keep], classes[keep], queries[keep]
+    used, slot = queries.unique(return_inverse=True)
+    masks = torch.zeros(len(used), *canvas.output, dtype=torch.bool, device=mask_logits.device)
+    quality = torch.zeros(len(used), device=mask_logits.device)
+    for part in canvas.chunks(len(used)):
+        logits = canvas.upsample(mask_logits[used[part]])
+        inside = torch.gt(logits, 0, out=masks[part])
+        quality[part] = (logits.sigmoid() * inside).flatten(1).sum(1) / (inside.flatten(1).sum(1) + 1e-6)
+    scores, order = (scores * quality[slot]).sort(descending=True, stable=True)
+    slot = slot[order]
+    result = Instances(canvas.output)
+    result.pred_masks = masks[slot]
+    result.pred_boxes = Boxes(mask_boxes(masks)[slot] if boxes else torch.zeros(len(slot), 4))
+    result.scores = scores
+    result.pred_classes = classes[order]
+    return result
+
+
+def semantic_inference(class_logits: Tensor, mask_logits: Tensor, canvas: Canvas, resize_last: bool = False) -> Tensor:
+    """Per-class maps (K, H, W): the sum over queries of class probability times mask probability, not normalised.
+
+    Args:
+        class_logits, mask_logits, canvas: as in :func:`instance_inference`.
+        resize_last: sum at the padded size and resize the class maps, which needs less memory for large outputs with
+            many queries; otherwise resize the mask logits first.
+    """
+    probability = class_logits.float().softmax(-1)[:, :-1]
+    resize = canvas.to_padded if resize_last else canvas.upsample
+    size = canvas.padded if resize_last else canvas.output
+    total = torch.zeros(probability.shape[1], *size, device=mask_logits.device)
+    for part in canvas.chunks(len(mask_logits), full_size=not resize_last):
+        masks = resize(mask_logits[part]).sigmoid_()
+        total += torch.einsum("qc,qhw->chw", probability[part], masks)
+    return canvas.crop_and_resize(total) if resize_last else total
+
+
+def panoptic_inference(
+    class_logits: Tensor,
+    mask_logits: Tensor,
+    canvas: Canvas,
+    thing_classes: Collection[int],
+    score_threshold: float,
+    overlap_threshold: float,
+) -> tuple[Tensor, list[dict]]:
+    """One segment per pixel (Cheng et al., MaskFormer, NeurIPS 2021, section 3.4).
+
+    A query whose score is above the threshold competes for each pixel with score times mask probability. It is kept if what it
+    wins is at least ``overlap_threshold`` of the pixels where its probability is 0.5 or more, and paints those of the two
+    that coincide. Stuff of one class is one segment.
+
+    Returns:
+        (H, W) int32 of segment ids, 0 where there is none, and the segments: ``id``, ``category_id``, ``isthing``.
+    """
+    scores, classes = class_logits.float().softmax(-1).max(-1)
+    keep = (classes != class_logits.shape[-1] - 1) & (scores > score_threshold)
+    scores, classes, mask_logits = scores[keep], classes[keep], mask_logits[keep]
+    if not len(scores):
+        return torch.zeros(canvas.output, dtype=torch.int32, device=mask_logits.device), []
+    winner, painted, areas = _compete(scores, mask_logits, canvas)
+    won = winner.flatten().bincount(minlength=len(scores))
+    visible = winner[painted].bincount(minlength=len(scores))
+    segments: list[dict] = []
+    segment_of_query = torch.zeros(len(scores), dtype=torch.int32)
+    stuff: dict[int, int] = {}
+    rows = zip(classes.tolist(), won.tolist(), areas.tolist(), visible.tolist())
+    for query, (category, won_area, area, visible_area) in enumerate(rows):
+        if not (area and visible_area) or won_area / area < overlap_threshold:
+            continue
+        is_thing = category in thing_classes
+        if is_thing or category not in stuff:
+            stuff[category] = len(segments) + 1
+            segments.append({"id": len(segments) + 1, "isthing": is_thing, "category_id": category})
+        segment_of_query[query] = len(segments) if is_thing else stuff[category]
+    return segment_of_query.to(winner.device)[winner] * painted, segments
+
+
+def _compete(scores: Tensor, mask_logits: Tensor, canvas: Canvas) -> tuple[Tensor, Tensor, Tensor]:
+    """Who wins each pixel (H, W), whether its probability is at least 0.5 there (H, W), and each query's own area (M,)."""
+    device = mask_logits.device
+    best = torch.full(canvas.output, -1.0, device=device)
+    winner = torch.zeros(canvas.output, dtype=torch.int64, device=device)
+    painted = torch.zeros(canvas.output, dtype=torch.bool, device=device)
+    areas = torch.zeros(len(scores), dtype=torch.int64, device=device)
+    for part in canvas.chunks(len(scores)):
+        masks = canvas.upsample(mask_logits[part]).sigmoid_()
+        areas[part] = (masks >= 0.5).flatten(1).sum(1)
+        value, index = (scores[part, None, None] * masks).max(0)
+        better = value > best
+        best = torch.where(better, value, best)
+        winner = torch.where(better, index + part.start, winner)
+        painted = torch.where(better, masks.gather(0, index[None])[0] >= 0.5, painted)
+    return winner, painted, areas

@@ -1,0 +1,70 @@
+"""The models' entries in Detectron2's registries: own names, and upstream's names on loan."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY, SEM_SEG_HEADS_REGISTRY
+from fvcore.common.registry import Registry
+
+from peft_d2.models.backbones.swin import SwinTransformer
+from peft_d2.models.decoders import TRANSFORMER_DECODER_REGISTRY
+from peft_d2.models.decoders.masked_transformer import MultiScaleMaskedTransformerDecoder
+from peft_d2.models.mask2former import MaskFormer
+from peft_d2.models.mask_former_head import MaskFormerHead
+from peft_d2.models.pixel_decoders.ms_deform_attn import MSDeformAttnPixelDecoder
+
+_logger = logging.getLogger(__name__)
+
+# registry, class, own name, upstream's name
+_ENTRIES: tuple[tuple[Registry, type, str, str], ...] = (
+    (META_ARCH_REGISTRY, MaskFormer, "PD2MaskFormer", "MaskFormer"),
+    (SEM_SEG_HEADS_REGISTRY, MaskFormerHead, "PD2MaskFormerHead", "MaskFormerHead"),
+    (SEM_SEG_HEADS_REGISTRY, MSDeformAttnPixelDecoder, "PD2MSDeformAttnPixelDecoder", "MSDeformAttnPixelDecoder"),
+    (
+        TRANSFORMER_DECODER_REGISTRY,
+        MultiScaleMaskedTransformerDecoder,
+        "PD2MultiScaleMaskedTransformerDecoder",
+        "MultiScaleMaskedTransformerDecoder",
+    ),
+    (BACKBONE_REGISTRY, SwinTransformer, "PD2SwinTransformer", "D2SwinTransformer"),
+)
+
+
+class _LendingRegistry(Registry):
+    """A registry in which some names are only lent: whoever registers one of them afterwards gets it."""
+
+    _lent: dict[str, Any]
+
+    def _do_register(self, name: str, obj: Any) -> None:
+        if name in self._lent and self._obj_map.get(name) is self._lent.pop(name):
+            del self._obj_map[name]
+            _logger.info("%s now serves %r in registry %s", getattr(obj, "__module__", obj), name, self._name)
+        super()._do_register(name, obj)
+
+
+def _lend(registry: Registry, name: str, obj: Any) -> None:
+    """Register ``obj`` under ``name`` where that is free, until someone else wants the name."""
+    if name in registry:
+        return
+    if not isinstance(registry, _LendingRegistry):
+        # In place, as other modules hold this very object.
+        registry.__class__ = _LendingRegistry
+        vars(registry)["_lent"] = {}
+    registry._do_register(name, obj)
+    vars(registry)["_lent"][name] = obj
+
+
+def register(upstream_names: bool = False) -> None:
+    """Make the models known to Detectron2; calling it again changes nothing.
+
+    Args:
+        upstream_names: also serve the names of the official packages where they are free, so that published yaml files run
+            as they are. An official package that is imported later takes its names back.
+    """
+    for registry, cls, name, upstream in _ENTRIES:
+        if name not in registry:
+            registry._do_register(name, cls)
+        if upstream_names:
+            _lend(registry, upstream, cls)
