@@ -1,0 +1,67 @@
+"""Class counts: taken from the json of one's own data; a count that the user wrote himself must agree with it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection
+from typing import Any
+
+from peft_d2.engine.config import base_architecture
+from peft_d2.engine.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+_KEYS = {
+    "GeneralizedRCNN": ("MODEL.ROI_HEADS.NUM_CLASSES",),
+    "RetinaNet": ("MODEL.RETINANET.NUM_CLASSES",),
+    "PanopticFPN": ("MODEL.ROI_HEADS.NUM_CLASSES",),
+}
+_DEFAULT = ("MODEL.SEM_SEG_HEAD.NUM_CLASSES",)
+
+
+def class_count_keys(cfg: Any) -> tuple[str, ...]:
+    """The config keys that hold the number of thing classes of this config's model."""
+    return _KEYS.get(base_architecture(cfg), _DEFAULT)
+
+
+def apply_class_count(cfg: Any, explicit: Collection[str] = ()) -> None:
+    """Set the model's class count to that of the data sets in ``DATASETS.REGISTER``, with one line.
+
+    Args:
+        cfg: changed in place. Sets that Detectron2 registers itself leave it as it is.
+        explicit: keys that the user wrote himself.
+
+    Raises:
+        ConfigError: an explicit count contradicts the json.
+    """
+    from peft_d2.data import class_names
+
+    own = {entry["NAME"] for entry in cfg.DATASETS.REGISTER if "NAME" in entry}
+    used = list(cfg.DATASETS.TRAIN) or list(cfg.DATASETS.TEST)
+    names = class_names(cfg)
+    if not used or used[0] not in own:
+        return
+    for key in class_count_keys(cfg):
+        node, _, leaf = key.rpartition(".")
+        parent = _walk(cfg, node)
+        if parent is None or leaf not in parent or parent[leaf] == len(names):
+            continue
+        if key in explicit:
+            raise ConfigError(
+                f"{key} is {parent[leaf]} but the json of data set {used[0]!r} lists {len(names)} categories "
+                f"({_some(names)}). Leave the key out, or correct it or the json."
+            )
+        logger.info("%s: %d -> %d, the categories of data set %r.", key, parent[leaf], len(names), used[0])
+        parent[leaf] = len(names)
+
+
+def _walk(cfg: Any, path: str) -> Any:
+    for part in path.split("."):
+        if part not in cfg:
+            return None
+        cfg = cfg[part]
+    return cfg
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")

@@ -1,0 +1,197 @@
+"""The config: ``MODEL.PEFT`` and its companions, and reading files and ``KEY VALUE`` pairs with clear errors."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from peft_d2.compat import require_detectron2
+from peft_d2.engine.errors import ConfigError
+
+PEFT_ARCHITECTURE = "PEFTModel"
+_BASE_KEY = "_BASE_"
+logger = logging.getLogger(__name__)
+
+
+def add_config(cfg: Any) -> None:
+    """Add ``MODEL.PEFT``, the models' own nodes and the data keys to a Detectron2 config.
+
+    What exists already keeps its value, so it is safe after an upstream ``add_*_config`` and twice.
+
+    ``MODEL.PEFT.META_ARCHITECTURE``: the registered model that ``META_ARCHITECTURE: PEFTModel`` builds and injects.
+    ``MODEL.PEFT.WEIGHTS``: an adapter folder to start from or to evaluate.
+    ``MODEL.PEFT.METHODS``: list of ``{NAME, TARGETS, ...}``, see :func:`peft_d2.inject`.
+    ``MODEL.PEFT.TRAIN``: modules or parameters trained in full besides; ``["*"]`` is full fine-tuning.
+    ``MODEL.PEFT.LR_FACTOR``, ``TRAIN_LR_FACTOR``: factors on ``BASE_LR`` for injected parts and for ``TRAIN``.
+    ``MODEL.PEFT.ALLOW_OTHER_BASE``: load an adapter that was made for another base all the same.
+    ``SOLVER.REFERENCE_IMS``: the batch size that ``BASE_LR`` was chosen for; 0 leaves the rate as it is.
+    ``SOLVER.CHECKPOINTS_TO_KEEP``: how many periodic checkpoints stay on disk; 0 keeps all.
+    ``SOLVER.AMP.DTYPE``: ``auto`` (bf16 where the device has it, else fp16), ``bf16`` or ``fp16``.
+    """
+    require_detectron2()
+    from detectron2.config import CfgNode
+
+    from peft_d2.data import add_data_config
+    from peft_d2.models import add_models_config
+
+    solver_was_extended = "OPTIMIZER" in cfg.SOLVER or "PEFT" in cfg.MODEL
+    mapper_was_there = "DATASET_MAPPER_NAME" in cfg.INPUT or "PEFT" in cfg.MODEL
+    add_models_config(cfg)
+    add_data_config(cfg)
+    if not solver_was_extended:
+        # A plain Detectron2 config must keep its meaning; Mask2Former's published files name their choice.
+        cfg.SOLVER.OPTIMIZER = "SGD"
+        cfg.SOLVER.BACKBONE_MULTIPLIER = 1.0
+    if not mapper_was_there:
+        cfg.INPUT.DATASET_MAPPER_NAME = ""
+    _defaults(cfg.SOLVER, REFERENCE_IMS=0, CHECKPOINTS_TO_KEEP=0, POLY_LR_POWER=0.9, POLY_LR_CONSTANT_ENDING=0.0)
+    _defaults(cfg.SOLVER.AMP, DTYPE="auto")
+    _defaults(cfg.MODEL, PEFT=CfgNode())
+    _defaults(
+        cfg.MODEL.PEFT,
+        META_ARCHITECTURE="",
+        WEIGHTS="",
+        METHODS=[],
+        TRAIN=[],
+        LR_FACTOR=1.0,
+        TRAIN_LR_FACTOR=1.0,
+        ALLOW_OTHER_BASE=False,
+    )
+
+
+def _defaults(node: Any, **values: Any) -> None:
+    for key, value in values.items():
+        if key not in node:
+            node[key] = value
+
+
+@dataclass
+class LoadedConfig:
+    """A config and the keys that its user wrote himself: in the top file, the PEFT file or on the command line."""
+
+    cfg: Any
+    explicit: set[str] = field(default_factory=set)
+
+
+def load_config(config_file: str, peft_config: str = "", opts: Sequence[str] = ()) -> LoadedConfig:
+    """Read a model's config file, one of ``configs/peft`` on top of it, and ``KEY VALUE`` pairs.
+
+    Raises:
+        ConfigError: a file that is missing or unsafe, a key that does not exist, a value of the wrong type.
+    """
+    require_detectron2()
+    from detectron2.config import get_cfg
+
+    cfg = get_cfg()
+    add_config(cfg)
+    loaded = LoadedConfig(cfg)
+    if config_file:
+        _merge_file(loaded, config_file)
+    if peft_config:
+        base = cfg.MODEL.META_ARCHITECTURE
+        _merge_file(loaded, peft_config)
+        if cfg.MODEL.META_ARCHITECTURE == PEFT_ARCHITECTURE and not cfg.MODEL.PEFT.META_ARCHITECTURE:
+            cfg.MODEL.PEFT.META_ARCHITECTURE = base
+    _merge_pairs(loaded, opts)
+    resolve_device(cfg)
+    return loaded
+
+
+def base_architecture(cfg: Any) -> str:
+    """Name of the model itself, whether or not PEFT is applied to it."""
+    if cfg.MODEL.META_ARCHITECTURE == PEFT_ARCHITECTURE:
+        return cfg.MODEL.PEFT.META_ARCHITECTURE
+    return cfg.MODEL.META_ARCHITECTURE
+
+
+def resolve_device(cfg: Any) -> None:
+    """Turn ``MODEL.DEVICE: cuda`` into ``cpu``, with one line, where torch sees no CUDA device."""
+    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
+        frozen = cfg.is_frozen()
+        cfg.defrost()
+        requested, cfg.MODEL.DEVICE = cfg.MODEL.DEVICE, "cpu"
+        if frozen:
+            cfg.freeze()
+        logger.warning("MODEL.DEVICE is %r but torch sees no CUDA device here: running on the CPU.", requested)
+
+
+def _merge_file(loaded: LoadedConfig, path: str) -> None:
+    from peft_d2.io.safe_yaml import refuse_unsafe
+
+    if not Path(path).is_file():
+        raise ConfigError(f"config file {path!r} does not exist. Give the path of a yaml file.")
+    refuse_unsafe(path)
+    cfg = loaded.cfg
+    tree = type(cfg).load_yaml_with_base(path, allow_unsafe=False)
+    if tree.get("VERSION", cfg.VERSION) == cfg.VERSION:  # older ones are renamed by Detectron2 while merging
+        _refuse_unknown_keys(tree, cfg, path)
+    try:
+        cfg.merge_from_file(path, allow_unsafe=False)
+    except (AssertionError, KeyError, ValueError) as error:
+        raise ConfigError(f"{path}: {error}") from error
+    loaded.explicit.update(key for key, _ in _leaves(_read_top(path)))
+
+
+def _read_top(path: str) -> dict[str, Any]:
+    import yaml
+
+    tree = yaml.safe_load(Path(path).read_text()) or {}
+    tree.pop(_BASE_KEY, None)
+    return tree
+
+
+def _merge_pairs(loaded: LoadedConfig, opts: Sequence[str]) -> None:
+    opts = list(opts or ())
+    if len(opts) % 2:
+        raise ConfigError(f"config options come in KEY VALUE pairs; the last one, {opts[-1]!r}, stands alone.")
+    known = {key for key, _ in _leaves(loaded.cfg)}
+    for key, value in zip(opts[::2], opts[1::2], strict=True):
+        if key not in known:
+            raise ConfigError(_unknown_key("command line", key, known))
+        try:
+            loaded.cfg.merge_from_list([key, value])
+        except (AssertionError, KeyError, ValueError) as error:
+            raise ConfigError(f"command line: {key} {value}: {error}") from error
+        loaded.explicit.add(key)
+
+
+def _refuse_unknown_keys(tree: Mapping[str, Any], cfg: Any, path: str) -> None:
+    known = {key for key, _ in _leaves(cfg)}
+    nodes = {key.rsplit(".", depth)[0] for key in known for depth in range(1, key.count(".") + 1)}
+    for key, _ in _leaves(tree):
+        if key in known or key in nodes or _new_keys_allowed(cfg, key):
+            continue
+        raise ConfigError(_unknown_key(path, key, known))
+
+
+def _unknown_key(where: str, key: str, known: set[str]) -> str:
+    node, _, name = key.rpartition(".")
+    siblings = {k.rpartition(".")[2]: k for k in sorted(known) if k.rpartition(".")[0] == node}
+    near = [siblings[n] for n in difflib.get_close_matches(name, siblings, n=1, cutoff=0.5)]
+    near = near or difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.0)
+    return f"{where}: config key {key!r} does not exist; the nearest one is {near[0]!r}."
+
+
+def _new_keys_allowed(cfg: Any, key: str) -> bool:
+    node = cfg
+    for part in key.split(".")[:-1]:
+        if node.is_new_allowed():
+            return True
+        if part not in node or not isinstance(node[part], Mapping):
+            return False
+        node = node[part]
+    return node.is_new_allowed()
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

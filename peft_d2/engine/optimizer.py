@@ -1,0 +1,194 @@
+"""Optimizer, learning rates of the parts, schedules, and the rate's scaling with the batch."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from peft_d2.engine.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+_NORMS = (
+    nn.BatchNorm1d,
+    nn.BatchNorm2d,
+    nn.BatchNorm3d,
+    nn.SyncBatchNorm,
+    nn.GroupNorm,
+    nn.InstanceNorm1d,
+    nn.InstanceNorm2d,
+    nn.InstanceNorm3d,
+    nn.LayerNorm,
+    nn.LocalResponseNorm,
+)
+_POSITION_TABLES = ("relative_position_bias_table", "absolute_pos_embed")
+
+
+def scale_learning_rate(cfg: Any) -> None:
+    """Scale ``SOLVER.BASE_LR`` linearly from ``REFERENCE_IMS`` to ``IMS_PER_BATCH`` images, with one line.
+
+    Source: Goyal et al., Accurate, Large Minibatch SGD, 2017, section 2.1. ``REFERENCE_IMS`` then becomes the batch
+    in use, so that a second call changes nothing.
+    """
+    reference, batch = cfg.SOLVER.REFERENCE_IMS, cfg.SOLVER.IMS_PER_BATCH
+    if reference in (0, batch):
+        return
+    frozen = cfg.is_frozen()
+    cfg.defrost()
+    old = cfg.SOLVER.BASE_LR
+    cfg.SOLVER.BASE_LR = old * batch / reference
+    cfg.SOLVER.REFERENCE_IMS = batch
+    if frozen:
+        cfg.freeze()
+    logger.info(
+        "Learning rate %g, chosen for batches of %d images, becomes %g for %d.", old, reference, cfg.SOLVER.BASE_LR, batch
+    )
+
+
+def build_optimizer(cfg: Any, model: nn.Module) -> torch.optim.Optimizer:
+    """AdamW or SGD over what is trained, with Mask2Former's weight-decay rules and gradient clipping.
+
+    Injected parameters learn at ``BASE_LR * MODEL.PEFT.LR_FACTOR`` wherever they sit; modules trained in full at
+    ``BASE_LR * TRAIN_LR_FACTOR``, in the backbone times ``BACKBONE_MULTIPLIER`` besides.
+
+    Raises:
+        ConfigError: nothing to train, or an unknown optimizer or clipping.
+    """
+    groups = _parameter_groups(cfg, model)
+    if not groups:
+        raise ConfigError("no parameter is trained: MODEL.PEFT.METHODS and TRAIN select nothing that needs gradients.")
+    solver = cfg.SOLVER
+    optimizer: torch.optim.Optimizer
+    if solver.OPTIMIZER == "ADAMW":
+        optimizer = torch.optim.AdamW(groups, lr=solver.BASE_LR, weight_decay=solver.WEIGHT_DECAY)
+    elif solver.OPTIMIZER == "SGD":
+        optimizer = torch.optim.SGD(
+            groups,
+            lr=solver.BASE_LR,
+            momentum=solver.MOMENTUM,
+            nesterov=solver.NESTEROV,
+            weight_decay=solver.WEIGHT_DECAY,
+        )
+    else:
+        raise ConfigError(f"SOLVER.OPTIMIZER is {solver.OPTIMIZER!r}; expected 'ADAMW' or 'SGD'.")
+    _describe(groups, solver.OPTIMIZER)
+    return _add_clipping(cfg, optimizer)
+
+
+def _parameter_groups(cfg: Any, model: nn.Module) -> list[dict[str, Any]]:
+    """One group per distinct (learning rate, weight decay): few groups keep the fused kernels busy."""
+    groups: dict[tuple[float, float], dict[str, Any]] = {}
+    for name, module, parameter, injected in _trained(model):
+        rate = _learning_rate(cfg, name, injected, is_peft=_is_injected_model(model))
+        decay = _weight_decay(cfg, name, module)
+        if name.endswith("bias"):
+            rate *= cfg.SOLVER.BIAS_LR_FACTOR or 1.0
+        group = groups.setdefault((rate, decay), {"params": [], "lr": rate, "weight_decay": decay})
+        group["params"].append(parameter)
+    return list(groups.values())
+
+
+def _trained(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Parameter, bool]]:
+    """(name, owner, parameter, whether it is injected) of every parameter that needs gradients, each once."""
+    from peft_d2 import peft
+
+    injected = {id(t.param) for t in peft.trained_parameters(model) if t.kind == "injected"}
+    seen: set[int] = set()
+    for module_name, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.requires_grad and id(parameter) not in seen:
+                seen.add(id(parameter))
+                yield f"{module_name}.{name}" if module_name else name, module, parameter, id(parameter) in injected
+
+
+def _is_injected_model(model: nn.Module) -> bool:
+    from peft_d2 import peft
+
+    return peft.get_injection(model) is not None
+
+
+def _learning_rate(cfg: Any, name: str, injected: bool, is_peft: bool) -> float:
+    if injected:
+        return cfg.SOLVER.BASE_LR * cfg.MODEL.PEFT.LR_FACTOR
+    rate = cfg.SOLVER.BASE_LR * (cfg.MODEL.PEFT.TRAIN_LR_FACTOR if is_peft else 1.0)
+    return rate * cfg.SOLVER.BACKBONE_MULTIPLIER if "backbone" in name.rpartition(".")[0] else rate
+
+
+def _weight_decay(cfg: Any, name: str, module: nn.Module) -> float:
+    solver = cfg.SOLVER
+    if isinstance(module, nn.Embedding):
+        return solver.WEIGHT_DECAY_EMBED
+    if isinstance(module, _NORMS):
+        return solver.WEIGHT_DECAY_NORM
+    if name.rpartition(".")[2] in _POSITION_TABLES:
+        return 0.0
+    return solver.WEIGHT_DECAY
+
+
+def _describe(groups: list[dict[str, Any]], name: str) -> None:
+    parts = [
+        f"{sum(p.numel() for p in g['params']):,} parameters at lr {g['lr']:g}, weight decay {g['weight_decay']:g}"
+        for g in groups
+    ]
+    logger.info("Optimizer %s: %s", name, "; ".join(parts))
+
+
+def _add_clipping(cfg: Any, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """Clip gradients before each step; ``full_model`` clips the norm of all of them together."""
+    clip = cfg.SOLVER.CLIP_GRADIENTS
+    if not clip.ENABLED or clip.CLIP_VALUE <= 0:
+        return optimizer
+
+    def clip_gradients(opt: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        parameters = list(itertools.chain.from_iterable(group["params"] for group in opt.param_groups))
+        if clip.CLIP_TYPE == "full_model":
+            nn.utils.clip_grad_norm_(parameters, clip.CLIP_VALUE, norm_type=clip.NORM_TYPE)
+        elif clip.CLIP_TYPE == "norm":
+            for parameter in parameters:
+                nn.utils.clip_grad_norm_(parameter, clip.CLIP_VALUE, norm_type=clip.NORM_TYPE)
+        else:
+            nn.utils.clip_grad_value_(parameters, clip.CLIP_VALUE)
+
+    if clip.CLIP_TYPE not in ("full_model", "norm", "value"):
+        raise ConfigError(
+            f"SOLVER.CLIP_GRADIENTS.CLIP_TYPE is {clip.CLIP_TYPE!r}; expected 'full_model', 'norm' or 'value'."
+        )
+    optimizer.register_step_pre_hook(clip_gradients)
+    return optimizer
+
+
+def build_lr_scheduler(cfg: Any, optimizer: torch.optim.Optimizer) -> Any:
+    """Detectron2's schedules, and ``WarmupPolyLR`` of DeepLab and Mask2Former."""
+    if cfg.SOLVER.LR_SCHEDULER_NAME != "WarmupPolyLR":
+        from detectron2.solver import build_lr_scheduler as build_detectron2_scheduler
+
+        return build_detectron2_scheduler(cfg, optimizer)
+    return _warmup_poly(cfg, optimizer)
+
+
+def _warmup_poly(cfg: Any, optimizer: torch.optim.Optimizer) -> Any:
+    """``(1 - t) ** power`` over the run, times a warm-up factor (Chen et al., DeepLab, 2018, section 4.1)."""
+    from detectron2.solver import LRMultiplier
+    from fvcore.common.param_scheduler import ParamScheduler
+
+    solver = cfg.SOLVER
+
+    class WarmupPoly(ParamScheduler):
+        def __call__(self, where: float) -> float:
+            step = where * solver.MAX_ITER
+            warm = 1.0
+            if step < solver.WARMUP_ITERS:
+                share = step / solver.WARMUP_ITERS if solver.WARMUP_METHOD == "linear" else 0.0
+                warm = solver.WARMUP_FACTOR * (1 - share) + share
+            decay = math.pow(max(0.0, 1.0 - where), solver.POLY_LR_POWER)
+            if warm == 1.0:
+                decay = max(decay, solver.POLY_LR_CONSTANT_ENDING)
+            return warm * decay
+
+    return LRMultiplier(optimizer, multiplier=WarmupPoly(), max_iter=solver.MAX_ITER)

@@ -1,0 +1,94 @@
+"""What could be adapted in a config's model: its modules, what a pattern matches, the report - without data or weights."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import nn
+
+from peft_d2.engine.launch import prepare_config
+
+logger = logging.getLogger(__name__)
+
+
+def inspect_parser() -> argparse.ArgumentParser:
+    """The arguments of ``tools/inspect_targets.py``."""
+    parser = argparse.ArgumentParser(description="Show what PEFT does, or could do, to a config's model.")
+    parser.add_argument("--config-file", default="", metavar="FILE", help="a model's or a PEFT run's config")
+    parser.add_argument("--peft-config", default="", metavar="FILE", help="one of configs/peft, on top of --config-file")
+    parser.add_argument("--pattern", action="append", default=[], help="list what this pattern matches (repeatable)")
+    parser.add_argument("--modules", action="store_true", help="list every module with its type and parameters")
+    parser.add_argument("opts", nargs=argparse.REMAINDER, help="config KEY VALUE pairs")
+    return parser
+
+
+def describe(args: argparse.Namespace) -> str:
+    """The text that ``tools/inspect_targets.py`` prints."""
+    from peft_d2 import peft
+
+    model = build_without_weights(prepare_config(args))
+    parts = [_matches(model, pattern) for pattern in args.pattern]
+    if args.modules:
+        parts.append(_modules(model))
+    injection = peft.get_injection(model)
+    if injection is not None:
+        parts.append(str(peft.report(model)))
+    elif not parts:
+        parts.append(_types(model))
+    return "\n\n".join(parts)
+
+
+def build_without_weights(cfg: Any) -> nn.Module:
+    """Build the config's model on torch's meta device: shapes alone, in a moment. Where a model cannot, on the CPU."""
+    from detectron2.modeling import build_model
+
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.PEFT.WEIGHTS = ""
+    cfg.MODEL.DEVICE = "meta"
+    try:
+        with torch.device("meta"):
+            return build_model(cfg)
+    except (NotImplementedError, RuntimeError) as error:
+        logger.info("The model cannot be built on the meta device (%s): building it on the CPU.", error)
+    cfg.MODEL.DEVICE = "cpu"
+    return build_model(cfg)
+
+
+def _matches(model: nn.Module, pattern: str) -> str:
+    from peft_d2 import peft
+
+    names = peft.match(model, pattern)
+    lines = [f"{pattern!r} matches {len(names)} places:"]
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for name in names:
+        lines.append(f"  {name}  {_kind(modules[name]) if name in modules else 'parameter'}")
+    return "\n".join(lines)
+
+
+def _modules(model: nn.Module) -> str:
+    rows = [(name, module) for name, module in model.named_modules() if name]
+    return "\n".join(f"{name}  {_kind(module)}  {_size(module):,}" for name, module in rows)
+
+
+def _types(model: nn.Module) -> str:
+    """How often each type of module that holds parameters itself occurs, with an example of its name."""
+    rows = [(n, m) for n, m in model.named_modules() if n and any(True for _ in m.parameters(recurse=False))]
+    counts = Counter(type(module).__name__ for _, module in rows)
+    lines = [f"{_size(model):,} parameters. Modules that hold them (--modules lists all, --pattern tries one):"]
+    for kind, count in counts.most_common():
+        example = next(name for name, module in rows if type(module).__name__ == kind)
+        lines.append(f"  {count:5d} x {kind:24s} e.g. {example}")
+    return "\n".join(lines)
+
+
+def _kind(module: nn.Module) -> str:
+    return f"{type(module).__name__}({module.extra_repr()})"
+
+
+def _size(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())

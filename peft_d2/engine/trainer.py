@@ -1,0 +1,169 @@
+"""The trainer: Detectron2's, with our data, evaluation, optimizer, checkpoints, and a step that cannot go wrong silently."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import weakref
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import torch
+from detectron2.engine import DefaultTrainer, HookBase, create_ddp_model, hooks
+from detectron2.engine.train_loop import TrainerBase
+from detectron2.modeling import build_model
+from detectron2.utils import comm
+from torch import nn
+
+from peft_d2 import data, evaluation, peft
+from peft_d2.engine import optimizer as optimization
+from peft_d2.engine.checkpointer import Checkpointer
+from peft_d2.engine.config import resolve_device
+from peft_d2.engine.hooks import FrozenWeights, SaveOnSignal, unwrapped
+from peft_d2.engine.progress import Bar, TrainingBar, on_terminal
+from peft_d2.engine.seeds import SeedEachStep, choose_seed, seed_everything
+from peft_d2.engine.step import LazyLoader, TrainStep, amp_dtype
+from peft_d2.io import atomic
+
+REPORT_FILE = "peft_report.json"
+logger = logging.getLogger(__name__)
+
+
+class Trainer(DefaultTrainer):
+    """Trains a config's model on its data sets, with PEFT where the config says so.
+
+    Used like Detectron2's: ``trainer = Trainer(cfg); trainer.resume_or_load(resume=...); trainer.train()``.
+    A run that is stopped and resumed takes the same steps as one that was not: each step's random numbers derive from
+    (``SEED``, rank, iteration), and the data's order from ``SEED`` alone.
+    """
+
+    def __init__(self, cfg: Any) -> None:
+        TrainerBase.__init__(self)
+        cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size()).clone()
+        cfg.defrost()
+        resolve_device(cfg)
+        optimization.scale_learning_rate(cfg)
+        cfg.SEED = choose_seed(cfg.SEED)
+        self.cfg = cfg
+        self.start_iter = 0
+        self.max_iter = cfg.SOLVER.MAX_ITER
+        dtype = amp_dtype(cfg)
+        seed_everything(cfg.SEED, 0, 0)  # the same initial weights on all ranks
+        model = self.build_model(cfg)
+        self.report = _report(model)
+        optimizer = self.build_optimizer(cfg, model)
+        loader = LazyLoader(self._build_loader)
+        self._trainer = TrainStep(_distributed(model), loader, optimizer, dtype)
+        self.scheduler = self.build_lr_scheduler(cfg, optimizer)
+        self.checkpointer = Checkpointer(
+            model,
+            cfg.OUTPUT_DIR,
+            keep=cfg.SOLVER.CHECKPOINTS_TO_KEEP,
+            allow_other_base=cfg.MODEL.PEFT.ALLOW_OTHER_BASE,
+            trainer=weakref.proxy(self),
+        )
+        self.register_hooks(self.build_hooks())
+
+    def _build_loader(self) -> Any:
+        return data.build_train_loader(self.cfg, start_iter=self.start_iter)
+
+    @classmethod
+    def build_model(cls, cfg: Any) -> nn.Module:
+        """The config's model, on its device; its structure goes to the log file's debug lines."""
+        model = build_model(cfg)
+        logger.debug("Model:\n%s", model)
+        return model
+
+    @classmethod
+    def build_optimizer(cls, cfg: Any, model: nn.Module) -> torch.optim.Optimizer:
+        """See :func:`peft_d2.engine.optimizer.build_optimizer`."""
+        return optimization.build_optimizer(cfg, model)
+
+    @classmethod
+    def build_lr_scheduler(cls, cfg: Any, optimizer: torch.optim.Optimizer) -> Any:
+        """See :func:`peft_d2.engine.optimizer.build_lr_scheduler`."""
+        return optimization.build_lr_scheduler(cfg, optimizer)
+
+    @classmethod
+    def build_train_loader(cls, cfg: Any) -> Any:
+        """See :func:`peft_d2.data.build_train_loader`."""
+        return data.build_train_loader(cfg)
+
+    @classmethod
+    def build_test_loader(cls, cfg: Any, dataset_name: str) -> Any:
+        """See :func:`peft_d2.data.build_test_loader`; on a terminal with a progress bar."""
+        loader = data.build_test_loader(cfg, dataset_name)
+        return Bar(loader, f"evaluating {dataset_name}") if on_terminal() else loader
+
+    @classmethod
+    def build_evaluator(cls, cfg: Any, dataset_name: str, output_folder: str | None = None) -> Any:
+        """See :func:`peft_d2.evaluation.build_evaluator`; results go to ``OUTPUT_DIR/inference``."""
+        folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name)
+        return evaluation.build_evaluator(cfg, dataset_name, folder)
+
+    def build_hooks(self) -> list[HookBase | None]:
+        """Detectron2's hooks in their order, the checkpointer writing our files, and ours around them."""
+        cfg, main = self.cfg, comm.is_main_process()
+        prefix = self.checkpointer.prefix
+        ours: list[HookBase | None] = [
+            hooks.IterationTimer(),
+            SeedEachStep(cfg.SEED),
+            hooks.LRScheduler(),
+            FrozenWeights() if prefix == "adapter" else None,
+            hooks.PeriodicCheckpointer(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD, file_prefix=prefix) if main else None,
+            hooks.EvalHook(cfg.TEST.EVAL_PERIOD, self._evaluate) if cfg.DATASETS.TEST else None,
+            hooks.PeriodicWriter(self.build_writers(), period=20) if main else None,
+            TrainingBar() if on_terminal() else None,
+            SaveOnSignal(),
+        ]
+        return ours
+
+    def _evaluate(self) -> Any:
+        self._last_eval_results = self.test(self.cfg, self.model)
+        return self._last_eval_results
+
+    def train(self) -> OrderedDict[str, Any] | None:
+        """Run the training; returns the last evaluation's results."""
+        if comm.is_main_process():
+            atomic.write_bytes(Path(self.cfg.OUTPUT_DIR, REPORT_FILE), json.dumps(self.report, indent=1).encode())
+        seed_everything(self.cfg.SEED, comm.get_rank(), self.max_iter)
+        super().train()
+        return getattr(self, "_last_eval_results", None)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a run needs to go on, beside the weights."""
+        return {
+            "iteration": self.iter,
+            "seed": self.cfg.SEED,
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "grad_scaler": self._trainer.grad_scaler.state_dict(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what :meth:`state_dict` gave, the seed of the first start included."""
+        self.iter = state_dict["iteration"]
+        self.optimizer.load_state_dict(state_dict["optimizer"])
+        self.scheduler.load_state_dict(state_dict["scheduler"])
+        self._trainer.grad_scaler.load_state_dict(state_dict["grad_scaler"])
+        self.cfg.SEED = state_dict["seed"]
+        for hook in self._hooks:
+            if isinstance(hook, SeedEachStep):
+                hook.seed = self.cfg.SEED
+
+
+def _distributed(model: nn.Module) -> nn.Module:
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    options: dict[str, Any] = {"device_ids": None} if on_cpu else {}
+    return create_ddp_model(model, broadcast_buffers=False, **options)
+
+
+def _report(model: nn.Module) -> dict[str, Any]:
+    """Log what is trained, as a table, and give its figures."""
+    injection = peft.get_injection(unwrapped(model))
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in model.parameters())
+    logger.info("%d of %d parameters are trained (%.3f %%).", trainable, total, 100 * trainable / total)
+    return {"trainable": trainable, "total": total, "percent": 100 * trainable / total, "peft": injection is not None}
