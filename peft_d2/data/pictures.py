@@ -1,0 +1,64 @@
+"""Pictures of images with their masks, PIL and numpy only."""
+
+from __future__ import annotations
+
+import colorsys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from peft_d2.data.segmentation import segmentation_to_mask
+
+
+def overlay(
+    image: np.ndarray, masks: Sequence[np.ndarray] | np.ndarray, classes: Sequence[int], names: Sequence[str] = ()
+) -> np.ndarray:
+    """(H, W, 3) uint8 RGB image with (N, H, W) bool masks: tinted, outlined, named where ``names`` are given."""
+    canvas = image.astype(np.float32)
+    for mask, label in zip(masks, classes, strict=True):
+        colour = _colour(int(label))
+        inner = mask & ~_rim(mask)
+        canvas[inner] = 0.65 * canvas[inner] + 0.35 * colour
+        canvas[mask & ~inner] = colour
+    picture = Image.fromarray(canvas.clip(0, 255).astype(np.uint8))
+    painter = ImageDraw.Draw(picture)
+    for mask, label in zip(masks, classes, strict=True):
+        if len(names) and mask.any():
+            ys, xs = np.nonzero(mask)
+            painter.text((int(xs.min()), int(ys.min())), str(names[int(label)]), fill=(255, 255, 255))
+    return np.asarray(picture)
+
+
+def contact_sheet(data: dict[str, Any], image_root: str | Path, images: int = 24, cell: int = 192) -> Image.Image:
+    """The first images of a COCO-format set with their masks in cells of ``cell`` px, six in a row."""
+    order = {c["id"]: i for i, c in enumerate(sorted(data["categories"], key=lambda c: c["id"]))}
+    chosen = data["images"][:images]
+    objects: dict[Any, list[dict[str, Any]]] = {record["id"]: [] for record in chosen}
+    for annotation in data["annotations"]:
+        if annotation["image_id"] in objects and annotation.get("segmentation"):
+            objects[annotation["image_id"]].append(annotation)
+    columns = min(6, max(1, len(chosen)))
+    sheet = Image.new("RGB", (columns * cell, max(1, -(-len(chosen) // columns)) * cell))
+    for position, record in enumerate(chosen):
+        with Image.open(Path(image_root) / record["file_name"]) as opened:
+            image = np.asarray(opened.convert("RGB"))
+        masks = [segmentation_to_mask(a["segmentation"], *image.shape[:2]) for a in objects[record["id"]]]
+        picture = overlay(image, masks, [order[a["category_id"]] for a in objects[record["id"]]])
+        thumbnail = Image.fromarray(picture)
+        thumbnail.thumbnail((cell, cell))
+        sheet.paste(thumbnail, (position % columns * cell, position // columns * cell))
+    return sheet
+
+
+def _colour(label: int) -> np.ndarray:
+    """Hues a golden angle apart, so that neighbouring classes differ most."""
+    return 255 * np.array(colorsys.hsv_to_rgb((0.13 + 0.618034 * label) % 1.0, 0.85, 1.0), dtype=np.float32)
+
+
+def _rim(mask: np.ndarray) -> np.ndarray:
+    padded = np.pad(mask, 1)
+    surrounded = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
+    return mask & ~surrounded
