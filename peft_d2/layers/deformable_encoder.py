@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -48,7 +49,7 @@ class DeformableEncoderLayer(nn.Module):
 class DeformableEncoder(nn.Module):
     """A stack of :class:`DeformableEncoderLayer`."""
 
-    def __init__(self, n_layers: int, d_model: int, d_ffn: int, **layer_options) -> None:
+    def __init__(self, n_layers: int, d_model: int, d_ffn: int, **layer_options: Any) -> None:
         super().__init__()
         self.layers = nn.ModuleList(DeformableEncoderLayer(d_model, d_ffn, **layer_options) for _ in range(n_layers))
 
@@ -96,12 +97,12 @@ class MultiScaleDeformableTransformer(nn.Module):
         nn.init.normal_(self.level_embed)
 
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
-        """Maps (N, C, H_l, W_l) in the order of the levels, coarsest first in the published models -> the same shapes."""
+        """Maps (N, C, H_l, W_l) by level, coarsest first in the published models -> the same shapes."""
         device = maps[0].device
         sizes = [(m.shape[-2], m.shape[-1]) for m in maps]
         lengths = [height * width for height, width in sizes]
         x = torch.cat([m.flatten(2) for m in maps], dim=2).transpose(1, 2)
-        codes = [self.position(*size, device) + embed for size, embed in zip(sizes, self.level_embed)]
+        codes = [self.position(*size, device) + embed for size, embed in zip(sizes, self.level_embed, strict=True)]
         points = torch.cat([pixel_centres(*size, device) for size in sizes])
         starts = torch.tensor([sum(lengths[:level]) for level in range(len(lengths))], device=device)
         x = self.encoder(
@@ -111,7 +112,9 @@ class MultiScaleDeformableTransformer(nn.Module):
             torch.tensor(sizes, device=device),
             starts,
         )
-        return [part.transpose(1, 2).unflatten(2, size) for part, size in zip(x.split(lengths, dim=1), sizes)]
+        return [
+            part.transpose(1, 2).unflatten(2, size) for part, size in zip(x.split(lengths, dim=1), sizes, strict=True)
+        ]
 
 
 def pixel_centres(height: int, width: int, device: torch.device) -> Tensor:

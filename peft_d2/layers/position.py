@@ -23,13 +23,13 @@ class SinePosition2d(nn.Module):
         super().__init__()
         if channels % 4:
             raise ValueError(f"SinePosition2d: channels is {channels}; it should be a multiple of 4")
-        self.half = channels // 2
+        self.axis_channels = channels // 2
         self.temperature = temperature
 
     def forward(self, height: int, width: int, device: torch.device) -> Tensor:
         """Codes of a map without padding: (height * width, channels) float32, row by row."""
-        pair = torch.arange(self.half, dtype=torch.float32, device=device) // 2
-        wavelength = self.temperature ** (2 * pair / self.half)
+        pair = torch.arange(self.axis_channels, dtype=torch.float32, device=device) // 2
+        wavelength = self.temperature ** (2 * pair / self.axis_channels)
         rows = self._encode(height, wavelength)[:, None].expand(-1, width, -1)
         columns = self._encode(width, wavelength)[None].expand(height, -1, -1)
         return torch.cat([rows, columns], dim=-1).flatten(0, 1)
@@ -41,4 +41,4 @@ class SinePosition2d(nn.Module):
         return torch.stack([angle[:, 0::2].sin(), angle[:, 1::2].cos()], dim=-1).flatten(1)
 
     def extra_repr(self) -> str:
-        return f"channels={2 * self.half}, temperature={self.temperature:g}"
+        return f"channels={2 * self.axis_channels}, temperature={self.temperature:g}"

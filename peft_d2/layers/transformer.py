@@ -1,10 +1,11 @@
 """Transformer sublayers with residual and norm, one module each, so that anything can be put after any of them.
 
-Sequences come first: (length, N, C). The parts are nn.Linear, nn.MultiheadAttention, nn.Dropout and nn.LayerNorm children
-that are called, never read.
+Sequences come first: (length, N, C). The parts are children of the usual torch types that are called, never read.
 """
 
 from __future__ import annotations
+
+from itertools import pairwise
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -106,7 +107,7 @@ class MLP(nn.Module):
     def __init__(self, d_in: int, d_hidden: int, d_out: int, n_layers: int) -> None:
         super().__init__()
         widths = [d_in, *[d_hidden] * (n_layers - 1), d_out]
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(widths[:-1], widths[1:]))
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., d_in) -> (..., d_out)."""

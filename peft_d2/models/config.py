@@ -75,7 +75,7 @@ _PUBLISHED: dict[str, Any] = {
 
 # Ours. They sit under Detectron2's own nodes: upstream's functions replace MODEL.MASK_FORMER and MODEL.SWIN as a whole.
 _OWN: dict[str, Any] = {
-    # Hidden channels of the pixel decoder's encoder; the published models have 1024 whatever MASK_FORMER.DIM_FEEDFORWARD is.
+    # Hidden channels of the pixel decoder's encoder: 1024 in the published models, whatever MASK_FORMER says.
     "MODEL.SEM_SEG_HEAD.DIM_FEEDFORWARD": 1024,
     # True runs the pixel decoder in the autocast type with SOLVER.AMP; the published models keep it in float32.
     "MODEL.SEM_SEG_HEAD.PIXEL_DECODER_AUTOCAST": False,
@@ -87,7 +87,7 @@ _OWN: dict[str, Any] = {
 def add_models_config(cfg: CfgNode) -> None:
     """Add the models' config nodes to ``cfg``, in place.
 
-    What is there already stays as it is, so that this can come after upstream's ``add_*_config``, before them, or twice.
+    What is there already stays: this can come after upstream's ``add_*_config``, before them, or twice.
     """
     for key, value in {**_PUBLISHED, **_OWN}.items():
         *path, name = key.split(".")

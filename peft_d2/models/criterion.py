@@ -75,11 +75,11 @@ class SetCriterion(nn.Module):
         """Losses, not weighted.
 
         Args:
-            outputs: ``pred_logits`` (N, Q, K + 1), ``pred_masks`` (N, Q, H, W) and ``aux_outputs``, a list of such dicts.
+            outputs: ``pred_logits`` (N, Q, K + 1), ``pred_masks`` (N, Q, H, W), ``aux_outputs``: a list of such dicts.
             targets: one per image.
 
         Returns:
-            ``loss_ce``, ``loss_mask``, ``loss_dice`` of the last layer, and the same with ``_0``, ``_1``... for the others.
+            ``loss_ce``, ``loss_mask``, ``loss_dice`` of the last layer, and with ``_0``, ``_1``... of the others.
         """
         predictions, suffixes = [outputs], [""]
         for i, auxiliary in enumerate(outputs.get("aux_outputs", ())):
@@ -89,7 +89,9 @@ class SetCriterion(nn.Module):
         count = average_count(targets, outputs["pred_masks"].device)
         losses = {}
         with torch.autocast(outputs["pred_masks"].device.type, enabled=False):
-            for prediction, suffix, matches in zip(predictions, suffixes, self.matcher(predictions, targets)):
+            for prediction, suffix, matches in zip(
+                predictions, suffixes, self.matcher(predictions, targets), strict=True
+            ):
                 values = self.layer_losses(prediction, targets, matches, count)
                 losses.update({name + suffix: value for name, value in values.items()})
         return losses
@@ -106,7 +108,7 @@ class SetCriterion(nn.Module):
     def class_loss(self, logits: Tensor, targets: Sequence[Target], matches: Sequence[Match]) -> Tensor:
         """Cross-entropy over all queries, divided by the summed class weights; unmatched queries are no-object."""
         labels = torch.full(logits.shape[:2], self.num_classes, dtype=torch.int64, device=logits.device)
-        for row, target, (queries, indices) in zip(labels, targets, matches):
+        for row, target, (queries, indices) in zip(labels, targets, matches, strict=True):
             row[queries.to(row.device)] = target.labels[indices.to(row.device)]
         return F.cross_entropy(logits.transpose(1, 2), labels, self.empty_weight)
 
@@ -117,14 +119,16 @@ class SetCriterion(nn.Module):
 
         Without any target both are 0 and still depend on ``masks``, so that every worker has the same graph.
         """
-        logits = torch.cat([m.index_select(0, q.to(m.device)) for m, (q, _) in zip(masks, matches)]).float()
+        logits = torch.cat(
+            [m.index_select(0, q.to(m.device)) for m, (q, _) in zip(masks, matches, strict=True)]
+        ).float()
         if not len(logits):
             return {"loss_mask": logits.sum(), "loss_dice": logits.sum()}
         points = uncertain_points(logits, self.num_points, self.oversample_ratio, self.importance_sample_ratio)
         parts = points.split([len(queries) for queries, _ in matches])
         labels = [
             sample_points(_select(target.masks, indices)[:, None], part).squeeze(1)
-            for target, (_, indices), part in zip(targets, matches, parts)
+            for target, (_, indices), part in zip(targets, matches, parts, strict=True)
         ]
         point_labels = torch.cat(labels)
         point_logits = sample_points(logits[:, None], points).squeeze(1)

@@ -36,6 +36,8 @@ class MaskFormer(nn.Module):
         instance_boxes: compute boxes from masks; the published code leaves them zero.
     """
 
+    criterion: SetCriterion
+    sem_seg_head: Any  # ours, or one registered by someone else
     pixel_mean: Tensor
     pixel_std: Tensor
 
@@ -45,7 +47,7 @@ class MaskFormer(nn.Module):
         *,
         backbone: Backbone,
         sem_seg_head: nn.Module,
-        criterion: nn.Module,
+        criterion: SetCriterion,
         metadata: Any,
         size_divisibility: int,
         pixel_mean: list[float],
@@ -112,8 +114,9 @@ class MaskFormer(nn.Module):
         """Losses in training, results otherwise.
 
         Args:
-            batched_inputs: dicts with ``image`` (C, H, W), not normalised; in training ``instances`` (``gt_classes``, ``gt_masks``)
-                or ``sem_seg`` (H, W); in inference ``height`` and ``width`` of the wanted output, by default the image's.
+            batched_inputs: dicts with ``image`` (C, H, W), not normalised; in training ``instances`` (``gt_classes``,
+                ``gt_masks``) or ``sem_seg`` (H, W); in inference ``height`` and ``width`` of the wanted output, by
+                default the image's.
 
         Returns:
             In training the weighted losses by name. Otherwise a dict per image with ``sem_seg`` (K, H, W),
@@ -127,7 +130,7 @@ class MaskFormer(nn.Module):
         padded = (batch.tensor.shape[-2], batch.tensor.shape[-1])
         results = []
         with torch.autocast(self.device.type, enabled=False):
-            rows = zip(outputs["pred_logits"], outputs["pred_masks"], batched_inputs, batch.image_sizes)
+            rows = zip(outputs["pred_logits"], outputs["pred_masks"], batched_inputs, batch.image_sizes, strict=True)
             for class_logits, mask_logits, item, size in rows:
                 wanted = (item.get("height", size[0]), item.get("width", size[1]))
                 results.append(self.inference(class_logits, mask_logits, Canvas(padded, tuple(size), wanted)))
@@ -149,7 +152,12 @@ class MaskFormer(nn.Module):
             result["sem_seg"] = semantic_inference(class_logits, mask_logits, canvas, self.resize_semantic_last)
         if self.panoptic_on:
             result["panoptic_seg"] = panoptic_inference(
-                class_logits, mask_logits, canvas, self.thing_classes, self.object_mask_threshold, self.overlap_threshold
+                class_logits,
+                mask_logits,
+                canvas,
+                self.thing_classes,
+                self.object_mask_threshold,
+                self.overlap_threshold,
             )
         if self.instance_on:
             things = self.thing_classes if self.panoptic_on else None
@@ -170,7 +178,8 @@ class MaskFormer(nn.Module):
             name = getattr(self.metadata, "name", "none")
             raise ValueError(
                 f"panoptic inference needs the thing classes, but data set {name!r} (DATASETS.TRAIN) has no "
-                "'thing_dataset_id_to_contiguous_id' in its metadata; register it, or set MODEL.MASK_FORMER.TEST.PANOPTIC_ON False"
+                "'thing_dataset_id_to_contiguous_id' in its metadata; register it, or set "
+                "MODEL.MASK_FORMER.TEST.PANOPTIC_ON to False"
             )
         return set(ids.values())
 

@@ -1,4 +1,4 @@
-"""The head of mask-classification models: a pixel decoder and a transformer decoder, each found by its registered name."""
+"""The head of mask-classification models: pixel decoder and transformer decoder, each found by its registered name."""
 
 from __future__ import annotations
 
@@ -25,6 +25,9 @@ class MaskFormerHead(nn.Module):
         ignore_value: class id of pixels that count nowhere, in semantic maps.
     """
 
+    pixel_decoder: Any
+    predictor: Any
+
     @configurable
     def __init__(
         self, *, num_classes: int, pixel_decoder: nn.Module, predictor: nn.Module, ignore_value: int = 255
@@ -45,7 +48,7 @@ class MaskFormerHead(nn.Module):
         source = cfg.MODEL.MASK_FORMER.TRANSFORMER_IN_FEATURE
         if source != _FEATURES:
             raise ValueError(
-                f"MODEL.MASK_FORMER.TRANSFORMER_IN_FEATURE is {source!r}; this head supports {_FEATURES!r} (Mask2Former)"
+                f"MODEL.MASK_FORMER.TRANSFORMER_IN_FEATURE is {source!r}; this head needs {_FEATURES!r} (Mask2Former)"
             )
         head = cfg.MODEL.SEM_SEG_HEAD
         pixel_decoder = SEM_SEG_HEADS_REGISTRY.get(head.PIXEL_DECODER_NAME)(cfg, input_shape)

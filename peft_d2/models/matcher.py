@@ -1,4 +1,7 @@
-"""Assignment of predictions to targets (Carion et al., ECCV 2020, section 3.1; mask costs of Cheng et al., CVPR 2022, appendix A)."""
+"""Assignment of predictions to targets.
+
+Sources: Carion et al., DETR, ECCV 2020, section 3.1; mask costs: Cheng et al., Mask2Former, CVPR 2022, section 3.3.
+"""
 
 from __future__ import annotations
 
@@ -79,7 +82,7 @@ class HungarianMatcher(nn.Module):
             costs = [self.costs(predictions, image, target) for image, target in enumerate(targets)]
         flat = torch.cat([cost.flatten() for cost in costs]).cpu()
         matches: list[list[Match]] = [[] for _ in predictions]
-        for cost, values in zip(costs, flat.split([cost.numel() for cost in costs])):
+        for cost, values in zip(costs, flat.split([cost.numel() for cost in costs]), strict=True):
             for layer, layer_cost in enumerate(values.view(cost.shape)):
                 matches[layer].append(assign(layer_cost))
         return matches

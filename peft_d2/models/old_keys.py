@@ -30,7 +30,7 @@ def upgrade_head_key(key: str, prefix: str) -> str:
 
 
 def upgrade_head(state: Mapping[str, T], prefix: str) -> dict[str, T]:
-    """``state`` in its order with today's names; a key whose new name is taken keeps its own and shows up as unexpected."""
+    """``state`` in its order with today's names; where a new name is taken, the old key stays, and is unexpected."""
     upgraded: dict[str, T] = {}
     for key, value in state.items():
         name = upgrade_head_key(key, prefix)

@@ -1,6 +1,6 @@
 """From class and mask logits to instance, panoptic and semantic results at the requested size.
 
-Masks are brought to full size a few queries at a time: memory is bounded by :data:`CHUNK_VALUES`, not by the number of queries.
+Masks are brought to full size a few queries at a time: :data:`CHUNK_VALUES` bounds the memory, however many there are.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ CHUNK_VALUES = 2**24  # float32 values that are held at full size at once: 64 Mi
 class Canvas:
     """Where an image's masks go: each size is (height, width).
 
-    The decoder's masks cover ``padded``, the size of the batch; ``image`` is the part without padding; ``output`` is asked for.
+    The decoder's masks cover ``padded``, the size of the batch; ``image`` is the part without padding; ``output`` is
+    asked for.
     """
 
     padded: tuple[int, int]
@@ -53,7 +54,7 @@ def _resize(maps: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def mask_boxes(masks: Tensor) -> Tensor:
-    """Tight boxes (M, 4) float32 as (x0, y0, x1, y1), x1 and y1 one past the last pixel, of masks (M, H, W); zeros where empty."""
+    """Tight boxes (M, 4) float32 of masks (M, H, W): x0, y0 and, one past the last pixel, x1, y1; zeros where empty."""
     sides = []
     for hit in (masks.any(1), masks.any(2)):  # columns, rows
         hit = hit.to(torch.uint8)
@@ -137,9 +138,9 @@ def panoptic_inference(
 ) -> tuple[Tensor, list[dict]]:
     """One segment per pixel (Cheng et al., MaskFormer, NeurIPS 2021, section 3.4).
 
-    A query whose score is above the threshold competes for each pixel with score times mask probability. It is kept if what it
-    wins is at least ``overlap_threshold`` of the pixels where its probability is 0.5 or more, and paints those of the two
-    that coincide. Stuff of one class is one segment.
+    A query whose score is above the threshold competes for each pixel with score times mask probability. It is kept if
+    it wins at least ``overlap_threshold`` times as many pixels as have a probability of 0.5 or more, and paints those
+    that it wins with such a probability. Stuff of one class is one segment.
 
     Returns:
         (H, W) int32 of segment ids, 0 where there is none, and the segments: ``id``, ``category_id``, ``isthing``.
@@ -155,7 +156,7 @@ def panoptic_inference(
     segments: list[dict] = []
     segment_of_query = torch.zeros(len(scores), dtype=torch.int32)
     stuff: dict[int, int] = {}
-    rows = zip(classes.tolist(), won.tolist(), areas.tolist(), visible.tolist())
+    rows = zip(classes.tolist(), won.tolist(), areas.tolist(), visible.tolist(), strict=True)
     for query, (category, won_area, area, visible_area) in enumerate(rows):
         if not (area and visible_area) or won_area / area < overlap_threshold:
             continue
@@ -168,7 +169,7 @@ def panoptic_inference(
 
 
 def _compete(scores: Tensor, mask_logits: Tensor, canvas: Canvas) -> tuple[Tensor, Tensor, Tensor]:
-    """Who wins each pixel (H, W), whether its probability is at least 0.5 there (H, W), and each query's own area (M,)."""
+    """Each pixel's winner (H, W), whether it has a probability of 0.5 or more there (H, W), each query's area (M,)."""
     device = mask_logits.device
     best = torch.full(canvas.output, -1.0, device=device)
     winner = torch.zeros(canvas.output, dtype=torch.int64, device=device)

@@ -60,8 +60,8 @@ def register(upstream_names: bool = False) -> None:
     """Make the models known to Detectron2; calling it again changes nothing.
 
     Args:
-        upstream_names: also serve the names of the official packages where they are free, so that published yaml files run
-            as they are. An official package that is imported later takes its names back.
+        upstream_names: also serve the official packages' names where they are free, so that published yaml files
+            run as they are. An official package that is imported later takes its names back.
     """
     for registry, cls, name, upstream in _ENTRIES:
         if name not in registry:

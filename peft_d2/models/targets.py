@@ -58,7 +58,7 @@ def prepare_targets(inputs: list[dict[str, Any]], images: ImageList, ignore_valu
     """
     device, (height, width) = images.tensor.device, images.tensor.shape[-2:]
     targets = []
-    for item, size in zip(inputs, images.image_sizes):
+    for item, size in zip(inputs, images.image_sizes, strict=True):
         if "instances" in item:
             instances = item["instances"]
             labels = instances.gt_classes

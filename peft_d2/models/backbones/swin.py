@@ -37,9 +37,9 @@ def _from_windows(x: Tensor, window: int, height: int, width: int) -> Tensor:
 
 
 def shift_mask(height: int, width: int, window: int, shift: int, device: torch.device) -> Tensor:
-    """What to add to attention logits of shifted windows: (windows, window^2, window^2), 0 or -100 (section 3.2, figure 4).
+    """What to add to the attention logits of shifted windows (section 3.2, figure 4).
 
-    ``height`` and ``width`` are those of the padded map.
+    Returns (windows, window^2, window^2) of 0 and -100; ``height`` and ``width`` are those of the padded map.
     """
 
     def region(length: int) -> Tensor:
@@ -271,7 +271,7 @@ class SwinTransformer(Backbone):
             self.add_module(f"norm{i}", nn.LayerNorm(dim))
         self._stage_names = [f"res{i + 2}" for i in range(len(depths))]
         self._out_features = list(out_features)
-        self._out_feature_channels = dict(zip(self._stage_names, dims))
+        self._out_feature_channels = dict(zip(self._stage_names, dims, strict=True))
         self._out_feature_strides = {name: patch * 2**i for i, name in enumerate(self._stage_names)}
         self.apply(_init_linear)
 
@@ -306,7 +306,8 @@ class SwinTransformer(Backbone):
             x = x + place.permute(0, 2, 3, 1)
         x = self.pos_drop(x)
         outputs = {}
-        for i, (name, stage) in enumerate(zip(self._stage_names, self.layers)):
+        stages: Any = self.layers
+        for i, (name, stage) in enumerate(zip(self._stage_names, stages, strict=True)):
             x = stage(x)
             if name in self._out_features:
                 outputs[name] = getattr(self, f"norm{i}")(x).permute(0, 3, 1, 2).contiguous()

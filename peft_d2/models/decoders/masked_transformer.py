@@ -1,4 +1,4 @@
-"""The multi-scale masked transformer decoder (Cheng et al., Masked-attention Mask Transformer, CVPR 2022, section 3.2)."""
+"""The multi-scale masked transformer decoder (Cheng et al., Mask2Former, CVPR 2022, section 3.2)."""
 
 from __future__ import annotations
 
@@ -107,20 +107,23 @@ class MultiScaleMaskedTransformerDecoder(nn.Module):
             mask: ignored: padding is attended to.
 
         Returns:
-            ``pred_logits`` (N, Q, K + 1) and ``pred_masks`` (N, Q, H, W) of the last layer, and ``aux_outputs``, the same
-            of the raw queries and of every layer but the last.
+            ``pred_logits`` (N, Q, K + 1) and ``pred_masks`` (N, Q, H, W) of the last layer, and ``aux_outputs``, the
+            same of the raw queries and of every layer but the last.
         """
         if len(features) != _LEVELS:
             raise ValueError(f"the transformer decoder got {len(features)} feature maps; it needs {_LEVELS}")
         sizes = [(f.shape[-2], f.shape[-1]) for f in features]
         values = [self._flatten(level, feature) for level, feature in enumerate(features)]
-        keys = [value + self.position(*size, value.device)[:, None] for value, size in zip(values, sizes)]
+        keys = [value + self.position(*size, value.device)[:, None] for value, size in zip(values, sizes, strict=True)]
         batch = mask_features.shape[0]
         place = self.query_embed.weight[:, None].expand(-1, batch, -1)
         x = self.query_feat.weight[:, None].expand(-1, batch, -1)
         predictions = [self.predict(x, mask_features)]
         layers = zip(
-            self.transformer_cross_attention_layers, self.transformer_self_attention_layers, self.transformer_ffn_layers
+            self.transformer_cross_attention_layers,
+            self.transformer_self_attention_layers,
+            self.transformer_ffn_layers,
+            strict=True,
         )
         for number, (cross_attention, self_attention, ffn) in enumerate(layers):
             level = number % _LEVELS

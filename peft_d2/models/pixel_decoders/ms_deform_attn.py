@@ -1,4 +1,4 @@
-"""The pixel decoder of Mask2Former: a deformable encoder over the coarse maps, then a feature pyramid down to stride 4."""
+"""The pixel decoder of Mask2Former: a deformable encoder over the coarse maps, then a pyramid down to stride 4."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ _DECODER_LEVELS = 3  # maps that the transformer decoder attends to
 class MSDeformAttnPixelDecoder(nn.Module):
     """Deformable encoder and feature pyramid (Cheng et al., CVPR 2022, section 4.1).
 
-    The pyramid's lateral and output convolutions are named ``adapter_1`` and ``layer_1`` (and so on) as published; they have
-    nothing to do with adapters for fine-tuning.
+    The pyramid's lateral and output convolutions are named ``adapter_1`` and ``layer_1`` (and so on) as published;
+    they have nothing to do with adapters for fine-tuning.
 
     Args:
         input_shape: the backbone's maps by name.
@@ -32,7 +32,7 @@ class MSDeformAttnPixelDecoder(nn.Module):
         norm: of the pyramid's convolutions, in Detectron2's spelling.
         n_layers, n_heads, n_points, dim_feedforward, dropout: of the encoder.
         common_stride: stride of the mask features.
-        autocast: follow the surrounding autocast; otherwise all of it runs in float32, as the published models were trained.
+        autocast: follow the surrounding autocast; otherwise all runs in float32, as the published models did.
     """
 
     @configurable
@@ -56,13 +56,12 @@ class MSDeformAttnPixelDecoder(nn.Module):
         fine_to_coarse = sorted(input_shape, key=lambda name: input_shape[name].stride)
         self.encoder_features = [name for name in reversed(fine_to_coarse) if name in encoder_in_features]
         self.autocast = autocast
-        self.input_proj = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(input_shape[name].channels, conv_dim, kernel_size=1), nn.GroupNorm(32, conv_dim))
-            for name in self.encoder_features
-        )
-        for projection in self.input_proj:
-            nn.init.xavier_uniform_(projection[0].weight)
-            nn.init.zeros_(projection[0].bias)
+        self.input_proj = nn.ModuleList()
+        for name in self.encoder_features:
+            projection = nn.Conv2d(input_shape[name].channels, conv_dim, kernel_size=1)
+            nn.init.xavier_uniform_(projection.weight)
+            nn.init.zeros_(projection.get_parameter("bias"))
+            self.input_proj.append(nn.Sequential(projection, nn.GroupNorm(32, conv_dim)))
         self.transformer = MultiScaleDeformableTransformer(
             conv_dim, dim_feedforward, n_layers, len(self.encoder_features), n_heads, n_points, dropout
         )
@@ -84,9 +83,9 @@ class MSDeformAttnPixelDecoder(nn.Module):
                 norm=get_norm(norm, conv_dim),
                 activation=F.relu,
             )
-            for name, convolution in ((f"adapter_{number}", lateral), (f"layer_{number}", output)):
+            for child, convolution in ((f"adapter_{number}", lateral), (f"layer_{number}", output)):
                 weight_init.c2_xavier_fill(convolution)
-                self.add_module(name, convolution)
+                self.add_module(child, convolution)
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
@@ -115,15 +114,15 @@ class MSDeformAttnPixelDecoder(nn.Module):
             features: the backbone's maps (N, C_l, H_l, W_l) by name.
 
         Returns:
-            Mask features (N, mask_dim, H, W) at the common stride, the coarsest encoded map, and the three coarsest maps
-            (N, conv_dim, H_l, W_l), coarsest first.
+            Mask features (N, mask_dim, H, W) at the common stride, the coarsest encoded map, and the three coarsest
+            maps (N, conv_dim, H_l, W_l), coarsest first.
         """
         device_type = features[self.encoder_features[0]].device.type
         with nullcontext() if self.autocast else torch.autocast(device_type, enabled=False):
             maps = self.transformer(
                 [
                     projection(self._input(features[name]))
-                    for name, projection in zip(self.encoder_features, self.input_proj)
+                    for name, projection in zip(self.encoder_features, self.input_proj, strict=True)
                 ]
             )
             for number in range(len(self.pyramid_features), 0, -1):
