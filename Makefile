@@ -12,8 +12,8 @@ PY := $(VENV)/bin/python
 PIP := PIP_CONSTRAINT=constraints.txt $(PY) -m pip install --quiet --disable-pip-version-check --no-build-isolation
 
 checksum = $(shell { cat $(1); echo "$(2)"; } 2>/dev/null | cksum | cut -d' ' -f1)
-compilers := $(shell command -v $${CXX:-c++}; command -v nvcc)
 operator := $(shell find csrc -type f 2>/dev/null | LC_ALL=C sort)
+compilers := $(shell command -v $${CXX:-c++} g++ clang++ nvcc; echo $$CUDA_HOME $$PEFT_D2_CUDA $$TORCH_CUDA_ARCH_LIST)
 
 STAMPS := $(VENV)/.stamps
 venv := $(STAMPS)/venv
@@ -52,7 +52,7 @@ $(venv):
 
 $(torch): | $(venv)
 	@echo "== torch and torchvision (some gigabytes, a minute or more)"
-	@$(PIP) setuptools wheel ninja torch torchvision
+	@$(PIP) setuptools wheel torch torchvision
 	@touch $@
 
 $(detectron2): | $(torch)
@@ -61,8 +61,10 @@ $(detectron2): | $(torch)
 	@touch $@
 
 $(package): | $(detectron2)
-	@echo "== peft_d2 and its operator$(if $(compilers),, (no C++ compiler found: the pure-torch operator will serve))"
+	@echo "== peft_d2 and its operator (a minute or two where there is a compiler)"
 	@$(PIP) --editable .
+	@$(PY) -c 'from peft_d2.ops import backends; \
+	    [print(f"   operator for {name}:", why or "ready") for name, why in backends().items()]'
 	@touch $@
 
 # The names of the test and lint extras stand in pyproject.toml; the installed package knows them.
