@@ -38,7 +38,13 @@ class Checkpointer(DetectionCheckpointer):
     """
 
     def __init__(
-        self, model: nn.Module, save_dir: str = "", *, keep: int = 0, allow_other_base: bool = False, **checkpointables: Any
+        self,
+        model: nn.Module,
+        save_dir: str = "",
+        *,
+        keep: int = 0,
+        allow_other_base: bool = False,
+        **checkpointables: Any,
     ) -> None:
         super().__init__(model, save_dir, **checkpointables)
         self.logger = logger
@@ -131,9 +137,13 @@ class Checkpointer(DetectionCheckpointer):
                 "MODEL.PEFT.WEIGHTS."
             )
         try:
-            local = self.path_manager.get_local_path(path.partition("?")[0])  # "?matching_heuristics=True" is a zoo's hint
+            local = self.path_manager.get_local_path(
+                path.partition("?")[0]
+            )  # "?matching_heuristics=True" is a zoo's hint
         except (OSError, RuntimeError, ValueError) as error:
-            raise CheckpointError(f"weights {path!r} cannot be fetched: {error}. Download them and give the file.") from error
+            raise CheckpointError(
+                f"weights {path!r} cannot be fetched: {error}. Download them and give the file."
+            ) from error
         if not os.path.isfile(local):
             raise CheckpointError(f"weights {path!r} do not exist. Give the path of a .pth, .pkl or .safetensors file.")
         return local

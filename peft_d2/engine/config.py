@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import difflib
 import logging
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from peft_d2.compat import require_detectron2
+from peft_d2.engine.config_file import BASE_KEY, read_top, read_tree
 from peft_d2.engine.errors import ConfigError
 
 PEFT_ARCHITECTURE = "PEFTModel"
-_BASE_KEY = "_BASE_"
 logger = logging.getLogger(__name__)
 
 
@@ -93,14 +95,22 @@ def load_config(config_file: str, peft_config: str = "", opts: Sequence[str] = (
     loaded = LoadedConfig(cfg)
     if config_file:
         _merge_file(loaded, config_file)
+    model = cfg.MODEL.META_ARCHITECTURE
     if peft_config:
-        base = cfg.MODEL.META_ARCHITECTURE
         _merge_file(loaded, peft_config)
-        if cfg.MODEL.META_ARCHITECTURE == PEFT_ARCHITECTURE and not cfg.MODEL.PEFT.META_ARCHITECTURE:
-            cfg.MODEL.PEFT.META_ARCHITECTURE = base
     _merge_pairs(loaded, opts)
+    _switch_peft_on(cfg, model)
     resolve_device(cfg)
     return loaded
+
+
+def _switch_peft_on(cfg: Any, model: str) -> None:
+    """Let ``PEFTModel`` wrap the config's own model, also where only a method, ``TRAIN`` or an adapter is named."""
+    node = cfg.MODEL.PEFT
+    if cfg.MODEL.META_ARCHITECTURE != PEFT_ARCHITECTURE and (node.METHODS or node.TRAIN or node.WEIGHTS):
+        node.META_ARCHITECTURE, cfg.MODEL.META_ARCHITECTURE = cfg.MODEL.META_ARCHITECTURE, PEFT_ARCHITECTURE
+    elif not node.META_ARCHITECTURE and model != PEFT_ARCHITECTURE:
+        node.META_ARCHITECTURE = model if cfg.MODEL.META_ARCHITECTURE == PEFT_ARCHITECTURE else ""
 
 
 def base_architecture(cfg: Any) -> str:
@@ -122,28 +132,21 @@ def resolve_device(cfg: Any) -> None:
 
 
 def _merge_file(loaded: LoadedConfig, path: str) -> None:
-    from peft_d2.io.safe_yaml import refuse_unsafe
-
-    if not Path(path).is_file():
-        raise ConfigError(f"config file {path!r} does not exist. Give the path of a yaml file.")
-    refuse_unsafe(path)
     cfg = loaded.cfg
-    tree = type(cfg).load_yaml_with_base(path, allow_unsafe=False)
-    if tree.get("VERSION", cfg.VERSION) == cfg.VERSION:  # older ones are renamed by Detectron2 while merging
+    tree = read_tree(path)
+    if tree.setdefault("VERSION", cfg.VERSION) == cfg.VERSION:  # older ones are renamed by Detectron2 while merging
         _refuse_unknown_keys(tree, cfg, path)
-    try:
-        cfg.merge_from_file(path, allow_unsafe=False)
-    except (AssertionError, KeyError, ValueError) as error:
-        raise ConfigError(f"{path}: {error}") from error
-    loaded.explicit.update(key for key, _ in _leaves(_read_top(path)))
-
-
-def _read_top(path: str) -> dict[str, Any]:
-    import yaml
-
-    tree = yaml.safe_load(Path(path).read_text()) or {}
-    tree.pop(_BASE_KEY, None)
-    return tree
+    with tempfile.TemporaryDirectory() as folder:
+        # Detectron2's merge, which upgrades old versions, takes a file: it gets one without bases and tags.
+        plain = Path(folder, "config.yaml")
+        plain.write_text(yaml.safe_dump(tree))
+        try:
+            cfg.merge_from_file(str(plain), allow_unsafe=False)
+        except (AssertionError, KeyError, ValueError) as error:
+            raise ConfigError(f"{path}: {error}") from error
+    top = read_top(path)
+    top.pop(BASE_KEY, None)
+    loaded.explicit.update(key for key, _ in _leaves(top))
 
 
 def _merge_pairs(loaded: LoadedConfig, opts: Sequence[str]) -> None:
@@ -164,10 +167,11 @@ def _merge_pairs(loaded: LoadedConfig, opts: Sequence[str]) -> None:
 def _refuse_unknown_keys(tree: Mapping[str, Any], cfg: Any, path: str) -> None:
     known = {key for key, _ in _leaves(cfg)}
     nodes = {key.rsplit(".", depth)[0] for key in known for depth in range(1, key.count(".") + 1)}
-    for key, _ in _leaves(tree):
-        if key in known or key in nodes or _new_keys_allowed(cfg, key):
-            continue
-        raise ConfigError(_unknown_key(path, key, known))
+    for key, value in _leaves(tree):
+        if key in nodes and not isinstance(value, Mapping):
+            raise ConfigError(f"{path}: {key} is a group of keys and cannot be {value!r}.")
+        if key not in known and key not in nodes and not _new_keys_allowed(cfg, key):
+            raise ConfigError(_unknown_key(path, key, known))
 
 
 def _unknown_key(where: str, key: str, known: set[str]) -> str:

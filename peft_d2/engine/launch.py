@@ -23,7 +23,9 @@ def training_parser() -> argparse.ArgumentParser:
     from detectron2.engine import default_argument_parser
 
     parser = default_argument_parser()
-    parser.add_argument("--peft-config", default="", metavar="FILE", help="one of configs/peft, on top of --config-file")
+    parser.add_argument(
+        "--peft-config", default="", metavar="FILE", help="one of configs/peft, on top of --config-file"
+    )
     own = parser.add_argument_group("own data, COCO format")
     own.add_argument("--train-json", default="", metavar="FILE", help="annotations to train on")
     own.add_argument("--train-images", default="", metavar="DIR", help="folder of the training images")

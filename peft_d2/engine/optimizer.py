@@ -47,7 +47,11 @@ def scale_learning_rate(cfg: Any) -> None:
     if frozen:
         cfg.freeze()
     logger.info(
-        "Learning rate %g, chosen for batches of %d images, becomes %g for %d.", old, reference, cfg.SOLVER.BASE_LR, batch
+        "Learning rate %g, chosen for batches of %d images, becomes %g for %d.",
+        old,
+        reference,
+        cfg.SOLVER.BASE_LR,
+        batch,
     )
 
 

@@ -112,7 +112,9 @@ class Trainer(DefaultTrainer):
             SeedEachStep(cfg.SEED),
             hooks.LRScheduler(),
             FrozenWeights() if prefix == "adapter" else None,
-            hooks.PeriodicCheckpointer(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD, file_prefix=prefix) if main else None,
+            hooks.PeriodicCheckpointer(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD, file_prefix=prefix)
+            if main
+            else None,
             hooks.EvalHook(cfg.TEST.EVAL_PERIOD, self._evaluate) if cfg.DATASETS.TEST else None,
             hooks.PeriodicWriter(self.build_writers(), period=20) if main else None,
             TrainingBar() if on_terminal() else None,

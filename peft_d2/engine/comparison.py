@@ -1,0 +1,213 @@
+"""Train several configs on the same data, one process each, and set them side by side.
+
+Each run is an ordinary training run of its own in ``<output>/<name>[-seed<n>]``; what is compared is read from the
+files that any run leaves behind. A finished run is kept, so an interrupted comparison goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+RESULT_FILE = "comparison_result.json"
+METRIC = "segm/AP"
+
+
+class RunFailed(RuntimeError):
+    """A training process ended with an error; the message names its log."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training of a comparison.
+
+    Attributes:
+        name: the row's label; runs of the same name with other seeds are averaged.
+        config: the config file.
+        seed: ``SEED`` of the run.
+        opts: config ``KEY VALUE`` pairs beside those that all runs share.
+    """
+
+    name: str
+    config: str
+    seed: int = 1
+    opts: tuple[str, ...] = ()
+
+
+@dataclass
+class Result:
+    """What one run gave.
+
+    Attributes:
+        ap, ap50: mask AP and AP50 of the last evaluation, in percent.
+        curve: (iteration, mask AP) of every evaluation.
+        trainable, total: numbers of parameters.
+        file_bytes: size of the final adapter folder's tensors, or of the final checkpoint.
+        seconds_per_step: median over the run's log lines.
+        peak_bytes: peak resident memory of the process; 0 where the system does not tell.
+    """
+
+    name: str
+    seed: int
+    folder: str
+    ap: float
+    ap50: float
+    curve: list[tuple[int, float]] = field(default_factory=list)
+    trainable: int = 0
+    total: int = 0
+    file_bytes: int = 0
+    seconds_per_step: float = 0.0
+    peak_bytes: int = 0
+
+
+def compare(
+    runs: Sequence[Run], output: str | Path, command: Sequence[str], shared_opts: Sequence[str] = ()
+) -> list[Result]:
+    """Run every training that has not been run yet and return all results, in the order of ``runs``.
+
+    Args:
+        runs: what to train.
+        output: folder that takes one folder per run.
+        command: the training program, e.g. ``[sys.executable, "tools/train_net.py"]``.
+        shared_opts: config ``KEY VALUE`` pairs for every run.
+
+    Raises:
+        RunFailed: when a training process fails; finished runs stay.
+    """
+    output = Path(output)
+    several_seeds = len({run.seed for run in runs}) > 1
+    results = []
+    for number, run in enumerate(runs, 1):
+        folder = output / (f"{run.name}-seed{run.seed}" if several_seeds else run.name).replace(" ", "_")
+        kept = folder / RESULT_FILE
+        if kept.exists():
+            print(f"[{number}/{len(runs)}] {folder.name}: already finished, kept", flush=True)
+        else:
+            print(f"[{number}/{len(runs)}] {folder.name}: training, log in {folder / 'log.txt'}", flush=True)
+            peak = _train(run, folder, command, shared_opts)
+            result = read_result(folder, run.name, run.seed, peak)
+            kept.write_text(json.dumps(asdict(result), indent=1))
+            print(f"    mask AP {result.ap:.1f}, {result.seconds_per_step:.2f} s a step", flush=True)
+        results.append(Result(**json.loads(kept.read_text())))
+    return results
+
+
+def _train(run: Run, folder: Path, command: Sequence[str], shared_opts: Sequence[str]) -> int:
+    """Run one training process to its end; returns its peak resident memory in bytes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    arguments = [*command, "--config-file", run.config, "--resume"]
+    arguments += ["OUTPUT_DIR", str(folder), "SEED", str(run.seed), *shared_opts, *run.opts]
+    console = folder / "console.txt"
+    with console.open("w") as stream:
+        process = subprocess.Popen(arguments, stdout=stream, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
+        try:
+            peak = _wait(process)
+        except BaseException:
+            process.terminate()
+            process.wait()
+            raise
+    if process.returncode != 0:
+        tail = "\n".join(console.read_text(errors="replace").splitlines()[-15:])
+        raise RunFailed(f"{run.name}: {' '.join(arguments)} ended with {process.returncode}; see {console}:\n{tail}")
+    return peak
+
+
+def _wait(process: subprocess.Popen[Any]) -> int:
+    if not hasattr(os, "wait4"):
+        process.wait()
+        return 0
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def read_result(folder: Path, name: str, seed: int, peak_bytes: int = 0) -> Result:
+    """Collect one run's figures from ``metrics.json``, ``peft_report.json`` and the final files in ``folder``."""
+    metrics = [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines() if line.strip()]
+    evaluations = [row for row in metrics if METRIC in row]
+    if not evaluations:
+        raise RunFailed(f"{folder}: no {METRIC} in metrics.json; set DATASETS.TEST so that the run is evaluated")
+    times = [row["time"] for row in metrics if "time" in row]
+    report = json.loads((folder / "peft_report.json").read_text())
+    return Result(
+        name=name,
+        seed=seed,
+        folder=str(folder),
+        ap=evaluations[-1][METRIC],
+        ap50=evaluations[-1]["segm/AP50"],
+        curve=sorted({row["iteration"] + 1: row[METRIC] for row in evaluations}.items()),
+        trainable=report["trainable"],
+        total=report["total"],
+        file_bytes=_final_bytes(folder),
+        seconds_per_step=statistics.median(times) if times else 0.0,
+        peak_bytes=peak_bytes,
+    )
+
+
+def _final_bytes(folder: Path) -> int:
+    for candidate in (folder / "adapter_final" / "adapter_model.safetensors", folder / "model_final.pth"):
+        if candidate.exists():
+            return candidate.stat().st_size
+    return 0
+
+
+def table(results: Sequence[Result]) -> str:
+    """The results as a Markdown table, a row per name; several seeds as mean ± sample standard deviation."""
+    lines = [
+        "| variant | mask AP | AP50 | trainable | % | file | s / step | peak memory |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, rows in _by_name(results).items():
+        first = rows[0]
+        lines.append(
+            f"| {name} | {_spread([r.ap for r in rows])} | {_spread([r.ap50 for r in rows])} | {first.trainable:,} "
+            f"| {100 * first.trainable / first.total:.2f} | {first.file_bytes / 1e6:.2f} MB "
+            f"| {statistics.mean(r.seconds_per_step for r in rows):.3f} "
+            f"| {max(r.peak_bytes for r in rows) / 2**20:.0f} MiB |"
+        )
+    return "\n".join(lines)
+
+
+def _by_name(results: Sequence[Result]) -> dict[str, list[Result]]:
+    groups: dict[str, list[Result]] = {}
+    for result in results:
+        groups.setdefault(result.name, []).append(result)
+    return groups
+
+
+def _spread(values: Sequence[float]) -> str:
+    mean = f"{statistics.mean(values):.1f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.1f}"
+
+
+def plot_curves(results: Sequence[Result], path: str | Path, title: str = "") -> None:
+    """Draw mask AP over training steps, a line per name; several seeds as their mean with the range shaded."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4.2))
+    for name, rows in _by_name(results).items():
+        steps = [step for step, _ in rows[0].curve]
+        curves = [[ap for _, ap in row.curve] for row in rows if [s for s, _ in row.curve] == steps]
+        columns = list(zip(*curves, strict=True))
+        share = 100 * rows[0].trainable / rows[0].total
+        label = f"{name} ({share:.3g} % trained)"
+        (line,) = axes.plot(steps, [statistics.mean(c) for c in columns], marker="o", markersize=3, label=label)
+        if len(curves) > 1:
+            low, high = [min(c) for c in columns], [max(c) for c in columns]
+            axes.fill_between(steps, low, high, alpha=0.2, color=line.get_color())
+    axes.set(xlabel="training steps", ylabel="mask AP", title=title, ylim=(0, None))
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
