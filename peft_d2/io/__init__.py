@@ -1,10 +1,13 @@
 """What is stored: base checkpoints and adapter files, written so that no kill can damage them. Needs torch alone."""
 
+from peft_d2.io.adapter_file import AdapterFile, AdapterFileError
 from peft_d2.io.atomic import StorageError
 from peft_d2.io.base_fingerprint import Fingerprint, fingerprint
 from peft_d2.io.base_weights import Checkpoint, CheckpointError, LoadReport, load_base, read_checkpoint
 
 __all__ = [
+    "AdapterFile",
+    "AdapterFileError",
     "Checkpoint",
     "CheckpointError",
     "Fingerprint",

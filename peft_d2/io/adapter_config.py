@@ -1,8 +1,8 @@
 """`adapter_config.json` and the names of tensors, as Hugging Face `peft` has them.
 
-A LoRA is described as `peft` describes it, so `PeftModel.from_pretrained(model, folder)` reads a folder of ours as it is. What
-`peft` does not have is stored under the same scheme of names with `peft_type` PEFT_D2, which `peft` refuses by that
-name.
+A LoRA is described as `peft` describes it, so `PeftModel.from_pretrained(model, folder)` reads a folder of ours as it
+is. What `peft` does not have is stored under the same scheme of names with `peft_type` PEFT_D2, which `peft` refuses by
+that name.
 """
 
 from __future__ import annotations

@@ -166,7 +166,7 @@ def _read_record(root: Path) -> dict[str, Any]:
     if record.get("format") == FORMAT and record.get("format_version") != FORMAT_VERSION:
         raise AdapterFileError(
             path,
-            f"it has format version {record.get('format_version')!r}, this peft_d2 ({_own_version()}) reads {FORMAT_VERSION}",
+            f"it has format version {record.get('format_version')!r}, and this peft_d2 reads {FORMAT_VERSION}",
             "install a peft_d2 that reads that version, or save the adapter again; if the number looks odd, "
             + _DAMAGED,
         )

@@ -72,13 +72,17 @@ def folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield an empty temporary folder to fill; on leaving, it replaces the folder `path` as a whole.
 
     Args:
-        path: the folder to create or replace; missing parent directories are made.
+        path: the folder to create or replace; missing parent directories are made. A folder that an outer `folder` has
+            just yielded is filled as it is.
 
     Raises:
         StorageError: the disk is full or a quota or size limit is reached; the old folder stays.
         NotADirectoryError: `path` exists and is a file.
     """
     target = Path(os.path.realpath(path))
+    if target.name in _LIVE:  # inside another `folder` of this process, which will sync and rename it
+        yield target
+        return
     with _explained(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         recover(target)

@@ -131,11 +131,15 @@ def load_base(
 
 
 def injected_names(model: nn.Module) -> set[str]:
-    """Names, as in `state_dict()`, of all parameters that modules report as injected, under every alias."""
+    """Names, as in `state_dict()`, of all injected tensors, under every alias.
+
+    A module that has `peft_parameters` keeps what was injected, active or not, in its child `peft`.
+    """
     return {
-        f"{path}.{local}" if path else local
+        ".".join(filter(None, (path, "peft", local)))
         for path, module in model.named_modules(remove_duplicate=False)
-        for local in getattr(module, "peft_parameters", dict)()
+        if hasattr(module, "peft_parameters")
+        for local in module.peft.state_dict()
     }
 
 

@@ -57,15 +57,14 @@ def read(folder: str | os.PathLike[str]) -> AdapterFile:
     except tensor_file.TensorFileDefect as error:
         raise AdapterFileError(root / TENSORS, str(error), _SAVE_AGAIN) from None
     except OSError as error:
-        remedy = _SAVE_AGAIN + "(safe_serialization=True): adapter_model.bin is a pickle and is not read"
+        remedy = _SAVE_AGAIN + " (safe_serialization=True): adapter_model.bin is a pickle and is not read"
         raise AdapterFileError(root / TENSORS, error.strerror or str(error), remedy) from error
     try:
         tensors = _named_as_in_model(stored)
         adapter_config.check(tensors, config)
         methods = _methods(tensors, config)
     except ValueError as error:
-        raise AdapterFileError(root, str(error), "use an adapter of type LORA on linear and convolution layers") from
-        None
+        raise AdapterFileError(root, str(error), "use a LORA adapter on linear and convolution layers") from None
     return AdapterFile(tensors, methods, _train(tensors, config), None, {}, "")
 
 
@@ -82,8 +81,7 @@ def export(source: str | os.PathLike[str], destination: str | os.PathLike[str]) 
         raise AdapterFileError(
             source,
             "it holds methods or places that Hugging Face peft cannot express",
-            "export an adapter that has only LoRA or DoRA on linear and convolution layers, or merge it into a
-            checkpoint",
+            "export one that has only LoRA or DoRA on linear and convolution layers, or merge it into a checkpoint",
         )
     with atomic.folder(destination) as temporary:
         for name, content in data.items():
@@ -132,7 +130,7 @@ def _methods(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> list[d
 
 
 def _train(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> tuple[str, ...]:
-    """Modules trained in full: the prefix of each remaining tensor that `modules_to_save` names, or the tensor itself."""
+    """Modules trained in full: what `modules_to_save` names of each remaining tensor, or the tensor itself."""
     wanted = tuple(name for name in config.get("modules_to_save") or () if isinstance(name, str) and name)
     found: dict[str, None] = {}
     for name in sorted(name for name in tensors if not _is_lora(name)):

@@ -83,6 +83,6 @@ def _checked_header(data: bytes) -> dict[str, str]:
         end = max(end, stop)
     if end != len(data) - 8 - length:
         raise TensorFileDefect(
-            f"its header describes {end} bytes of tensors, {len(data) - 8 - length} are there: it is cut short or damaged"
+            f"its header describes {end} bytes of tensors, {len(data) - 8 - length} are there: cut short or damaged"
         )
     return metadata
