@@ -1,21 +1,61 @@
 """Multi-scale deformable attention: one function, several backends.
 
-``PEFT_D2_BACKEND`` or the ``backend`` argument choose among :func:`backends`; the default is the compiled operator of the
-tensor's device where it is built, else the pure-torch twin of :mod:`peft_d2.ops.reference`.
+The compiled operator serves the devices that it is built for, the pure-torch twin of :mod:`peft_d2.ops.reference` all others.
+The ``backend`` argument, or the environment variable ``PEFT_D2_BACKEND`` (read at import), chooses instead: "torch" is the twin;
+"cpu" and "cuda" demand the compiled operator for tensors there, so that its absence is an error and not a slower run.
 """
 
 from __future__ import annotations
 
+import logging
+import os
+
+import torch
 from torch import Tensor
 
-from peft_d2.ops import checks, reference
+from peft_d2.ops import checks, library, reference
 
 __all__ = ["backends", "ms_deform_attn", "ms_deform_attn_fused"]
 
+logger = logging.getLogger(__name__)
+
+_ENVIRONMENT = os.environ.get("PEFT_D2_BACKEND", "")
+_logged: set[str] = set()
+
 
 def backends() -> dict[str, str]:
-    """Names of the backends; each with "" when it can run here, else with the reason why not."""
-    return {"torch": ""}
+    """Names of the backends; each with "" when it can run here, else with the reason why not and the remedy."""
+    reasons = dict(library.UNAVAILABLE)
+    if not reasons["cuda"] and not torch.cuda.is_available():
+        reasons["cuda"] = "it is built, but torch sees no GPU; check `nvidia-smi` and CUDA_VISIBLE_DEVICES"
+    return {**reasons, "torch": ""}
+
+
+def _uses_library(device: str, backend: str | None) -> bool:
+    """Whether tensors on `device` go to the compiled operator; logs each choice once."""
+    choice = backend or (_ENVIRONMENT if _ENVIRONMENT in ("torch", device) else "")
+    if _ENVIRONMENT not in ("", "torch", "cpu", "cuda") or choice not in ("", "torch", "cpu", "cuda"):
+        asked = repr(backend) if backend else f"PEFT_D2_BACKEND={_ENVIRONMENT!r}"
+        raise ValueError(f"ms_deform_attn: backend is {asked}; it should be 'torch', 'cpu' or 'cuda'")
+    if choice == "torch":
+        _log(device, "the pure-torch twin, as asked for", logging.INFO)
+        return False
+    if choice and choice != device:
+        raise ValueError(f"ms_deform_attn: backend is {choice!r}, but value is on {device}; it should be {device!r}")
+    reason = library.UNAVAILABLE.get(device, f"there is no compiled operator for {device}")
+    if not reason:
+        _log(device, "the compiled operator", logging.INFO)
+        return True
+    if choice:
+        raise RuntimeError(f"ms_deform_attn: backend {choice!r} is not available: {reason}")
+    _log(device, f"the slower pure-torch twin: {reason}", logging.WARNING)
+    return False
+
+
+def _log(device: str, what: str, level: int) -> None:
+    if not torch.compiler.is_compiling() and (line := f"ms_deform_attn on {device} runs {what}") not in _logged:
+        _logged.add(line)
+        logger.log(level, line)
 
 
 def ms_deform_attn(
@@ -34,7 +74,7 @@ def ms_deform_attn(
         level_start_index: (L,), the row where each level begins.
         sampling_locations: (N, Q, M, L, P, 2) as (x, y) in units of the level's width and height.
         attention_weights: (N, Q, M, L, P).
-        backend: a name of :func:`backends`, or None for the default.
+        backend: a name of :func:`backends`, or None for the default: the compiled operator where it is built.
 
     Returns:
         (N, Q, M*D) in value's type. A point outside its level contributes nothing.
@@ -44,9 +84,10 @@ def ms_deform_attn(
         RuntimeError: the backend asked for is not available.
     """
     checks.check(value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
-    return reference.ms_deform_attn(
-        value, spatial_shapes, level_start_index, sampling_locations, attention_weights
-    )
+    levels = (value, spatial_shapes, level_start_index)
+    if _uses_library(value.device.type, backend):
+        return library.ms_deform_attn(*levels, None, sampling_locations, attention_weights)
+    return reference.ms_deform_attn(*levels, sampling_locations, attention_weights)
 
 
 def ms_deform_attn_fused(
@@ -74,6 +115,5 @@ def ms_deform_attn_fused(
         RuntimeError: the backend asked for is not available.
     """
     checks.check_fused(value, spatial_shapes, level_start_index, reference_points, sampling_offsets, attention_logits)
-    return reference.ms_deform_attn_fused(
-        value, spatial_shapes, level_start_index, reference_points, sampling_offsets, attention_logits
-    )
+    run = library.ms_deform_attn if _uses_library(value.device.type, backend) else reference.ms_deform_attn_fused
+    return run(value, spatial_shapes, level_start_index, reference_points, sampling_offsets, attention_logits)

@@ -81,7 +81,10 @@ def check_fused(
     _check_floating("attention_logits", logits, (n, queries, heads, levels * points), "(N, Q, M, L*P)")
     numbers = reference_points.shape[-1] if isinstance(reference_points, Tensor) and reference_points.dim() else 0
     _check_floating(
-        "reference_points", reference_points, (n, queries, levels, numbers if numbers in (2, 4) else 2), "(N, Q, L, 2|4)"
+        "reference_points",
+        reference_points,
+        (n, queries, levels, numbers if numbers in (2, 4) else 2),
+        "(N, Q, L, 2|4)",
     )
     others = {"reference_points": reference_points, "sampling_offsets": offsets, "attention_logits": logits}
     _check_devices(value, others)

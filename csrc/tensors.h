@@ -1,0 +1,100 @@
+// From tensors to a Problem: what the CPU and the CUDA entry points share.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <array>
+#include <limits>
+#include <optional>
+
+#include "cpu/kernels.h"
+
+namespace peft_d2 {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline Types types_of(const Tensor& value, const Tensor& points) {
+  const ScalarType v = value.scalar_type(), c = points.scalar_type();
+  if (v == ScalarType::Double && c == v) return Types::kDouble;
+  if (v == ScalarType::Float && c == v) return Types::kFloat;
+  if (v == ScalarType::BFloat16 && c == v) return Types::kBFloat16;
+  if (v == ScalarType::BFloat16 && c == ScalarType::Float) return Types::kBFloat16Float;
+  if (v == ScalarType::Half && c == v) return Types::kHalf;
+  if (v == ScalarType::Half && c == ScalarType::Float) return Types::kHalfFloat;
+  STD_TORCH_CHECK(
+      false, "ms_deform_attn: points should have value's type, or float32 where value is bfloat16 or float16");
+}
+
+inline ScalarType accumulation_type(const Tensor& value) {
+  return value.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+// The contiguous inputs of one call, kept alive, and the Problem that points into them.
+struct Inputs {
+  Tensor value, spatial_shapes, level_start_index, points, weights;
+  std::optional<Tensor> reference;
+  Problem problem{};
+  Types types;
+
+  Inputs(
+      const Tensor& value_, const Tensor& shapes, const Tensor& starts, const std::optional<Tensor>& reference_,
+      const Tensor& points_, const Tensor& weights_)
+      : value(contiguous(value_)), spatial_shapes(contiguous(shapes)), level_start_index(contiguous(starts)),
+        points(contiguous(points_)), weights(contiguous(weights_)), types(types_of(value_, points_)) {
+    STD_TORCH_CHECK(
+        value.dim() == 4 && points.dim() == 6, "ms_deform_attn: value should be (N, S, M, D) and points (N, Q, M, L, P, 2)");
+    Problem& p = problem;
+    p.n = value.size(0), p.s = value.size(1), p.heads = value.size(2), p.channels = value.size(3);
+    p.queries = points.size(1), p.levels = points.size(3), p.points = points.size(4);
+    const bool fits = points.size(0) == p.n && points.size(2) == p.heads && points.size(5) == 2;
+    STD_TORCH_CHECK(fits, "ms_deform_attn: points should be (N, Q, M, L, P, 2) with value's N and M");
+    STD_TORCH_CHECK(
+        weights.numel() == p.n * p.queries * p.heads * p.levels * p.points &&
+            weights.scalar_type() == points.scalar_type(),
+        "ms_deform_attn: weights should have points' type and one number for each point");
+    STD_TORCH_CHECK(
+        spatial_shapes.numel() == 2 * p.levels && level_start_index.numel() == p.levels &&
+            spatial_shapes.scalar_type() == ScalarType::Long && level_start_index.scalar_type() == ScalarType::Long,
+        "ms_deform_attn: spatial_shapes should be int64 (L, 2) and level_start_index int64 (L,), with points' L");
+    STD_TORCH_CHECK(
+        p.s <= std::numeric_limits<int32_t>::max(), "ms_deform_attn: value has ", p.s, " rows; at most 2^31 - 1 are possible");
+    if (reference_) set_reference(*reference_);
+    p.spatial_shapes = static_cast<const int64_t*>(spatial_shapes.data_ptr());
+    p.level_start_index = static_cast<const int64_t*>(level_start_index.data_ptr());
+    p.value = value.data_ptr();
+    p.raw = points.data_ptr();
+    p.weights = weights.data_ptr();
+  }
+
+  Tensor new_output() const {
+    const Problem& p = problem;
+    return torch::stable::new_empty(value, std::array<int64_t, 3>{p.n, p.queries, p.heads * p.channels});
+  }
+
+  Tensor new_reference_gradient(bool wanted) const {
+    const Problem& p = problem;
+    const std::array<int64_t, 5> sizes{p.n, p.queries, p.heads, p.levels, p.reference_size};
+    const std::array<int64_t, 1> none{0};
+    return wanted ? torch::stable::new_empty(value, sizes, accumulation_type(value))
+                  : torch::stable::new_empty(value, none, accumulation_type(value));
+  }
+
+ private:
+  void set_reference(const Tensor& tensor) {
+    reference = contiguous(tensor);
+    Problem& p = problem;
+    p.reference_size = tensor.dim() == 4 ? tensor.size(3) : 0;
+    STD_TORCH_CHECK(
+        (p.reference_size == 2 || p.reference_size == 4) && tensor.numel() == p.n * p.queries * p.levels * p.reference_size &&
+            tensor.scalar_type() == accumulation_type(value),
+        "ms_deform_attn: reference_points should be (N, Q, L, 2) or (N, Q, L, 4), float64 for float64 values, else float32");
+    p.reference = reference->data_ptr();
+  }
+};
+
+}  // namespace peft_d2
