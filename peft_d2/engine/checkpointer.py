@@ -161,8 +161,8 @@ class Checkpointer(DetectionCheckpointer):
         frozen = [name for name in random if not parameters[name].requires_grad]
         if frozen:
             raise CheckpointError(
-                f"these belong to a head of another class count, start at random and are not trained: {', '.join(frozen)}. "
-                f"Add {frozen[0].rpartition('.')[0]!r} and its like to MODEL.PEFT.TRAIN, or MODEL.PEFT.WEIGHTS with them."
+                f"a head of another class count starts at random and is not trained: {', '.join(frozen)}. "
+                f"Add {frozen[0].rpartition('.')[0]!r} and its like to MODEL.PEFT.TRAIN."
             )
 
     def _candidates(self) -> list[Path]:

@@ -78,13 +78,10 @@ class _ConfigLoader(yaml.SafeLoader):
 
 
 def _sizes(loader: yaml.SafeLoader, node: yaml.Node) -> list[int]:
-    if (
-        not isinstance(node, yaml.SequenceNode)
-        or len(node.value) != 1
-        or not isinstance(node.value[0], yaml.ScalarNode)
-    ):
+    items = node.value if isinstance(node, yaml.SequenceNode) else []
+    if len(items) != 1 or not isinstance(items[0], yaml.ScalarNode):
         raise _refused(node, "expected one expression")
-    text = str(node.value[0].value)
+    text = str(items[0].value)
     try:
         return _comprehension(ast.parse(text, mode="eval").body)
     except (SyntaxError, ValueError, RecursionError, ZeroDivisionError, OverflowError) as error:
@@ -108,7 +105,7 @@ def _comprehension(node: ast.expr) -> list[int]:
         or call.keywords
     ):
         raise ValueError("not a loop over range")
-    numbers = range(*(int(_number(arg, {})) for arg in call.args))
+    numbers = range(*(int(_number(argument, {})) for argument in call.args))
     if len(numbers) > _MAX_ITEMS:
         raise ValueError(f"more than {_MAX_ITEMS} items")
     return [_number(node.elt, {loop.target.id: x}) for x in numbers]  # type: ignore[misc]
@@ -116,7 +113,7 @@ def _comprehension(node: ast.expr) -> list[int]:
 
 def _number(node: ast.expr, names: Mapping[str, int]) -> float:
     if isinstance(node, ast.Constant) and type(node.value) in (int, float):
-        return node.value
+        return node.value  # type: ignore[return-value]
     if isinstance(node, ast.Name) and node.id in names:
         return names[node.id]
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
@@ -133,11 +130,15 @@ def _number(node: ast.expr, names: Mapping[str, int]) -> float:
             return left / right
         if isinstance(node.op, ast.FloorDiv):
             return left // right
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("int", "round"):
-        if len(node.args) == 1 and not node.keywords:
-            value = _number(node.args[0], names)
-            return int(value) if node.func.id == "int" else round(value)
+    if _is_call(node, "int") and len(node.args) == 1:  # type: ignore[attr-defined]
+        return int(_number(node.args[0], names))  # type: ignore[attr-defined]
     raise ValueError(f"{ast.unparse(node)[:40]!r} is not allowed")
+
+
+def _is_call(node: ast.expr, name: str) -> bool:
+    if not isinstance(node, ast.Call) or node.keywords:
+        return False
+    return isinstance(node.func, ast.Name) and node.func.id == name
 
 
 _ConfigLoader.add_constructor("tag:yaml.org,2002:python/object/apply:eval", _sizes)

@@ -19,9 +19,7 @@ def demo_parser() -> argparse.ArgumentParser:
     """The arguments of ``tools/demo.py``."""
     parser = argparse.ArgumentParser(description="Draw a model's predictions on images.")
     parser.add_argument("--config-file", required=True, metavar="FILE", help="e.g. OUTPUT_DIR/config.yaml of a run")
-    parser.add_argument(
-        "--peft-config", default="", metavar="FILE", help="one of configs/peft, on top of --config-file"
-    )
+    parser.add_argument("--peft-config", default="", metavar="FILE", help="one of configs/peft, on top")
     parser.add_argument("--input", required=True, nargs="+", help="image files or folders of them")
     parser.add_argument("--output", required=True, metavar="DIR", help="where the pictures go")
     parser.add_argument("--confidence-threshold", type=float, default=0.5, help="instances below it are not drawn")

@@ -23,9 +23,7 @@ def training_parser() -> argparse.ArgumentParser:
     from detectron2.engine import default_argument_parser
 
     parser = default_argument_parser()
-    parser.add_argument(
-        "--peft-config", default="", metavar="FILE", help="one of configs/peft, on top of --config-file"
-    )
+    parser.add_argument("--peft-config", default="", metavar="FILE", help="one of configs/peft, on top")
     own = parser.add_argument_group("own data, COCO format")
     own.add_argument("--train-json", default="", metavar="FILE", help="annotations to train on")
     own.add_argument("--train-images", default="", metavar="DIR", help="folder of the training images")
@@ -108,7 +106,7 @@ def _take_own_data(loaded: LoadedConfig, args: argparse.Namespace) -> None:
     """Put ``--train-json`` and its companions into the config, where they replace the file's data sets."""
     node = loaded.cfg.DATASETS
     for split, target in (("train", "TRAIN"), ("val", "TEST")):
-        json_path, images = getattr(args, f"{split}_json", ""), getattr(args, f"{split}_images", "")
+        json_path, images = (getattr(args, f"{split}_{part}", "") for part in ("json", "images"))
         if bool(json_path) != bool(images):
             raise ConfigError(f"--{split}-json and --{split}-images belong together: give both or none.")
         if json_path:

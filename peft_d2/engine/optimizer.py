@@ -48,10 +48,7 @@ def scale_learning_rate(cfg: Any) -> None:
         cfg.freeze()
     logger.info(
         "Learning rate %g, chosen for batches of %d images, becomes %g for %d.",
-        old,
-        reference,
-        cfg.SOLVER.BASE_LR,
-        batch,
+        *(old, reference, cfg.SOLVER.BASE_LR, batch),
     )
 
 
@@ -87,9 +84,13 @@ def build_optimizer(cfg: Any, model: nn.Module) -> torch.optim.Optimizer:
 
 def _parameter_groups(cfg: Any, model: nn.Module) -> list[dict[str, Any]]:
     """One group per distinct (learning rate, weight decay): few groups keep the fused kernels busy."""
+    from peft_d2 import peft
+
+    is_peft = peft.get_injection(model) is not None
+    injected = {id(t.param) for t in peft.trained_parameters(model) if t.kind == "injected"} if is_peft else set()
     groups: dict[tuple[float, float], dict[str, Any]] = {}
-    for name, module, parameter, injected in _trained(model):
-        rate = _learning_rate(cfg, name, injected, is_peft=_is_injected_model(model))
+    for name, module, parameter in _trained(model):
+        rate = _learning_rate(cfg, name, id(parameter) in injected, is_peft)
         decay = _weight_decay(cfg, name, module)
         if name.endswith("bias"):
             rate *= cfg.SOLVER.BIAS_LR_FACTOR or 1.0
@@ -98,23 +99,14 @@ def _parameter_groups(cfg: Any, model: nn.Module) -> list[dict[str, Any]]:
     return list(groups.values())
 
 
-def _trained(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Parameter, bool]]:
-    """(name, owner, parameter, whether it is injected) of every parameter that needs gradients, each once."""
-    from peft_d2 import peft
-
-    injected = {id(t.param) for t in peft.trained_parameters(model) if t.kind == "injected"}
+def _trained(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Parameter]]:
+    """(name, owner, parameter) of every parameter that needs gradients, each once."""
     seen: set[int] = set()
     for module_name, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.requires_grad and id(parameter) not in seen:
                 seen.add(id(parameter))
-                yield f"{module_name}.{name}" if module_name else name, module, parameter, id(parameter) in injected
-
-
-def _is_injected_model(model: nn.Module) -> bool:
-    from peft_d2 import peft
-
-    return peft.get_injection(model) is not None
+                yield f"{module_name}.{name}" if module_name else name, module, parameter
 
 
 def _learning_rate(cfg: Any, name: str, injected: bool, is_peft: bool) -> float:

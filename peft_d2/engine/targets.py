@@ -1,4 +1,4 @@
-"""What could be adapted in a config's model: its modules, what a pattern matches, the report - without data or weights."""
+"""What could be adapted in a config's model: modules, what a pattern matches, the report; without data or weights."""
 
 from __future__ import annotations
 
@@ -19,9 +19,7 @@ def inspect_parser() -> argparse.ArgumentParser:
     """The arguments of ``tools/inspect_targets.py``."""
     parser = argparse.ArgumentParser(description="Show what PEFT does, or could do, to a config's model.")
     parser.add_argument("--config-file", default="", metavar="FILE", help="a model's or a PEFT run's config")
-    parser.add_argument(
-        "--peft-config", default="", metavar="FILE", help="one of configs/peft, on top of --config-file"
-    )
+    parser.add_argument("--peft-config", default="", metavar="FILE", help="one of configs/peft, on top")
     parser.add_argument("--pattern", action="append", default=[], help="list what this pattern matches (repeatable)")
     parser.add_argument("--modules", action="store_true", help="list every module with its type and parameters")
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="config KEY VALUE pairs")

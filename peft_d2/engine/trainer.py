@@ -1,4 +1,4 @@
-"""The trainer: Detectron2's, with our data, evaluation, optimizer, checkpoints, and a step that cannot go wrong silently."""
+"""The trainer: Detectron2's, with our data, evaluation, optimizer and checkpoints, and a step that fails aloud."""
 
 from __future__ import annotations
 
@@ -107,20 +107,18 @@ class Trainer(DefaultTrainer):
         """Detectron2's hooks in their order, the checkpointer writing our files, and ours around them."""
         cfg, main = self.cfg, comm.is_main_process()
         prefix = self.checkpointer.prefix
-        ours: list[HookBase | None] = [
+        saver = hooks.PeriodicCheckpointer(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD, file_prefix=prefix)
+        return [
             hooks.IterationTimer(),
             SeedEachStep(cfg.SEED),
             hooks.LRScheduler(),
             FrozenWeights() if prefix == "adapter" else None,
-            hooks.PeriodicCheckpointer(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD, file_prefix=prefix)
-            if main
-            else None,
+            saver if main else None,
             hooks.EvalHook(cfg.TEST.EVAL_PERIOD, self._evaluate) if cfg.DATASETS.TEST else None,
             hooks.PeriodicWriter(self.build_writers(), period=20) if main else None,
             TrainingBar() if on_terminal() else None,
             SaveOnSignal(),
         ]
-        return ours
 
     def _evaluate(self) -> Any:
         self._last_eval_results = self.test(self.cfg, self.model)

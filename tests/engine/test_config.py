@@ -112,10 +112,10 @@ def test_no_cuda_is_one_line(monkeypatch: pytest.MonkeyPatch, caplog: pytest.Log
 
 def test_the_arithmetic_of_published_files(tmp_path: Path) -> None:
     path = tmp_path / "a.yaml"
-    path.write_text(
-        'INPUT: {MIN_SIZE_TRAIN: !!python/object/apply:eval ["[int(x * 0.1 * 640) for x in range(5, 21)]"]}'
-    )
-    assert load_config(str(path)).cfg.INPUT.MIN_SIZE_TRAIN == tuple(int(x * 0.1 * 640) for x in range(5, 21))
+    code = "[int(x * 0.1 * 640) for x in range(5, 21)]"
+    path.write_text(f'INPUT: {{MIN_SIZE_TRAIN: !!python/object/apply:eval ["{code}"]}}')
+    found = load_config(str(path)).cfg.INPUT.MIN_SIZE_TRAIN
+    assert found == tuple(int(x * 0.1 * 640) for x in range(5, 21))
 
 
 @pytest.mark.parametrize(
