@@ -61,9 +61,10 @@ def build_mapper(cfg: Any, records: Sequence[dict[str, Any]]) -> Any:
 
 
 def build_test_mapper(cfg: Any) -> DatasetMapper:
-    """Detectron2's mapper for inference, safe for images of one pixel's width."""
+    """Detectron2's mapper for inference, safe for images of one pixel's width; no resizing where tiles are cut."""
     mapper = DatasetMapper(cfg, is_train=False)
-    mapper.augmentations.augs = keep_a_pixel(mapper.augmentations.augs)
+    tiled = "TILES" in cfg.TEST and cfg.TEST.TILES.ENABLED
+    mapper.augmentations = T.AugmentationList([] if tiled else keep_a_pixel(mapper.augmentations.augs))
     return mapper
 
 

@@ -1,0 +1,72 @@
+"""Which evaluators a data set gets, by its metadata's ``evaluator_type`` and what the model puts out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from detectron2.data import MetadataCatalog
+from detectron2.evaluation import (
+    CityscapesInstanceEvaluator,
+    CityscapesSemSegEvaluator,
+    COCOPanopticEvaluator,
+    DatasetEvaluator,
+    DatasetEvaluators,
+    PascalVOCDetectionEvaluator,
+    SemSegEvaluator,
+)
+
+from peft_d2.data.registration import register_from_config
+from peft_d2.evaluation.coco import FastCOCOEvaluator
+from peft_d2.evaluation.lvis import FastLVISEvaluator
+
+_INSTANCE = {"coco", "coco_panoptic_seg", "ade20k_panoptic_seg"}
+_SEMANTIC = {"sem_seg", "coco_panoptic_seg", "ade20k_panoptic_seg", "mapillary_vistas_panoptic_seg"}
+_PANOPTIC = {"coco_panoptic_seg", "ade20k_panoptic_seg", "cityscapes_panoptic_seg", "mapillary_vistas_panoptic_seg"}
+
+
+def build_evaluator(cfg: Any, dataset_name: str, output_folder: str | None) -> DatasetEvaluator:
+    """The evaluators of a data set, several in one where its metadata and the model's outputs say so.
+
+    Args:
+        cfg: ``MODEL.MASK_FORMER.TEST`` tells which outputs there are; without it, all that the data set can be
+            evaluated on.
+        dataset_name: a registered name.
+        output_folder: for predictions and result files; None writes none.
+
+    Raises:
+        ValueError: no evaluator is known for the data set.
+    """
+    register_from_config(cfg)
+    kind = MetadataCatalog.get(dataset_name).get("evaluator_type", "")
+    test = cfg.MODEL.MASK_FORMER.TEST if "MASK_FORMER" in cfg.MODEL and _is_mask_former(cfg) else None
+    instance, semantic, panoptic = (
+        True if test is None else bool(test[key]) for key in ("INSTANCE_ON", "SEMANTIC_ON", "PANOPTIC_ON")
+    )
+    found: list[DatasetEvaluator] = []
+    if kind in _SEMANTIC and (semantic or kind == "sem_seg"):
+        found.append(SemSegEvaluator(dataset_name, distributed=True, output_dir=output_folder))
+    if kind in _INSTANCE and (instance or kind == "coco"):
+        found.append(FastCOCOEvaluator(dataset_name, output_dir=output_folder))
+    if kind in _PANOPTIC and panoptic:
+        found.append(COCOPanopticEvaluator(dataset_name, output_folder))
+    if kind == "cityscapes_instance" or (kind == "cityscapes_panoptic_seg" and instance):
+        found.append(CityscapesInstanceEvaluator(dataset_name))
+    if kind == "cityscapes_sem_seg" or (kind == "cityscapes_panoptic_seg" and semantic):
+        found.append(CityscapesSemSegEvaluator(dataset_name))
+    if kind == "lvis":
+        found.append(FastLVISEvaluator(dataset_name, output_dir=output_folder))
+    if kind == "pascal_voc":
+        found.append(PascalVOCDetectionEvaluator(dataset_name))
+    if not found:
+        raise ValueError(
+            f"data set {dataset_name!r}: no evaluator for its evaluator_type {kind!r}. Set it with "
+            f"MetadataCatalog.get({dataset_name!r}).set(evaluator_type=...), 'coco' for COCO-format instances."
+        )
+    return found[0] if len(found) == 1 else DatasetEvaluators(found)
+
+
+def _is_mask_former(cfg: Any) -> bool:
+    name = cfg.MODEL.META_ARCHITECTURE
+    if name == "PEFTModel":
+        name = cfg.MODEL.PEFT.META_ARCHITECTURE
+    return name in ("MaskFormer", "PD2MaskFormer", "MaskDINO", "PD2MaskDINO")

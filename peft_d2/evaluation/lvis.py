@@ -1,0 +1,103 @@
+"""Detectron2's LVIS evaluator on faster-coco-eval: the package lvis, which fails on today's NumPy, is not needed."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.data import MetadataCatalog
+from detectron2.evaluation import LVISEvaluator
+from detectron2.utils.file_io import PathManager
+from detectron2.utils.logger import create_small_table
+from faster_coco_eval import COCO, COCOeval_faster
+
+from peft_d2.evaluation.coco import complete, mean_precision, restore_category_ids, write_results
+from peft_d2.evaluation.results import instances_to_results, without
+
+_MAX_DETECTIONS = 300  # of an image, over all classes
+_AREAS = ("all", "small", "medium", "large")
+_FREQUENCIES = ("r", "c", "f")
+logger = logging.getLogger(__name__)
+
+
+class FastLVISEvaluator(LVISEvaluator):
+    """LVIS v1's AP, by size and by frequency of the class (APr, APc, APf); federated annotation is respected."""
+
+    def __init__(self, dataset_name: str, output_dir: str | None = None, distributed: bool = True) -> None:
+        # Detectron2's constructor needs the lvis package; these are the attributes that its methods use.
+        self._logger = logger
+        self._tasks = None
+        self._distributed = distributed
+        self._output_dir = output_dir
+        self._cpu_device = torch.device("cpu")
+        self._metadata = MetadataCatalog.get(dataset_name)
+        with PathManager.open(self._metadata.json_file) as file:
+            self._dataset = json.load(file)
+        complete(self._dataset)
+        self._do_evaluation = bool(self._dataset.get("annotations"))
+
+    def process(self, inputs: Sequence[dict[str, Any]], outputs: Sequence[dict[str, Any]]) -> None:
+        for record, output in zip(inputs, outputs, strict=True):
+            results = instances_to_results(output["instances"], record["image_id"])
+            self._predictions.append({"image_id": record["image_id"], "instances": results})
+
+    def _eval_predictions(self, predictions: Sequence[dict[str, Any]]) -> None:
+        results = list(itertools.chain.from_iterable(p["instances"] for p in predictions))
+        contiguous = self._metadata.get("thing_dataset_id_to_contiguous_id")
+        if contiguous is None:
+            contiguous = {c: i for i, c in enumerate(sorted(c["id"] for c in self._dataset["categories"]))}
+        restore_category_ids(results, contiguous)
+        if self._output_dir:
+            write_results(results, os.path.join(self._output_dir, "lvis_instances_results.json"))
+        if not self._do_evaluation:
+            logger.info("the json has no annotations: predictions are written, nothing is evaluated.")
+            return
+        for task in sorted(self._tasks_from_predictions(results)):
+            self._results[task] = evaluate_lvis(self._dataset, results, task)
+            logger.info("Evaluation results for %s: \n%s", task, create_small_table(self._results[task]))
+
+
+def evaluate_lvis(dataset: dict[str, Any], results: Sequence[dict[str, Any]], task: str) -> dict[str, float]:
+    """AP, AP50, AP75, APs, APm, APl, APr, APc, APf in per cent; -100 where there is nothing to measure, as LVIS has it.
+
+    Args:
+        dataset: an LVIS json: images with neg_category_ids and not_exhaustive_category_ids, categories with frequency.
+        results: in the data set's own category ids.
+        task: "bbox" or "segm".
+    """
+    names = ("AP", "AP50", "AP75", "APs", "APm", "APl", "APr", "APc", "APf")
+    if not results:
+        logger.warning("no predictions to evaluate.")
+        return {name: float("nan") for name in names}
+    truth = COCO(dataset)
+    found = truth.loadRes(without(_best(results), "bbox" if task == "segm" else "segmentation"))
+    evaluation = COCOeval_faster(truth, found, task, lvis_style=True, print_function=logger.info)
+    evaluation.params.maxDets = [_MAX_DETECTIONS]
+    evaluation.evaluate()
+    evaluation.accumulate()
+    precision = evaluation.eval["precision"][..., -1]  # (IoU, recall, class, area)
+    thresholds = evaluation.params.iouThrs
+    frequency = {c["id"]: c["frequency"] for c in dataset["categories"]}
+    kinds = np.array([frequency[c] for c in evaluation.params.catIds])
+    overall = precision[..., 0]
+    parts = [overall, overall[np.isclose(thresholds, 0.5)], overall[np.isclose(thresholds, 0.75)]]
+    parts += [precision[..., _AREAS.index(area)] for area in _AREAS[1:]]
+    parts += [overall[:, :, kinds == kind] for kind in _FREQUENCIES]
+    return {name: 100 * mean_precision(part) for name, part in zip(names, parts, strict=True)}
+
+
+def _best(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The best 300 of each image over all classes."""
+    by_image: dict[Any, list[dict[str, Any]]] = {}
+    for result in results:
+        by_image.setdefault(result["image_id"], []).append(result)
+    kept: list[dict[str, Any]] = []
+    for found in by_image.values():
+        kept += sorted(found, key=lambda r: r["score"], reverse=True)[:_MAX_DETECTIONS]
+    return kept

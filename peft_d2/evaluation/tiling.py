@@ -1,0 +1,195 @@
+"""Whole images through a model that was trained on enlarged tiles: cut, predict, put back, merge."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.data import transforms as T
+from detectron2.structures import BitMasks, Instances
+from PIL import Image
+from torch import nn
+
+from peft_d2.data.augmentation import keep_a_pixel
+from peft_d2.data.tiles import enlarge, tile_starts
+
+Box = tuple[int, int, int, int]  # x0, y0, x1, y1 in px of the whole image, ends exclusive
+_BATCH = 8  # tiles that go through the model together
+_MIN_SHARED = 4  # px of a shared region that must be covered before it says anything
+
+
+def inference_model(cfg: Any, model: nn.Module) -> nn.Module:
+    """The model as it is evaluated: by tiles where ``TEST.TILES.ENABLED``, else as it is.
+
+    The loader of :func:`peft_d2.data.build_test_loader` gives images of their own size in the first case.
+    """
+    tiles = cfg.TEST.get("TILES", None)
+    if tiles is None or not tiles.ENABLED or isinstance(model, TiledModel):
+        return model
+    shortest = T.ResizeShortestEdge([cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MIN_SIZE_TEST], cfg.INPUT.MAX_SIZE_TEST)
+    return TiledModel(
+        model, size=tiles.SIZE, scale=tiles.SCALE, overlap=tiles.OVERLAP, threshold=tiles.MERGE_THRESH,
+        limit=cfg.TEST.DETECTIONS_PER_IMAGE, resize=shortest,
+    )  # fmt: skip
+
+
+class TiledModel(nn.Module):
+    """A Detectron2 model for inference on whole images by overlapping tiles.
+
+    Two predictions of one class from different tiles are one object when they agree (by IoU) on what both tiles see;
+    their masks are then joined. Where they do not, but the smaller is mostly inside the larger, the one with the
+    lower score goes.
+
+    Args:
+        model: takes ``{"image": (3, H, W) uint8, "height", "width"}`` and returns ``instances`` with ``pred_masks``.
+        size: side of a tile, px of the whole image.
+        scale: factor by which tiles are enlarged, as those of the training were.
+        overlap: least overlap of neighbouring tiles, px of the whole image; best as large as most objects.
+        threshold: IoU, and share of the smaller mask, from which two predictions are one object.
+        limit: how many predictions of a whole image are kept, by score.
+        resize: what the config does to test images, applied to the enlarged tile.
+    """
+
+    def __init__(
+        self, model: nn.Module, *, size: int, scale: float, overlap: int, threshold: float = 0.5, limit: int = 100,
+        resize: T.Augmentation | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        tile_starts(size + 1, size, overlap)  # refuses an overlap that tiles of this size cannot have
+        self.model, self.size, self.scale, self.overlap = model, size, scale, overlap
+        self.threshold, self.limit = threshold, limit
+        self.resize = T.AugmentationList(keep_a_pixel([resize] if resize is not None else []))
+
+    @torch.no_grad()
+    def forward(self, batched_inputs: Sequence[dict[str, Any]]) -> list[dict[str, Instances]]:
+        """Detectron2's inference: images in their own size in, ``instances`` of each out (masks on the CPU)."""
+        return [{"instances": self._whole(record)} for record in batched_inputs]
+
+    def _whole(self, record: dict[str, Any]) -> Instances:
+        image = record["image"].permute(1, 2, 0).cpu().numpy()
+        height, width = image.shape[:2]
+        if (height, width) != (record.get("height", height), record.get("width", width)):
+            raise ValueError(
+                f"{record.get('file_name', 'an image')}: tiles are cut from images in their own size, but this one was "
+                f"resized to {width} x {height} px. Use peft_d2.data.build_test_loader."
+            )
+        boxes = [
+            (x, y, min(x + self.size, width), min(y + self.size, height))
+            for y in tile_starts(height, self.size, self.overlap)
+            for x in tile_starts(width, self.size, self.overlap)
+        ]
+        parts: list[_Object] = []
+        for start in range(0, len(boxes), _BATCH):
+            chosen = boxes[start : start + _BATCH]
+            for box, output in zip(chosen, self.model([self._input(image, b) for b in chosen]), strict=True):
+                parts += _parts(output, box)
+        merged = merge(parts, self.threshold)[: self.limit]
+        return _instances(merged, height, width)
+
+    def _input(self, image: np.ndarray, box: Box) -> dict[str, Any]:
+        x0, y0, x1, y1 = box
+        tile = np.asarray(enlarge(Image.fromarray(np.ascontiguousarray(image[y0:y1, x0:x1])), self.scale))
+        picture = T.AugInput(tile)
+        self.resize(picture)
+        pixels = torch.from_numpy(np.ascontiguousarray(picture.image.transpose(2, 0, 1)))
+        return {"image": pixels, "height": y1 - y0, "width": x1 - x0}
+
+
+@dataclass
+class _Object:
+    """A prediction: its mask on ``box``, and the tiles that it was seen in."""
+
+    mask: np.ndarray
+    box: Box
+    label: int
+    score: float
+    tiles: list[Box] = field(default_factory=list)
+
+    def on(self, box: Box) -> np.ndarray:
+        """The mask on another box, empty where it is not known."""
+        canvas = np.zeros((box[3] - box[1], box[2] - box[0]), dtype=bool)
+        x0, y0, x1, y1 = _shared(self.box, box)
+        if x0 < x1 and y0 < y1:
+            mine = self.mask[y0 - self.box[1] : y1 - self.box[1], x0 - self.box[0] : x1 - self.box[0]]
+            canvas[y0 - box[1] : y1 - box[1], x0 - box[0] : x1 - box[0]] = mine
+        return canvas
+
+    def join(self, other: _Object) -> None:
+        box = (
+            min(self.box[0], other.box[0]), min(self.box[1], other.box[1]),
+            max(self.box[2], other.box[2]), max(self.box[3], other.box[3]),
+        )  # fmt: skip
+        self.mask, self.box = self.on(box) | other.on(box), box
+        self.tiles += other.tiles
+
+
+def merge(parts: Sequence[_Object], threshold: float) -> list[_Object]:
+    """Objects from the predictions of all tiles, best first."""
+    kept: list[_Object] = []
+    for part in sorted(parts, key=lambda p: -p.score):
+        if not _absorb(part, kept, threshold):
+            kept.append(part)
+    return kept
+
+
+def _absorb(part: _Object, kept: Sequence[_Object], threshold: float) -> bool:
+    """Whether ``part`` is one of the objects that are there, which it then completes, or lies mostly inside one."""
+    for known in kept:
+        if known.label != part.label or part.tiles[0] in known.tiles:
+            continue
+        x0, y0, x1, y1 = _shared(known.box, part.box)
+        if x0 >= x1 or y0 >= y1:
+            continue
+        seen = _seen(known.tiles, part.tiles[0])
+        mine, theirs = part.on(part.tiles[0]) & seen, known.on(part.tiles[0]) & seen
+        common, either = np.count_nonzero(mine & theirs), np.count_nonzero(mine | theirs)
+        if either >= _MIN_SHARED and common >= threshold * either:
+            known.join(part)
+            return True
+        smaller = min(np.count_nonzero(part.mask), np.count_nonzero(known.mask))
+        if common >= threshold * smaller:
+            return True
+    return False
+
+
+def _seen(tiles: Sequence[Box], tile: Box) -> np.ndarray:
+    """Where on ``tile`` any of the others looked as well."""
+    canvas = np.zeros((tile[3] - tile[1], tile[2] - tile[0]), dtype=bool)
+    for other in tiles:
+        x0, y0, x1, y1 = _shared(other, tile)
+        canvas[max(0, y0 - tile[1]) : max(0, y1 - tile[1]), max(0, x0 - tile[0]) : max(0, x1 - tile[0])] = True
+    return canvas
+
+
+def _shared(a: Box, b: Box) -> Box:
+    return max(a[0], b[0]), max(a[1], b[1]), min(a[2], b[2]), min(a[3], b[3])
+
+
+def _parts(output: dict[str, Any], tile: Box) -> list[_Object]:
+    if "instances" not in output:
+        raise ValueError("TEST.TILES merges instances, but the model puts out none. Set TEST.TILES.ENABLED False.")
+    instances = output["instances"]
+    masks = instances.pred_masks.cpu().numpy().astype(bool)
+    parts = []
+    for mask, label, score in zip(
+        masks, instances.pred_classes.tolist(), instances.scores.tolist(), strict=True
+    ):
+        ys, xs = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+        if len(ys):
+            x0, y0, x1, y1 = int(xs[0]), int(ys[0]), int(xs[-1]) + 1, int(ys[-1]) + 1
+            box = (tile[0] + x0, tile[1] + y0, tile[0] + x1, tile[1] + y1)
+            parts.append(_Object(mask[y0:y1, x0:x1], box, label, score, [tile]))
+    return parts
+
+
+def _instances(objects: Sequence[_Object], height: int, width: int) -> Instances:
+    masks = np.stack([o.on((0, 0, width, height)) for o in objects]) if objects else np.zeros((0, height, width), bool)
+    instances = Instances((height, width))
+    instances.pred_masks = torch.from_numpy(masks)
+    instances.pred_boxes = BitMasks(instances.pred_masks).get_bounding_boxes()
+    instances.scores = torch.tensor([o.score for o in objects], dtype=torch.float32)
+    instances.pred_classes = torch.tensor([o.label for o in objects], dtype=torch.int64)
+    return instances
