@@ -7,6 +7,7 @@ that name.
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping
@@ -17,6 +18,7 @@ from torch import Tensor
 PREFIX = "base_model.model."
 LORA, OWN = "LORA", "PEFT_D2"
 A, B, MAGNITUDE = ".lora_a", ".lora_b", ".lora_magnitude"
+NAME = re.compile(r"[\w\-]+(\.[\w\-]+)*")
 _SUFFIXES = {A: ".lora_A.weight", B: ".lora_B.weight", MAGNITUDE: ".lora_magnitude_vector"}
 
 
@@ -39,6 +41,31 @@ def model_name(name: str) -> str | None:
         if name.endswith(own):
             return None
     return name
+
+
+def to_file(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of the model as they are stored: `peft` keeps DoRA's magnitude of a convolution as (1, out, 1, 1)."""
+    stored = {}
+    for name, value in tensors.items():
+        if name.endswith(MAGNITUDE) and (spatial := tensors[name.removesuffix(MAGNITUDE) + A].ndim - 2):
+            value = value.reshape(1, -1, *[1] * spatial)
+        stored[file_name(name)] = value
+    return stored
+
+
+def to_model(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Reverse of `to_file`.
+
+    Raises:
+        ValueError: a name that `to_file` cannot have given.
+    """
+    tensors = {}
+    for name, value in stored.items():
+        own = model_name(name)
+        if own is None or not NAME.fullmatch(own):
+            raise ValueError(f"the tensor name {name[:80]!r} is not one of an adapter")
+        tensors[own] = value.flatten() if own.endswith(MAGNITUDE) else value
+    return tensors
 
 
 def lora_ranks(tensors: Mapping[str, Tensor]) -> dict[str, int]:
@@ -114,6 +141,23 @@ def check(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
         described = by_pattern(config, "rank_pattern", path, config.get("r"))
         if described != rank:
             raise ValueError(f"the LoRA of {path} has rank {rank}, and adapter_config.json says {described!r}")
+
+
+def scales(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, float]:
+    """Path of each LoRA that a description of `peft`'s form covers -> factor on B A x.
+
+    Raises:
+        ValueError: an alpha is missing or no positive number.
+    """
+    if config.get("peft_type") != LORA:
+        return {}
+    result = {}
+    for path, rank in lora_ranks(tensors).items():
+        alpha = by_pattern(config, "alpha_pattern", path, config.get("lora_alpha"))
+        if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not alpha > 0:
+            raise ValueError(f"adapter_config.json: lora_alpha of {path} is {alpha!r}, not a positive number")
+        result[path] = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    return result
 
 
 def by_pattern(config: Mapping[str, Any], key: str, path: str, default: Any) -> Any:

@@ -14,7 +14,6 @@ import dataclasses
 import hashlib
 import math
 import os
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,6 @@ FORMAT_VERSION = 1
 TENSORS, CONFIG, RECORD = "adapter_model.safetensors", "adapter_config.json", "peft_d2.json"
 MARK = "peft_d2"  # in the tensors' header: tells our folder that lost its record from one of Hugging Face's
 
-_NAME = re.compile(r"[\w\-]+(\.[\w\-]+)*")
 _DAMAGED = "copy the folder again from where it was saved, or use an earlier checkpoint"
 _KEYS = {"base", "checksum", "files", "format", "format_version", "methods", "metrics", "peft_d2_version", "train"}
 
@@ -53,6 +51,7 @@ class AdapterFile:
         base: fingerprint of the base that it was made for; None for a folder written by Hugging Face peft.
         metrics: what was measured when it was saved.
         version: of peft_d2 that wrote it.
+        scales: path of each LoRA that `adapter_config.json` describes -> factor on its branch.
     """
 
     tensors: dict[str, Tensor]
@@ -61,6 +60,7 @@ class AdapterFile:
     base: Fingerprint | None
     metrics: dict[str, Any]
     version: str
+    scales: dict[str, float]
 
 
 def write(
@@ -104,13 +104,11 @@ def write_into(
 ) -> None:
     """As `write`, into a folder that exists; for a caller that stores more beside it inside one `atomic.folder`."""
     for name in tensors:
-        if adapter_config.model_name(adapter_config.file_name(name)) != name or not _NAME.fullmatch(name):
+        if adapter_config.model_name(adapter_config.file_name(name)) != name or not adapter_config.NAME.fullmatch(name):
             raise ValueError(f"the tensor name {name!r} cannot be stored in an adapter file")
     plain = [_plain(dict(method), "a method") for method in methods]
     contents = {
-        TENSORS: tensor_file.dumps(
-            {adapter_config.file_name(name): value for name, value in tensors.items()}, {MARK: str(FORMAT_VERSION)}
-        ),
+        TENSORS: tensor_file.dumps(adapter_config.to_file(tensors), {MARK: str(FORMAT_VERSION)}),
         CONFIG: strict_json.dumps(adapter_config.describe(tensors, base.tensors, scales or {})),
     }
     record = {
@@ -149,11 +147,13 @@ def read(folder: str | os.PathLike[str]) -> AdapterFile:
     tensors = _named_as_in_model(root / TENSORS, tensors_data)
     try:
         adapter_config.check(tensors, config)
+        scales = adapter_config.scales(tensors, config)
         base = Fingerprint.from_json(record["base"])
     except ValueError as error:
         raise AdapterFileError(root, str(error), "save the adapter again with a version of peft_d2") from None
     methods = [dict(method) for method in record["methods"]]
-    return AdapterFile(tensors, methods, tuple(record["train"]), base, record["metrics"], record["peft_d2_version"])
+    version: str = record["peft_d2_version"]
+    return AdapterFile(tensors, methods, tuple(record["train"]), base, record["metrics"], version, scales)
 
 
 def _read_record(root: Path) -> dict[str, Any]:
@@ -232,13 +232,10 @@ def _named_as_in_model(path: Path, data: bytes) -> dict[str, Tensor]:
         raise AdapterFileError(path, str(error), _DAMAGED) from None
     if metadata.get(MARK) != str(FORMAT_VERSION):
         raise AdapterFileError(path, "it was not written together with its record", "save the adapter again")
-    tensors = {}
-    for name, value in stored.items():
-        own = adapter_config.model_name(name)
-        if own is None or not _NAME.fullmatch(own):
-            raise AdapterFileError(path, f"the tensor name {name[:80]!r} is not one of an adapter", "save it again")
-        tensors[own] = value
-    return tensors
+    try:
+        return adapter_config.to_model(stored)
+    except ValueError as error:
+        raise AdapterFileError(path, str(error), "save the adapter again") from None
 
 
 def _plain(value: Any, where: str) -> Any:

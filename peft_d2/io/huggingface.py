@@ -6,7 +6,6 @@ record out. The package itself is not needed.
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from collections.abc import Mapping
@@ -62,10 +61,11 @@ def read(folder: str | os.PathLike[str]) -> AdapterFile:
     try:
         tensors = _named_as_in_model(stored)
         adapter_config.check(tensors, config)
-        methods = _methods(tensors, config)
+        scales = adapter_config.scales(tensors, config)
+        methods = _methods(tensors, scales, config)
     except ValueError as error:
         raise AdapterFileError(root, str(error), "use a LORA adapter on linear and convolution layers") from None
-    return AdapterFile(tensors, methods, _train(tensors, config), None, {}, "")
+    return AdapterFile(tensors, methods, _train(tensors, config), None, {}, "", scales)
 
 
 def export(source: str | os.PathLike[str], destination: str | os.PathLike[str]) -> None:
@@ -89,13 +89,10 @@ def export(source: str | os.PathLike[str], destination: str | os.PathLike[str]) 
 
 
 def _named_as_in_model(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    tensors = {}
-    for name, value in stored.items():
-        own = adapter_config.model_name(name)
-        leaf = (own or "").rpartition(".")[2]
-        if own is None or ".lora_" in own.removesuffix(f".{leaf}") or (leaf.startswith("lora_") and not _is_lora(own)):
+    tensors = adapter_config.to_model(stored)
+    for name in tensors:
+        if "lora_" in name and not _is_lora(name):
             raise ValueError(f"the tensor {name[:120]!r} is of a kind that is not known")
-        tensors[own] = value
     return tensors
 
 
@@ -103,29 +100,29 @@ def _is_lora(name: str) -> bool:
     return name.endswith((adapter_config.A, adapter_config.B, adapter_config.MAGNITUDE))
 
 
-def _methods(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _methods(
+    tensors: Mapping[str, Tensor], scales: Mapping[str, float], config: Mapping[str, Any]
+) -> list[dict[str, Any]]:
     """One entry per combination of rank, alpha and kind; targets name each module outright."""
     if config.get("fan_in_fan_out") or config.get("lora_bias"):
         raise ValueError("fan_in_fan_out and lora_bias are not known")
-    groups: dict[tuple[str, int, float], list[str]] = {}
+    groups: dict[tuple[bool, int, float], list[str]] = {}
     for path, rank in adapter_config.lora_ranks(tensors).items():
-        alpha = adapter_config.by_pattern(config, "alpha_pattern", path, config.get("lora_alpha"))
-        if not isinstance(alpha, (int, float)) or alpha <= 0:
-            raise ValueError(f"lora_alpha of {path} is {alpha!r}, not a positive number")
-        if config.get("use_rslora"):
-            alpha = alpha * math.sqrt(rank)  # alpha / sqrt(r) = (alpha sqrt(r)) / r
-        kind = "dora" if path + adapter_config.MAGNITUDE in tensors else "lora"
-        groups.setdefault((kind, rank, float(alpha)), []).append(path)
+        dora = path + adapter_config.MAGNITUDE in tensors
+        groups.setdefault((dora, rank, scales[path] * rank), []).append(path)
     dropout = config.get("lora_dropout") or 0.0
+    if not isinstance(dropout, (int, float)):
+        raise ValueError(f"adapter_config.json: lora_dropout is {dropout!r}, not a number")
     return [
         {
-            "NAME": kind,
+            "NAME": "lora",
             "TARGETS": [f"re:{re.escape(path)}" for path in paths],
             "RANK": rank,
             "ALPHA": alpha,
             "DROPOUT": float(dropout),
+            "DORA": dora,
         }
-        for (kind, rank, alpha), paths in groups.items()
+        for (dora, rank, alpha), paths in groups.items()
     ]
 
 
