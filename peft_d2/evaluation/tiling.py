@@ -18,7 +18,6 @@ from peft_d2.data.tiles import enlarge, tile_starts
 
 Box = tuple[int, int, int, int]  # x0, y0, x1, y1 in px of the whole image, ends exclusive
 _BATCH = 8  # tiles that go through the model together
-_MIN_SHARED = 4  # px of a shared region that must be covered before it says anything
 
 
 def inference_model(cfg: Any, model: nn.Module) -> nn.Module:
@@ -40,8 +39,8 @@ class TiledModel(nn.Module):
     """A Detectron2 model for inference on whole images by overlapping tiles.
 
     Two predictions of one class from different tiles are one object when they agree (by IoU) on what both tiles see;
-    their masks are then joined. Where they do not, but the smaller is mostly inside the larger, the one with the
-    lower score goes.
+    the mask with the better score is then extended by the other's where only that one's tile looked. Where they do
+    not agree, but the smaller is mostly inside the larger, the one with the lower score goes.
 
     Args:
         model: takes ``{"image": (3, H, W) uint8, "height", "width"}`` and returns ``instances`` with ``pred_masks``.
@@ -118,11 +117,12 @@ class _Object:
         return canvas
 
     def join(self, other: _Object) -> None:
+        """Extend by ``other`` where no tile of this one looked: where both did, the better score decided."""
         box = (
             min(self.box[0], other.box[0]), min(self.box[1], other.box[1]),
             max(self.box[2], other.box[2]), max(self.box[3], other.box[3]),
         )  # fmt: skip
-        self.mask, self.box = self.on(box) | other.on(box), box
+        self.mask, self.box = self.on(box) | (other.on(box) & ~_seen(self.tiles, box)), box
         self.tiles += other.tiles
 
 
@@ -130,33 +130,37 @@ def merge(parts: Sequence[_Object], threshold: float) -> list[_Object]:
     """Objects from the predictions of all tiles, best first."""
     kept: list[_Object] = []
     for part in sorted(parts, key=lambda p: -p.score):
-        if not _absorb(part, kept, threshold):
+        same, covered = _compare(part, kept, threshold)
+        if same:
+            # One part may connect objects of tiles that do not touch each other.
+            for other in [*same[1:], part]:
+                same[0].join(other)
+            gone = {id(other) for other in same[1:]}
+            kept = [known for known in kept if id(known) not in gone]
+        elif not covered:
             kept.append(part)
     return kept
 
 
-def _absorb(part: _Object, kept: Sequence[_Object], threshold: float) -> bool:
-    """Whether ``part`` is one of the objects that are there, which it then completes, or lies mostly inside one."""
+def _compare(part: _Object, kept: Sequence[_Object], threshold: float) -> tuple[list[_Object], bool]:
+    """The objects that ``part`` is one with, and whether it mostly lies inside another."""
+    same, covered, tile = [], False, part.tiles[0]
     for known in kept:
-        if known.label != part.label or part.tiles[0] in known.tiles:
-            continue
         x0, y0, x1, y1 = _shared(known.box, part.box)
-        if x0 >= x1 or y0 >= y1:
+        if known.label != part.label or tile in known.tiles or x0 >= x1 or y0 >= y1:
             continue
-        seen = _seen(known.tiles, part.tiles[0])
-        mine, theirs = part.on(part.tiles[0]) & seen, known.on(part.tiles[0]) & seen
+        seen = _seen(known.tiles, tile)
+        mine, theirs = part.on(tile) & seen, known.on(tile) & seen
         common, either = np.count_nonzero(mine & theirs), np.count_nonzero(mine | theirs)
-        if either >= _MIN_SHARED and common >= threshold * either:
-            known.join(part)
-            return True
+        if common and common >= threshold * either:
+            same.append(known)
         smaller = min(np.count_nonzero(part.mask), np.count_nonzero(known.mask))
-        if common >= threshold * smaller:
-            return True
-    return False
+        covered = covered or (common > 0 and common >= threshold * smaller)
+    return same, covered
 
 
 def _seen(tiles: Sequence[Box], tile: Box) -> np.ndarray:
-    """Where on ``tile`` any of the others looked as well."""
+    """Which part of ``tile`` (or of any box) the tiles cover."""
     canvas = np.zeros((tile[3] - tile[1], tile[2] - tile[0]), dtype=bool)
     for other in tiles:
         x0, y0, x1, y1 = _shared(other, tile)
