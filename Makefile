@@ -11,6 +11,14 @@ VENV := .venv
 PY := $(VENV)/bin/python
 PIP := PIP_CONSTRAINT=constraints.txt $(PY) -m pip install --quiet --disable-pip-version-check --no-build-isolation
 
+ifneq ($(origin PYTHON),file) # somebody chose one: the environment that is there must be of that version
+  made := $(shell test -x $(PY) && $(PY) -V 2>&1)
+  chosen := $(shell $(PYTHON) -V 2>&1)
+  ifneq ($(made),$(if $(made),$(chosen)))
+    $(error $(VENV) was made with $(made), and $(PYTHON) is $(chosen). Leave PYTHON= out, or delete $(VENV) first)
+  endif
+endif
+
 checksum = $(shell { cat $(1); echo "$(2)"; } 2>/dev/null | cksum | cut -d' ' -f1)
 operator := $(shell find csrc -type f 2>/dev/null | LC_ALL=C sort)
 compilers := $(shell command -v $${CXX:-c++} g++ clang++ nvcc; echo $$CUDA_HOME $$PEFT_D2_CUDA $$TORCH_CUDA_ARCH_LIST)

@@ -335,6 +335,19 @@ def test_make_refuses_an_interpreter_that_will_not_do(tmp_path: Path, interprete
     assert not (tmp_path / ".venv").exists()
 
 
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_make_says_that_the_environment_is_of_another_python(tmp_path: Path) -> None:
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    made, chosen = tmp_path / ".venv" / "bin" / "python", tmp_path / "python"
+    made.parent.mkdir(parents=True)
+    for python, version in ((made, "3.11.7"), (chosen, "3.12.1")):
+        python.write_text(f"#!/bin/sh\necho Python {version}\n")
+        python.chmod(0o755)
+    result = subprocess.run(["make", "setup", f"PYTHON={chosen}"], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode != 0
+    assert f".venv was made with Python 3.11.7, and {chosen} is Python 3.12.1" in result.stderr
+
+
 def test_the_pins_satisfy_what_the_project_requires() -> None:
     """`constraints.txt` pins every requirement of the wheel and of the package, within the bounds that these give."""
     Requirement = pytest.importorskip("packaging.requirements").Requirement  # noqa: N806  a class
