@@ -1,0 +1,36 @@
+#!/usr/bin/env python
+"""Train several configs on the same data and set them side by side: a table, and a plot of mask AP over steps.
+
+    tools/compare.py --configs configs/nuclei/heads.yaml configs/nuclei/lora.yaml --seeds 1 2 3 --output output/nuclei \
+        --opts MODEL.WEIGHTS base.pth DATASETS.REGISTER "[...]" DATASETS.TRAIN "('a',)" DATASETS.TEST "('b',)"
+
+Rows are named after the config files. A comparison that was interrupted goes on where it stopped.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from peft_d2.engine.comparison import Run, compare, plot_curves, table
+
+TRAIN_NET = Path(__file__).with_name("train_net.py")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--configs", nargs="+", required=True, metavar="FILE", help="config files, a row each")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1], help="each config is trained once per seed")
+    parser.add_argument("--output", required=True, metavar="DIR", help="takes a folder per run, table.md and curves.png")
+    parser.add_argument("--title", default="", help="of the plot")
+    parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="config KEY VALUE pairs for every run")
+    args = parser.parse_args()
+
+    runs = [Run(Path(config).stem, config, seed) for config in args.configs for seed in args.seeds]
+    results = compare(runs, args.output, [sys.executable, str(TRAIN_NET)], args.opts)
+    print(table(results))
+    Path(args.output, "table.md").write_text(table(results) + "\n")
+    plot_curves(results, Path(args.output, "curves.png"), args.title)
+
+
+if __name__ == "__main__":
+    main()
