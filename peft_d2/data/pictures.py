@@ -40,17 +40,43 @@ def contact_sheet(data: dict[str, Any], image_root: str | Path, images: int = 24
     for annotation in data["annotations"]:
         if annotation["image_id"] in objects and annotation.get("segmentation"):
             objects[annotation["image_id"]].append(annotation)
-    columns = min(6, max(1, len(chosen)))
-    sheet = Image.new("RGB", (columns * cell, max(1, -(-len(chosen) // columns)) * cell))
-    for position, record in enumerate(chosen):
+    pictures = []
+    for record in chosen:
         with Image.open(Path(image_root) / record["file_name"]) as opened:
             image = np.asarray(opened.convert("RGB"))
         masks = [segmentation_to_mask(a["segmentation"], *image.shape[:2]) for a in objects[record["id"]]]
-        picture = overlay(image, masks, [order[a["category_id"]] for a in objects[record["id"]]])
-        thumbnail = Image.fromarray(picture)
+        labels = [order[a["category_id"]] for a in objects[record["id"]]]
+        pictures.append(Image.fromarray(overlay(image, masks, labels)))
+    return sheet(pictures, cell)
+
+
+def sheet(pictures: Sequence[Image.Image], cell: int = 0, columns: int = 6) -> Image.Image:
+    """Pictures side by side in square cells of ``cell`` px, 0: as large as the largest picture."""
+    cell = cell or max(max(p.size) for p in pictures)
+    columns = min(columns, max(1, len(pictures)))
+    canvas = Image.new("RGB", (columns * cell, max(1, -(-len(pictures) // columns)) * cell))
+    for position, picture in enumerate(pictures):
+        thumbnail = picture.copy()
         thumbnail.thumbnail((cell, cell))
-        sheet.paste(thumbnail, (position % columns * cell, position // columns * cell))
-    return sheet
+        canvas.paste(thumbnail, (position % columns * cell, position // columns * cell))
+    return canvas
+
+
+def picture_of_sample(sample: dict[str, Any], image_format: str, names: Sequence[str] = ()) -> np.ndarray:
+    """(H, W, 3) uint8 RGB picture of what a mapper made: image and ``instances`` with masks of any kind."""
+    image = sample["image"].permute(1, 2, 0).numpy()
+    image = np.ascontiguousarray(image[..., ::-1]) if image_format == "BGR" else image
+    instances = sample["instances"]
+    height, width = image.shape[:2]
+    masks: list[np.ndarray] = []
+    if instances.has("gt_masks"):
+        kept = instances.gt_masks
+        if hasattr(kept, "polygons"):
+            masks = [segmentation_to_mask(polygons, height, width) for polygons in kept.polygons]
+        else:
+            masks = list(getattr(kept, "tensor", kept).numpy().astype(bool))
+    labels = instances.gt_classes.tolist()[: len(masks)]
+    return overlay(image, masks, labels, names)
 
 
 def _colour(label: int) -> np.ndarray:

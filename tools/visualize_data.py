@@ -1,0 +1,35 @@
+#!/usr/bin/env python3
+"""Picture what the training mapper feeds the model: augmented images with their masks.
+
+python tools/visualize_data.py --config-file configs/... --output fed.png --batches 4 [KEY VALUE ...]
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+from PIL import Image
+
+from peft_d2.data import build_train_loader, class_names
+from peft_d2.data.pictures import picture_of_sample, sheet
+from peft_d2.engine.launch import prepare_config, training_parser
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = training_parser()
+    parser.description = __doc__
+    parser.add_argument("--output", default="fed.png", help="file to write")
+    parser.add_argument("--batches", type=int, default=4, help="how many batches to show")
+    parser.add_argument("--start", type=int, default=0, help="the iteration to begin with")
+    args = parser.parse_args(arguments)
+    cfg: Any = prepare_config(args)
+    batches = itertools.islice(build_train_loader(cfg, args.start), args.batches)
+    names = class_names(cfg)
+    pictures = [picture_of_sample(sample, cfg.INPUT.FORMAT, names) for batch in batches for sample in batch]
+    sheet([Image.fromarray(p) for p in pictures]).save(args.output)
+    print(f"wrote {args.output}")
+
+
+if __name__ == "__main__":
+    main()
