@@ -48,6 +48,7 @@ class Checkpointer(DetectionCheckpointer):
     ) -> None:
         super().__init__(model, save_dir, **checkpointables)
         self.logger = logger
+        self.metrics: dict[str, float] = {}  # of the last evaluation, stored with an adapter
         self._keep = keep
         self._allow_other_base = allow_other_base
 
@@ -68,7 +69,7 @@ class Checkpointer(DetectionCheckpointer):
         if self.prefix == "adapter":
             basename = name
             with atomic.folder(Path(self.save_dir, basename)) as folder:
-                adapters.save_adapter(self.model, folder)
+                adapters.save_adapter(self.model, folder, metrics=self.metrics)
                 torch.save(state, folder / TRAINING_STATE)
         else:
             basename = f"{name}.pth"

@@ -59,7 +59,7 @@ def PEFTModel(cfg: Any) -> nn.Module:  # noqa: N802  the registry knows it by th
             "Name a method, modules to train in full, or an adapter folder."
         )
     if node.WEIGHTS:
-        adapters.load_adapter(model, node.WEIGHTS, allow_other_base=node.ALLOW_OTHER_BASE)
+        adapters.load_adapter(model, node.WEIGHTS, allow_other_base=node.ALLOW_OTHER_BASE, base_follows=True)
     return model
 
 

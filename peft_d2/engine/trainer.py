@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import weakref
 from collections import OrderedDict
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from detectron2.engine import DefaultTrainer, HookBase, create_ddp_model, hooks
 from detectron2.engine.train_loop import TrainerBase
+from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.modeling import build_model
 from detectron2.utils import comm
 from torch import nn
@@ -48,8 +50,11 @@ class Trainer(DefaultTrainer):
         cfg.SEED = choose_seed(cfg.SEED)
         self.cfg = cfg
         self.start_iter = 0
+        self._step_failed = False
         self.max_iter = cfg.SOLVER.MAX_ITER
         dtype = amp_dtype(cfg)
+        if comm.is_main_process():
+            os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
         seed_everything(cfg.SEED, 0, 0)  # the same initial weights on all ranks
         model = self.build_model(cfg)
         self.report = _report(model)
@@ -120,8 +125,20 @@ class Trainer(DefaultTrainer):
             SaveOnSignal(),
         ]
 
+    def run_step(self) -> None:
+        """One step of the inner trainer."""
+        self._step_failed = True
+        super().run_step()
+        self._step_failed = False
+
     def _evaluate(self) -> Any:
+        if self._step_failed:  # Detectron2 evaluates in after_train, also when the last step raised
+            return {}
         self._last_eval_results = self.test(self.cfg, self.model)
+        flat = flatten_results_dict(self._last_eval_results)
+        self.checkpointer.metrics = {k: float(v) for k, v in flat.items() if math.isfinite(v)}
+        if self.iter + 1 >= self.max_iter and self.checkpointer.prefix == "adapter":
+            self.checkpointer.save("adapter_final")  # once more, now that its figures are known
         return self._last_eval_results
 
     def train(self) -> OrderedDict[str, Any] | None:
@@ -135,7 +152,7 @@ class Trainer(DefaultTrainer):
     def state_dict(self) -> dict[str, Any]:
         """What a run needs to go on, beside the weights."""
         return {
-            "iteration": self.iter,
+            "iteration": min(self.iter, self.max_iter - 1),
             "seed": self.cfg.SEED,
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
