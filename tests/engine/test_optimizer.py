@@ -1,0 +1,121 @@
+"""Learning rates and weight decay of each parameter, clipping, schedules, scaling with the batch."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from detectron2.modeling import build_model
+from torch import nn
+
+from peft_d2 import peft
+from peft_d2.engine.errors import ConfigError
+from peft_d2.engine.optimizer import build_lr_scheduler, build_optimizer, scale_learning_rate
+
+
+def rates(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, tuple[float, float]]:
+    """Parameter name -> (learning rate / BASE_LR, weight decay)."""
+    found = {id(p): (group["lr"] / 0.001, group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]}
+    return {name: found[id(p)] for name, p in model.named_parameters() if id(p) in found}
+
+
+def test_mask2former_rules(make_cfg: Callable[..., Any]) -> None:
+    cfg = make_cfg("SOLVER.WEIGHT_DECAY_NORM", 0.01)
+    model = build_model(cfg)
+    found = rates(model, build_optimizer(cfg, model))
+    assert len(found) == len(list(model.parameters()))
+    norms = {f"{n}.weight" for n, m in model.named_modules() if isinstance(m, (nn.LayerNorm, nn.GroupNorm))}
+    for name, (rate, decay) in found.items():
+        assert rate == pytest.approx(0.1 if name.startswith("backbone.") else 1.0), name
+        if name in norms:
+            assert decay == 0.01, name
+    assert found["sem_seg_head.predictor.query_feat.weight"][1] == 0.0
+    assert found["sem_seg_head.predictor.class_embed.weight"][1] == 0.05
+    tables = [decay for name, (_, decay) in found.items() if name.endswith("relative_position_bias_table")]
+    assert tables and set(tables) == {0.0}
+
+
+def test_rates_of_injected_and_fully_trained_parts(make_cfg: Callable[..., Any]) -> None:
+    """The factor for everything named backbone does not reach what is injected there."""
+    cfg = make_cfg("MODEL.PEFT.LR_FACTOR", 3.0, "MODEL.PEFT.TRAIN_LR_FACTOR", 0.5, peft=True)
+    cfg.MODEL.PEFT.TRAIN = [*cfg.MODEL.PEFT.TRAIN, "backbone.norm3"]
+    model = build_model(cfg)
+    found = rates(model, build_optimizer(cfg, model))
+    kinds = {t.name: t.kind for t in peft.trained_parameters(model)}
+    by_id = {id(t.param): t.kind for t in peft.trained_parameters(model)}
+    named = {name: by_id[id(p)] for name, p in model.named_parameters() if p.requires_grad}
+    assert set(named) == set(found) and set(kinds.values()) == {"injected", "full"}
+    for name, kind in named.items():
+        expected = 3.0 if kind == "injected" else 0.05 if name.startswith("backbone.norm3") else 0.5
+        assert found[name][0] == pytest.approx(expected), name
+    assert any(name.startswith("backbone.") and kind == "injected" for name, kind in named.items())
+
+
+@pytest.mark.parametrize("kind", ["full_model", "norm", "value"])
+def test_clipping(make_cfg: Callable[..., Any], kind: str) -> None:
+    cfg = make_cfg("SOLVER.OPTIMIZER", "SGD", "SOLVER.MOMENTUM", 0.0, "SOLVER.WEIGHT_DECAY", 0.0, "SOLVER.BASE_LR", 1.0)
+    cfg.SOLVER.CLIP_GRADIENTS.CLIP_TYPE, cfg.SOLVER.CLIP_GRADIENTS.CLIP_VALUE = kind, 0.5
+    model = nn.Sequential(nn.Linear(3, 1, bias=False), nn.Linear(4, 1, bias=False))
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer = build_optimizer(cfg, model)
+    for p in model.parameters():
+        p.grad = torch.full_like(p, 2.0)
+    optimizer.step()
+    steps = [(b - p).detach().flatten() for b, p in zip(before, model.parameters(), strict=True)]
+    measured = {
+        "full_model": torch.cat(steps).norm(),
+        "norm": torch.stack([s.norm() for s in steps]),
+        "value": torch.cat(steps).abs(),
+    }[kind]
+    torch.testing.assert_close(measured, torch.full_like(measured, 0.5))
+
+
+@pytest.mark.parametrize(("key", "value"), [("SOLVER.OPTIMIZER", "ADAM"), ("SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "all")])
+def test_unknown_names(make_cfg: Callable[..., Any], key: str, value: str) -> None:
+    with pytest.raises(ConfigError, match=f"{key} is '{value}'; expected"):
+        build_optimizer(make_cfg(key, value), nn.Linear(2, 2))
+
+
+def test_nothing_to_train(make_cfg: Callable[..., Any]) -> None:
+    with pytest.raises(ConfigError, match="no parameter is trained"):
+        build_optimizer(make_cfg(), nn.Linear(2, 2).requires_grad_(False))
+
+
+def test_the_rate_scales_with_the_batch(make_cfg: Callable[..., Any], caplog: pytest.LogCaptureFixture) -> None:
+    cfg = make_cfg("SOLVER.REFERENCE_IMS", 16, "SOLVER.IMS_PER_BATCH", 4)
+    cfg.freeze()
+    with caplog.at_level(logging.INFO, "peft_d2"):
+        scale_learning_rate(cfg)
+        scale_learning_rate(cfg)
+    assert cfg.SOLVER.BASE_LR == pytest.approx(0.00025) and cfg.is_frozen()
+    assert [r.getMessage() for r in caplog.records] == [
+        "Learning rate 0.001, chosen for batches of 16 images, becomes 0.00025 for 4."
+    ]
+
+
+def test_poly_schedule_equals_detectron2_deeplab(make_cfg: Callable[..., Any]) -> None:
+    deeplab = pytest.importorskip("detectron2.projects.deeplab.lr_scheduler")
+    cfg = make_cfg("SOLVER.MAX_ITER", 20, "SOLVER.WARMUP_ITERS", 4, "SOLVER.POLY_LR_CONSTANT_ENDING", 0.2)
+    ours, theirs = (torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=1.0) for _ in range(2))
+    schedule = build_lr_scheduler(cfg, ours)
+    reference = deeplab.WarmupPolyLR(theirs, 20, warmup_factor=0.001, warmup_iters=4, power=0.9, constant_ending=0.2)
+    for _ in range(20):
+        assert ours.param_groups[0]["lr"] == pytest.approx(theirs.param_groups[0]["lr"], rel=1e-6)
+        for optimizer, scheduler in ((ours, schedule), (theirs, reference)):
+            optimizer.step()
+            scheduler.step()
+
+
+@pytest.mark.parametrize("name", ["WarmupMultiStepLR", "WarmupCosineLR"])
+def test_detectron2_schedules(make_cfg: Callable[..., Any], name: str) -> None:
+    optimizer = torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=1.0)
+    schedule = build_lr_scheduler(make_cfg("SOLVER.LR_SCHEDULER_NAME", name, "SOLVER.STEPS", "(3,)"), optimizer)
+    seen = []
+    for _ in range(6):
+        seen.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert seen[0] < seen[2] and seen[5] < seen[2]
