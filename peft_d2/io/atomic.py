@@ -21,6 +21,7 @@ from pathlib import Path
 
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _NO_DIRECTORY_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EPERM}
+_TORCH_WRITE_SIGNS = ("inline_container", "PytorchStreamWriter", "iostream error", "file write failed")
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
 _FOREIGN_STALE_SECONDS = 24 * 3600
@@ -209,7 +210,7 @@ def _explained(target: Path) -> Iterator[None]:
         raise _full(target, os.strerror(error.errno), error.errno) from error
     except RuntimeError as error:
         # torch.save reports a failed write as a RuntimeError of its C++ stream writer.
-        if "PytorchStreamWriter failed" not in str(error) and "file write failed" not in str(error):
+        if not any(sign in str(error) for sign in _TORCH_WRITE_SIGNS):
             raise
         raise _full(target, "the write failed, most likely no space left on device", errno.ENOSPC) from error
 

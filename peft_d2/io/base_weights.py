@@ -108,11 +108,12 @@ def load_base(
     """
     if not isinstance(checkpoint, Checkpoint):
         checkpoint = read_checkpoint(checkpoint)
-    own = {name: value for name, value in model.state_dict().items() if name not in injected_names(model)}
+    injected, aliases = injected_names(model), _aliases(model)
+    own = {name: value for name, value in model.state_dict().items() if name not in injected}
     state, prefix = _named_as_in_model(model, checkpoint, own)
-    matched, heads, misshaped = _compared(state, own, resizable)
+    matched, heads, misshaped = _compared(state, own, resizable, aliases)
     backbone = prefix or _only_part(state, own)
-    missing = _missing(model, own, state)
+    missing = sorted(name for name in own if not any(alias in state for alias in aliases.get(name, [name])))
     if backbone:
         required = [
             n for n in missing if n.startswith(backbone) and not _any(n.removeprefix(backbone), _ADDED_TO_BACKBONE)
@@ -167,28 +168,34 @@ def _only_part(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
 
 
 def _compared(
-    state: Mapping[str, Tensor], own: Mapping[str, Tensor], resizable: Sequence[str]
+    state: Mapping[str, Tensor],
+    own: Mapping[str, Tensor],
+    resizable: Sequence[str],
+    aliases: Mapping[str, Sequence[str]],
 ) -> tuple[dict[str, Tensor], list[tuple[str, tuple[int, ...], tuple[int, ...]]], list[str]]:
     matched, heads, misshaped = {}, [], []
     for name in sorted(state.keys() & own.keys()):
         old, new = tuple(state[name].shape), tuple(own[name].shape)
         if old == new:
             matched[name] = state[name]
-        elif len(old) == len(new) > 0 and old[1:] == new[1:] and _any(name, resizable):
+        elif (
+            len(old) == len(new) > 0
+            and old[1:] == new[1:]
+            and any(_any(alias, resizable) for alias in aliases.get(name, [name]))
+        ):
             heads.append((name, old, new))
         else:
             misshaped.append(f"{name} {old} -> {new}")
     return matched, heads, misshaped
 
 
-def _missing(model: nn.Module, own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[str]:
-    """Names of the model that the file lacks; a tensor with several names needs only one of them."""
-    tensors = {
-        **dict(model.named_parameters(remove_duplicate=False)),
-        **dict(model.named_buffers(remove_duplicate=False)),
-    }
-    covered = {id(tensors[name]) for name in state if name in tensors}
-    return sorted(name for name in own if name not in state and id(tensors.get(name)) not in covered)
+def _aliases(model: nn.Module) -> dict[str, list[str]]:
+    """Name of each tensor -> all its names: a shared module has several, and one of them in a file is enough."""
+    names: dict[int, list[str]] = {}
+    for source in (model.named_parameters, model.named_buffers):
+        for name, value in source(remove_duplicate=False):
+            names.setdefault(id(value), []).append(name)
+    return {name: group for group in names.values() for name in group}
 
 
 def _refusal(
