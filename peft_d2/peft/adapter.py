@@ -1,0 +1,119 @@
+"""Sequential adapters: a chain of bottlenecks after any sublayer.
+
+Houlsby et al., "Parameter-Efficient Transfer Learning for NLP", ICML 2019, arXiv 1902.00751 (figure 2), placed and chained as in Abou Baker
+et al., "Parameter-Efficient Fine-Tuning of Large Pretrained Models for Instance Segmentation Tasks", MAKE 6(4), 2024, arXiv 2606.01947:
+for the sublayer's output s, ``h_0 = s``, ``h_i = h_(i-1) + A_i(h_(i-1))`` for i = 1..n, with ``A = up(ReLU(down(h)))``, Linear d -> d/r and back.
+Each up-projection starts at zero, so the start is the pretrained model. Put after the attention (or its dropout), the residual and the
+norm of the block come after it: ``out = LN(x + h_n)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .low_rank import match_dtype
+from .method import Method, MethodError, Options, Placement, Site, expect
+from .specialise import Part, Specialised, base_class
+from .width import LAYOUTS, Width, check_width, map_first_tensor, output_width
+
+
+@dataclass(frozen=True)
+class AdapterOptions(Options):
+    """``NUM`` adapters in a chain, each with a bottleneck of width / ``REDUCTION``.
+
+    ``DIM`` is the output's width where the module does not say it. ``LAYOUT``: last (..., C), first (N, C, ...), or auto.
+    """
+
+    num: int = 1
+    reduction: int = 4
+    dim: int | None = None
+    layout: str = "auto"
+
+    def check(self) -> None:
+        super().check()
+        expect(self.num > 0, "NUM", self.num, "a positive integer")
+        expect(self.reduction > 0, "REDUCTION", self.reduction, "a positive integer")
+        expect(self.dim is None or self.dim > 0, "DIM", self.dim, "a positive integer")
+        expect(self.layout in LAYOUTS, "LAYOUT", self.layout, f"one of {', '.join(LAYOUTS)}")
+
+
+class Bottleneck(nn.Module):
+    """A(h) = up(ReLU(down(h))), (..., d) -> (..., d); zero at the start."""
+
+    def __init__(self, width: int, hidden: int, tensor_options: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.down = nn.Linear(width, hidden, **tensor_options)
+        self.up = nn.Linear(hidden, width, **tensor_options)
+        nn.init.zeros_(self.up.weight)
+        nn.init.zeros_(self.up.bias)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.up(F.relu(self.down(h)))
+
+
+class AdapterChain(Part):
+    """n bottlenecks in a chain, ``adapters.0`` to ``adapters.<n-1>``."""
+
+    def __init__(self, name: str, width: Width, options: AdapterOptions, tensor_options: Mapping[str, Any]) -> None:
+        super().__init__()
+        if width.channels < options.reduction:
+            raise MethodError(f"{name}: REDUCTION {options.reduction} exceeds the width {width.channels}")
+        hidden = width.channels // options.reduction
+        self.adapters = nn.ModuleList(Bottleneck(width.channels, hidden, tensor_options) for _ in range(options.num))
+        self.width = width
+        self.name = name
+
+    def forward(self, s: Tensor) -> Tensor:
+        """h_n for the sublayer's output s; same shape and dtype."""
+        check_width(s, self.width, self.name)
+        h = match_dtype(s, self.adapters[0].down.weight)  # type: ignore[union-attr, arg-type]
+        if self.width.channels_first:
+            h = h.movedim(1, -1)
+        for adapter in self.adapters:
+            h = h + adapter(h)
+        if self.width.channels_first:
+            h = h.movedim(-1, 1)
+        return h.to(s.dtype)
+
+
+class AdapterMixin(Specialised):
+    """Any module whose output is a tensor or a tuple that begins with one; the chain runs on that tensor."""
+
+    layer = 5
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        out = super().forward(*args, **kwargs)
+        part = self.peft_part(Adapter.name)
+        return out if part is None else map_first_tensor(out, part, self.peft_name)
+
+
+def never_called(site: Site) -> str:
+    """Why torch never runs this module's forward; empty when nothing is known against it."""
+    if isinstance(site.parent, nn.MultiheadAttention):
+        return "nn.MultiheadAttention reads its weights without calling it; choose the attention itself"
+    container = issubclass(base_class(site.module), nn.ModuleList | nn.ModuleDict | nn.ParameterList | nn.ParameterDict)
+    return "it only holds other modules and has no output; choose the modules in it" if container else ""
+
+
+class Adapter(Method):
+    """``{NAME: adapter, TARGETS: [...], NUM: 1, REDUCTION: 4, DIM: 256, LAYOUT: auto}``."""
+
+    name = "adapter"
+    options_class = AdapterOptions
+    options: AdapterOptions
+
+    def refusal(self, site: Site) -> str:
+        return never_called(site)
+
+    def place(self, sites: Sequence[Site]) -> list[Placement]:
+        placements = []
+        for site in sites:
+            width = output_width(site, self.options.dim, self.options.layout)
+            chain = AdapterChain(site.name, width, self.options, site.tensor_options())
+            placements.append(Placement(site, AdapterMixin, chain))
+        return placements

@@ -1,0 +1,162 @@
+"""What a method is: options with upper-case config keys, the places it can go on, and the parts it puts there."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from .errors import PeftError
+from .match import nearest
+from .specialise import Part, Specialised
+
+
+class MethodError(PeftError, ValueError):
+    """A method's entry in the config is wrong, or the method cannot go where it was sent."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """Keys that every method knows. ``TARGETS`` are patterns of module names, ``EXCLUDE`` takes some of them back."""
+
+    targets: list[str] = field(default_factory=list)
+    exclude: list[str] = field(default_factory=list)
+
+    def check(self) -> None:
+        """Raise :class:`MethodError` when a value is out of range."""
+        if not self.targets:
+            raise MethodError("TARGETS is empty: name at least one pattern of module names")
+
+
+def expect(condition: bool, key: str, value: object, expected: str) -> None:
+    """Raise :class:`MethodError` naming the key unless ``condition`` holds."""
+    if not condition:
+        raise MethodError(f"{key} is {value!r}: expected {expected}")
+
+
+@dataclass(frozen=True)
+class Site:
+    """One place in a model: a module under its first name, and its parent (None for the model itself)."""
+
+    name: str
+    module: nn.Module
+    parent: nn.Module | None
+    parts: tuple[str, ...] = ()
+
+    def tensor_options(self) -> dict[str, Any]:
+        """Device and dtype for new parameters here: the module's own, in float32 where the base has half precision."""
+        for source in (self.module, self.parent):
+            for value in source.parameters() if source is not None else ():
+                if value.is_floating_point():
+                    half = value.dtype in (torch.float16, torch.bfloat16)
+                    return {"device": value.device, "dtype": torch.float32 if half else value.dtype}
+        return {}
+
+
+@dataclass(frozen=True)
+class Placement:
+    """One part on its way into one module: ``mixin`` is what the module becomes."""
+
+    site: Site
+    mixin: type[Specialised]
+    part: Part
+
+
+class Method:
+    """Base of all methods. One instance is one entry of METHODS."""
+
+    name: ClassVar[str]
+    options_class: ClassVar[type[Options]] = Options
+    selects: ClassVar[bool] = False  # True: trains chosen base parameters in full instead of injecting
+
+    def __init__(self, options: Any) -> None:
+        self.options = options
+
+    def redirect(self, site: Site, sites: Mapping[int, Site]) -> Site:
+        """The place that really does the work of ``site`` (``sites`` by module id); most methods stay where they are."""
+        return site
+
+    def refusal(self, site: Site) -> str:
+        """Why this method cannot go on ``site``; empty when it can."""
+        return ""
+
+    def place(self, sites: Sequence[Site]) -> list[Placement]:
+        """The parts for all chosen places, in order.
+
+        Raises:
+            MethodError: a place needs something that the options do not say.
+        """
+        raise NotImplementedError(f"method {self.name!r} injects nothing")
+
+    def select(self, sites: Sequence[Site]) -> list[str]:
+        """Names of the base parameters that a selecting method trains."""
+        raise NotImplementedError(f"method {self.name!r} selects nothing")
+
+
+def parse(entry: Mapping[str, Any], registry: Mapping[str, type[Method]]) -> Method:
+    """One config entry ``{NAME: ..., TARGETS: [...], ...}`` as a method.
+
+    Raises:
+        MethodError: unknown method or key (the nearest is named), or a value of the wrong type or range.
+    """
+    if not isinstance(entry, Mapping):
+        raise MethodError(f"expected a method like {{NAME: lora, TARGETS: [...]}}, got {entry!r}")
+    if not isinstance(entry.get("NAME"), str):
+        raise MethodError(f"the method {dict(entry)!r} has no NAME: expected one of {', '.join(sorted(registry))}")
+    name = entry["NAME"].lower()
+    if name not in registry:
+        raise MethodError(f"method NAME {entry['NAME']!r} does not exist.{_closest(name, list(registry))}")
+    method = registry[name]
+    known = {item.name.upper(): item for item in dataclasses.fields(method.options_class)}
+    types = typing.get_type_hints(method.options_class)
+    values = {}
+    for key, value in entry.items():
+        if key == "NAME":
+            continue
+        if key not in known:
+            raise MethodError(f"method {name!r} has no key {key!r}.{_closest(str(key).upper(), list(known))}")
+        values[key.lower()] = _convert(name, key, value, types[key.lower()])
+    options = method.options_class(**values)
+    try:
+        options.check()
+    except MethodError as error:
+        raise MethodError(f"method {name!r}: {error}") from error
+    return method(options)
+
+
+def normalised(method: Method) -> dict[str, Any]:
+    """The entry with every key filled in: what a file keeps."""
+    values = dataclasses.asdict(method.options)
+    return {"NAME": method.name, **{key.upper(): value for key, value in values.items()}}
+
+
+def _closest(wanted: str, known: list[str]) -> str:
+    found = nearest(wanted, known)
+    near = f" Nearest: {', '.join(found)}." if found else ""
+    return f"{near} Known: {', '.join(sorted(known))}."
+
+
+def _convert(method: str, key: str, value: Any, hint: Any) -> Any:
+    """A value as its option's type; ints serve as floats, tuples as lists; nothing else is converted."""
+    options = typing.get_args(hint) if typing.get_origin(hint) not in (list, dict) else ()
+    if value is None and type(None) in options:
+        return None
+    plain = next((item for item in options if item is not type(None)), hint)
+    origin = typing.get_origin(plain) or plain
+    if origin is list and isinstance(value, list | tuple) and all(isinstance(item, str) for item in value):
+        return list(value)
+    if origin is dict and isinstance(value, Mapping):
+        return dict(value)
+    if origin is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    if origin in (int, bool, str) and type(value) is origin:
+        return value
+    label = {"list": "a list of strings", "dict": "a mapping"}.get(
+        origin.__name__, f"a value of type {origin.__name__}"
+    )
+    raise MethodError(f"method {method!r}: {key} is {value!r}, expected {label}")
