@@ -36,7 +36,7 @@ def describe(args: argparse.Namespace) -> str:
         parts.append(_modules(model))
     injection = peft.get_injection(model)
     if injection is not None:
-        parts.append(str(peft.report(model)))
+        parts.append(str(peft.make_report(model)))
     elif not parts:
         parts.append(_types(model))
     return "\n\n".join(parts)
@@ -62,7 +62,7 @@ def build_without_weights(cfg: Any) -> nn.Module:
 def _matches(model: nn.Module, pattern: str) -> str:
     from peft_d2 import peft
 
-    names = peft.match(model, pattern)
+    names = peft.match_targets(model, pattern)
     lines = [f"{pattern!r} matches {len(names)} places:"]
     modules = dict(model.named_modules(remove_duplicate=False))
     for name in names:
