@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection
+from collections.abc import Mapping
 from typing import Any
 
 from peft_d2.engine.config import base_architecture
@@ -24,29 +24,33 @@ def class_count_keys(cfg: Any) -> tuple[str, ...]:
     return _KEYS.get(base_architecture(cfg), _DEFAULT)
 
 
-def apply_class_count(cfg: Any, explicit: Collection[str] = ()) -> None:
+def apply_class_count(cfg: Any, explicit: Mapping[str, int] | None = None) -> None:
     """Set the model's class count to that of the data sets in ``DATASETS.REGISTER``, with one line.
 
     Args:
         cfg: changed in place. Sets that Detectron2 registers itself leave it as it is.
-        explicit: keys that the user wrote himself.
+        explicit: keys that the user wrote himself, see :class:`peft_d2.engine.config.LoadedConfig`.
 
     Raises:
-        ConfigError: an explicit count contradicts the json.
+        ConfigError: a count contradicts the json, and was written where the data set was named or later. A count that
+            came with a config's own data sets says nothing about those that replace them on the command line.
     """
     from peft_d2.data import class_names
 
     own = {entry["NAME"] for entry in cfg.DATASETS.REGISTER if "NAME" in entry}
-    used = list(cfg.DATASETS.TRAIN) or list(cfg.DATASETS.TEST)
-    names = class_names(cfg)
+    split = "TRAIN" if cfg.DATASETS.TRAIN else "TEST"
+    used = list(cfg.DATASETS[split])
     if not used or used[0] not in own:
         return
+    names = class_names(cfg)
+    explicit = explicit or {}
+    named_at = max(explicit.get(f"DATASETS.{key}", 0) for key in (split, "REGISTER"))
     for key in class_count_keys(cfg):
         node, _, leaf = key.rpartition(".")
         parent = _walk(cfg, node)
         if parent is None or leaf not in parent or parent[leaf] == len(names):
             continue
-        if key in explicit:
+        if explicit.get(key, -1) >= named_at:
             raise ConfigError(
                 f"{key} is {parent[leaf]} but the json of data set {used[0]!r} lists {len(names)} categories "
                 f"({_some(names)}). Leave the key out, or correct it or the json."

@@ -75,10 +75,16 @@ def _defaults(node: Any, **values: Any) -> None:
 
 @dataclass
 class LoadedConfig:
-    """A config and the keys that its user wrote himself: in the top file, the PEFT file or on the command line."""
+    """A config and the keys that its user wrote himself.
+
+    Attributes:
+        cfg: the config.
+        explicit: key -> where: 0 in the top config file, 1 in the PEFT file, 2 among the ``KEY VALUE`` pairs, 3 in an
+            argument of the command line. What a base file says is not in it.
+    """
 
     cfg: Any
-    explicit: set[str] = field(default_factory=set)
+    explicit: dict[str, int] = field(default_factory=dict)
 
 
 def load_config(config_file: str, peft_config: str = "", opts: Sequence[str] = ()) -> LoadedConfig:
@@ -94,10 +100,10 @@ def load_config(config_file: str, peft_config: str = "", opts: Sequence[str] = (
     add_config(cfg)
     loaded = LoadedConfig(cfg)
     if config_file:
-        _merge_file(loaded, config_file)
+        _merge_file(loaded, config_file, 0)
     model = cfg.MODEL.META_ARCHITECTURE
     if peft_config:
-        _merge_file(loaded, peft_config)
+        _merge_file(loaded, peft_config, 1)
     _merge_pairs(loaded, opts)
     _switch_peft_on(cfg, model)
     resolve_device(cfg)
@@ -131,7 +137,7 @@ def resolve_device(cfg: Any) -> None:
         logger.warning("MODEL.DEVICE is %r but torch sees no CUDA device here: running on the CPU.", requested)
 
 
-def _merge_file(loaded: LoadedConfig, path: str) -> None:
+def _merge_file(loaded: LoadedConfig, path: str, level: int) -> None:
     cfg = loaded.cfg
     tree = read_tree(path)
     if tree.setdefault("VERSION", cfg.VERSION) == cfg.VERSION:  # older ones are renamed by Detectron2 while merging
@@ -146,7 +152,7 @@ def _merge_file(loaded: LoadedConfig, path: str) -> None:
             raise ConfigError(f"{path}: {error}") from error
     top = read_top(path)
     top.pop(BASE_KEY, None)
-    loaded.explicit.update(key for key, _ in _leaves(top))
+    loaded.explicit.update({key: level for key, _ in _leaves(top)})
 
 
 def _merge_pairs(loaded: LoadedConfig, opts: Sequence[str]) -> None:
@@ -161,7 +167,7 @@ def _merge_pairs(loaded: LoadedConfig, opts: Sequence[str]) -> None:
             loaded.cfg.merge_from_list([key, value])
         except (AssertionError, KeyError, ValueError) as error:
             raise ConfigError(f"command line: {key} {value}: {error}") from error
-        loaded.explicit.add(key)
+        loaded.explicit[key] = 2
 
 
 def _refuse_unknown_keys(tree: Mapping[str, Any], cfg: Any, path: str) -> None:

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from peft_d2.compat import require_detectron2
+from peft_d2.compat import Detectron2Missing, require_detectron2
 from peft_d2.engine.config import LoadedConfig, load_config
 from peft_d2.engine.errors import ConfigError, LossNotFinite
 
@@ -113,6 +113,7 @@ def _take_own_data(loaded: LoadedConfig, args: argparse.Namespace) -> None:
             name = f"{args.name}_{split}"
             node.REGISTER = [*node.REGISTER, {"NAME": name, "JSON": json_path, "IMAGES": images}]
             node[target] = (name,)
+            loaded.explicit[f"DATASETS.{target}"] = 3
         elif target == "TEST" and getattr(args, "train_json", ""):
             node.TEST = ()
 
@@ -145,7 +146,11 @@ def one_line_errors(function: Callable[[], Any]) -> Any:
     """Call ``function``; what the user can put right ends the program with one line instead of a traceback."""
     from peft_d2 import io, peft
 
-    known = (ConfigError, LossNotFinite, io.CheckpointError, io.AdapterFileError, io.StorageError, peft.PeftError)
+    known = (
+        *(ConfigError, LossNotFinite, Detectron2Missing),
+        *(io.CheckpointError, io.AdapterFileError, io.StorageError),
+        *(peft.PatternError, peft.MethodError, peft.InjectionError, peft.AdapterStateError),
+    )
     try:
         return function()
     except known as error:

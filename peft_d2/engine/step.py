@@ -102,7 +102,7 @@ class TrainStep(SimpleTrainer):
         norm = torch.stack([g.detach().float().norm() for g in torch._foreach_norm(gradients)]).sum()
         if _all_ranks(bool(torch.isfinite(norm)), norm.device):
             return
-        shown = {name: round(float(loss), 4) for name, loss in losses.items()}
+        shown = {name: round(float(loss.detach()), 4) for name, loss in losses.items()}
         self._stop(f"losses are finite ({shown}) but their gradients are not", data, not bool(torch.isfinite(norm)))
 
     def _stop(self, what: str, data: Any, here: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import math
@@ -23,7 +24,7 @@ from peft_d2 import data, evaluation, peft
 from peft_d2.engine import optimizer as optimization
 from peft_d2.engine.checkpointer import Checkpointer
 from peft_d2.engine.config import resolve_device
-from peft_d2.engine.hooks import FrozenWeights, SaveOnSignal, unwrapped
+from peft_d2.engine.hooks import FrozenWeights, SaveOnSignal
 from peft_d2.engine.progress import Bar, TrainingBar, on_terminal
 from peft_d2.engine.seeds import SeedEachStep, choose_seed, seed_everything
 from peft_d2.engine.step import LazyLoader, TrainStep, amp_dtype
@@ -179,8 +180,12 @@ def _distributed(model: nn.Module) -> nn.Module:
 
 def _report(model: nn.Module) -> dict[str, Any]:
     """Log what is trained, as a table, and give its figures."""
-    injection = peft.get_injection(unwrapped(model))
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in model.parameters())
-    logger.info("%d of %d parameters are trained (%.3f %%).", trainable, total, 100 * trainable / total)
-    return {"trainable": trainable, "total": total, "percent": 100 * trainable / total, "peft": injection is not None}
+    if peft.get_injection(model) is None:
+        total = sum(p.numel() for p in model.parameters())
+        trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        logger.info("No PEFT: %s of %s parameters are trained.", f"{trainable:,}", f"{total:,}")
+        return {"trainable": trainable, "total": total, "percent": 100 * trainable / total, "rows": []}
+    report = peft.make_report(model)
+    logger.info("What is trained:\n%s", report)
+    figures = {"trainable": report.trainable, "total": report.total, "percent": report.percent}
+    return {**figures, "rows": [dataclasses.asdict(row) for row in report.rows]}

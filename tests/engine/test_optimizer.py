@@ -18,7 +18,9 @@ from peft_d2.engine.optimizer import build_lr_scheduler, build_optimizer, scale_
 
 def rates(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, tuple[float, float]]:
     """Parameter name -> (learning rate / BASE_LR, weight decay)."""
-    found = {id(p): (group["lr"] / 0.001, group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]}
+    found = {
+        id(p): (group["lr"] / 0.001, group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]
+    }
     return {name: found[id(p)] for name, p in model.named_parameters() if id(p) in found}
 
 

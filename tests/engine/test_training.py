@@ -50,7 +50,9 @@ class StopAfter(HookBase):
 
 
 @KINDS
-def test_files_and_figures_of_a_run(make_cfg: Callable[..., Any], base_weights: Path, tmp_path: Path, peft: bool) -> None:
+def test_files_and_figures_of_a_run(
+    make_cfg: Callable[..., Any], base_weights: Path, tmp_path: Path, peft: bool
+) -> None:
     trainer = train(make_cfg("MODEL.WEIGHTS", base_weights, "TEST.EVAL_PERIOD", 3, peft=peft))
     names = {path.name for path in tmp_path.iterdir()}
     suffix, prefix = ("", "adapter") if peft else (".pth", "model")
@@ -125,9 +127,7 @@ def test_a_checkpoint_newer_than_its_tag_is_taken(
     assert Path(Checkpointer(Trainer(cfg).model, str(tmp_path)).get_checkpoint_file()).name == "adapter_0000001"
 
 
-def test_periodic_checkpoints_are_thinned_out(
-    make_cfg: Callable[..., Any], base_weights: Path, tmp_path: Path
-) -> None:
+def test_periodic_checkpoints_are_thinned_out(make_cfg: Callable[..., Any], base_weights: Path, tmp_path: Path) -> None:
     opts = ("SOLVER.CHECKPOINT_PERIOD", 1, "SOLVER.CHECKPOINTS_TO_KEEP", 2)
     train(make_cfg("MODEL.WEIGHTS", base_weights, *opts, peft=True))
     assert sorted(p.name for p in tmp_path.glob("adapter_*")) == ["adapter_0000004", "adapter_0000005", "adapter_final"]
