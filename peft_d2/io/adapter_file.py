@@ -208,14 +208,15 @@ def _read_member(root: Path, name: str, entry: Mapping[str, Any]) -> bytes:
 
 
 def _bounded(path: Path, limit: int) -> bytes:
-    """The bytes of a regular file of the folder; never more than `limit`, whatever the file system says."""
+    """The bytes of a regular file of the folder; never more than `limit`, nor than there are."""
     if path.is_symlink() or (path.exists() and not path.is_file()):
         raise AdapterFileError(path, "it is a link or no regular file", "put the file itself into the folder")
     try:
-        if path.stat().st_size > limit:
-            raise AdapterFileError(path, f"it has {path.stat().st_size} bytes instead of {limit}", _DAMAGED)
+        size = path.stat().st_size
+        if size > limit:
+            raise AdapterFileError(path, f"it has {size} bytes instead of {limit}", _DAMAGED)
         with path.open("rb") as stream:
-            return stream.read(limit + 1)
+            return stream.read(size)
     except FileNotFoundError:
         remedy = _DAMAGED
         if path.name == RECORD:
