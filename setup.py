@@ -5,8 +5,9 @@
     TORCH_CUDA_ARCH_LIST    its architectures, "8.0;9.0" by default; PTX of the last one serves newer GPUs
     CXX                     the C++17 compiler
 
-The libraries hold no Python and use torch's stable ABI: one build serves every Python and every torch >= 2.10. No GPU needs to
-be visible. A library that cannot be built is one line of output and a working installation, which uses the pure-torch twin.
+The libraries hold no Python and use torch's stable ABI: one build serves every Python and every torch >= 2.10. No GPU
+needs to be visible. A library that cannot be built is one line of output and a working installation, which uses the
+pure-torch twin.
 """
 
 from __future__ import annotations
@@ -140,7 +141,7 @@ def build_cuda(target: Path) -> None:
     flags = [executable, *COMMON, "-DUSE_CUDA", "--expt-relaxed-constexpr", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
     flags += ["--threads", "2", "-ccbin", compiler(), *architectures(), "-isystem", str(torch / "include")]
     objects = compile_all([(flags, "csrc/cuda/ms_deform_attn.cu")])
-    # The runtime that torch has loaded already; its own toolkit packages carry it where the toolkit has the static one only.
+    # The shared runtime, which torch has loaded already; torch's toolkit packages have it where the toolkit does not.
     folders = [*home.glob("lib*"), *home.glob("targets/*/lib"), Path(sysconfig.get_path("purelib"), "nvidia/cu13/lib")]
     runtimes = sorted(file for folder in folders for file in folder.glob("libcudart.so.[0-9]*"))
     if not runtimes:

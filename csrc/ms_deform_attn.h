@@ -32,6 +32,7 @@ struct Problem {
   const void* reference;  // accumulation type
   const void* raw;        // sampling locations or offsets
   const void* weights;    // attention weights or logits
+  bool pack_value;        // CPU backward: whether a head's rows are copied into consecutive memory first
 };
 
 struct Gradients {

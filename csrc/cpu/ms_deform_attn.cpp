@@ -43,6 +43,13 @@ void check_levels(const Problem& p) {
       p.s);
 }
 
+// Packing reads and writes each row once more, which pays when rows are visited several times. A thread then holds two
+// heads' worth of rows, its copy of value and the gradient: all threads together no more than the gradient of value.
+bool packing_pays(const Problem& p) {
+  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), p.n * p.heads);
+  return p.queries * p.levels * p.points >= 2 * p.s && 2 * threads <= p.n * p.heads;
+}
+
 // Runs body(scratch, begin, end) over [0, count) on torch's threads.
 template <typename Body>
 void parallel(int64_t count, int64_t grain, size_t scratch_bytes, Body body) {
@@ -74,8 +81,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
     const Tensor& grad_output, const Tensor& value, const Tensor& spatial_shapes, const Tensor& level_start_index,
     const std::optional<Tensor>& reference_points, const Tensor& points, const Tensor& weights, bool reference_grad,
     bool /* always deterministic */) {
-  const Inputs inputs(value, spatial_shapes, level_start_index, reference_points, points, weights);
+  Inputs inputs(value, spatial_shapes, level_start_index, reference_points, points, weights);
   const Problem& p = inputs.problem;
+  inputs.problem.pack_value = packing_pays(p);
   check_levels(p);
   const Tensor grad = torch::stable::contiguous(grad_output);
   STD_TORCH_CHECK(

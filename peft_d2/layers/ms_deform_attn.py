@@ -1,4 +1,4 @@
-"""The multi-scale deformable attention module (Zhu et al., Deformable DETR, ICLR 2021), with the published parameter names."""
+"""The multi-scale deformable attention module (Zhu et al., Deformable DETR, ICLR 2021), with the published names."""
 
 from __future__ import annotations
 

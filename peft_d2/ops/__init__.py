@@ -1,8 +1,8 @@
 """Multi-scale deformable attention: one function, several backends.
 
-The compiled operator serves the devices that it is built for, the pure-torch twin of :mod:`peft_d2.ops.reference` all others.
-The ``backend`` argument, or the environment variable ``PEFT_D2_BACKEND`` (read at import), chooses instead: "torch" is the twin;
-"cpu" and "cuda" demand the compiled operator for tensors there, so that its absence is an error and not a slower run.
+The compiled operator serves the devices that it is built for, the pure-torch twin of :mod:`peft_d2.ops.reference` all
+others. The ``backend`` argument, or the environment variable ``PEFT_D2_BACKEND`` (read at import), chooses instead:
+"torch" is the twin; "cpu" and "cuda" demand the compiled operator for tensors there, whose absence is then an error.
 """
 
 from __future__ import annotations

@@ -36,6 +36,23 @@ def _check_levels(value: Tensor, spatial_shapes: Tensor, level_start_index: Tens
     return levels
 
 
+def levels_within(spatial_shapes: Tensor, level_start_index: Tensor, value: Tensor) -> list[tuple[int, int, int]]:
+    """Each level's (H, W, first row), all of them within value's rows.
+
+    Raises:
+        ValueError: a level lies outside value, or the levels do not fill it.
+    """
+    rows = value.shape[1]
+    sizes = spatial_shapes.tolist()
+    levels = [(height, width, start) for (height, width), start in zip(sizes, level_start_index.tolist(), strict=True)]
+    if sum(h * w for h, w, _ in levels) != rows or any(s < 0 or s + h * w > rows for h, w, s in levels):
+        raise ValueError(
+            f"ms_deform_attn: spatial_shapes is {sizes} from rows {level_start_index.tolist()} on; "
+            f"the levels should fill value's S = {rows} rows"
+        )
+    return levels
+
+
 def _check_devices(value: Tensor, others: dict[str, Tensor]) -> None:
     for name, tensor in others.items():
         if tensor.device != value.device:

@@ -1,7 +1,7 @@
 """The compiled operator as a torch library: loading, shapes for tracing, gradients, autocast.
 
-The schemas are in csrc/registration.cpp. One operator serves both forms: without reference points ``points`` and ``weights``
-are sampling locations and attention weights, with them they are offsets and logits.
+The schemas are in csrc/registration.cpp. One operator serves both forms: without reference points ``points`` and
+``weights`` are sampling locations and attention weights, with them they are offsets and logits.
 """
 
 from __future__ import annotations
@@ -151,8 +151,8 @@ def ms_deform_attn(
 ) -> Tensor:
     """Bring the arguments to the types that the compiled operator takes, and call it.
 
-    Locations, reference points and attention weights are taken in float32 at least (float64 for float64 values); offsets
-    and logits may be of value's own type.
+    Locations, reference points and attention weights are taken in float32 at least (float64 for float64 values);
+    offsets and logits may be of value's own type.
     """
     dtype = accumulation_dtype(value.dtype)
     raw = points.dtype == weights.dtype == value.dtype and reference_points is not None

@@ -1,4 +1,4 @@
-"""Multi-scale deformable attention in plain torch: the oracle of the compiled operator and its stand-in where that is not built.
+"""Multi-scale deformable attention in plain torch: the compiled operator's oracle and stand-in.
 
 Source: Zhu et al., "Deformable DETR: Deformable Transformers for End-to-End Object Detection", ICLR 2021, equation 3.
 """
@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from peft_d2.ops import checks
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -54,7 +56,7 @@ def ms_deform_attn(
             n, queries, heads * channels
         )
     sampled = []
-    for level, ((height, width), start) in enumerate(zip(spatial_shapes.tolist(), level_start_index.tolist())):
+    for level, (height, width, start) in enumerate(checks.levels_within(spatial_shapes, level_start_index, value)):
         rows = value[:, start : start + height * width].to(dtype)
         image = rows.permute(0, 2, 3, 1).reshape(n * heads, channels, height, width)
         grid = grids[:, :, :, level].transpose(1, 2).flatten(0, 1)
