@@ -186,7 +186,7 @@ def _scales(model: nn.Module, name: str) -> dict[str, float]:
     """Path of each module whose whole weight has one LoRA -> the factor on its branch."""
     scales = {}
     for path, module in model.named_modules():
-        stored: Any = module.peft if isinstance(module, peft.Specialised) else {}
+        stored: Any = getattr(module, "peft", {}) if isinstance(module, peft.Specialised) else {}
         for part in stored[name].values() if name in stored else ():
             if hasattr(part, "scale") and any(local == "lora_a" for local, _ in part.named_parameters(recurse=False)):
                 scales[path] = float(part.scale)

@@ -139,7 +139,7 @@ def injected_names(model: nn.Module) -> set[str]:
     return {
         ".".join(filter(None, (path, "peft", local)))
         for path, module in model.named_modules(remove_duplicate=False)
-        if hasattr(module, "peft_parameters")
+        if hasattr(module, "peft_parameters") and isinstance(module._modules.get("peft"), nn.Module)
         for local in module.peft.state_dict()
     }
 
