@@ -60,10 +60,15 @@ def training_records(cfg: Any) -> list[dict[str, Any]]:
     keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0
     records = get_detection_dataset_dicts(
         list(cfg.DATASETS.TRAIN),
-        filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+        filter_empty=False,  # Detectron2 fails with a bare assertion when nothing is left
         min_keypoints=keypoints,
         proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
     )
+    if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS and "annotations" in records[0]:
+        before = len(records)
+        records = [r for r in records if any(not a.get("iscrowd", 0) for a in r["annotations"])]
+        if len(records) < before:
+            logger.info("%d of %d images have no object and are left out.", before - len(records), before)
     if not records:
         raise ValueError(
             f"{list(cfg.DATASETS.TRAIN)}: no image with annotations is left to train on. "

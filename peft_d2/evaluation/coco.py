@@ -14,8 +14,9 @@ from detectron2.evaluation import COCOEvaluator
 from faster_coco_eval import COCO, COCOeval_faster
 from pycocotools import mask as coco_mask
 
-from peft_d2.evaluation.results import instances_to_results, without
+from peft_d2.evaluation.results import instances_to_results
 
+_CHUNK = 200  # pycocotools 2.0.11 overflows a byte when it measures more than 255 masks at once
 logger = logging.getLogger(__name__)
 
 
@@ -71,9 +72,7 @@ def evaluate_coco(
 
     Sizes (small, medium, large) go by the mask's area for "segm", by the box's for "bbox".
     """
-    truth = COCO(dataset)
-    found = truth.loadRes(without(results, "bbox" if task == "segm" else "segmentation"))
-    evaluation = COCOeval_faster(truth, found, task, print_function=logger.info)
+    evaluation = COCOeval_faster(COCO(dataset), predictions(dataset, results, task), task, print_function=logger.info)
     if img_ids is not None:
         evaluation.params.imgIds = list(img_ids)
     evaluation.params.maxDets = list(max_dets)
@@ -81,6 +80,29 @@ def evaluate_coco(
     evaluation.accumulate()
     evaluation.summarize()
     return evaluation
+
+
+def predictions(dataset: dict[str, Any], results: Sequence[dict[str, Any]], task: str) -> COCO:
+    """Results as the evaluation takes them. As loadRes makes them, but areas are measured in one go.
+
+    Raises:
+        ValueError: a result of an image that the data set does not have.
+    """
+    unknown = {r["image_id"] for r in results} - {image["id"] for image in dataset["images"]}
+    if unknown:
+        raise ValueError(f"predictions of images that the data set does not have: {sorted(unknown)[:5]}.")
+    key = "segmentation" if task == "segm" else "bbox"
+    if task == "segm":
+        masks = [r[key] for r in results]
+        areas = [a for i in range(0, len(masks), _CHUNK) for a in coco_mask.area(masks[i : i + _CHUNK]).tolist()]
+    else:
+        areas = [r[key][2] * r[key][3] for r in results]
+    copied = ("image_id", "category_id", "score", key)
+    annotations = [
+        {**{k: r[k] for k in copied}, "id": i, "area": area, "iscrowd": 0}
+        for i, (r, area) in enumerate(zip(results, areas, strict=True), 1)
+    ]
+    return COCO({"images": dataset["images"], "annotations": annotations, "categories": dataset["categories"]})
 
 
 def complete(dataset: dict[str, Any]) -> None:

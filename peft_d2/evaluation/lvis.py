@@ -17,8 +17,8 @@ from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import create_small_table
 from faster_coco_eval import COCO, COCOeval_faster
 
-from peft_d2.evaluation.coco import complete, mean_precision, restore_category_ids, write_results
-from peft_d2.evaluation.results import instances_to_results, without
+from peft_d2.evaluation.coco import complete, mean_precision, predictions, restore_category_ids, write_results
+from peft_d2.evaluation.results import instances_to_results
 
 _MAX_DETECTIONS = 300  # of an image, over all classes
 _AREAS = ("all", "small", "medium", "large")
@@ -47,8 +47,8 @@ class FastLVISEvaluator(LVISEvaluator):
             results = instances_to_results(output["instances"], record["image_id"])
             self._predictions.append({"image_id": record["image_id"], "instances": results})
 
-    def _eval_predictions(self, predictions: Sequence[dict[str, Any]]) -> None:
-        results = list(itertools.chain.from_iterable(p["instances"] for p in predictions))
+    def _eval_predictions(self, gathered: Sequence[dict[str, Any]]) -> None:
+        results = list(itertools.chain.from_iterable(p["instances"] for p in gathered))
         contiguous = self._metadata.get("thing_dataset_id_to_contiguous_id")
         if contiguous is None:
             contiguous = {c: i for i, c in enumerate(sorted(c["id"] for c in self._dataset["categories"]))}
@@ -75,9 +75,8 @@ def evaluate_lvis(dataset: dict[str, Any], results: Sequence[dict[str, Any]], ta
     if not results:
         logger.warning("no predictions to evaluate.")
         return {name: float("nan") for name in names}
-    truth = COCO(dataset)
-    found = truth.loadRes(without(_best(results), "bbox" if task == "segm" else "segmentation"))
-    evaluation = COCOeval_faster(truth, found, task, lvis_style=True, print_function=logger.info)
+    found = predictions(dataset, _best(results), task)
+    evaluation = COCOeval_faster(COCO(dataset), found, task, lvis_style=True, print_function=logger.info)
     evaluation.params.maxDets = [_MAX_DETECTIONS]
     evaluation.evaluate()
     evaluation.accumulate()

@@ -45,7 +45,3 @@ def instances_to_results(instances: Instances, image_id: Any) -> list[dict[str, 
         {"image_id": image_id, **{key: values[i] for key, values in columns.items()}} for i in range(len(instances))
     ]
 
-
-def without(results: Sequence[dict[str, Any]], key: str) -> list[dict[str, Any]]:
-    """Shallow copies of the results that lack one key (the evaluation adds to its copies)."""
-    return [{k: v for k, v in result.items() if k != key} for result in results]
