@@ -39,7 +39,7 @@ def read_top(path: str) -> dict[str, Any]:
     try:
         with open(path, encoding="utf-8") as stream:
             tree = yaml.load(stream, Loader=_ConfigLoader)  # noqa: S506  a SafeLoader
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"{path}: {_one_line(error)}") from error
     if tree is not None and not isinstance(tree, dict):
         raise ConfigError(f"{path}: a config file holds KEY: VALUE pairs, this one a {type(tree).__name__}.")

@@ -25,6 +25,9 @@ class MaskFormerHead(nn.Module):
         ignore_value: class id of pixels that count nowhere, in semantic maps.
     """
 
+    # The published code tells old keys from new ones by this number in a state dict's metadata.
+    _version = 2
+
     pixel_decoder: Any
     predictor: Any
 

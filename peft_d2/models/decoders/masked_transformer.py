@@ -32,6 +32,9 @@ class MultiScaleMaskedTransformerDecoder(nn.Module):
         enforce_input_projection: project the features even where their channels fit.
     """
 
+    # The published code tells old keys from new ones by this number in a state dict's metadata.
+    _version = 2
+
     @configurable
     def __init__(
         self,
