@@ -20,6 +20,7 @@ from detectron2.data import transforms as T
 from detectron2.structures import BitMasks, Boxes, BoxMode, Instances
 from torch.nn import functional as F
 
+from peft_d2.compat import accept_empty_polygons
 from peft_d2.data.augmentation import detectron2_recipe, keep_a_pixel, large_scale_jitter_recipe, resize_recipe
 from peft_d2.data.segmentation import segmentation_to_mask
 
@@ -238,6 +239,7 @@ def _detectron2_mapper(cfg: Any, records: Sequence[dict[str, Any]]) -> Any:
         if cfg.INPUT.MASK_FORMAT != "bitmask":
             logger.warning("INPUT.MASK_FORMAT polygon: masks are fed as bit masks instead, as %s.", reason)
         return InstanceMapper(augmentations, cfg.INPUT.FORMAT, bit_masks=True)
+    accept_empty_polygons()
     mapper = DatasetMapper(cfg, is_train=True)
     mapper.augmentations = T.AugmentationList(augmentations)
     return mapper
