@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from .combine import combine_adapters
 from .errors import PeftError
 from .inject import add_adapter, inject, match_targets
 from .lifecycle import delete_adapter, disabled, merge, remove, set_adapter, unmerge
+from .liveness import DeadPartError, dead_parts, prove_live
 from .match import PatternError
 from .method import MethodError
 from .methods import METHODS
@@ -25,6 +27,7 @@ from .state import (
 __all__ = [
     "METHODS",
     "AdapterStateError",
+    "DeadPartError",
     "Injection",
     "InjectionError",
     "MethodError",
@@ -37,6 +40,8 @@ __all__ = [
     "add_adapter",
     "base_class",
     "base_state_dict",
+    "combine_adapters",
+    "dead_parts",
     "delete_adapter",
     "disabled",
     "frozen_hash",
@@ -47,6 +52,7 @@ __all__ = [
     "make_report",
     "match_targets",
     "merge",
+    "prove_live",
     "remove",
     "set_adapter",
     "trained_parameters",

@@ -1,10 +1,11 @@
 """Sequential adapters: a chain of bottlenecks after any sublayer.
 
-Houlsby et al., "Parameter-Efficient Transfer Learning for NLP", ICML 2019, arXiv 1902.00751 (figure 2), placed and chained as in Abou Baker
-et al., "Parameter-Efficient Fine-Tuning of Large Pretrained Models for Instance Segmentation Tasks", MAKE 6(4), 2024, arXiv 2606.01947:
-for the sublayer's output s, ``h_0 = s``, ``h_i = h_(i-1) + A_i(h_(i-1))`` for i = 1..n, with ``A = up(ReLU(down(h)))``, Linear d -> d/r and back.
-Each up-projection starts at zero, so the start is the pretrained model. Put after the attention (or its dropout), the residual and the
-norm of the block come after it: ``out = LN(x + h_n)``.
+Houlsby et al., "Parameter-Efficient Transfer Learning for NLP", ICML 2019, arXiv 1902.00751 (figure 2), placed and
+chained as in Abou Baker et al., "Parameter-Efficient Fine-Tuning of Large Pretrained Models for Instance Segmentation
+Tasks", MAKE 6(4), 2024, arXiv 2606.01947: for the sublayer's output s, ``h_0 = s``, ``h_i = h_(i-1) + A_i(h_(i-1))``
+for i = 1..n, with ``A = up(ReLU(down(h)))``, Linear d -> d/r and back. Each up-projection starts at zero, so the
+start is the pretrained model. Put after the attention (or its dropout), the residual and the norm of the block come
+after it: ``out = LN(x + h_n)``.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from .width import LAYOUTS, Width, check_width, map_first_tensor, output_width
 class AdapterOptions(Options):
     """``NUM`` adapters in a chain, each with a bottleneck of width / ``REDUCTION``.
 
-    ``DIM`` is the output's width where the module does not say it. ``LAYOUT``: last (..., C), first (N, C, ...), or auto.
+    ``DIM`` is the output's width where the module does not say it. ``LAYOUT``: last (..., C), first (N, C, ...), or
+    auto.
     """
 
     num: int = 1

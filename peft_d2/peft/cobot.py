@@ -1,9 +1,10 @@
 """COBOT: cross-block orchestration of the low-dimensional spaces of a stack of blocks.
 
 Peng et al., "Parameter Efficient Fine-tuning via Cross Block Orchestration for Segment Anything Model", CVPR 2024,
-arXiv 2311.17112. With T places of width V: coefficient sets C (V, T) and a relation matrix S (T, T) shared by all places; per place
-own coefficients gamma (V,) and a quaternion linear layer Q. For ``h = down(x)`` place t computes ``h' = Q((C S)[:, t] + gamma_t) * h)`` and
-goes on from h'. It is switched on by ``COBOT: true`` in the entry of ``lora`` or ``adaptformer``; T is the number of that entry's places.
+arXiv 2311.17112. With T places of width V: coefficient sets C (V, T) and a relation matrix S (T, T) shared by all
+places; per place own coefficients gamma (V,) and a quaternion linear layer Q. For ``h = down(x)`` place t computes
+``h' = Q((C S)[:, t] + gamma_t) * h)`` and goes on from h'. It is switched on by ``COBOT: true`` in the entry of
+``lora`` or ``adaptformer``; T is the number of that entry's places.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ class CobotSpace(nn.Module):
 class QuaternionLinear(nn.Module):
     """A linear map V -> W without bias, built from four (V/4, W/4) matrices by the Hamilton product.
 
-    The dense matrix D of ``y = x D`` has the column blocks [r; -i; -j; -k], [i; r; -k; j], [j; k; r; -i], [k; -j; i; r].
-    At the start the real part is 0 and the others are uniform in (0, 1).
+    The dense matrix D of ``y = x D`` has the column blocks [r; -i; -j; -k], [i; r; -k; j], [j; k; r; -i], [k; -j; i;
+    r]. At the start the real part is 0 and the others are uniform in (0, 1).
     """
 
     def __init__(self, inputs: int, outputs: int, tensor_options: Mapping[str, Any]) -> None:

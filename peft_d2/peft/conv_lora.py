@@ -1,7 +1,8 @@
 """LoRA on nn.Conv2d and on Detectron2's Conv2d, whose norm and activation come after the low-rank branch.
 
-The factors are a convolution A (r, in / groups, kh, kw) with the base's stride, padding and dilation, and a 1x1 convolution
-B (out, r, 1, 1): ``W = W0 + s B A``, as in loralib and Hugging Face PEFT (Hu et al. 2022, equation 3, on the unfolded kernel).
+The factors are a convolution A (r, in / groups, kh, kw) with the base's stride, padding and dilation, and a 1x1
+convolution B (out, r, 1, 1): ``W = W0 + s B A``, as in loralib and Hugging Face PEFT (Hu et al. 2022, equation 3, on
+the unfolded kernel).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from .specialise import Specialised
 
 
 def is_normed_conv(base: type[nn.Module], module: nn.Module) -> bool:
-    """Whether this is Detectron2's Conv2d: convolution, then optional norm, then optional activation. By shape, not by import."""
+    """Whether this is Detectron2's Conv2d (convolution, optional norm, optional activation), told by its shape."""
     return (
         base.__name__ == "Conv2d"
         and base.__mro__[1] is nn.Conv2d
@@ -36,7 +37,7 @@ def conv_problem(module: nn.Conv2d, options: LoraOptions) -> str:
     if options.parts or options.cobot:
         return f"{'PARTS' if options.parts else 'COBOT'} does not apply to a convolution"
     if options.dropout and _in_weight_space(module):
-        return f"DROPOUT needs a branch on the input, which groups={module.groups}, padding_mode={module.padding_mode!r} do not have"
+        return "DROPOUT needs a branch on the input, which groups or padding_mode rule out here"
     return ""
 
 
@@ -46,14 +47,18 @@ class ConvLowRank(LowRank):
     def __init__(self, module: nn.Conv2d, options: LoraOptions, name: str, tensor_options: Mapping[str, Any]) -> None:
         super().__init__(module.weight, options, name, tensor_options)
         self.in_weight_space = _in_weight_space(module)
-        self.geometry = {"stride": module.stride, "padding": module.padding, "dilation": module.dilation}
+        self.geometry: dict[str, Any] = {
+            "stride": module.stride,
+            "padding": module.padding,
+            "dilation": module.dilation,
+        }
 
     def branch(self, x: Tensor) -> Tensor:
         """s B A x for x (N, in, H, W) -> (N, out, H', W')."""
         x = F.dropout(match_dtype(x, self.lora_a), self.dropout, self.training)
-        y = F.conv2d(F.conv2d(x, self.lora_a, **self.geometry), self.lora_b)  # type: ignore[arg-type]
+        y = F.conv2d(F.conv2d(x, self.lora_a, **self.geometry), self.lora_b)
         if self.lora_a_start is not None and self.lora_b_start is not None:
-            y = y - F.conv2d(F.conv2d(x, self.lora_a_start, **self.geometry), self.lora_b_start)  # type: ignore[arg-type]
+            y = y - F.conv2d(F.conv2d(x, self.lora_a_start, **self.geometry), self.lora_b_start)
         return y * self.scale
 
     def forward(  # type: ignore[override]
@@ -85,7 +90,7 @@ class LoraConvMixin(Specialised):
         part = self.peft_weight_part("lora")
         if part is None:
             return super().forward(x)
-        return part(x, self._conv_forward, self.weight, self.bias)  # type: ignore[operator]
+        return part(x, self._conv_forward, self.weight, self.bias)
 
 
 class LoraNormedConvMixin(Specialised):
@@ -107,4 +112,5 @@ class LoraNormedConvMixin(Specialised):
         return x if self.activation is None else self.activation(x)
 
     def _plain_conv(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)  # type: ignore[arg-type]
+        geometry: Any = (self.stride, self.padding, self.dilation, self.groups)
+        return F.conv2d(x, weight, bias, *geometry)

@@ -1,14 +1,14 @@
-"""What keeps a partly frozen model honest: frozen statistics stay put, and torch's shortcuts do not pass adapters by."""
+"""What keeps a partly frozen model honest: frozen statistics stay, and torch's shortcuts do not pass adapters by."""
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 
-from .specialise import STORE, Specialised, Switch, specialise
+from .specialise import Specialised, Switch, specialise
 
 
 class FrozenStatisticsMixin(Specialised):
-    """A norm with running statistics stays in eval mode under ``train()``, unless the active adapter trains it in full."""
+    """A norm with running statistics stays in eval mode under ``train()`` unless the active adapter trains it."""
 
     layer = 9
     peft_trained_by: frozenset[str]
@@ -36,15 +36,11 @@ def freeze_statistics(model: nn.Module, switch: Switch) -> list[nn.Module]:
 
 def _parts_run_inside(module: nn.Module) -> bool:
     """Whether a part that is not merged runs in ``module`` or below it."""
-    for child in module.modules():
-        if isinstance(child, Specialised) and STORE in child._modules and not child.peft_backup:
-            if child.peft_switch.enabled and child.peft_switch.active in child.peft:
-                return True
-    return False
+    return any(isinstance(child, Specialised) and child.peft_runs() for child in module.modules())
 
 
 class NoFastPathMixin(Specialised):
-    """nn.TransformerEncoderLayer computes from raw weights in eval without gradients; not while adapters run inside it."""
+    """nn.TransformerEncoderLayer reads raw weights in eval without gradients; not while adapters run inside it."""
 
     layer = 8
 

@@ -1,10 +1,11 @@
 """Freeze a model, specialise the chosen places in place, and report.
 
-After ``inject`` the model is the same object with the same base keys; at the start its outputs are the base's. What is trained is what the
-methods put in, and what TRAIN names; nothing else, running statistics of norms included.
+After ``inject`` the model is the same object with the same base keys; at the start its outputs are the base's. What
+is trained is what the methods put in, and what TRAIN names; nothing else, running statistics of norms included.
 
-Base weights may be loaded before or after: a state dict without injected keys leaves the injected parts as they are, also with
-``strict=True``. Parts whose start depends on the base weights (PiSSA, DoRA) follow the loaded ones as long as they are untrained.
+Base weights may be loaded before or after: a state dict without injected keys leaves the injected parts as they are,
+also with ``strict=True``. Parts whose start depends on the base weights (PiSSA, DoRA) follow the loaded ones as long
+as they are untrained.
 """
 
 from __future__ import annotations
@@ -99,7 +100,7 @@ def inject(
     Args:
         model: any nn.Module; the whole model, as it will be trained.
         methods: entries such as ``{"NAME": "lora", "TARGETS": ["self_attn.value_proj"], "RANK": 8}``.
-        train: patterns of modules or parameters that are trained in full; ``"*"`` is full fine-tuning as the base itself would.
+        train: patterns of modules or parameters to train in full; ``"*"`` is full fine-tuning, as the base would.
         name: the first adapter's name.
 
     Raises:
@@ -110,7 +111,7 @@ def inject(
     """
     if injected_root(model) is not None:
         raise InjectionError(
-            "this model is injected already; add_adapter(model, name) adds another adapter, remove(model) undoes the first"
+            "this model is injected already: add_adapter(model, name) adds another, remove(model) undoes the first"
         )
     if not methods and not train:
         raise InjectionError("nothing would be trained: METHODS and TRAIN are both empty")
@@ -146,7 +147,7 @@ def inject(
 def add_adapter(
     model: nn.Module, name: str, methods: Sequence[Mapping[str, Any]] | None = None, train: Sequence[str] | None = None
 ) -> Report:
-    """Add another adapter beside those there are; it is not active. Methods and TRAIN are the active adapter's unless given.
+    """Add another adapter, not active yet. Methods and TRAIN are the active adapter's unless given.
 
     Its injected parts start anew and its fully trained modules start from the base's values.
 
@@ -188,26 +189,31 @@ _Plan = tuple[list[Method], list[tuple[Method, Placement]], list[str], list[nn.M
 
 
 def _plan(index: Index, methods: Sequence[Mapping[str, Any]], train: Sequence[str]) -> _Plan:
-    """Everything that can fail, before anything is changed: methods, their parts, tensors and modules trained in full."""
+    """Everything that can fail, before anything is changed: methods, their parts, what is trained in full."""
     if isinstance(methods, Mapping):
         raise MethodError("expected a list of methods, got one mapping: write [{NAME: ...}]")
     parsed = [parse(entry, METHODS) for entry in methods]
     placements: list[tuple[Method, Placement]] = []
     taken: dict[tuple[int, str], int] = {}
-    full, modules = _resolve_train(index, train)
+    full, full_modules = _resolve_train(index, train)
     for number, method in enumerate(parsed):
         sites = _sites(index, method)
         if method.selects:
-            full += method.select(sites)
+            selection = method.select(sites)
+            full += [index.first_name[parameter] for parameter in selection.parameters]
+            for site in selection.modules:
+                full += index.tensors_under(site.name)
+                full_modules += site.module.modules()
             continue
         for site in sites:
             other = taken.setdefault((id(site.module), method.name), number)
             if other != number:
                 raise MethodError(
-                    f"{site.name} is chosen by two {method.name!r} entries (METHODS {other} and {number}); EXCLUDE it in one"
+                    f"{site.name} is chosen by two {method.name!r} entries ({other} and {number}); EXCLUDE it in one"
                 )
         placements += [(method, placement) for placement in method.place(sites)]
-    return parsed, placements, [first for first in index.slots if first in set(full)], modules
+    chosen = set(full)
+    return parsed, placements, [first for first in index.slots if first in chosen], full_modules
 
 
 def _sites(index: Index, method: Method) -> list[Site]:
@@ -240,7 +246,7 @@ def _sites(index: Index, method: Method) -> list[Site]:
 
 
 def _check_refused(method: Method, pattern: str, found: list[str], refused: dict[str, str]) -> None:
-    """A sweeping pattern may pass over modules that the method cannot go on; a plain name, or one that finds nothing else, may not."""
+    """A sweeping pattern may pass over modules that a method cannot go on; a plain name must be possible."""
     if not refused or (not is_literal(pattern) and len(refused) < len(found)):
         return
     name, reason = next(iter(refused.items()))

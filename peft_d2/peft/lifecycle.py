@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .runtime import InjectionError, Runtime, detach, get_runtime, injected_root, known_adapter
-from .specialise import STORE, Specialised, remove_parts, restore, specialised_modules
+from .specialise import STORE, Part, Specialised, remove_parts, restore, specialised_modules
 from .state import unprotect_on_load
 
 logger = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ def set_adapter(model: nn.Module, name: str) -> None:
 
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[nn.Module]:
-    """Within the block the model is the base, bit for bit: nothing injected runs, and fully trained modules have the base's values.
+    """Within the block the model is the base, bit for bit, fully trained modules included.
 
     Raises:
         InjectionError: TRAIN is "*", so no base values were kept.
@@ -120,7 +120,7 @@ def delete_adapter(model: nn.Module, name: str) -> None:
     for module in runtime.places.pop(name):
         remove_parts(module, name)
     for table in (runtime.record.adapters, runtime.injected, runtime.values, runtime.loaded):
-        table.pop(name, None)  # type: ignore[attr-defined]
+        table.pop(name, None)
 
 
 def remove(model: nn.Module, keep: bool = False) -> nn.Module:
@@ -166,7 +166,8 @@ def _effective(module: Specialised, adapter: str) -> tuple[dict[str, Tensor], bo
     }
     changed: dict[str, Tensor] = {}
     whole = True
-    for part in module.peft[adapter].values():  # type: ignore[operator, union-attr]
+    for part in module.peft_parts(adapter).values():
+        assert isinstance(part, Part)
         update = part.effective_weights({**weights, **changed})
         whole = whole and bool(update)
         changed.update(update)
@@ -182,7 +183,7 @@ def _refuse_shared(model: nn.Module, plan: list[tuple[Specialised, dict[str, Ten
         for name in changed:
             if owners[id(module.get_parameter(name))] > 1:
                 raise InjectionError(
-                    f"{module.peft_name}.{name} is shared with another module, which merging would change; nothing was merged"
+                    f"{module.peft_name}.{name} also belongs to another module, which merging would change too"
                 )
 
 

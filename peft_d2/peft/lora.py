@@ -1,8 +1,8 @@
 """LoRA: the method, and its place on nn.Linear.
 
 Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", ICLR 2022, arXiv 2106.09685, equation 3:
-``h = W0 x + s B A x``, A (r, in) random and B (out, r) zero at the start: the start is the pretrained layer. See low_rank.py for
-the variants, conv_lora.py and packed_lora.py for the other modules.
+``h = W0 x + s B A x``, A (r, in) random and B (out, r) zero at the start: the start is the pretrained layer. See
+low_rank.py for the variants, conv_lora.py and packed_lora.py for the other modules.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class LoraLinearMixin(Specialised):
 
 
 class Lora(Method):
-    """``{NAME: lora, TARGETS: [...], RANK: 8, ALPHA: 8, DROPOUT: 0, INIT: default, RSLORA: false, DORA: false, PARTS: [...], ...}``."""
+    """``{NAME: lora, TARGETS: [...], RANK: 8, ALPHA: 8, ...}``; keys: :class:`~peft_d2.peft.low_rank.LoraOptions`."""
 
     name = "lora"
     options_class = LoraOptions
@@ -59,14 +59,15 @@ class Lora(Method):
             return ""
         inside = [name for name, child in site.module.named_modules() if name and base_class(child) in _LINEAR]
         hint = f"; in it are {', '.join(inside[:6])}" if inside else ""
-        return f"{base.__qualname__} is none of nn.Linear, nn.Conv2d, Detectron2's Conv2d, nn.MultiheadAttention (exact types){hint}"
+        known = "nn.Linear, nn.Conv2d, Detectron2's Conv2d, nn.MultiheadAttention (exact types)"
+        return f"{base.__qualname__} is none of {known}{hint}"
 
     def _packed_refusal(self, module: nn.Module) -> str:
         assert isinstance(module, nn.Linear)
         if "out" in self.options.parts:
             return "PARTS names out, which only nn.MultiheadAttention has"
         if module.out_features != 3 * module.in_features:
-            return f"PARTS needs a fused qkv of {module.in_features} -> {3 * module.in_features}; this is {module.in_features} -> {module.out_features}"
+            return f"PARTS needs a fused qkv, d -> 3 d; this is {module.in_features} -> {module.out_features}"
         return ""
 
     def place(self, sites: Sequence[Site]) -> list[Placement]:
@@ -104,7 +105,7 @@ class Lora(Method):
         if isinstance(module, nn.MultiheadAttention):
             if self.options.dropout:
                 raise MethodError(
-                    f"{site.name}: DROPOUT needs a branch on the input; nn.MultiheadAttention is adapted through its weights"
+                    f"{site.name}: nn.MultiheadAttention is adapted through its weights, without DROPOUT on an input"
                 )
             chosen = {
                 part: factors(attention_weight(module, part), cobot) for part, cobot in zip(parts, cobots, strict=True)

@@ -1,11 +1,12 @@
 """The low-rank factors that every LoRA place holds, whatever its module is.
 
-LoRA: Hu et al., ICLR 2022, arXiv 2106.09685, equation 3: ``W = W0 + s B A`` with ``s = alpha / r``.
-rsLoRA: Kalajdzievski 2023, arXiv 2312.03732: ``s = alpha / sqrt(r)``.
-DoRA: Liu et al., ICML 2024, arXiv 2402.09353, equation 5 and section 4.3: ``W = m (W0 + s B A) / ||W0 + s B A||`` with one norm per
-output, which is held constant in the gradient; m starts as ``||W0||``.
-PiSSA: Meng et al., NeurIPS 2024, arXiv 2404.02948, equations 2 to 4: A and B start as the r principal singular directions of W0 and
-the residual is frozen. Here W0 itself stays and the starting product is subtracted: ``W = W0 + s (B A - B0 A0)``, the same function.
+- LoRA: Hu et al., ICLR 2022, arXiv 2106.09685, equation 3: ``W = W0 + s B A`` with ``s = alpha / r``.
+- rsLoRA: Kalajdzievski 2023, arXiv 2312.03732: ``s = alpha / sqrt(r)``.
+- DoRA: Liu et al., ICML 2024, arXiv 2402.09353, equation 5 and section 4.3:
+  ``W = m (W0 + s B A) / ||W0 + s B A||``, one norm per output, constant in the gradient; m starts as ``||W0||``.
+- PiSSA: Meng et al., NeurIPS 2024, arXiv 2404.02948, equations 2 to 4: A and B start as the r principal singular
+  directions of W0, and the residual is frozen. Here W0 itself stays and the start is subtracted:
+  ``W = W0 + s (B A - B0 A0)``, the same function.
 """
 
 from __future__ import annotations
@@ -32,10 +33,11 @@ PARTS = ("q", "k", "v", "out")
 class LoraOptions(Options):
     """Keys of LoRA.
 
-    ``ALPHA`` unset means alpha = rank (scale 1). ``INIT``: default (A Kaiming-uniform, B zero), gaussian (A normal / r, B zero), pissa, or
-    xavier (both Xavier-normal, as SAM-COBOT's authors do: the only one that does not start as the pretrained model).
-    ``PARTS``: which of q, k, v, out of an nn.MultiheadAttention (default q and v), or which of q, k, v of a fused qkv nn.Linear.
-    ``RANK_PATTERN`` and ``ALPHA_PATTERN``: module-name pattern -> value, the first match counts.
+    ``ALPHA``: unset means alpha = rank (scale 1).
+    ``INIT``: default (A Kaiming-uniform, B zero), gaussian (A normal / r, B zero), pissa, or xavier (both
+    Xavier-normal, as SAM-COBOT's authors do: the only one that does not start as the pretrained model).
+    ``PARTS``: which of q, k, v, out of an nn.MultiheadAttention (default q and v), or of q, k, v of a fused nn.Linear.
+    ``RANK_PATTERN`` and ``ALPHA_PATTERN``: module-name pattern -> value; the first match counts.
     """
 
     rank: int = 8
@@ -72,7 +74,8 @@ class LoraOptions(Options):
 class LowRank(Part):
     """Factors ``lora_a`` (r, in, ...) and ``lora_b`` (out, r, 1...) of one weight (out, in, ...).
 
-    DoRA adds ``lora_magnitude`` (out,); PiSSA the constant ``lora_a_start`` and ``lora_b_start``; COBOT a step between A and B.
+    DoRA adds ``lora_magnitude`` (out,); PiSSA the constant ``lora_a_start`` and ``lora_b_start``; COBOT a step
+    between A and B.
     """
 
     lora_magnitude: nn.Parameter | None

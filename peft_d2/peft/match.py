@@ -29,10 +29,12 @@ import difflib
 import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from typing import TypeVar
 
 from .errors import PeftError
 
 REGEX_PREFIX = "re:"
+T = TypeVar("T")
 _WILDCARDS = re.compile(r"[*?\[]")
 _DIGITS = re.compile(r"\d+")
 
@@ -63,11 +65,13 @@ def match(pattern: str, names: Sequence[str], what: str = "module") -> list[str]
     if not isinstance(pattern, str) or not pattern:
         raise PatternError(f"expected a pattern (a non-empty string), got {pattern!r}")
     if pattern.startswith(REGEX_PREFIX):
-        found = set(filter(_regex(pattern).fullmatch, names))
-        if not found:
+        matched = list(filter(_regex(pattern).fullmatch, names))
+        if not matched:
             raise PatternError(f"pattern {pattern!r} matches no {what}.{_hint(pattern, names)}")
-        return [name for name in names if name in found]
-    found, used, choices = set(), set(), set()
+        return matched
+    found: set[str] = set()
+    used: set[tuple[int, str]] = set()
+    choices: set[tuple[int, str]] = set()
     for text, chosen in _expand(pattern):
         hits = list(filter(_glob(text, pattern).fullmatch, names))
         choices.update(chosen)
@@ -85,7 +89,7 @@ def match(pattern: str, names: Sequence[str], what: str = "module") -> list[str]
     return [name for name in names if name in found]
 
 
-def first_match(rules: Mapping[str, int], name: str) -> int | None:
+def first_match(rules: Mapping[str, T], name: str) -> T | None:
     """The value of the first pattern in ``rules`` that chooses ``name``; None when none does."""
     for pattern, value in rules.items():
         if pattern.startswith(REGEX_PREFIX):

@@ -67,6 +67,14 @@ class Placement:
     part: Part
 
 
+@dataclass(frozen=True)
+class Selection:
+    """Base parameters by name, and modules that are trained with all they contain."""
+
+    parameters: list[str] = field(default_factory=list)
+    modules: list[Site] = field(default_factory=list)
+
+
 class Method:
     """Base of all methods. One instance is one entry of METHODS."""
 
@@ -78,7 +86,9 @@ class Method:
         self.options = options
 
     def redirect(self, site: Site, sites: Mapping[int, Site]) -> Site:
-        """The place that really does the work of ``site`` (``sites`` by module id); most methods stay where they are."""
+        """The place that really does the work of ``site`` (``sites`` by module id); most methods stay where they
+        are.
+        """
         return site
 
     def refusal(self, site: Site) -> str:
@@ -93,8 +103,12 @@ class Method:
         """
         raise NotImplementedError(f"method {self.name!r} injects nothing")
 
-    def select(self, sites: Sequence[Site]) -> list[str]:
-        """Names of the base parameters that a selecting method trains."""
+    def select(self, sites: Sequence[Site]) -> Selection:
+        """The base parameters that a selecting method trains.
+
+        Raises:
+            MethodError: there are none.
+        """
         raise NotImplementedError(f"method {self.name!r} selects nothing")
 
 

@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 from .adapter import Adapter
+from .adaptformer import AdaptFormer
+from .bitfit import BitFit
+from .huggingface_tuner import HuggingFaceTuner
+from .last_blocks import LastBlocks
 from .lora import Lora
 from .method import Method
+from .mona import Mona
+from .norm_tuning import NormTuning
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (Adapter, Lora)}
+_ALL: tuple[type[Method], ...] = (Adapter, AdaptFormer, BitFit, LastBlocks, Lora, Mona, NormTuning, HuggingFaceTuner)
+METHODS: dict[str, type[Method]] = {method.name: method for method in _ALL}

@@ -1,8 +1,8 @@
 """LoRA where one weight holds several projections: nn.MultiheadAttention, and an nn.Linear with fused q, k, v.
 
-Each of q, k, v (and the attention's out) has factors of its own (Hu et al. 2022, equation 3, one weight matrix at a time). torch's attention
-reads weights instead of calling modules, so the whole attention is specialised: it computes with ``weight + s B A`` and never
-writes to the frozen weight.
+Each of q, k, v (and the attention's out) has factors of its own (Hu et al. 2022, equation 3, one weight matrix at a
+time). torch's attention reads weights instead of calling modules, so the whole attention is specialised: it computes
+with ``weight + s B A`` and never writes to the frozen weight.
 """
 
 from __future__ import annotations
@@ -149,6 +149,6 @@ class LoraAttentionMixin(Specialised):
             return super().forward(*args, **kwargs)
         named = {name: getattr(self, name) for name in _IN_WEIGHTS}
         weights = {name: value for name, value in named.items() if value is not None}
-        weights["out_proj.weight"] = self.out_proj.weight  # type: ignore[union-attr, assignment]
+        weights["out_proj.weight"] = self.out_proj.weight  # type: ignore[union-attr]
         view = _AttentionView(self, part(weights))
         return nn.MultiheadAttention.forward(view, *args, **kwargs)  # type: ignore[arg-type]

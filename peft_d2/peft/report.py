@@ -27,7 +27,9 @@ class ReportRow:
 
 @dataclass(frozen=True)
 class Report:
-    """Parameters by part (shared ones once) and places by method. Percentages have the added parameters in the denominator."""
+    """Parameters by part (shared ones once) and places by method. Percentages have the added parameters in the
+    denominator.
+    """
 
     adapter: str
     rows: list[ReportRow]
@@ -70,7 +72,9 @@ class Report:
         body.append(("all", f"{self.total:,}", f"{self.injected:,}", f"{full:,}", f"{self.percent:.2f}"))
         widths = [max(len(line[i]) for line in (head, *body)) for i in range(5)]
         lines = [
-            "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths)))
+            "  ".join(
+                cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))
+            )
             for line in (head, *body)
         ]
         lines.insert(1, "-" * len(lines[0]))
@@ -109,7 +113,7 @@ def make_report(model: nn.Module, adapter: str | None = None) -> Report:
             if alias in full and (parameter.requires_grad or not everything):
                 trained[_part(path)] += parameter.numel()
         if any(module is place for place in runtime.places[name]):
-            for parameter in module.peft_parameters(name).values():  # type: ignore[operator, union-attr]
+            for parameter in module.peft_parameters(name).values():  # type: ignore[operator]
                 if id(parameter) in own and id(parameter) not in seen:
                     seen.add(id(parameter))
                     total[_part(path)] += parameter.numel()

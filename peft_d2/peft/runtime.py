@@ -20,7 +20,9 @@ class InjectionError(PeftError, RuntimeError):
 
 @dataclass
 class Place:
-    """Where one part sits: ``name`` is the module's first name, ``kind`` its base class, ``parameters`` how many numbers it adds."""
+    """Where one part sits: ``name`` is the module's first name, ``kind`` its base class, ``parameters`` how many
+    numbers it adds.
+    """
 
     name: str
     method: str
@@ -30,7 +32,9 @@ class Place:
 
 @dataclass
 class AdapterRecord:
-    """One named adapter: ``methods`` with every key filled in, ``train`` as given, its places, and all tensors trained in full."""
+    """One named adapter: ``methods`` with every key filled in, ``train`` as given, its places, and all tensors
+    trained in full.
+    """
 
     methods: list[dict[str, Any]]
     train: list[str]
@@ -88,7 +92,9 @@ class Slot:
 
 @dataclass
 class Runtime:
-    """The live side of an :class:`Injection`. Tensors trained in full exist once per adapter, and once as the base's."""
+    """The live side of an :class:`Injection`. Tensors trained in full exist once per adapter, and once as the
+    base's.
+    """
 
     record: Injection
     switch: Switch

@@ -1,8 +1,8 @@
 """In-place specialisation: a module keeps its identity, its names and its weights, and gains a class.
 
-A specialised module gets one child, ``peft``, that holds the injected parts of each named adapter, and its ``__class__`` becomes
-a subclass of its own class with one mixin per method. Nothing is wrapped or replaced, so base keys, shared
-aliases, pickling, ``deepcopy``, ``torch.compile`` and ``torch.export`` see an ordinary module.
+A specialised module gets one child, ``peft``, that holds the injected parts of each named adapter, and its
+``__class__`` becomes a subclass of its own class with one mixin per method. Nothing is wrapped or replaced, so base
+keys, shared aliases, pickling, ``deepcopy``, ``torch.compile`` and ``torch.export`` see an ordinary module.
 
 State-dict names of injected tensors: ``<path>.peft.<adapter>.<method>.<local name>``. Files use
 ``<path>.<local name>``: neither the word peft nor the adapter's name is in them.
@@ -11,7 +11,6 @@ State-dict names of injected tensors: ``<path>.peft.<adapter>.<method>.<local na
 from __future__ import annotations
 
 import copyreg
-import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 STORE = "peft"
+_CLASSES: dict[tuple[type, tuple[type, ...]], type[Specialised]] = {}
 
 
 @dataclass
@@ -69,8 +69,21 @@ class Specialised(nn.Module):
         switch = self.peft_switch
         if not switch.enabled or switch.active not in self.peft:
             return None
-        parts = self.peft[switch.active]
-        return parts[method] if method in parts else None  # type: ignore[operator, index]
+        parts = self.peft_parts(switch.active)
+        if method not in parts:
+            return None
+        return parts[method]
+
+    def peft_parts(self, adapter: str) -> nn.ModuleDict:
+        """Method name -> part of one adapter that is here."""
+        parts = self.peft[adapter]
+        assert isinstance(parts, nn.ModuleDict)
+        return parts
+
+    def peft_runs(self) -> bool:
+        """Whether a part runs here now that is not merged into the weights."""
+        switch = self.peft_switch
+        return switch.enabled and STORE in self._modules and switch.active in self.peft and not self.peft_backup
 
     def peft_weight_part(self, method: str) -> Any:
         """As :meth:`peft_part`, for parts that merge: None while they are merged into the weights."""
@@ -91,15 +104,18 @@ class Specialised(nn.Module):
         name = self.peft_switch.active if adapter is None else adapter
         tensors: dict[str, Tensor] = {}
         if STORE in self._modules and name in self.peft:
-            for part in self.peft[name].values():  # type: ignore[operator, union-attr]
-                tensors.update(part.state_dict(keep_vars=True))
+            for part in self.peft_parts(name).values():
+                own = part.state_dict(keep_vars=True)
+                assert not tensors.keys() & own.keys(), f"two parts at {self.peft_name} share names"
+                tensors.update(own)
         return tensors
 
     def peft_all_parts(self) -> Iterator[tuple[str, Part]]:
         """(adapter name, part) of every adapter, active or not."""
         if STORE in self._modules:
-            for adapter, parts in self.peft.items():
-                for part in parts.values():  # type: ignore[operator, union-attr]
+            for adapter in self.peft:
+                for part in self.peft_parts(adapter).values():
+                    assert isinstance(part, Part)
                     yield adapter, part
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -134,12 +150,15 @@ class SequentialMixin(Specialised):
         return len(self._modules) - (STORE in self._modules)
 
 
-@functools.cache
-def specialised_class(base: type[nn.Module], mixins: tuple[type[Specialised], ...]) -> type[nn.Module]:
+def specialised_class(base: type[nn.Module], mixins: tuple[type[Specialised], ...]) -> type[Specialised]:
     """The one class for a base class and its mixins (outermost first)."""
+    known = _CLASSES.get((base, mixins))
+    if known is not None:
+        return known
     label = "".join(mixin.__name__.removesuffix("Mixin") for mixin in mixins)
     fields = {"peft_base_class": base, "peft_mixins": mixins, "__module__": base.__module__, "__doc__": base.__doc__}
-    return type(f"{label}{base.__name__}", (*mixins, base), fields)
+    made: type[Specialised] = type(f"{label}{base.__name__}", (*mixins, base), fields)
+    return _CLASSES.setdefault((base, mixins), made)
 
 
 def new_specialised(base: type[nn.Module], mixins: tuple[type[Specialised], ...]) -> nn.Module:
@@ -183,7 +202,7 @@ def add_part(module: Specialised, adapter: str, method: str, part: Part) -> None
         module.add_module(STORE, PartStore())
     if adapter not in module.peft:
         module.peft[adapter] = nn.ModuleDict()
-    module.peft[adapter][method] = part  # type: ignore[operator, index]
+    module.peft_parts(adapter)[method] = part
 
 
 def remove_parts(module: Specialised, adapter: str) -> None:
@@ -200,7 +219,7 @@ def restore(module: nn.Module) -> None:
     module._modules.pop(STORE, None)
     for name in ("peft_switch", "peft_backup", "peft_name"):
         module.__dict__.pop(name, None)
-    module.__class__ = base
+    module.__class__ = base  # type: ignore[assignment]
 
 
 def specialised_modules(model: nn.Module) -> Iterator[Specialised]:

@@ -44,9 +44,11 @@ def trained_parameters(model: nn.Module) -> Iterator[TrainedParameter]:
 
 
 def adapter_state_dict(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
-    """All tensors of one adapter: injected ones as ``<path>.<local name>``, and parameters and buffers of what it trains in full.
+    """All tensors of one adapter: injected ones as ``<path>.<local name>``, and parameters and buffers of what it
+    trains in full.
 
-    Paths are first names in the model; neither a wrapper nor the adapter's name is in them. Tensors are detached, not copied.
+    Paths are first names in the model; neither a wrapper nor the adapter's name is in them. Tensors are detached, not
+    copied.
     """
     runtime = get_runtime(model)
     return {key: value.detach() for key, value in _tensors(runtime, name).items()}
@@ -100,7 +102,9 @@ def _tensors(runtime: Runtime, name: str) -> dict[str, Tensor]:
 
 
 def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """``model.state_dict()`` without injected keys: the names of the base model. After ``merge`` the values are the adapted ones."""
+    """``model.state_dict()`` without injected keys: the names of the base model. After ``merge`` the values are the
+    adapted ones.
+    """
     root = injected_root(model)
     if root is None:
         return dict(model.state_dict())
@@ -119,7 +123,8 @@ def injected_keys(model: nn.Module) -> set[str]:
 
 
 def frozen_hash(model: nn.Module) -> str:
-    """sha256 over names, dtypes, shapes and bytes of everything that the active adapter does not train (buffers included).
+    """sha256 over names, dtypes, shapes and bytes of everything that the active adapter does not train (buffers
+    included).
 
     It is the same before and after training, merging and unmerging.
     """
@@ -155,7 +160,8 @@ def unprotect_on_load(model: nn.Module) -> None:
 
 
 def _before_load(model: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """A state dict without injected keys is the base's. Of tensors that are trained in full it sets the base values, and
+    """A state dict without injected keys is the base's. Of tensors that are trained in full it sets the base values,
+    and
 
     - values that came from an adapter file stay (one line says so);
     - values that still are the base's follow it;

@@ -119,7 +119,8 @@ def check_width(x: Tensor, width: Width, name: str) -> None:
     if x.dim() < 2 or x.shape[axis] != width.channels:
         where = "axis 1 (LAYOUT first)" if width.channels_first else "the last axis (LAYOUT last)"
         raise MethodError(
-            f"{name}: its output is {tuple(x.shape)}, but the adapter was made for {width.channels} channels on {where}; set DIM and LAYOUT"
+            f"{name}: its output is {tuple(x.shape)}, but the adapter was made for "
+            f"{width.channels} channels on {where}; set DIM and LAYOUT"
         )
 
 
@@ -131,5 +132,6 @@ def map_first_tensor(out: Any, change: Any, name: str) -> Any:
         items = (change(out[0]), *out[1:])
         return type(out)(*items) if hasattr(out, "_fields") else items
     raise MethodError(
-        f"{name} returns {type(out).__name__}; an adapter needs a tensor or a tuple that begins with one: choose a module inside"
+        f"{name} returns {type(out).__name__}; an adapter needs a tensor or a tuple that begins with one: "
+        "choose a module inside"
     )

@@ -1,0 +1,115 @@
+"""AdaptFormer: a bottleneck beside an MLP, on the MLP's input.
+
+Chen et al., "AdaptFormer: Adapting Vision Transformers for Scalable Visual Recognition", NeurIPS 2022, arXiv
+2205.13535, equations 2 and 3, with the dropout and the LayerNorm of the authors' code: ``out = mlp(x) + s
+Up(dropout(ReLU(Down(LayerNorm(x)))))``. Up and both biases are zero at the start, so the start is the pretrained
+block. With COBOT (arXiv 2311.17112) the orchestration sits between Down and ReLU.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .adapter import never_called
+from .cobot import CobotPlace, CobotSpace
+from .low_rank import match_dtype
+from .method import Method, MethodError, Options, Placement, Site, expect
+from .specialise import Part, Specialised
+from .width import LAYOUTS, Width, check_width, map_first_tensor, output_width
+
+
+@dataclass(frozen=True)
+class AdaptFormerOptions(Options):
+    """``BOTTLENECK`` is the width inside, ``SCALE`` the factor s; ``DIM`` and ``LAYOUT`` as for sequential adapters."""
+
+    bottleneck: int = 16
+    scale: float = 1.0
+    dropout: float = 0.1
+    cobot: bool = False
+    dim: int | None = None
+    layout: str = "auto"
+
+    def check(self) -> None:
+        super().check()
+        expect(self.bottleneck > 0, "BOTTLENECK", self.bottleneck, "a positive integer")
+        expect(not self.cobot or self.bottleneck % 4 == 0, "BOTTLENECK", self.bottleneck, "a multiple of 4 (COBOT)")
+        expect(self.scale != 0, "SCALE", self.scale, "a number other than 0")
+        expect(0 <= self.dropout < 1, "DROPOUT", self.dropout, "a probability below 1")
+        expect(self.dim is None or self.dim > 0, "DIM", self.dim, "a positive integer")
+        expect(self.layout in LAYOUTS, "LAYOUT", self.layout, f"one of {', '.join(LAYOUTS)}")
+
+
+class AdaptFormerBranch(Part):
+    """s Up(dropout(ReLU(Down(LayerNorm(x))))): (..., d) -> (..., d), zero at the start."""
+
+    def __init__(self, site: Site, width: Width, options: AdaptFormerOptions, cobot: CobotPlace | None) -> None:
+        super().__init__()
+        made = site.tensor_options()
+        self.adaptformer_norm = nn.LayerNorm(width.channels, eps=1e-5, **made)
+        self.adaptformer_down = nn.Linear(width.channels, options.bottleneck, **made)
+        self.adaptformer_up = nn.Linear(options.bottleneck, width.channels, **made)
+        self.adaptformer_cobot = cobot
+        nn.init.kaiming_uniform_(self.adaptformer_down.weight, a=math.sqrt(5))
+        for zero in (self.adaptformer_down.bias, self.adaptformer_up.weight, self.adaptformer_up.bias):
+            nn.init.zeros_(zero)
+        self.scale = options.scale
+        self.dropout = options.dropout
+        self.width = width
+        self.name = site.name
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The branch of the block's input x; same shape."""
+        check_width(x, self.width, self.name)
+        h = match_dtype(x, self.adaptformer_down.weight)
+        if self.width.channels_first:
+            h = h.movedim(1, -1)
+        h = self.adaptformer_down(self.adaptformer_norm(h))
+        if self.adaptformer_cobot is not None:
+            h = self.adaptformer_cobot(h)
+        h = self.adaptformer_up(F.dropout(F.relu(h), self.dropout, self.training)) * self.scale
+        return h.movedim(-1, 1) if self.width.channels_first else h
+
+
+class AdaptFormerMixin(Specialised):
+    """Any module whose first input is a tensor as wide as its (first) output: the branch is added to that output."""
+
+    layer = 3
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        out = super().forward(x, *args, **kwargs)
+        part = self.peft_part(AdaptFormer.name)
+        if part is None:
+            return out
+        branch = part(x)
+        return map_first_tensor(out, lambda y: y + branch.to(y.dtype), self.peft_name)
+
+
+class AdaptFormer(Method):
+    """``{NAME: adaptformer, TARGETS: [mlp], BOTTLENECK: 16, SCALE: 1.0, DROPOUT: 0.1, COBOT: false}``."""
+
+    name = "adaptformer"
+    options_class = AdaptFormerOptions
+    options: AdaptFormerOptions
+
+    def refusal(self, site: Site) -> str:
+        return never_called(site)
+
+    def place(self, sites: Sequence[Site]) -> list[Placement]:
+        options = self.options
+        space = CobotSpace(options.bottleneck, len(sites), sites[0].tensor_options()) if options.cobot else None
+        placements = []
+        for column, site in enumerate(sites):
+            width = output_width(site, options.dim, options.layout)
+            if isinstance(site.module, nn.MultiheadAttention):
+                raise MethodError(f"{site.name}: AdaptFormer runs beside a module with one input, not an attention")
+            cobot = None
+            if space is not None:
+                cobot = CobotPlace(options.bottleneck, column, space, site.tensor_options())
+            placements.append(Placement(site, AdaptFormerMixin, AdaptFormerBranch(site, width, options, cobot)))
+        return placements

@@ -1,0 +1,142 @@
+"""A bridge to the tuners of the optional ``peft`` package (IA3, LoHa, LoKr, OFT, BOFT, ...) that work on plain modules.
+
+The formulas are the tuner's own (https://huggingface.co/docs/peft). Its layer is built around a view of the module
+that shares the module's parameters, and lives among the injected parts: the module keeps its place and its keys, and
+freezing, report, files, switching and merging are those of every other method. PEFT 0.13 or newer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .adapter import never_called
+from .method import Method, MethodError, Options, Placement, Site, _closest, expect
+from .specialise import STORE, Part, Specialised, base_class
+
+_ADAPTER = "default"  # the only adapter inside one tuner layer; ours are named one level higher
+
+
+@dataclass(frozen=True)
+class TunerOptions(Options):
+    """``TUNER`` is a PEFT type such as ia3; ``CONFIG`` holds further fields of its config, as PEFT spells them."""
+
+    tuner: str = ""
+    config: dict[str, Any] = field(default_factory=dict)
+
+    def check(self) -> None:
+        super().check()
+        expect(bool(self.tuner), "TUNER", self.tuner, "the name of a tuner of the peft package, such as ia3")
+
+
+class TunerPart(Part):
+    """One tuner layer of ``peft``, whose base layer is a view of the module that holds this part."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        # The view is kept out of the registry: its parameters are the base's, not injected ones.
+        layer.__dict__["base_layer"] = layer._modules.pop("base_layer")
+        self.hf = layer
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.hf(*args, **kwargs)
+
+    def effective_weights(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What the tuner's own merge makes of the weights; the stored ones are put back bit for bit."""
+        view = self.hf.__dict__["base_layer"]
+        stored = {name: value.data for name, value in view.named_parameters()}
+        with torch.no_grad():
+            for name, value in view.named_parameters():
+                value.data = weights[name].detach().clone()
+            try:
+                self.hf.merge(adapter_names=[_ADAPTER])  # type: ignore[operator]
+                return {name: value.data for name, value in view.named_parameters()}
+            finally:
+                self.hf.merged_adapters.clear()  # type: ignore[operator, union-attr]
+                for name, value in view.named_parameters():
+                    value.data = stored[name]
+
+
+class TunerMixin(Specialised):
+    """A module whose forward is computed by a tuner layer around a view of itself."""
+
+    layer = 2
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        part = self.peft_weight_part(HuggingFaceTuner.name)
+        return super().forward(*args, **kwargs) if part is None else part(*args, **kwargs)
+
+
+class HuggingFaceTuner(Method):
+    """``{NAME: hf, TUNER: ia3, TARGETS: [...], CONFIG: {...}}``."""
+
+    name = "hf"
+    options_class = TunerOptions
+    options: TunerOptions
+
+    def refusal(self, site: Site) -> str:
+        return never_called(site)
+
+    def place(self, sites: Sequence[Site]) -> list[Placement]:
+        config_class, inject = _peft(self.options.tuner)
+        placements = []
+        for site in sites:
+            config = _config(config_class, self.options)
+            placements.append(Placement(site, TunerMixin, TunerPart(_tuner_layer(site, config, inject))))
+        return placements
+
+
+def _peft(tuner: str) -> tuple[Any, Any]:
+    """The config class of a tuner, and PEFT's function that injects it."""
+    try:
+        from peft import PeftType, inject_adapter_in_model
+        from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+    except ImportError as error:
+        raise MethodError(f"method 'hf' needs the package peft ({error}): pip install peft") from error
+    known = {
+        str(kind.value): PEFT_TYPE_TO_CONFIG_MAPPING[kind] for kind in PeftType if kind in PEFT_TYPE_TO_CONFIG_MAPPING
+    }
+    if tuner.upper() not in known:
+        raise MethodError(f"peft has no tuner {tuner!r}.{_closest(tuner.upper(), list(known))}")
+    return known[tuner.upper()], inject_adapter_in_model
+
+
+def _config(config_class: Any, options: TunerOptions) -> Any:
+    fields = {"target_modules": ["target"], **options.config}
+    if "feedforward_modules" in config_class.__dataclass_fields__:
+        fields.setdefault("feedforward_modules", [])
+    try:
+        return config_class(**fields)
+    except (TypeError, ValueError) as error:
+        raise MethodError(f"method 'hf': CONFIG does not fit {config_class.__name__}: {error}") from error
+
+
+def _tuner_layer(site: Site, config: Any, inject: Any) -> nn.Module:
+    """PEFT's layer around a view of the module: an object of its base class that shares parameters and buffers with
+    it.
+    """
+    module = site.module
+    base = base_class(module)
+    view = base.__new__(base)
+    view.__dict__.update({key: value for key, value in module.__dict__.items() if not key.startswith("peft_")})
+    view.__dict__["_modules"] = {name: child for name, child in module._modules.items() if name != STORE}
+    holder = nn.Module()
+    holder.add_module("target", view)
+    flags = {name: value.requires_grad for name, value in view.named_parameters()}
+    try:
+        inject(config, holder, adapter_name=_ADAPTER)
+    except (ValueError, TypeError, AttributeError, NotImplementedError) as error:
+        raise MethodError(
+            f"peft's {config.peft_type.value} cannot go on {site.name} ({base.__name__}): {error}"
+        ) from error
+    finally:
+        for name, value in view.named_parameters():
+            value.requires_grad_(flags[name])
+    layer = holder.target
+    if layer is view or not isinstance(layer, nn.Module) or "base_layer" not in layer._modules:
+        raise MethodError(f"peft's {config.peft_type.value} cannot go on {site.name} ({base.__name__})")
+    return layer

@@ -1,0 +1,132 @@
+"""Mona: the multi-cognitive visual adapter, a bottleneck with multi-scale depthwise convolutions, after a sublayer.
+
+Yin et al., "5%>100%: Breaking Performance Shackles of Full Fine-Tuning on Visual Recognition Tasks", CVPR 2025,
+arXiv 2408.08345, section 3: ``x0 = s1 LayerNorm(x) + s2 x``; ``u = down(x0)``; ``f = u + mean over k in {3, 5, 7} of
+dwconv_k(u)``; ``g = f + conv1x1(f)``; ``out = x + up(dropout(GeLU(g)))``. s1 starts at 1e-6 and s2 at 1, per channel.
+The authors start ``up`` at random; here it starts at zero, so the start is the pretrained model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .adapter import never_called
+from .low_rank import match_dtype
+from .method import Method, MethodError, Options, Placement, Site, expect
+from .specialise import Part, Specialised
+from .width import LAYOUTS, Width, check_width, map_first_tensor, output_width
+
+GRIDS = ("auto", "square")
+
+
+@dataclass(frozen=True)
+class MonaOptions(Options):
+    """``BOTTLENECK`` is the width inside.
+
+    ``GRID`` says how tokens (N, L, C) lie in the image: auto reads the attributes H and W that Swin blocks set on
+    themselves (of the module or of the one that holds it), square takes sqrt(L) x sqrt(L). Four-dimensional outputs
+    need neither.
+    """
+
+    bottleneck: int = 64
+    dropout: float = 0.1
+    grid: str = "auto"
+    dim: int | None = None
+    layout: str = "auto"
+
+    def check(self) -> None:
+        super().check()
+        expect(self.bottleneck > 0, "BOTTLENECK", self.bottleneck, "a positive integer")
+        expect(0 <= self.dropout < 1, "DROPOUT", self.dropout, "a probability below 1")
+        expect(self.grid in GRIDS, "GRID", self.grid, f"one of {', '.join(GRIDS)}")
+        expect(self.dim is None or self.dim > 0, "DIM", self.dim, "a positive integer")
+        expect(self.layout in LAYOUTS, "LAYOUT", self.layout, f"one of {', '.join(LAYOUTS)}")
+
+
+class MonaAdapter(Part):
+    """x + up(dropout(GeLU(multi-scale convolutions of down(x0)))); same shape as x."""
+
+    def __init__(self, site: Site, width: Width, options: MonaOptions) -> None:
+        super().__init__()
+        made = site.tensor_options()
+        channels, inner = width.channels, options.bottleneck
+        self.mona_norm = nn.LayerNorm(channels, **made)
+        self.mona_gain = nn.Parameter(torch.full((channels,), 1e-6, **made))
+        self.mona_skip = nn.Parameter(torch.ones(channels, **made))
+        self.mona_down = nn.Linear(channels, inner, **made)
+        self.mona_convs = nn.ModuleList(
+            nn.Conv2d(inner, inner, size, padding=size // 2, groups=inner, **made) for size in (3, 5, 7)
+        )
+        self.mona_mix = nn.Conv2d(inner, inner, 1, **made)
+        self.mona_up = nn.Linear(inner, channels, **made)
+        nn.init.zeros_(self.mona_up.weight)
+        nn.init.zeros_(self.mona_up.bias)
+        self.dropout = options.dropout
+        self.square = options.grid == "square"
+        self.width = width
+        self.name = site.name
+        self.__dict__["grid_owners"] = [owner for owner in (site.module, site.parent) if owner is not None]
+
+    def forward(self, x: Tensor) -> Tensor:
+        check_width(x, self.width, self.name)
+        h = match_dtype(x, self.mona_down.weight)
+        if self.width.channels_first:
+            h = h.movedim(1, -1)
+        u = self.mona_down(self.mona_norm(h) * self.mona_gain + h * self.mona_skip)
+        grid = u if u.dim() == 4 else u.unflatten(1, self._grid(u))
+        f = grid.movedim(-1, 1)
+        f = f + sum(conv(f) for conv in self.mona_convs) / 3
+        g = (f + self.mona_mix(f)).movedim(1, -1).reshape(u.shape)
+        h = h + self.mona_up(F.dropout(F.gelu(g), self.dropout, self.training))
+        return (h.movedim(-1, 1) if self.width.channels_first else h).to(x.dtype)
+
+    def _grid(self, tokens: Tensor) -> tuple[int, int]:
+        """Height and width of tokens (N, L, C)."""
+        length = tokens.shape[1] if tokens.dim() == 3 else 0
+        side = math.isqrt(length)
+        if self.square and length and side * side == length:
+            return side, side
+        for owner in self.__dict__["grid_owners"]:
+            height, width = getattr(owner, "H", None), getattr(owner, "W", None)
+            if isinstance(height, int) and isinstance(width, int) and height * width == length:
+                return height, width
+        raise MethodError(
+            f"{self.name}: Mona needs the image grid of its output {tuple(tokens.shape)}, and neither the module nor "
+            "its parent holds H and W that fit; choose a module with four-dimensional output, or GRID square if it is"
+        )
+
+
+class MonaMixin(Specialised):
+    """Any module whose output is a tensor or a tuple that begins with one, laid out as an image."""
+
+    layer = 4
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        out = super().forward(*args, **kwargs)
+        part = self.peft_part(Mona.name)
+        return out if part is None else map_first_tensor(out, part, self.peft_name)
+
+
+class Mona(Method):
+    """``{NAME: mona, TARGETS: [attn, mlp], BOTTLENECK: 64, DROPOUT: 0.1, GRID: auto}``."""
+
+    name = "mona"
+    options_class = MonaOptions
+    options: MonaOptions
+
+    def refusal(self, site: Site) -> str:
+        return never_called(site)
+
+    def place(self, sites: Sequence[Site]) -> list[Placement]:
+        placements = []
+        for site in sites:
+            width = output_width(site, self.options.dim, self.options.layout)
+            placements.append(Placement(site, MonaMixin, MonaAdapter(site, width, self.options)))
+        return placements
