@@ -9,10 +9,11 @@ import os
 from collections.abc import Collection, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from peft_d2 import peft
-from peft_d2.io import adapter_file, huggingface
+from peft_d2.io import adapter_file, atomic, huggingface
 from peft_d2.io.adapter_file import AdapterFile, AdapterFileError
 from peft_d2.io.base_fingerprint import Fingerprint, difference, fingerprint
 
@@ -113,6 +114,21 @@ def load_adapter(
         logger.info("%s was written by Hugging Face peft: it does not say for which base", folder)
     _await(model, content if base_follows and not allow_other_base else None, folder)
     return content
+
+
+def save_merged(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Merge the active adapter for good and write one checkpoint with the base's keys and versions.
+
+    Programs that know nothing of adapters, the base's own code among them, load it as any other. The model is a plain
+    one afterwards.
+
+    Raises:
+        InjectionError: a part is no change of weights (a sequential adapter, say) and cannot be in such a checkpoint.
+        peft_d2.io.StorageError: the disk is full; what was there before stays.
+    """
+    peft.remove(model, keep=True)
+    with atomic.file(path) as temporary:
+        torch.save({"model": model.state_dict(), "__author__": "peft_d2"}, temporary)
 
 
 def _inject_as_stored(model: nn.Module, content: AdapterFile, name: str) -> None:

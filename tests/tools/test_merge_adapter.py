@@ -1,0 +1,104 @@
+"""Merging an adapter into a checkpoint that needs nothing of ours to be loaded."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("detectron2")
+
+import peft_d2  # noqa: E402
+from peft_d2 import peft  # noqa: E402
+from peft_d2.engine.config import load_config  # noqa: E402
+from peft_d2.engine.launch import one_line_errors  # noqa: E402
+from peft_d2.engine.merging import merge_adapter, merge_parser  # noqa: E402
+
+TINY = Path(__file__).parents[1] / "engine" / "tiny.yaml"
+LORA = {
+    "NAME": "lora",
+    "RANK": 2,
+    "ALPHA": 4.0,
+    "TARGETS": ["qkv", "self_attn.{value_proj,sampling_offsets}", "multihead_attn"],
+}
+HEADS = ("class_embed", "mask_embed")
+
+
+def build(seed: int = 0) -> torch.nn.Module:
+    from detectron2.modeling import build_model
+
+    peft_d2.register()
+    torch.manual_seed(seed)
+    return build_model(load_config(str(TINY)).cfg).eval()
+
+
+def adapted(methods: list[dict], folder: Path) -> torch.nn.Module:
+    model = build()
+    torch.save({"model": model.state_dict()}, folder / "base.pth")
+    peft_d2.inject(model, methods, train=HEADS)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for item in peft.trained_parameters(model):
+            item.param.add_(0.05 * torch.randn(item.param.shape, generator=generator))
+    peft_d2.save_adapter(model, folder / "adapter")
+    return model.eval()
+
+
+def run(folder: Path, *opts: str) -> str:
+    arguments = [
+        "--config-file",
+        str(TINY),
+        "--adapter",
+        str(folder / "adapter"),
+        "--output",
+        str(folder / "merged.pth"),
+    ]
+    args = merge_parser().parse_args([*arguments, *opts])
+    return one_line_errors(lambda: merge_adapter(args))
+
+
+def predictions(model: torch.nn.Module) -> torch.Tensor:
+    image = torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(2)) * 255
+    with torch.no_grad():
+        found = model([{"image": image, "height": 64, "width": 64}])[0]["instances"]
+    return torch.cat([found.scores, found.pred_masks.flatten().float()])
+
+
+def test_a_plain_model_with_the_merged_file_gives_the_adapters_outputs(tmp_path: Path) -> None:
+    model = adapted([LORA], tmp_path)
+    line = run(tmp_path, "MODEL.WEIGHTS", str(tmp_path / "base.pth"))
+    assert "merged.pth" in line
+    plain = build(seed=5)
+    merged = torch.load(tmp_path / "merged.pth", weights_only=True)["model"]
+    base = torch.load(tmp_path / "base.pth", weights_only=True)["model"]
+    assert list(merged) == list(base) and merged._metadata == base._metadata
+    changed = [name for name in base if not torch.equal(base[name], merged[name])]
+    assert changed and all(any(part in name for part in ("qkv", "attn", *HEADS)) for name in changed)
+    plain.load_state_dict(merged)
+    torch.testing.assert_close(predictions(plain), predictions(model), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(predictions(plain), predictions(build()), atol=1e-3)
+
+
+def test_the_published_code_takes_the_keys_as_they_are(tmp_path: Path) -> None:
+    """It renames keys of modules whose metadata say a version below 2."""
+    metadata = build().state_dict()._metadata
+    assert metadata["sem_seg_head"]["version"] == metadata["sem_seg_head.predictor"]["version"] == 2
+
+
+@pytest.mark.parametrize(
+    ("methods", "opts", "message"),
+    [
+        ([{"NAME": "adapter", "TARGETS": ["multihead_attn"], "REDUCTION": 4}], True, "no weight can hold"),
+        ([LORA], False, "MODEL.WEIGHTS is empty"),
+    ],
+)
+def test_what_cannot_be_merged_is_one_line(tmp_path: Path, methods: list[dict], opts: bool, message: str) -> None:
+    adapted(methods, tmp_path)
+    errors = io.StringIO()
+    with pytest.raises(SystemExit), contextlib.redirect_stderr(errors):
+        run(tmp_path, *(("MODEL.WEIGHTS", str(tmp_path / "base.pth")) if opts else ()))
+    assert message in errors.getvalue() and errors.getvalue().count("\n") == 1
+    assert not (tmp_path / "merged.pth").exists()
