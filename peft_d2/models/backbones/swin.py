@@ -260,7 +260,8 @@ class SwinTransformer(Backbone):
             self.absolute_pos_embed = nn.Parameter(torch.empty(1, embed_dim, side, side))
             nn.init.trunc_normal_(self.absolute_pos_embed, std=0.02)
         self.pos_drop = nn.Dropout(drop)
-        drop_paths = [rates.tolist() for rates in torch.linspace(0, drop_path, sum(depths)).split(list(depths))]
+        rates = iter(drop_path * i / max(1, sum(depths) - 1) for i in range(sum(depths)))
+        drop_paths = [[next(rates) for _ in range(depth)] for depth in depths]
         dims = [embed_dim * 2**i for i in range(len(depths))]
         last = len(depths) - 1
         self.layers = nn.ModuleList(

@@ -1,0 +1,92 @@
+"""Building models from the repository's configs, and the goldens."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from detectron2.config import CfgNode, get_cfg
+from detectron2.modeling import build_model
+from torch import nn
+
+from peft_d2.models import add_models_config, register
+
+ROOT = Path(__file__).resolve().parents[2]
+GOLDENS = ROOT / "tests" / "goldens"
+
+# A model that trains in a blink: ResNet-18 with group norm, hidden width 32, 2 encoder and 2 decoder layers.
+SMALL = {
+    "MODEL.DEVICE": "cpu",
+    "MODEL.WEIGHTS": "",
+    "MODEL.RESNETS.DEPTH": 18,
+    "MODEL.RESNETS.RES2_OUT_CHANNELS": 64,
+    "MODEL.RESNETS.NORM": "GN",
+    "MODEL.SEM_SEG_HEAD.CONVS_DIM": 32,
+    "MODEL.SEM_SEG_HEAD.MASK_DIM": 32,
+    "MODEL.SEM_SEG_HEAD.DIM_FEEDFORWARD": 64,
+    "MODEL.SEM_SEG_HEAD.TRANSFORMER_ENC_LAYERS": 2,
+    "MODEL.SEM_SEG_HEAD.NUM_CLASSES": 4,
+    "MODEL.MASK_FORMER.HIDDEN_DIM": 32,
+    "MODEL.MASK_FORMER.DIM_FEEDFORWARD": 64,
+    "MODEL.MASK_FORMER.NHEADS": 4,
+    "MODEL.MASK_FORMER.DEC_LAYERS": 3,
+    "MODEL.MASK_FORMER.NUM_OBJECT_QUERIES": 6,
+    "MODEL.MASK_FORMER.TRAIN_NUM_POINTS": 128,
+}
+
+
+def make_config(path: str, overrides: dict[str, Any] | None = None) -> CfgNode:
+    """The config of a file below ``configs/`` with overrides."""
+    register(upstream_names=True)
+    cfg = get_cfg()
+    add_models_config(cfg)
+    cfg.merge_from_file(str(ROOT / "configs" / path))
+    cfg.merge_from_list([part for item in (overrides or {}).items() for part in item])
+    return cfg
+
+
+@pytest.fixture
+def build() -> Callable[..., nn.Module]:
+    """``build("coco/instance/mask2former_r50.yaml", {key: value})`` builds on the CPU unless told otherwise."""
+
+    def run(path: str, overrides: dict[str, Any] | None = None) -> nn.Module:
+        return build_model(make_config(path, {"MODEL.DEVICE": "cpu", **(overrides or {})}))
+
+    return run
+
+
+@pytest.fixture
+def small(build: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    """``small(instance overrides)``: the small model with further overrides."""
+    return lambda overrides=None: build("coco/instance/mask2former_r50.yaml", {**SMALL, **(overrides or {})})
+
+
+@pytest.fixture(scope="session")
+def filler() -> ModuleType:
+    """``tests/goldens/fill.py``."""
+    spec = importlib.util.spec_from_file_location("goldens_fill", GOLDENS / "fill.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def golden() -> Callable[[str], dict[str, Any]]:
+    """The JSON of a golden."""
+    return lambda name: json.loads((GOLDENS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture
+def two_threads() -> Any:
+    """Golden figures move with the number of threads, by less than the tolerance; two keep them quick."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
