@@ -8,7 +8,6 @@ from detectron2.data import MetadataCatalog
 from detectron2.evaluation import (
     CityscapesInstanceEvaluator,
     CityscapesSemSegEvaluator,
-    COCOPanopticEvaluator,
     DatasetEvaluator,
     DatasetEvaluators,
     PascalVOCDetectionEvaluator,
@@ -18,6 +17,7 @@ from detectron2.evaluation import (
 from peft_d2.data.registration import register_from_config
 from peft_d2.evaluation.coco import FastCOCOEvaluator
 from peft_d2.evaluation.lvis import FastLVISEvaluator
+from peft_d2.evaluation.panoptic import PanopticQualityEvaluator
 
 _INSTANCE = {"coco", "coco_panoptic_seg", "ade20k_panoptic_seg"}
 _SEMANTIC = {"sem_seg", "coco_panoptic_seg", "ade20k_panoptic_seg", "mapillary_vistas_panoptic_seg"}
@@ -48,7 +48,7 @@ def build_evaluator(cfg: Any, dataset_name: str, output_folder: str | None) -> D
     if kind in _INSTANCE and (instance or kind == "coco"):
         found.append(FastCOCOEvaluator(dataset_name, output_dir=output_folder))
     if kind in _PANOPTIC and panoptic:
-        found.append(COCOPanopticEvaluator(dataset_name, output_folder))
+        found.append(PanopticQualityEvaluator(dataset_name))
     if kind == "cityscapes_instance" or (kind == "cityscapes_panoptic_seg" and instance):
         found.append(CityscapesInstanceEvaluator(dataset_name))
     if kind == "cityscapes_sem_seg" or (kind == "cityscapes_panoptic_seg" and semantic):

@@ -82,8 +82,16 @@ def evaluate_coco(
     return evaluation
 
 
-def predictions(dataset: dict[str, Any], results: Sequence[dict[str, Any]], task: str) -> COCO:
+def predictions(
+    dataset: dict[str, Any], results: Sequence[dict[str, Any]], task: str, keep_empty: bool = True
+) -> COCO:
     """Results as the evaluation takes them. As loadRes makes them, but areas are measured in one go.
+
+    Args:
+        dataset: the truth.
+        results: in the data set's own category ids.
+        task: "bbox" or "segm".
+        keep_empty: whether results without area count, as with COCO; LVIS ignores them.
 
     Raises:
         ValueError: a result of an image that the data set does not have.
@@ -101,6 +109,7 @@ def predictions(dataset: dict[str, Any], results: Sequence[dict[str, Any]], task
     annotations = [
         {**{k: r[k] for k in copied}, "id": i, "area": area, "iscrowd": 0}
         for i, (r, area) in enumerate(zip(results, areas, strict=True), 1)
+        if keep_empty or area > 0
     ]
     return COCO({"images": dataset["images"], "annotations": annotations, "categories": dataset["categories"]})
 

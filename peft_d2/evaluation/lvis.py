@@ -75,8 +75,9 @@ def evaluate_lvis(dataset: dict[str, Any], results: Sequence[dict[str, Any]], ta
     if not results:
         logger.warning("no predictions to evaluate.")
         return {name: float("nan") for name in names}
-    found = predictions(dataset, _best(results), task)
-    evaluation = COCOeval_faster(COCO(dataset), found, task, lvis_style=True, print_function=logger.info)
+    found = predictions(dataset, _best(results), task, keep_empty=False)
+    truth = COCO({**dataset, "annotations": [a for a in dataset["annotations"] if a["area"] > 0]})
+    evaluation = COCOeval_faster(truth, found, task, lvis_style=True, print_function=logger.info)
     evaluation.params.maxDets = [_MAX_DETECTIONS]
     evaluation.evaluate()
     evaluation.accumulate()

@@ -155,7 +155,7 @@ def _compare(part: _Object, kept: Sequence[_Object], threshold: float) -> tuple[
         if common and common >= threshold * either:
             same.append(known)
         smaller = min(np.count_nonzero(part.mask), np.count_nonzero(known.mask))
-        covered = covered or (common > 0 and common >= threshold * smaller)
+        covered = covered or bool(common > 0 and common >= threshold * smaller)
     return same, covered
 
 

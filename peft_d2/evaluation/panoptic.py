@@ -1,0 +1,134 @@
+"""Panoptic quality (Kirillov et al. 2019, equation 1), without the panopticapi package, image by image."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections import Counter, OrderedDict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from detectron2.evaluation import COCOPanopticEvaluator
+from detectron2.utils import comm
+from detectron2.utils.file_io import PathManager
+from detectron2.utils.logger import create_small_table
+from PIL import Image
+
+_VOID = 0
+_ROWS = ("IoU", "true positives", "false positives", "false negatives")
+logger = logging.getLogger(__name__)
+
+
+class PanopticQualityEvaluator(COCOPanopticEvaluator):
+    """PQ, SQ and RQ of all classes, things and stuff, as Detectron2 reports them.
+
+    Each image is compared as it comes, so that nothing but four numbers a class is kept and gathered.
+    """
+
+    def __init__(self, dataset_name: str) -> None:
+        super().__init__(dataset_name, output_dir=None)
+        with PathManager.open(self._metadata.panoptic_json) as file:
+            truth = json.load(file)
+        self._truth = {a["image_id"]: a for a in truth["annotations"]}
+        self._is_thing = {c["id"]: bool(c["isthing"]) for c in truth["categories"]}
+        self.reset()
+
+    def reset(self) -> None:
+        self._statistics = {category: np.zeros(len(_ROWS)) for category in self._is_thing}
+
+    def process(self, inputs: Sequence[dict[str, Any]], outputs: Sequence[dict[str, Any]]) -> None:
+        for record, output in zip(inputs, outputs, strict=True):
+            found, segments = output["panoptic_seg"]
+            ids = found.cpu().numpy().astype(np.int64)
+            if segments is None:
+                ids, segments = self._from_labels(ids)
+            categories = {s["id"]: self._convert_category_id(dict(s))["category_id"] for s in segments}
+            annotation = self._truth[record["image_id"]]
+            with Image.open(os.path.join(self._metadata.panoptic_root, annotation["file_name"])) as opened:
+                colours = np.asarray(opened.convert("RGB")).astype(np.int64)
+            truth = colours[..., 0] + 256 * colours[..., 1] + 256 * 256 * colours[..., 2]
+            compare(truth, annotation["segments_info"], ids, categories, self._statistics)
+
+    def evaluate(self) -> OrderedDict[str, dict[str, float]] | None:
+        """The figures in per cent on the main process, None on the others."""
+        comm.synchronize()
+        gathered = comm.gather(self._statistics)
+        if not comm.is_main_process():
+            return None
+        total = {c: sum(part[c] for part in gathered) for c in self._is_thing}
+        figures: dict[str, float] = {}
+        for suffix, wanted in (("", (True, False)), ("_th", (True,)), ("_st", (False,))):
+            chosen = [total[c] for c, thing in self._is_thing.items() if thing in wanted]
+            for name, value in quality(chosen).items():
+                figures[name + suffix] = 100 * value
+        logger.info("Panoptic Evaluation Results:\n%s", create_small_table(figures))
+        return OrderedDict(panoptic_seg=figures)
+
+    def _from_labels(self, labels: np.ndarray) -> tuple[np.ndarray, list[dict[str, Any]]]:
+        """Segments of an image of category * divisor + instance, -1 where there is none."""
+        things = set(self._metadata.thing_dataset_id_to_contiguous_id.values())
+        segments = []
+        for label in np.unique(labels[labels >= 0]).tolist():
+            category = label // self._metadata.label_divisor
+            segments.append({"id": label + 1, "category_id": category, "isthing": category in things})
+        return labels + 1, segments
+
+
+def compare(
+    truth: np.ndarray,
+    truth_segments: Sequence[Mapping[str, Any]],
+    found: np.ndarray,
+    found_categories: Mapping[int, int],
+    statistics: Mapping[int, np.ndarray],
+) -> None:
+    """Add one image's matches to ``statistics[category]``: sum of IoU, true positives, false positives, negatives.
+
+    Args:
+        truth: (H, W) segment ids, 0 where nothing is annotated.
+        truth_segments: ``{id, category_id, iscrowd}`` of each.
+        found: (H, W) predicted segment ids, 0 for none.
+        found_categories: category of each predicted id.
+        statistics: changed in place.
+    """
+    width = int(found.max()) + 1
+    pairs, counts = np.unique(truth.astype(np.int64) * width + found, return_counts=True)
+    shared = {(int(p) // width, int(p) % width): int(n) for p, n in zip(pairs, counts, strict=True)}
+    truth_area: Counter[int] = Counter()
+    found_area: Counter[int] = Counter()
+    for (true_id, found_id), count in shared.items():
+        truth_area[true_id] += count
+        found_area[found_id] += count
+    plain = {s["id"]: s["category_id"] for s in truth_segments if not s.get("iscrowd", 0)}
+    crowds = {s["category_id"]: s["id"] for s in truth_segments if s.get("iscrowd", 0)}
+    matched_truth, matched_found = set(), set()
+    for (true_id, found_id), count in shared.items():
+        category = plain.get(true_id)
+        if category is None or found_categories.get(found_id) != category:
+            continue
+        union = truth_area[true_id] + found_area[found_id] - count - shared.get((_VOID, found_id), 0)
+        if count > 0.5 * union:
+            statistics[category][:2] += (count / union, 1)
+            matched_truth.add(true_id)
+            matched_found.add(found_id)
+    for found_id, category in found_categories.items():
+        if found_id in matched_found or not found_area[found_id]:
+            continue
+        unjudged = shared.get((_VOID, found_id), 0) + shared.get((crowds.get(category, -1), found_id), 0)
+        if unjudged <= 0.5 * found_area[found_id]:
+            statistics[category][2] += 1
+    for true_id, category in plain.items():
+        if true_id not in matched_truth:
+            statistics[category][3] += 1
+
+
+def quality(statistics: Sequence[np.ndarray]) -> dict[str, float]:
+    """Mean PQ, SQ and RQ over the classes that occur; nan where none does."""
+    rows = []
+    for iou, true, false, missed in statistics:
+        weight = true + 0.5 * false + 0.5 * missed
+        if weight:
+            rows.append((iou / weight, iou / true if true else 0.0, true / weight))
+    means = np.mean(rows, axis=0) if rows else np.full(3, np.nan)
+    return dict(zip(("PQ", "SQ", "RQ"), means.tolist(), strict=True))
