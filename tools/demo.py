@@ -5,8 +5,7 @@
         --opts MODEL.WEIGHTS base.pth MODEL.PEFT.WEIGHTS output/adapter_final
 """
 
-from peft_d2.engine.demo import demo_parser, picture
-from peft_d2.engine.launch import one_line_errors
+from peft_d2.engine.demo import main
 
 if __name__ == "__main__":
-    one_line_errors(lambda: picture(demo_parser().parse_args()))
+    main()

@@ -5,8 +5,7 @@ tools/inspect_targets.py --config-file configs/coco/... --peft-config configs/pe
 tools/inspect_targets.py --config-file configs/coco/... --pattern 'sem_seg_head.*.self_attn'
 """
 
-from peft_d2.engine.launch import one_line_errors
-from peft_d2.engine.targets import describe, inspect_parser
+from peft_d2.engine.targets import main
 
 if __name__ == "__main__":
-    print(one_line_errors(lambda: describe(inspect_parser().parse_args())))
+    main()

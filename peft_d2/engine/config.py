@@ -157,6 +157,9 @@ def _merge_file(loaded: LoadedConfig, path: str, level: int) -> None:
 
 def _merge_pairs(loaded: LoadedConfig, opts: Sequence[str]) -> None:
     opts = list(opts or ())
+    flags = [item for item in opts if item.startswith("--")]
+    if flags:
+        raise ConfigError(f"{flags[0]} comes after config KEY VALUE pairs; put all arguments before them.")
     if len(opts) % 2:
         raise ConfigError(f"config options come in KEY VALUE pairs; the last one, {opts[-1]!r}, stands alone.")
     known = {key for key, _ in _leaves(loaded.cfg)}

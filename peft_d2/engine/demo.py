@@ -10,9 +10,16 @@ import numpy as np
 import torch
 
 from peft_d2.engine.errors import ConfigError
-from peft_d2.engine.launch import prepare_config
+from peft_d2.engine.launch import one_line_errors, prepare_config
 
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
+_SHORT_SIDE = 480
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run ``tools/demo.py``."""
+    args = demo_parser().parse_args(arguments)
+    one_line_errors(lambda: picture(args))
 
 
 def demo_parser() -> argparse.ArgumentParser:
@@ -105,7 +112,8 @@ def draw(image: np.ndarray, prediction: dict[str, Any], metadata: Any, threshold
     """Draw one prediction, panoptic before instances before semantic; returns the number of instances drawn."""
     from detectron2.utils.visualizer import ColorMode, Visualizer
 
-    painter = Visualizer(image, metadata, instance_mode=ColorMode.IMAGE)
+    scale = max(1.0, _SHORT_SIDE / min(image.shape[:2]))  # labels are unreadable on a small picture
+    painter = Visualizer(image, metadata, scale=scale, instance_mode=ColorMode.IMAGE)
     count = 0
     if prediction.get("panoptic_seg") is not None:
         segments, info = prediction["panoptic_seg"]

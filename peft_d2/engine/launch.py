@@ -10,6 +10,8 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
+
 from peft_d2.compat import Detectron2Missing, require_detectron2
 from peft_d2.engine.config import LoadedConfig, load_config
 from peft_d2.engine.errors import ConfigError, LossNotFinite
@@ -38,6 +40,10 @@ def main(arguments: list[str] | None = None) -> Any:
     args = training_parser().parse_args(arguments)
     from detectron2.engine import launch
 
+    found = torch.cuda.device_count()
+    if args.num_gpus * args.num_machines > 1 and args.num_gpus > found:
+        print(f"error: --num-gpus {args.num_gpus}, but torch sees {found} CUDA devices here.", file=sys.stderr)
+        raise SystemExit(1)
     return one_line_errors(
         lambda: launch(
             run,
@@ -78,6 +84,7 @@ def setup(args: argparse.Namespace) -> Any:
 
     with _lines_held_back() as release:
         cfg = prepare_config(args)
+        _check_data(cfg)
         default_setup(cfg, args)
         setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="peft_d2")
         release()
@@ -100,6 +107,20 @@ def prepare_config(args: argparse.Namespace) -> Any:
         raise ConfigError(str(error)) from error
     loaded.cfg.freeze()
     return loaded.cfg
+
+
+def _check_data(cfg: Any) -> None:
+    """Refuse annotations that would crash a run, before it starts.
+
+    Raises:
+        ConfigError: naming the data set, the defect and the remedy.
+    """
+    from peft_d2.data.checks import DatasetError, check_datasets
+
+    try:
+        check_datasets(cfg)
+    except DatasetError as error:
+        raise ConfigError(str(error)) from error
 
 
 def _take_own_data(loaded: LoadedConfig, args: argparse.Namespace) -> None:

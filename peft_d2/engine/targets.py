@@ -10,9 +10,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from peft_d2.engine.launch import prepare_config
+from peft_d2.engine.launch import one_line_errors, prepare_config
 
 logger = logging.getLogger(__name__)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run ``tools/inspect_targets.py``."""
+    args = inspect_parser().parse_args(arguments)
+    print(one_line_errors(lambda: describe(args)))
 
 
 def inspect_parser() -> argparse.ArgumentParser:

@@ -77,9 +77,9 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_model(cls, cfg: Any) -> nn.Module:
-        """The config's model, on its device; its structure goes to the log file's debug lines."""
+        """The config's model, on its device; its structure goes to the log, as Detectron2 does it."""
         model = build_model(cfg)
-        logger.debug("Model:\n%s", model)
+        logger.info("Model:\n%s", model)
         return model
 
     @classmethod
@@ -108,6 +108,11 @@ class Trainer(DefaultTrainer):
         """See :func:`peft_d2.evaluation.build_evaluator`; results go to ``OUTPUT_DIR/inference``."""
         folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name)
         return evaluation.build_evaluator(cfg, dataset_name, folder)
+
+    @classmethod
+    def test(cls, cfg: Any, model: nn.Module, evaluators: Any = None) -> OrderedDict[str, Any]:
+        """Detectron2's evaluation of all test sets; by tiles where ``TEST.TILES`` says so."""
+        return super().test(cfg, evaluation.inference_model(cfg, model), evaluators)
 
     def build_hooks(self) -> list[HookBase | None]:
         """Detectron2's hooks in their order, the checkpointer writing our files, and ours around them."""

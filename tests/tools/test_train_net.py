@@ -1,0 +1,189 @@
+"""The command-line tools, as a user runs them."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+pytest.importorskip("detectron2")
+
+from peft_d2.data import toy  # noqa: E402
+from peft_d2.engine import demo, launch, targets  # noqa: E402
+
+ROOT = Path(__file__).parents[2]
+TINY = ROOT / "tests" / "engine" / "tiny.yaml"
+LORA = "[{'NAME': 'lora', 'RANK': 2, 'TARGETS': ['qkv', 'self_attn.value_proj']}]"
+HEADS = "['class_embed', 'mask_embed']"
+
+
+def process(tool: str, *arguments: object) -> str:
+    """Run a tool in a process of its own; returns what it printed."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(ROOT / "tools" / f"{tool}.py"), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
+    assert done.returncode == 0, done.stderr[-3000:] + done.stdout[-3000:]
+    return done.stdout + done.stderr
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Run a tool in this process, which is quicker; returns what it printed, of one that must fail only stderr."""
+
+    def call(tool: str, *arguments: object, fails: bool = False) -> str:
+        capsys.readouterr()
+        module = {"train_net": launch, "demo": demo, "inspect_targets": targets}[tool]
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            module.main([str(item) for item in arguments])
+            code = 0
+        except SystemExit as left:
+            code = int(left.code or 0)
+        finally:
+            torch.set_num_threads(threads)
+        out, error = capsys.readouterr()
+        assert (code != 0) == fails, error + out
+        return error if fails else out + error
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> toy.ToySet:
+    return toy.generate(tmp_path_factory.mktemp("data"), sorted(toy.DOMAINS)[0], images=4, seed=0, size=64)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, data: toy.ToySet) -> Path:
+    """The folder of a base's run and of one that adapts it: ``base`` and ``lora``."""
+    folder = tmp_path_factory.mktemp("runs")
+    own = (
+        "--train-json",
+        data.json,
+        "--train-images",
+        data.images,
+        "--val-json",
+        data.json,
+        "--val-images",
+        data.images,
+    )
+    common = ("--config-file", TINY, *own, "--name", "toys", "SOLVER.MAX_ITER", 2)
+    process("train_net", *common, "OUTPUT_DIR", folder / "base")
+    peft = ("MODEL.PEFT.METHODS", LORA, "MODEL.PEFT.TRAIN", HEADS)
+    weights = ("MODEL.WEIGHTS", folder / "base" / "model_final.pth")
+    (folder / "console.txt").write_text(process("train_net", *common, "OUTPUT_DIR", folder / "lora", *peft, *weights))
+    return folder
+
+
+def copypaste(text: str) -> list[str]:
+    return re.findall(r"copypaste: (.*)", text)
+
+
+def test_one_command_on_own_data(finished: Path) -> None:
+    console = (finished / "console.txt").read_text()
+    assert "MODEL.SEM_SEG_HEAD.NUM_CLASSES: 7 -> 3" in console
+    assert "lora on" in console and "Frozen weights are unchanged" in console
+    assert "AP,AP50,AP75,APs,APm,APl" in copypaste(console)
+    lora = finished / "lora"
+    assert {"config.yaml", "log.txt", "metrics.json", "adapter_final"} <= {p.name for p in lora.iterdir()}
+    assert (lora / "log.txt").read_text().count("lora on") == console.count("lora on") > 0
+    assert {"adapter_model.safetensors", "adapter_config.json", "peft_d2.json"} <= {
+        p.name for p in (lora / "adapter_final").iterdir()
+    }
+
+
+def test_eval_only_gives_the_figures_of_the_run(run: Callable[..., str], finished: Path, tmp_path: Path) -> None:
+    """With the run's own config and an adapter folder, with and without PEFT keys in the config."""
+    expected = copypaste((finished / "console.txt").read_text())
+    adapter = ("MODEL.PEFT.WEIGHTS", finished / "lora" / "adapter_final", "OUTPUT_DIR", tmp_path)
+    assert (
+        copypaste(run("train_net", "--config-file", finished / "lora/config.yaml", "--eval-only", *adapter)) == expected
+    )
+    weights = ("MODEL.WEIGHTS", finished / "base" / "model_final.pth")
+    console = run("train_net", "--config-file", finished / "base/config.yaml", "--eval-only", *adapter, *weights)
+    assert copypaste(console) == expected
+
+
+def test_demo(run: Callable[..., str], finished: Path, data: toy.ToySet, tmp_path: Path) -> None:
+    opts = ("--opts", "MODEL.PEFT.WEIGHTS", finished / "lora" / "adapter_final")
+    common = ("--config-file", finished / "lora" / "config.yaml", "--output", tmp_path)
+    run("demo", *common, "--input", data.images, "--confidence-threshold", 0.0, *opts)
+    pictures = sorted(p.stem for p in tmp_path.iterdir())
+    assert pictures == sorted(p.stem for p in data.images.iterdir())
+    picture = np.asarray(Image.open(tmp_path / f"{pictures[0]}.png").convert("RGB"))
+    assert picture.shape[:2] == (480, 480)
+    run("demo", *common, "--input", sorted(data.images.iterdir())[0], "--confidence-threshold", 1.1, *opts)
+    empty = np.asarray(Image.open(tmp_path / f"{pictures[0]}.png").convert("RGB"))
+    assert not np.array_equal(empty, picture)
+    error = run("demo", *common, "--input", tmp_path / "nowhere.png", *opts, fails=True)
+    assert error.strip().splitlines()[-1].startswith("error: --input") and "Traceback" not in error
+
+
+def test_inspect_targets(run: Callable[..., str], finished: Path) -> None:
+    report = run("inspect_targets", "--config-file", finished / "lora" / "config.yaml")
+    figures = json.loads((finished / "lora" / "peft_report.json").read_text())
+    assert f"{figures['total']:,}" in report and f"{figures['percent']:.2f}" in report
+    matches = run("inspect_targets", "--config-file", TINY, "--pattern", "self_attn.value_proj")
+    assert "matches 1 places" in matches and "Linear(in_features=32, out_features=32, bias=True)" in matches
+    assert "4 x MultiheadAttention" in run("inspect_targets", "--config-file", TINY)
+    assert "qkv" in run("inspect_targets", "--config-file", TINY, "--pattern", "qvk", fails=True)
+
+
+BAD = {
+    "key": (["SOLVER.MAX_ITRE", "3"], "'SOLVER.MAX_ITRE' does not exist; the nearest one is 'SOLVER.MAX_ITER'"),
+    "pattern": (["MODEL.PEFT.METHODS", "[{'NAME': 'lora', 'TARGETS': ['qvk']}]"], "'qvk' matches no .*qkv"),
+    "json": (["--train-json", "nowhere.json"], "nowhere.json' is no file"),
+    "images": (["--train-images", "nowhere"], "nowhere' is no folder"),
+    "half": (["--val-json", "a.json"], "--val-json and --val-images belong together"),
+    "weights": (["MODEL.WEIGHTS", "nowhere.pth"], "'nowhere.pth' do not exist"),
+    "adapter": (["MODEL.PEFT.WEIGHTS", "nowhere"], "nowhere"),
+    "classes": (["MODEL.SEM_SEG_HEAD.NUM_CLASSES", "5"], "NUM_CLASSES is 5 but the json .* lists 3 categories"),
+    "order": (["SOLVER.MAX_ITER", "3", "--resume"], "--resume comes after"),
+    "gpus": (["--num-gpus", "99"], "--num-gpus 99, but torch sees"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_line(run: Callable[..., str], data: toy.ToySet, tmp_path: Path, name: str) -> None:
+    extra, message = BAD[name]
+    flags = [] if not extra[0].startswith("--") else extra
+    pairs = [] if flags else extra
+    own = {"--train-json": data.json, "--train-images": data.images}
+    own.update(zip(flags[::2], flags[1::2], strict=True))
+    arguments = [item for pair in own.items() for item in pair]
+    if name == "classes":
+        pairs = [*pairs, "DATASETS.REGISTER", "[]"]
+        sets = [{"NAME": "toys", "JSON": str(data.json), "IMAGES": str(data.images)}]
+        arguments, pairs[-1] = [], str(sets)
+        pairs += ["DATASETS.TRAIN", "('toys',)", "DATASETS.TEST", "()"]
+    error = run("train_net", "--config-file", TINY, *arguments, "OUTPUT_DIR", tmp_path, *pairs, fails=True)
+    assert "Traceback" not in error
+    assert re.search(f"^error: .*{message}", error, re.MULTILINE), error
+
+
+@pytest.mark.parametrize("defect", ["nan", "odd", "category"])
+def test_bad_annotations_are_refused(run: Callable[..., str], data: toy.ToySet, tmp_path: Path, defect: str) -> None:
+    content = json.loads(data.json.read_text())
+    annotation = content["annotations"][1]
+    if defect == "nan":
+        annotation["segmentation"][0][0] = float("nan")
+    elif defect == "odd":
+        annotation["segmentation"][0] = annotation["segmentation"][0][:5]
+    else:
+        annotation["category_id"] = 99
+    path = tmp_path / "bad.json"
+    path.write_text(json.dumps(content))
+    own = ("--train-json", path, "--train-images", data.images)
+    error = run("train_net", "--config-file", TINY, *own, "OUTPUT_DIR", tmp_path / "out", fails=True)
+    assert re.search(r"^error: data set 'own_train' .*bad.json.* has 1 error", error, re.MULTILINE), error
+    assert f"id {annotation['id']}" in error and "Traceback" not in error
