@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,15 @@ LORA = {
     "TARGETS": ["qkv", "self_attn.{value_proj,sampling_offsets}", "multihead_attn"],
 }
 HEADS = ("class_embed", "mask_embed")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Small tensors are slower on several threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def build(seed: int = 0) -> torch.nn.Module:
