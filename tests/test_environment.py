@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import csv
 import hashlib
+import importlib
 import importlib.metadata
 import importlib.util
 import io
@@ -47,7 +48,7 @@ def _python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
 # ---------------------------------------------------------------- modernisations
 
 ZOO, COCO = "detectron2/model_zoo/model_zoo.py", "detectron2/evaluation/coco_evaluation.py"
-ANCHORS = "detectron2/modeling/anchor_generator.py"
+EXPORT, ANCHORS = "detectron2/export/__init__.py", "detectron2/modeling/anchor_generator.py"
 DEEPLAB = "detectron2/projects/panoptic_deeplab/post_processing.py"
 
 # one row of TABLE each: the file, a piece of the source as it was, and as it has to be
@@ -64,6 +65,7 @@ SAMPLES = [
         'f = str(resources.files("detectron2.model_zoo").joinpath("configs", config_path))',
     ),
     (COCO, "from detectron2.evaluation.fast_eval_api import COCOeval_opt", "COCOeval_opt = COCOeval"),
+    (EXPORT, "from .api import *\nfrom .flatten import TracingAdapter", "from .flatten import TracingAdapter"),
     (ANCHORS, "torch.meshgrid(shifts_y, shifts_x)", 'torch.meshgrid(shifts_y, shifts_x, indexing="ij")'),
     (
         DEEPLAB,
@@ -203,6 +205,14 @@ def test_model_zoo_configs_are_found() -> None:
     assert path.is_file()
     with pytest.raises(RuntimeError, match="not available in Model Zoo"):
         model_zoo.get_config_file("absent.yaml")
+
+
+def test_what_detectron2_does_not_import_by_itself_can_be_imported() -> None:
+    """The parts whose own imports have aged: export (caffe2), analysis, projects, evaluation, pictures."""
+    pytest.importorskip("detectron2", reason="Detectron2 is not installed")
+    names = ["export", "utils.analysis", "evaluation", "utils.visualizer", "projects.point_rend", "projects.deeplab"]
+    for name in names:
+        importlib.import_module(f"detectron2.{name}")
 
 
 def test_mask_rcnn_takes_a_training_step() -> None:
