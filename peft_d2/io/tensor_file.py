@@ -27,7 +27,12 @@ class TensorFileDefect(ValueError):
 def dumps(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> bytes:
     """Tensors as the bytes of a safetensors file: equal input, equal bytes; shared memory is written once per name."""
     whole = {name: tensors[name].detach().to("cpu", copy=True).contiguous() for name in sorted(tensors)}
-    return _save(whole, {"format": "pt", **(metadata or {})})
+    data = _save(whole, {"format": "pt", **(metadata or {})})
+    # The library writes metadata in random order: the header is put in order, so that equal files have equal hashes.
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = json.dumps(json.loads(data[8:start]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    return b"".join((len(header).to_bytes(8, "little"), header, memoryview(data)[start:]))
 
 
 def loads(data: bytes) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

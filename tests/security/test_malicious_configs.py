@@ -26,7 +26,7 @@ YAML = {
     "long form of the tag": "X: !<tag:yaml.org,2002:python/object/apply:os.system> ['touch {canary}']",
     "tag shorthand": "%TAG !p! tag:yaml.org,2002:python/object/apply:\n---\nX: !p!os.system ['touch {canary}']",
     "key": "? !!python/object/apply:os.system ['touch {canary}']\n: 1",
-    "unbounded nesting": "X: " + "[" * 20_000,
+    "unbounded nesting": "X: " + "[" * 3_000,
 }
 
 

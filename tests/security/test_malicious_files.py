@@ -82,7 +82,7 @@ def python(canary: Path) -> str:
 
 # Pickles that run code when unpickled freely.
 EXECUTING: dict[str, Callable[[Path], bytes]] = {
-    "os.system": lambda c: pickle.dumps({"model": WEIGHTS, "x": Call(os.system, touch(c))}),
+    "os.system": lambda c: pickle.dumps({"model": {}, "x": Call(os.system, touch(c))}),
     "builtins.eval": lambda c: pickle.dumps(Call(eval, python(c))),
     "builtins.exec inside the weights": lambda c: pickle.dumps({"model": {"w": Call(exec, python(c))}}),
     "subprocess": lambda c: pickle.dumps([Call(subprocess.check_call, ["touch", str(c)])]),
