@@ -32,6 +32,7 @@ def add_config(cfg: Any) -> None:
     ``MODEL.PEFT.TRAIN``: modules or parameters trained in full besides; ``["*"]`` is full fine-tuning.
     ``MODEL.PEFT.LR_FACTOR``, ``TRAIN_LR_FACTOR``: factors on ``BASE_LR`` for injected parts and for ``TRAIN``.
     ``MODEL.PEFT.ALLOW_OTHER_BASE``: load an adapter that was made for another base all the same.
+    ``MODEL.PEFT.PROVE_LIVE``: prove before the first step that each injected part changes the output.
     ``SOLVER.REFERENCE_IMS``: the batch size that ``BASE_LR`` was chosen for; 0 leaves the rate as it is.
     ``SOLVER.CHECKPOINTS_TO_KEEP``: how many periodic checkpoints stay on disk; 0 keeps all.
     ``SOLVER.AMP.DTYPE``: ``auto`` (bf16 where the device has it, else fp16), ``bf16`` or ``fp16``.
@@ -64,6 +65,7 @@ def add_config(cfg: Any) -> None:
         LR_FACTOR=1.0,
         TRAIN_LR_FACTOR=1.0,
         ALLOW_OTHER_BASE=False,
+        PROVE_LIVE=True,
     )
 
 

@@ -36,12 +36,49 @@ class FrozenWeights(HookBase):
         logger.info("Frozen weights are unchanged (hash %s).", self._before[:12])
 
 
+class ProveLive(HookBase):
+    """Proves on the first image, before the first step, that each injected part changes the output.
+
+    A detector that finds nothing yet cannot show that in eval mode; that is said, and no reason to stop.
+    """
+
+    def before_train(self) -> None:
+        if comm.get_world_size() > 1:
+            logger.info("Whether each injected part changes the output is proved in runs of one process only.")
+            return
+        step = self.trainer._trainer
+        image = self.trainer.loader.first()[0]
+        predictions: list[Any] = []
+
+        def forward(model: Any) -> Any:
+            for module in model.modules():
+                if not any(True for _ in module.children()) and not any(True for _ in module.parameters()):
+                    module.eval()  # dropout and stochastic depth would hide a part by chance
+            with step.precision():
+                output = model([dict(image)])
+            if not model.training:
+                predictions.extend(output)
+            return output
+
+        _refuse_dead(peft.dead_parts(step.model, forward, training=True), "train")
+        dead = peft.dead_parts(step.model, forward, training=False)
+        if dead and not any(len(found.get("instances", "?")) for found in predictions):
+            logger.info(
+                "The model finds nothing on the first image yet: %d parts are not proved in eval mode.", len(dead)
+            )
+        else:
+            _refuse_dead(dead, "eval")
+            logger.info("Each injected part changes the output, in train and in eval mode.")
+
+
 class SaveOnSignal(HookBase):
     """On SIGTERM finish the step, save, and leave with exit code 0; ``--resume`` goes on from there."""
 
-    def before_train(self) -> None:
+    def __init__(self) -> None:
         self._requested = False
         self._previous: Any = None
+
+    def before_train(self) -> None:
         try:
             self._previous = signal.signal(signal.SIGTERM, self._request)
         except ValueError:  # signals belong to the main thread
@@ -71,6 +108,15 @@ class SaveOnSignal(HookBase):
         flag = torch.tensor(float(self._requested), device=next(self.trainer.model.parameters()).device)
         torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
         return bool(flag)
+
+
+def _refuse_dead(names: list[str], mode: str) -> None:
+    if names:
+        raise peft.DeadPartError(
+            f"in {mode} mode these injected parts cannot change the output: {', '.join(names)}. The model does not "
+            "call these modules, or reads their weights directly: choose a module around them. "
+            "MODEL.PEFT.PROVE_LIVE False trains all the same."
+        )
 
 
 def unwrapped(model: Any) -> Any:

@@ -168,9 +168,8 @@ def one_line_errors(function: Callable[[], Any]) -> Any:
     from peft_d2 import io, peft
 
     known = (
-        *(ConfigError, LossNotFinite, Detectron2Missing),
+        *(ConfigError, LossNotFinite, Detectron2Missing, peft.PeftError),
         *(io.CheckpointError, io.AdapterFileError, io.StorageError),
-        *(peft.PatternError, peft.MethodError, peft.InjectionError, peft.AdapterStateError),
     )
     try:
         return function()

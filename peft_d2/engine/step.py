@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -46,11 +46,21 @@ class LazyLoader:
     Where a run starts is known after ``resume_or_load``, while Detectron2 asks for the iterator before.
     """
 
-    def __init__(self, build: Any) -> None:
+    def __init__(self, build: Callable[[], Iterable[Any]]) -> None:
         self._build = build
+        self._first: Any = None
+        self._rest: Iterator[Any] = iter(())
+
+    def first(self) -> Any:
+        """The first batch; it is still the first one of the iteration."""
+        if self._first is None:
+            self._rest = iter(self._build())
+            self._first = next(self._rest)
+        return self._first
 
     def __iter__(self) -> Iterator[Any]:
-        yield from self._build()
+        yield self.first()
+        yield from self._rest
 
 
 class TrainStep(SimpleTrainer):
@@ -81,11 +91,12 @@ class TrainStep(SimpleTrainer):
         self.grad_scaler.update()
 
     def _forward(self, data: Any) -> dict[str, Tensor]:
-        with self._precision():
+        with self.precision():
             losses = self.model(data)
         return {"total_loss": losses} if isinstance(losses, Tensor) else losses
 
-    def _precision(self) -> contextlib.AbstractContextManager[Any]:
+    def precision(self) -> contextlib.AbstractContextManager[Any]:
+        """The context that a forward pass runs in."""
         if self.dtype is None:
             return contextlib.nullcontext()
         return torch.autocast(self.device_type, dtype=self.dtype)

@@ -24,7 +24,7 @@ from peft_d2 import data, evaluation, peft
 from peft_d2.engine import optimizer as optimization
 from peft_d2.engine.checkpointer import Checkpointer
 from peft_d2.engine.config import resolve_device
-from peft_d2.engine.hooks import FrozenWeights, SaveOnSignal
+from peft_d2.engine.hooks import FrozenWeights, ProveLive, SaveOnSignal
 from peft_d2.engine.progress import Bar, TrainingBar, on_terminal
 from peft_d2.engine.seeds import SeedEachStep, choose_seed, seed_everything
 from peft_d2.engine.step import LazyLoader, TrainStep, amp_dtype
@@ -60,8 +60,8 @@ class Trainer(DefaultTrainer):
         model = self.build_model(cfg)
         self.report = _report(model)
         optimizer = self.build_optimizer(cfg, model)
-        loader = LazyLoader(self._build_loader)
-        self._trainer = TrainStep(_distributed(model), loader, optimizer, dtype)
+        self.loader = LazyLoader(self._build_loader)
+        self._trainer = TrainStep(_distributed(model), self.loader, optimizer, dtype)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = Checkpointer(
             model,
@@ -123,6 +123,7 @@ class Trainer(DefaultTrainer):
             hooks.IterationTimer(),
             SeedEachStep(cfg.SEED),
             hooks.LRScheduler(),
+            ProveLive() if prefix == "adapter" and cfg.MODEL.PEFT.PROVE_LIVE else None,
             FrozenWeights() if prefix == "adapter" else None,
             saver if main else None,
             hooks.EvalHook(cfg.TEST.EVAL_PERIOD, self._evaluate) if cfg.DATASETS.TEST else None,

@@ -16,6 +16,7 @@ from detectron2.engine import HookBase
 from peft_d2.engine.checkpointer import Checkpointer
 from peft_d2.engine.errors import LossNotFinite
 from peft_d2.engine.trainer import Trainer
+from peft_d2.peft import DeadPartError
 
 KINDS = pytest.mark.parametrize("peft", [False, True], ids=["full", "peft"])
 
@@ -209,3 +210,38 @@ def test_what_is_frozen_is_watched(make_cfg: Callable[..., Any], base_weights: P
 
     with pytest.raises(RuntimeError, match="a frozen weight or buffer changed"):
         train(make_cfg("MODEL.WEIGHTS", base_weights, peft=True), Meddle())
+
+
+def test_a_part_without_effect_stops_the_run(
+    make_cfg: Callable[..., Any], base_weights: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A module that the model never calls is given a LoRA."""
+    from detectron2.modeling import META_ARCH_REGISTRY
+
+    from peft_d2.models.mask2former import MaskFormer
+
+    if "WithUnused" not in META_ARCH_REGISTRY:
+
+        @META_ARCH_REGISTRY.register()
+        class WithUnused(MaskFormer):
+            @classmethod
+            def from_config(cls, cfg: Any) -> dict[str, Any]:
+                return MaskFormer.from_config(cfg)
+
+            def __init__(self, *args: Any, **kwargs: Any) -> None:
+                super().__init__(*args, **kwargs)
+                self.unused = torch.nn.Linear(4, 4)
+
+    methods = "[{'NAME': 'lora', 'TARGETS': ['unused', 'qkv']}]"
+    opts = ("MODEL.META_ARCHITECTURE", "WithUnused", "MODEL.PEFT.METHODS", methods)
+    with pytest.raises(DeadPartError, match="train mode .*: unused: lora. The model"):
+        train(make_cfg(*opts))
+    train(make_cfg(*opts, "MODEL.PEFT.PROVE_LIVE", False))
+
+
+def test_the_proof_changes_nothing(make_cfg: Callable[..., Any], base_weights: Path, tmp_path: Path) -> None:
+    with_proof, without = (
+        trained(train(make_cfg("MODEL.WEIGHTS", base_weights, "MODEL.PEFT.PROVE_LIVE", on, peft=True)))
+        for on in (True, False)
+    )
+    assert_equal(with_proof, without)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import subprocess
@@ -16,6 +17,8 @@ import torch
 from PIL import Image
 
 pytest.importorskip("detectron2")
+
+from detectron2.utils.logger import setup_logger  # noqa: E402
 
 from peft_d2.data import toy  # noqa: E402
 from peft_d2.engine import demo, launch, targets  # noqa: E402
@@ -35,11 +38,19 @@ def process(tool: str, *arguments: object) -> str:
     return done.stdout + done.stderr
 
 
+def _forget_loggers() -> None:
+    """Detectron2's loggers keep the stdout of their first use, which pytest replaces in each test."""
+    for name in ("detectron2", "fvcore", "peft_d2"):
+        logging.getLogger(name).handlers.clear()
+    setup_logger.cache_clear()
+
+
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
     """Run a tool in this process, which is quicker; returns what it printed, of one that must fail only stderr."""
 
     def call(tool: str, *arguments: object, fails: bool = False) -> str:
+        _forget_loggers()
         capsys.readouterr()
         module = {"train_net": launch, "demo": demo, "inspect_targets": targets}[tool]
         threads = torch.get_num_threads()
@@ -51,6 +62,7 @@ def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
             code = int(left.code or 0)
         finally:
             torch.set_num_threads(threads)
+            _forget_loggers()
         out, error = capsys.readouterr()
         assert (code != 0) == fails, error + out
         return error if fails else out + error
