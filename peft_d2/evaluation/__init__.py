@@ -12,6 +12,8 @@ _EXPORTS = {
     "build_evaluator": "build",
     "FastCOCOEvaluator": "coco",
     "FastLVISEvaluator": "lvis",
+    "PanopticQualityEvaluator": "panoptic",
+    "MaskMetrics": "mask_metrics",
     "inference_model": "tiling",
     "TiledModel": "tiling",
 }

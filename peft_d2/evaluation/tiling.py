@@ -162,7 +162,7 @@ def _compare(part: _Object, kept: Sequence[_Object], threshold: float) -> tuple[
         either = np.count_nonzero((mine | theirs) & seen_by[tiles])
         if common >= threshold * either:
             same.append(known)
-        covered = covered or common >= threshold * min(area, np.count_nonzero(known.mask))
+        covered = covered or bool(common >= threshold * min(area, np.count_nonzero(known.mask)))
     return same, covered
 
 
