@@ -159,6 +159,12 @@ class BuildOperator(build_ext):
     def get_export_symbols(self, ext: Extension) -> list[str]:
         return []
 
+    def copy_extensions_to_source(self) -> None:
+        # In place, copying over a file that a running process has loaded would end that process.
+        for ext in self.extensions:
+            (ROOT / self.get_ext_filename(ext.name)).unlink(missing_ok=True)
+        super().copy_extensions_to_source()
+
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -175,8 +181,6 @@ class BuildOperator(build_ext):
             print(f"peft_d2: the {device} operator is not built: {reason}", file=sys.stderr)
         else:
             print(f"peft_d2: the {device} operator is built", file=sys.stderr)
-        # An in-place build copies over this file; running processes keep the old one if it is another.
-        (ROOT / self.get_ext_filename(ext.name)).unlink(missing_ok=True)
 
 
 setup(

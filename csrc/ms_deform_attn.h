@@ -12,6 +12,12 @@
 #include <cstdint>
 
 #if defined(__CUDACC__)
+#define PEFT_D2_MEMBER __host__ __device__
+#else
+#define PEFT_D2_MEMBER
+#endif
+
+#if defined(__CUDACC__)
 #define PEFT_D2_INLINE __host__ __device__ __forceinline__
 #elif defined(_MSC_VER)
 #define PEFT_D2_INLINE static __forceinline
@@ -21,6 +27,9 @@
 #endif
 
 namespace peft_d2 {
+
+// Type of value, then type of raw and weights; everything else is in the accumulation type.
+enum class Types { kDouble, kFloat, kBFloat16, kBFloat16Float, kHalf, kHalfFloat };
 
 // Sizes and inputs of one call; contiguous tensors as the public function documents them.
 struct Problem {

@@ -11,7 +11,7 @@
 #include <limits>
 #include <optional>
 
-#include "cpu/kernels.h"
+#include "ms_deform_attn.h"
 
 namespace peft_d2 {
 
@@ -63,6 +63,10 @@ struct Inputs {
         "ms_deform_attn: spatial_shapes should be int64 (L, 2) and level_start_index int64 (L,), with points' L");
     STD_TORCH_CHECK(
         p.s <= std::numeric_limits<int32_t>::max(), "ms_deform_attn: value has ", p.s, " rows; at most 2^31 - 1 are possible");
+    STD_TORCH_CHECK(
+        p.heads * p.channels <= std::numeric_limits<int32_t>::max() &&
+            p.levels * p.points <= std::numeric_limits<int32_t>::max() / 64,
+        "ms_deform_attn: M * D and L * P should be smaller");
     if (reference_) set_reference(*reference_);
     p.spatial_shapes = static_cast<const int64_t*>(spatial_shapes.data_ptr());
     p.level_start_index = static_cast<const int64_t*>(level_start_index.data_ptr());

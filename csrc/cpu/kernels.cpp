@@ -212,24 +212,6 @@ size_t scratch_bytes(const Problem& p, bool backward) {
   return arena.used();
 }
 
-template <typename T, typename C>
-struct Pair {
-  using Value = T;
-  using Coordinate = C;
-};
-
-template <typename Function>
-void visit(Types types, Function function) {
-  switch (types) {
-    case Types::kDouble: return function(Pair<double, double>());
-    case Types::kFloat: return function(Pair<float, float>());
-    case Types::kBFloat16: return function(Pair<BFloat16, BFloat16>());
-    case Types::kBFloat16Float: return function(Pair<BFloat16, float>());
-    case Types::kHalf: return function(Pair<Half, Half>());
-    case Types::kHalfFloat: return function(Pair<Half, float>());
-  }
-}
-
 void forward_any(Types types, const Problem& p, void* output, void* scratch, int64_t begin, int64_t end) {
   visit(types, [&](auto pair) {
     forward<typename decltype(pair)::Value, typename decltype(pair)::Coordinate>(p, output, scratch, begin, end);

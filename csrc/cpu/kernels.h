@@ -8,9 +8,6 @@
 
 namespace peft_d2 {
 
-// Type of value, then type of raw and weights; everything else is in the accumulation type.
-enum class Types { kDouble, kFloat, kBFloat16, kBFloat16Float, kHalf, kHalfFloat };
-
 struct Kernels {
   // Output rows [begin, end) of N * Q.
   void (*forward)(Types, const Problem&, void* output, void* scratch, int64_t begin, int64_t end);

@@ -2,9 +2,11 @@
 #include <algorithm>
 #include <cstdlib>
 #include <memory>
+#include <string_view>
 #include <tuple>
 
 #include "../tensors.h"
+#include "kernels.h"
 
 namespace peft_d2 {
 namespace {

@@ -6,15 +6,13 @@ The schemas are in csrc/registration.cpp. One operator serves both forms: withou
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from peft_d2.ops.reference import accumulation_dtype
-
-logger = logging.getLogger(__name__)
 
 MINIMUM_TORCH = (2, 10)
 _REBUILD = "run `pip install --no-build-isolation -e .` again, its output names the reason"
@@ -85,11 +83,11 @@ def _fake_backward(
     )
 
 
-def _setup_context(ctx, inputs: tuple[Tensor | None, ...], output: Tensor) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Tensor | None, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _backward(ctx, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     reference_grad = ctx.needs_input_grad[3]
     value, points, weights, reference = torch.ops.peft_d2.ms_deform_attn_backward(
         grad_output, *ctx.saved_tensors, reference_grad, torch.are_deterministic_algorithms_enabled()
@@ -97,7 +95,7 @@ def _backward(ctx, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     return value, None, None, reference if reference_grad else None, points, weights
 
 
-def _double_backward(ctx, *grads: Tensor) -> None:
+def _double_backward(ctx: Any, *grads: Tensor) -> None:
     raise RuntimeError(
         "ms_deform_attn has no second derivatives; take the first ones without create_graph=True, "
         "or detach what the penalty is computed from"
