@@ -188,7 +188,7 @@ def test_summary_is_short(root):
 
 
 def test_thirty_thousand_images_take_seconds(root):
-    """A tenth of them in a tenth of the time allowed."""
+    """A tenth of them in a tenth of the time allowed: CPU time, as other programs may be running."""
     data = _world()
     angle = np.linspace(0, 6, 30)
     outline = np.stack([15 + 9 * np.cos(angle), 10 + 9 * np.sin(angle)], axis=1).ravel().round(2).tolist()
@@ -197,9 +197,9 @@ def test_thirty_thousand_images_take_seconds(root):
         {"id": i, "image_id": i // 7, "category_id": 1 + 4 * (i % 2), "bbox": [5, 4, 10, 8], "segmentation": [outline]}
         for i in range(21000)
     ]
-    start = time.monotonic()
+    start = time.process_time()
     assert {p.kind for p in _check(root, data)} == {"duplicate file"}
-    assert time.monotonic() - start < 4  # 1 s on an idle machine; others may be working
+    assert time.process_time() - start < 2
 
 
 @pytest.mark.parametrize("good", [True, False])
