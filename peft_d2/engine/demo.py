@@ -86,13 +86,15 @@ class Predictor:
         from detectron2.modeling import build_model
 
         from peft_d2.engine.checkpointer import Checkpointer
+        from peft_d2.evaluation import inference_model
 
         self.cfg = cfg
         self.model = build_model(cfg).eval()
         Checkpointer(self.model, allow_other_base=cfg.MODEL.PEFT.ALLOW_OTHER_BASE).load(cfg.MODEL.WEIGHTS)
+        self.model = inference_model(cfg, self.model)
         names = (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN)
         self.metadata = MetadataCatalog.get(names[0] if names else "__unnamed__")
-        size = cfg.INPUT.MIN_SIZE_TEST
+        size = 0 if cfg.TEST.TILES.ENABLED else cfg.INPUT.MIN_SIZE_TEST  # tiles are cut from images in their own size
         self._resize = T.ResizeShortestEdge([size, size], cfg.INPUT.MAX_SIZE_TEST)
 
     @torch.no_grad()

@@ -43,7 +43,7 @@ class TiledModel(nn.Module):
     not agree, but the smaller is mostly inside the larger, the one with the lower score goes.
 
     Args:
-        model: takes ``{"image": (3, H, W) uint8, "height", "width"}`` and returns ``instances`` with ``pred_masks``.
+        model: takes ``{"image": (3, H, W), "height", "width"}`` and returns ``instances`` with ``pred_masks``.
         size: side of a tile, px of the whole image.
         scale: factor by which tiles are enlarged, as those of the training were.
         overlap: least overlap of neighbouring tiles, px of the whole image; best as large as most objects.
@@ -68,7 +68,7 @@ class TiledModel(nn.Module):
         return [{"instances": self._whole(record)} for record in batched_inputs]
 
     def _whole(self, record: dict[str, Any]) -> Instances:
-        image = record["image"].permute(1, 2, 0).cpu().numpy()
+        image = record["image"].permute(1, 2, 0).to(torch.uint8).cpu().numpy()
         height, width = image.shape[:2]
         if (height, width) != (record.get("height", height), record.get("width", width)):
             raise ValueError(
