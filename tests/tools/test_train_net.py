@@ -195,7 +195,7 @@ def test_bad_annotations_are_refused(run: Callable[..., str], data: toy.ToySet, 
         annotation["category_id"] = 99
     path = tmp_path / "bad.json"
     path.write_text(json.dumps(content))
-    own = ("--train-json", path, "--train-images", data.images)
+    own = ("--train-json", path, "--train-images", data.images, "--name", defect)
     error = run("train_net", "--config-file", TINY, *own, "OUTPUT_DIR", tmp_path / "out", fails=True)
-    assert re.search(r"^error: data set 'own_train' .*bad.json.* has 1 error", error, re.MULTILINE), error
+    assert re.search(rf"^error: data set .{defect}_train. .*bad.json.* has 1 error", error, re.MULTILINE), error
     assert f"id {annotation['id']}" in error and "Traceback" not in error
