@@ -108,7 +108,10 @@ def compile_object(command: list[str], source: str) -> Path:
 
 
 def execute(command: list[str]) -> None:
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    try:
+        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    except OSError as error:
+        raise CannotBuild(f"{command[0]} does not run: {error.strerror}") from error
     if result.returncode:
         sys.stderr.write(result.stderr)
         errors = [line for line in result.stderr.splitlines() if "error" in line.lower()] or [f"{command[0]} failed"]
@@ -183,9 +186,10 @@ class BuildOperator(build_ext):
             print(f"peft_d2: the {device} operator is built", file=sys.stderr)
 
 
-setup(
-    ext_modules=[
-        Extension(f"peft_d2.ops.libpeft_d2_{device}", sources=[], optional=True) for device in ("cpu", "cuda")
-    ],
-    cmdclass={"build_ext": BuildOperator},
-)
+if __name__ == "__main__":
+    setup(
+        ext_modules=[
+            Extension(f"peft_d2.ops.libpeft_d2_{device}", sources=[], optional=True) for device in ("cpu", "cuda")
+        ],
+        cmdclass={"build_ext": BuildOperator},
+    )

@@ -12,6 +12,7 @@ namespace peft_d2 {
 namespace {
 
 // Wider is not always faster: 32-bit rows keep AVX2 busy enough, 16-bit rows gain from AVX-512's conversions.
+// PEFT_D2_CPU_KERNELS, for tests, asks for plain, avx2 or avx512; what the processor lacks is not used.
 const Kernels& kernels_for(Types types) {
 #if defined(PEFT_D2_X86)
   static const bool avx2 =
@@ -19,7 +20,7 @@ const Kernels& kernels_for(Types types) {
   static const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   const bool wide = types != Types::kDouble && types != Types::kFloat;
-  static const char* forced = std::getenv("PEFT_D2_CPU_KERNELS");
+  const char* forced = std::getenv("PEFT_D2_CPU_KERNELS");
   const std::string_view choice = forced ? forced : "";
   if (choice == "plain") return kernels_plain;
   if (avx512 && (choice == "avx512" || (choice.empty() && wide))) return kernels_avx512;

@@ -107,19 +107,31 @@ def test_unbuilt_operator_falls_back_with_one_line(monkeypatch, caplog) -> None:
         case.run("cpu")
 
 
-@pytest.mark.parametrize("choice, line", [("torch", "twin, as asked for"), ("cpu", "compiled operator")])
-def test_environment_chooses(choice, line) -> None:
-    program = """
-import logging, torch; logging.basicConfig(level=logging.INFO, format="%(message)s")
-from peft_d2 import ops
-locations, weights = torch.rand(1, 3, 1, 1, 1, 2), torch.rand(1, 3, 1, 1, 1)
-ops.ms_deform_attn(torch.rand(1, 4, 1, 2), torch.tensor([[2, 2]]), torch.tensor([0]), locations, weights)
-"""
-    environment = {**os.environ, "PEFT_D2_BACKEND": choice}
+def test_environment_is_read() -> None:
+    environment = {**os.environ, "PEFT_D2_BACKEND": "torch"}
+    program = "from peft_d2 import ops; print(ops._ENVIRONMENT)"
     result = subprocess.run(
         [sys.executable, "-c", program], check=True, env=environment, capture_output=True, text=True
     )
-    assert line in result.stderr
+    assert result.stdout.strip() == "torch"
+
+
+@pytest.mark.parametrize(
+    "choice, line", [("torch", "twin, as asked for"), ("cpu", "compiled operator"), ("cuda", "compiled operator")]
+)
+def test_environment_chooses(choice, line, monkeypatch, caplog) -> None:
+    """A choice of another device's operator leaves this device's default."""
+    monkeypatch.setattr(ops, "_ENVIRONMENT", choice)
+    monkeypatch.setattr(ops, "_logged", set())
+    with caplog.at_level(logging.INFO, logger="peft_d2.ops"):
+        random_case().run()
+    assert line in caplog.text
+
+
+def test_unknown_backend_in_the_environment_is_an_error(monkeypatch) -> None:
+    monkeypatch.setattr(ops, "_ENVIRONMENT", "fast")
+    with pytest.raises(ValueError, match="backend is PEFT_D2_BACKEND='fast'; it should be 'torch', 'cpu' or 'cuda'"):
+        random_case().run()
 
 
 @pytest.mark.parametrize(

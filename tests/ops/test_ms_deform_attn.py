@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 
@@ -177,20 +176,12 @@ def test_threads_do_not_change_a_bit(two_threads, dtype, queries) -> None:
 
 @NEEDS_CPU
 @pytest.mark.parametrize("kernels", ["plain", "avx2", "avx512"])
-def test_every_instruction_set(kernels) -> None:
+def test_every_instruction_set(kernels, monkeypatch) -> None:
     """A processor that lacks one falls back, so this only tests what it has."""
-    program = f"""
-import sys; sys.path.insert(0, {str(__file__).rpartition("/")[0]!r})
-import torch
-from op_cases import DTYPES, assert_same, oracle, random_case
-for dtype, raw, tolerance in DTYPES:
-    for channels, queries in ((32, 60), (13, 3)):
-        case = random_case(dtype=dtype, raw=raw, channels=channels, queries=queries)
-        grad = torch.randn(2, queries, 3 * channels).to(dtype)
-        assert_same(case.run_with_gradients(grad, "cpu"), oracle(case, grad), tolerance)
-"""
-    environment = {**os.environ, "PEFT_D2_CPU_KERNELS": kernels}
-    subprocess.run([sys.executable, "-c", program], check=True, env=environment)
+    monkeypatch.setenv("PEFT_D2_CPU_KERNELS", kernels)
+    for dtype, raw, tolerance in DTYPES:
+        for channels, queries in ((32, 60), (13, 3)):
+            check_on("cpu", random_case(dtype=dtype, raw=raw, channels=channels, queries=queries), tolerance)
 
 
 @NEEDS_CPU
