@@ -24,7 +24,19 @@ _EXPORTS = {
     "ms_deform_attn": "ops",
 }
 
-__all__ = ["__version__", *_EXPORTS]
+__all__ = [
+    "__version__",
+    "add_config",
+    "disabled",
+    "inject",
+    "load_adapter",
+    "merge",
+    "ms_deform_attn",
+    "register",
+    "save_adapter",
+    "set_adapter",
+    "unmerge",
+]
 
 if TYPE_CHECKING:
     from peft_d2.adapters import load_adapter, save_adapter

@@ -135,7 +135,7 @@ def _take_own_data(loaded: LoadedConfig, args: argparse.Namespace) -> None:
             node.REGISTER = [*node.REGISTER, {"NAME": name, "JSON": json_path, "IMAGES": images}]
             node[target] = (name,)
             loaded.explicit[f"DATASETS.{target}"] = 3
-        elif target == "TEST" and getattr(args, "train_json", ""):
+        elif target == "TEST" and getattr(args, "train_json", None):
             node.TEST = ()
 
 
