@@ -53,7 +53,9 @@ def outputs(build: Any, golden: Any, filler: Any, two_threads: None) -> dict[str
 
     def keep(_: nn.Module, arguments: tuple, result: dict) -> None:
         seen.update({f"backbone.{name}": feature for name, feature in arguments[0].items()})
-        for prefix, prediction in [("", result)] + [(f"aux_outputs.{i}.", p) for i, p in enumerate(result["aux_outputs"])]:
+        for prefix, prediction in [("", result)] + [
+            (f"aux_outputs.{i}.", p) for i, p in enumerate(result["aux_outputs"])
+        ]:
             seen.update({f"{prefix}{name}": prediction[name] for name in ("pred_logits", "pred_masks")})
 
     def keep_scales(_: nn.Module, arguments: tuple) -> None:
@@ -73,7 +75,9 @@ def test_outputs(outputs: dict[str, Any]) -> None:
     for name in arrays:
         np.testing.assert_allclose(outputs[name].numpy(), expected[name], rtol=0, atol=TOLERANCE, err_msg=name)
     for i, instances in enumerate(outputs["instances"]):
-        found = {key.removeprefix(f"image{i}.instances."): expected[key] for key in expected.files if f"image{i}" in key}
+        found = {
+            key.removeprefix(f"image{i}.instances."): expected[key] for key in expected.files if f"image{i}" in key
+        }
         order = np.argsort(-found["scores"], kind="stable")  # the published code does not sort
         np.testing.assert_allclose(instances.scores.numpy(), found["scores"][order], rtol=0, atol=TOLERANCE)
         np.testing.assert_array_equal(instances.pred_classes.numpy(), found["pred_classes"][order])

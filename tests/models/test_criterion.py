@@ -1,0 +1,196 @@
+"""Losses and matching against plain float64 formulas, written pair by pair."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from peft_d2.models import points
+from peft_d2.models.criterion import SetCriterion
+from peft_d2.models.matcher import HungarianMatcher, assign, dice_cost, mask_cost
+from peft_d2.models.targets import Target
+
+CLASSES, QUERIES, SIZE = 3, 5, 16
+WEIGHTS = {"loss_ce": 2.0, "loss_mask": 5.0, "loss_dice": 5.0}
+
+
+def bilinear(image: np.ndarray, x: float, y: float) -> float:
+    """The value of ``image`` at (x, y) in units of its size, zero outside, pixel centres at halves."""
+    height, width = image.shape
+    column, row = x * width - 0.5, y * height - 0.5
+    total = 0.0
+    for i, j in itertools.product((0, 1), (0, 1)):
+        r, c = math.floor(row) + i, math.floor(column) + j
+        if 0 <= r < height and 0 <= c < width:
+            total += image[r, c] * (1 - abs(row - r)) * (1 - abs(column - c))
+    return total
+
+
+def sample(image: Tensor, where: Tensor) -> np.ndarray:
+    return np.array([bilinear(image.detach().double().numpy(), float(x), float(y)) for x, y in where])
+
+
+def cross_entropy(logits: np.ndarray, labels: np.ndarray) -> float:
+    p = 1 / (1 + np.exp(-logits))
+    return float(-(labels * np.log(p) + (1 - labels) * np.log(1 - p)).mean())
+
+
+def dice(logits: np.ndarray, labels: np.ndarray) -> float:
+    p = 1 / (1 + np.exp(-logits))
+    return float(1 - (2 * (p * labels).sum() + 1) / (p.sum() + labels.sum() + 1))
+
+
+def softmax(logits: Tensor) -> np.ndarray:
+    e = np.exp(logits.detach().double().numpy())
+    return e / e.sum(-1, keepdims=True)
+
+
+def make_criterion(count: int = 24, layers: int = 2) -> SetCriterion:
+    weights = dict(WEIGHTS)
+    for i in range(layers - 1):
+        weights.update({f"{name}_{i}": weight for name, weight in WEIGHTS.items()})
+    return SetCriterion(CLASSES, HungarianMatcher(2.0, 5.0, 5.0, count), weights, 0.1, count, 3.0, 0.75)
+
+
+def make_batch(counts: tuple[int, ...], layers: int = 2) -> tuple[dict[str, Any], list[Target]]:
+    def predictions() -> dict[str, Any]:
+        return {
+            "pred_logits": torch.randn(len(counts), QUERIES, CLASSES + 1, requires_grad=True),
+            "pred_masks": torch.randn(len(counts), QUERIES, SIZE // 2, SIZE // 2, requires_grad=True),
+        }
+
+    targets = [
+        Target(torch.randint(0, CLASSES, (count,)), (torch.rand(count, SIZE, SIZE) > 0.6).float()) for count in counts
+    ]
+    return {**predictions(), "aux_outputs": [predictions() for _ in range(layers - 1)]}, targets
+
+
+@pytest.mark.parametrize("targets", [0, 1, 3, 8])
+def test_costs_of_every_pair(targets: int) -> None:
+    logits, labels = 4 * torch.randn(QUERIES, 20), torch.rand(targets, 20)
+    for cost, formula in ((mask_cost, cross_entropy), (dice_cost, dice)):
+        expected = [[formula(p.double().numpy(), t.double().numpy()) for t in labels] for p in logits]
+        torch.testing.assert_close(
+            cost(logits, labels).double(), torch.tensor(expected).view(QUERIES, targets).double()
+        )
+
+
+@pytest.mark.parametrize("counts", [(2, 3), (0, 4), (7, 1)])
+def test_matching_is_the_cheapest_of_all(counts: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    criterion = make_criterion()
+    outputs, targets = make_batch(counts)
+    drawn: list[Tensor] = []
+    original = torch.rand
+    monkeypatch.setattr(torch, "rand", lambda *size, **kw: drawn.append(original(*size, **kw)) or drawn[-1])
+    layers = [outputs, *outputs["aux_outputs"]]
+    matches = criterion.matcher(layers, targets)
+    for layer, image in itertools.product(range(len(layers)), range(len(counts))):
+        labels, masks, where = targets[image].labels, targets[image].masks, drawn[image]
+        probability = softmax(layers[layer]["pred_logits"][image])
+        predicted = [sample(mask, where) for mask in layers[layer]["pred_masks"][image]]
+        wanted = [sample(mask, where) for mask in masks]
+
+        def cost(q: int, t: int) -> float:
+            return (
+                -2 * probability[q, labels[t]]  # noqa: B023
+                + 5 * cross_entropy(predicted[q], wanted[t])  # noqa: B023
+                + 5 * dice(predicted[q], wanted[t])  # noqa: B023
+            )
+
+        few, many = sorted((QUERIES, len(labels)))
+        best = min(
+            sum(cost(*((i, m) if QUERIES == few else (m, i))) for i, m in enumerate(chosen))
+            for chosen in itertools.permutations(range(many), few)
+        )
+        queries, indices = matches[layer][image]
+        assert len(queries) == few and indices.tolist() == sorted(set(indices.tolist()))
+        found = sum(cost(q, t) for q, t in zip(queries.tolist(), indices.tolist(), strict=True))
+        assert found == pytest.approx(best, abs=1e-4)
+
+
+@pytest.mark.parametrize("counts", [(2, 3), (0, 4), (7, 1)])
+def test_losses_at_the_points_that_were_drawn(counts: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    criterion = make_criterion()
+    outputs, targets = make_batch(counts)
+    matches = criterion.matcher([outputs, *outputs["aux_outputs"]], targets)
+    monkeypatch.setattr(HungarianMatcher, "forward", lambda *_: matches)
+    used: list[Tensor] = []
+
+    def keep(*arguments: Any) -> Tensor:
+        used.append(points.uncertain_points(*arguments))
+        return used[-1]
+
+    monkeypatch.setattr("peft_d2.models.criterion.uncertain_points", keep)
+    losses = criterion(outputs, targets)
+    count = max(1, sum(counts))
+    for layer, (prediction, suffix) in enumerate(zip([outputs, *outputs["aux_outputs"]], ["", "_0"], strict=True)):
+        where = iter(used[layer])
+        expected_mask = expected_dice = numerator = denominator = 0.0
+        for image, target in enumerate(targets):
+            probability = softmax(prediction["pred_logits"][image])
+            classes = [CLASSES] * QUERIES
+            for query, index in zip(*(m.tolist() for m in matches[layer][image]), strict=True):
+                classes[query] = int(target.labels[index])
+                at = next(where)
+                logits = sample(prediction["pred_masks"][image, query], at)
+                labels = sample(target.masks[index], at)
+                expected_mask += cross_entropy(logits, labels) / count
+                expected_dice += dice(logits, labels) / count
+            for query, label in enumerate(classes):
+                weight = 0.1 if label == CLASSES else 1.0
+                numerator -= weight * math.log(probability[query, label])
+                denominator += weight
+        assert losses["loss_mask" + suffix].item() == pytest.approx(expected_mask, abs=1e-5)
+        assert losses["loss_dice" + suffix].item() == pytest.approx(expected_dice, abs=1e-5)
+        assert losses["loss_ce" + suffix].item() == pytest.approx(numerator / denominator, abs=1e-5)
+
+
+def test_no_target_at_all_is_a_normal_step() -> None:
+    outputs, targets = make_batch((0, 0))
+    losses = make_criterion()(outputs, targets)
+    assert {losses[name].item() for name in ("loss_mask", "loss_dice", "loss_mask_0", "loss_dice_0")} == {0.0}
+    assert losses["loss_ce"] > 0
+    sum(losses.values()).backward()
+    assert outputs["pred_masks"].grad is not None and not outputs["pred_masks"].grad.any()
+    assert outputs["pred_logits"].grad.any()
+
+
+def test_losses_that_have_no_weight_are_left_out() -> None:
+    criterion = make_criterion(layers=1)  # no deep supervision
+    assert set(criterion(*make_batch((2, 1)))) == set(WEIGHTS)
+
+
+def test_points_prefer_uncertain_places() -> None:
+    """Certain everywhere but in a band: all of the important share lies there, the uniform share does not."""
+    logits = torch.full((2, 32, 32), 9.0)
+    logits[:, 10:22] = 0.0
+    where = points.uncertain_points(logits, 400, 3.0, 0.75)
+    assert where.shape == (2, 400, 2) and where.min() >= 0 and where.max() <= 1
+    certainty = points.sample_points(logits[:, None], where)[:, 0].abs()
+    important, uniform = certainty[:, :300], certainty[:, 300:]
+    assert important.max() < 9.0 and uniform.max() > 8.9  # of 1,200 candidates, 450 lie in the band
+    assert important.mean() < uniform.mean() / 4
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_a_cost_that_is_not_finite_is_avoided(bad: float) -> None:
+    cost = torch.tensor([[bad, 1.0], [3.0, 2.0], [bad, bad]])
+    queries, targets = assign(cost)
+    assert list(zip(queries.tolist(), targets.tolist(), strict=True)) == [(1, 0), (0, 1)]
+
+
+def test_half_precision_predictions_are_matched_in_float32() -> None:
+    """Logits that float16 can hold but whose exponentials it cannot."""
+    outputs, targets = make_batch((3, 2))
+    for prediction in (outputs, *outputs["aux_outputs"]):
+        prediction["pred_masks"] = (3e4 * prediction["pred_masks"].detach()).clamp(-6e4, 6e4).half()
+        prediction["pred_logits"] = prediction["pred_logits"].detach().half()
+    criterion = make_criterion()
+    assert criterion.matcher.costs([outputs], 0, targets[0]).isfinite().all()
+    assert all(loss.isfinite() for loss in criterion(outputs, targets).values())

@@ -1,0 +1,136 @@
+"""Post-processing against a plain formulation that holds everything at full size."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from peft_d2.models import postprocess
+from peft_d2.models.postprocess import Canvas, instance_inference, mask_boxes, panoptic_inference, semantic_inference
+
+CANVAS = Canvas(padded=(64, 96), image=(50, 90), output=(33, 71))
+QUERIES, CLASSES = 12, 5
+
+
+@pytest.fixture(params=[2**24, 64 * 96 * 5, 1], ids=["one chunk", "some chunks", "one mask a chunk"])
+def _chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(postprocess, "CHUNK_VALUES", request.param)
+
+
+@pytest.fixture
+def logits() -> tuple[Tensor, Tensor]:
+    masks = F.interpolate(6 * torch.randn(1, QUERIES, 4, 6), size=(16, 24), mode="bicubic")[0]
+    masks[3] = -5.0  # a query without a mask
+    return 3 * torch.randn(QUERIES, CLASSES + 1), masks
+
+
+def full_size(masks: Tensor) -> Tensor:
+    padded = F.interpolate(masks[None], size=CANVAS.padded, mode="bilinear", align_corners=False)
+    cropped = padded[:, :, : CANVAS.image[0], : CANVAS.image[1]]
+    return F.interpolate(cropped, size=CANVAS.output, mode="bilinear", align_corners=False)[0]
+
+
+@pytest.mark.usefixtures("_chunks")
+@pytest.mark.parametrize("top_k", [1, 7, QUERIES * CLASSES, 1000])
+@pytest.mark.parametrize("things", [None, {1, 3}])
+def test_instances(logits: tuple[Tensor, Tensor], top_k: int, things: set[int] | None) -> None:
+    result = instance_inference(*logits, CANVAS, top_k, things)
+    probability, masks = logits[0].softmax(-1), full_size(logits[1])
+    ranked = sorted(((probability[q, c].item(), q, c) for q in range(QUERIES) for c in range(CLASSES)), reverse=True)
+    expected = []
+    for class_score, query, category in ranked[:top_k]:
+        if things is None or category in things:
+            inside = masks[query] > 0
+            quality = masks[query].sigmoid()[inside].sum() / (inside.sum() + 1e-6)
+            expected.append((class_score * quality.item(), category, inside))
+    expected.sort(key=lambda row: -row[0])
+    assert len(result) == len(expected)
+    torch.testing.assert_close(result.scores, torch.tensor([row[0] for row in expected]))
+    positive = result.scores > 0  # the order among empty masks is arbitrary
+    assert result.pred_classes[positive].tolist() == [row[1] for row in expected if row[0] > 0]
+    for found, row in zip(result.pred_masks[positive], expected, strict=False):
+        assert torch.equal(found, row[2])
+    assert result.pred_masks.dtype == torch.bool and result.image_size == CANVAS.output
+
+
+def test_fewer_pairs_than_detections_asked_for() -> None:
+    result = instance_inference(torch.randn(2, 2), torch.randn(2, 16, 24), CANVAS, top_k=100)
+    assert len(result) == 2  # 2 queries x 1 class
+
+
+def test_no_thing_among_the_best() -> None:
+    result = instance_inference(torch.randn(2, 3), torch.randn(2, 16, 24), CANVAS, top_k=4, keep_classes=set())
+    assert len(result) == 0 and result.pred_masks.shape == (0, 33, 71) and result.pred_boxes.tensor.shape == (0, 4)
+
+
+def test_boxes_enclose_their_masks(logits: tuple[Tensor, Tensor]) -> None:
+    result = instance_inference(*logits, CANVAS, 20)
+    for mask, box in zip(result.pred_masks, result.pred_boxes.tensor.tolist(), strict=True):
+        place = mask.nonzero()
+        if not len(place):
+            assert box == [0, 0, 0, 0]
+            continue
+        (y0, x0), (y1, x1) = place.amin(0).tolist(), (place.amax(0) + 1).tolist()
+        assert box == [x0, y0, x1, y1]
+    zero = instance_inference(*logits, CANVAS, 20, boxes=False)
+    assert not zero.pred_boxes.tensor.any() and torch.equal(zero.pred_masks, result.pred_masks)
+
+
+def test_box_of_a_full_mask() -> None:
+    assert mask_boxes(torch.ones(1, 4, 7, dtype=torch.bool)).tolist() == [[0, 0, 7, 4]]
+
+
+@pytest.mark.usefixtures("_chunks")
+def test_semantic_map(logits: tuple[Tensor, Tensor]) -> None:
+    found = semantic_inference(*logits, CANVAS)
+    probability = logits[0].softmax(-1)[:, :-1].double()
+    expected = (probability[:, :, None, None] * full_size(logits[1]).sigmoid().double()[:, None]).sum(0)
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.usefixtures("_chunks")
+def test_semantic_map_resized_last(logits: tuple[Tensor, Tensor]) -> None:
+    found = semantic_inference(*logits, CANVAS, resize_last=True)
+    masks = F.interpolate(logits[1][None], size=CANVAS.padded, mode="bilinear", align_corners=False)[0].sigmoid()
+    summed = torch.einsum("qc,qhw->chw", logits[0].softmax(-1)[:, :-1], masks)[None, :, :50, :90]
+    expected = F.interpolate(summed, size=CANVAS.output, mode="bilinear", align_corners=False)[0]
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def slow_panoptic(class_logits: Tensor, masks: Tensor, things: set[int], score: float, overlap: float) -> Any:
+    scores, classes = class_logits.softmax(-1).max(-1)
+    kept = [q for q in range(QUERIES) if classes[q] != CLASSES and scores[q] > score]
+    ids = torch.zeros(masks.shape[1:], dtype=torch.int32)
+    segments: list[dict] = []
+    if not kept:
+        return ids, segments
+    probability = masks.sigmoid()
+    winner = torch.stack([scores[q] * probability[q] for q in kept]).argmax(0)
+    stuff: dict[int, int] = {}
+    for k, q in enumerate(kept):
+        wins, own = winner == k, probability[q] >= 0.5
+        if not (wins & own).any() or wins.sum() / own.sum() < overlap:
+            continue
+        category = int(classes[q])
+        if category in things or category not in stuff:
+            segments.append({"id": len(segments) + 1, "isthing": category in things, "category_id": category})
+            stuff.setdefault(category, len(segments))
+        ids[wins & own] = len(segments) if category in things else stuff[category]
+    return ids, segments
+
+
+@pytest.mark.usefixtures("_chunks")
+@pytest.mark.parametrize("score", [0.0, 0.5, 0.999])
+@pytest.mark.parametrize("overlap", [0.0, 0.4, 0.8])
+@pytest.mark.parametrize("things", [set(), {0, 1}, set(range(CLASSES))])
+def test_panoptic(logits: tuple[Tensor, Tensor], things: set[int], score: float, overlap: float) -> None:
+    ids, segments = panoptic_inference(*logits, CANVAS, things, score, overlap)
+    expected_ids, expected_segments = slow_panoptic(logits[0], full_size(logits[1]), things, score, overlap)
+    assert segments == expected_segments
+    assert torch.equal(ids, expected_ids) and ids.dtype == torch.int32
+    if score == overlap == 0.0:
+        assert len(segments) > 1  # the case says something

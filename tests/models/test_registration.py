@@ -1,0 +1,75 @@
+"""Own names, lent names, and the official package before or after."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY, SEM_SEG_HEADS_REGISTRY
+from fvcore.common.registry import Registry
+
+from peft_d2.models import register
+from peft_d2.models.decoders import TRANSFORMER_DECODER_REGISTRY
+from peft_d2.models.mask2former import MaskFormer
+from peft_d2.models.pixel_decoders.ms_deform_attn import MSDeformAttnPixelDecoder
+
+OFFICIAL = [(META_ARCH_REGISTRY, "MaskFormer"), (SEM_SEG_HEADS_REGISTRY, "MaskFormerHead")]
+OFFICIAL += [(BACKBONE_REGISTRY, "D2SwinTransformer")]
+LENT = {"MaskFormer", "MaskFormerHead", "MSDeformAttnPixelDecoder", "D2SwinTransformer"}
+LENT |= {"MultiScaleMaskedTransformerDecoder"}
+
+
+@pytest.fixture(autouse=True)
+def _as_in_a_new_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Registries are global: here they start as Detectron2 makes them and end as they were."""
+    for registry in (META_ARCH_REGISTRY, SEM_SEG_HEADS_REGISTRY, BACKBONE_REGISTRY, TRANSFORMER_DECODER_REGISTRY):
+        others = {n: o for n, o in registry._obj_map.items() if n not in LENT and not n.startswith("PD2")}
+        monkeypatch.setattr(registry, "_obj_map", others)
+        monkeypatch.setattr(registry, "_lent", {}, raising=False)
+        monkeypatch.setattr(registry, "__class__", Registry)
+
+
+class Official:
+    """Stands for every class of the official package."""
+
+
+def official() -> None:
+    """What importing the official package does."""
+    for registry, name in OFFICIAL:
+        registry.register()(type(name, (Official,), {}))
+
+
+def ours() -> None:
+    register(upstream_names=True)
+
+
+@pytest.mark.parametrize(
+    ("calls", "official_serves"),
+    [
+        ([ours], False),
+        ([ours, ours, register], False),
+        ([official, ours, ours], True),
+        ([ours, official, ours], True),
+        ([register, official, ours], True),
+    ],
+)
+def test_no_order_collides(calls: list[Callable[[], None]], official_serves: bool) -> None:
+    for call in calls:
+        call()
+    for registry, name in OFFICIAL:
+        assert issubclass(registry.get(name), Official) == official_serves
+    assert META_ARCH_REGISTRY.get("PD2MaskFormer") is MaskFormer
+    assert SEM_SEG_HEADS_REGISTRY.get("MSDeformAttnPixelDecoder") is MSDeformAttnPixelDecoder  # nobody else has it
+
+
+def test_a_name_is_lent_once() -> None:
+    """What was taken back can collide like any other name: two official packages are an error, as without us."""
+    ours()
+    official()
+    with pytest.raises(AssertionError, match="'MaskFormer' was already registered"):
+        official()
+
+
+def test_own_names_alone_leave_upstream_names_free() -> None:
+    register()
+    assert "MaskFormer" not in META_ARCH_REGISTRY and "PD2MaskFormer" in META_ARCH_REGISTRY

@@ -1,0 +1,93 @@
+"""The Swin backbone: windows, shifts, padding, checkpointing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from peft_d2.models.backbones.swin import SwinBlock, SwinTransformer, _from_windows, _to_windows, shift_mask
+
+TINY: dict[str, Any] = {
+    "embed_dim": 12,
+    "depths": [2, 2, 2, 2],
+    "n_heads": [2, 2, 3, 4],
+    "window": 4,
+    "out_features": ["res2", "res3", "res4", "res5"],
+    "mlp_ratio": 2.0,
+}
+
+
+@pytest.mark.parametrize("size", [(64, 64), (50, 71), (4, 4), (33, 200)])
+def test_any_image_size(size: tuple[int, int]) -> None:
+    outputs = SwinTransformer(**TINY)(torch.randn(1, 3, *size))
+    height, width = (-(-length // 4) for length in size)
+    for i, (name, feature) in enumerate(outputs.items()):
+        assert name == f"res{i + 2}" and feature.shape == (1, 12 * 2**i, height, width)
+        height, width = -(-height // 2), -(-width // 2)
+
+
+def test_output_shape_says_what_comes_out() -> None:
+    model = SwinTransformer(**{**TINY, "out_features": ["res3", "res5"]})
+    outputs = model(torch.randn(1, 3, 64, 64))
+    shapes = model.output_shape()
+    assert list(outputs) == list(shapes) == ["res3", "res5"]
+    for name, feature in outputs.items():
+        assert feature.shape[1:] == (shapes[name].channels, 64 // shapes[name].stride, 64 // shapes[name].stride)
+
+
+def test_windows_come_back() -> None:
+    x = torch.randn(2, 8, 12, 3)
+    windows = _to_windows(x, 4)
+    assert windows.shape == (2 * 2 * 3, 16, 3)
+    assert torch.equal(windows[4].view(4, 4, 3), x[0, 4:8, 4:8])  # second row, second column of the first image
+    assert torch.equal(_from_windows(windows, 4, 8, 12), x)
+
+
+@pytest.mark.parametrize(("height", "width", "window"), [(8, 12, 4), (6, 6, 3), (14, 21, 7)])
+def test_shift_mask_allows_true_neighbours_only(height: int, width: int, window: int) -> None:
+    """Two pixels of a shifted window may attend if they were not moved apart by the wrap-around."""
+    shift = window // 2
+    place = torch.stack(torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij"), dim=-1)[None]
+    moved = _to_windows(place.roll((-shift, -shift), dims=(1, 2)), window)
+    near = ((moved[:, None] - moved[:, :, None]).abs() < window).all(-1)
+    assert torch.equal(shift_mask(height, width, window, shift, place.device) == 0, near)
+
+
+def test_a_shifted_block_sees_across_window_borders_but_not_across_the_image() -> None:
+    block = SwinBlock(12, 2, window=4, shift=2, mlp_ratio=2.0, drop=0.0, drop_path=0.0).eval()
+    x = torch.randn(1, 8, 8, 12, requires_grad=True)
+    block(x, shift_mask(8, 8, 4, 2, x.device))[0, 3, 3].sum().backward()
+    assert x.grad is not None
+    reached = x.grad[0].abs().sum(-1) > 1e-12
+    assert reached[2:6, 2:6].all() and reached.sum() == 16
+    x.grad = None
+    block(x, shift_mask(8, 8, 4, 2, x.device))[0, 0, 0].sum().backward()
+    reached = x.grad[0].abs().sum(-1) > 1e-12
+    assert reached[:2, :2].all() and reached.sum() == 4
+
+
+def test_checkpointing_changes_memory_alone() -> None:
+    plain = SwinTransformer(**TINY, drop_path=0.2)
+    saving = SwinTransformer(**TINY, drop_path=0.2, use_checkpoint=True)
+    saving.load_state_dict(plain.state_dict())
+    gradients = []
+    for model in (plain, saving):
+        model.train()
+        torch.manual_seed(1)
+        model(image := torch.ones(2, 3, 32, 32, requires_grad=True).mul(1.0))["res5"].square().sum().backward()
+        assert image.shape == (2, 3, 32, 32)
+        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_absolute_position_is_stretched_to_the_image() -> None:
+    model = SwinTransformer(**TINY, absolute_position=True, pretrain_size=32)
+    assert model.absolute_pos_embed.shape == (1, 12, 8, 8)
+    image = torch.zeros(1, 3, 64, 48)
+    before = model(image)["res2"]
+    with torch.no_grad():
+        model.absolute_pos_embed += torch.randn_like(model.absolute_pos_embed)
+    assert (model(image)["res2"] - before).abs().max() > 1e-3
