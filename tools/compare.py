@@ -20,7 +20,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--configs", nargs="+", required=True, metavar="FILE", help="config files, a row each")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1], help="each config is trained once per seed")
-    parser.add_argument("--output", required=True, metavar="DIR", help="takes a folder per run, table.md and curves.png")
+    parser.add_argument("--output", required=True, metavar="DIR", help="gets a folder per run, a table and a plot")
     parser.add_argument("--title", default="", help="of the plot")
     parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="config KEY VALUE pairs for every run")
     args = parser.parse_args()

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Make the demo's pretrained base again: generate the toy world's first domain, train on it, store it in half precision.
+"""Make the demo's pretrained base again: generate the toy world's first domain, train on it, store it in float16.
 
     tools/make_demo_base.py --output output/demo_base
 
@@ -39,11 +39,11 @@ def main() -> None:
     state = read_checkpoint(output / "model_final.pth").state
     halved = {k: v.half().contiguous() if v.is_floating_point() else v.contiguous() for k, v in state.items()}
     ASSETS.mkdir(exist_ok=True)
-    save_file(halved, ASSETS / "demo_base.safetensors")
+    base = ASSETS / "demo_base.safetensors"
+    save_file(halved, base)
     log = (output / "log.txt").read_text().replace(str(output), "output").replace(str(ROOT), ".")
-    (ASSETS / "demo_base.log").write_text(log)
-    size = (ASSETS / "demo_base.safetensors").stat().st_size / 1e6
-    print(f"wrote {ASSETS / 'demo_base.safetensors'}: {size:.1f} MB, {sum(v.numel() for v in state.values()):,} numbers")
+    base.with_suffix(".log").write_text(log)
+    print(f"wrote {base}: {base.stat().st_size / 1e6:.1f} MB, {sum(v.numel() for v in state.values()):,} numbers")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,12 @@ from peft_d2.engine.launch import one_line_errors
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs" / "demo"
 BASE_WEIGHTS = ROOT / "peft_d2" / "assets" / "demo_base.safetensors"
-VARIANTS = {"heads only": "heads.yaml", "LoRA": "lora.yaml", "2 adapters": "adapters.yaml", "full fine-tuning": "full.yaml"}
+VARIANTS = {
+    "heads only": "heads.yaml",
+    "LoRA": "lora.yaml",
+    "2 adapters": "adapters.yaml",
+    "full fine-tuning": "full.yaml",
+}
 
 
 def main() -> None:
