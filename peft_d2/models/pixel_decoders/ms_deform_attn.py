@@ -71,21 +71,17 @@ class MSDeformAttnPixelDecoder(nn.Module):
         finest = min(input_shape[name].stride for name in self.encoder_features)
         self.pyramid_features = [name for name in fine_to_coarse if common_stride <= input_shape[name].stride < finest]
         for number, name in enumerate(self.pyramid_features, start=1):
-            lateral = Conv2d(
-                input_shape[name].channels, conv_dim, kernel_size=1, bias=norm == "", norm=get_norm(norm, conv_dim)
-            )
-            output = Conv2d(
-                conv_dim,
-                conv_dim,
-                kernel_size=3,
-                padding=1,
-                bias=norm == "",
-                norm=get_norm(norm, conv_dim),
-                activation=F.relu,
-            )
-            for child, convolution in ((f"adapter_{number}", lateral), (f"layer_{number}", output)):
-                weight_init.c2_xavier_fill(convolution)
-                self.add_module(child, convolution)
+            self._add_pyramid_level(number, input_shape[name].channels, conv_dim, norm)
+
+    def _add_pyramid_level(self, number: int, in_channels: int, conv_dim: int, norm: str) -> None:
+        bias = norm == ""
+        lateral = Conv2d(in_channels, conv_dim, kernel_size=1, bias=bias, norm=get_norm(norm, conv_dim))
+        output = Conv2d(
+            conv_dim, conv_dim, kernel_size=3, padding=1, bias=bias, norm=get_norm(norm, conv_dim), activation=F.relu
+        )
+        for name, convolution in ((f"adapter_{number}", lateral), (f"layer_{number}", output)):
+            weight_init.c2_xavier_fill(convolution)
+            self.add_module(name, convolution)
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
