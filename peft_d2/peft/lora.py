@@ -16,6 +16,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from .cobot import CobotPlace, CobotSpace
 from .conv_lora import ConvLowRank, LoraConvMixin, LoraNormedConvMixin, conv_problem, is_normed_conv
 from .low_rank import LoraOptions, LowRank
+from .match import resolve
 from .method import Method, MethodError, Placement, Site
 from .packed_lora import AttentionLora, LoraAttentionMixin, LoraPackedLinearMixin, PackedLora, attention_weight
 from .specialise import Specialised, base_class
@@ -71,6 +72,8 @@ class Lora(Method):
         return ""
 
     def place(self, sites: Sequence[Site]) -> list[Placement]:
+        patterns = [*self.options.rank_pattern, *self.options.alpha_pattern]
+        resolve(patterns, [site.name for site in sites], "place of this entry")
         counts = [len(self._site_parts(site)) or 1 for site in sites]
         space, placements, column = None, [], 0
         for site, count in zip(sites, counts, strict=True):

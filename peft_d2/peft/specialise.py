@@ -11,6 +11,7 @@ State-dict names of injected tensors: ``<path>.peft.<adapter>.<method>.<local na
 from __future__ import annotations
 
 import copyreg
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -89,9 +90,7 @@ class Specialised(nn.Module):
         """As :meth:`peft_part`, for parts that merge: None while they are merged into the weights."""
         if self.peft_backup:
             if self.training and torch.is_grad_enabled():
-                raise RuntimeError(
-                    f"{self.peft_name}: its adapter is merged into the weights; call unmerge(model) before training"
-                )
+                warnings.warn("the adapter is merged into the weights and is not trained; unmerge(model)", stacklevel=3)
             return None
         return self.peft_part(method)
 

@@ -1,0 +1,73 @@
+"""Tuners of the ``peft`` package behind our freeze, report, files, switching and merging."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from peft_d2 import peft
+
+hf = pytest.importorskip("peft")
+
+TUNERS = [
+    ("ia3", {}, "IA3Config"),
+    ("loha", {"r": 2}, "LoHaConfig"),
+    ("lokr", {"r": 2}, "LoKrConfig"),
+    ("oft", {"oft_block_size": 8, "r": 0}, "OFTConfig"),
+]
+
+
+@pytest.mark.parametrize(("tuner", "config", "config_class"), TUNERS, ids=lambda v: v if isinstance(v, str) else "")
+def test_a_tuner_computes_what_peft_computes(
+    tuner: str, config: dict[str, Any], config_class: str, toy: nn.Module, images: Tensor, disturb: Callable
+) -> None:
+    keys, base = list(toy.state_dict()), copy.deepcopy(toy)
+    extra = {"feedforward_modules": []} if tuner == "ia3" else {}
+    theirs = hf.inject_adapter_in_model(
+        getattr(hf, config_class)(target_modules=["proj", "mlp.fc1"], **extra, **config), copy.deepcopy(toy)
+    )
+    peft.inject(toy, [{"NAME": "hf", "TUNER": tuner, "TARGETS": ["proj", "mlp.fc1"], "CONFIG": config}], ["head"])
+    assert set(keys) <= set(toy.state_dict()) and list(peft.base_state_dict(toy)) == keys
+    with torch.no_grad():
+        torch.testing.assert_close(toy(images), base(images), rtol=1e-5, atol=1e-5)
+        disturb(toy)
+        for name, value in peft.adapter_state_dict(toy).items():
+            if name.startswith("head."):
+                theirs.get_parameter(name).copy_(value)
+            else:
+                place, _, local = name.partition(".hf.")
+                dict(theirs.get_submodule(place).named_parameters())[local].copy_(value)
+        adapted = toy(images)
+        torch.testing.assert_close(adapted, theirs.eval()(images))
+        assert not torch.allclose(adapted, base(images), atol=1e-3)
+        assert torch.equal(copy.deepcopy(toy)(images), adapted)
+        with peft.disabled(toy):
+            assert torch.equal(toy(images), base(images))
+        before = peft.frozen_hash(toy)
+        assert peft.merge(toy) == []
+        torch.testing.assert_close(toy(images), adapted, rtol=1e-5, atol=1e-5)
+        peft.unmerge(toy)
+        assert torch.equal(toy(images), adapted) and peft.frozen_hash(toy) == before
+        peft.remove(toy)
+        assert torch.equal(toy(images), base(images))
+    assert list(toy.state_dict()) == keys
+
+
+@pytest.mark.parametrize(
+    ("entry", "said"),
+    [
+        ({"TUNER": "ia4"}, "no tuner 'ia4'. Nearest: IA3"),
+        ({}, "TUNER is ''"),
+        ({"TUNER": "loha", "CONFIG": {"rank": 3}}, "does not fit LoHaConfig"),
+        ({"TUNER": "loha", "TARGETS": ["norm1"]}, "cannot go on blocks.0.norm1"),
+    ],
+)
+def test_what_a_tuner_refuses(entry: dict[str, Any], said: str, toy: nn.Module) -> None:
+    with pytest.raises(peft.MethodError, match=said):
+        peft.inject(toy, [{"NAME": "hf", "TARGETS": ["proj"], **entry}])
+    assert not any(isinstance(module, peft.Specialised) for module in toy.modules())
