@@ -22,8 +22,13 @@ def main() -> None:
     parser.add_argument("--min-area", type=float, default=12.0, help="drop cut-off parts below this many source px")
     args = parser.parse_args()
     path = tile_coco(
-        args.json, args.images, args.output,
-        tile=args.tile, scale=args.scale, overlap=args.overlap, min_area=args.min_area,
+        args.json,
+        args.images,
+        args.output,
+        tile=args.tile,
+        scale=args.scale,
+        overlap=args.overlap,
+        min_area=args.min_area,
     )
     print(f"wrote {path}")
 

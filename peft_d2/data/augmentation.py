@@ -128,6 +128,10 @@ def _flip(cfg: Any) -> list[Any]:
 
 
 __all__ = [
-    "KeepsAPixel", "SSDColour", "detectron2_recipe", "keep_a_pixel", "large_scale_jitter_recipe",
+    "KeepsAPixel",
+    "SSDColour",
+    "detectron2_recipe",
+    "keep_a_pixel",
+    "large_scale_jitter_recipe",
     "resize_recipe",
 ]

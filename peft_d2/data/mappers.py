@@ -25,7 +25,11 @@ from peft_d2.data.augmentation import detectron2_recipe, keep_a_pixel, large_sca
 from peft_d2.data.segmentation import segmentation_to_mask
 
 MAPPERS = (
-    "mask_former_instance", "mask_former_panoptic", "mask_former_semantic", "coco_instance_lsj", "coco_panoptic_lsj",
+    "mask_former_instance",
+    "mask_former_panoptic",
+    "mask_former_semantic",
+    "coco_instance_lsj",
+    "coco_panoptic_lsj",
     "detectron2",
 )
 _IMAGE_PADDING = 128

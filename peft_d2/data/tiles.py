@@ -87,10 +87,15 @@ def _cut_image(
             enlarged = enlarge(picture.crop(box), scale)
             name = f"{record['id']}_{x}_{y}.png"
             enlarged.save(output / "images" / name)
-            tiles.append({
-                "id": first_id + len(tiles), "file_name": name, "height": enlarged.height, "width": enlarged.width,
-                "tile": {"image_id": record["id"], "x": x, "y": y, "scale": scale},
-            })
+            tiles.append(
+                {
+                    "id": first_id + len(tiles),
+                    "file_name": name,
+                    "height": enlarged.height,
+                    "width": enlarged.width,
+                    "tile": {"image_id": record["id"], "x": x, "y": y, "scale": scale},
+                }
+            )
     return tiles
 
 
@@ -109,11 +114,16 @@ def _cut_annotation(
         area = int(part.sum())
         if area == 0 or (area < whole and area < min_area * scale * scale):
             continue
-        parts.append({
-            "image_id": tile["id"], "category_id": annotation["category_id"],
-            "iscrowd": annotation.get("iscrowd", 0), "bbox": mask_box(part), "area": area,
-            "segmentation": mask_to_compressed_rle(part),
-        })
+        parts.append(
+            {
+                "image_id": tile["id"],
+                "category_id": annotation["category_id"],
+                "iscrowd": annotation.get("iscrowd", 0),
+                "bbox": mask_box(part),
+                "area": area,
+                "segmentation": mask_to_compressed_rle(part),
+            }
+        )
     return parts
 
 

@@ -80,11 +80,17 @@ def generate(
         Image.fromarray(picture).save(folder / "images" / name, compress_level=1)
         records.append({"id": index + 1, "file_name": name, "height": size, "width": size})
         for mask, category in zip(visible, classes, strict=True):
-            annotations.append({
-                "id": len(annotations) + 1, "image_id": index + 1, "category_id": category + 1, "iscrowd": 0,
-                "bbox": mask_box(mask), "area": int(mask.sum()),
-                "segmentation": mask_to_polygons(mask) if masks == "polygon" else mask_to_rle(mask),
-            })
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": index + 1,
+                    "category_id": category + 1,
+                    "iscrowd": 0,
+                    "bbox": mask_box(mask),
+                    "area": int(mask.sum()),
+                    "segmentation": mask_to_polygons(mask) if masks == "polygon" else mask_to_rle(mask),
+                }
+            )
     categories = [{"id": i + 1, "name": name} for i, name in enumerate(DOMAINS[domain].classes)]
     path = folder / "annotations.json"
     path.write_text(json.dumps({"images": records, "annotations": annotations, "categories": categories}))

@@ -142,13 +142,19 @@ def read_result(folder: Path, name: str, seed: int, peak_bytes: int = 0) -> Resu
         folder=str(folder),
         ap=evaluations[-1][METRIC],
         ap50=evaluations[-1]["segm/AP50"],
-        curve=sorted({row["iteration"] + 1: row[METRIC] for row in evaluations}.items()),
+        curve=_curve(evaluations),
         trainable=report["trainable"],
         total=report["total"],
         file_bytes=_final_bytes(folder),
         seconds_per_step=statistics.median(times) if times else 0.0,
         peak_bytes=peak_bytes,
     )
+
+
+def _curve(evaluations: Sequence[dict[str, Any]]) -> list[tuple[int, float]]:
+    """Steps taken and mask AP: Detectron2 counts iterations from 0, but the evaluation at the end as ``MAX_ITER``."""
+    *earlier, last = evaluations
+    return [*((row["iteration"] + 1, row[METRIC]) for row in earlier), (last["iteration"], last[METRIC])]
 
 
 def _final_bytes(folder: Path) -> int:

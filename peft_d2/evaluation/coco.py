@@ -82,9 +82,7 @@ def evaluate_coco(
     return evaluation
 
 
-def predictions(
-    dataset: dict[str, Any], results: Sequence[dict[str, Any]], task: str, keep_empty: bool = True
-) -> COCO:
+def predictions(dataset: dict[str, Any], results: Sequence[dict[str, Any]], task: str, keep_empty: bool = True) -> COCO:
     """Results as the evaluation takes them. As loadRes makes them, but areas are measured in one go.
 
     Args:

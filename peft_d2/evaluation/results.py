@@ -44,4 +44,3 @@ def instances_to_results(instances: Instances, image_id: Any) -> list[dict[str, 
     return [
         {"image_id": image_id, **{key: values[i] for key, values in columns.items()}} for i in range(len(instances))
     ]
-

@@ -189,9 +189,7 @@ def _parts(output: dict[str, Any], tile: Box) -> list[_Object]:
     instances = output["instances"]
     masks = instances.pred_masks.cpu().numpy().astype(bool)
     parts = []
-    for mask, label, score in zip(
-        masks, instances.pred_classes.tolist(), instances.scores.tolist(), strict=True
-    ):
+    for mask, label, score in zip(masks, instances.pred_classes.tolist(), instances.scores.tolist(), strict=True):
         ys, xs = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
         if len(ys):
             x0, y0, x1, y1 = int(xs[0]), int(ys[0]), int(xs[-1]) + 1, int(ys[-1]) + 1

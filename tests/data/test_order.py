@@ -21,7 +21,10 @@ def _take(count, groups, batch, seed=0, **more):
 
 @settings(max_examples=60, deadline=None)
 @given(
-    st.lists(st.integers(0, 1), min_size=1, max_size=20), st.integers(1, 4), st.integers(1, 3), st.integers(0, 12),
+    st.lists(st.integers(0, 1), min_size=1, max_size=20),
+    st.integers(1, 4),
+    st.integers(1, 3),
+    st.integers(0, 12),
     st.integers(0, 99),
 )
 def test_any_start_and_any_number_of_ranks_see_the_same(groups, share, world, start, seed):
