@@ -41,8 +41,9 @@ def main() -> None:
     ASSETS.mkdir(exist_ok=True)
     base = ASSETS / "demo_base.safetensors"
     save_file(halved, base)
-    log = (output / "log.txt").read_text().replace(str(output), "output").replace(str(ROOT), ".")
-    base.with_suffix(".log").write_text(log)
+    lines = (output / "log.txt").read_text().splitlines()
+    kept = [line for line in lines if any(mark in line for mark in ("Optimizer ", "eta: ", "copypaste: "))]
+    base.with_suffix(".log").write_text("\n".join(kept) + "\n")
     print(f"wrote {base}: {base.stat().st_size / 1e6:.1f} MB, {sum(v.numel() for v in state.values()):,} numbers")
 
 
