@@ -81,6 +81,33 @@ _OWN: dict[str, Any] = {
     "MODEL.SEM_SEG_HEAD.PIXEL_DECODER_AUTOCAST": False,
     # Boxes of instances are computed from their masks; False leaves them zero, as the published code does.
     "MODEL.SEM_SEG_HEAD.INSTANCE_BOXES": True,
+    # Segment Anything; the defaults are the published ViT-B. Channels and positions of the image encoder:
+    "MODEL.SAM.IMAGE_SIZE": 1024,
+    "MODEL.SAM.PATCH_SIZE": 16,
+    "MODEL.SAM.EMBED_DIM": 768,
+    "MODEL.SAM.DEPTH": 12,
+    "MODEL.SAM.NUM_HEADS": 12,
+    "MODEL.SAM.MLP_RATIO": 4.0,
+    "MODEL.SAM.WINDOW_SIZE": 14,
+    "MODEL.SAM.GLOBAL_BLOCKS": [2, 5, 8, 11],
+    "MODEL.SAM.OUT_CHANNELS": 256,
+    "MODEL.SAM.USE_CHECKPOINT": False,
+    # Its prompt encoder and mask decoder:
+    "MODEL.SAM.MASK_IN_CHANNELS": 16,
+    "MODEL.SAM.DECODER_DEPTH": 2,
+    "MODEL.SAM.DECODER_HEADS": 8,
+    "MODEL.SAM.DECODER_MLP_DIM": 2048,
+    "MODEL.SAM.IOU_HEAD_DEPTH": 3,
+    "MODEL.SAM.IOU_HEAD_HIDDEN": 256,
+    # Inference: three masks per prompt, of which the one with the best expected IoU is taken; prompts in one call.
+    "MODEL.SAM.MULTIMASK": False,
+    "MODEL.SAM.PROMPTS_PER_CALL": 64,
+    "MODEL.SAM.MASK_WEIGHT": 1.0,
+    "MODEL.SAM.DICE_WEIGHT": 1.0,
+    "MODEL.SAM.IOU_WEIGHT": 0.0,
+    # As a backbone (PD2SAMViT) of other heads: levels of the pyramid, and their channels.
+    "MODEL.SAM.OUT_FEATURES": ["res2", "res3", "res4", "res5"],
+    "MODEL.SAM.PYRAMID_CHANNELS": 256,
 }
 
 

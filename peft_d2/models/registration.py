@@ -8,16 +8,18 @@ from typing import Any
 from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY, SEM_SEG_HEADS_REGISTRY
 from fvcore.common.registry import Registry
 
+from peft_d2.models.backbones.sam_vit import SAMViT
 from peft_d2.models.backbones.swin import SwinTransformer
 from peft_d2.models.decoders import TRANSFORMER_DECODER_REGISTRY
 from peft_d2.models.decoders.masked_transformer import MultiScaleMaskedTransformerDecoder
 from peft_d2.models.mask2former import MaskFormer
 from peft_d2.models.mask_former_head import MaskFormerHead
 from peft_d2.models.pixel_decoders.ms_deform_attn import MSDeformAttnPixelDecoder
+from peft_d2.models.sam import SegmentAnything
 
 _logger = logging.getLogger(__name__)
 
-# registry, class, own name, upstream's name
+# registry, class, own name, upstream's name ("" where Detectron2's users know none)
 _ENTRIES: tuple[tuple[Registry, type, str, str], ...] = (
     (META_ARCH_REGISTRY, MaskFormer, "PD2MaskFormer", "MaskFormer"),
     (SEM_SEG_HEADS_REGISTRY, MaskFormerHead, "PD2MaskFormerHead", "MaskFormerHead"),
@@ -29,6 +31,8 @@ _ENTRIES: tuple[tuple[Registry, type, str, str], ...] = (
         "MultiScaleMaskedTransformerDecoder",
     ),
     (BACKBONE_REGISTRY, SwinTransformer, "PD2SwinTransformer", "D2SwinTransformer"),
+    (META_ARCH_REGISTRY, SegmentAnything, "PD2SegmentAnything", ""),
+    (BACKBONE_REGISTRY, SAMViT, "PD2SAMViT", ""),
 )
 
 
@@ -66,5 +70,5 @@ def register(upstream_names: bool = False) -> None:
     for registry, cls, name, upstream in _ENTRIES:
         if name not in registry:
             registry._do_register(name, cls)
-        if upstream_names:
+        if upstream_names and upstream:
             _lend(registry, upstream, cls)

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from peft_d2.models.backbones.swin import SwinBlock, SwinTransformer, _from_windows, _to_windows, shift_mask
+from peft_d2.layers.windows import from_windows, to_windows
+from peft_d2.models.backbones.swin import SwinBlock, SwinTransformer, shift_mask
 
 TINY: dict[str, Any] = {
     "embed_dim": 12,
@@ -39,10 +40,10 @@ def test_output_shape_says_what_comes_out() -> None:
 
 def test_windows_come_back() -> None:
     x = torch.randn(2, 8, 12, 3)
-    windows = _to_windows(x, 4)
+    windows = to_windows(x, 4)
     assert windows.shape == (2 * 2 * 3, 16, 3)
     assert torch.equal(windows[4].view(4, 4, 3), x[0, 4:8, 4:8])  # second row, second column of the first image
-    assert torch.equal(_from_windows(windows, 4, 8, 12), x)
+    assert torch.equal(from_windows(windows, 4, 8, 12), x)
 
 
 @pytest.mark.parametrize(("height", "width", "window"), [(8, 12, 4), (6, 6, 3), (14, 21, 7)])
@@ -50,7 +51,7 @@ def test_shift_mask_allows_true_neighbours_only(height: int, width: int, window:
     """Two pixels of a shifted window may attend if they were not moved apart by the wrap-around."""
     shift = window // 2
     place = torch.stack(torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij"), dim=-1)[None]
-    moved = _to_windows(place.roll((-shift, -shift), dims=(1, 2)), window)
+    moved = to_windows(place.roll((-shift, -shift), dims=(1, 2)), window)
     near = ((moved[:, None] - moved[:, :, None]).abs() < window).all(-1)
     assert torch.equal(shift_mask(height, width, window, shift, place.device) == 0, near)
 

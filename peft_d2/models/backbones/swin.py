@@ -14,26 +14,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torchvision.ops import StochasticDepth
 
+from peft_d2.layers.windows import from_windows, pad_bottom_right, to_windows
+
 _SHIFT_PENALTY = -100.0  # added between pixels that are neighbours only by the cyclic shift
-
-
-def _pad_bottom_right(x: Tensor, multiple: int) -> Tensor:
-    """Zero-pad maps (N, H, W, C) to multiples of ``multiple``."""
-    height, width = x.shape[1:3]
-    return F.pad(x, (0, 0, 0, -width % multiple, 0, -height % multiple))
-
-
-def _to_windows(x: Tensor, window: int) -> Tensor:
-    """(N, H, W, C) -> (N * windows, window * window, C); an image's windows follow each other row by row."""
-    n, height, width, channels = x.shape
-    x = x.view(n, height // window, window, width // window, window, channels)
-    return x.transpose(2, 3).reshape(-1, window * window, channels)
-
-
-def _from_windows(x: Tensor, window: int, height: int, width: int) -> Tensor:
-    """The inverse of :func:`_to_windows`."""
-    x = x.view(-1, height // window, width // window, window, window, x.shape[-1])
-    return x.transpose(2, 3).reshape(-1, height, width, x.shape[-1])
 
 
 def shift_mask(height: int, width: int, window: int, shift: int, device: torch.device) -> Tensor:
@@ -47,7 +30,7 @@ def shift_mask(height: int, width: int, window: int, shift: int, device: torch.d
         return (place >= length - window).int() + (place >= length - shift).int()
 
     regions = 3 * region(height)[:, None] + region(width)
-    windows = _to_windows(regions[None, :, :, None], window)[..., 0]
+    windows = to_windows(regions[None, :, :, None], window)[..., 0]
     return (windows[:, None] != windows[:, :, None]).float() * _SHIFT_PENALTY
 
 
@@ -141,12 +124,12 @@ class SwinBlock(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """x (N, H, W, C); mask as of :func:`shift_mask`, used by shifted blocks."""
         height, width = x.shape[1:3]
-        inside = _pad_bottom_right(self.norm1(x), self.window)
+        inside = pad_bottom_right(self.norm1(x), self.window)
         padded = inside.shape[1:3]
         if self.shift:
             inside = inside.roll((-self.shift, -self.shift), dims=(1, 2))
-        attended = self.attn(_to_windows(inside, self.window), mask if self.shift else None)
-        attended = _from_windows(attended, self.window, *padded)
+        attended = self.attn(to_windows(inside, self.window), mask if self.shift else None)
+        attended = from_windows(attended, self.window, *padded)
         if self.shift:
             attended = attended.roll((self.shift, self.shift), dims=(1, 2))
         x = x + self.drop_path(attended[:, :height, :width])
@@ -163,7 +146,7 @@ class PatchMerging(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, H, W, C) -> (N, ceil(H / 2), ceil(W / 2), 2 C)."""
-        x = _pad_bottom_right(x, 2)
+        x = pad_bottom_right(x, 2)
         # Column by column: (0, 0), (1, 0), (0, 1), (1, 1) as (row, column).
         x = torch.cat([x[:, row::2, column::2] for column in (0, 1) for row in (0, 1)], dim=-1)
         return self.reduction(self.norm(x))
