@@ -92,7 +92,7 @@ def architectures() -> list[str]:
 
 def headers_changed() -> float:
     """When a header last changed."""
-    return max(file.stat().st_mtime for file in (ROOT / "csrc").rglob("*.h*"))
+    return max(file.stat().st_mtime for file in (ROOT / "csrc").rglob("*h") if file.is_file())
 
 
 def compile_object(command: list[str], source: str) -> Path:

@@ -252,8 +252,8 @@ def check(case: Case, device: str, dtype: torch.dtype, form: str) -> float:
     # A location's gradient jumps at pixel borders, where rounding decides the side: nearly all must agree.
     worst = 0.0
     for a, b in zip(found, truth, strict=True):
-        difference = (a.double() - b).abs().flatten() / b.abs().max()
-        worst = max(worst, float(difference.kthvalue(max(1, int(difference.numel() * 0.999))).values))
+        difference = (a.detach().double() - b.detach()).abs().flatten() / b.abs().max()
+        worst = max(worst, difference.kthvalue(max(1, int(difference.numel() * 0.999))).values.item())
     return worst
 
 

@@ -5,7 +5,8 @@
 #include <tuple>
 
 #include "../tensors.h"
-#include "kernels.cuh"
+#include "backward.cuh"
+#include "forward.cuh"
 
 namespace peft_d2 {
 namespace {

@@ -3,7 +3,8 @@
 
 #include "cuda_on_host.h"
 // The kernels come after what they use.
-#include "../../csrc/cuda/kernels.cuh"
+#include "../../csrc/cuda/backward.cuh"
+#include "../../csrc/cuda/forward.cuh"
 
 using namespace peft_d2;
 

@@ -1,4 +1,4 @@
-// As much of CUDA as csrc/cuda/kernels.cuh uses, for a machine without a GPU: one block after the other, the threads of a
+// As much of CUDA as the kernels in csrc/cuda use, for a machine without a GPU: one block after the other, the threads of a
 // block as coroutines that change places at barriers and warp operations, in an order drawn anew each time. A barrier that
 // not all threads reach ends the program with a message.
 #pragma once
