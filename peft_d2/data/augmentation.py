@@ -29,6 +29,25 @@ class KeepsAPixel(T.Augmentation):
         return repr(self.resize)
 
 
+class LongestSide(T.Augmentation):
+    """Resize so that the longer side is ``size`` px; the other one is rounded, and at least a pixel."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size = size
+
+    def get_transform(self, image: np.ndarray) -> Transform:
+        height, width = image.shape[:2]
+        scale = self.size / max(height, width)
+        return T.ResizeTransform(
+            height,
+            width,
+            max(1, int(height * scale + 0.5)),
+            max(1, int(width * scale + 0.5)),
+            Image.Resampling.BILINEAR,
+        )
+
+
 def keep_a_pixel(augmentations: list[Any]) -> list[Any]:
     """The same list with every resizing kept from rounding a side down to nothing."""
     resizing = (T.ResizeShortestEdge, T.ResizeScale)
@@ -112,6 +131,14 @@ def large_scale_jitter_recipe(cfg: Any) -> list[Any]:
     return keep_a_pixel([*_flip(cfg), scale, T.FixedSizeCrop(crop_size=(size, size)), *colour])
 
 
+def longest_side_recipe(cfg: Any, train: bool) -> list[Any]:
+    """Longer side to ``MODEL.SAM.IMAGE_SIZE``; in training flips and, where ``COLOR_AUG_SSD``, colours too."""
+    recipe: list[Any] = [LongestSide(cfg.MODEL.SAM.IMAGE_SIZE)]
+    if train and cfg.INPUT.get("COLOR_AUG_SSD", False):
+        recipe.append(SSDColour(cfg.INPUT.FORMAT))
+    return recipe + (_flip(cfg) if train else [])
+
+
 def detectron2_recipe(cfg: Any) -> list[Any]:
     """What Detectron2's own mapper does: crop, shortest-edge resize, flip."""
     augmentations = detection_utils.build_augmentation(cfg, is_train=True)
@@ -129,9 +156,11 @@ def _flip(cfg: Any) -> list[Any]:
 
 __all__ = [
     "KeepsAPixel",
+    "LongestSide",
     "SSDColour",
     "detectron2_recipe",
     "keep_a_pixel",
     "large_scale_jitter_recipe",
+    "longest_side_recipe",
     "resize_recipe",
 ]

@@ -10,12 +10,19 @@ def add_data_config(cfg: Any) -> None:
 
     ``DATASETS.REGISTER``: list of ``{NAME, JSON, IMAGES}``, COCO-format sets of one's own.
     ``DATASETS.CHECK``: check the json files before training and refuse what would crash.
+    ``INPUT.PROMPTS``: boxes as prompts: in training each side moves outwards by 0 to ``BOX_NOISE`` px of the resized
+    image, and ``MAX_BOXES`` objects of an image are taken at most; in testing ``DETECTIONS`` names a detector's results
+    (COCO's result json), "" takes the ground truth's boxes.
     ``TEST.TILES``: evaluate whole images by overlapping tiles of ``SIZE`` px, enlarged by ``SCALE``.
     """
     from detectron2.config import CfgNode
 
     _default(cfg.DATASETS, "REGISTER", [])
     _default(cfg.DATASETS, "CHECK", True)
+    _default(cfg.INPUT, "PROMPTS", CfgNode())
+    _default(cfg.INPUT.PROMPTS, "BOX_NOISE", 50.0)
+    _default(cfg.INPUT.PROMPTS, "MAX_BOXES", 64)
+    _default(cfg.INPUT.PROMPTS, "DETECTIONS", "")
     _default(cfg.TEST, "TILES", CfgNode())
     _default(cfg.TEST.TILES, "ENABLED", False)
     _default(cfg.TEST.TILES, "SIZE", 96)

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from peft_d2.compat import accept_empty_polygons
 from peft_d2.data.augmentation import detectron2_recipe, keep_a_pixel, large_scale_jitter_recipe, resize_recipe
+from peft_d2.data.checks import DatasetError
 from peft_d2.data.segmentation import segmentation_to_mask
 
 MAPPERS = (
@@ -30,6 +31,7 @@ MAPPERS = (
     "mask_former_semantic",
     "coco_instance_lsj",
     "coco_panoptic_lsj",
+    "sam_prompts",
     "detectron2",
 )
 _IMAGE_PADDING = 128
@@ -56,6 +58,10 @@ def build_mapper(cfg: Any, records: Sequence[dict[str, Any]]) -> Any:
     if name == "detectron2":
         return _detectron2_mapper(cfg, records)
     _require(records[0], name)
+    if name == "sam_prompts":
+        from peft_d2.data.prompts import build_prompt_mapper  # which derives its mapper from this module's
+
+        return build_prompt_mapper(cfg)
     recipe = large_scale_jitter_recipe(cfg) if name.endswith("_lsj") else resize_recipe(cfg, "instance" not in name)
     divisor = 0 if name.endswith("_lsj") else cfg.INPUT.get("SIZE_DIVISIBILITY", -1)
     if "instance" in name:
@@ -65,8 +71,15 @@ def build_mapper(cfg: Any, records: Sequence[dict[str, Any]]) -> Any:
     return kind(recipe, cfg.INPUT.FORMAT, divisor, ignore)
 
 
-def build_test_mapper(cfg: Any) -> DatasetMapper:
-    """Detectron2's mapper for inference, safe for images of one pixel's width; no resizing where tiles are cut."""
+def build_test_mapper(cfg: Any, dataset_name: str = "") -> Any:
+    """Detectron2's mapper for inference, safe for images of one pixel's width; no resizing where tiles are cut.
+
+    With ``INPUT.DATASET_MAPPER_NAME: sam_prompts`` the one that adds boxes, see :mod:`peft_d2.data.prompts`.
+    """
+    if cfg.INPUT.get("DATASET_MAPPER_NAME", "") == "sam_prompts":
+        from peft_d2.data.prompts import build_prompt_test_mapper
+
+        return build_prompt_test_mapper(cfg, dataset_name)
     mapper = DatasetMapper(cfg, is_train=False)
     tiled = "TILES" in cfg.TEST and cfg.TEST.TILES.ENABLED
     mapper.augmentations = T.AugmentationList([] if tiled else keep_a_pixel(mapper.augmentations.augs))
@@ -128,7 +141,7 @@ class InstanceMapper(_Mapper):
         record["image"] = self._image(picture.image)
         if len(masked) < len(objects):
             if masked or not self.bit_masks:
-                raise ValueError(
+                raise DatasetError(
                     f"{record['file_name']}: {len(objects) - len(masked)} of {len(objects)} annotations have no "
                     "segmentation. Masks are trained on, so every object needs one."
                 )
@@ -270,7 +283,9 @@ def _name_by_content(record: dict[str, Any]) -> str:
 
 
 def _require(record: dict[str, Any], name: str) -> None:
-    kind = "instance" if "instance" in name else "panoptic" if "panoptic" in name else "semantic"
+    kind = (
+        "instance" if "instance" in name or name == "sam_prompts" else "panoptic" if "panoptic" in name else "semantic"
+    )
     key = {"instance": "annotations", "panoptic": "pan_seg_file_name", "semantic": "sem_seg_file_name"}[kind]
     if key not in record:
         raise ValueError(

@@ -14,6 +14,7 @@ _EXPORTS = {
     "FastLVISEvaluator": "lvis",
     "PanopticQualityEvaluator": "panoptic",
     "MaskMetrics": "mask_metrics",
+    "PromptedMaskEvaluator": "prompted",
     "inference_model": "tiling",
     "TiledModel": "tiling",
 }

@@ -18,6 +18,7 @@ from peft_d2.data.registration import register_from_config
 from peft_d2.evaluation.coco import FastCOCOEvaluator
 from peft_d2.evaluation.lvis import FastLVISEvaluator
 from peft_d2.evaluation.panoptic import PanopticQualityEvaluator
+from peft_d2.evaluation.prompted import PromptedMaskEvaluator
 
 _INSTANCE = {"coco", "coco_panoptic_seg", "ade20k_panoptic_seg"}
 _SEMANTIC = {"sem_seg", "coco_panoptic_seg", "ade20k_panoptic_seg", "mapillary_vistas_panoptic_seg"}
@@ -45,6 +46,8 @@ def build_evaluator(cfg: Any, dataset_name: str, output_folder: str | None) -> D
     found: list[DatasetEvaluator] = []
     if kind in _SEMANTIC and (semantic or kind == "sem_seg"):
         found.append(SemSegEvaluator(dataset_name, distributed=True, output_dir=output_folder))
+    if kind == "coco" and _base_architecture(cfg) == "PD2SegmentAnything" and not cfg.INPUT.PROMPTS.DETECTIONS:
+        found.append(PromptedMaskEvaluator(dataset_name))
     if kind in _INSTANCE and (instance or kind == "coco"):
         found.append(FastCOCOEvaluator(dataset_name, output_dir=output_folder))
     if kind in _PANOPTIC and panoptic:
@@ -66,7 +69,9 @@ def build_evaluator(cfg: Any, dataset_name: str, output_folder: str | None) -> D
 
 
 def _is_mask_former(cfg: Any) -> bool:
+    return _base_architecture(cfg) in ("MaskFormer", "PD2MaskFormer", "MaskDINO", "PD2MaskDINO")
+
+
+def _base_architecture(cfg: Any) -> str:
     name = cfg.MODEL.META_ARCHITECTURE
-    if name == "PEFTModel":
-        name = cfg.MODEL.PEFT.META_ARCHITECTURE
-    return name in ("MaskFormer", "PD2MaskFormer", "MaskDINO", "PD2MaskDINO")
+    return cfg.MODEL.PEFT.META_ARCHITECTURE if name == "PEFTModel" else name

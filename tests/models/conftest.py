@@ -15,6 +15,7 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import build_model
 from torch import nn
 
+import peft_d2
 from peft_d2.models import add_models_config, register
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -38,6 +39,22 @@ SMALL = {
     "MODEL.MASK_FORMER.DEC_LAYERS": 3,
     "MODEL.MASK_FORMER.NUM_OBJECT_QUERIES": 6,
     "MODEL.MASK_FORMER.TRAIN_NUM_POINTS": 128,
+}
+
+# The size of the golden sam_tiny, and a grid of 8 x 8.
+SAM_TINY = {
+    "MODEL.DEVICE": "cpu",
+    "MODEL.WEIGHTS": "",
+    "MODEL.SAM.IMAGE_SIZE": 128,
+    "MODEL.SAM.EMBED_DIM": 48,
+    "MODEL.SAM.DEPTH": 4,
+    "MODEL.SAM.NUM_HEADS": 4,
+    "MODEL.SAM.WINDOW_SIZE": 3,
+    "MODEL.SAM.GLOBAL_BLOCKS": [1, 3],
+    "MODEL.SAM.OUT_CHANNELS": 32,
+    "MODEL.SAM.DECODER_HEADS": 4,
+    "MODEL.SAM.DECODER_MLP_DIM": 64,
+    "MODEL.SAM.IOU_HEAD_HIDDEN": 32,
 }
 
 
@@ -65,6 +82,23 @@ def build() -> Callable[..., nn.Module]:
 def small(build: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
     """``small(instance overrides)``: the small model with further overrides."""
     return lambda overrides=None: build("coco/instance/mask2former_r50.yaml", {**SMALL, **(overrides or {})})
+
+
+@pytest.fixture
+def sam(filler: ModuleType) -> Callable[..., nn.Module]:
+    """``sam(overrides)``: the tiny Segment Anything in eval mode, filled as the golden was."""
+
+    def run(overrides: dict[str, Any] | None = None) -> nn.Module:
+        cfg = get_cfg()
+        peft_d2.add_config(cfg)
+        cfg.merge_from_file(str(ROOT / "configs" / "sam" / "vit_b.yaml"))
+        cfg.merge_from_list([part for item in {**SAM_TINY, **(overrides or {})}.items() for part in item])
+        register()
+        model = build_model(cfg).eval()
+        filler.fill(model)
+        return model
+
+    return run
 
 
 @pytest.fixture(scope="session")
