@@ -52,7 +52,7 @@ def build_train_loader(cfg: Any, start_iter: int = 0, mapper: Mapper | None = No
 def build_test_loader(cfg: Any, name: str) -> DataLoader:
     """Loader of one data set in order, one image at a time, dealt out to the ranks."""
     register_from_config(cfg)
-    return build_detection_test_loader(cfg, name, mapper=build_test_mapper(cfg))
+    return build_detection_test_loader(cfg, name, mapper=build_test_mapper(cfg, name))
 
 
 def training_records(cfg: Any) -> list[dict[str, Any]]:

@@ -181,6 +181,8 @@ class Trainer(DefaultTrainer):
 def _distributed(model: nn.Module) -> nn.Module:
     on_cpu = next(model.parameters()).device.type == "cpu"
     options: dict[str, Any] = {"device_ids": None} if on_cpu else {}
+    if getattr(model, "has_unused_parameters", False):
+        options["find_unused_parameters"] = True
     return create_ddp_model(model, broadcast_buffers=False, **options)
 
 

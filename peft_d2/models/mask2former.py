@@ -184,7 +184,13 @@ class MaskFormer(nn.Module):
         return set(ids.values())
 
     def upgrade_state_dict(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """A whole model's state dict with the names of earlier releases replaced; ``load_state_dict`` does the same."""
+        """A whole model's state dict with the names of earlier releases replaced; ``load_state_dict`` does the same.
+
+        A backbone that other models' checkpoints hold takes its part out of them here.
+        """
+        upgrade_backbone = getattr(self.backbone, "upgrade_state_dict", None)
+        if upgrade_backbone is not None:
+            state = upgrade_backbone(state, "backbone.")
         return upgrade_head(state, "sem_seg_head.")
 
 
