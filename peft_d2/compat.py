@@ -70,3 +70,22 @@ def accept_empty_polygons() -> None:
 
     for module in (masks, structures, detection_utils):  # each has imported the name
         module.polygons_to_bitmask = polygons_to_bitmask
+
+
+def create_local_process_group(size: int) -> None:
+    """Tell Detectron2 which ranks share a machine: each ``size`` in a row. All processes call it together.
+
+    The main branch has a function for that; in 0.5 and 0.6 its launcher sets the group itself.
+    """
+    require_detectron2()
+    import torch.distributed as dist
+    from detectron2.utils import comm
+
+    if hasattr(comm, "create_local_process_group"):
+        comm.create_local_process_group(size)
+        return
+    for first in range(0, dist.get_world_size(), size):
+        ranks = list(range(first, first + size))
+        group = dist.new_group(ranks)
+        if dist.get_rank() in ranks:
+            comm._LOCAL_PROCESS_GROUP = group

@@ -31,7 +31,11 @@ def main() -> int:
         data = json.loads(Path(args.json).read_text())
         print(f"{len(data['images'])} images, {len(data['annotations'])} objects, {len(data['categories'])} classes")
         if args.sheet:
-            contact_sheet(data, args.images, args.sheet_images).save(args.sheet)
+            try:
+                contact_sheet(data, args.images, args.sheet_images).save(args.sheet)
+            except (OSError, ValueError) as error:
+                print(f"error: --sheet {args.sheet}: {error}. Give a .jpg or .png file.", file=sys.stderr)
+                return 1
             print(f"wrote {args.sheet}")
     print(f"{errors} error(s), {len(problems) - errors} warning(s)")
     return 1 if errors else 0

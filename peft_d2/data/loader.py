@@ -13,6 +13,7 @@ from detectron2.data.samplers import RepeatFactorTrainingSampler
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset
 
+from peft_d2.data.checks import DatasetError
 from peft_d2.data.mappers import build_mapper, build_test_mapper
 from peft_d2.data.order import BatchOrder, Draw, sample_seed
 from peft_d2.data.registration import register_from_config
@@ -28,7 +29,8 @@ def build_train_loader(cfg: Any, start_iter: int = 0, mapper: Mapper | None = No
     of workers or ranks. ``SEED: -1`` draws a seed, so that order is not restored on resuming.
 
     Raises:
-        ValueError: no image is left to train on; the batch cannot be dealt out; unknown sampler or mapper.
+        DatasetError: no image is left to train on.
+        ValueError: the batch cannot be dealt out; unknown sampler or mapper.
     """
     register_from_config(cfg)
     records = training_records(cfg)
@@ -70,7 +72,7 @@ def training_records(cfg: Any) -> list[dict[str, Any]]:
         if len(records) < before:
             logger.info("%d of %d images have no object and are left out.", before - len(records), before)
     if not records:
-        raise ValueError(
+        raise DatasetError(
             f"{list(cfg.DATASETS.TRAIN)}: no image with annotations is left to train on. "
             "Check the annotations, or set DATALOADER.FILTER_EMPTY_ANNOTATIONS False to train on empty images."
         )

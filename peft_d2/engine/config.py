@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -33,6 +34,8 @@ def add_config(cfg: Any) -> None:
     ``MODEL.PEFT.LR_FACTOR``, ``TRAIN_LR_FACTOR``: factors on ``BASE_LR`` for injected parts and for ``TRAIN``.
     ``MODEL.PEFT.ALLOW_OTHER_BASE``: load an adapter that was made for another base all the same.
     ``MODEL.PEFT.PROVE_LIVE``: prove before the first step that each injected part changes the output.
+    ``SOLVER.ACCUMULATE``: in how many pieces each process computes its share of a batch, to save memory; the gradients
+    are those of the whole batch.
     ``SOLVER.REFERENCE_IMS``: the batch size that ``BASE_LR`` was chosen for; 0 leaves the rate as it is.
     ``SOLVER.CHECKPOINTS_TO_KEEP``: how many periodic checkpoints stay on disk; 0 keeps all.
     ``SOLVER.AMP.DTYPE``: ``auto`` (bf16 where the device has it, else fp16), ``bf16`` or ``fp16``.
@@ -53,7 +56,9 @@ def add_config(cfg: Any) -> None:
         cfg.SOLVER.BACKBONE_MULTIPLIER = 1.0
     if not mapper_was_there:
         cfg.INPUT.DATASET_MAPPER_NAME = ""
-    _defaults(cfg.SOLVER, REFERENCE_IMS=0, CHECKPOINTS_TO_KEEP=0, POLY_LR_POWER=0.9, POLY_LR_CONSTANT_ENDING=0.0)
+    _defaults(
+        cfg.SOLVER, ACCUMULATE=1, REFERENCE_IMS=0, CHECKPOINTS_TO_KEEP=0, POLY_LR_POWER=0.9, POLY_LR_CONSTANT_ENDING=0.0
+    )
     _defaults(cfg.SOLVER.AMP, DTYPE="auto")
     _defaults(cfg.MODEL, PEFT=CfgNode())
     _defaults(
@@ -129,7 +134,15 @@ def base_architecture(cfg: Any) -> str:
 
 
 def resolve_device(cfg: Any) -> None:
-    """Turn ``MODEL.DEVICE: cuda`` into ``cpu``, with one line, where torch sees no CUDA device."""
+    """Turn ``MODEL.DEVICE: cuda`` into ``cpu``, with one line, where torch sees no CUDA device.
+
+    Raises:
+        ConfigError: torch knows no such device.
+    """
+    try:
+        torch.device(cfg.MODEL.DEVICE)
+    except RuntimeError as error:
+        raise ConfigError(f"MODEL.DEVICE is {cfg.MODEL.DEVICE!r}; expected 'cpu', 'cuda' or 'cuda:0'.") from error
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         frozen = cfg.is_frozen()
         cfg.defrost()
@@ -164,10 +177,12 @@ def _merge_pairs(loaded: LoadedConfig, opts: Sequence[str]) -> None:
         raise ConfigError(f"{flags[0]} comes after config KEY VALUE pairs; put all arguments before them.")
     if len(opts) % 2:
         raise ConfigError(f"config options come in KEY VALUE pairs; the last one, {opts[-1]!r}, stands alone.")
-    known = {key for key, _ in _leaves(loaded.cfg)}
+    known = dict(_leaves(loaded.cfg))
     for key, value in zip(opts[::2], opts[1::2], strict=True):
         if key not in known:
-            raise ConfigError(_unknown_key("command line", key, known))
+            raise ConfigError(_unknown_key("command line", key, set(known)))
+        if isinstance(known[key], float) and re.fullmatch(r"[+-]?\d+", str(value)):
+            value = f"{value}.0"  # a rate of 1 is one of 1.0
         try:
             loaded.cfg.merge_from_list([key, value])
         except (AssertionError, KeyError, ValueError) as error:

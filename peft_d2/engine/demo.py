@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from peft_d2.engine.checks import build_model
 from peft_d2.engine.errors import ConfigError
-from peft_d2.engine.launch import one_line_errors, prepare_config
+from peft_d2.engine.launch import one_line_errors, prepare_config, warn_of_untrained
 
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
 _SHORT_SIDE = 480
@@ -38,23 +40,33 @@ def picture(args: argparse.Namespace) -> list[Path]:
     """Predict on each image and write a picture of the same name; returns the paths.
 
     Raises:
-        ConfigError: an input that does not exist, or a folder without images.
+        ConfigError: an input that does not exist or is no image, or an output that cannot be written.
     """
     from peft_d2.engine.progress import Bar, on_terminal
 
     images = find_images(args.input)
+    targets = _targets(images, Path(args.output))
     predictor = Predictor(prepare_config(args))
-    output = Path(args.output)
-    output.mkdir(parents=True, exist_ok=True)
-    written = []
     for path in Bar(images, "images") if on_terminal() else images:
         image, prediction = predictor(path)
-        target = output / f"{path.stem}.png"
-        count = draw(image, prediction, predictor.metadata, args.confidence_threshold, target)
+        count = draw(image, prediction, predictor.metadata, args.confidence_threshold, targets[path])
         if not on_terminal():
-            print(f"{path}: {count} instances -> {target}", flush=True)
-        written.append(target)
-    return written
+            print(f"{path}: {count} instances -> {targets[path]}", flush=True)
+    return list(targets.values())
+
+
+def _targets(images: list[Path], output: Path) -> dict[Path, Path]:
+    """Where each image's picture goes: under its name, with its suffix where two differ in that alone."""
+    stems = Counter(path.stem for path in images)
+    targets = {path: output / f"{path.stem if stems[path.stem] == 1 else path.name}.png" for path in images}
+    inputs = {path.resolve() for path in images}
+    if clash := next((target for target in targets.values() if target.resolve() in inputs), None):
+        raise ConfigError(f"--output {output}: {clash} is one of the images and would be overwritten. Choose another.")
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--output {output} cannot be made: {error.strerror}. Choose another folder.") from error
+    return targets
 
 
 def find_images(inputs: list[str]) -> list[Path]:
@@ -83,7 +95,6 @@ class Predictor:
     def __init__(self, cfg: Any) -> None:
         from detectron2.data import MetadataCatalog
         from detectron2.data import transforms as T
-        from detectron2.modeling import build_model
 
         from peft_d2.engine.checkpointer import Checkpointer
         from peft_d2.evaluation import inference_model
@@ -91,6 +102,7 @@ class Predictor:
         self.cfg = cfg
         self.model = build_model(cfg).eval()
         Checkpointer(self.model, allow_other_base=cfg.MODEL.PEFT.ALLOW_OTHER_BASE).load(cfg.MODEL.WEIGHTS)
+        warn_of_untrained(cfg)
         self.model = inference_model(cfg, self.model)
         names = (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN)
         self.metadata = MetadataCatalog.get(names[0] if names else "__unnamed__")
@@ -102,7 +114,10 @@ class Predictor:
         """Returns the image as RGB (H, W, 3) uint8 and the model's output for it."""
         from detectron2.data.detection_utils import read_image
 
-        image = read_image(str(path), format="RGB")
+        try:
+            image = read_image(str(path), format="RGB")
+        except OSError as error:
+            raise ConfigError(f"--input {path}: is no image that can be read ({error}).") from error
         height, width = image.shape[:2]
         ordered = image if self.cfg.INPUT.FORMAT == "RGB" else image[:, :, ::-1]
         resized = self._resize.get_transform(ordered).apply_image(ordered)

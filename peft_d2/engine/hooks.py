@@ -11,6 +11,7 @@ from detectron2.engine import HookBase
 from detectron2.utils import comm
 
 from peft_d2 import peft
+from peft_d2.engine.step import unwrapped
 
 logger = logging.getLogger(__name__)
 
@@ -117,8 +118,3 @@ def _refuse_dead(names: list[str], mode: str) -> None:
             "call these modules, or reads their weights directly: choose a module around them. "
             "MODEL.PEFT.PROVE_LIVE False trains all the same."
         )
-
-
-def unwrapped(model: Any) -> Any:
-    """The model inside DistributedDataParallel, or the model itself."""
-    return model.module if isinstance(model, torch.nn.parallel.DistributedDataParallel) else model

@@ -6,15 +6,19 @@ import argparse
 import contextlib
 import logging
 import logging.handlers
+import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from peft_d2.compat import Detectron2Missing, require_detectron2
-from peft_d2.engine.config import LoadedConfig, load_config
-from peft_d2.engine.errors import ConfigError, LossNotFinite
+from peft_d2.engine import processes
+from peft_d2.engine.checks import check_run
+from peft_d2.engine.config import PEFT_ARCHITECTURE, LoadedConfig, load_config
+from peft_d2.engine.errors import ConfigError, LossNotFinite, message_of
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +29,8 @@ def training_parser() -> argparse.ArgumentParser:
     from detectron2.engine import default_argument_parser
 
     parser = default_argument_parser()
+    parser.set_defaults(dist_url="auto")  # Detectron2's is one port per user: two runs would meet there
+    parser.add_argument("--num-processes", type=int, default=0, metavar="N", help="processes per machine on the CPU")
     parser.add_argument("--peft-config", default="", metavar="FILE", help="one of configs/peft, on top")
     own = parser.add_argument_group("own data, COCO format")
     own.add_argument("--train-json", default="", metavar="FILE", help="annotations to train on")
@@ -38,38 +44,74 @@ def training_parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> Any:
     """Run ``tools/train_net.py``: parse, launch the processes, train or evaluate."""
     args = training_parser().parse_args(arguments)
-    from detectron2.engine import launch
+    return one_line_errors(lambda: processes.launch(run, (args,), layout(args), expected_errors()))
 
+
+def layout(args: argparse.Namespace) -> processes.Layout:
+    """The processes that a command line, or torchrun's environment, asks for.
+
+    Raises:
+        ConfigError: GPUs that are not there, or CPU processes for a run on the GPU.
+    """
+    for name in ("num_gpus", "num_processes", "num_machines", "machine_rank"):
+        if getattr(args, name) < 0:
+            raise ConfigError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected 0 or more.")
+    several = args.num_gpus > 1 or args.num_processes > 1 or args.num_machines > 1
+    if not several and not processes.under_torchrun():
+        return processes.Layout()
+    with _silent():  # each process will say it again
+        on_cpu = load_config(args.config_file, args.peft_config, args.opts).cfg.MODEL.DEVICE.startswith("cpu")
+    if processes.under_torchrun():
+        if several:
+            raise ConfigError("torchrun started this process: leave --num-gpus, --num-processes, --num-machines out.")
+        return processes.torchrun_layout(on_cpu)
+    if args.num_processes and not on_cpu:
+        raise ConfigError("--num-processes is for the CPU; on GPUs give --num-gpus, or append MODEL.DEVICE cpu.")
     found = torch.cuda.device_count()
-    if args.num_gpus * args.num_machines > 1 and args.num_gpus > found:
-        print(f"error: --num-gpus {args.num_gpus}, but torch sees {found} CUDA devices here.", file=sys.stderr)
-        raise SystemExit(1)
-    return one_line_errors(
-        lambda: launch(
-            run,
-            args.num_gpus,
-            num_machines=args.num_machines,
-            machine_rank=args.machine_rank,
-            dist_url=args.dist_url,
-            args=(args,),
+    if on_cpu and args.num_gpus > 1:
+        raise ConfigError(
+            f"--num-gpus {args.num_gpus}, but torch sees {found} CUDA devices here and MODEL.DEVICE is cpu. "
+            f"Several processes on the CPU: --num-processes {args.num_gpus}."
         )
-    )
+    if not on_cpu and args.num_gpus > found:
+        raise ConfigError(f"--num-gpus {args.num_gpus}, but torch sees {found} CUDA devices here.")
+    count = max(args.num_processes, 1) if on_cpu else args.num_gpus
+    return processes.Layout(count, args.num_machines, args.machine_rank, args.dist_url, on_cpu)
 
 
 def run(args: argparse.Namespace) -> Any:
     """Train or evaluate in this process."""
+    from detectron2.utils import comm
+
     from peft_d2.engine.checkpointer import Checkpointer
     from peft_d2.engine.trainer import Trainer
+    from peft_d2.io import atomic
 
     cfg = setup(args)
     if not args.eval_only:
         trainer = Trainer(cfg)
         trainer.resume_or_load(resume=args.resume)
+        if args.resume and comm.is_main_process():
+            atomic.write_bytes(Path(cfg.OUTPUT_DIR, "config.yaml"), cfg.dump().encode())
         return trainer.train()
     model = Trainer.build_model(cfg)
     checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, allow_other_base=cfg.MODEL.PEFT.ALLOW_OTHER_BASE)
+    resumed = args.resume and checkpointer.has_checkpoint()
     checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+    if not resumed:
+        warn_of_untrained(cfg)
     return Trainer.test(cfg, model)
+
+
+def warn_of_untrained(cfg: Any) -> None:
+    """Say that a PEFT config without an adapter predicts as its base does."""
+    node = cfg.MODEL.PEFT
+    if cfg.MODEL.META_ARCHITECTURE == PEFT_ARCHITECTURE and not node.WEIGHTS:
+        logger.warning(
+            "MODEL.PEFT.WEIGHTS is empty: this is the base without a trained adapter. To use one, append "
+            "MODEL.PEFT.WEIGHTS and its folder, e.g. %s.",
+            os.path.join(cfg.OUTPUT_DIR, "adapter_final"),
+        )
 
 
 def setup(args: argparse.Namespace) -> Any:
@@ -84,8 +126,9 @@ def setup(args: argparse.Namespace) -> Any:
 
     with _lines_held_back() as release:
         cfg = prepare_config(args)
-        _check_data(cfg)
-        default_setup(cfg, args)
+        check_run(cfg, args.eval_only)
+        with _config_kept(cfg.OUTPUT_DIR) if args.eval_only or args.resume else contextlib.nullcontext():
+            default_setup(cfg, args)
         setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="peft_d2")
         release()
     return cfg
@@ -101,6 +144,7 @@ def prepare_config(args: argparse.Namespace) -> Any:
         register(upstream_names=True)
         loaded = load_config(args.config_file, args.peft_config, args.opts)
         _take_own_data(loaded, args)
+        _make_paths_absolute(loaded.cfg)
         register_from_config(loaded.cfg)
         apply_class_count(loaded.cfg, loaded.explicit)
     except (ValueError, FileNotFoundError) as error:
@@ -109,18 +153,19 @@ def prepare_config(args: argparse.Namespace) -> Any:
     return loaded.cfg
 
 
-def _check_data(cfg: Any) -> None:
-    """Refuse annotations that would crash a run, before it starts.
+@contextlib.contextmanager
+def _config_kept(folder: str) -> Iterator[None]:
+    """Leave the config of a run in ``folder`` as it is: Detectron2 writes that of an evaluation over it, too."""
+    from detectron2.utils import comm
 
-    Raises:
-        ConfigError: naming the data set, the defect and the remedy.
-    """
-    from peft_d2.data.checks import DatasetError, check_datasets
+    from peft_d2.io import atomic
 
-    try:
-        check_datasets(cfg)
-    except DatasetError as error:
-        raise ConfigError(str(error)) from error
+    path = Path(folder, "config.yaml")
+    before = path.read_bytes() if path.is_file() else None
+    yield
+    if before is not None and comm.is_main_process():
+        atomic.write_bytes(path, before)
+        logger.info("%s is kept: it belongs to the training.", path)
 
 
 def _take_own_data(loaded: LoadedConfig, args: argparse.Namespace) -> None:
@@ -135,8 +180,27 @@ def _take_own_data(loaded: LoadedConfig, args: argparse.Namespace) -> None:
             node.REGISTER = [*node.REGISTER, {"NAME": name, "JSON": json_path, "IMAGES": images}]
             node[target] = (name,)
             loaded.explicit[f"DATASETS.{target}"] = 3
-        elif target == "TEST" and getattr(args, "train_json", None):
-            node.TEST = ()
+        elif target == "TEST" and getattr(args, "train_json", None) and loaded.explicit.get("DATASETS.TEST") != 2:
+            node.TEST = ()  # the config's own are of other data
+
+
+def _make_paths_absolute(cfg: Any) -> None:
+    """Files and folders that exist, so that ``OUTPUT_DIR/config.yaml`` holds from any folder."""
+    cfg.DATASETS.REGISTER = [
+        {key: _absolute(value) if key in ("JSON", "IMAGES") else value for key, value in entry.items()}
+        if isinstance(entry, Mapping)
+        else entry
+        for entry in cfg.DATASETS.REGISTER
+    ]
+    for node in (cfg.MODEL, cfg.MODEL.PEFT):
+        node.WEIGHTS = _absolute(node.WEIGHTS)
+
+
+def _absolute(path: Any) -> Any:
+    if not isinstance(path, str) or not path:
+        return path
+    found = os.path.abspath(os.path.expanduser(path))
+    return found if os.path.exists(found) else path
 
 
 @contextlib.contextmanager
@@ -163,16 +227,32 @@ def _lines_held_back() -> Iterator[Callable[[], None]]:
             print(record.getMessage(), file=sys.stderr)
 
 
-def one_line_errors(function: Callable[[], Any]) -> Any:
-    """Call ``function``; what the user can put right ends the program with one line instead of a traceback."""
-    from peft_d2 import io, peft
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """Without log lines below errors."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
-    known = (
-        *(ConfigError, LossNotFinite, Detectron2Missing, peft.PeftError),
+
+def expected_errors() -> tuple[type[Exception], ...]:
+    """What the user can put right: its message says all there is to say."""
+    from peft_d2 import io, peft
+    from peft_d2.data.checks import DatasetError
+
+    return (
+        *(ConfigError, DatasetError, LossNotFinite, Detectron2Missing, peft.PeftError),
         *(io.CheckpointError, io.AdapterFileError, io.StorageError),
     )
+
+
+def one_line_errors(function: Callable[[], Any]) -> Any:
+    """Call ``function``; what the user can put right ends the program with one line instead of a traceback."""
     try:
         return function()
-    except known as error:
-        print(f"error: {error}", file=sys.stderr)
+    except expected_errors() as error:
+        print(f"error: {message_of(error)}", file=sys.stderr)
         raise SystemExit(1) from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from peft_d2.engine.checks import build_model
 from peft_d2.engine.errors import ConfigError
 from peft_d2.engine.launch import prepare_config
 
@@ -25,8 +26,6 @@ def merge_adapter(args: argparse.Namespace) -> str:
         ConfigError: no base weights are named.
         CheckpointError, AdapterFileError, InjectionError: what cannot be loaded or merged, by name.
     """
-    from detectron2.modeling import build_model
-
     from peft_d2 import adapters
     from peft_d2.engine.checkpointer import Checkpointer
 

@@ -6,6 +6,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,10 @@ from detectron2.engine import SimpleTrainer
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from peft_d2.engine.errors import ConfigError, LossNotFinite
+from peft_d2.models.joined_batch import joined_batch
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -64,13 +67,27 @@ class LazyLoader:
 
 
 class TrainStep(SimpleTrainer):
-    """Detectron2's inner trainer with mixed precision and a step that is never taken on a bad loss or gradient."""
+    """Detectron2's inner trainer with mixed precision and a step that is never taken on a bad loss or gradient.
+
+    Args:
+        model: on its device, wrapped for several processes or not.
+        data_loader: gives lists of samples.
+        optimizer: of what is trained.
+        dtype: half precision of the forward pass; None is float32.
+        pieces: parts of a batch that are computed one after another, their gradients added up.
+    """
 
     def __init__(
-        self, model: nn.Module, data_loader: Iterable[Any], optimizer: torch.optim.Optimizer, dtype: torch.dtype | None
+        self,
+        model: nn.Module,
+        data_loader: Iterable[Any],
+        optimizer: torch.optim.Optimizer,
+        dtype: torch.dtype | None = None,
+        pieces: int = 1,
     ) -> None:
         super().__init__(model, data_loader, optimizer)
         self.dtype = dtype
+        self.pieces = pieces
         self.device_type = next(model.parameters()).device.type
         self.grad_scaler = torch.amp.GradScaler(self.device_type, enabled=dtype == torch.float16)
 
@@ -79,16 +96,35 @@ class TrainStep(SimpleTrainer):
         start = time.perf_counter()
         data = next(self._data_loader_iter)
         data_time = time.perf_counter() - start
-        losses = self._forward(data)
-        self._require_finite(losses, data)
-        total = torch.stack([loss.float() for loss in losses.values()]).sum()
         self.optimizer.zero_grad(set_to_none=True)
-        self.grad_scaler.scale(total).backward()
+        losses = self._backward(data)
         if not self.grad_scaler.is_enabled():  # the scaler itself leaves out a step whose gradients overflow
             self._require_finite_gradients(losses, data)
         self._record(losses, data_time)
         self.grad_scaler.step(self.optimizer)
         self.grad_scaler.update()
+
+    def _backward(self, data: list[Any]) -> dict[str, Tensor]:
+        """Add up the gradients of the batch's pieces; returns the losses of the whole."""
+        size = len(data) // self.pieces
+        pieces = [data[i * size : (i + 1) * size] for i in range(self.pieces)]
+        head = getattr(unwrapped(self.model), "sem_seg_head", None)
+        joined = joined_batch(pieces, getattr(head, "ignore_value", 255)) if self.pieces > 1 else nullcontext()
+        means: dict[str, Tensor] = {}
+        with joined:
+            for number, piece in enumerate(pieces, 1):
+                with self._gradients_kept_local() if number < self.pieces else nullcontext():
+                    losses = self._forward(piece)
+                    self._require_finite(losses, piece)
+                    total = torch.stack([loss.float() for loss in losses.values()]).sum() / self.pieces
+                    self.grad_scaler.scale(total).backward()
+                for name, loss in losses.items():
+                    means[name] = means.get(name, torch.zeros_like(loss)) + loss.detach() / self.pieces
+        return means
+
+    def _gradients_kept_local(self) -> contextlib.AbstractContextManager[Any]:
+        """Without exchange between processes: the last piece's exchange covers those before it."""
+        return self.model.no_sync() if isinstance(self.model, DistributedDataParallel) else nullcontext()
 
     def _forward(self, data: Any) -> dict[str, Tensor]:
         with self.precision():
@@ -98,7 +134,7 @@ class TrainStep(SimpleTrainer):
     def precision(self) -> contextlib.AbstractContextManager[Any]:
         """The context that a forward pass runs in."""
         if self.dtype is None:
-            return contextlib.nullcontext()
+            return nullcontext()
         return torch.autocast(self.device_type, dtype=self.dtype)
 
     def _require_finite(self, losses: Mapping[str, Tensor], data: Any) -> None:
@@ -136,6 +172,11 @@ class TrainStep(SimpleTrainer):
         storage.put_scalar("total_loss", sum(means.values()))
         if len(means) > 1:
             storage.put_scalars(**means)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside DistributedDataParallel, or the model itself."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
 
 
 def _all_ranks(flag: bool, device: torch.device) -> bool:

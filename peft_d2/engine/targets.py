@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from peft_d2.engine.checks import build_model
 from peft_d2.engine.launch import one_line_errors, prepare_config
 
 logger = logging.getLogger(__name__)
@@ -50,8 +51,6 @@ def describe(args: argparse.Namespace) -> str:
 
 def build_without_weights(cfg: Any) -> nn.Module:
     """Build the config's model on torch's meta device: shapes alone, in a moment. Where a model cannot, on the CPU."""
-    from detectron2.modeling import build_model
-
     cfg = cfg.clone()
     cfg.defrost()
     cfg.MODEL.PEFT.WEIGHTS = ""

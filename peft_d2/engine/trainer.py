@@ -16,13 +16,13 @@ import torch
 from detectron2.engine import DefaultTrainer, HookBase, create_ddp_model, hooks
 from detectron2.engine.train_loop import TrainerBase
 from detectron2.evaluation.testing import flatten_results_dict
-from detectron2.modeling import build_model
 from detectron2.utils import comm
 from torch import nn
 
 from peft_d2 import data, evaluation, peft
 from peft_d2.engine import optimizer as optimization
 from peft_d2.engine.checkpointer import Checkpointer
+from peft_d2.engine.checks import build_model, check_batch
 from peft_d2.engine.config import resolve_device
 from peft_d2.engine.hooks import FrozenWeights, ProveLive, SaveOnSignal
 from peft_d2.engine.progress import Bar, TrainingBar, on_terminal
@@ -47,6 +47,7 @@ class Trainer(DefaultTrainer):
         cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size()).clone()
         cfg.defrost()
         resolve_device(cfg)
+        check_batch(cfg)
         optimization.scale_learning_rate(cfg)
         cfg.SEED = choose_seed(cfg.SEED)
         self.cfg = cfg
@@ -61,7 +62,7 @@ class Trainer(DefaultTrainer):
         self.report = _report(model)
         optimizer = self.build_optimizer(cfg, model)
         self.loader = LazyLoader(self._build_loader)
-        self._trainer = TrainStep(_distributed(model), self.loader, optimizer, dtype)
+        self._trainer = TrainStep(_distributed(model), self.loader, optimizer, dtype, cfg.SOLVER.ACCUMULATE)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = Checkpointer(
             model,

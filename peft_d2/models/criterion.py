@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from peft_d2.models.joined_batch import average_class_weight, average_count
 from peft_d2.models.matcher import HungarianMatcher, Match
 from peft_d2.models.points import sample_points, uncertain_points
 from peft_d2.models.targets import Target
@@ -25,16 +25,6 @@ def dice_loss(logits: Tensor, labels: Tensor, count: float) -> Tensor:
 def mask_loss(logits: Tensor, labels: Tensor, count: float) -> Tensor:
     """Sum over masks of the mean binary cross-entropy, divided by ``count``; logits and labels (M, P)."""
     return F.binary_cross_entropy_with_logits(logits, labels, reduction="none").mean(1).sum() / count
-
-
-def average_count(targets: Sequence[Target], device: torch.device) -> float:
-    """Targets per worker, averaged over all workers, at least 1."""
-    count = float(sum(len(target.labels) for target in targets))
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        total = torch.tensor(count, device=device)
-        dist.all_reduce(total)
-        count = total.item() / dist.get_world_size()
-    return max(count, 1.0)
 
 
 class SetCriterion(nn.Module):
@@ -64,6 +54,7 @@ class SetCriterion(nn.Module):
         self.num_classes = num_classes
         self.matcher = matcher
         self.weight_dict = weight_dict
+        self.no_object_weight = no_object_weight
         weight = torch.ones(num_classes + 1)
         weight[-1] = no_object_weight
         self.register_buffer("empty_weight", weight)
@@ -110,7 +101,8 @@ class SetCriterion(nn.Module):
         labels = torch.full(logits.shape[:2], self.num_classes, dtype=torch.int64, device=logits.device)
         for row, target, (queries, indices) in zip(labels, targets, matches, strict=True):
             row[queries.to(row.device)] = target.labels[indices.to(row.device)]
-        return F.cross_entropy(logits.transpose(1, 2), labels, self.empty_weight)
+        total = F.cross_entropy(logits.transpose(1, 2), labels, self.empty_weight, reduction="sum")
+        return total / average_class_weight(targets, logits, self.no_object_weight)
 
     def mask_losses(
         self, masks: Tensor, targets: Sequence[Target], matches: Sequence[Match], count: float

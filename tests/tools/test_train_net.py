@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -126,6 +127,60 @@ def test_eval_only_gives_the_figures_of_the_run(run: Callable[..., str], finishe
     assert copypaste(console) == expected
 
 
+def test_a_config_holds_from_any_folder(
+    finished: Path, data: toy.ToySet, tmp_path: Path, run: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Data and weights given relative to where the run was started."""
+    monkeypatch.chdir(finished)
+    own = [os.path.relpath(item) for item in (data.json, data.images)]
+    first = ("--val-json", own[0], "--val-images", own[1], "--name", "toys", "--eval-only")
+    weights = ("MODEL.WEIGHTS", "base/model_final.pth", "MODEL.PEFT.WEIGHTS", "lora/adapter_final")
+    console = run("train_net", "--config-file", TINY, *first, "OUTPUT_DIR", tmp_path / "eval", *weights)
+    monkeypatch.chdir(tmp_path)
+    again = ("--config-file", "eval/config.yaml", "--eval-only", "OUTPUT_DIR", "again")
+    assert copypaste(run("train_net", *again)) == copypaste(console)
+
+
+def test_an_evaluation_leaves_the_config_of_the_training(run: Callable[..., str], finished: Path) -> None:
+    config = finished / "lora" / "config.yaml"
+    before = config.read_bytes()
+    console = run("train_net", "--config-file", config, "--eval-only", "TEST.DETECTIONS_PER_IMAGE", 3)
+    assert config.read_bytes() == before and "is kept: it belongs to the training" in console
+    assert "this is the base without a trained adapter" in console and "adapter_final" in console
+    other = LORA.replace("2", "3")
+    error = run("train_net", "--config-file", config, "--resume", "MODEL.PEFT.METHODS", other, fails=True)
+    assert "RANK is 3 in the model and 2 in the file" in error
+    assert config.read_bytes() == before
+
+
+def test_killed_and_resumed(finished: Path, run: Callable[..., str], tmp_path: Path) -> None:
+    """A process that is killed without warning, at a moment when one checkpoint is whole and the next is not."""
+    config = ("--config-file", finished / "lora" / "config.yaml")
+    opts = ("OUTPUT_DIR", tmp_path, "SOLVER.MAX_ITER", 3000, "SOLVER.CHECKPOINT_PERIOD", 1, "DATASETS.TEST", "()")
+    command = [sys.executable, ROOT / "tools" / "train_net.py", *config, *opts]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    training = subprocess.Popen([str(item) for item in command], env=environment, stdout=subprocess.DEVNULL)
+    while not (tmp_path / "last_checkpoint").is_file() and training.poll() is None:
+        time.sleep(0.02)
+    training.kill()
+    assert training.wait() == -9
+    newest = max(int(path.name[8:]) for path in tmp_path.glob("adapter_*") if (path / "training_state.pth").is_file())
+    end = ("SOLVER.MAX_ITER", newest + 3)
+    console = run("train_net", *config, "--resume", *opts, *end)
+    assert f"Resuming from {tmp_path}/adapter_{newest:07d}" in console
+    assert f"Starting training from iteration {newest + 1}" in console
+    assert (tmp_path / "adapter_final").is_dir()
+
+
+def test_a_plain_model_is_evaluated_afterwards(run: Callable[..., str], finished: Path, tmp_path: Path) -> None:
+    """A run without PEFT, and --num-gpus 0 and a GPU that is not there on the way."""
+    config = ("--config-file", finished / "base" / "config.yaml", "--eval-only", "--num-gpus", 0)
+    weights = ("MODEL.WEIGHTS", finished / "base" / "model_final.pth", "OUTPUT_DIR", tmp_path)
+    console = run("train_net", *config, *weights, "MODEL.DEVICE", "cuda" if not torch.cuda.is_available() else "cpu")
+    assert "AP,AP50,AP75,APs,APm,APl" in copypaste(console)
+    assert torch.cuda.is_available() or console.count("torch sees no CUDA device here") == 1
+
+
 def test_demo(run: Callable[..., str], finished: Path, data: toy.ToySet, tmp_path: Path) -> None:
     opts = ("--opts", "MODEL.PEFT.WEIGHTS", finished / "lora" / "adapter_final")
     common = ("--config-file", finished / "lora" / "config.yaml", "--output", tmp_path)
@@ -139,6 +194,23 @@ def test_demo(run: Callable[..., str], finished: Path, data: toy.ToySet, tmp_pat
     assert not np.array_equal(empty, picture)
     error = run("demo", *common, "--input", tmp_path / "nowhere.png", *opts, fails=True)
     assert error.strip().splitlines()[-1].startswith("error: --input") and "Traceback" not in error
+
+
+def test_demo_inputs_that_need_care(run: Callable[..., str], finished: Path, data: toy.ToySet, tmp_path: Path) -> None:
+    picture = Image.open(sorted(data.images.iterdir())[0]).convert("RGB")
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for name in ("a.png", "a.jpg"):
+        picture.save(photos / name)
+    picture.convert("RGBA").save(photos / "b.png")
+    picture.convert("L").save(photos / "c.png")
+    common = ("--config-file", finished / "lora" / "config.yaml", "--input", photos)
+    run("demo", *common, "--output", tmp_path / "out")
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"a.png.png", "a.jpg.png", "b.png", "c.png"}
+    assert "would be overwritten" in run("demo", *common, "--output", photos, fails=True)
+    (photos / "d.png").write_bytes(b"")
+    assert "d.png: is no image that can be read" in run("demo", *common, "--output", tmp_path / "out", fails=True)
 
 
 def test_inspect_targets(run: Callable[..., str], finished: Path) -> None:
@@ -162,6 +234,14 @@ BAD = {
     "classes": (["MODEL.SEM_SEG_HEAD.NUM_CLASSES", "5"], "NUM_CLASSES is 5 but the json .* lists 3 categories"),
     "order": (["SOLVER.MAX_ITER", "3", "--resume"], "--resume comes after"),
     "gpus": (["--num-gpus", "99"], "--num-gpus 99, but torch sees"),
+    "device": (["MODEL.DEVICE", "gpu"], "MODEL.DEVICE is 'gpu'; expected 'cpu'"),
+    "test set": (["DATASETS.TEST", "('nope',)"], "DATASETS.TEST: data set 'nope' is not registered"),
+    "model": (["MODEL.META_ARCHITECTURE", "MaskFromer"], "'MaskFromer', which is not registered .*MaskFormer"),
+    "batch": (["SOLVER.IMS_PER_BATCH", "0"], "IMS_PER_BATCH 0 cannot be dealt out"),
+    "steps": (["SOLVER.MAX_ITER", "0"], "SOLVER.MAX_ITER is 0"),
+    "rate": (["SOLVER.BASE_LR", "-1"], "SOLVER.BASE_LR is -1.0"),
+    "nothing": (["DATASETS.TRAIN", "()"], "DATASETS.TRAIN is empty"),
+    "folder": (["OUTPUT_DIR", str(TINY)], "OUTPUT_DIR .*tiny.yaml' cannot be made"),
 }
 
 
@@ -173,6 +253,8 @@ def test_bad_input_is_one_line(run: Callable[..., str], data: toy.ToySet, tmp_pa
     own = {"--train-json": data.json, "--train-images": data.images}
     own.update(zip(flags[::2], flags[1::2], strict=True))
     arguments = [item for pair in own.items() for item in pair]
+    if name == "nothing":
+        arguments = []
     if name == "classes":
         pairs = [*pairs, "DATASETS.REGISTER", "[]"]
         sets = [{"NAME": "toys", "JSON": str(data.json), "IMAGES": str(data.images)}]
@@ -181,6 +263,24 @@ def test_bad_input_is_one_line(run: Callable[..., str], data: toy.ToySet, tmp_pa
     error = run("train_net", "--config-file", TINY, *arguments, "OUTPUT_DIR", tmp_path, *pairs, fails=True)
     assert "Traceback" not in error
     assert re.search(f"^error: .*{message}", error, re.MULTILINE), error
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(("what", "message"), [("annotations", "no image with annotations"), ("masks", "no segmentat")])
+def test_nothing_to_learn_from(
+    run: Callable[..., str], data: toy.ToySet, tmp_path: Path, what: str, message: str, workers: int
+) -> None:
+    content = json.loads(data.json.read_text())
+    if what == "annotations":
+        content["annotations"] = []
+    for annotation in content["annotations"]:
+        annotation.pop("segmentation")
+    path = tmp_path / "empty.json"
+    path.write_text(json.dumps(content))
+    own = ("--train-json", path, "--train-images", data.images, "--name", f"no_{what}_{workers}")
+    opts = ("OUTPUT_DIR", tmp_path / "out", "DATALOADER.NUM_WORKERS", workers)
+    error = run("train_net", "--config-file", TINY, *own, *opts, fails=True)
+    assert re.search(rf"^error: .*{message}", error, re.MULTILINE) and "Traceback" not in error, error
 
 
 @pytest.mark.parametrize("defect", ["nan", "odd", "category"])

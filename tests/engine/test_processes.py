@@ -1,0 +1,176 @@
+"""Two processes on the CPU and a batch in pieces: both give what one process gives on the joined batch."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from detectron2.engine import HookBase
+from detectron2.utils import comm
+
+import peft_d2
+from peft_d2.engine import launch, processes
+from peft_d2.engine.errors import ConfigError
+from peft_d2.engine.trainer import Trainer
+from peft_d2.models import matcher, points
+
+ROOT = Path(__file__).parents[2]
+TINY = Path(__file__).with_name("tiny.yaml")
+WITHOUT_CHANCE = ("MODEL.MASK_FORMER.DROPOUT", 0.0, "MODEL.SWIN.DROP_PATH_RATE", 0.0)
+BATCH = ("SOLVER.IMS_PER_BATCH", 4, "SOLVER.MAX_ITER", 2, "SOLVER.CLIP_GRADIENTS.ENABLED", False, "SEED", 5)
+
+
+class SamePoints:
+    """torch, but the points that losses are sampled at are the same for each mask and each image."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+    @staticmethod
+    def rand(*shape: int, device: torch.device) -> torch.Tensor:
+        values = torch.rand(shape[-2:], generator=torch.Generator().manual_seed(7))
+        return values.to(device).expand(shape)
+
+
+class Keep(HookBase):
+    """Keeps each step's losses and gradients; from step 1 on rank 1's loss is NaN if ``poison``."""
+
+    def __init__(self, poison: bool) -> None:
+        self.poison = poison
+        self.steps: list[dict[str, torch.Tensor]] = []
+
+    def before_step(self) -> None:
+        if self.poison and self.trainer.iter == 1 and comm.get_rank() == 1:
+            trained = next(p for p in self.trainer.model.parameters() if p.requires_grad)
+            with torch.no_grad():
+                trained.fill_(float("nan"))
+
+    def after_step(self) -> None:
+        found = {n: p.grad.clone() for n, p in self.trainer.model.named_parameters() if p.grad is not None}
+        losses = {
+            n: torch.tensor(self.trainer.storage.latest()[n][0]) for n in self.trainer.storage.latest() if "loss" in n
+        }
+        self.steps.append({**{n.removeprefix("module."): g for n, g in found.items()}, **losses})
+
+
+def steps_of(cfg: Any, poison: bool = False, keep: Keep | None = None) -> list[dict[str, torch.Tensor]]:
+    """Losses and gradients of each step of a run without chance."""
+    points.torch = matcher.torch = SamePoints()  # type: ignore[attr-defined]
+    try:
+        trainer, keep = Trainer(cfg), keep or Keep(poison)
+        trainer.register_hooks([keep])
+        trainer.resume_or_load(resume=False)
+        trainer.train()
+        return keep.steps
+    finally:
+        points.torch = matcher.torch = torch  # type: ignore[attr-defined]
+
+
+def one_of_two(cfg: Any, folder: str) -> None:
+    """What each of two processes runs: a good step, whose figures it stores, and one that is NaN on rank 1."""
+    peft_d2.register()
+    keep = Keep(poison=True)
+    try:
+        steps_of(cfg, keep=keep)
+    except Exception as error:
+        Path(folder, f"{comm.get_rank()}.txt").write_text(f"{type(error).__name__}: {error}")
+        torch.save(keep.steps, Path(folder, f"{comm.get_rank()}.pth"))
+        raise
+
+
+def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys() and len(one) > 5
+    for name, value in one.items():
+        scale = max(float(value.abs().max()), 1e-2)
+        assert float((value - other[name]).abs().max()) <= 1e-5 * scale, name
+
+
+@pytest.mark.parametrize("pieces", [2, 4])
+@pytest.mark.parametrize("peft", [False, True], ids=["full", "peft"])
+def test_pieces_equal_the_joined_batch(
+    make_cfg: Callable[..., Any], base_weights: Path, tmp_path: Path, pieces: int, peft: bool
+) -> None:
+    """The images hold different numbers of objects, so that dividing by each piece's own counts would be off."""
+    opts = ("MODEL.WEIGHTS", base_weights, "SOLVER.MAX_ITER", 1, *WITHOUT_CHANCE)
+    common = (*BATCH, *opts)
+    whole = steps_of(make_cfg(*common, peft=peft, output=tmp_path / "whole"))
+    parts = steps_of(make_cfg(*common, "SOLVER.ACCUMULATE", pieces, peft=peft, output=tmp_path / "parts"))
+    assert_same(whole[0], parts[0])
+
+
+def test_a_batch_that_cannot_be_dealt_out(make_cfg: Callable[..., Any]) -> None:
+    with pytest.raises(ConfigError, match="IMS_PER_BATCH 2 .* SOLVER.ACCUMULATE 3: choose a multiple of 3"):
+        Trainer(make_cfg("SOLVER.ACCUMULATE", 3))
+
+
+def test_two_processes_equal_one_and_stop_together(
+    make_cfg: Callable[..., Any], base_weights: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    common = (*BATCH, "MODEL.WEIGHTS", base_weights, *WITHOUT_CHANCE)
+    one = steps_of(make_cfg(*common, "SOLVER.MAX_ITER", 1, peft=True, output=tmp_path / "one"))
+    cfg = make_cfg(*common, peft=True, output=tmp_path / "two")
+    layout = processes.Layout(2, on_cpu=True)
+    with pytest.raises(SystemExit) as left:
+        processes.launch(one_of_two, (cfg, str(tmp_path)), layout, launch.expected_errors())
+    assert left.value.code == 1
+    error = capfd.readouterr().err
+    assert error.count("error: iteration 1: rank 1: loss is not finite") == 1, error
+    for rank in (0, 1):
+        assert "LossNotFinite: iteration 1: rank 1: loss is not finite" in (tmp_path / f"{rank}.txt").read_text()
+        found = torch.load(tmp_path / f"{rank}.pth")
+        assert len(found) == 1
+        gradients = {n: v for n, v in one[0].items() if rank == 0 or "loss" not in n}  # rank 0 alone records
+        assert_same(gradients, found[0])
+
+
+def arguments(**given: Any) -> argparse.Namespace:
+    args = launch.training_parser().parse_args(["--config-file", str(TINY)])
+    vars(args).update(given)
+    return args
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"num_gpus": 2}, "--num-gpus 2, but torch sees .* --num-processes 2"),
+        ({"num_gpus": -1}, "--num-gpus -1: expected 0 or more"),
+    ],
+)
+def test_layouts_that_cannot_be(given: dict[str, int], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        launch.layout(arguments(**given))
+
+
+def test_layouts(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert launch.layout(arguments()).world == launch.layout(arguments(num_gpus=0)).world == 1
+    assert launch.layout(arguments(num_processes=3)) == processes.Layout(3, on_cpu=True)
+    with pytest.raises(ConfigError, match="--dist-url"):
+        processes.launch(print, (), launch.layout(arguments(num_machines=2)))
+    found = {"RANK": 3, "WORLD_SIZE": 4, "LOCAL_RANK": 1, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": 1, "MASTER_ADDR": "a"}
+    for name, value in found.items():
+        monkeypatch.setenv(name, str(value))
+    assert launch.layout(arguments()) == processes.Layout(2, 2, 1, "env://", on_cpu=True)
+    with pytest.raises(ConfigError, match="torchrun started this process"):
+        launch.layout(arguments(num_processes=2))
+
+
+def test_torchrun(toy_set: Any, base_weights: Path, tmp_path: Path) -> None:
+    """A whole run with evaluation."""
+    own = [f"--{split}-{key}" for split in ("train", "val") for key in ("json", "images")]
+    paths = [toy_set.json, toy_set.images] * 2
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
+    command += [ROOT / "tools" / "train_net.py", "--config-file", TINY]
+    command += [item for pair in zip(own, paths, strict=True) for item in pair]
+    command += ["OUTPUT_DIR", tmp_path, "SOLVER.MAX_ITER", 1, "MODEL.WEIGHTS", base_weights]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([str(c) for c in command], capture_output=True, text=True, env=environment, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "copypaste: Task: segm" in done.stdout + done.stderr
+    assert (tmp_path / "model_final.pth").is_file() and (tmp_path / "log.txt.rank1").is_file()
