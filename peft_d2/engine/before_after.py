@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
+from peft_d2.data.pictures import overlay
+from peft_d2.data.segmentation import segmentation_to_mask
 from peft_d2.engine.demo import Predictor
 from peft_d2.engine.launch import prepare_config
 
@@ -38,26 +40,23 @@ def draw_before_after(
         width: of each column, in pixels.
         threshold: predictions of a lower score are not drawn.
     """
-    from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
+    from detectron2.data import DatasetCatalog, MetadataCatalog
 
-    adapted = _predictor(*after)
-    base = _predictor(*before)
+    adapted, base = _predictor(*after), _predictor(*before)
     name = adapted.cfg.DATASETS.TEST[0]
-    metadata = MetadataCatalog.get(name)
-    base_metadata = metadata if before_classes is None else Metadata(thing_classes=list(before_classes))
+    classes = MetadataCatalog.get(name).thing_classes
     samples = DatasetCatalog.get(name)
     rows = []
     for index in images:
         sample = samples[index]
         picture, adapted_output = adapted(Path(sample["file_name"]))
         _, base_output = base(Path(sample["file_name"]))
-        scale = width / picture.shape[1]
         rows.append(
             [
-                np.asarray(Image.fromarray(picture).resize((width, round(picture.shape[0] * scale)))),
-                _painter(picture, metadata, scale).draw_dataset_dict(sample).get_image(),
-                _predicted(picture, base_output, base_metadata, scale, threshold),
-                _predicted(picture, adapted_output, metadata, scale, threshold),
+                _overlaid(picture, [], [], (), width),
+                _overlaid(picture, *_truth(sample, picture), classes, width),
+                _overlaid(picture, *_predicted(base_output, threshold), before_classes or classes, width),
+                _overlaid(picture, *_predicted(adapted_output, threshold), classes, width),
             ]
         )
     _sheet(rows, width).save(target)
@@ -67,18 +66,26 @@ def _predictor(config_file: str, opts: Sequence[str]) -> Predictor:
     return Predictor(prepare_config(argparse.Namespace(config_file=config_file, peft_config="", opts=list(opts))))
 
 
-def _painter(picture: np.ndarray, metadata: Any, scale: float) -> Any:
-    from detectron2.utils.visualizer import Visualizer
+def _truth(sample: dict[str, Any], picture: np.ndarray) -> tuple[list[np.ndarray], list[int]]:
+    height, width = picture.shape[:2]
+    objects = sample["annotations"]
+    masks = [segmentation_to_mask(thing["segmentation"], height, width) for thing in objects]
+    return masks, [thing["category_id"] for thing in objects]
 
-    return Visualizer(picture, metadata, scale=scale)
 
-
-def _predicted(
-    picture: np.ndarray, output: dict[str, Any], metadata: Any, scale: float, threshold: float
-) -> np.ndarray:
+def _predicted(output: dict[str, Any], threshold: float) -> tuple[list[np.ndarray], list[int]]:
     instances = output["instances"].to("cpu")
     kept = instances[instances.scores >= threshold]
-    return _painter(picture, metadata, scale).draw_instance_predictions(kept).get_image()
+    return list(kept.pred_masks.numpy().astype(bool)), kept.pred_classes.tolist()
+
+
+def _overlaid(
+    picture: np.ndarray, masks: Sequence[np.ndarray], labels: Sequence[int], names: Sequence[str], width: int
+) -> np.ndarray:
+    size = (width, round(width * picture.shape[0] / picture.shape[1]))
+    enlarged = np.asarray(Image.fromarray(picture).resize(size))
+    large = [np.asarray(Image.fromarray(mask).resize(size, Image.Resampling.NEAREST)) for mask in masks]
+    return overlay(enlarged, large, labels, names)
 
 
 def _sheet(rows: Sequence[Sequence[np.ndarray]], width: int) -> Image.Image:
