@@ -88,6 +88,7 @@ def test_a_merged_model_has_nothing_to_prove(toy: nn.Module, images: Tensor) -> 
         peft.prove_live(toy, lambda model: model(images))
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_the_encoder_of_torch_is_live_in_eval(disturb: Callable) -> None:
     model = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True), 2)
     peft.inject(

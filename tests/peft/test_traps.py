@@ -32,6 +32,7 @@ def test_lora_on_out_proj_has_an_effect(gradients: bool, disturb: Callable) -> N
         assert not torch.allclose(model["attn"](x, x, x)[0], before, atol=1e-3)
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 @pytest.mark.parametrize("target", ["linear1", "linear2", "self_attn", "out_proj"])
 @pytest.mark.parametrize("padded", [False, True])
 def test_lora_inside_torchs_encoder_in_eval_without_gradients(target: str, padded: bool, disturb: Callable) -> None:

@@ -1,0 +1,109 @@
+"""Injected models under half precision, autocast, compile, export, checkpointing, wrappers; speed and memory."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peft_d2 import peft
+
+MIXED: list[dict[str, Any]] = [
+    {"NAME": "lora", "TARGETS": ["stem", "mlp.fc1", "self_attn", "neck.0", "box.fc1"]},
+    {"NAME": "adapter", "TARGETS": ["stem", "mlp.fc1", "self_attn", "neck", "dropout"], "NUM": 3},
+    {"NAME": "adaptformer", "TARGETS": ["mlp", "neck"], "BOTTLENECK": 4},
+    {"NAME": "bitfit", "TARGETS": ["blocks.0.norm1"]},
+]
+LINEAR: list[dict[str, Any]] = [{"NAME": "lora", "TARGETS": ["proj", "mlp.{fc1,fc2}"], "RANK": 4, "ALPHA": 8}]
+
+
+def test_switching_takes_less_than_a_millisecond() -> None:
+    model = nn.Sequential(*[nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)) for _ in range(100)])
+    peft.inject(model, [{"NAME": "lora", "TARGETS": ["re:\\d+\\.\\d"]}], ["99"])
+    peft.add_adapter(model, "other")
+    times = []
+    for name in ["other", "default"] * 10:
+        start = time.perf_counter()
+        peft.set_adapter(model, name)
+        times.append(time.perf_counter() - start)
+    assert sorted(times)[len(times) // 2] < 1e-3
+
+
+def test_wrapped_models_are_found(toy: nn.Module) -> None:
+    peft.inject(toy, LINEAR)
+    for wrapped in (nn.DataParallel(toy), torch.compile(toy, backend="eager")):
+        assert peft.get_injection(wrapped) is peft.get_injection(toy)
+        assert list(peft.adapter_state_dict(wrapped)) == list(peft.adapter_state_dict(toy))
+
+
+def test_half_precision_bases_get_float_adapters(toy: nn.Module, images: Tensor) -> None:
+    toy, images = toy.bfloat16(), images.bfloat16()
+    with torch.no_grad():
+        expected = toy(images)
+        peft.inject(toy, MIXED)
+        injected = [t.param for t in peft.trained_parameters(toy) if t.kind == "injected"]
+        assert injected and all(parameter.dtype is torch.float32 for parameter in injected)
+        assert torch.equal(toy(images), expected)
+    toy.train()(images).float().sum().backward()
+    assert all(t.param.grad is not None for t in peft.trained_parameters(toy))
+
+
+def test_autocast(toy: nn.Module, images: Tensor) -> None:
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected = toy(images)
+        peft.inject(toy, MIXED)
+        assert torch.equal(toy(images), expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        toy.train()(images).float().sum().backward()
+    assert all(t.param.grad is not None for t in peft.trained_parameters(toy))
+
+
+def test_compile_and_export(toy: nn.Module, images: Tensor, disturb: Callable) -> None:
+    """Every mixin in one graph without breaks, trained and exported."""
+    methods = [
+        {"NAME": "lora", "TARGETS": ["stem", "conv", "mlp.fc1"]},
+        {"NAME": "lora", "TARGETS": ["proj"], "DORA": True},
+        {"NAME": "lora", "TARGETS": ["self_attn"], "INIT": "pissa", "RANK": 2},
+        {"NAME": "lora", "TARGETS": ["qkv"], "PARTS": ["q", "v"], "RANK": 4, "COBOT": True},
+        {"NAME": "adapter", "TARGETS": ["self_attn", "neck", "mlp.fc1"], "NUM": 2},
+        {"NAME": "adaptformer", "TARGETS": ["mlp"], "BOTTLENECK": 4, "DROPOUT": 0.0},
+        {"NAME": "mona", "TARGETS": ["stem"], "BOTTLENECK": 4, "DROPOUT": 0.0},
+    ]
+    torch.compiler.reset()
+    peft.inject(toy, methods)
+    disturb(toy)
+    with torch.no_grad():
+        exported = torch.export.export(toy, (images,)).module()
+        torch.testing.assert_close(exported(images), toy(images), rtol=1e-4, atol=1e-5)
+    compiled = torch.compile(toy.train(), fullgraph=True, backend="aot_eager")
+    compiled(images).sum().backward()
+    found = [t.param.grad.clone() for t in peft.trained_parameters(toy)]  # type: ignore[union-attr]
+    toy.zero_grad()
+    toy(images).sum().backward()
+    for trained, value in zip(peft.trained_parameters(toy), found, strict=True):
+        torch.testing.assert_close(value, trained.param.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_activation_checkpointing(toy: nn.Module, images: Tensor, disturb: Callable) -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    peft.inject(toy, MIXED)
+    disturb(toy)
+    toy(images).sum().backward()
+    expected = [t.param.grad.clone() for t in peft.trained_parameters(toy)]  # type: ignore[union-attr]
+    toy.zero_grad()
+    checkpoint(toy, images, use_reentrant=False).sum().backward()
+    for trained, value in zip(peft.trained_parameters(toy), expected, strict=True):
+        torch.testing.assert_close(trained.param.grad, value)
+
+
+def test_no_activations_are_saved_before_the_first_trained_part(images: Tensor) -> None:
+    model = nn.Sequential(*[nn.Linear(8, 8) for _ in range(6)])
+    peft.inject(model, [{"NAME": "lora", "TARGETS": ["5"], "RANK": 2}])
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):  # type: ignore[func-returns-value]
+        model(torch.randn(3, 8))
+    assert len([t for t in saved if t.shape == (3, 8)]) <= 1 and len(saved) <= 4
