@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from peft_d2.layers.levels import Levels
 from peft_d2.layers.ms_deform_attn import MSDeformAttn
 from peft_d2.layers.position import SinePosition2d
 from peft_d2.layers.transformer import xavier_matrices
@@ -97,24 +98,21 @@ class MultiScaleDeformableTransformer(nn.Module):
         nn.init.normal_(self.level_embed)
 
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
-        """Maps (N, C, H_l, W_l) by level, coarsest first in the published models -> the same shapes."""
+        """Maps (N, C, H_l, W_l) by level, in any order of sizes -> the same shapes."""
         device = maps[0].device
-        sizes = [(m.shape[-2], m.shape[-1]) for m in maps]
-        lengths = [height * width for height, width in sizes]
-        x = torch.cat([m.flatten(2) for m in maps], dim=2).transpose(1, 2)
-        codes = [self.position(*size, device) + embed for size, embed in zip(sizes, self.level_embed, strict=True)]
-        points = torch.cat([pixel_centres(*size, device) for size in sizes])
-        starts = torch.tensor([sum(lengths[:level]) for level in range(len(lengths))], device=device)
-        x = self.encoder(
-            x,
-            torch.cat(codes),
-            points[None, :, None].expand(x.shape[0], -1, len(maps), -1),
-            torch.tensor(sizes, device=device),
-            starts,
-        )
-        return [
-            part.transpose(1, 2).unflatten(2, size) for part, size in zip(x.split(lengths, dim=1), sizes, strict=True)
+        levels = Levels(maps)
+        codes = [
+            self.position(*size, device) + embed for size, embed in zip(levels.sizes, self.level_embed, strict=True)
         ]
+        points = torch.cat([pixel_centres(*size, device) for size in levels.sizes])
+        x = self.encoder(
+            levels.values,
+            torch.cat(codes),
+            points[None, :, None].expand(len(levels.values), -1, len(maps), -1),
+            levels.shapes,
+            levels.starts,
+        )
+        return levels.maps_of(x)
 
 
 def pixel_centres(height: int, width: int, device: torch.device) -> Tensor:

@@ -1,4 +1,4 @@
-"""Sine position codes of feature maps."""
+"""Sine position codes of feature maps and boxes."""
 
 from __future__ import annotations
 
@@ -6,6 +6,33 @@ import math
 
 import torch
 from torch import Tensor, nn
+
+_TEMPERATURE = 10000.0
+
+
+def sine_code(place: Tensor, channels: int, temperature: float = _TEMPERATURE) -> Tensor:
+    """Sines and cosines of ``place`` in turn, at wavelengths that grow geometrically.
+
+    Args:
+        place: (...), 1 is a full turn of the shortest wavelength.
+        channels: of the code, even.
+        temperature: the wavelengths grow by this factor over the channels.
+
+    Returns:
+        (..., channels).
+    """
+    pair = torch.arange(channels, dtype=torch.float32, device=place.device) // 2
+    wavelength = temperature ** (2 * pair / channels)
+    angle = (place * (2 * math.pi))[..., None] / wavelength
+    return torch.stack([angle[..., 0::2].sin(), angle[..., 1::2].cos()], dim=-1).flatten(-2)
+
+
+def box_code(boxes: Tensor, channels: int) -> Tensor:
+    """Code of boxes (..., 4) as (x, y, width, height) in [0, 1]: (..., 4 * channels) in the order y, x, width, height.
+
+    Source: Liu et al., DAB-DETR, ICLR 2022, section 3.2 (equation 4).
+    """
+    return sine_code(boxes[..., [1, 0, 2, 3]], channels).flatten(-2)
 
 
 class SinePosition2d(nn.Module):
@@ -19,7 +46,7 @@ class SinePosition2d(nn.Module):
         temperature: base of the geometric progression of wavelengths.
     """
 
-    def __init__(self, channels: int, temperature: float = 10000.0) -> None:
+    def __init__(self, channels: int, temperature: float = _TEMPERATURE) -> None:
         super().__init__()
         if channels % 4:
             raise ValueError(f"SinePosition2d: channels is {channels}; it should be a multiple of 4")
@@ -28,17 +55,13 @@ class SinePosition2d(nn.Module):
 
     def forward(self, height: int, width: int, device: torch.device) -> Tensor:
         """Codes of a map without padding: (height * width, channels) float32, row by row."""
-        pair = torch.arange(self.axis_channels, dtype=torch.float32, device=device) // 2
-        wavelength = self.temperature ** (2 * pair / self.axis_channels)
-        rows = self._encode(height, wavelength)[:, None].expand(-1, width, -1)
-        columns = self._encode(width, wavelength)[None].expand(height, -1, -1)
+        rows = self._encode(height, device)[:, None].expand(-1, width, -1)
+        columns = self._encode(width, device)[None].expand(height, -1, -1)
         return torch.cat([rows, columns], dim=-1).flatten(0, 1)
 
-    @staticmethod
-    def _encode(length: int, wavelength: Tensor) -> Tensor:
-        place = torch.arange(1, length + 1, dtype=torch.float32, device=wavelength.device)
-        angle = (place / (length + 1e-6) * (2 * math.pi))[:, None] / wavelength
-        return torch.stack([angle[:, 0::2].sin(), angle[:, 1::2].cos()], dim=-1).flatten(1)
+    def _encode(self, length: int, device: torch.device) -> Tensor:
+        place = torch.arange(1, length + 1, dtype=torch.float32, device=device)
+        return sine_code(place / (length + 1e-6), self.axis_channels, self.temperature)
 
     def extra_repr(self) -> str:
         return f"channels={2 * self.axis_channels}, temperature={self.temperature:g}"

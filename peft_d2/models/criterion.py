@@ -72,20 +72,25 @@ class SetCriterion(nn.Module):
         Returns:
             ``loss_ce``, ``loss_mask``, ``loss_dice`` of the last layer, and with ``_0``, ``_1``... of the others.
         """
-        predictions, suffixes = [outputs], [""]
-        for i, auxiliary in enumerate(outputs.get("aux_outputs", ())):
-            if f"loss_ce_{i}" in self.weight_dict:
-                predictions.append(auxiliary)
-                suffixes.append(f"_{i}")
         count = average_count(targets, outputs["pred_masks"].device)
-        losses = {}
         with torch.autocast(outputs["pred_masks"].device.type, enabled=False):
-            for prediction, suffix, matches in zip(
-                predictions, suffixes, self.matcher(predictions, targets), strict=True
-            ):
-                values = self.layer_losses(prediction, targets, matches, count)
-                losses.update({name + suffix: value for name, value in values.items()})
+            return self.matched_losses(outputs, targets, count)
+
+    def matched_losses(self, outputs: dict, targets: Sequence[Target], count: float) -> dict[str, Tensor]:
+        """The losses of all predictions; ``count`` divides those of masks."""
+        predictions = self.supervised(outputs)
+        matches = self.matcher(list(predictions.values()), targets)
+        losses = {}
+        for (suffix, prediction), pairs in zip(predictions.items(), matches, strict=True):
+            values = self.layer_losses(prediction, targets, pairs, count)
+            losses.update({name + suffix: value for name, value in values.items()})
         return losses
+
+    def supervised(self, outputs: dict) -> dict[str, dict[str, Tensor]]:
+        """The predictions whose losses are wanted, by the suffix of the losses' names."""
+        auxiliary = {f"_{i}": layer for i, layer in enumerate(outputs.get("aux_outputs", ()))}
+        wanted = {suffix: layer for suffix, layer in auxiliary.items() if f"loss_ce{suffix}" in self.weight_dict}
+        return {"": outputs, **wanted}
 
     def layer_losses(
         self, prediction: dict[str, Tensor], targets: Sequence[Target], matches: Sequence[Match], count: float

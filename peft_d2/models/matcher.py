@@ -1,17 +1,20 @@
 """Assignment of predictions to targets.
 
-Sources: Carion et al., DETR, ECCV 2020, section 3.1; mask costs: Cheng et al., Mask2Former, CVPR 2022, section 3.3.
+Sources: Carion et al., DETR, ECCV 2020, section 3.1; mask costs: Cheng et al., Mask2Former, CVPR 2022, section 3.3;
+focal class cost: Zhu et al., Deformable DETR, ICLR 2021; all together: Li et al., Mask DINO, CVPR 2023, section 3.4.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
+from peft_d2.layers.boxes import generalized_iou, to_corners
 from peft_d2.models.points import sample_shared_points
 from peft_d2.models.targets import Target
 
@@ -93,13 +96,49 @@ class HungarianMatcher(nn.Module):
         points = torch.rand(self.num_points, 2, device=class_logits.device)
         labels = sample_shared_points(target.masks, points)
         logits = torch.stack([sample_shared_points(p["pred_masks"][image].float(), points) for p in predictions])
-        # 1 - probability would be the cost; the constant changes no assignment.
-        cost_class = -class_logits.softmax(-1)[..., target.labels]
         return (
             self.cost_mask * mask_cost(logits, labels)
-            + self.cost_class * cost_class
+            + self.cost_class * self.class_cost(class_logits)[..., target.labels]
             + self.cost_dice * dice_cost(logits, labels)
         )
 
+    def class_cost(self, logits: Tensor) -> Tensor:
+        """Of every query for every class: (..., classes) -> the same; 1 - probability but for the constant."""
+        return -logits.softmax(-1)
+
     def extra_repr(self) -> str:
         return f"class={self.cost_class}, mask={self.cost_mask}, dice={self.cost_dice}, points={self.num_points}"
+
+
+class BoxMaskMatcher(HungarianMatcher):
+    """Matches by boxes besides, and by sigmoid probabilities as the focal loss sees them.
+
+    Args:
+        cost_box, cost_giou: weights of the L1 distance and of the generalised IoU of boxes.
+        options: see :class:`HungarianMatcher`.
+    """
+
+    def __init__(self, *, cost_box: float, cost_giou: float, **options: Any) -> None:
+        super().__init__(**options)
+        self.cost_box = cost_box
+        self.cost_giou = cost_giou
+
+    def costs(self, predictions: Sequence[dict[str, Tensor]], image: int, target: Target) -> Tensor:
+        """(layers, Q, T) float32 costs of one image; the predictions have ``pred_boxes`` (N, Q, 4) too."""
+        boxes = torch.stack([p["pred_boxes"][image] for p in predictions]).float()[..., None, :]
+        wanted = target.centre_boxes
+        return (
+            super().costs(predictions, image, target)
+            + self.cost_box * (boxes - wanted).abs().sum(-1)
+            - self.cost_giou * generalized_iou(to_corners(boxes), to_corners(wanted))
+        )
+
+    def class_cost(self, logits: Tensor) -> Tensor:
+        """Focal loss as a positive minus focal loss as a negative: alpha 0.25, gamma 2."""
+        probability = logits.sigmoid()
+        positive = -0.25 * (1 - probability) ** 2 * (probability + 1e-8).log()
+        negative = -0.75 * probability**2 * (1 - probability + 1e-8).log()
+        return positive - negative
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, box={self.cost_box}, giou={self.cost_giou}"

@@ -87,6 +87,29 @@ def instance_inference(
         inside itself) and ``pred_classes``.
     """
     probability = class_logits.float().softmax(-1)[:, :-1]
+    result, _ = ranked_instances(probability, mask_logits, canvas, top_k, keep_classes)
+    result.pred_boxes = Boxes(mask_boxes(result.pred_masks) if boxes else torch.zeros(len(result), 4))
+    return result
+
+
+def ranked_instances(
+    probability: Tensor,
+    mask_logits: Tensor,
+    canvas: Canvas,
+    top_k: int,
+    keep_classes: Collection[int] | None = None,
+    mask_quality: bool = True,
+) -> tuple[Instances, Tensor]:
+    """:func:`instance_inference` from class probabilities (Q, K), without boxes.
+
+    Args:
+        probability: (Q, K).
+        mask_logits, canvas, top_k, keep_classes: as there.
+        mask_quality: the mask's mean probability inside itself is a factor of the score.
+
+    Returns:
+        ``pred_masks``, ``scores`` and ``pred_classes``, and the query (M,) of each.
+    """
     n_classes = probability.shape[1]
     scores, pairs = probability.flatten().topk(min(top_k, probability.numel()))
     classes, queries = pairs % n_classes, pairs // n_classes
@@ -100,14 +123,12 @@ def instance_inference(
         logits = canvas.upsample(mask_logits[used[part]])
         inside = torch.gt(logits, 0, out=masks[part])
         quality[part] = (logits.sigmoid() * inside).flatten(1).sum(1) / (inside.flatten(1).sum(1) + 1e-6)
-    scores, order = (scores * quality[slot]).sort(descending=True, stable=True)
-    slot = slot[order]
+    scores, order = (scores * quality[slot] if mask_quality else scores).sort(descending=True, stable=True)
     result = Instances(canvas.output)
-    result.pred_masks = masks[slot]
-    result.pred_boxes = Boxes(mask_boxes(masks)[slot] if boxes else torch.zeros(len(slot), 4))
+    result.pred_masks = masks[slot[order]]
     result.scores = scores
     result.pred_classes = classes[order]
-    return result
+    return result, queries[order]
 
 
 def semantic_inference(class_logits: Tensor, mask_logits: Tensor, canvas: Canvas, resize_last: bool = False) -> Tensor:
@@ -118,7 +139,11 @@ def semantic_inference(class_logits: Tensor, mask_logits: Tensor, canvas: Canvas
         resize_last: sum at the padded size and resize the class maps, which needs less memory for large outputs with
             many queries; otherwise resize the mask logits first.
     """
-    probability = class_logits.float().softmax(-1)[:, :-1]
+    return class_maps(class_logits.float().softmax(-1)[:, :-1], mask_logits, canvas, resize_last)
+
+
+def class_maps(probability: Tensor, mask_logits: Tensor, canvas: Canvas, resize_last: bool = False) -> Tensor:
+    """:func:`semantic_inference` from class probabilities (Q, K)."""
     resize = canvas.to_padded if resize_last else canvas.upsample
     size = canvas.padded if resize_last else canvas.output
     total = torch.zeros(probability.shape[1], *size, device=mask_logits.device)
@@ -147,7 +172,18 @@ def panoptic_inference(
     """
     scores, classes = class_logits.float().softmax(-1).max(-1)
     keep = (classes != class_logits.shape[-1] - 1) & (scores > score_threshold)
-    scores, classes, mask_logits = scores[keep], classes[keep], mask_logits[keep]
+    return paint_segments(scores[keep], classes[keep], mask_logits[keep], canvas, thing_classes, overlap_threshold)
+
+
+def paint_segments(
+    scores: Tensor,
+    classes: Tensor,
+    mask_logits: Tensor,
+    canvas: Canvas,
+    thing_classes: Collection[int],
+    overlap_threshold: float,
+) -> tuple[Tensor, list[dict]]:
+    """:func:`panoptic_inference` from the queries above the threshold: scores (M,), classes (M,), logits (M, h, w)."""
     if not len(scores):
         return torch.zeros(canvas.output, dtype=torch.int32, device=mask_logits.device), []
     winner, painted, areas = _compete(scores, mask_logits, canvas)

@@ -11,9 +11,12 @@ from fvcore.common.registry import Registry
 from peft_d2.models.backbones.sam_vit import SAMViT
 from peft_d2.models.backbones.swin import SwinTransformer
 from peft_d2.models.decoders import TRANSFORMER_DECODER_REGISTRY
+from peft_d2.models.decoders.mask_dino import MaskDINODecoder
 from peft_d2.models.decoders.masked_transformer import MultiScaleMaskedTransformerDecoder
 from peft_d2.models.mask2former import MaskFormer
+from peft_d2.models.mask_dino import MaskDINO, MaskDINOHead
 from peft_d2.models.mask_former_head import MaskFormerHead
+from peft_d2.models.pixel_decoders.mask_dino import MaskDINOEncoder
 from peft_d2.models.pixel_decoders.ms_deform_attn import MSDeformAttnPixelDecoder
 from peft_d2.models.sam import SegmentAnything
 
@@ -30,6 +33,10 @@ _ENTRIES: tuple[tuple[Registry, type, str, str], ...] = (
         "PD2MultiScaleMaskedTransformerDecoder",
         "MultiScaleMaskedTransformerDecoder",
     ),
+    (META_ARCH_REGISTRY, MaskDINO, "PD2MaskDINO", "MaskDINO"),
+    (SEM_SEG_HEADS_REGISTRY, MaskDINOHead, "PD2MaskDINOHead", "MaskDINOHead"),
+    (SEM_SEG_HEADS_REGISTRY, MaskDINOEncoder, "PD2MaskDINOEncoder", "MaskDINOEncoder"),
+    (TRANSFORMER_DECODER_REGISTRY, MaskDINODecoder, "PD2MaskDINODecoder", "MaskDINODecoder"),
     (BACKBONE_REGISTRY, SwinTransformer, "PD2SwinTransformer", "D2SwinTransformer"),
     (META_ARCH_REGISTRY, SegmentAnything, "PD2SegmentAnything", ""),
     (BACKBONE_REGISTRY, SAMViT, "PD2SAMViT", ""),

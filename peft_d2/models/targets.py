@@ -11,13 +11,27 @@ from detectron2.structures import BitMasks, ImageList, PolygonMasks
 from detectron2.structures.masks import polygons_to_bitmask
 from torch import Tensor
 
+from peft_d2.layers.boxes import to_centres
+from peft_d2.models.postprocess import mask_boxes
+
 
 @dataclass
 class Target:
-    """Labels (T,) int64 and masks (T, H, W) float32 of 0 and 1, H and W those of the padded batch."""
+    """Labels (T,) int64 and masks (T, H, W) float32 of 0 and 1, H and W those of the padded batch.
+
+    ``boxes`` (T, 4), where a model asks for them: (centre x, centre y, width, height), relative to the image.
+    """
 
     labels: Tensor
     masks: Tensor
+    boxes: Tensor | None = None
+
+    @property
+    def centre_boxes(self) -> Tensor:
+        """``boxes``, which have to be there."""
+        if self.boxes is None:
+            raise ValueError("this target has no boxes; call add_boxes on what prepare_targets returns")
+        return self.boxes
 
 
 def _bitmaps(masks: Any, height: int, width: int) -> Tensor:
@@ -74,3 +88,21 @@ def prepare_targets(inputs: list[dict[str, Any]], images: ImageList, ignore_valu
         padded[:, : masks.shape[-2], : masks.shape[-1]] = masks.to(device)
         targets.append(Target(labels.to(device), padded))
     return targets
+
+
+def add_boxes(targets: list[Target], inputs: list[dict[str, Any]], images: ImageList, of_padded: bool) -> None:
+    """Set the targets' boxes, in place: ``gt_boxes`` where the inputs have them, else those around the masks.
+
+    Args:
+        targets, inputs, images: results and arguments of :func:`prepare_targets`.
+        of_padded: boxes are relative to the padded batch, as masks are; else to each image's own size, as published.
+            Both agree where nothing is padded.
+    """
+    for target, item, size in zip(targets, inputs, images.image_sizes, strict=True):
+        instances = item.get("instances")
+        if instances is not None and instances.has("gt_boxes"):
+            corners, size = instances.gt_boxes.tensor.to(target.labels.device), instances.image_size
+        else:
+            corners = mask_boxes(target.masks > 0)
+        height, width = images.tensor.shape[-2:] if of_padded else size
+        target.boxes = to_centres(corners.float()) / corners.new_tensor([width, height, width, height])

@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import fvcore.nn.weight_init as weight_init
 import torch
 import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable
-from detectron2.layers import Conv2d
 from torch import Tensor, nn
 
 from peft_d2.layers.position import SinePosition2d
 from peft_d2.layers.transformer import MLP, CrossAttentionLayer, FFNLayer, SelfAttentionLayer
+from peft_d2.models.decoders.projection import input_projections
 
 _LEVELS = 3
 
@@ -70,13 +69,7 @@ class MultiScaleMaskedTransformerDecoder(nn.Module):
         self.query_feat = nn.Embedding(num_queries, hidden_dim)
         self.query_embed = nn.Embedding(num_queries, hidden_dim)
         self.level_embed = nn.Embedding(_LEVELS, hidden_dim)
-        self.input_proj = nn.ModuleList()
-        for _ in range(_LEVELS):
-            projection: nn.Module = nn.Identity()  # has no keys in the state dict
-            if in_channels != hidden_dim or enforce_input_projection:
-                projection = Conv2d(in_channels, hidden_dim, kernel_size=1)
-                weight_init.c2_xavier_fill(projection)
-            self.input_proj.append(projection)
+        self.input_proj = input_projections(in_channels, hidden_dim, _LEVELS, enforce_input_projection)
         self.class_embed = nn.Linear(hidden_dim, num_classes + 1)
         self.mask_embed = MLP(hidden_dim, hidden_dim, mask_dim, 3)
 

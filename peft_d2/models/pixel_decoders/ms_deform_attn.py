@@ -1,4 +1,4 @@
-"""The pixel decoder of Mask2Former: a deformable encoder over the coarse maps, then a pyramid down to stride 4."""
+"""The pixel decoders of Mask2Former and Mask DINO: a deformable encoder over maps, then a pyramid down to stride 4."""
 
 from __future__ import annotations
 
@@ -15,11 +15,9 @@ from torch import Tensor, nn
 
 from peft_d2.layers.deformable_encoder import MultiScaleDeformableTransformer
 
-_DECODER_LEVELS = 3  # maps that the transformer decoder attends to
-
 
 class MSDeformAttnPixelDecoder(nn.Module):
-    """Deformable encoder and feature pyramid (Cheng et al., CVPR 2022, section 4.1).
+    """Deformable encoder and feature pyramid (Cheng et al., CVPR 2022, section 4.1), as Mask2Former configures them.
 
     The pyramid's lateral and output convolutions are named ``adapter_1`` and ``layer_1`` (and so on) as published;
     they have nothing to do with adapters for fine-tuning.
@@ -32,6 +30,10 @@ class MSDeformAttnPixelDecoder(nn.Module):
         norm: of the pyramid's convolutions, in Detectron2's spelling.
         n_layers, n_heads, n_points, dim_feedforward, dropout: of the encoder.
         common_stride: stride of the mask features.
+        decoder_levels: maps that the transformer decoder gets.
+        extra_levels: maps that the encoder sees besides, made from the coarsest one, each half the size of the last.
+        finest_first: order of the encoder's maps and of those that the transformer decoder gets; else coarsest first.
+        least_pyramid_levels: maps that enter the pyramid at least, even where the encoder reaches the common stride.
         autocast: follow the surrounding autocast; otherwise all runs in float32, as the published models did.
     """
 
@@ -50,26 +52,34 @@ class MSDeformAttnPixelDecoder(nn.Module):
         dim_feedforward: int,
         dropout: float,
         common_stride: int,
+        decoder_levels: int = 3,
+        extra_levels: int = 0,
+        finest_first: bool = False,
+        least_pyramid_levels: int = 0,
         autocast: bool = False,
     ) -> None:
         super().__init__()
         fine_to_coarse = sorted(input_shape, key=lambda name: input_shape[name].stride)
-        self.encoder_features = [name for name in reversed(fine_to_coarse) if name in encoder_in_features]
+        encoded = [name for name in fine_to_coarse if name in encoder_in_features]
+        self.encoder_features = encoded if finest_first else encoded[::-1]
+        self.finest_first = finest_first
+        self.decoder_levels = decoder_levels
         self.autocast = autocast
-        self.input_proj = nn.ModuleList()
-        for name in self.encoder_features:
-            projection = nn.Conv2d(input_shape[name].channels, conv_dim, kernel_size=1)
-            nn.init.xavier_uniform_(projection.weight)
-            nn.init.zeros_(projection.get_parameter("bias"))
-            self.input_proj.append(nn.Sequential(projection, nn.GroupNorm(32, conv_dim)))
+        self.input_proj = nn.ModuleList(
+            _projection(input_shape[name].channels, conv_dim) for name in self.encoder_features
+        )
+        self.coarsest = encoded[-1]
+        channels = [input_shape[self.coarsest].channels, *[conv_dim] * extra_levels]
+        self.input_proj.extend(_projection(c, conv_dim, halve=True) for c in channels[:extra_levels])
         self.transformer = MultiScaleDeformableTransformer(
-            conv_dim, dim_feedforward, n_layers, len(self.encoder_features), n_heads, n_points, dropout
+            conv_dim, dim_feedforward, n_layers, len(self.input_proj), n_heads, n_points, dropout
         )
         self.mask_features = Conv2d(conv_dim, mask_dim, kernel_size=1)
         weight_init.c2_xavier_fill(self.mask_features)
 
-        finest = min(input_shape[name].stride for name in self.encoder_features)
-        self.pyramid_features = [name for name in fine_to_coarse if common_stride <= input_shape[name].stride < finest]
+        finest = input_shape[encoded[0]].stride
+        enter = sum(common_stride <= input_shape[name].stride < finest for name in fine_to_coarse)
+        self.pyramid_features = fine_to_coarse[: max(enter, least_pyramid_levels)]
         for number, name in enumerate(self.pyramid_features, start=1):
             self._add_pyramid_level(number, input_shape[name].channels, conv_dim, norm)
 
@@ -110,25 +120,50 @@ class MSDeformAttnPixelDecoder(nn.Module):
             features: the backbone's maps (N, C_l, H_l, W_l) by name.
 
         Returns:
-            Mask features (N, mask_dim, H, W) at the common stride, the coarsest encoded map, and the three coarsest
-            maps (N, conv_dim, H_l, W_l), coarsest first.
+            Mask features (N, mask_dim, H, W) at the common stride, the first encoded map, and the first
+            ``decoder_levels`` maps (N, conv_dim, H_l, W_l), in the encoder's order.
         """
-        device_type = features[self.encoder_features[0]].device.type
+        device_type = features[self.coarsest].device.type
         with nullcontext() if self.autocast else torch.autocast(device_type, enabled=False):
-            maps = self.transformer(
-                [
-                    projection(self._input(features[name]))
-                    for name, projection in zip(self.encoder_features, self.input_proj, strict=True)
-                ]
-            )
+            maps = self.transformer(self._encoder_maps(features))
+            finest = maps[0] if self.finest_first else maps[-1]
             for number in range(len(self.pyramid_features), 0, -1):
                 lateral, output = getattr(self, f"adapter_{number}"), getattr(self, f"layer_{number}")
                 side = lateral(self._input(features[self.pyramid_features[number - 1]]))
-                coarse = F.interpolate(maps[-1], size=side.shape[-2:], mode="bilinear", align_corners=False)
+                coarse = F.interpolate(finest, size=side.shape[-2:], mode="bilinear", align_corners=False)
                 maps.append(output(side + coarse))
-            return self.mask_features(maps[-1]), maps[0], maps[:_DECODER_LEVELS]
+                if not self.finest_first:  # otherwise each level adds the encoder's own map, as published
+                    finest = maps[-1]
+            return self.mask_features(maps[-1]), maps[0], maps[: self.decoder_levels]
 
     forward = forward_features
 
+    def _encoder_maps(self, features: dict[str, Tensor]) -> list[Tensor]:
+        """The encoder's input; extra maps are coarsest first in both orders, as published."""
+        count = len(self.encoder_features)
+        projections = list(self.input_proj)
+        maps = [
+            projection(self._input(features[name]))
+            for name, projection in zip(self.encoder_features, projections[:count], strict=True)
+        ]
+        extra: list[Tensor] = []
+        source = self._input(features[self.coarsest])
+        for projection in projections[count:]:
+            source = projection(source)
+            extra.insert(0, source)
+        return maps + extra if self.finest_first else extra + maps
+
     def _input(self, feature: Tensor) -> Tensor:
         return feature if self.autocast else feature.float()
+
+
+def _projection(in_channels: int, channels: int, halve: bool = False) -> nn.Sequential:
+    """Convolution and group norm: 1 x 1, or to half the size."""
+    convolution = (
+        nn.Conv2d(in_channels, channels, kernel_size=3, stride=2, padding=1)
+        if halve
+        else nn.Conv2d(in_channels, channels, kernel_size=1)
+    )
+    nn.init.xavier_uniform_(convolution.weight)
+    nn.init.zeros_(convolution.get_parameter("bias"))
+    return nn.Sequential(convolution, nn.GroupNorm(32, channels))

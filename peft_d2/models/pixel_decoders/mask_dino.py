@@ -1,0 +1,56 @@
+"""The pixel decoder of Mask DINO, with the options of its config."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from detectron2.config import CfgNode
+from detectron2.layers import ShapeSpec
+
+from peft_d2.models.pixel_decoders.ms_deform_attn import MSDeformAttnPixelDecoder
+
+_FINEST_FIRST = {"low2high": True, "high2low": False}  # the published words tell strides, not resolutions
+
+
+class MaskDINOEncoder(MSDeformAttnPixelDecoder):
+    """Mask2Former's pixel decoder with coarser maps besides, of which the transformer decoder gets all.
+
+    Source: Li et al., Mask DINO, CVPR 2023, section 3.
+    """
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
+        """Arguments from ``MODEL.SEM_SEG_HEAD`` and ``MODEL.MaskDINO``.
+
+        Raises:
+            ValueError: for an unknown order of the maps, or fewer maps than the encoder takes from the backbone.
+        """
+        head, dino = cfg.MODEL.SEM_SEG_HEAD, cfg.MODEL.MaskDINO
+        if head.FEATURE_ORDER not in _FINEST_FIRST:
+            raise ValueError(
+                f"MODEL.SEM_SEG_HEAD.FEATURE_ORDER is {head.FEATURE_ORDER!r}; it should be one of {list(_FINEST_FIRST)}"
+            )
+        encoded, total = head.DEFORMABLE_TRANSFORMER_ENCODER_IN_FEATURES, head.TOTAL_NUM_FEATURE_LEVELS
+        if total < len(encoded):
+            raise ValueError(
+                f"MODEL.SEM_SEG_HEAD.TOTAL_NUM_FEATURE_LEVELS is {total}; it should be {len(encoded)} or more, as many "
+                f"as DEFORMABLE_TRANSFORMER_ENCODER_IN_FEATURES {list(encoded)} and the coarser maps besides"
+            )
+        return {
+            "input_shape": {name: shape for name, shape in input_shape.items() if name in head.IN_FEATURES},
+            "encoder_in_features": encoded,
+            "conv_dim": head.CONVS_DIM,
+            "mask_dim": head.MASK_DIM,
+            "norm": head.NORM,
+            "n_layers": head.TRANSFORMER_ENC_LAYERS,
+            "n_heads": dino.NHEADS,
+            "n_points": head.DEFORMABLE_TRANSFORMER_ENCODER_N_POINTS,
+            "dim_feedforward": head.DIM_FEEDFORWARD,
+            "dropout": dino.DROPOUT,
+            "common_stride": head.COMMON_STRIDE,
+            "decoder_levels": total,
+            "extra_levels": total - len(encoded),
+            "finest_first": _FINEST_FIRST[head.FEATURE_ORDER],
+            "least_pyramid_levels": 1,
+            "autocast": head.PIXEL_DECODER_AUTOCAST,
+        }
