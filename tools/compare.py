@@ -2,7 +2,7 @@
 """Train several configs on the same data and set them side by side: a table, and a plot of mask AP over steps.
 
     tools/compare.py --configs configs/nuclei/heads.yaml configs/nuclei/lora.yaml --seeds 1 2 3 --output output/nuclei \
-        --opts MODEL.WEIGHTS base.pth DATASETS.REGISTER "[...]" DATASETS.TRAIN "('a',)" DATASETS.TEST "('b',)"
+        --train-json a.json --train-images a/ --val-json b.json --val-images b/ --opts MODEL.WEIGHTS base.pth
 
 Rows are named after the config files. A comparison that was interrupted goes on where it stopped.
 """
@@ -12,8 +12,10 @@ import sys
 from pathlib import Path
 
 from peft_d2.engine.comparison import Run, compare, plot_curves, table
+from peft_d2.engine.launch import one_line_errors
 
 TRAIN_NET = Path(__file__).with_name("train_net.py")
+OWN_DATA = ("train-json", "train-images", "val-json", "val-images", "name")
 
 
 def main() -> None:
@@ -22,15 +24,19 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[1], help="each config is trained once per seed")
     parser.add_argument("--output", required=True, metavar="DIR", help="gets a folder per run, a table and a plot")
     parser.add_argument("--title", default="", help="of the plot")
+    for flag in OWN_DATA:
+        parser.add_argument(f"--{flag}", help="as in tools/train_net.py")
     parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="config KEY VALUE pairs for every run")
     args = parser.parse_args()
 
+    given = {flag: getattr(args, flag.replace("-", "_")) for flag in OWN_DATA}
+    own_data = [word for flag, value in given.items() if value for word in (f"--{flag}", value)]
     runs = [Run(Path(config).stem, config, seed) for config in args.configs for seed in args.seeds]
-    results = compare(runs, args.output, [sys.executable, str(TRAIN_NET)], args.opts)
+    results = compare(runs, args.output, [sys.executable, str(TRAIN_NET), *own_data], args.opts)
     print(table(results))
     Path(args.output, "table.md").write_text(table(results) + "\n")
     plot_curves(results, Path(args.output, "curves.png"), args.title)
 
 
 if __name__ == "__main__":
-    main()
+    one_line_errors(main)
