@@ -16,11 +16,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from peft_d2.engine.errors import ConfigError
+
 RESULT_FILE = "comparison_result.json"
 METRIC = "segm/AP"
 
 
-class RunFailed(RuntimeError):
+class RunFailed(ConfigError):
     """A training process ended with an error; the message names its log."""
 
 
@@ -95,7 +97,8 @@ def compare(
             result = read_result(folder, run.name, run.seed, peak)
             kept.write_text(json.dumps(asdict(result), indent=1))
             print(f"    mask AP {result.ap:.1f}, {result.seconds_per_step:.2f} s a step", flush=True)
-        results.append(Result(**json.loads(kept.read_text())))
+        stored = json.loads(kept.read_text())
+        results.append(Result(**{**stored, "curve": [tuple(point) for point in stored["curve"]]}))
     return results
 
 

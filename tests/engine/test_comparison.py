@@ -1,0 +1,70 @@
+"""Comparisons of runs: what is read from a run's folder, what is kept, what a failed run says."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from peft_d2.engine.comparison import Run, RunFailed, compare, plot_curves, read_result, table
+
+# Stands for a training program: takes the same arguments and leaves the same files.
+PROGRAM = """
+import json, pathlib, sys
+arguments = sys.argv[1:]
+pairs = dict(zip(arguments[3::2], arguments[4::2]))
+folder = pathlib.Path(pairs["OUTPUT_DIR"])
+if "broken" in arguments[1]:
+    sys.exit("error: the config is broken")
+rows = [{"iteration": 19, "time": 0.5}, {"iteration": 39, "time": 0.1}, {"iteration": 39, "time": 0.2}]
+rows.insert(1, {"iteration": 19, "segm/AP": 10.0, "segm/AP50": 20.0})
+rows.append({"iteration": 40, "segm/AP": 30.0 + int(pairs["SEED"]), "segm/AP50": 50.0})
+(folder / "metrics.json").write_text("\\n".join(map(json.dumps, rows)))
+(folder / "peft_report.json").write_text(json.dumps({"trainable": 25, "total": 1000}))
+(folder / "adapter_final").mkdir(exist_ok=True)
+(folder / "adapter_final" / "adapter_model.safetensors").write_bytes(bytes(2_500_000))
+with open(folder.parent / "runs.txt", "a") as stream:
+    stream.write(folder.name + "\\n")
+"""
+
+
+@pytest.fixture
+def command(tmp_path: Path) -> list[str]:
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
+    return [sys.executable, str(program)]
+
+
+def test_runs_are_trained_once_read_and_averaged(tmp_path: Path, command: list[str]) -> None:
+    runs = [Run("a b", "a.yaml", seed=1), Run("a b", "a.yaml", seed=3), Run("c", "c.yaml", seed=1)]
+    results = compare(runs, tmp_path / "out", command)
+    assert [r.ap for r in results] == [31.0, 33.0, 31.0]
+    assert results[0].curve == [(20, 10.0), (40, 31.0)]  # iteration 19 is the 20th step; the end is MAX_ITER itself
+    assert results[0].seconds_per_step == pytest.approx(0.2)
+    assert results[0].file_bytes == 2_500_000
+    if sys.platform == "linux":
+        assert results[0].peak_bytes > 1_000_000
+    assert compare(runs, tmp_path / "out", command)[1].ap == 33.0
+    assert (tmp_path / "out" / "runs.txt").read_text().split() == ["a_b-seed1", "a_b-seed3", "c-seed1"]
+
+    lines = table(results).splitlines()
+    assert lines[2].startswith("| a b | 32.0 ± 1.4 | 50.0 ± 0.0 | 25 | 2.50 | 2.50 MB | 0.200 |")
+    assert lines[3].startswith("| c | 31.0 | 50.0 |")
+    plot_curves(results, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").stat().st_size > 5_000
+
+
+def test_a_failed_run_is_named_with_its_last_words_and_not_kept(tmp_path: Path, command: list[str]) -> None:
+    runs = [Run("good", "good.yaml"), Run("bad", "broken.yaml")]
+    with pytest.raises(RunFailed, match=r"(?s)bad: .*console.txt.*the config is broken"):
+        compare(runs, tmp_path / "out", command)
+    assert (tmp_path / "out" / "good" / "comparison_result.json").exists()
+    assert not (tmp_path / "out" / "bad" / "comparison_result.json").exists()
+
+
+def test_a_run_without_evaluation_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "metrics.json").write_text(json.dumps({"iteration": 1, "time": 0.1}))
+    with pytest.raises(RunFailed, match=r"DATASETS\.TEST"):
+        read_result(tmp_path, "name", 1)
