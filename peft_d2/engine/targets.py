@@ -43,7 +43,9 @@ def describe(args: argparse.Namespace) -> str:
         parts.append(_modules(model))
     injection = peft.get_injection(model)
     if injection is not None:
-        parts.append(str(peft.make_report(model)))
+        report = peft.make_report(model)
+        parts.append(str(report))
+        parts.append(f"{report.trainable:,} of {report.total:,} parameters are trained: {report.percent:.2f} %.")
     elif not parts:
         parts.append(_types(model))
     return "\n\n".join(parts)

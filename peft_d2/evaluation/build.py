@@ -29,8 +29,8 @@ def build_evaluator(cfg: Any, dataset_name: str, output_folder: str | None) -> D
     """The evaluators of a data set, several in one where its metadata and the model's outputs say so.
 
     Args:
-        cfg: ``MODEL.MASK_FORMER.TEST`` tells which outputs there are; without it, all that the data set can be
-            evaluated on.
+        cfg: ``MODEL.MASK_FORMER.TEST`` or ``MODEL.MaskDINO.TEST`` tells which outputs there are; for other models, all
+            that the data set can be evaluated on.
         dataset_name: a registered name.
         output_folder: for predictions and result files; None writes none.
 
@@ -39,7 +39,7 @@ def build_evaluator(cfg: Any, dataset_name: str, output_folder: str | None) -> D
     """
     register_from_config(cfg)
     kind = MetadataCatalog.get(dataset_name).get("evaluator_type", "")
-    test = cfg.MODEL.MASK_FORMER.TEST if "MASK_FORMER" in cfg.MODEL and _is_mask_former(cfg) else None
+    test = _test_node(cfg)
     instance, semantic, panoptic = (
         True if test is None else bool(test[key]) for key in ("INSTANCE_ON", "SEMANTIC_ON", "PANOPTIC_ON")
     )
@@ -68,8 +68,11 @@ def build_evaluator(cfg: Any, dataset_name: str, output_folder: str | None) -> D
     return found[0] if len(found) == 1 else DatasetEvaluators(found)
 
 
-def _is_mask_former(cfg: Any) -> bool:
-    return _base_architecture(cfg) in ("MaskFormer", "PD2MaskFormer", "MaskDINO", "PD2MaskDINO")
+def _test_node(cfg: Any) -> Any:
+    """Where the model's config says which results there are; None for models without such a node."""
+    name = _base_architecture(cfg).removeprefix("PD2")
+    node = {"MaskFormer": "MASK_FORMER", "MaskDINO": "MaskDINO"}.get(name, "")
+    return cfg.MODEL[node].TEST if node in cfg.MODEL else None
 
 
 def _base_architecture(cfg: Any) -> str:

@@ -19,13 +19,13 @@ from peft_d2.models.matcher import Match
 from peft_d2.models.targets import Target
 
 
-def focal_loss(logits: Tensor, labels: Tensor, count: float) -> Tensor:
-    """Sum of -a_t (1 - p_t)^2 log p_t with a = 0.25 (Lin et al., RetinaNet, ICCV 2017, equation 5) over ``count``."""
+def focal_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Sum of -a_t (1 - p_t)^2 log p_t with a = 0.25 (Lin et al., RetinaNet, ICCV 2017, equation 5)."""
     cross_entropy = F.binary_cross_entropy_with_logits(logits, labels, reduction="none")
     probability = logits.sigmoid()
     missed = probability + labels - 2 * probability * labels  # 1 - p_t
     weight = 0.75 - 0.5 * labels
-    return (weight * missed**2 * cross_entropy).sum() / count
+    return (weight * missed**2 * cross_entropy).sum()
 
 
 class BoxMaskCriterion(SetCriterion):
@@ -93,37 +93,50 @@ class BoxMaskCriterion(SetCriterion):
         for suffix, prediction in zip(names, [predictions[-1], *predictions[:-1]], strict=True):
             if f"loss_ce{suffix}" in self.weight_dict:
                 masks = f"loss_mask{suffix}" in self.weight_dict
-                values = self.layer_losses(prediction, targets, matches, count * queries.groups, masks)
+                values = self.restored_losses(prediction, targets, matches, count * queries.groups, masks)
                 losses.update({name + suffix: value for name, value in values.items()})
         return losses
 
     def layer_losses(
+        self, prediction: dict[str, Tensor], targets: Sequence[Target], matches: Sequence[Match], count: float
+    ) -> dict[str, Tensor]:
+        """The losses of one layer; ``count`` as in :meth:`matched_losses`."""
+        losses = super().layer_losses(prediction, targets, matches, count)
+        losses.update(self.box_losses(prediction["pred_boxes"].float(), targets, matches, count))
+        if not self.softmax_classes:
+            losses["loss_ce"] = losses["loss_ce"] / count
+        return losses
+
+    def class_loss(self, logits: Tensor, targets: Sequence[Target], matches: Sequence[Match]) -> Tensor:
+        """Summed focal loss, or the cross-entropy of :class:`SetCriterion`."""
+        if self.softmax_classes:
+            return super().class_loss(logits, targets, matches)
+        wanted = F.one_hot(self.wanted_labels(logits, targets, matches), self.num_classes + 1)[..., :-1]
+        return focal_loss(logits, wanted.to(logits.dtype))
+
+    def restored_losses(
         self,
         prediction: dict[str, Tensor],
         targets: Sequence[Target],
         matches: Sequence[Match],
         count: float,
-        masks: bool = True,
+        masks: bool,
     ) -> dict[str, Tensor]:
-        """The losses of one layer; ``count`` as in :meth:`matched_losses`, ``masks``: those of masks too."""
+        """The losses of one layer's denoising queries; without ``masks`` those of classes and boxes alone.
+
+        The cross-entropy of classes is divided by the weights at hand: a worker may have no such queries at all, so
+        nothing can be exchanged here.
+        """
         logits = prediction["pred_logits"].float()
-        losses = {
-            "loss_ce": self.class_loss(logits, targets, matches)
-            if self.softmax_classes
-            else focal_loss(logits, self.one_hot(logits, targets, matches), count)
-        }
+        if self.softmax_classes:
+            labels = self.wanted_labels(logits, targets, matches)
+            losses = {"loss_ce": F.cross_entropy(logits.transpose(1, 2), labels, self.empty_weight)}
+        else:
+            losses = {"loss_ce": self.class_loss(logits, targets, matches) / count}
         if masks:
             losses.update(self.mask_losses(prediction["pred_masks"], targets, matches, count))
         losses.update(self.box_losses(prediction["pred_boxes"].float(), targets, matches, count))
         return losses
-
-    @staticmethod
-    def one_hot(logits: Tensor, targets: Sequence[Target], matches: Sequence[Match]) -> Tensor:
-        """1 at the class of each matched query, 0 elsewhere; of the logits' shape (N, Q, K)."""
-        labels = torch.zeros_like(logits)
-        for rows, target, (queries, indices) in zip(labels, targets, matches, strict=True):
-            rows[queries.to(rows.device), target.labels[indices.to(rows.device)]] = 1
-        return labels
 
     def box_losses(
         self, boxes: Tensor, targets: Sequence[Target], matches: Sequence[Match], count: float

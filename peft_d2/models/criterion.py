@@ -103,11 +103,16 @@ class SetCriterion(nn.Module):
 
     def class_loss(self, logits: Tensor, targets: Sequence[Target], matches: Sequence[Match]) -> Tensor:
         """Cross-entropy over all queries, divided by the summed class weights; unmatched queries are no-object."""
+        labels = self.wanted_labels(logits, targets, matches)
+        total = F.cross_entropy(logits.transpose(1, 2), labels, self.empty_weight, reduction="sum")
+        return total / average_class_weight(targets, logits, self.no_object_weight)
+
+    def wanted_labels(self, logits: Tensor, targets: Sequence[Target], matches: Sequence[Match]) -> Tensor:
+        """Each query's class (N, Q) int64; ``num_classes`` where it is matched with nothing."""
         labels = torch.full(logits.shape[:2], self.num_classes, dtype=torch.int64, device=logits.device)
         for row, target, (queries, indices) in zip(labels, targets, matches, strict=True):
             row[queries.to(row.device)] = target.labels[indices.to(row.device)]
-        total = F.cross_entropy(logits.transpose(1, 2), labels, self.empty_weight, reduction="sum")
-        return total / average_class_weight(targets, logits, self.no_object_weight)
+        return labels
 
     def mask_losses(
         self, masks: Tensor, targets: Sequence[Target], matches: Sequence[Match], count: float

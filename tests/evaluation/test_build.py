@@ -21,7 +21,7 @@ def _cfg(architecture, **outputs):
     cfg.MODEL.META_ARCHITECTURE = "PEFTModel"
     cfg.MODEL.PEFT = CfgNode({"META_ARCHITECTURE": architecture})
     if outputs:
-        cfg.MODEL.MASK_FORMER = CfgNode({"TEST": outputs})
+        cfg.MODEL[{"MaskDINO": "MaskDINO"}.get(architecture, "MASK_FORMER")] = CfgNode({"TEST": outputs})
     return cfg
 
 
@@ -58,6 +58,8 @@ ALL = {"INSTANCE_ON": True, "SEMANTIC_ON": True, "PANOPTIC_ON": True}
         ("coco", "GeneralizedRCNN", {}, ["FastCOCOEvaluator"]),
         ("coco_panoptic_seg", "MaskFormer", ALL, ["SemSegEvaluator", "FastCOCOEvaluator", "PanopticQualityEvaluator"]),
         ("coco_panoptic_seg", "MaskFormer", {**ALL, "SEMANTIC_ON": False},
+         ["FastCOCOEvaluator", "PanopticQualityEvaluator"]),
+        ("coco_panoptic_seg", "MaskDINO", {**ALL, "SEMANTIC_ON": False},
          ["FastCOCOEvaluator", "PanopticQualityEvaluator"]),
         ("coco_panoptic_seg", "PanopticFPN", {}, ["SemSegEvaluator", "FastCOCOEvaluator", "PanopticQualityEvaluator"]),
         ("ade20k_panoptic_seg", "MaskFormer", {**ALL, "PANOPTIC_ON": False}, ["SemSegEvaluator", "FastCOCOEvaluator"]),

@@ -9,11 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torchvision
 from torch import Tensor
 
+from peft_d2.layers.boxes import generalized_iou, inverse_sigmoid, to_centres, to_corners
 from peft_d2.models import points
+from peft_d2.models.box_criterion import BoxMaskCriterion, focal_loss
 from peft_d2.models.criterion import SetCriterion
-from peft_d2.models.matcher import HungarianMatcher, assign, dice_cost, mask_cost
+from peft_d2.models.matcher import BoxMaskMatcher, HungarianMatcher, assign, dice_cost, mask_cost
 from peft_d2.models.targets import Target
 
 CLASSES, QUERIES, SIZE = 3, 5, 16
@@ -194,3 +197,57 @@ def test_half_precision_predictions_are_matched_in_float32() -> None:
     criterion = make_criterion()
     assert criterion.matcher.costs([outputs], 0, targets[0]).isfinite().all()
     assert all(loss.isfinite() for loss in criterion(outputs, targets).values())
+
+
+def test_boxes_and_focal_loss_against_torchvision() -> None:
+    torch.manual_seed(0)
+    boxes, others = torch.rand(5, 4) * 0.4 + 0.1, torch.rand(3, 4) * 0.4 + 0.1
+    corners = to_corners(boxes)
+    torch.testing.assert_close(corners, torchvision.ops.box_convert(boxes, "cxcywh", "xyxy"))
+    torch.testing.assert_close(to_centres(corners), boxes)
+    found = generalized_iou(corners[:, None], to_corners(others)[None])
+    expected = torchvision.ops.generalized_box_iou(corners, to_corners(others))
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)  # ours has a margin for boxes without area
+    assert generalized_iou(torch.zeros(4), torch.zeros(4)).isfinite()
+    values = torch.rand(20)
+    torch.testing.assert_close(inverse_sigmoid(values), values.logit(), atol=1e-5, rtol=1e-5)
+    assert inverse_sigmoid(torch.tensor([-1.0, 2.0])).tolist() == pytest.approx([math.log(1e-5), -math.log(1e-5)])
+    logits, labels = torch.randn(2, 6, 3), (torch.rand(2, 6, 3) < 0.3).float()
+    expected = torchvision.ops.sigmoid_focal_loss(logits, labels, alpha=0.25, gamma=2, reduction="sum")
+    torch.testing.assert_close(focal_loss(logits, labels), expected)
+
+
+def test_costs_and_losses_of_boxes() -> None:
+    torch.manual_seed(0)
+    matcher = BoxMaskMatcher(cost_class=4, cost_mask=0, cost_dice=0, cost_box=5, cost_giou=2, num_points=4)
+    labels, wanted = torch.tensor([2, 0]), torch.rand(2, 4) * 0.3 + 0.2
+    target = Target(labels, torch.zeros(2, SIZE, SIZE), wanted)
+    prediction = {
+        "pred_logits": torch.randn(1, QUERIES, CLASSES),
+        "pred_masks": torch.randn(1, QUERIES, SIZE, SIZE),
+        "pred_boxes": torch.rand(1, QUERIES, 4) * 0.3 + 0.2,
+    }
+    (found,) = matcher.costs([prediction], 0, target)
+    giou = torchvision.ops.generalized_box_iou(to_corners(prediction["pred_boxes"][0]), to_corners(wanted))
+    for q, t in itertools.product(range(QUERIES), range(2)):
+        p = 1 / (1 + math.exp(-float(prediction["pred_logits"][0, q, labels[t]])))
+        focal = -0.25 * (1 - p) ** 2 * math.log(p) + 0.75 * p**2 * math.log(1 - p)
+        distance = float((prediction["pred_boxes"][0, q] - wanted[t]).abs().sum())
+        assert float(found[q, t]) == pytest.approx(4 * focal + 5 * distance - 2 * float(giou[q, t]), abs=1e-4)
+
+    options = {"no_object_weight": 0.1, "num_points": 4, "oversample_ratio": 3.0, "importance_sample_ratio": 0.75}
+    criterion = BoxMaskCriterion(
+        num_classes=CLASSES, matcher=matcher, weight_dict={"loss_ce": 1.0}, softmax_classes=False, **options
+    )
+    matches = [(torch.tensor([3, 1]), torch.tensor([0, 1]))]
+    losses = criterion.layer_losses(prediction, [target], matches, 2.0)
+    chosen = prediction["pred_boxes"][0, [3, 1]]
+    assert losses["loss_bbox"].item() == pytest.approx(float((chosen - wanted).abs().sum()) / 2)
+    assert losses["loss_giou"].item() == pytest.approx(float(2 - giou[3, 0] - giou[1, 1]) / 2, abs=1e-4)
+    hot = torch.zeros(1, QUERIES, CLASSES)
+    hot[0, 3, 2] = hot[0, 1, 0] = 1
+    focal_sum = torchvision.ops.sigmoid_focal_loss(prediction["pred_logits"], hot, 0.25, 2, "sum")
+    assert losses["loss_ce"].item() == pytest.approx(focal_sum.item() / 2, rel=1e-5)
+    criterion.box_classes = {0}  # only the second target's
+    only = criterion.layer_losses(prediction, [target], matches, 2.0)
+    assert only["loss_bbox"].item() == pytest.approx(float((chosen[1] - wanted[1]).abs().sum()) / 2)
