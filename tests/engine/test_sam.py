@@ -1,0 +1,153 @@
+"""Segment Anything through the trainer: boxes in, adapters trained, mIoU, Dice and mask AP out; the paper's counts."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("detectron2")
+
+from peft_d2 import data, peft  # noqa: E402
+from peft_d2.data import toy  # noqa: E402
+from peft_d2.engine import targets  # noqa: E402
+from peft_d2.engine.config import load_config  # noqa: E402
+from peft_d2.engine.trainer import Trainer  # noqa: E402
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+TINY = {
+    "MODEL.DEVICE": "cpu",
+    "MODEL.WEIGHTS": "",
+    "MODEL.SAM.IMAGE_SIZE": 64,
+    "MODEL.SAM.PATCH_SIZE": 8,
+    "MODEL.SAM.EMBED_DIM": 48,
+    "MODEL.SAM.DEPTH": 4,
+    "MODEL.SAM.NUM_HEADS": 4,
+    "MODEL.SAM.WINDOW_SIZE": 3,
+    "MODEL.SAM.GLOBAL_BLOCKS": [1, 3],
+    "MODEL.SAM.OUT_CHANNELS": 32,
+    "MODEL.SAM.DECODER_HEADS": 4,
+    "MODEL.SAM.DECODER_MLP_DIM": 64,
+    "MODEL.SAM.IOU_HEAD_HIDDEN": 32,
+    "INPUT.PROMPTS.BOX_NOISE": 3.0,
+    "DATALOADER.NUM_WORKERS": 0,
+    "SOLVER.AMP.ENABLED": False,
+    "SOLVER.BASE_LR": 0.003,
+    "SOLVER.IMS_PER_BATCH": 2,
+    "SOLVER.WARMUP_ITERS": 2,
+    "SOLVER.MAX_ITER": 25,
+    "SOLVER.CHECKPOINT_PERIOD": 25,
+    "TEST.EVAL_PERIOD": 0,
+    "SEED": 3,
+}
+# Trainable in the image encoder of the ViT-B, after Peng et al., CVPR 2024, table 1: 147.4, 148.3, 322.7, 324.0 K.
+COUNTS = {"lora": 147_456, "lora_cobot": 148_320, "adaptformer": 322_752, "adaptformer_cobot": 324_048, "decoder": 0}
+
+
+@pytest.fixture
+def sam_cfg(make_cfg: Callable[..., Any]) -> Callable[..., Any]:
+    """``sam_cfg("lora_cobot", key, value, ...)``: the tiny model with a file of configs/peft, on the toy set."""
+
+    def make(recipe: str, *opts: Any) -> Any:
+        pairs = [part for item in TINY.items() for part in item] + list(opts)
+        cfg = make_cfg(*pairs, config=CONFIGS / "sam" / "vit_b.yaml")
+        node = load_config(str(CONFIGS / "sam" / "vit_b.yaml"), str(CONFIGS / "peft" / f"{recipe}_sam.yaml")).cfg.MODEL
+        cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.PEFT = node.META_ARCHITECTURE, node.PEFT
+        return cfg
+
+    return make
+
+
+@pytest.mark.parametrize("path", sorted((CONFIGS / "sam").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_config_builds_and_sets_what_the_paper_says(path: Path) -> None:
+    cfg = load_config(str(path), "" if "mask2former" in path.stem else str(CONFIGS / "peft" / "lora_sam.yaml")).cfg
+    if path.stem == "_base_":
+        assert cfg.INPUT.PROMPTS.BOX_NOISE == 50 and cfg.SOLVER.IMS_PER_BATCH == 1 and cfg.SOLVER.BASE_LR == 1e-4
+    if path.stem == "vit_b_medical":
+        rates = cfg.SOLVER.BASE_LR * cfg.MODEL.PEFT.LR_FACTOR, cfg.SOLVER.BASE_LR * cfg.MODEL.PEFT.TRAIN_LR_FACTOR
+        assert rates == pytest.approx((1.25e-4, 1.25e-6)) and cfg.SOLVER.WEIGHT_DECAY == 5e-4
+    model = targets.build_without_weights(cfg)
+    assert sum(p.numel() for p in model.parameters()) > 80_000_000
+
+
+@pytest.mark.parametrize("recipe", COUNTS)
+def test_counts_of_the_paper(recipe: str) -> None:
+    names = {"config_file": "sam/vit_b.yaml", "peft_config": f"peft/{recipe}_sam.yaml"}
+    files = {key: str(CONFIGS / path) for key, path in names.items()}
+    text = targets.describe(argparse.Namespace(**files, pattern=[], modules=False, opts=[]))
+    cfg = load_config(files["config_file"], files["peft_config"]).cfg
+    model = targets.build_without_weights(cfg)
+    encoder = sum(p.numel() for p in model.image_encoder.parameters() if p.requires_grad)
+    decoder = sum(p.numel() for p in model.mask_decoder.parameters() if p.requires_grad)
+    assert (encoder, decoder) == (COUNTS[recipe], 4_058_340)
+    assert peft.make_report(model).trainable == encoder + decoder
+    assert f"{decoder:,}" in text and (not encoder or f"{encoder:,}" in text)
+
+
+@pytest.mark.parametrize("recipe", COUNTS)
+def test_the_start_is_the_pretrained_model(sam_cfg: Callable[..., Any], recipe: str) -> None:
+    model = Trainer.build_model(sam_cfg(recipe)).eval()
+    item = {"image": torch.rand(3, 40, 64) * 255, "boxes": [[5.0, 5, 30, 30]]}
+    with torch.no_grad():
+        adapted = model([item])[0]["instances"]
+        if recipe == "decoder":
+            assert peft.get_injection(model).methods == []
+            return
+        with peft.disabled(model):
+            plain = model([item])[0]["instances"]
+    assert torch.equal(adapted.scores, plain.scores)
+    assert torch.equal(adapted.pred_masks, plain.pred_masks)
+
+
+@torch.no_grad()
+def loss(model: Any, batch: Any) -> float:
+    return sum(value.item() for value in model.train()(batch).values())
+
+
+@pytest.mark.parametrize("recipe", ["lora_cobot", "adaptformer_cobot"])
+def test_train_and_evaluate(sam_cfg: Callable[..., Any], tmp_path: Path, recipe: str) -> None:
+    cfg = sam_cfg(recipe)
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=False)
+    batch = next(iter(data.build_train_loader(cfg)))
+    before = loss(trainer.model, batch)
+    results = trainer.train()
+    assert results is not None
+    masks = results["masks"]
+    assert {"mIoU", "mDice", "DSC"} <= masks.keys() and "segm" in results
+    assert 0 <= masks["mIoU"] <= masks["mDice"] <= 100
+    assert loss(trainer.model, batch) < 0.8 * before
+    rows = [json.loads(line) for line in (tmp_path / "metrics.json").read_text().splitlines()]
+    assert {"loss_dice", "loss_mask", "masks/mIoU", "segm/AP"} <= {key for row in rows for key in row}
+    base = {key: value for key, value in trainer.model.state_dict().items() if ".peft." not in key}
+    cfg.MODEL.PEFT.WEIGHTS = str(tmp_path / "adapter_final")
+    again = Trainer.build_model(cfg)
+    again.load_state_dict(
+        {key: value + 1 if key.startswith("mask_decoder") else value for key, value in base.items()}, strict=False
+    )  # the adapter brings its own mask decoder
+    found, expected = again.state_dict(), trainer.model.state_dict()
+    assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in found)
+
+
+def test_boxes_of_a_detector(sam_cfg: Callable[..., Any], toy_set: toy.ToySet, tmp_path: Path) -> None:
+    truth = json.loads(Path(toy_set.json).read_text())
+    rows = [
+        {"image_id": a["image_id"], "category_id": a["category_id"], "bbox": a["bbox"], "score": 0.5}
+        for a in truth["annotations"][1:]
+    ]
+    path = tmp_path / "found.json"
+    path.write_text(json.dumps(rows))
+    cfg = sam_cfg("decoder", "INPUT.PROMPTS.DETECTIONS", path)
+    results = Trainer.test(cfg, Trainer.build_model(cfg))
+    assert "segm" in results and "masks" not in results
+    path.write_text(json.dumps([{**rows[0], "category_id": 999}]))
+    with pytest.raises(ValueError, match="row 0 is of category 999"):
+        Trainer.test(cfg, Trainer.build_model(cfg))
+    path.write_text("{}")
+    with pytest.raises(ValueError, match="row 0 is no result"):
+        Trainer.test(cfg, Trainer.build_model(cfg))
