@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from detectron2.config import get_cfg
+from detectron2.modeling import build_model
 from torch import Tensor, nn
 
 from peft_d2 import peft
 from peft_d2.engine.targets import describe, inspect_parser
-from peft_d2.models import denoising
+from peft_d2.models import add_models_config, denoising, register
 from peft_d2.models.targets import Target
 
 from .conftest import GOLDENS, ROOT
@@ -318,6 +321,55 @@ def test_the_papers_parameters(file: str, reduction: int | None, count: int, r50
         exact = 100 * int(trained.replace(",", "")) / int(total.replace(",", ""))
         assert float(printed) == pytest.approx(exact, abs=0.00501)
 
+
+def test_published_yaml_runs_as_it_is(tmp_path: Path) -> None:
+    """Names and keys as in the published files."""
+    register(upstream_names=True)
+    cfg = get_cfg()
+    add_models_config(cfg)
+    (tmp_path / "published.yaml").write_text(UPSTREAM_STYLE, encoding="utf-8")
+    cfg.merge_from_file(str(tmp_path / "published.yaml"))
+    with torch.device("meta"):
+        model = build_model(cfg)
+    parts = (model, model.sem_seg_head, model.sem_seg_head.pixel_decoder, model.sem_seg_head.predictor)
+    assert [type(p).__name__ for p in parts] == ["MaskDINO", "MaskDINOHead", "MaskDINOEncoder", "MaskDINODecoder"]
+    assert all(type(part).__module__.startswith("peft_d2.") for part in parts)
+    assert not model.padded_boxes and model.sem_seg_head.predictor.query_feat is not None
+
+
+UPSTREAM_STYLE = """
+MODEL:
+  META_ARCHITECTURE: "MaskDINO"
+  DEVICE: "meta"
+  BACKBONE: {NAME: "build_resnet_backbone", FREEZE_AT: 0}
+  RESNETS: {STEM_TYPE: "basic", RES5_MULTI_GRID: [1, 1, 1], OUT_FEATURES: ["res2", "res3", "res4", "res5"]}
+  SEM_SEG_HEAD:
+    NAME: "MaskDINOHead"
+    NUM_CLASSES: 19
+    LOSS_WEIGHT: 1.0
+    CONVS_DIM: 256
+    MASK_DIM: 256
+    NORM: "GN"
+    PIXEL_DECODER_NAME: "MaskDINOEncoder"
+    DIM_FEEDFORWARD: 1024
+    NUM_FEATURE_LEVELS: 3
+    TOTAL_NUM_FEATURE_LEVELS: 3
+    IN_FEATURES: ["res2", "res3", "res4", "res5"]
+    TRANSFORMER_ENC_LAYERS: 6
+  MaskDINO:
+    TRANSFORMER_DECODER_NAME: "MaskDINODecoder"
+    NUM_OBJECT_QUERIES: 100
+    DROPOUT: 0.0
+    ENC_LAYERS: 0
+    DEC_LAYERS: 9
+    EVAL_FLAG: 1
+    TWO_STAGE: False
+    INITIALIZE_BOX_TYPE: "no"
+    SEMANTIC_CE_LOSS: True
+    TEST: {SEMANTIC_ON: True, OVERLAP_THRESHOLD: 0.8}
+Default_loading: False
+VERSION: 2
+"""
 
 FILES = sorted(str(path.relative_to(ROOT / "configs")) for path in (ROOT / "configs/mask_dino").rglob("*.yaml"))
 

@@ -16,7 +16,7 @@ from peft_d2.models.pixel_decoders.ms_deform_attn import MSDeformAttnPixelDecode
 OFFICIAL = [(META_ARCH_REGISTRY, "MaskFormer"), (SEM_SEG_HEADS_REGISTRY, "MaskFormerHead")]
 OFFICIAL += [(BACKBONE_REGISTRY, "D2SwinTransformer")]
 LENT = {"MaskFormer", "MaskFormerHead", "MSDeformAttnPixelDecoder", "D2SwinTransformer"}
-LENT |= {"MultiScaleMaskedTransformerDecoder"}
+LENT |= {"MultiScaleMaskedTransformerDecoder", "MaskDINO", "MaskDINOHead", "MaskDINOEncoder", "MaskDINODecoder"}
 
 
 @pytest.fixture(autouse=True)
