@@ -13,6 +13,7 @@ import torch
 
 pytest.importorskip("detectron2")
 
+import peft_d2  # noqa: E402
 from peft_d2 import data, peft  # noqa: E402
 from peft_d2.data import toy  # noqa: E402
 from peft_d2.engine import targets  # noqa: E402
@@ -20,6 +21,7 @@ from peft_d2.engine.config import load_config  # noqa: E402
 from peft_d2.engine.trainer import Trainer  # noqa: E402
 
 CONFIGS = Path(__file__).parents[2] / "configs"
+TINY_SWIN = Path(__file__).with_name("tiny.yaml")
 TINY = {
     "MODEL.DEVICE": "cpu",
     "MODEL.WEIGHTS": "",
@@ -47,6 +49,11 @@ TINY = {
 }
 # Trainable in the image encoder of the ViT-B, after Peng et al., CVPR 2024, table 1: 147.4, 148.3, 322.7, 324.0 K.
 COUNTS = {"lora": 147_456, "lora_cobot": 148_320, "adaptformer": 322_752, "adaptformer_cobot": 324_048, "decoder": 0}
+
+
+@pytest.fixture(autouse=True)
+def _registered() -> None:
+    peft_d2.register()
 
 
 @pytest.fixture
@@ -151,3 +158,23 @@ def test_boxes_of_a_detector(sam_cfg: Callable[..., Any], toy_set: toy.ToySet, t
     path.write_text("{}")
     with pytest.raises(ValueError, match="row 0 is no result"):
         Trainer.test(cfg, Trainer.build_model(cfg))
+
+
+def test_cobot_on_another_stack_of_blocks(make_cfg: Callable[..., Any]) -> None:
+    """Swin under Mask2Former: one space of the blocks' q and v."""
+    cfg = make_cfg()
+    node = load_config(str(TINY_SWIN), str(CONFIGS / "peft" / "lora_cobot_swin.yaml")).cfg.MODEL
+    cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.PEFT = node.META_ARCHITECTURE, node.PEFT
+    model = Trainer.build_model(cfg)
+    widths, rank = [16, 32, 64, 128], 4  # one block a stage
+    places, factors = 2 * len(widths), sum(2 * rank * 2 * width for width in widths)
+    own = places * (rank + 4 * (rank // 4) ** 2)  # gamma and quaternion
+    injected = {id(t.param): t.param for t in peft.trained_parameters(model) if t.kind == "injected"}
+    assert sum(p.numel() for p in injected.values()) == factors + rank * places + places**2 + own
+    batch = next(iter(data.build_train_loader(cfg)))
+    optimizer = torch.optim.AdamW(injected.values(), lr=1e-2)
+    for _ in range(3):  # the second factor starts at zero, so what lies before it has no gradient at first
+        optimizer.zero_grad()
+        sum(model.train()(batch).values()).backward()
+        optimizer.step()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in injected.values())
