@@ -30,7 +30,7 @@ class Functional(nn.Module):
             y = y + self.train_only(x)
         if torch.is_grad_enabled():
             y = y + self.without_gradients(x)
-        return {"masks": [y > 0], "count": 3}
+        return {"masks": [y > 0], "scores": y, "count": 3}
 
 
 def test_dead_parts_are_named_by_mode() -> None:
