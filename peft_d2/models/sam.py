@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from peft_d2.models.backbones.sam_vit import ImageEncoder, encoder_settings
 from peft_d2.models.criterion import dice_loss, mask_loss
 from peft_d2.models.decoders.sam_mask_decoder import SAMMaskDecoder
+from peft_d2.models.joined_batch import average_count
 from peft_d2.models.postprocess import Canvas, mask_boxes
 from peft_d2.models.prompt_encoder import PromptEncoder
 from peft_d2.models.sam_prompts import Prompts, read_prompts
+from peft_d2.models.targets import Target
 
 THRESHOLD = 0.0  # of the mask logits
 
@@ -144,9 +146,10 @@ class SegmentAnything(nn.Module):
     def losses(self, embeddings: Tensor, batched_inputs: list[dict[str, Any]]) -> dict[str, Tensor]:
         """The weighted losses, means over all objects of the batch."""
         totals = {name: embeddings.new_zeros((), dtype=torch.float32) for name, w in self.weights.items() if w}
-        count = max(1, sum(len(item["instances"]) for item in batched_inputs))
-        for embedding, item in zip(embeddings, batched_inputs, strict=True):
-            labels = _masks(item["instances"]).to(self.device)
+        targets = [_target(item["instances"], self.device) for item in batched_inputs]
+        count = average_count(targets, self.device)
+        for embedding, item, target in zip(embeddings, batched_inputs, targets, strict=True):
+            labels = target.masks
             size = (item["image"].shape[-2], item["image"].shape[-1])
             prompts = self._training_prompts(item, size)
             if not len(labels):
@@ -168,7 +171,7 @@ class SegmentAnything(nn.Module):
         return read_prompts(item, size, 4 * self.prompt_encoder.grid, self.device)
 
     def _image_losses(
-        self, logits: Tensor, quality: Tensor, labels: Tensor, size: tuple[int, int], count: int
+        self, logits: Tensor, quality: Tensor, labels: Tensor, size: tuple[int, int], count: float
     ) -> dict[str, Tensor]:
         """Sums over the objects of one image, divided by ``count``."""
         if not len(labels):
@@ -211,7 +214,8 @@ class SegmentAnything(nn.Module):
         return instances
 
 
-def _masks(instances: Instances) -> Tensor:
-    """``gt_masks`` (N, H, W) as bool, from a tensor or Detectron2's BitMasks."""
+def _target(instances: Instances, device: torch.device) -> Target:
+    """Classes and bool masks (N, H, W), from a tensor or Detectron2's BitMasks."""
     masks = instances.gt_masks
-    return (masks if isinstance(masks, Tensor) else masks.tensor).bool()
+    masks = masks if isinstance(masks, Tensor) else masks.tensor
+    return Target(instances.gt_classes.to(device), masks.to(device).bool())

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from peft_d2 import peft
 from peft_d2.io import base_weights
+from peft_d2.models.joined_batch import joined_batch
 
 from .conftest import SAM_TINY, SMALL
 
@@ -99,7 +100,7 @@ def test_an_image_without_objects_costs_nothing(model: Any) -> None:
     alone = model(BATCH[:1])
     torch.testing.assert_close(model([BATCH[0], sample()]), alone, rtol=1e-4, atol=1e-6)
     losses = model([sample()])
-    assert all(float(value) == 0 for value in losses.values())
+    assert all(value.item() == 0 for value in losses.values())
     sum(losses.values()).backward()
     assert all(p.grad is None or not p.grad.any() for p in model.parameters())
 
@@ -107,6 +108,14 @@ def test_an_image_without_objects_costs_nothing(model: Any) -> None:
 def test_prompts_that_do_not_belong_to_the_masks(model: Any) -> None:
     with pytest.raises(ValueError, match="a.png: 1 prompts .* do not belong to masks"):
         model([{**BATCH[0], "boxes": torch.tensor([[0.0, 0.0, 100.0, 99.0]])}])
+
+
+def test_pieces_of_a_batch_add_up_to_the_whole(model: Any) -> None:
+    whole = model(BATCH)
+    with joined_batch([[item] for item in BATCH]):
+        pieces = [model([item]) for item in BATCH]
+    for name, value in whole.items():
+        torch.testing.assert_close(sum(piece[name] for piece in pieces) / len(pieces), value, rtol=1e-4, atol=1e-6)
 
 
 def test_all_boxes_of_an_image_in_one_call(model: Any) -> None:
