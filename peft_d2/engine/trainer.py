@@ -20,6 +20,7 @@ from detectron2.utils import comm
 from torch import nn
 
 from peft_d2 import data, evaluation, peft
+from peft_d2.engine import feature_cache
 from peft_d2.engine import optimizer as optimization
 from peft_d2.engine.checkpointer import Checkpointer
 from peft_d2.engine.checks import build_model, check_batch
@@ -80,6 +81,7 @@ class Trainer(DefaultTrainer):
     def build_model(cls, cfg: Any) -> nn.Module:
         """The config's model, on its device; its structure goes to the log, as Detectron2 does it."""
         model = build_model(cfg)
+        feature_cache.attach(cfg, model)
         logger.info("Model:\n%s", model)
         return model
 

@@ -157,6 +157,8 @@ _OWN: dict[str, Any] = {
     # Inference: three masks per prompt, of which the one with the best expected IoU is taken; prompts in one call.
     "MODEL.SAM.MULTIMASK": False,
     "MODEL.SAM.PROMPTS_PER_CALL": 64,
+    # A folder that keeps the embeddings of a frozen image encoder, so that each image is encoded once; "" keeps none.
+    "MODEL.SAM.FEATURE_CACHE": "",
     "MODEL.SAM.MASK_WEIGHT": 1.0,
     "MODEL.SAM.DICE_WEIGHT": 1.0,
     "MODEL.SAM.IOU_WEIGHT": 0.0,

@@ -5,7 +5,7 @@ Trained as SAM-COBOT does (Peng et al., CVPR 2024, section 4.1): boxes in, binar
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -68,6 +68,7 @@ class SegmentAnything(nn.Module):
         self.multimask = multimask
         self.prompts_per_call = prompts_per_call
         self.weights = weights
+        self.embed: Callable[[Tensor], Tensor] | None = None  # in place of the encoder, for one that keeps results
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
@@ -114,7 +115,8 @@ class SegmentAnything(nn.Module):
             order, ``scores`` being the expected IoU (times the ``box_scores``). Without any prompt there is one mask;
             with prompts of length 0 there is none.
         """
-        embeddings = self.image_encoder(torch.stack([self.preprocess(item["image"], item) for item in batched_inputs]))
+        images = torch.stack([self.preprocess(item["image"], item) for item in batched_inputs])
+        embeddings = (self.embed or self.image_encoder)(images)
         if self.training:
             return self.losses(embeddings, batched_inputs)
         return [
