@@ -97,12 +97,17 @@ class MultiScaleDeformableTransformer(nn.Module):
                 module.reset_parameters()
         nn.init.normal_(self.level_embed)
 
-    def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
-        """Maps (N, C, H_l, W_l) by level, in any order of sizes -> the same shapes."""
+    def forward(self, maps: Sequence[Tensor], code_order: Sequence[int] | None = None) -> list[Tensor]:
+        """Maps (N, C, H_l, W_l) by level, in any order of sizes -> the same shapes.
+
+        ``code_order``: the maps in whose order position codes and level embeddings are laid along the sequence; None
+        is the maps' own.
+        """
         device = maps[0].device
         levels = Levels(maps)
+        order = range(len(maps)) if code_order is None else code_order
         codes = [
-            self.position(*size, device) + embed for size, embed in zip(levels.sizes, self.level_embed, strict=True)
+            self.position(*levels.sizes[i], device) + embed for i, embed in zip(order, self.level_embed, strict=True)
         ]
         points = torch.cat([pixel_centres(*size, device) for size in levels.sizes])
         x = self.encoder(

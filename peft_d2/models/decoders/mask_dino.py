@@ -178,6 +178,15 @@ class MaskDINODecoder(nn.Module):
         predictions = [self.predict(content, mask_features, references[0])] if self.initial_prediction else []
         for x, reference in zip(hidden, references[:-1], strict=True):
             predictions.append(self.predict(x, mask_features, self._boxes(x, reference)))
+        return self._training_outputs(predictions, noisy, chosen)
+
+    def _training_outputs(
+        self,
+        predictions: list[dict[str, Tensor]],
+        noisy: DenoisingQueries | None,
+        chosen: dict[str, Tensor] | None,
+    ) -> dict[str, Any]:
+        """What :meth:`forward` gives in training; the denoising queries come first in every prediction."""
         if noisy is None:
             # The label embedding takes part all the same, so that every worker has the same graph.
             predictions[-1]["pred_logits"] = predictions[-1]["pred_logits"] + 0.0 * self.label_enc.weight.sum()

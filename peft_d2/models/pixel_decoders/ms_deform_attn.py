@@ -125,7 +125,7 @@ class MSDeformAttnPixelDecoder(nn.Module):
         """
         device_type = features[self.coarsest].device.type
         with nullcontext() if self.autocast else torch.autocast(device_type, enabled=False):
-            maps = self.transformer(self._encoder_maps(features))
+            maps = self.transformer(self._encoder_maps(features), self._code_order())
             finest = maps[0] if self.finest_first else maps[-1]
             for number in range(len(self.pyramid_features), 0, -1):
                 lateral, output = getattr(self, f"adapter_{number}"), getattr(self, f"layer_{number}")
@@ -152,6 +152,14 @@ class MSDeformAttnPixelDecoder(nn.Module):
             source = projection(source)
             extra.insert(0, source)
         return maps + extra if self.finest_first else extra + maps
+
+    def _code_order(self) -> list[int]:
+        """As published, position codes of extra maps are finest first, whereas the maps are coarsest first."""
+        count, total = len(self.encoder_features), len(self.input_proj)
+        encoded, extra = list(range(count)), list(range(total - count))[::-1]
+        if self.finest_first:
+            return encoded + [count + i for i in extra]
+        return extra + [total - count + i for i in encoded]
 
     def _input(self, feature: Tensor) -> Tensor:
         return feature if self.autocast else feature.float()
