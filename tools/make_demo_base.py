@@ -3,7 +3,7 @@
 
     tools/make_demo_base.py --output output/demo_base
 
-Writes ``peft_d2/assets/demo_base.safetensors`` and the training's log beside it. Takes about half an hour on two cores.
+Writes ``peft_d2/assets/demo_base.safetensors`` and the training's log beside it. Takes about ten minutes on two cores.
 """
 
 import argparse
