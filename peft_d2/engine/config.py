@@ -36,7 +36,8 @@ def add_config(cfg: Any) -> None:
     ``MODEL.PEFT.PROVE_LIVE``: prove before the first step that each injected part changes the output.
     ``SOLVER.ACCUMULATE``: in how many pieces each process computes its share of a batch, to save memory; the gradients
     are those of the whole batch.
-    ``SOLVER.REFERENCE_IMS``: the batch size that ``BASE_LR`` was chosen for; 0 leaves the rate as it is.
+    ``SOLVER.REFERENCE_IMS``: the batch size that ``BASE_LR`` was chosen for; 0: the files' own, where the command line
+    changes ``IMS_PER_BATCH`` and not ``BASE_LR``, else the rate stays as it is.
     ``SOLVER.CHECKPOINTS_TO_KEEP``: how many periodic checkpoints stay on disk; 0 keeps all.
     ``SOLVER.AMP.DTYPE``: ``auto`` (bf16 where the device has it, else fp16), ``bf16`` or ``fp16``.
     """
@@ -111,10 +112,19 @@ def load_config(config_file: str, peft_config: str = "", opts: Sequence[str] = (
     model = cfg.MODEL.META_ARCHITECTURE
     if peft_config:
         _merge_file(loaded, peft_config, 1)
+    batch = cfg.SOLVER.IMS_PER_BATCH
     _merge_pairs(loaded, opts)
+    _follow_batch(loaded, batch)
     _switch_peft_on(cfg, model)
     resolve_device(cfg)
     return loaded
+
+
+def _follow_batch(loaded: LoadedConfig, batch: int) -> None:
+    """Let the files' rate follow a batch size given beside them, unless a rate or ``REFERENCE_IMS`` is given too."""
+    solver, explicit = loaded.cfg.SOLVER, loaded.explicit
+    if explicit.get("SOLVER.IMS_PER_BATCH") == 2 and explicit.get("SOLVER.BASE_LR") != 2 and not solver.REFERENCE_IMS:
+        solver.REFERENCE_IMS = batch
 
 
 def _switch_peft_on(cfg: Any, model: str) -> None:

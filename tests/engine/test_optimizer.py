@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from detectron2.modeling import build_model
 from torch import nn
 
 from peft_d2 import peft
+from peft_d2.engine.config import load_config
 from peft_d2.engine.errors import ConfigError
 from peft_d2.engine.optimizer import build_lr_scheduler, build_optimizer, scale_learning_rate
 
@@ -96,6 +98,23 @@ def test_the_rate_scales_with_the_batch(make_cfg: Callable[..., Any], caplog: py
     assert [r.getMessage() for r in caplog.records] == [
         "Learning rate 0.001, chosen for batches of 16 images, becomes 0.00025 for 4."
     ]
+
+
+@pytest.mark.parametrize(
+    ("opts", "rate"),
+    [
+        ([], 0.002),
+        (["SOLVER.IMS_PER_BATCH", "4"], 0.0005),
+        (["SOLVER.IMS_PER_BATCH", "4", "SOLVER.BASE_LR", "0.002"], 0.002),
+        (["SOLVER.IMS_PER_BATCH", "4", "SOLVER.REFERENCE_IMS", "8"], 0.001),
+    ],
+)
+def test_a_batch_on_the_command_line_scales_the_files_rate(tmp_path: Path, opts: list[str], rate: float) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("SOLVER: {IMS_PER_BATCH: 16, BASE_LR: 0.002}\n")
+    cfg = load_config(str(path), opts=opts).cfg
+    scale_learning_rate(cfg)
+    assert cfg.SOLVER.BASE_LR == pytest.approx(rate)
 
 
 def test_poly_schedule_equals_detectron2_deeplab(make_cfg: Callable[..., Any]) -> None:
