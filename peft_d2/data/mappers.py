@@ -165,14 +165,18 @@ class InstanceMapper(_Mapper):
         return instances
 
 
-class PanopticMapper(_Mapper):
-    """One mask per segment of a panoptic label image, things and stuff; crowds are left out."""
+class _LabelMapper(_Mapper):
+    """Reads label images, in which one value means "no label"."""
 
     def __init__(
         self, augmentations: Sequence[Any], image_format: str, size_divisibility: int = 0, ignore_label: int = 255
     ) -> None:
         super().__init__(augmentations, image_format, size_divisibility)
         self.ignore_label = ignore_label
+
+
+class PanopticMapper(_LabelMapper):
+    """One mask per segment of a panoptic label image, things and stuff; crowds are left out."""
 
     def __call__(self, record: dict[str, Any]) -> dict[str, Any]:
         record = copy.deepcopy(record)
@@ -191,14 +195,8 @@ class PanopticMapper(_Mapper):
         return record
 
 
-class SemanticMapper(_Mapper):
+class SemanticMapper(_LabelMapper):
     """One mask per class of a semantic label image."""
-
-    def __init__(
-        self, augmentations: Sequence[Any], image_format: str, size_divisibility: int = 0, ignore_label: int = 255
-    ) -> None:
-        super().__init__(augmentations, image_format, size_divisibility)
-        self.ignore_label = ignore_label
 
     def __call__(self, record: dict[str, Any]) -> dict[str, Any]:
         record = copy.deepcopy(record)

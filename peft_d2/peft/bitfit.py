@@ -7,17 +7,9 @@ Ben Zaken et al., "BitFit: Simple Parameter-efficient Fine-tuning for Transforme
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
-from .method import Method, MethodError, Options, Selection, Site
-from .runtime import walk
-
-
-@dataclass(frozen=True)
-class SelectOptions(Options):
-    """``TARGETS`` default to the whole model."""
-
-    targets: list[str] = field(default_factory=lambda: ["**"])
+from .method import Method, MethodError, Selection, Site
+from .selection import SelectOptions, parameters_where
 
 
 class BitFit(Method):
@@ -28,13 +20,8 @@ class BitFit(Method):
     selects = True
 
     def select(self, sites: Sequence[Site]) -> Selection:
-        names = {
-            f"{path}.{leaf}" if path else leaf: None
-            for site in sites
-            for path, module, _ in walk(site.module, site.name)
-            for leaf, parameter in module.named_parameters(recurse=False)
-            if leaf == "bias" or leaf.endswith("_bias")
-        }
+        """All biases, fused ones such as ``in_proj_bias`` included; MethodError where there are none."""
+        names = parameters_where(sites, lambda _, leaf: leaf == "bias" or leaf.endswith("_bias"))
         if not names:
             raise MethodError(f"bitfit: there are no biases in {', '.join(site.name for site in sites[:5])}")
-        return Selection(parameters=list(names))
+        return Selection(parameters=names)

@@ -11,9 +11,8 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from .bitfit import SelectOptions
 from .method import Method, MethodError, Selection, Site
-from .runtime import walk
+from .selection import SelectOptions, parameters_where
 from .specialise import base_class
 
 _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
@@ -27,13 +26,12 @@ class NormTuning(Method):
     selects = True
 
     def select(self, sites: Sequence[Site]) -> Selection:
-        names = {
-            f"{path}.{leaf}" if path else leaf: None
-            for site in sites
-            for path, module, _ in walk(site.module, site.name)
-            if isinstance(module, _NORMS) or "Norm" in base_class(module).__name__
-            for leaf, _ in module.named_parameters(recurse=False)
-        }
+        """All parameters of all norms; MethodError where there are none."""
+        names = parameters_where(sites, lambda module, _: _is_norm(module))
         if not names:
             raise MethodError(f"norm: no norm has parameters in {', '.join(site.name for site in sites[:5])}")
-        return Selection(parameters=list(names))
+        return Selection(parameters=names)
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return isinstance(module, _NORMS) or "Norm" in base_class(module).__name__
