@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Train several configs on the same data and set them side by side: a table, and a plot of mask AP over steps.
 
-    tools/compare.py --configs configs/nuclei/heads.yaml configs/nuclei/lora.yaml --seeds 1 2 3 --output output/nuclei \
+    tools/compare.py --configs configs/nuclei/mask2former/heads.yaml configs/nuclei/mask2former/lora.yaml --seeds 1 2 3 --output output/nuclei \
         --train-json a.json --train-images a/ --val-json b.json --val-images b/ --opts MODEL.WEIGHTS base.pth
 
 Rows are named after the config files. A comparison that was interrupted goes on where it stopped.

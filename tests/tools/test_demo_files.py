@@ -49,10 +49,10 @@ def test_the_packaged_base_finds_the_shapes_of_its_own_domain(tmp_path: Path) ->
         ("demo/lora.yaml", 1, 6),
         ("demo/adapters.yaml", 1, 6),
         ("demo/full.yaml", 100, 100),
-        ("nuclei/heads.yaml", 0.1, 1),
-        ("nuclei/lora.yaml", 1, 6),
-        ("nuclei/adapters.yaml", 1, 6),
-        ("nuclei/full.yaml", 100, 100),
+        ("nuclei/mask2former/heads.yaml", 0.1, 1),
+        ("nuclei/mask2former/lora.yaml", 1, 6),
+        ("nuclei/mask2former/adapters.yaml", 1, 6),
+        ("nuclei/mask2former/full.yaml", 100, 100),
     ],
 )
 def test_configs_train_the_share_that_they_promise(file: str, low: float, high: float) -> None:
