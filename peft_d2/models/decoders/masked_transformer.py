@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,42 +17,38 @@ from peft_d2.models.decoders.projection import input_projections
 _LEVELS = 3
 
 
-class MultiScaleMaskedTransformerDecoder(nn.Module):
+class MaskedTransformerDecoder(nn.Module):
     """Queries attend to one scale after the other, each only where it predicts its mask to be.
+
+    A decoder derives from it: it adds ``mask_embed`` and what its :meth:`classifier` needs.
 
     Args:
         in_channels: of the multi-scale features.
-        num_classes: K; the classifier has one more output, no-object.
         hidden_dim, n_heads, dim_feedforward: of the layers.
         num_queries: Q.
         n_layers: layers; the predictions are one more, as the first is made from the queries themselves.
         pre_norm: see :class:`peft_d2.layers.transformer.SelfAttentionLayer`.
-        mask_dim: channels of the mask features.
         enforce_input_projection: project the features even where their channels fit.
     """
 
-    # The published code tells old keys from new ones by this number in a state dict's metadata.
-    _version = 2
+    mask_embed: nn.Module
 
-    @configurable
     def __init__(
         self,
         in_channels: int,
         mask_classification: bool = True,
         *,
-        num_classes: int,
         hidden_dim: int,
         num_queries: int,
         n_heads: int,
         dim_feedforward: int,
         n_layers: int,
         pre_norm: bool,
-        mask_dim: int,
         enforce_input_projection: bool,
     ) -> None:
         super().__init__()
         if not mask_classification:
-            raise ValueError("MultiScaleMaskedTransformerDecoder: mask_classification is False; only True is supported")
+            raise ValueError(f"{type(self).__name__}: mask_classification is False; only True is supported")
         self.num_heads = n_heads
         self.position = SinePosition2d(hidden_dim)
         layers = range(n_layers)
@@ -70,19 +66,16 @@ class MultiScaleMaskedTransformerDecoder(nn.Module):
         self.query_embed = nn.Embedding(num_queries, hidden_dim)
         self.level_embed = nn.Embedding(_LEVELS, hidden_dim)
         self.input_proj = input_projections(in_channels, hidden_dim, _LEVELS, enforce_input_projection)
-        self.class_embed = nn.Linear(hidden_dim, num_classes + 1)
-        self.mask_embed = MLP(hidden_dim, hidden_dim, mask_dim, 3)
 
     @classmethod
     def from_config(cls, cfg: CfgNode, in_channels: int, mask_classification: bool = True) -> dict[str, Any]:
-        """Arguments from ``MODEL.MASK_FORMER`` and ``MODEL.SEM_SEG_HEAD``."""
+        """Arguments from ``MODEL.MASK_FORMER``."""
         former = cfg.MODEL.MASK_FORMER
         if former.DEC_LAYERS < 1:
             raise ValueError(f"MODEL.MASK_FORMER.DEC_LAYERS is {former.DEC_LAYERS}; it counts predictions, at least 1")
         return {
             "in_channels": in_channels,
             "mask_classification": mask_classification,
-            "num_classes": cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES,
             "hidden_dim": former.HIDDEN_DIM,
             "num_queries": former.NUM_OBJECT_QUERIES,
             "n_heads": former.NHEADS,
@@ -90,7 +83,6 @@ class MultiScaleMaskedTransformerDecoder(nn.Module):
             # DEC_LAYERS counts the prediction made from the queries themselves, before any layer.
             "n_layers": former.DEC_LAYERS - 1,
             "pre_norm": former.PRE_NORM,
-            "mask_dim": cfg.MODEL.SEM_SEG_HEAD.MASK_DIM,
             "enforce_input_projection": former.ENFORCE_INPUT_PROJ,
         }
 
@@ -114,7 +106,8 @@ class MultiScaleMaskedTransformerDecoder(nn.Module):
         batch = mask_features.shape[0]
         place = self.query_embed.weight[:, None].expand(-1, batch, -1)
         x = self.query_feat.weight[:, None].expand(-1, batch, -1)
-        predictions = [self.predict(x, mask_features)]
+        classify = self.classifier()
+        predictions = [self.predict(x, mask_features, classify)]
         layers = zip(
             self.transformer_cross_attention_layers,
             self.transformer_self_attention_layers,
@@ -126,14 +119,18 @@ class MultiScaleMaskedTransformerDecoder(nn.Module):
             blocked = self.attention_mask(predictions[-1]["pred_masks"], sizes[level])
             x = cross_attention(x, keys[level], values[level], place, blocked)
             x = ffn(self_attention(x, place))
-            predictions.append(self.predict(x, mask_features))
+            predictions.append(self.predict(x, mask_features, classify))
         return {**predictions[-1], "aux_outputs": predictions[:-1]}
 
-    def predict(self, x: Tensor, mask_features: Tensor) -> dict[str, Tensor]:
+    def classifier(self) -> Callable[[Tensor], Tensor]:
+        """What scores the normalised hidden states (N, Q, C) in one pass: a function to logits (N, Q, K + 1)."""
+        raise NotImplementedError
+
+    def predict(self, x: Tensor, mask_features: Tensor, classify: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
         """Class and mask logits of hidden states (Q, N, C)."""
         hidden = self.decoder_norm(x).transpose(0, 1)
         masks = torch.einsum("bqc,bchw->bqhw", self.mask_embed(hidden), mask_features)
-        return {"pred_logits": self.class_embed(hidden), "pred_masks": masks}
+        return {"pred_logits": classify(hidden), "pred_masks": masks}
 
     @torch.no_grad()
     def attention_mask(self, masks: Tensor, size: tuple[int, int]) -> Tensor:
@@ -149,3 +146,42 @@ class MultiScaleMaskedTransformerDecoder(nn.Module):
     def _flatten(self, level: int, feature: Tensor) -> Tensor:
         x = self.input_proj[level](feature).flatten(2) + self.level_embed.weight[level][:, None]
         return x.permute(2, 0, 1)
+
+
+class MultiScaleMaskedTransformerDecoder(MaskedTransformerDecoder):
+    """Mask2Former's: one linear layer scores the classes.
+
+    Args:
+        num_classes: K; the classifier has one more output, no-object.
+        mask_dim: channels of the mask features.
+        layers: further arguments, see :class:`MaskedTransformerDecoder`.
+    """
+
+    # The published code tells old keys from new ones by this number in a state dict's metadata.
+    _version = 2
+
+    @configurable
+    def __init__(
+        self,
+        in_channels: int,
+        mask_classification: bool = True,
+        *,
+        num_classes: int,
+        hidden_dim: int,
+        mask_dim: int,
+        **layers: Any,
+    ) -> None:
+        super().__init__(in_channels, mask_classification, hidden_dim=hidden_dim, **layers)
+        self.class_embed = nn.Linear(hidden_dim, num_classes + 1)
+        self.mask_embed = MLP(hidden_dim, hidden_dim, mask_dim, 3)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, in_channels: int, mask_classification: bool = True) -> dict[str, Any]:
+        """Arguments from ``MODEL.MASK_FORMER`` and ``MODEL.SEM_SEG_HEAD``."""
+        head = cfg.MODEL.SEM_SEG_HEAD
+        layers = super().from_config(cfg, in_channels, mask_classification)
+        return {**layers, "num_classes": head.NUM_CLASSES, "mask_dim": head.MASK_DIM}
+
+    def classifier(self) -> Callable[[Tensor], Tensor]:
+        """``class_embed``."""
+        return self.class_embed
