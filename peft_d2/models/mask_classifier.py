@@ -36,6 +36,7 @@ class MaskClassifier(nn.Module):
     """
 
     config_node: str
+    bicubic_results = False  # see :class:`peft_d2.models.postprocess.Canvas`
     criterion: SetCriterion
     sem_seg_head: Any  # ours, or one registered by someone else
     pixel_mean: Tensor
@@ -135,7 +136,7 @@ class MaskClassifier(nn.Module):
             for i, (item, size) in enumerate(zip(batched_inputs, batch.image_sizes, strict=True)):
                 wanted = (item.get("height", size[0]), item.get("width", size[1]))
                 prediction = {name: value[i] for name, value in outputs.items() if name.startswith("pred_")}
-                results.append(self.inference(prediction, Canvas(padded, tuple(size), wanted)))
+                results.append(self.inference(prediction, Canvas(padded, tuple(size), wanted, self.bicubic_results)))
         return results
 
     def predict(self, features: dict[str, Tensor], targets: list[Target] | None = None) -> dict[str, Any]:

@@ -21,12 +21,13 @@ class Canvas:
     """Where an image's masks go: each size is (height, width).
 
     The decoder's masks cover ``padded``, the size of the batch; ``image`` is the part without padding; ``output`` is
-    asked for.
+    asked for. The last step, from ``image`` to ``output``, is bilinear, or bicubic with antialiasing.
     """
 
     padded: tuple[int, int]
     image: tuple[int, int]
     output: tuple[int, int]
+    bicubic: bool = False
 
     def upsample(self, masks: Tensor) -> Tensor:
         """(M, h, w) logits -> (M, *output) float32."""
@@ -38,7 +39,7 @@ class Canvas:
 
     def crop_and_resize(self, maps: Tensor) -> Tensor:
         """(M, *padded) -> (M, *output)."""
-        return _resize(maps[:, : self.image[0], : self.image[1]], self.output)
+        return _resize(maps[:, : self.image[0], : self.image[1]], self.output, self.bicubic)
 
     def chunks(self, count: int, full_size: bool = True) -> Iterator[slice]:
         """Slices of ``count`` masks that fit into :data:`CHUNK_VALUES` each."""
@@ -49,8 +50,9 @@ class Canvas:
         return (slice(start, min(start + step, count)) for start in range(0, count, step))
 
 
-def _resize(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    return F.interpolate(maps[None], size=size, mode="bilinear", align_corners=False)[0]
+def _resize(maps: Tensor, size: tuple[int, int], bicubic: bool = False) -> Tensor:
+    mode = "bicubic" if bicubic else "bilinear"
+    return F.interpolate(maps[None], size=size, mode=mode, align_corners=False, antialias=bicubic)[0]
 
 
 def mask_boxes(masks: Tensor) -> Tensor:

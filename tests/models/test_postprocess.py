@@ -57,6 +57,17 @@ def test_instances(logits: tuple[Tensor, Tensor], top_k: int, things: set[int] |
     assert result.pred_masks.dtype == torch.bool and result.image_size == CANVAS.output
 
 
+def test_bicubic_last_step() -> None:
+    """Only the step from the image to the output is bicubic, antialiased where it shrinks."""
+    masks = 6 * torch.randn(QUERIES, 16, 24)
+    canvas = Canvas(CANVAS.padded, CANVAS.image, CANVAS.output, bicubic=True)
+    padded = F.interpolate(masks[None], size=CANVAS.padded, mode="bilinear", align_corners=False)
+    cropped = padded[:, :, : CANVAS.image[0], : CANVAS.image[1]]
+    expected = F.interpolate(cropped, size=CANVAS.output, mode="bicubic", align_corners=False, antialias=True)[0]
+    torch.testing.assert_close(canvas.upsample(masks), expected)
+    assert (expected - full_size(masks)).abs().max() > 0.1
+
+
 def test_fewer_pairs_than_detections_asked_for() -> None:
     result = instance_inference(torch.randn(2, 2), torch.randn(2, 16, 24), CANVAS, top_k=100)
     assert len(result) == 2  # 2 queries x 1 class
