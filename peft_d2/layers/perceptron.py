@@ -1,4 +1,4 @@
-"""The two-layer perceptron of Segment Anything's transformers, with the published names."""
+"""Two-layer perceptrons, each with the names that its models publish."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 
 class Perceptron(nn.Module):
-    """Linear, activation, linear.
+    """Linear, activation, linear, as Segment Anything's transformers name them.
 
     Args:
         dim: channels in and out.
@@ -23,3 +23,24 @@ class Perceptron(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., dim) -> (..., dim)."""
         return self.lin2(self.act(self.lin1(x)))
+
+
+class Mlp(nn.Module):
+    """Linear, GELU, linear, as the hierarchical backbones name them.
+
+    Args:
+        dim: channels in and out.
+        hidden: channels between.
+        drop: dropout after either layer.
+    """
+
+    def __init__(self, dim: int, hidden: int, drop: float = 0.0) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.act = nn.GELU()
+        self.fc2 = nn.Linear(hidden, dim)
+        self.drop = nn.Dropout(drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., dim) -> (..., dim)."""
+        return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))

@@ -101,6 +101,51 @@ class FFNLayer(nn.Module):
         return x if self.pre_norm else self.norm(x)
 
 
+class TransformerEncoderLayer(nn.Module):
+    """Self-attention and a feed-forward network, under DETR's names; arguments as in :class:`SelfAttentionLayer`."""
+
+    def __init__(self, d_model: int, n_heads: int, d_ffn: int, dropout: float = 0.0, pre_norm: bool = False) -> None:
+        super().__init__()
+        self.self_attn = nn.MultiheadAttention(d_model, n_heads, dropout=dropout)
+        self.linear1 = nn.Linear(d_model, d_ffn)
+        self.dropout = nn.Dropout(dropout)
+        self.linear2 = nn.Linear(d_ffn, d_model)
+        self.norm1 = nn.LayerNorm(d_model)
+        self.norm2 = nn.LayerNorm(d_model)
+        self.dropout1 = nn.Dropout(dropout)
+        self.dropout2 = nn.Dropout(dropout)
+        self.pre_norm = pre_norm
+
+    def forward(self, x: Tensor, position: Tensor | None = None) -> Tensor:
+        """x (L, N, C), position broadcastable to it -> (L, N, C)."""
+        source = self.norm1(x) if self.pre_norm else x
+        place = _with(source, position)
+        x = x + self.dropout1(self.self_attn(place, place, source, need_weights=False)[0])
+        x = x if self.pre_norm else self.norm1(x)
+        source = self.norm2(x) if self.pre_norm else x
+        x = x + self.dropout2(self.linear2(self.dropout(F.relu(self.linear1(source)))))
+        return x if self.pre_norm else self.norm2(x)
+
+
+class TransformerEncoder(nn.Module):
+    """A stack of :class:`TransformerEncoderLayer`; with ``pre_norm``, one more norm at its end."""
+
+    def __init__(
+        self, n_layers: int, d_model: int, n_heads: int, d_ffn: int, dropout: float = 0.0, pre_norm: bool = False
+    ) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            TransformerEncoderLayer(d_model, n_heads, d_ffn, dropout, pre_norm) for _ in range(n_layers)
+        )
+        self.norm = nn.LayerNorm(d_model) if pre_norm else None
+
+    def forward(self, x: Tensor, position: Tensor | None = None) -> Tensor:
+        """(L, N, C) -> (L, N, C); the position is added in every layer."""
+        for layer in self.layers:
+            x = layer(x, position)
+        return x if self.norm is None else self.norm(x)
+
+
 class MLP(nn.Module):
     """``n_layers`` linear layers with ReLU between them."""
 

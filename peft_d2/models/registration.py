@@ -8,6 +8,7 @@ from typing import Any
 from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY, SEM_SEG_HEADS_REGISTRY
 from fvcore.common.registry import Registry
 
+from peft_d2.models.backbones.focalnet import DepthwiseFocalNet, FocalNet
 from peft_d2.models.backbones.sam_vit import SAMViT
 from peft_d2.models.backbones.swin import SwinTransformer
 from peft_d2.models.decoders import TRANSFORMER_DECODER_REGISTRY
@@ -18,6 +19,7 @@ from peft_d2.models.mask_dino import MaskDINO, MaskDINOHead
 from peft_d2.models.mask_former_head import MaskFormerHead
 from peft_d2.models.pixel_decoders.mask_dino import MaskDINOEncoder
 from peft_d2.models.pixel_decoders.ms_deform_attn import MSDeformAttnPixelDecoder
+from peft_d2.models.pixel_decoders.transformer_fpn import TransformerEncoderPixelDecoder
 from peft_d2.models.sam import SegmentAnything
 
 _logger = logging.getLogger(__name__)
@@ -40,6 +42,14 @@ _ENTRIES: tuple[tuple[Registry, type, str, str], ...] = (
     (BACKBONE_REGISTRY, SwinTransformer, "PD2SwinTransformer", "D2SwinTransformer"),
     (META_ARCH_REGISTRY, SegmentAnything, "PD2SegmentAnything", ""),
     (BACKBONE_REGISTRY, SAMViT, "PD2SAMViT", ""),
+    (
+        SEM_SEG_HEADS_REGISTRY,
+        TransformerEncoderPixelDecoder,
+        "PD2TransformerEncoderPixelDecoder",
+        "TransformerEncoderPixelDecoder",
+    ),
+    (BACKBONE_REGISTRY, FocalNet, "PD2FocalNet", "focal"),
+    (BACKBONE_REGISTRY, DepthwiseFocalNet, "PD2DepthwiseFocalNet", "focal_dw"),
 )
 
 

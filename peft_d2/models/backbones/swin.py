@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
-from detectron2.modeling import Backbone
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from torchvision.ops import StochasticDepth
 
+from peft_d2.layers.perceptron import Mlp
 from peft_d2.layers.windows import from_windows, pad_bottom_right, to_windows
+from peft_d2.models.backbones.stages import PatchEmbed, StagedBackbone, drop_path_rates, init_linear, run_block
 
 _SHIFT_PENALTY = -100.0  # added between pixels that are neighbours only by the cyclic shift
 
@@ -81,21 +81,6 @@ class WindowAttention(nn.Module):
             logits = (logits.unflatten(0, (-1, len(mask))) + mask[:, None]).flatten(0, 1)
         x = self.attn_drop(logits.softmax(-1)) @ v
         return self.proj_drop(self.proj(x.transpose(1, 2).reshape(rows, tokens, channels)))
-
-
-class Mlp(nn.Module):
-    """Linear, GELU, linear."""
-
-    def __init__(self, dim: int, hidden: int, drop: float = 0.0) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
-        self.act = nn.GELU()
-        self.fc2 = nn.Linear(hidden, dim)
-        self.drop = nn.Dropout(drop)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., dim) -> (..., dim)."""
-        return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
 
 
 class SwinBlock(nn.Module):
@@ -179,30 +164,11 @@ class SwinStage(nn.Module):
         height, width = (length + -length % self.window for length in x.shape[1:3])
         mask = shift_mask(height, width, self.window, self.window // 2, x.device)
         for block in self.blocks:
-            if self.use_checkpoint and self.training and torch.is_grad_enabled():
-                x = checkpoint(block, x, mask, use_reentrant=False)
-            else:
-                x = block(x, mask)
+            x = run_block(block, x, mask, use_checkpoint=self.use_checkpoint)
         return x
 
 
-class PatchEmbed(nn.Module):
-    """A strided convolution and, if ``norm``, a LayerNorm over the channels."""
-
-    def __init__(self, patch: int, dim: int, norm: bool) -> None:
-        super().__init__()
-        self.patch = patch
-        self.proj = nn.Conv2d(3, dim, kernel_size=patch, stride=patch)
-        self.norm = nn.LayerNorm(dim) if norm else None
-
-    def forward(self, image: Tensor) -> Tensor:
-        """(N, 3, H, W) -> (N, ceil(H / patch), ceil(W / patch), dim)."""
-        height, width = image.shape[-2:]
-        x = self.proj(F.pad(image, (0, -width % self.patch, 0, -height % self.patch))).permute(0, 2, 3, 1)
-        return x if self.norm is None else self.norm(x)
-
-
-class SwinTransformer(Backbone):
+class SwinTransformer(StagedBackbone):
     """Four stages at strides 4, 8, 16 and 32, named ``res2`` to ``res5``, each with a norm of its own on its output.
 
     Args:
@@ -237,14 +203,13 @@ class SwinTransformer(Backbone):
         **options: Any,
     ) -> None:
         super().__init__()
-        self.patch_embed = PatchEmbed(patch, embed_dim, patch_norm)
+        self.patch_embed = PatchEmbed(3, embed_dim, patch, norm=patch_norm)
         if absolute_position:
             side = pretrain_size // patch
             self.absolute_pos_embed = nn.Parameter(torch.empty(1, embed_dim, side, side))
             nn.init.trunc_normal_(self.absolute_pos_embed, std=0.02)
         self.pos_drop = nn.Dropout(drop)
-        rates = iter(drop_path * i / max(1, sum(depths) - 1) for i in range(sum(depths)))
-        drop_paths = [[next(rates) for _ in range(depth)] for depth in depths]
+        drop_paths = drop_path_rates(depths, drop_path)
         dims = [embed_dim * 2**i for i in range(len(depths))]
         last = len(depths) - 1
         self.layers = nn.ModuleList(
@@ -253,11 +218,8 @@ class SwinTransformer(Backbone):
         )
         for i, dim in enumerate(dims):
             self.add_module(f"norm{i}", nn.LayerNorm(dim))
-        self._stage_names = [f"res{i + 2}" for i in range(len(depths))]
-        self._out_features = list(out_features)
-        self._out_feature_channels = dict(zip(self._stage_names, dims, strict=True))
-        self._out_feature_strides = {name: patch * 2**i for i, name in enumerate(self._stage_names)}
-        self.apply(_init_linear)
+        self._name_stages(dims, patch, out_features)
+        self.apply(init_linear)
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict[str, Any]:
@@ -284,29 +246,8 @@ class SwinTransformer(Backbone):
 
     def forward(self, image: Tensor) -> dict[str, Tensor]:
         """(N, 3, H, W) -> the maps (N, C_l, H_l, W_l) of ``out_features`` by name."""
-        x = self.patch_embed(image)
+        x = self.patch_embed(image.permute(0, 2, 3, 1))
         if hasattr(self, "absolute_pos_embed"):
             place = F.interpolate(self.absolute_pos_embed, size=x.shape[1:3], mode="bicubic")
             x = x + place.permute(0, 2, 3, 1)
-        x = self.pos_drop(x)
-        outputs = {}
-        stages: Any = self.layers
-        for i, (name, stage) in enumerate(zip(self._stage_names, stages, strict=True)):
-            x = stage(x)
-            if name in self._out_features:
-                outputs[name] = getattr(self, f"norm{i}")(x).permute(0, 3, 1, 2).contiguous()
-            if stage.downsample is not None:
-                x = stage.downsample(x)
-        return outputs
-
-    @property
-    def size_divisibility(self) -> int:
-        """Stride of the last stage; other sizes work too, as every stage pads."""
-        return self._out_feature_strides[self._stage_names[-1]]
-
-
-def _init_linear(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
+        return self._run_stages(self.pos_drop(x))

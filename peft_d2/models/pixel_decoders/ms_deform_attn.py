@@ -10,17 +10,15 @@ import fvcore.nn.weight_init as weight_init
 import torch
 import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable
-from detectron2.layers import Conv2d, ShapeSpec, get_norm
+from detectron2.layers import Conv2d, ShapeSpec
 from torch import Tensor, nn
 
 from peft_d2.layers.deformable_encoder import MultiScaleDeformableTransformer
+from peft_d2.models.pixel_decoders.pyramid import add_lateral, add_output
 
 
 class MSDeformAttnPixelDecoder(nn.Module):
     """Deformable encoder and feature pyramid (Cheng et al., CVPR 2022, section 4.1), as Mask2Former configures them.
-
-    The pyramid's lateral and output convolutions are named ``adapter_1`` and ``layer_1`` (and so on) as published;
-    they have nothing to do with adapters for fine-tuning.
 
     Args:
         input_shape: the backbone's maps by name.
@@ -81,17 +79,8 @@ class MSDeformAttnPixelDecoder(nn.Module):
         enter = sum(common_stride <= input_shape[name].stride < finest for name in fine_to_coarse)
         self.pyramid_features = fine_to_coarse[: max(enter, least_pyramid_levels)]
         for number, name in enumerate(self.pyramid_features, start=1):
-            self._add_pyramid_level(number, input_shape[name].channels, conv_dim, norm)
-
-    def _add_pyramid_level(self, number: int, in_channels: int, conv_dim: int, norm: str) -> None:
-        bias = norm == ""
-        lateral = Conv2d(in_channels, conv_dim, kernel_size=1, bias=bias, norm=get_norm(norm, conv_dim))
-        output = Conv2d(
-            conv_dim, conv_dim, kernel_size=3, padding=1, bias=bias, norm=get_norm(norm, conv_dim), activation=F.relu
-        )
-        for name, convolution in ((f"adapter_{number}", lateral), (f"layer_{number}", output)):
-            weight_init.c2_xavier_fill(convolution)
-            self.add_module(name, convolution)
+            add_lateral(self, number, input_shape[name].channels, conv_dim, norm)
+            add_output(self, number, conv_dim, norm)
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:

@@ -1,0 +1,253 @@
+"""Focal Modulation Networks (Yang et al., NeurIPS 2022) as Detectron2 backbones, with the published parameter names.
+
+Two kinds are published, which differ in their blocks and not in size alone: that of SEEM's Focal-L (:class:`FocalNet`)
+and that of its Focal-T, with depthwise convolutions before either half of a block (:class:`DepthwiseFocalNet`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode, configurable
+from detectron2.layers import ShapeSpec
+from torch import Tensor, nn
+from torchvision.ops import StochasticDepth
+
+from peft_d2.layers.perceptron import Mlp
+from peft_d2.models.backbones.stages import PatchEmbed, StagedBackbone, drop_path_rates, init_linear, run_block
+
+_KERNEL_STEP = 2  # a level's kernel is wider by this than that of the level before
+_LAYER_SCALE = 1e-4
+
+
+class FocalModulation(nn.Module):
+    """Each pixel's query times a gated sum of its contexts, from near to global (equations 3 to 7).
+
+    Args:
+        dim: channels.
+        levels: depthwise convolutions, one after the other; the mean over the map comes on top.
+        window: kernel of the first.
+        drop: dropout of the result.
+        scaled: divide the sum by the number of contexts.
+        norm: normalise before the last projection.
+    """
+
+    def __init__(
+        self, dim: int, levels: int, window: int, drop: float = 0.0, scaled: bool = False, norm: bool = False
+    ) -> None:
+        super().__init__()
+        self.dim = dim
+        self.scaled = scaled
+        self.f = nn.Linear(dim, 2 * dim + levels + 1)
+        self.h = nn.Conv2d(dim, dim, kernel_size=1)
+        self.act = nn.GELU()
+        self.proj = nn.Linear(dim, dim)
+        self.proj_drop = nn.Dropout(drop)
+        kernels = [window + _KERNEL_STEP * level for level in range(levels)]
+        self.focal_layers = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(dim, dim, kernel, padding=kernel // 2, groups=dim, bias=False), nn.GELU())
+            for kernel in kernels
+        )
+        self.ln = nn.LayerNorm(dim) if norm else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, H, W, C) -> the same."""
+        contexts = len(self.focal_layers) + 1
+        projected = self.f(x).permute(0, 3, 1, 2).contiguous()
+        query, context, gates = projected.split((self.dim, self.dim, contexts), dim=1)
+        total = torch.zeros_like(context)
+        for level, layer in enumerate(self.focal_layers):
+            context = layer(context)
+            total = total + context * gates[:, level : level + 1]
+        total = total + self.act(context.mean((2, 3), keepdim=True)) * gates[:, -1:]
+        if self.scaled:
+            total = total / contexts
+        modulated = (query * self.h(total)).permute(0, 2, 3, 1)
+        return self.proj_drop(self.proj(modulated if self.ln is None else self.ln(modulated)))
+
+
+class FocalBlock(nn.Module):
+    """Modulation and MLP, each with layer scale, stochastic depth and a residual.
+
+    Args:
+        dim, levels, window: as in :class:`FocalModulation`.
+        depthwise: a depthwise convolution with a residual before either half, and the post-norm after the sum.
+        post_norm: normalise what a half gives (or, with ``depthwise``, the sum) instead of its input.
+        layer_scale: learned gains per channel of what the halves give.
+        mlp_ratio: hidden channels of the MLP over ``dim``.
+        drop, drop_path: dropout, and stochastic depth of this block.
+        options: of the modulation.
+    """
+
+    gamma_1: Tensor | None
+    gamma_2: Tensor | None
+
+    def __init__(
+        self,
+        dim: int,
+        levels: int,
+        window: int,
+        *,
+        depthwise: bool,
+        post_norm: bool,
+        layer_scale: bool,
+        mlp_ratio: float,
+        drop: float,
+        drop_path: float,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        self.depthwise = depthwise
+        self.post_norm = post_norm
+        for name in ("gamma_1", "gamma_2"):
+            self.register_parameter(name, nn.Parameter(torch.full((dim,), _LAYER_SCALE)) if layer_scale else None)
+        self.dw1 = _depthwise(dim) if depthwise else None
+        self.norm1 = nn.LayerNorm(dim)
+        self.modulation = FocalModulation(dim, levels, window, drop, **options)
+        self.dw2 = _depthwise(dim) if depthwise else None
+        self.drop_path = StochasticDepth(drop_path, mode="row")
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, H, W, C) -> the same."""
+        x = self._half(x, self.dw1, self.norm1, self.modulation, self.gamma_1)
+        return self._half(x, self.dw2, self.norm2, self.mlp, self.gamma_2)
+
+    def _half(
+        self, x: Tensor, convolution: nn.Module | None, norm: nn.Module, change: nn.Module, gamma: Tensor | None
+    ) -> Tensor:
+        if convolution is not None:
+            x = x + convolution(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        changed = change(x if self.post_norm else norm(x))
+        if self.post_norm and not self.depthwise:
+            changed = norm(changed)
+        x = x + self.drop_path(changed if gamma is None else gamma * changed)
+        return norm(x) if self.post_norm and self.depthwise else x
+
+
+def _depthwise(dim: int) -> nn.Conv2d:
+    return nn.Conv2d(dim, dim, kernel_size=3, padding=1, groups=dim)
+
+
+class FocalStage(nn.Module):
+    """Blocks at one resolution, and the step to the next."""
+
+    def __init__(
+        self, dim: int, drop_paths: Sequence[float], downsample: nn.Module | None, use_checkpoint: bool, **options: Any
+    ) -> None:
+        super().__init__()
+        self.use_checkpoint = use_checkpoint
+        self.blocks = nn.ModuleList(FocalBlock(dim, drop_path=drop_path, **options) for drop_path in drop_paths)
+        self.downsample = downsample
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, H, W, C) -> the same, before the step down."""
+        for block in self.blocks:
+            x = run_block(block, x, use_checkpoint=self.use_checkpoint)
+        return x
+
+
+class FocalNet(StagedBackbone):
+    """Four stages at strides 4, 8, 16 and 32, named ``res2`` to ``res5``, each with a norm of its own on its output.
+
+    Args:
+        embed_dim: channels of the first stage; they double with each.
+        depths, levels, windows: blocks, focal levels and first focal kernel per stage.
+        out_features: which stages are given out.
+        normed_stages: numbers of the stages that have an output norm; all by default.
+        patch: stride of the first stage.
+        patch_norm: a norm after the stem.
+        conv_embed: overlapping convolutions between the stages instead of patches side by side.
+        drop, drop_path: dropout, and stochastic depth of the last block, growing linearly from 0.
+        use_checkpoint: recompute each block in the backward pass instead of keeping its activations.
+        options: ``mlp_ratio``, ``post_norm``, ``layer_scale``, ``scaled`` and ``norm`` of the blocks.
+    """
+
+    depthwise = False
+    _STEM_PADDING = 2
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        embed_dim: int,
+        depths: Sequence[int],
+        levels: Sequence[int],
+        windows: Sequence[int],
+        out_features: Sequence[str],
+        normed_stages: Sequence[int] | None = None,
+        patch: int = 4,
+        patch_norm: bool = True,
+        conv_embed: bool = True,
+        drop: float = 0.0,
+        drop_path: float = 0.0,
+        use_checkpoint: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        dims = [embed_dim * 2**i for i in range(len(depths))]
+        stem = (7, self._STEM_PADDING) if conv_embed else (patch, 0)
+        step = (3, 1) if conv_embed else (2, 0)
+        self.patch_embed = PatchEmbed(3, embed_dim, patch, *stem, norm=patch_norm)
+        self.pos_drop = nn.Dropout(drop)
+        options = {"mlp_ratio": 4.0, "post_norm": False, "layer_scale": False, **options}
+        options |= {"depthwise": self.depthwise, "drop": drop}
+        self.layers = nn.ModuleList(
+            FocalStage(
+                dim,
+                rates,
+                PatchEmbed(dim, 2 * dim, 2, *step) if i + 1 < len(dims) else None,
+                use_checkpoint,
+                levels=levels[i],
+                window=windows[i],
+                **options,
+            )
+            for i, (dim, rates) in enumerate(zip(dims, drop_path_rates(depths, drop_path), strict=True))
+        )
+        self._name_stages(dims, patch, out_features)
+        for i in range(len(dims)) if normed_stages is None else normed_stages:
+            self.add_module(f"norm{i}", nn.LayerNorm(dims[i]))
+        if bare := [name for i, name in enumerate(self._stage_names) if name in out_features and not self._norm(i)]:
+            raise ValueError(f"MODEL.BACKBONE.FOCAL.OUT_INDICES leaves out stages of OUT_FEATURES: {bare}; add them")
+        self.apply(init_linear)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec | None = None) -> dict[str, Any]:
+        """Arguments from ``MODEL.BACKBONE.FOCAL``."""
+        focal = cfg.MODEL.BACKBONE.FOCAL
+        return {
+            "embed_dim": focal.EMBED_DIM,
+            "depths": focal.DEPTHS,
+            "levels": focal.FOCAL_LEVELS,
+            "windows": focal.FOCAL_WINDOWS,
+            "out_features": focal.OUT_FEATURES,
+            "normed_stages": focal.OUT_INDICES,
+            "patch": focal.PATCH_SIZE,
+            "patch_norm": focal.PATCH_NORM,
+            "conv_embed": focal.USE_CONV_EMBED,
+            "drop": focal.DROP_RATE,
+            "drop_path": focal.DROP_PATH_RATE,
+            "use_checkpoint": focal.USE_CHECKPOINT,
+            "mlp_ratio": focal.MLP_RATIO,
+            "post_norm": focal.USE_POSTLN,
+            "layer_scale": focal.USE_LAYERSCALE,
+            "scaled": focal.SCALING_MODULATOR,
+            "norm": focal.USE_POSTLN_IN_MODULATION,
+        }
+
+    def forward(self, image: Tensor) -> dict[str, Tensor]:
+        """(N, 3, H, W) -> the maps (N, C_l, H_l, W_l) of ``out_features`` by name."""
+        return self._run_stages(self.pos_drop(self.patch_embed(image.permute(0, 2, 3, 1))))
+
+    def _norm(self, stage: int) -> bool:
+        return hasattr(self, f"norm{stage}")
+
+
+class DepthwiseFocalNet(FocalNet):
+    """The other kind: depthwise convolutions in the blocks, norms after the sums, and a centred stem."""
+
+    depthwise = True
+    _STEM_PADDING = 3

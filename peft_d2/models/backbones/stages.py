@@ -1,0 +1,103 @@
+"""What backbones of several stages share: the names of their maps, stochastic depth, and checkpointing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from detectron2.modeling import Backbone
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from peft_d2.layers.windows import pad_bottom_right
+
+
+def drop_path_rates(depths: Sequence[int], last: float) -> list[list[float]]:
+    """Stochastic depth of every block by stage, from 0 linearly to ``last`` (Huang et al., ECCV 2016, section 3)."""
+    total = sum(depths)
+    rates = iter(last * i / max(1, total - 1) for i in range(total))
+    return [[next(rates) for _ in range(depth)] for depth in depths]
+
+
+def run_block(block: nn.Module, *inputs: Any, use_checkpoint: bool) -> Tensor:
+    """``block(*inputs)``; with ``use_checkpoint``, its activations are computed again in the backward pass."""
+    if use_checkpoint and block.training and torch.is_grad_enabled():
+        return checkpoint(block, *inputs, use_reentrant=False)
+    return block(*inputs)
+
+
+def init_linear(module: nn.Module) -> None:
+    """The usual start of a transformer's linear layers, for ``nn.Module.apply``."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+class PatchEmbed(nn.Module):
+    """A strided convolution and, if ``norm``, a LayerNorm over the channels.
+
+    Args:
+        in_channels, dim: channels in and out.
+        stride: of the convolution; maps are padded to its multiples, at the bottom and on the right.
+        kernel, padding: of the convolution; by default it cuts patches side by side.
+        norm: whether there is one.
+    """
+
+    def __init__(
+        self, in_channels: int, dim: int, stride: int, kernel: int | None = None, padding: int = 0, norm: bool = True
+    ) -> None:
+        super().__init__()
+        self.stride = stride
+        self.proj = nn.Conv2d(in_channels, dim, kernel or stride, stride, padding)
+        self.norm = nn.LayerNorm(dim) if norm else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, H, W, in_channels) -> (N, ceil(H / stride), ceil(W / stride), dim)."""
+        x = self.proj(pad_bottom_right(x, self.stride).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return x if self.norm is None else self.norm(x)
+
+
+class StagedBackbone(Backbone):
+    """A backbone whose stages give the maps ``res2``, ``res3`` and so on, each at half the size of the one before."""
+
+    _stage_names: list[str]
+
+    def _name_stages(self, channels: Sequence[int], stride: int, out_features: Sequence[str]) -> None:
+        """Say what comes out.
+
+        Args:
+            channels: of each stage.
+            stride: of the first stage.
+            out_features: the maps to give out.
+
+        Raises:
+            ValueError: a name in ``out_features`` is none of a stage.
+        """
+        self._stage_names = [f"res{i + 2}" for i in range(len(channels))]
+        if unknown := [name for name in out_features if name not in self._stage_names]:
+            raise ValueError(f"{type(self).__name__}: OUT_FEATURES has {unknown}; its maps are {self._stage_names}")
+        self._out_features = list(out_features)
+        self._out_feature_channels = dict(zip(self._stage_names, channels, strict=True))
+        self._out_feature_strides = {name: stride * 2**i for i, name in enumerate(self._stage_names)}
+
+    def _run_stages(self, x: Tensor) -> dict[str, Tensor]:
+        """Maps (N, C_l, H_l, W_l) of a network with ``layers``, each with a ``downsample``, and norms of the outputs.
+
+        x (N, H, W, C) is what enters the first stage.
+        """
+        outputs = {}
+        stages: Any = self.layers
+        for i, (name, stage) in enumerate(zip(self._stage_names, stages, strict=True)):
+            x = stage(x)
+            if name in self._out_features:
+                outputs[name] = getattr(self, f"norm{i}")(x).permute(0, 3, 1, 2).contiguous()
+            if stage.downsample is not None:
+                x = stage.downsample(x)
+        return outputs
+
+    @property
+    def size_divisibility(self) -> int:
+        """Stride of the last stage; other sizes work too, as every stage pads."""
+        return self._out_feature_strides[self._stage_names[-1]]
