@@ -11,6 +11,7 @@ from typing import Any
 _EXPORTS = {
     "add_data_config": "config",
     "register_from_config": "registration",
+    "register_builtin": "builtin",
     "class_names": "registration",
     "build_train_loader": "loader",
     "build_test_loader": "loader",

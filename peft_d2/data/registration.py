@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,12 @@ _KEYS = ("NAME", "JSON", "IMAGES")
 
 
 def register_from_config(cfg: Any) -> list[str]:
-    """Register every entry of ``DATASETS.REGISTER``; entries that are registered already are left alone.
+    """Register every entry of ``DATASETS.REGISTER``, and what the config uses of :mod:`peft_d2.data.builtin`.
+
+    What is registered already is left alone.
 
     Returns:
-        The names, in the order of the config.
+        The names of ``DATASETS.REGISTER``, in the order of the config.
 
     Raises:
         ValueError: an entry with a missing, empty or unknown key, a name that stands for something else already,
@@ -29,13 +31,15 @@ def register_from_config(cfg: Any) -> list[str]:
         name, json_path, image_root = _entry(entry)
         register_coco(name, json_path, image_root)
         names.append(name)
+    from peft_d2.data.builtin import register_builtin  # which registers with this module's function
+
+    register_builtin([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST])
     return names
 
 
 def register_coco(name: str, json_path: str | Path, image_root: str | Path) -> None:
     """Register one COCO-format set, polygons and run lengths alike; class names come from the json."""
     from detectron2.data import DatasetCatalog, MetadataCatalog
-    from detectron2.data.datasets import load_coco_json
 
     json_path, image_root = os.path.abspath(os.path.expanduser(json_path)), os.path.expanduser(image_root)
     image_root = os.path.abspath(image_root)
@@ -57,14 +61,31 @@ def register_coco(name: str, json_path: str | Path, image_root: str | Path) -> N
             f"(json {known.get('json_file')!r}, images {known.get('image_root')!r}). Choose another NAME."
         )
     categories = read_categories(json_path)
+    contiguous = {category: i for i, (category, _) in enumerate(categories)}
+    add_coco(name, json_path, image_root, [label for _, label in categories], contiguous)
+
+
+def add_coco(
+    name: str, json_path: str, image_root: str, classes: Sequence[str], contiguous: Mapping[int, int] | None
+) -> None:
+    """Put a COCO-format set into Detectron2's catalogs, whether or not its files exist.
+
+    Args:
+        name: not registered yet.
+        json_path, image_root: absolute.
+        classes: their names, none where they are not known yet.
+        contiguous: index of each category id, None where they are not known yet.
+    """
+    from detectron2.data import DatasetCatalog, MetadataCatalog
+    from detectron2.data.datasets import load_coco_json
+
     DatasetCatalog.register(name, lambda: load_coco_json(json_path, image_root, name))
-    MetadataCatalog.get(name).set(
-        json_file=json_path,
-        image_root=image_root,
-        evaluator_type="coco",
-        thing_classes=[label for _, label in categories],
-        thing_dataset_id_to_contiguous_id={category: i for i, (category, _) in enumerate(categories)},
-    )
+    known: dict[str, Any] = {"json_file": json_path, "image_root": image_root, "evaluator_type": "coco"}
+    if classes:
+        known["thing_classes"] = list(classes)
+    if contiguous is not None:
+        known["thing_dataset_id_to_contiguous_id"] = dict(contiguous)
+    MetadataCatalog.get(name).set(**known)
 
 
 def class_names(cfg: Any) -> list[str]:
