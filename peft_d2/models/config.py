@@ -155,6 +155,14 @@ _OWN: dict[str, Any] = {
     # Mask DINO's target boxes are relative to the padded batch, as its masks and results are; False: to the image
     # without padding, as in the published code. Both agree where nothing is padded, as with large-scale jitter.
     "MODEL.SEM_SEG_HEAD.PADDED_BOXES": False,
+    # SEEM. The classes by name; [] takes the data set's names.
+    "MODEL.SEEM.CLASS_NAMES": [],
+    # A file of their vectors; "" computes them with the text encoder of MODEL.WEIGHTS.
+    "MODEL.SEEM.CLASS_VECTORS": "",
+    # False builds no text encoder; class vectors come from a file then.
+    "MODEL.SEEM.TEXT_ENCODER": True,
+    # Rows of the embeddings of spatial prompts, which are kept and not used; 0 for a model that never had any.
+    "MODEL.SEEM.SPATIAL_MEMORIES": 32,
     # Segment Anything; the defaults are the published ViT-B. Channels and positions of the image encoder:
     "MODEL.SAM.IMAGE_SIZE": 1024,
     "MODEL.SAM.PATCH_SIZE": 16,
