@@ -11,7 +11,8 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,15 @@ from typing import Any
 from peft_d2.engine.errors import ConfigError
 
 RESULT_FILE = "comparison_result.json"
-METRIC = "segm/AP"
+METRICS = ("segm/AP", "segm/AP50")
+_LABELS = {
+    "segm/AP": "mask AP",
+    "segm/AP50": "AP50",
+    "bbox/AP": "box AP",
+    "masks/mIoU": "mIoU",
+    "masks/mDice": "Dice",
+    "masks/DSC": "DSC",
+}
 
 
 class RunFailed(ConfigError):
@@ -48,8 +57,8 @@ class Result:
     """What one run gave.
 
     Attributes:
-        ap, ap50: mask AP and AP50 of the last evaluation, in percent.
-        curve: (iteration, mask AP) of every evaluation.
+        metrics: every figure of the last evaluation, e.g. ``segm/AP`` in percent.
+        curves: (steps taken, figure) of every evaluation, for each of them.
         trainable, total: numbers of parameters.
         file_bytes: size of the final adapter folder's tensors, or of the final checkpoint.
         seconds_per_step: median over the run's log lines.
@@ -59,9 +68,8 @@ class Result:
     name: str
     seed: int
     folder: str
-    ap: float
-    ap50: float
-    curve: list[tuple[int, float]] = field(default_factory=list)
+    metrics: dict[str, float] = field(default_factory=dict)
+    curves: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
     trainable: int = 0
     total: int = 0
     file_bytes: int = 0
@@ -70,7 +78,11 @@ class Result:
 
 
 def compare(
-    runs: Sequence[Run], output: str | Path, command: Sequence[str], shared_opts: Sequence[str] = ()
+    runs: Sequence[Run],
+    output: str | Path,
+    command: Sequence[str],
+    shared_opts: Sequence[str] = (),
+    metrics: Sequence[str] = METRICS,
 ) -> list[Result]:
     """Run every training that has not been run yet and return all results, in the order of ``runs``.
 
@@ -79,6 +91,7 @@ def compare(
         output: folder that takes one folder per run.
         command: the training program, e.g. ``[sys.executable, "tools/train_net.py"]``.
         shared_opts: config ``KEY VALUE`` pairs for every run.
+        metrics: figures that every run must have; the first is printed as runs end.
 
     Raises:
         RunFailed: when a training process fails; finished runs stay.
@@ -94,11 +107,11 @@ def compare(
         else:
             print(f"[{number}/{len(runs)}] {folder.name}: training, log in {folder / 'log.txt'}", flush=True)
             peak = _train(run, folder, command, shared_opts)
-            result = read_result(folder, run.name, run.seed, peak)
+            result = read_result(folder, run.name, run.seed, peak, metrics)
             kept.write_text(json.dumps(asdict(result), indent=1))
-            print(f"    mask AP {result.ap:.1f}, {result.seconds_per_step:.2f} s a step", flush=True)
-        stored = json.loads(kept.read_text())
-        results.append(Result(**{**stored, "curve": [tuple(point) for point in stored["curve"]]}))
+            figure = f"{_label(metrics[0])} {result.metrics[metrics[0]]:.1f}"
+            print(f"    {figure}, {result.seconds_per_step:.2f} s a step", flush=True)
+        results.append(Result(**json.loads(kept.read_text())))
     return results
 
 
@@ -131,21 +144,27 @@ def _wait(process: subprocess.Popen[Any]) -> int:
     return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def read_result(folder: Path, name: str, seed: int, peak_bytes: int = 0) -> Result:
-    """Collect one run's figures from ``metrics.json``, ``peft_report.json`` and the final files in ``folder``."""
-    metrics = [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines() if line.strip()]
-    evaluations = [row for row in metrics if METRIC in row]
+def read_result(folder: Path, name: str, seed: int, peak_bytes: int = 0, metrics: Sequence[str] = METRICS) -> Result:
+    """Collect one run's figures from ``metrics.json``, ``peft_report.json`` and the final files in ``folder``.
+
+    Raises:
+        RunFailed: where the run was not evaluated, or not by all of ``metrics``.
+    """
+    rows = [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines() if line.strip()]
+    evaluations = [row for row in rows if metrics[0] in row]
     if not evaluations:
-        raise RunFailed(f"{folder}: no {METRIC} in metrics.json; set DATASETS.TEST so that the run is evaluated")
-    times = [row["time"] for row in metrics if "time" in row]
+        raise RunFailed(f"{folder}: no {metrics[0]} in metrics.json; set DATASETS.TEST so that the run is evaluated")
+    last = {key: value for key, value in evaluations[-1].items() if "/" in key}
+    if missing := [key for key in metrics if key not in last]:
+        raise RunFailed(f"{folder}: no {', '.join(missing)} in metrics.json, which has {', '.join(last)}")
+    times = [row["time"] for row in rows if "time" in row]
     report = json.loads((folder / "peft_report.json").read_text())
     return Result(
         name=name,
         seed=seed,
         folder=str(folder),
-        ap=evaluations[-1][METRIC],
-        ap50=evaluations[-1]["segm/AP50"],
-        curve=_curve(evaluations),
+        metrics=last,
+        curves={key: _curve(evaluations, key) for key in last},
         trainable=report["trainable"],
         total=report["total"],
         file_bytes=_final_bytes(folder),
@@ -154,10 +173,11 @@ def read_result(folder: Path, name: str, seed: int, peak_bytes: int = 0) -> Resu
     )
 
 
-def _curve(evaluations: Sequence[dict[str, Any]]) -> list[tuple[int, float]]:
-    """Steps taken and mask AP: Detectron2 counts iterations from 0, but the evaluation at the end as ``MAX_ITER``."""
+def _curve(evaluations: Sequence[dict[str, Any]], metric: str) -> list[tuple[int, float]]:
+    """Steps taken and figure: Detectron2 counts iterations from 0, but the evaluation at the end as ``MAX_ITER``."""
     *earlier, last = evaluations
-    return [*((row["iteration"] + 1, row[METRIC]) for row in earlier), (last["iteration"], last[METRIC])]
+    points = [(row["iteration"] + 1, row[metric]) for row in earlier if metric in row]
+    return [*points, (last["iteration"], last[metric])]
 
 
 def _final_bytes(folder: Path) -> int:
@@ -167,21 +187,27 @@ def _final_bytes(folder: Path) -> int:
     return 0
 
 
-def table(results: Sequence[Result]) -> str:
+def table(results: Sequence[Result], metrics: Sequence[str] = METRICS) -> str:
     """The results as a Markdown table, a row per name; several seeds as mean ± sample standard deviation."""
+    figures = " | ".join(_label(metric) for metric in metrics)
     lines = [
-        "| variant | mask AP | AP50 | trainable | % | file | s / step | peak memory |",
-        "|---|---|---|---|---|---|---|---|",
+        f"| variant | {figures} | trainable | % | file | s / step | peak memory |",
+        "|---" * (len(metrics) + 6) + "|",
     ]
     for name, rows in _by_name(results).items():
         first = rows[0]
+        figures = " | ".join(_spread([row.metrics[metric] for row in rows]) for metric in metrics)
         lines.append(
-            f"| {name} | {_spread([r.ap for r in rows])} | {_spread([r.ap50 for r in rows])} | {first.trainable:,} "
-            f"| {100 * first.trainable / first.total:.2f} | {first.file_bytes / 1e6:.2f} MB "
+            f"| {name} | {figures} | {first.trainable:,} "
+            f"| {_share(first):.2f} | {first.file_bytes / 1e6:.2f} MB "
             f"| {statistics.mean(r.seconds_per_step for r in rows):.3f} "
             f"| {max(r.peak_bytes for r in rows) / 2**20:.0f} MiB |"
         )
     return "\n".join(lines)
+
+
+def _label(metric: str) -> str:
+    return _LABELS.get(metric, metric)
 
 
 def _by_name(results: Sequence[Result]) -> dict[str, list[Result]]:
@@ -196,27 +222,64 @@ def _spread(values: Sequence[float]) -> str:
     return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.1f}"
 
 
-def plot_curves(results: Sequence[Result], path: str | Path, title: str = "") -> None:
-    """Draw mask AP over training steps, a line per name; several seeds as their mean with the range shaded."""
+def plot_curves(results: Sequence[Result], path: str | Path, title: str = "", metric: str = METRICS[0]) -> None:
+    """Draw a figure over training steps, a line per name; several seeds as their mean with the range shaded."""
+    with _axes(path, "training steps", metric, title) as axes:
+        for name, rows in _by_name(results).items():
+            steps = [step for step, _ in rows[0].curves[metric]]
+            curves = [[value for _, value in row.curves[metric]] for row in rows]
+            columns = list(zip(*(curve for curve in curves if len(curve) == len(steps)), strict=True))
+            label = f"{name} ({_share(rows[0]):.3g} % trained)"
+            (line,) = axes.plot(steps, [statistics.mean(c) for c in columns], marker="o", markersize=3, label=label)
+            if len(curves) > 1:
+                low, high = [min(c) for c in columns], [max(c) for c in columns]
+                axes.fill_between(steps, low, high, alpha=0.2, color=line.get_color())
+        axes.set_ylim(0, None)
+        axes.legend(fontsize=8)
+
+
+def plot_tradeoff(
+    models: Mapping[str, Sequence[Result]], path: str | Path, title: str = "", metric: str = METRICS[0]
+) -> None:
+    """Draw a figure over the number of trainable parameters, a point per name and a colour per model.
+
+    Several seeds are their mean, with a bar from the least to the greatest.
+    """
+    with _axes(path, "trainable parameters", metric, title) as axes:
+        for model, results in models.items():
+            groups = sorted(_by_name(results).items(), key=lambda item: item[1][0].trainable)
+            values = [[row.metrics[metric] for row in rows] for _, rows in groups]
+            means = [statistics.mean(figures) for figures in values]
+            bars = [
+                [mean - min(figures) for mean, figures in zip(means, values, strict=True)],
+                [max(figures) - mean for mean, figures in zip(means, values, strict=True)],
+            ]
+            counts = [rows[0].trainable for _, rows in groups]
+            axes.errorbar(counts, means, yerr=bars, fmt="o", markersize=4, capsize=2, label=model)
+            for (name, _), count, mean in zip(groups, counts, means, strict=True):
+                axes.annotate(name, (count, mean), textcoords="offset points", xytext=(4, 4), fontsize=7)
+        axes.set_xscale("log")
+        axes.margins(x=0.15)
+        if len(models) > 1:
+            axes.legend(fontsize=8)
+
+
+def _share(result: Result) -> float:
+    return 100 * result.trainable / result.total
+
+
+@contextmanager
+def _axes(path: str | Path, across: str, metric: str, title: str) -> Iterator[Any]:
+    """Axes of a picture that is written when the block ends."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 4.2))
-    for name, rows in _by_name(results).items():
-        steps = [step for step, _ in rows[0].curve]
-        curves = [[ap for _, ap in row.curve] for row in rows if [s for s, _ in row.curve] == steps]
-        columns = list(zip(*curves, strict=True))
-        share = 100 * rows[0].trainable / rows[0].total
-        label = f"{name} ({share:.3g} % trained)"
-        (line,) = axes.plot(steps, [statistics.mean(c) for c in columns], marker="o", markersize=3, label=label)
-        if len(curves) > 1:
-            low, high = [min(c) for c in columns], [max(c) for c in columns]
-            axes.fill_between(steps, low, high, alpha=0.2, color=line.get_color())
-    axes.set(xlabel="training steps", ylabel="mask AP", title=title, ylim=(0, None))
+    axes.set(xlabel=across, ylabel=_label(metric), title=title)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    yield axes
     figure.tight_layout()
     figure.savefig(path, dpi=130)
     pyplot.close(figure)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from peft_d2.engine.comparison import Run, RunFailed, compare, plot_curves, read_result, table
+from peft_d2.engine.comparison import Run, RunFailed, compare, plot_curves, plot_tradeoff, read_result, table
 
 # Stands for a training program: takes the same arguments and leaves the same files.
 PROGRAM = """
@@ -40,20 +40,32 @@ def command(tmp_path: Path) -> list[str]:
 def test_runs_are_trained_once_read_and_averaged(tmp_path: Path, command: list[str]) -> None:
     runs = [Run("a b", "a.yaml", seed=1), Run("a b", "a.yaml", seed=3), Run("c", "c.yaml", seed=1)]
     results = compare(runs, tmp_path / "out", command)
-    assert [r.ap for r in results] == [31.0, 33.0, 31.0]
-    assert results[0].curve == [(20, 10.0), (40, 31.0)]  # iteration 19 is the 20th step; the end is MAX_ITER itself
+    assert [r.metrics["segm/AP"] for r in results] == [31.0, 33.0, 31.0]
+    # iteration 19 is the 20th step; the end is MAX_ITER itself
+    assert results[0].curves["segm/AP"] == [
+        [20, 10.0],
+        [40, 31.0],
+    ]
     assert results[0].seconds_per_step == pytest.approx(0.2)
     assert results[0].file_bytes == 2_500_000
     if sys.platform == "linux":
         assert results[0].peak_bytes > 1_000_000
-    assert compare(runs, tmp_path / "out", command)[1].ap == 33.0
+    assert compare(runs, tmp_path / "out", command)[1].metrics["segm/AP"] == 33.0
     assert (tmp_path / "out" / "runs.txt").read_text().split() == ["a_b-seed1", "a_b-seed3", "c-seed1"]
 
     lines = table(results).splitlines()
     assert lines[2].startswith("| a b | 32.0 ± 1.4 | 50.0 ± 0.0 | 25 | 2.50 | 2.50 MB | 0.200 |")
     assert lines[3].startswith("| c | 31.0 | 50.0 |")
     plot_curves(results, tmp_path / "curves.png")
-    assert (tmp_path / "curves.png").stat().st_size > 5_000
+    plot_tradeoff({"model": results, "other": results[2:]}, tmp_path / "tradeoff.png")
+    assert all((tmp_path / name).stat().st_size > 5_000 for name in ("curves.png", "tradeoff.png"))
+
+
+def test_the_figures_are_chosen_and_a_missing_one_is_named(tmp_path: Path, command: list[str]) -> None:
+    results = compare([Run("a", "a.yaml")], tmp_path / "out", command, metrics=["segm/AP50"])
+    assert table(results, ["segm/AP50"]).splitlines()[2].startswith("| a | 50.0 | 25 |")
+    with pytest.raises(RunFailed, match=r"no masks/mIoU .*has segm/AP, segm/AP50"):
+        compare([Run("b", "b.yaml")], tmp_path / "out", command, metrics=["segm/AP", "masks/mIoU"])
 
 
 def test_a_failed_run_is_named_with_its_last_words_and_not_kept(tmp_path: Path, command: list[str]) -> None:
