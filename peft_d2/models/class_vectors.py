@@ -81,6 +81,38 @@ class ClassVectors:
         rows = [self.names.index(name) for name in names] + [len(self.names)]
         return dataclasses.replace(self, names=tuple(names), vectors=self.vectors[:, rows])
 
+    def write(self, path: str | os.PathLike[str]) -> None:
+        """Write a safetensors file that :meth:`read` reads, in one step.
+
+        Raises:
+            StorageError: the disk is full; an old file stays.
+        """
+        vectors = self.vectors.detach().float().cpu().contiguous()
+        record = {
+            "format": _FORMAT,
+            "names": list(self.names),
+            "templates": list(self.templates),
+            "encoder": self.encoder,
+            "sha256": _sha256(vectors),
+        }
+        data = tensor_file.dumps({_TENSOR: vectors}, {_RECORD: strict_json.dumps(record).decode("ascii")})
+        atomic.write_bytes(path, data)
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str]) -> ClassVectors:
+        """The vectors in a file of :meth:`write`.
+
+        Raises:
+            ClassVectorsError: there is no such file, or it is damaged or something else.
+        """
+        try:
+            return _checked(*tensor_file.read(path))
+        except OSError as error:
+            reason = error.strerror or str(error)
+        except ValueError as error:
+            reason = str(error)
+        raise ClassVectorsError(f"{os.fspath(path)}: {reason}; write it (again) with tools/encode_classes.py") from None
+
     def to(self, device: torch.device | str) -> ClassVectors:
         """The same on another device."""
         return dataclasses.replace(self, vectors=self.vectors.to(device))
@@ -115,40 +147,6 @@ def encode_classes(
 def encoder_fingerprint(encoder: TextEncoder) -> str:
     """sha256 over the weights that the vectors depend on."""
     return fingerprint({name: value for name, value in encoder.state_dict().items() if name != "logit_scale"}).weights
-
-
-def write_class_vectors(path: str | os.PathLike[str], classes: ClassVectors) -> None:
-    """Write a safetensors file that :func:`read_class_vectors` reads, in one step.
-
-    Raises:
-        StorageError: the disk is full; an old file stays.
-    """
-    vectors = classes.vectors.detach().float().cpu().contiguous()
-    record = {
-        "format": _FORMAT,
-        "names": list(classes.names),
-        "templates": list(classes.templates),
-        "encoder": classes.encoder,
-        "sha256": _sha256(vectors),
-    }
-    data = tensor_file.dumps({_TENSOR: vectors}, {_RECORD: strict_json.dumps(record).decode("ascii")})
-    atomic.write_bytes(path, data)
-
-
-def read_class_vectors(path: str | os.PathLike[str]) -> ClassVectors:
-    """The vectors in a file of :func:`write_class_vectors`.
-
-    Raises:
-        ClassVectorsError: there is no such file, or it is damaged or something else.
-    """
-    try:
-        tensors, metadata = tensor_file.read(path)
-        return _checked(tensors, metadata)
-    except OSError as error:
-        reason = error.strerror or str(error)
-    except ValueError as error:
-        reason = str(error)
-    raise ClassVectorsError(f"{os.fspath(path)}: {reason}; write it (again) with tools/encode_classes.py") from None
 
 
 def _checked(tensors: dict[str, Tensor], metadata: dict[str, str]) -> ClassVectors:

@@ -142,12 +142,21 @@ _PUBLISHED: dict[str, Any] = {
     "MODEL.BACKBONE.FOCAL.USE_LAYERSCALE": True,
     "MODEL.BACKBONE.FOCAL.OUT_FEATURES": ["res2", "res3", "res4", "res5"],
     "MODEL.BACKBONE.FOCAL.OUT_INDICES": [0, 1, 2, 3],
+    # SEEM's text encoder, and the channels in which queries and classes are compared.
+    "MODEL.DIM_PROJ": 512,
+    "MODEL.TEXT.PRETRAINED_TOKENIZER": "openai/clip-vit-base-patch32",
+    "MODEL.TEXT.CONTEXT_LENGTH": 77,
+    "MODEL.TEXT.WIDTH": 512,
+    "MODEL.TEXT.HEADS": 8,
+    "MODEL.TEXT.LAYERS": 12,
 }
 
 # Ours. They sit under Detectron2's own nodes: upstream's functions replace MODEL.MASK_FORMER and MODEL.SWIN as a whole.
 _OWN: dict[str, Any] = {
     # Hidden channels of the pixel decoder's encoder: 1024 in the published models, whatever MASK_FORMER says.
     "MODEL.SEM_SEG_HEAD.DIM_FEEDFORWARD": 1024,
+    # True computes the activations of the pixel decoder's encoder again in the backward pass instead of keeping them.
+    "MODEL.SEM_SEG_HEAD.USE_CHECKPOINT": False,
     # True runs the pixel decoder in the autocast type with SOLVER.AMP; the published models keep it in float32.
     "MODEL.SEM_SEG_HEAD.PIXEL_DECODER_AUTOCAST": False,
     # Boxes of instances are computed from their masks; False leaves them zero, as the published code does.
@@ -163,6 +172,8 @@ _OWN: dict[str, Any] = {
     "MODEL.SEEM.TEXT_ENCODER": True,
     # Rows of the embeddings of spatial prompts, which are kept and not used; 0 for a model that never had any.
     "MODEL.SEEM.SPATIAL_MEMORIES": 32,
+    # Tokens of SEEM's text encoder; the published code asks the tokenizer.
+    "MODEL.TEXT.VOCABULARY": 49408,
     # Segment Anything; the defaults are the published ViT-B. Channels and positions of the image encoder:
     "MODEL.SAM.IMAGE_SIZE": 1024,
     "MODEL.SAM.PATCH_SIZE": 16,

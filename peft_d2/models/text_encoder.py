@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from detectron2.config import CfgNode, configurable
 from torch import Tensor, nn
 
 _EPS = 1e-12  # of the layer norms
@@ -74,6 +75,7 @@ class TextEncoder(nn.Module):
         projection: channels of the vectors.
     """
 
+    @configurable
     def __init__(
         self,
         *,
@@ -89,6 +91,19 @@ class TextEncoder(nn.Module):
         nn.init.trunc_normal_(self.lang_proj, std=0.02)
         self.logit_scale = nn.Parameter(torch.ones([]))
         self.lang_encoder = TextTransformer(vocabulary, context, width, n_heads, n_layers)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        """Arguments from ``MODEL.TEXT`` and ``MODEL.DIM_PROJ``."""
+        text = cfg.MODEL.TEXT
+        return {
+            "vocabulary": text.VOCABULARY,
+            "context": text.CONTEXT_LENGTH,
+            "width": text.WIDTH,
+            "n_heads": text.HEADS,
+            "n_layers": text.LAYERS,
+            "projection": cfg.MODEL.DIM_PROJ,
+        }
 
     @classmethod
     def from_state(cls, state: Mapping[str, Tensor], n_heads: int | None = None) -> TextEncoder:
