@@ -142,6 +142,22 @@ _PUBLISHED: dict[str, Any] = {
     "MODEL.BACKBONE.FOCAL.USE_LAYERSCALE": True,
     "MODEL.BACKBONE.FOCAL.OUT_FEATURES": ["res2", "res3", "res4", "res5"],
     "MODEL.BACKBONE.FOCAL.OUT_INDICES": [0, 1, 2, 3],
+    # The same for its backbone davit; the defaults are its DaViT-d3.
+    "MODEL.BACKBONE.DAVIT.DROP_PATH_RATE": 0.3,
+    "MODEL.BACKBONE.DAVIT.PATCH_SIZE": [7, 2, 2, 2],
+    "MODEL.BACKBONE.DAVIT.PATCH_STRIDE": [4, 2, 2, 2],
+    "MODEL.BACKBONE.DAVIT.PATCH_PADDING": [3, 0, 0, 0],
+    "MODEL.BACKBONE.DAVIT.PATCH_PRENORM": [False, True, True, True],
+    "MODEL.BACKBONE.DAVIT.DIM_EMBED": [128, 256, 512, 1024],
+    "MODEL.BACKBONE.DAVIT.NUM_HEADS": [4, 8, 16, 32],
+    "MODEL.BACKBONE.DAVIT.NUM_GROUPS": [4, 8, 16, 32],
+    "MODEL.BACKBONE.DAVIT.DEPTHS": [1, 1, 9, 1],
+    "MODEL.BACKBONE.DAVIT.WINDOW_SIZE": 7,
+    "MODEL.BACKBONE.DAVIT.CONV_AT_ATTN": True,
+    "MODEL.BACKBONE.DAVIT.CONV_AT_FFN": True,
+    "MODEL.BACKBONE.DAVIT.OUT_FEATURES": ["res2", "res3", "res4", "res5"],
+    "MODEL.BACKBONE.DAVIT.OUT_INDICES": [0, 1, 2, 3],
+    "MODEL.BACKBONE.DAVIT.ENABLE_CHECKPOINT": False,
     # SEEM's text encoder, and the channels in which queries and classes are compared.
     "MODEL.DIM_PROJ": 512,
     "MODEL.TEXT.PRETRAINED_TOKENIZER": "openai/clip-vit-base-patch32",
@@ -164,7 +180,7 @@ _OWN: dict[str, Any] = {
     # Mask DINO's target boxes are relative to the padded batch, as its masks and results are; False: to the image
     # without padding, as in the published code. Both agree where nothing is padded, as with large-scale jitter.
     "MODEL.SEM_SEG_HEAD.PADDED_BOXES": False,
-    # SEEM. The classes by name; [] takes the data set's names.
+    # SEEM. The classes by name; [] takes the data set's: those of TRAIN in training, those of TEST in inference.
     "MODEL.SEEM.CLASS_NAMES": [],
     # A file of their vectors; "" computes them with the text encoder of MODEL.WEIGHTS.
     "MODEL.SEEM.CLASS_VECTORS": "",

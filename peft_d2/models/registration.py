@@ -8,12 +8,15 @@ from typing import Any
 from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY, SEM_SEG_HEADS_REGISTRY
 from fvcore.common.registry import Registry
 
+from peft_d2.models.backbones.davit import DaViT
 from peft_d2.models.backbones.focalnet import DepthwiseFocalNet, FocalNet
 from peft_d2.models.backbones.sam_vit import SAMViT
+from peft_d2.models.backbones.seem_vit import SEEMViT
 from peft_d2.models.backbones.swin import SwinTransformer
 from peft_d2.models.decoders import TRANSFORMER_DECODER_REGISTRY
 from peft_d2.models.decoders.mask_dino import MaskDINODecoder
 from peft_d2.models.decoders.masked_transformer import MultiScaleMaskedTransformerDecoder
+from peft_d2.models.decoders.seem import SEEMDecoder
 from peft_d2.models.mask2former import MaskFormer
 from peft_d2.models.mask_dino import MaskDINO, MaskDINOHead
 from peft_d2.models.mask_former_head import MaskFormerHead
@@ -21,6 +24,7 @@ from peft_d2.models.pixel_decoders.mask_dino import MaskDINOEncoder
 from peft_d2.models.pixel_decoders.ms_deform_attn import MSDeformAttnPixelDecoder
 from peft_d2.models.pixel_decoders.transformer_fpn import TransformerEncoderPixelDecoder
 from peft_d2.models.sam import SegmentAnything
+from peft_d2.models.seem import SEEM
 
 _logger = logging.getLogger(__name__)
 
@@ -48,8 +52,12 @@ _ENTRIES: tuple[tuple[Registry, type, str, str], ...] = (
         "PD2TransformerEncoderPixelDecoder",
         "TransformerEncoderPixelDecoder",
     ),
+    (META_ARCH_REGISTRY, SEEM, "PD2SEEM", "GeneralizedSEEM"),
+    (TRANSFORMER_DECODER_REGISTRY, SEEMDecoder, "PD2SEEMDecoder", "SEEMDecoder"),
+    (BACKBONE_REGISTRY, SEEMViT, "PD2SEEMViT", "D2ViT"),
     (BACKBONE_REGISTRY, FocalNet, "PD2FocalNet", "focal"),
     (BACKBONE_REGISTRY, DepthwiseFocalNet, "PD2DepthwiseFocalNet", "focal_dw"),
+    (BACKBONE_REGISTRY, DaViT, "PD2DaViT", "davit"),
 )
 
 

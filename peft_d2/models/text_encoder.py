@@ -91,6 +91,7 @@ class TextEncoder(nn.Module):
         nn.init.trunc_normal_(self.lang_proj, std=0.02)
         self.logit_scale = nn.Parameter(torch.ones([]))
         self.lang_encoder = TextTransformer(vocabulary, context, width, n_heads, n_layers)
+        self._initial_version = self.version
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
@@ -134,6 +135,16 @@ class TextEncoder(nn.Module):
         except RuntimeError as error:
             raise ValueError(f"these are not a text encoder's tensors: {error}") from None
         return encoder.eval()
+
+    @property
+    def version(self) -> int:
+        """Grows whenever weights are written, by loading or training."""
+        return sum(parameter._version for name, parameter in self.named_parameters() if name != "logit_scale")
+
+    @property
+    def is_initial(self) -> bool:
+        """Whether the weights are still the random ones."""
+        return self.version == self._initial_version
 
     @property
     def vocabulary(self) -> int:
