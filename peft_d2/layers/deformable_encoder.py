@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from peft_d2.layers.levels import Levels
 from peft_d2.layers.ms_deform_attn import MSDeformAttn
 from peft_d2.layers.position import SinePosition2d
+from peft_d2.layers.recompute import run_block
 from peft_d2.layers.transformer import xavier_matrices
 
 
@@ -48,18 +49,23 @@ class DeformableEncoderLayer(nn.Module):
 
 
 class DeformableEncoder(nn.Module):
-    """A stack of :class:`DeformableEncoderLayer`."""
+    """A stack of :class:`DeformableEncoderLayer`.
+
+    ``use_checkpoint`` set to True: each layer's activations are computed again in the backward pass instead of kept.
+    """
 
     def __init__(self, n_layers: int, d_model: int, d_ffn: int, **layer_options: Any) -> None:
         super().__init__()
         self.layers = nn.ModuleList(DeformableEncoderLayer(d_model, d_ffn, **layer_options) for _ in range(n_layers))
+        self.use_checkpoint = False
 
     def forward(
         self, x: Tensor, position: Tensor, reference_points: Tensor, spatial_shapes: Tensor, level_start_index: Tensor
     ) -> Tensor:
         """(N, S, C) -> (N, S, C); arguments as in :meth:`DeformableEncoderLayer.forward`."""
         for layer in self.layers:
-            x = layer(x, position, reference_points, spatial_shapes, level_start_index)
+            inputs = (x, position, reference_points, spatial_shapes, level_start_index)
+            x = run_block(layer, *inputs, use_checkpoint=self.use_checkpoint)
         return x
 
 

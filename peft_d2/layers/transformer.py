@@ -10,6 +10,8 @@ from itertools import pairwise
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from peft_d2.layers.recompute import run_block
+
 
 def _with(x: Tensor, position: Tensor | None) -> Tensor:
     return x if position is None else x + position
@@ -128,7 +130,10 @@ class TransformerEncoderLayer(nn.Module):
 
 
 class TransformerEncoder(nn.Module):
-    """A stack of :class:`TransformerEncoderLayer`; with ``pre_norm``, one more norm at its end."""
+    """A stack of :class:`TransformerEncoderLayer`; with ``pre_norm``, one more norm at its end.
+
+    ``use_checkpoint`` set to True: each layer's activations are computed again in the backward pass instead of kept.
+    """
 
     def __init__(
         self, n_layers: int, d_model: int, n_heads: int, d_ffn: int, dropout: float = 0.0, pre_norm: bool = False
@@ -138,11 +143,12 @@ class TransformerEncoder(nn.Module):
             TransformerEncoderLayer(d_model, n_heads, d_ffn, dropout, pre_norm) for _ in range(n_layers)
         )
         self.norm = nn.LayerNorm(d_model) if pre_norm else None
+        self.use_checkpoint = False
 
     def forward(self, x: Tensor, position: Tensor | None = None) -> Tensor:
         """(L, N, C) -> (L, N, C); the position is added in every layer."""
         for layer in self.layers:
-            x = layer(x, position)
+            x = run_block(layer, x, position, use_checkpoint=self.use_checkpoint)
         return x if self.norm is None else self.norm(x)
 
 

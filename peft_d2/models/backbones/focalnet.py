@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
 from peft_d2.layers.perceptron import Mlp
-from peft_d2.models.backbones.stages import PatchEmbed, StagedBackbone, drop_path_rates, init_linear, run_block
+from peft_d2.layers.recompute import run_block
+from peft_d2.models.backbones.stages import PatchEmbed, StagedBackbone, drop_path_rates, init_linear
 
 _KERNEL_STEP = 2  # a level's kernel is wider by this than that of the level before
 _LAYER_SCALE = 1e-4
@@ -153,6 +154,8 @@ class FocalStage(nn.Module):
 class FocalNet(StagedBackbone):
     """Four stages at strides 4, 8, 16 and 32, named ``res2`` to ``res5``, each with a norm of its own on its output.
 
+    Images may have any size, as every stage pads.
+
     Args:
         embed_dim: channels of the first stage; they double with each.
         depths, levels, windows: blocks, focal levels and first focal kernel per stage.
@@ -207,7 +210,7 @@ class FocalNet(StagedBackbone):
             )
             for i, (dim, rates) in enumerate(zip(dims, drop_path_rates(depths, drop_path), strict=True))
         )
-        self._name_stages(dims, patch, out_features)
+        self._name_stages(dims, [patch * 2**i for i in range(len(dims))], out_features)
         for i in range(len(dims)) if normed_stages is None else normed_stages:
             self.add_module(f"norm{i}", nn.LayerNorm(dims[i]))
         if bare := [name for i, name in enumerate(self._stage_names) if name in out_features and not self._norm(i)]:

@@ -1,14 +1,12 @@
-"""What backbones of several stages share: the names of their maps, stochastic depth, and checkpointing."""
+"""What backbones of several stages share: the names of their maps and stochastic depth."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from detectron2.modeling import Backbone
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from peft_d2.layers.windows import pad_bottom_right
 
@@ -18,13 +16,6 @@ def drop_path_rates(depths: Sequence[int], last: float) -> list[list[float]]:
     total = sum(depths)
     rates = iter(last * i / max(1, total - 1) for i in range(total))
     return [[next(rates) for _ in range(depth)] for depth in depths]
-
-
-def run_block(block: nn.Module, *inputs: Any, use_checkpoint: bool) -> Tensor:
-    """``block(*inputs)``; with ``use_checkpoint``, its activations are computed again in the backward pass."""
-    if use_checkpoint and block.training and torch.is_grad_enabled():
-        return checkpoint(block, *inputs, use_reentrant=False)
-    return block(*inputs)
 
 
 def init_linear(module: nn.Module) -> None:
@@ -60,16 +51,15 @@ class PatchEmbed(nn.Module):
 
 
 class StagedBackbone(Backbone):
-    """A backbone whose stages give the maps ``res2``, ``res3`` and so on, each at half the size of the one before."""
+    """A backbone whose stages give the maps ``res2``, ``res3`` and so on."""
 
     _stage_names: list[str]
 
-    def _name_stages(self, channels: Sequence[int], stride: int, out_features: Sequence[str]) -> None:
+    def _name_stages(self, channels: Sequence[int], strides: Sequence[int], out_features: Sequence[str]) -> None:
         """Say what comes out.
 
         Args:
-            channels: of each stage.
-            stride: of the first stage.
+            channels, strides: of each stage.
             out_features: the maps to give out.
 
         Raises:
@@ -80,7 +70,7 @@ class StagedBackbone(Backbone):
             raise ValueError(f"{type(self).__name__}: OUT_FEATURES has {unknown}; its maps are {self._stage_names}")
         self._out_features = list(out_features)
         self._out_feature_channels = dict(zip(self._stage_names, channels, strict=True))
-        self._out_feature_strides = {name: stride * 2**i for i, name in enumerate(self._stage_names)}
+        self._out_feature_strides = dict(zip(self._stage_names, strides, strict=True))
 
     def _run_stages(self, x: Tensor) -> dict[str, Tensor]:
         """Maps (N, C_l, H_l, W_l) of a network with ``layers``, each with a ``downsample``, and norms of the outputs.
@@ -99,5 +89,5 @@ class StagedBackbone(Backbone):
 
     @property
     def size_divisibility(self) -> int:
-        """Stride of the last stage; other sizes work too, as every stage pads."""
+        """Stride of the last stage."""
         return self._out_feature_strides[self._stage_names[-1]]

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
 from peft_d2.layers.perceptron import Mlp
+from peft_d2.layers.recompute import run_block
 from peft_d2.layers.windows import from_windows, pad_bottom_right, to_windows
-from peft_d2.models.backbones.stages import PatchEmbed, StagedBackbone, drop_path_rates, init_linear, run_block
+from peft_d2.models.backbones.stages import PatchEmbed, StagedBackbone, drop_path_rates, init_linear
 
 _SHIFT_PENALTY = -100.0  # added between pixels that are neighbours only by the cyclic shift
 
@@ -171,6 +172,8 @@ class SwinStage(nn.Module):
 class SwinTransformer(StagedBackbone):
     """Four stages at strides 4, 8, 16 and 32, named ``res2`` to ``res5``, each with a norm of its own on its output.
 
+    Images may have any size, as every stage pads.
+
     Args:
         embed_dim: channels of the first stage; they double with each.
         depths, n_heads: blocks and attention heads per stage.
@@ -218,7 +221,7 @@ class SwinTransformer(StagedBackbone):
         )
         for i, dim in enumerate(dims):
             self.add_module(f"norm{i}", nn.LayerNorm(dim))
-        self._name_stages(dims, patch, out_features)
+        self._name_stages(dims, [patch * 2**i for i in range(len(dims))], out_features)
         self.apply(init_linear)
 
     @classmethod

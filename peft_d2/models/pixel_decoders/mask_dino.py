@@ -52,5 +52,6 @@ class MaskDINOEncoder(MSDeformAttnPixelDecoder):
             "extra_levels": total - len(encoded),
             "finest_first": _FINEST_FIRST[head.FEATURE_ORDER],
             "least_pyramid_levels": 1,
+            "use_checkpoint": head.USE_CHECKPOINT,
             "autocast": head.PIXEL_DECODER_AUTOCAST,
         }

@@ -32,6 +32,7 @@ class MSDeformAttnPixelDecoder(nn.Module):
         extra_levels: maps that the encoder sees besides, made from the coarsest one, each half the size of the last.
         finest_first: order of the encoder's maps and of those that the transformer decoder gets; else coarsest first.
         least_pyramid_levels: maps that enter the pyramid at least, even where the encoder reaches the common stride.
+        use_checkpoint: compute the encoder's activations again in the backward pass instead of keeping them.
         autocast: follow the surrounding autocast; otherwise all runs in float32, as the published models did.
     """
 
@@ -54,6 +55,7 @@ class MSDeformAttnPixelDecoder(nn.Module):
         extra_levels: int = 0,
         finest_first: bool = False,
         least_pyramid_levels: int = 0,
+        use_checkpoint: bool = False,
         autocast: bool = False,
     ) -> None:
         super().__init__()
@@ -72,6 +74,7 @@ class MSDeformAttnPixelDecoder(nn.Module):
         self.transformer = MultiScaleDeformableTransformer(
             conv_dim, dim_feedforward, n_layers, len(self.input_proj), n_heads, n_points, dropout
         )
+        self.transformer.encoder.use_checkpoint = use_checkpoint
         self.mask_features = Conv2d(conv_dim, mask_dim, kernel_size=1)
         weight_init.c2_xavier_fill(self.mask_features)
 
@@ -99,6 +102,7 @@ class MSDeformAttnPixelDecoder(nn.Module):
             "dim_feedforward": head.DIM_FEEDFORWARD,
             "dropout": former.DROPOUT,
             "common_stride": head.COMMON_STRIDE,
+            "use_checkpoint": head.USE_CHECKPOINT,
             "autocast": head.PIXEL_DECODER_AUTOCAST,
         }
 

@@ -44,6 +44,7 @@ class TransformerEncoderPixelDecoder(nn.Module):
         mask_dim: channels of the mask features.
         norm: of the pyramid's convolutions, in Detectron2's spelling.
         n_layers, n_heads, dim_feedforward, dropout, pre_norm: of the encoder.
+        use_checkpoint: compute the encoder's activations again in the backward pass instead of keeping them.
     """
 
     @configurable
@@ -59,6 +60,7 @@ class TransformerEncoderPixelDecoder(nn.Module):
         dim_feedforward: int,
         dropout: float,
         pre_norm: bool = False,
+        use_checkpoint: bool = False,
     ) -> None:
         super().__init__()
         self.in_features = sorted(input_shape, key=lambda name: input_shape[name].stride)
@@ -71,6 +73,7 @@ class TransformerEncoderPixelDecoder(nn.Module):
         for convolution in (self.mask_features, self.input_proj):
             weight_init.c2_xavier_fill(convolution)
         self.transformer = MapTransformer(conv_dim, n_heads, dim_feedforward, n_layers, dropout, pre_norm)
+        self.transformer.encoder.use_checkpoint = use_checkpoint
         add_output(self, len(self.in_features), conv_dim, norm)
 
     @classmethod
@@ -97,6 +100,7 @@ class TransformerEncoderPixelDecoder(nn.Module):
             "dim_feedforward": former.DIM_FEEDFORWARD,
             "dropout": former.DROPOUT,
             "pre_norm": former.PRE_NORM,
+            "use_checkpoint": head.USE_CHECKPOINT,
         }
 
     def forward_features(self, features: dict[str, Tensor]) -> tuple[Tensor, Tensor, list[Tensor]]:
