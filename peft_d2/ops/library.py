@@ -6,6 +6,7 @@ The schemas are in csrc/registration.cpp. One operator serves both forms: withou
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -83,16 +84,29 @@ def _fake_backward(
     )
 
 
-def _setup_context(ctx: Any, inputs: tuple[Tensor | None, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
+class _Differentiable(torch.autograd.Function):
+    """The operator with its gradients.
 
+    ``torch.library.register_autograd`` would do, but what runs between two kernels runs on cold caches, where each line
+    of Python costs several times what it does in a loop: with 300 queries that was a fifth of the whole.
+    """
 
-def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-    reference_grad = ctx.needs_input_grad[3]
-    value, points, weights, reference = torch.ops.peft_d2.ms_deform_attn_backward(
-        grad_output, *ctx.saved_tensors, reference_grad, torch.are_deterministic_algorithms_enabled()
-    )
-    return value, None, None, reference if reference_grad else None, points, weights
+    @staticmethod
+    def forward(ctx: Any, *inputs: Tensor | None) -> Tensor:
+        ctx.save_for_backward(*inputs)
+        with torch._C._AutoDispatchBelowAutograd():
+            return torch.ops.peft_d2.ms_deform_attn.default(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        reference_grad = ctx.needs_input_grad[3]
+        # With create_graph=True the call is recorded, so that a second derivative is an error and not a zero.
+        recorded = torch.is_grad_enabled()
+        with nullcontext() if recorded else torch._C._AutoDispatchBelowAutograd():
+            value, points, weights, reference = torch.ops.peft_d2.ms_deform_attn_backward.default(
+                grad_output, *ctx.saved_tensors, reference_grad, torch.are_deterministic_algorithms_enabled()
+            )
+        return value, None, None, reference if reference_grad else None, points, weights
 
 
 def _double_backward(ctx: Any, *grads: Tensor) -> None:
@@ -100,6 +114,12 @@ def _double_backward(ctx: Any, *grads: Tensor) -> None:
         "ms_deform_attn has no second derivatives; take the first ones without create_graph=True, "
         "or detach what the penalty is computed from"
     )
+
+
+def _autograd() -> torch.library.Library:
+    registration = torch.library.Library("peft_d2", "IMPL")
+    registration.impl("ms_deform_attn", _Differentiable.apply, "Autograd")
+    return registration
 
 
 def _autocast(device: str) -> torch.library.Library:
@@ -134,9 +154,8 @@ _registrations: list[torch.library.Library] = []
 def _register() -> None:
     torch.library.register_fake("peft_d2::ms_deform_attn", _fake_forward)
     torch.library.register_fake("peft_d2::ms_deform_attn_backward", _fake_backward)
-    torch.library.register_autograd("peft_d2::ms_deform_attn", _backward, setup_context=_setup_context)
     torch.library.register_autograd("peft_d2::ms_deform_attn_backward", _double_backward)
-    _registrations.extend(_autocast(device) for device in ("cpu", "cuda"))
+    _registrations.extend([_autograd(), *(_autocast(device) for device in ("cpu", "cuda"))])
 
 
 def ms_deform_attn(
