@@ -19,7 +19,7 @@ from peft_d2.models.backbones.stages import StagedBackbone, drop_path_rates, ini
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Softmax attention (..., T, C); written out, as this order of operations gives the published figures to the bit."""
+    """Softmax attention (..., T, C); written out, as in this order the figures are the published ones to the bit."""
     return ((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)).softmax(-1) @ v
 
 
@@ -121,6 +121,24 @@ def attention_block(
     return nn.Sequential(parts)
 
 
+def _pair(
+    dim: int,
+    n_heads: int,
+    n_groups: int,
+    window: int,
+    qkv_bias: bool,
+    drop_paths: tuple[float, float],
+    options: dict[str, Any],
+) -> nn.Sequential:
+    windows, channels = WindowAttention(dim, n_heads, window, qkv_bias), ChannelAttention(dim, n_groups, qkv_bias)
+    return nn.Sequential(
+        OrderedDict(
+            spatial_block=attention_block("window_attn", windows, dim, drop_path=drop_paths[0], **options),
+            channel_block=attention_block("channel_attn", channels, dim, drop_path=drop_paths[1], **options),
+        )
+    )
+
+
 class ConvEmbed(nn.Module):
     """A strided convolution with a LayerNorm over the channels before (``pre_norm``) or after it."""
 
@@ -182,21 +200,13 @@ class DaViT(StagedBackbone):
         self.use_checkpoint = use_checkpoint
         sizes = zip([3, *dims], dims, kernels, strides, paddings, pre_norms, strict=False)
         self.convs = nn.ModuleList(ConvEmbed(*size) for size in sizes)
-        rates = iter(sum(drop_path_rates([2 * depth for depth in depths], drop_path), []))
-        options: dict[str, Any] = {"mlp_ratio": mlp_ratio, "conv_at_attn": conv_at_attn, "conv_at_ffn": conv_at_ffn}
-
-        def pair(dim: int, heads: int, groups: int) -> nn.Sequential:
-            windows, channels = WindowAttention(dim, heads, window, qkv_bias), ChannelAttention(dim, groups, qkv_bias)
-            return nn.Sequential(
-                OrderedDict(
-                    spatial_block=attention_block("window_attn", windows, dim, drop_path=next(rates), **options),
-                    channel_block=attention_block("channel_attn", channels, dim, drop_path=next(rates), **options),
-                )
-            )
-
+        options = {"mlp_ratio": mlp_ratio, "conv_at_attn": conv_at_attn, "conv_at_ffn": conv_at_ffn}
+        rates = drop_path_rates([2 * depth for depth in depths], drop_path)
         self.blocks = nn.ModuleList(
-            nn.Sequential(*(pair(*stage) for _ in range(depth)))
-            for depth, *stage in zip(depths, dims, n_heads, n_groups, strict=True)
+            nn.Sequential(
+                *(_pair(*stage, window, qkv_bias, pair, options) for pair in zip(paths[::2], paths[1::2], strict=True))
+            )
+            for paths, *stage in zip(rates, dims, n_heads, n_groups, strict=True)
         )
         self._name_stages(dims, list(accumulate(strides, mul)), out_features)
         self.apply(init_linear)
