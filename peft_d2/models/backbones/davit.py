@@ -204,9 +204,12 @@ class DaViT(StagedBackbone):
         rates = drop_path_rates([2 * depth for depth in depths], drop_path)
         self.blocks = nn.ModuleList(
             nn.Sequential(
-                *(_pair(*stage, window, qkv_bias, pair, options) for pair in zip(paths[::2], paths[1::2], strict=True))
+                *(
+                    _pair(dim, heads, groups, window, qkv_bias, pair, options)
+                    for pair in zip(paths[::2], paths[1::2], strict=True)
+                )
             )
-            for paths, *stage in zip(rates, dims, n_heads, n_groups, strict=True)
+            for dim, heads, groups, paths in zip(dims, n_heads, n_groups, rates, strict=True)
         )
         self._name_stages(dims, list(accumulate(strides, mul)), out_features)
         self.apply(init_linear)
