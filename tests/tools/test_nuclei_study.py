@@ -1,0 +1,86 @@
+"""The nuclei study: tiles are cut once, variants start from the base, which is trained first; tables name every one."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from peft_d2.engine.comparison import Result
+from peft_d2.engine.errors import ConfigError
+
+TOOL = Path(__file__).resolve().parents[2] / "tools" / "nuclei_study.py"
+
+
+@pytest.fixture
+def tool():
+    spec = importlib.util.spec_from_file_location("nuclei_study", TOOL)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """Four splits of one 96-px image with one square nucleus."""
+    folder = tmp_path / "data"
+    for split in ("fluorescence_train", "fluorescence_val", "histology_train", "histology_val"):
+        (folder / split).mkdir(parents=True)
+        Image.fromarray(np.zeros((96, 96, 3), np.uint8)).save(folder / split / "a.png")
+        square = {"id": 1, "image_id": 1, "category_id": 1, "iscrowd": 0, "bbox": [10, 10, 20, 20], "area": 400}
+        square["segmentation"] = [[10, 10, 30, 10, 30, 30, 10, 30]]
+        coco = {"images": [{"id": 1, "file_name": "a.png", "height": 96, "width": 96}], "annotations": [square]}
+        (folder / f"{split}.json").write_text(json.dumps({**coco, "categories": [{"id": 1, "name": "nucleus"}]}))
+    return folder
+
+
+def run(tool, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> list[tuple[list, list, list]]:
+    """The tool's trainings, as they were asked for; what they would give is made up here."""
+    asked: list[tuple[list, list, list]] = []
+
+    def compare(runs, output, command, shared_opts, metrics):
+        asked.append((list(runs), list(command), list(shared_opts)))
+        figures = dict.fromkeys(metrics, 10.0 + len(asked))
+        sizes = {"full": 900, "base": 900}
+        return [
+            Result(r.name, r.seed, str(output / r.name), figures, trainable=sizes.get(r.name, 9), total=1000)
+            for r in runs
+        ]
+
+    monkeypatch.setattr(tool, "compare", compare)
+    monkeypatch.setattr(sys, "argv", ["nuclei_study.py", *arguments])
+    tool.main()
+    return asked
+
+
+def test_variants_start_from_their_models_base(tool, data, tmp_path, monkeypatch, capsys) -> None:
+    output = tmp_path / "out"
+    arguments = ("--models", "mask2former", "sam", "--data", str(data), "--output", str(output), "--seeds", "1", "2")
+    base, variants, *_ = asked = run(tool, monkeypatch, *arguments)
+    assert len(asked) == 4
+    assert [r.name for r in base[0]] == ["base"] and "fluorescence" in base[1] and base[2] == []
+    assert {(r.name, r.seed) for r in variants[0]} >= {("heads", 1), ("heads", 2), ("lora", 1), ("full", 2)}
+    assert "histology" in variants[1]
+    assert variants[2] == ["MODEL.WEIGHTS", str(output / "mask2former" / "base" / "model_final.pth")]
+    tiles = json.loads((output / "tiles" / "histology_val" / "annotations.json").read_text())
+    assert tiles["images"][0]["height"] == 192
+
+    text = (output / "table.md").read_text()
+    assert text.strip() in capsys.readouterr().out
+    rows = [line.split("|")[1].strip() for line in text.splitlines() if line.startswith("|")]
+    assert rows.index("heads") < rows.index("full")  # from the fewest trained parameters to the most
+    assert "mIoU | DSC | mask AP" in text  # Segment Anything is prompted
+    assert (output / "tradeoff_segm_AP.png").exists() and (output / "tradeoff_masks_mIoU.png").exists()
+
+
+def test_wrong_arguments_are_named(tool, data, tmp_path, monkeypatch) -> None:
+    here = ("--output", str(tmp_path / "out"))
+    with pytest.raises(ConfigError, match=r"--variants loar: mask2former has .*lora"):
+        run(tool, monkeypatch, "--models", "mask2former", "--data", str(data), *here, "--variants", "loar")
+    with pytest.raises(ConfigError, match=r"no fluorescence_train.json.*prepare_dsb2018"):
+        run(tool, monkeypatch, "--models", "mask2former", "--data", str(tmp_path), *here)
