@@ -11,12 +11,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from peft_d2.data.segmentation import mask_box, mask_to_compressed_rle, mask_to_polygons
+from peft_d2.data.coco_json import CocoJson
+from peft_d2.data.segmentation import mask_to_polygons
 
 _ID_LENGTH = 12
 _SPLITS_FILE = Path(__file__).with_name("dsb2018_splits.json")
@@ -60,25 +60,15 @@ def convert(
 
 def _write_split(split: str, folders: Sequence[Path], output: Path, polygons: bool) -> int:
     (output / split).mkdir(parents=True, exist_ok=True)
-    images: list[dict[str, Any]] = []
-    annotations: list[dict[str, Any]] = []
+    coco = CocoJson([(1, "nucleus")])
     for folder in folders:
         picture = _read_image(folder, coloured=split.startswith("histology"))
-        record = {
-            "id": len(images) + 1, "file_name": f"{folder.name[:_ID_LENGTH]}.png",
-            "height": picture.height, "width": picture.width,
-        }  # fmt: skip
-        picture.save(output / split / str(record["file_name"]))
-        images.append(record)
+        name = f"{folder.name[:_ID_LENGTH]}.png"
+        picture.save(output / split / name)
+        image_id = coco.add_image(name, picture.size)
         for mask in _read_masks(folder, picture.height, picture.width):
-            annotations.append({
-                "id": len(annotations) + 1, "image_id": record["id"], "category_id": 1, "iscrowd": 0,
-                "bbox": mask_box(mask), "area": int(mask.sum()),
-                "segmentation": mask_to_polygons(mask) if polygons else mask_to_compressed_rle(mask),
-            })  # fmt: skip
-    data = {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "nucleus"}]}
-    (output / f"{split}.json").write_text(json.dumps(data))
-    return len(annotations)
+            coco.add_mask(image_id, 1, mask, mask_to_polygons(mask) if polygons else None)
+    return coco.write(output / f"{split}.json")
 
 
 def _read_image(folder: Path, coloured: bool) -> Image.Image:

@@ -22,7 +22,7 @@ def polygon_defect(polygons: Sequence[Any], height: int, width: int) -> list[tup
         if fault:
             defects.append((fault[0], f"polygon {number}: {fault[1]}"))
         if not fault or fault[0] == "warning":
-            area += abs(_area(polygon))
+            area += abs(polygon_area(polygon))
     if not defects and area < 1e-3:
         defects.append(("warning", f"its polygons have an area of {area:.3g} px: the object is dropped"))
     return defects
@@ -51,7 +51,8 @@ def _one_polygon(polygon: Any, height: int, width: int) -> tuple[Level, str] | N
     return None
 
 
-def _area(polygon: Sequence[float]) -> float:
+def polygon_area(polygon: Sequence[float]) -> float:
+    """Signed area in px of a flat polygon ``[x0, y0, x1, y1, ...]``, by the shoelace formula."""
     xs, ys = polygon[::2], polygon[1::2]
     return 0.5 * math.fsum(xs[i - 1] * ys[i] - xs[i] * ys[i - 1] for i in range(len(xs)))
 

@@ -1,0 +1,127 @@
+"""Write jsons in COCO's format; what the converters share."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from peft_d2.data.segmentation import mask_box, mask_to_compressed_rle
+from peft_d2.data.shapes import polygon_area
+from peft_d2.io import atomic
+
+
+class CocoJson:
+    """A COCO-format json that grows by images and objects, whose ids count from 1."""
+
+    def __init__(self, categories: Iterable[tuple[int, str]]) -> None:
+        self.images: list[dict[str, Any]] = []
+        self.annotations: list[dict[str, Any]] = []
+        self.categories = [{"id": number, "name": name} for number, name in categories]
+
+    def add_image(self, file_name: str, size: tuple[int, int], image_id: int | str | None = None) -> int | str:
+        """Add an image of ``size`` (width, height) and return its id."""
+        image_id = len(self.images) + 1 if image_id is None else image_id
+        self.images.append({"id": image_id, "file_name": file_name, "width": size[0], "height": size[1]})
+        return image_id
+
+    def add_polygons(self, image_id: int | str, category_id: int, polygons: Sequence[Sequence[float]]) -> None:
+        """Add an object of flat polygons ``[x0, y0, x1, y1, ...]``; its area is the sum of theirs."""
+        xs = [x for polygon in polygons for x in polygon[::2]]
+        ys = [y for polygon in polygons for y in polygon[1::2]]
+        box = [min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)]
+        area = sum(abs(polygon_area(polygon)) for polygon in polygons)
+        self._add(image_id, category_id, box, area, segmentation=[list(polygon) for polygon in polygons])
+
+    def add_mask(
+        self, image_id: int | str, category_id: int, mask: np.ndarray, segmentation: Any = None, **more: Any
+    ) -> None:
+        """Add an object of an (H, W) mask, as compressed run lengths unless its ``segmentation`` is given."""
+        form = mask_to_compressed_rle(mask) if segmentation is None else segmentation
+        self._add(image_id, category_id, mask_box(mask), int(mask.sum()), segmentation=form, **more)
+
+    def add_box(self, image_id: int | str, category_id: int, box: Sequence[float]) -> None:
+        """Add an object without a mask; ``box`` is [x, y, width, height]."""
+        self._add(image_id, category_id, list(box), box[2] * box[3])
+
+    def _add(self, image_id: int | str, category_id: int, box: list[float], area: float, **more: Any) -> None:
+        number = len(self.annotations) + 1
+        self.annotations.append({
+            "id": number, "image_id": image_id, "category_id": category_id, "bbox": box, "area": area, "iscrowd": 0,
+            **more,
+        })  # fmt: skip
+
+    def write(self, path: str | Path) -> int:
+        """Write the json in one step and return the number of objects."""
+        return write_coco(path, self.images, self.annotations, self.categories)
+
+
+def write_coco(path: str | Path, images: list[Any], annotations: list[Any], categories: list[Any]) -> int:
+    """Write a json in one step and return the number of annotations."""
+    data = {"images": images, "annotations": annotations, "categories": categories}
+    atomic.write_bytes(path, json.dumps(data).encode())
+    return len(annotations)
+
+
+def split_names(
+    names: Iterable[str], share: float, splits: str | Path | None = None, first: str = "train", second: str = "test"
+) -> dict[str, list[str]]:
+    """Two splits of file names, by the names' checksums: the same wherever and whenever it is done.
+
+    Args:
+        names: of all images.
+        share: of them that goes to the ``second`` split.
+        splits: a json of ``{split: [name, ...]}`` to follow instead.
+
+    Raises:
+        ValueError: the json lists names that there are not, or none at all.
+    """
+    ordered = sorted(set(names))
+    if splits is None:
+        drawn = sorted(ordered, key=lambda name: hashlib.sha256(name.encode()).hexdigest())
+        chosen = set(drawn[: round(share * len(drawn))])
+        return {first: [n for n in ordered if n not in chosen], second: [n for n in ordered if n in chosen]}
+    found = read_json(splits)
+    if not isinstance(found, Mapping) or not all(isinstance(v, list) for v in found.values()):
+        raise ValueError(f"{splits}: expected a json of the form {{{first!r}: [file name, ...], {second!r}: [...]}}.")
+    missing = sorted({name for listed in found.values() for name in listed} - set(ordered))
+    if missing:
+        raise ValueError(f"{splits}: lists {len(missing)} images that are not there, {missing[0]!r} for one.")
+    return {split: list(listed) for split, listed in found.items()}
+
+
+def read_json(path: str | Path) -> Any:
+    """The content of a json.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it is not json; an archive is named as such.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path} is no file.")
+    content = Path(path).read_bytes()
+    if content[:2] in (b"PK", b"\x1f\x8b"):
+        raise ValueError(f"{path} is an archive. Unpack it first.")
+    try:
+        return json.loads(content)
+    except ValueError as error:
+        raise ValueError(f"{path} is not json ({error}).") from error
+
+
+def require_folder(path: str | Path, holds: str) -> Path:
+    """The folder, or an error that says what it has to hold.
+
+    Raises:
+        FileNotFoundError: no such folder; an archive of that name, or the one beside it, is named.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return path
+    beside = [path.with_name(path.name + ending) for ending in (".zip", ".tar", ".tar.gz", ".tgz", ".rar", ".7z")]
+    packed = next((p for p in (path, *beside) if p.is_file()), None)
+    found = f"{packed} is an archive: unpack it there" if packed else "it does not exist"
+    raise FileNotFoundError(f"{path}: expected a folder with {holds}; {found}.")
