@@ -17,28 +17,27 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .adapter import never_called
-from .cobot import CobotPlace, CobotSpace
+from .cobot import CobotOptions, CobotPlace, orchestrate
 from .low_rank import match_dtype
-from .method import Method, MethodError, Options, Placement, Site, expect
+from .method import Method, MethodError, Placement, Site, expect
 from .specialise import Part, Specialised
 from .width import LAYOUTS, Width, check_width, map_first_tensor, output_width
 
 
 @dataclass(frozen=True)
-class AdaptFormerOptions(Options):
+class AdaptFormerOptions(CobotOptions):
     """``BOTTLENECK`` is the width inside, ``SCALE`` the factor s; ``DIM`` and ``LAYOUT`` as for sequential adapters."""
 
     bottleneck: int = 16
     scale: float = 1.0
     dropout: float = 0.1
-    cobot: bool = False
     dim: int | None = None
     layout: str = "auto"
 
     def check(self) -> None:
         super().check()
         expect(self.bottleneck > 0, "BOTTLENECK", self.bottleneck, "a positive integer")
-        expect(not self.cobot or self.bottleneck % 4 == 0, "BOTTLENECK", self.bottleneck, "a multiple of 4 (COBOT)")
+        self.check_width("BOTTLENECK", self.bottleneck)
         expect(self.scale != 0, "SCALE", self.scale, "a number other than 0")
         expect(0 <= self.dropout < 1, "DROPOUT", self.dropout, "a probability below 1")
         expect(self.dim is None or self.dim > 0, "DIM", self.dim, "a positive integer")
@@ -102,14 +101,11 @@ class AdaptFormer(Method):
 
     def place(self, sites: Sequence[Site]) -> list[Placement]:
         options = self.options
-        space = CobotSpace(options.bottleneck, len(sites), sites[0].tensor_options()) if options.cobot else None
+        cobots = orchestrate(options, options.bottleneck, [site.tensor_options() for site in sites])
         placements = []
-        for column, site in enumerate(sites):
+        for site, cobot in zip(sites, cobots, strict=True):
             width = output_width(site, options.dim, options.layout)
             if isinstance(site.module, nn.MultiheadAttention):
                 raise MethodError(f"{site.name}: AdaptFormer runs beside a module with one input, not an attention")
-            cobot = None
-            if space is not None:
-                cobot = CobotPlace(options.bottleneck, column, space, site.tensor_options())
             placements.append(Placement(site, AdaptFormerMixin, AdaptFormerBranch(site, width, options, cobot)))
         return placements

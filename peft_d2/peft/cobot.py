@@ -4,26 +4,75 @@ Peng et al., "Parameter Efficient Fine-tuning via Cross Block Orchestration for 
 arXiv 2311.17112. With T places of width V: coefficient sets C (V, T) and a relation matrix S (T, T) shared by all
 places; per place own coefficients gamma (V,) and a quaternion linear layer Q. For ``h = down(x)`` place t computes
 ``h' = Q((C S)[:, t] + gamma_t) * h)`` and goes on from h'. It is switched on by ``COBOT: true`` in the entry of
-``lora`` or ``adaptformer``; T is the number of that entry's places.
+``lora`` or ``adaptformer``; T is the number of that entry's places. Its parts can be left out or replaced one by one,
+as in the paper's ablations: see :class:`CobotOptions`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .method import Options, expect
+
+COEFFICIENTS = ("both", "shared", "own", "none")
+RELATIONS = ("learned", "fixed")
+MIXES = ("quaternion", "linear", "none")
+
+
+@dataclass(frozen=True)
+class CobotOptions(Options):
+    """Keys of COBOT; all but the first are the switches of the paper's ablations.
+
+    ``COBOT_COEFFICIENTS``: the sets that scale the space: shared (C S), own (gamma), both of them, or none.
+    ``COBOT_RELATION``: fixed keeps S the identity, so that a place's shared set is its column of C alone.
+    ``COBOT_MIX``: quaternion (4 (V/4)^2 parameters), linear (a dense V x V, no bias), or none.
+    """
+
+    cobot: bool = False
+    cobot_coefficients: str = "both"
+    cobot_relation: str = "learned"
+    cobot_mix: str = "quaternion"
+
+    def check(self) -> None:
+        super().check()
+        sets, relation, mix = self.cobot_coefficients, self.cobot_relation, self.cobot_mix
+        expect(sets in COEFFICIENTS, "COBOT_COEFFICIENTS", sets, f"one of {', '.join(COEFFICIENTS)}")
+        expect(relation in RELATIONS, "COBOT_RELATION", relation, f"one of {', '.join(RELATIONS)}")
+        expect(mix in MIXES, "COBOT_MIX", mix, f"one of {', '.join(MIXES)}")
+        plain = (sets, relation, mix) == (COEFFICIENTS[0], RELATIONS[0], MIXES[0])
+        expect(self.cobot or plain, "COBOT", self.cobot, "true where another COBOT_ key is set")
+        shared = sets in ("both", "shared")
+        expect(shared or relation == "learned", "COBOT_RELATION", relation, "to be left out without shared sets")
+        expect(sets != "none" or mix != "none", "COBOT_MIX", mix, "a layer where COBOT_COEFFICIENTS is none")
+
+    def check_width(self, key: str, width: int) -> None:
+        """Raise unless the quaternion layer can be made for ``width``, which is the value of ``key``."""
+        quaternions = self.cobot and self.cobot_mix == "quaternion"
+        expect(not quaternions or width % 4 == 0, key, width, "a multiple of 4 (COBOT's quaternions)")
+
 
 class CobotSpace(nn.Module):
-    """What all places share: ``coefficients`` (V, T), ones, and ``relation`` (T, T), identity."""
+    """What all places share: ``coefficients`` (V, T), ones, and ``relation`` (T, T), identity where it is learned."""
 
-    def __init__(self, width: int, places: int, tensor_options: Mapping[str, Any]) -> None:
+    relation: nn.Parameter | None
+
+    def __init__(self, width: int, places: int, learned: bool, tensor_options: Mapping[str, Any]) -> None:
         super().__init__()
         self.coefficients = nn.Parameter(torch.ones(width, places, **tensor_options))
-        self.relation = nn.Parameter(torch.eye(places, **tensor_options))
+        relation = nn.Parameter(torch.eye(places, **tensor_options)) if learned else None
+        self.register_parameter("relation", relation)
+
+    def column(self, index: int) -> Tensor:
+        """Column ``index`` of C S: (V,)."""
+        if self.relation is None:
+            return self.coefficients[:, index]
+        return self.coefficients @ self.relation[:, index]
 
 
 class QuaternionLinear(nn.Module):
@@ -53,23 +102,44 @@ class QuaternionLinear(nn.Module):
 
 
 class CobotPlace(nn.Module):
-    """One place: its own ``gamma`` (V,), ones, its quaternion layer, and the column ``index`` of the shared space."""
+    """One place: its own ``gamma`` (V,), ones, its layer ``mix``, and the column ``index`` of the shared space."""
 
-    def __init__(self, width: int, index: int, space: CobotSpace, tensor_options: Mapping[str, Any]) -> None:
+    gamma: nn.Parameter | None
+
+    def __init__(
+        self, width: int, index: int, space: CobotSpace | None, options: CobotOptions, made: Mapping[str, Any]
+    ) -> None:
         super().__init__()
-        self.gamma = nn.Parameter(torch.ones(width, **tensor_options))
-        self.mix = QuaternionLinear(width, width, tensor_options)
+        own = options.cobot_coefficients in ("both", "own")
+        self.register_parameter("gamma", nn.Parameter(torch.ones(width, **made)) if own else None)
+        self.mix: nn.Module | None = None
+        if options.cobot_mix == "quaternion":
+            self.mix = QuaternionLinear(width, width, made)
+        elif options.cobot_mix == "linear":
+            self.mix = nn.Linear(width, width, bias=False, **made)
         self.space = space
         self.index = index
-
-    def coefficients(self) -> Tensor:
-        """Column ``index`` of C S, plus gamma: (V,)."""
-        return self.space.coefficients @ self.space.relation[:, self.index] + self.gamma
+        self.width = width
 
     def matrix(self) -> Tensor:
         """The place's linear map (V, V) for column vectors: h' = M h."""
-        return self.mix.dense().t() * self.coefficients()
+        some = next(self.parameters())
+        return self(torch.eye(self.width, dtype=some.dtype, device=some.device)).t()
 
     def forward(self, h: Tensor) -> Tensor:
         """(..., V) -> (..., V)."""
-        return self.mix(self.coefficients() * h)
+        sets = [] if self.space is None else [self.space.column(self.index)]
+        if self.gamma is not None:
+            sets.append(self.gamma)
+        if sets:
+            h = h * sum(sets)
+        return h if self.mix is None else self.mix(h)
+
+
+def orchestrate(options: CobotOptions, width: int, made: Sequence[Mapping[str, Any]]) -> list[CobotPlace | None]:
+    """One place of width V for each of ``made`` (its device and dtype), with what they share; Nones without COBOT."""
+    if not options.cobot:
+        return [None] * len(made)
+    shared = options.cobot_coefficients in ("both", "shared")
+    space = CobotSpace(width, len(made), options.cobot_relation == "learned", made[0]) if shared else None
+    return [CobotPlace(width, index, space, options, where) for index, where in enumerate(made)]

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
 
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from .cobot import CobotPlace, CobotSpace
+from .cobot import CobotPlace, orchestrate
 from .conv_lora import ConvLowRank, LoraConvMixin, LoraNormedConvMixin, conv_problem, is_normed_conv
 from .low_rank import LoraOptions, LowRank
 from .match import resolve
@@ -75,18 +76,17 @@ class Lora(Method):
         patterns = [*self.options.rank_pattern, *self.options.alpha_pattern]
         resolve(patterns, [site.name for site in sites], "place of this entry")
         counts = [len(self._site_parts(site)) or 1 for site in sites]
-        space, placements, column = None, [], 0
-        for site, count in zip(sites, counts, strict=True):
-            cobots: list[CobotPlace | None] = [None] * count
-            if self.options.cobot:
-                rank, _ = self.options.rank_and_scale(site.name)
-                space = space or CobotSpace(rank, sum(counts), site.tensor_options())
-                if space.coefficients.shape[0] != rank:
-                    raise MethodError(f"{site.name}: COBOT shares one space, so every place needs the same RANK")
-                cobots = [CobotPlace(rank, column + i, space, site.tensor_options()) for i in range(count)]
-                column += count
-            placements.append(self._place_one(site, cobots))
-        return placements
+        made = [site.tensor_options() for site, count in zip(sites, counts, strict=True) for _ in range(count)]
+        cobots = iter(orchestrate(self.options, self._cobot_rank(sites), made))
+        return [self._place_one(site, list(islice(cobots, count))) for site, count in zip(sites, counts, strict=True)]
+
+    def _cobot_rank(self, sites: Sequence[Site]) -> int:
+        """The width of the one space that COBOT's places share."""
+        first, *rest = [self.options.rank_and_scale(site.name)[0] for site in sites]
+        for site, rank in zip(sites[1:], rest, strict=True):
+            if self.options.cobot and rank != first:
+                raise MethodError(f"{site.name}: COBOT shares one space, so every place needs the same RANK")
+        return first
 
     def _site_parts(self, site: Site) -> tuple[str, ...]:
         """q, k, v, out in order, as far as they are wanted at ``site``; empty for a module that is one weight."""

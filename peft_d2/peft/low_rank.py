@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .cobot import CobotPlace
+from .cobot import CobotOptions, CobotPlace
 from .match import first_match
-from .method import MethodError, Options, expect
+from .method import MethodError, expect
 from .specialise import Part
 
 INITS = ("default", "gaussian", "xavier", "pissa")
@@ -30,7 +30,7 @@ PARTS = ("q", "k", "v", "out")
 
 
 @dataclass(frozen=True)
-class LoraOptions(Options):
+class LoraOptions(CobotOptions):
     """Keys of LoRA.
 
     ``ALPHA``: unset means alpha = rank (scale 1).
@@ -46,7 +46,6 @@ class LoraOptions(Options):
     init: str = "default"
     rslora: bool = False
     dora: bool = False
-    cobot: bool = False
     parts: list[str] = field(default_factory=list)
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
@@ -55,7 +54,7 @@ class LoraOptions(Options):
         super().check()
         for rank in (self.rank, *self.rank_pattern.values()):
             expect(type(rank) is int and rank > 0, "RANK", rank, "a positive integer")
-            expect(not self.cobot or rank % 4 == 0, "RANK", rank, "a multiple of 4 (COBOT's quaternions)")
+            self.check_width("RANK", rank)
         for alpha in (self.alpha, *self.alpha_pattern.values()):
             expect(alpha is None or alpha > 0, "ALPHA", alpha, "a positive number")
         expect(0 <= self.dropout < 1, "DROPOUT", self.dropout, "a probability below 1")

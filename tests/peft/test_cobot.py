@@ -177,3 +177,91 @@ def test_one_space_and_what_it_refuses() -> None:
     peft.inject(model, [entry])
     spaces = {id(m) for m in model.modules() if type(m).__name__ == "CobotSpace"}
     assert len(spaces) == 1
+
+
+LORA = {"NAME": "lora", "TARGETS": ["qkv"], "PARTS": ["q", "v"], "RANK": 4}
+ADAPTFORMER = {"NAME": "adaptformer", "TARGETS": ["mlp"], "BOTTLENECK": 16, "DROPOUT": 0.0}
+# Switches, and by hand what they add to LoRA (T = 24 places of V = 4) and AdaptFormer (12 of 16) on the ViT-B:
+# V T of coefficients, T T of the relation, V per place of own coefficients, V V / 4 or V V per place of the layer.
+SWITCHES = {
+    "all": ({}, 96 + 576 + 96 + 96, 192 + 144 + 192 + 768),
+    "no communication": ({"COBOT_COEFFICIENTS": "none"}, 96, 768),
+    "no enhancement": ({"COBOT_MIX": "none"}, 96 + 576 + 96, 192 + 144 + 192),
+    "shared sets alone": ({"COBOT_COEFFICIENTS": "shared"}, 96 + 576 + 96, 192 + 144 + 768),
+    "own sets alone": ({"COBOT_COEFFICIENTS": "own"}, 96 + 96, 192 + 768),
+    "fixed relation": ({"COBOT_RELATION": "fixed"}, 96 + 96 + 96, 192 + 192 + 768),
+    "linear layer": ({"COBOT_MIX": "linear"}, 96 + 576 + 96 + 384, 192 + 144 + 192 + 3072),
+}
+
+
+@pytest.mark.parametrize("case", SWITCHES)
+@pytest.mark.parametrize("kind", ["lora", "adaptformer"])
+def test_counts_of_the_ablations(case: str, kind: str) -> None:
+    keys, *added = SWITCHES[case]
+    entry, plain, more = (LORA, 147_456, added[0]) if kind == "lora" else (ADAPTFORMER, 322_752, added[1])
+    with torch.device("meta"):
+        report = peft.inject(vit(768, 3072, 12), [{**entry, "COBOT": True, **keys}])
+    assert report.trainable == plain + more
+
+
+def published(t: int, sets: list[Tensor], layer: Tensor | None, h: Tensor, relation: Tensor | None) -> Tensor:
+    """h' of place t, written out: ``sets`` are C (V, T) and gamma (V,), as far as they are there."""
+    total = torch.zeros(h.shape[-1], dtype=h.dtype)
+    for coefficients in sets:
+        if coefficients.dim() == 1:
+            total += coefficients
+        elif relation is None:
+            total += coefficients[:, t]
+        else:
+            total += sum(coefficients[:, other] * relation[other, t] for other in range(len(relation)))
+    scaled = h * total if sets else h
+    return scaled if layer is None else scaled @ layer
+
+
+@pytest.mark.parametrize("case", SWITCHES)
+def test_outputs_of_the_ablations(case: str) -> None:
+    keys = SWITCHES[case][0]
+    model = vit(48, 96, 3).double()
+    x = torch.randn(2, 7, 48, dtype=torch.float64)
+    before = model.blocks[INDEX].qkv(x)
+    peft.inject(model, [{**LORA, "COBOT": True, **keys}])
+    assert torch.equal(model.blocks[INDEX].qkv(x), before)  # whatever is switched off, the start is the base
+    with torch.no_grad():
+        for tensor in peft.trained_parameters(model):
+            tensor.param.add_(torch.randn_like(tensor.param))
+    state = {name.removeprefix("blocks."): value for name, value in peft.adapter_state_dict(model).items()}
+    expected = before.detach().clone()
+    for number, letter in enumerate("qv"):
+        here, space = f"{INDEX}.qkv.{letter}.", "0.qkv.q.cobot.space."
+        sets = [state[n] for n in (f"{space}coefficients", f"{here}cobot.gamma") if n in state]
+        layer = state[f"{here}cobot.mix.weight"].t() if "linear" in case else None
+        if f"{here}cobot.mix.r" in state:
+            r, i, j, k = (state[f"{here}cobot.mix.{part}"] for part in "rijk")
+            layer = torch.cat([torch.cat(c) for c in ((r, -i, -j, -k), (i, r, -k, j), (j, k, r, -i), (k, -j, i, r))], 1)
+        low = published(2 * INDEX + number, sets, layer, x @ state[f"{here}lora_a"].t(), state.get(f"{space}relation"))
+        rows = slice(0, 48) if letter == "q" else slice(96, 144)
+        expected[..., rows] += low @ state[f"{here}lora_b"].t()
+    torch.testing.assert_close(model.blocks[INDEX].qkv(x), expected)
+    peft.merge(model)
+    with torch.no_grad():
+        torch.testing.assert_close(model.blocks[INDEX].qkv(x), expected)
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"COBOT_MIX": "none", "COBOT_COEFFICIENTS": "none"}, "COBOT_MIX is 'none': expected a layer"),
+        ({"COBOT_MIX": "quarternion"}, "COBOT_MIX is 'quarternion': expected one of quaternion, linear, none"),
+        ({"COBOT_RELATION": "fixed", "COBOT_COEFFICIENTS": "own"}, "COBOT_RELATION is 'fixed'"),
+        ({"COBOT_COEFFICIENTS": True}, "COBOT_COEFFICIENTS is True, expected a value of type str"),
+        ({"COBOT": False, "COBOT_MIX": "linear"}, "COBOT is False: expected true where another COBOT_ key is set"),
+    ],
+)
+def test_switches_that_make_no_sense(keys: dict[str, object], said: str) -> None:
+    with pytest.raises(peft.MethodError, match=said):
+        peft.inject(vit(48, 96, 2), [{**LORA, "COBOT": True, **keys}])
+
+
+def test_a_linear_layer_takes_any_width() -> None:
+    peft.inject(vit(48, 96, 2), [{**LORA, "RANK": 6, "COBOT": True, "COBOT_MIX": "linear"}])
+    peft.inject(vit(48, 96, 2), [{**ADAPTFORMER, "BOTTLENECK": 6, "COBOT": True, "COBOT_MIX": "none"}])
