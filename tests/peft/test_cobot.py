@@ -265,3 +265,26 @@ def test_switches_that_make_no_sense(keys: dict[str, object], said: str) -> None
 def test_a_linear_layer_takes_any_width() -> None:
     peft.inject(vit(48, 96, 2), [{**LORA, "RANK": 6, "COBOT": True, "COBOT_MIX": "linear"}])
     peft.inject(vit(48, 96, 2), [{**ADAPTFORMER, "BOTTLENECK": 6, "COBOT": True, "COBOT_MIX": "none"}])
+
+
+def test_any_stack_of_blocks() -> None:
+    """torch's own encoder: its attentions hold two places each, its feed-forward layers one."""
+    layer = nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, batch_first=True)
+    model = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False).eval()
+    x = torch.randn(2, 5, 32)
+    before = model(x)
+    shared = {"NAME": "lora", "RANK": 4, "COBOT": True}
+    entry = {**shared, "TARGETS": ["layers.*.self_attn", "layers.*.linear1"], "PARTS": ["q", "v"]}
+    with pytest.raises(peft.MethodError, match="PARTS needs a fused qkv"):
+        peft.inject(model, [entry])
+    report = peft.inject(model, [{**entry, "PARTS": []}])
+    places = 3 * (2 + 1)
+    factors = 3 * (2 * 4 * (32 + 32) + 4 * (32 + 64))
+    assert report.trainable == factors + 4 * places + places**2 + 4 * places + 4 * places
+    torch.testing.assert_close(model(x), before)
+    peft.prove_live(model, lambda m: m(x))
+
+
+def test_a_convolution_is_refused() -> None:
+    with pytest.raises(peft.MethodError, match="COBOT does not apply to a convolution"):
+        peft.inject(nn.Sequential(nn.Conv2d(3, 8, 3)), [{"NAME": "lora", "TARGETS": ["0"], "RANK": 4, "COBOT": True}])
