@@ -102,7 +102,7 @@ def load_tokenizer(source: str | os.PathLike[str] = CLIP_TOKENIZER, context: int
         raise TokenizerError(f"the folder {os.fspath(source)!r} holds no tokenizer: {remedy}")
     try:
         tokenizer: Any = CLIPTokenizer.from_pretrained(os.fspath(source), local_files_only=os.path.isdir(source))
-    except (OSError, ValueError, TypeError) as error:
+    except Exception as error:  # the library behind it raises that very type for a damaged file
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise TokenizerError(f"the tokenizer {os.fspath(source)!r} cannot be loaded ({reason}): {remedy}") from None
     if tokenizer.eos_token_id != len(tokenizer) - 1:
