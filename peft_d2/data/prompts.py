@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from detectron2.data import MetadataCatalog, detection_utils
+from detectron2.data import DatasetCatalog, MetadataCatalog, detection_utils
 from detectron2.data import transforms as T
 from detectron2.structures import BoxMode
 from torch import Tensor
@@ -22,6 +24,7 @@ from torch import Tensor
 from peft_d2.data.augmentation import longest_side_recipe
 from peft_d2.data.mappers import InstanceMapper
 
+logger = logging.getLogger(__name__)
 Detections = Mapping[Any, Sequence[Mapping[str, Any]]]  # by image id: bbox (XYWH), class, score
 
 
@@ -107,7 +110,8 @@ def read_detections(path: str | Path, dataset_name: str) -> Detections:
     """A detector's results in COCO's format by image id, with contiguous classes.
 
     Raises:
-        ValueError: the file is not a list of ``{image_id, category_id, bbox, score}``, or has an unknown category.
+        ValueError: the file is not a list of ``{image_id, category_id, bbox, score}``, has an unknown category, a box
+            or a score that is none, or no result for any image of the data set.
     """
     try:
         rows = json.loads(Path(path).read_bytes())
@@ -116,15 +120,36 @@ def read_detections(path: str | Path, dataset_name: str) -> Detections:
     contiguous = MetadataCatalog.get(dataset_name).thing_dataset_id_to_contiguous_id
     found: dict[Any, list[dict[str, Any]]] = defaultdict(list)
     for i, row in enumerate(rows if isinstance(rows, list) else [None]):
-        if not isinstance(row, dict) or not {"image_id", "category_id", "bbox", "score"} <= row.keys():
-            raise ValueError(f"{path}: row {i} is no result. Expected a list of image_id, category_id, bbox, score.")
-        if row["category_id"] not in contiguous:
-            raise ValueError(
-                f"{path}: row {i} is of category {row['category_id']}, which data set {dataset_name!r} does not have: "
-                f"it has {sorted(contiguous)[:10]}."
-            )
+        problem = _row_problem(row, contiguous, dataset_name)
+        if problem:
+            raise ValueError(f"{path}: row {i} {problem}")
         found[row["image_id"]].append({**row, "class": contiguous[row["category_id"]]})
+    known = {record["image_id"] for record in DatasetCatalog.get(dataset_name)}
+    foreign = [image for image in found if image not in known]
+    if foreign:
+        text = (
+            f"{path}: {len(foreign)} of {len(found)} images with results, e.g. {foreign[0]!r}, are not in the data set"
+        )
+        if len(foreign) == len(found):
+            raise ValueError(f"{text} {dataset_name!r}: name the results for its images in INPUT.PROMPTS.DETECTIONS.")
+        logger.warning("%s %r: they are left out.", text, dataset_name)
     return found
+
+
+def _row_problem(row: Any, contiguous: Mapping[int, int], dataset_name: str) -> str:
+    """What is wrong with one result, "" if nothing."""
+    if not isinstance(row, dict) or not {"image_id", "category_id", "bbox", "score"} <= row.keys():
+        return "is no result. Expected a list of image_id, category_id, bbox, score."
+    if row["category_id"] not in contiguous:
+        return (
+            f"is of category {row['category_id']}, which data set {dataset_name!r} does not have: it has "
+            f"{sorted(contiguous)[:10]}."
+        )
+    box, score = row["bbox"], row["score"]
+    numbers = [*box, score] if isinstance(box, list) else [None]
+    if len(numbers) != 5 or not all(isinstance(n, int | float) and math.isfinite(n) for n in numbers):
+        return f"has bbox {box} and score {score}. Expected x, y, width, height and a number, all finite."
+    return f"has bbox {box} with a side below 0." if min(box[2:]) < 0 else ""
 
 
 def build_prompt_mapper(cfg: Any) -> PromptMapper:

@@ -108,6 +108,39 @@ def test_boxes_of_a_detector(cfg, records, tmp_path):
     assert one["boxes"].tolist() == [[2, 4, 62, 84]] and one["box_scores"].tolist() == [0.25]
 
 
+GOOD = {"category_id": 1, "bbox": [1, 2, 30, 40], "score": 0.25}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"bbox": [1, 2, 30]}, r"row 1 has bbox \[1, 2, 30\] and score 0.25. Expected x, y, width, height"),
+        ({"bbox": "1 2 3 4"}, "row 1 has bbox 1 2 3 4 and"),
+        ({"bbox": [1, 2, float("nan"), 40]}, "row 1 has bbox .* all finite"),
+        ({"bbox": [1, 2, -5, 40]}, r"row 1 has bbox \[1, 2, -5, 40\] with a side below 0"),
+        ({"score": None}, "row 1 has bbox .* and score None"),
+        ({"category_id": 999}, "row 1 is of category 999, which data set '.*' does not have"),
+    ],
+)
+def test_detections_that_are_none(cfg, records, tmp_path, change, said):
+    rows = [{"image_id": records[0]["image_id"], **GOOD}, {"image_id": records[1]["image_id"], **GOOD, **change}]
+    cfg.INPUT.PROMPTS.DETECTIONS = str(tmp_path / "found.json")
+    (tmp_path / "found.json").write_text(json.dumps(rows))
+    with pytest.raises(ValueError, match=said):
+        build_test_mapper(cfg, cfg.DATASETS.TEST[0])
+
+
+def test_detections_of_another_data_set(cfg, records, tmp_path, caplog):
+    cfg.INPUT.PROMPTS.DETECTIONS = str(tmp_path / "found.json")
+    foreign = {"image_id": 987654, **GOOD}
+    (tmp_path / "found.json").write_text(json.dumps([foreign]))
+    with pytest.raises(ValueError, match="1 of 1 images with results, e.g. 987654, are not in the data set"):
+        build_test_mapper(cfg, cfg.DATASETS.TEST[0])
+    (tmp_path / "found.json").write_text(json.dumps([foreign, {"image_id": records[0]["image_id"], **GOOD}]))
+    assert len(build_test_mapper(cfg, cfg.DATASETS.TEST[0])(records[0])["boxes"]) == 1
+    assert "1 of 2 images with results, e.g. 987654" in caplog.text
+
+
 @pytest.mark.parametrize("size", [(1, 300), (300, 1), (3, 2)])
 def test_images_of_extreme_shape(cfg, records, tmp_path, size):
     Image.fromarray(np.full((*size, 3), 90, np.uint8)).save(tmp_path / "a.png")
