@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -46,6 +47,7 @@ def build_train_loader(cfg: Any, start_iter: int = 0, mapper: Mapper | None = No
         _Samples(DatasetFromList(records, copy=False), mapper or build_mapper(cfg, records), seed),
         batch_sampler=order,
         num_workers=cfg.DATALOADER.NUM_WORKERS,
+        worker_init_fn=_outlive_sigterm,
         collate_fn=_as_list,
         generator=torch.Generator().manual_seed(seed),  # or iter() would draw from the training's random numbers
     )
@@ -95,6 +97,11 @@ class _Samples(Dataset):
                 # A mapper may refuse an image; which one replaces it is part of the sample's random numbers.
                 index = int(np.random.randint(len(self.records)))
         raise RuntimeError("the mapper refused 1000 images in a row. Check INPUT and the data set.")
+
+
+def _outlive_sigterm(worker: int) -> None:
+    """Let a worker go on for a while: where a whole job gets the signal, the training needs data to end its step."""
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(60))
 
 
 def _as_list(batch: list[Any]) -> list[Any]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from detectron2.engine import HookBase
+from detectron2.engine.hooks import PeriodicWriter
 from detectron2.utils import comm
 
 from peft_d2 import peft
@@ -24,9 +25,11 @@ class FrozenWeights(HookBase):
     """
 
     def before_train(self) -> None:
+        """Hash what must stay."""
         self._before = peft.frozen_hash(unwrapped(self.trainer.model))
 
     def after_train(self) -> None:
+        """Compare, unless the run was broken off."""
         if self.trainer.iter < self.trainer.max_iter:
             return
         if peft.frozen_hash(unwrapped(self.trainer.model)) != self._before:
@@ -44,6 +47,11 @@ class ProveLive(HookBase):
     """
 
     def before_train(self) -> None:
+        """Look for dead parts.
+
+        Raises:
+            DeadPartError: with their names.
+        """
         if comm.get_world_size() > 1:
             logger.info("Whether each injected part changes the output is proved in runs of one process only.")
             return
@@ -80,6 +88,7 @@ class SaveOnSignal(HookBase):
         self._previous: Any = None
 
     def before_train(self) -> None:
+        """Listen."""
         try:
             self._previous = signal.signal(signal.SIGTERM, self._request)
         except ValueError:  # signals belong to the main thread
@@ -89,6 +98,11 @@ class SaveOnSignal(HookBase):
         self._requested = True
 
     def after_step(self) -> None:
+        """Save and leave where the signal has come.
+
+        Raises:
+            SystemExit: with code 0.
+        """
         if not self._any_rank():
             return
         trainer = self.trainer
@@ -99,6 +113,7 @@ class SaveOnSignal(HookBase):
             raise SystemExit(0)
 
     def after_train(self) -> None:
+        """Give the signal its former meaning back."""
         if self._previous is not None:
             signal.signal(signal.SIGTERM, self._previous)
 
@@ -109,6 +124,17 @@ class SaveOnSignal(HookBase):
         flag = torch.tensor(float(self._requested), device=next(self.trainer.model.parameters()).device)
         torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
         return bool(flag)
+
+
+class Writers(PeriodicWriter):
+    """Detectron2's; but figures that cannot be written at the end do not hide why the run ended."""
+
+    def after_train(self) -> None:
+        """Write what is left and close the files; a full disk is said, and no reason to fail."""
+        try:
+            super().after_train()
+        except OSError as error:
+            logger.error("The figures of the last iterations could not be written: %s", error.strerror or error)
 
 
 def _refuse_dead(names: list[str], mode: str) -> None:

@@ -18,7 +18,7 @@ from peft_d2.compat import Detectron2Missing, require_detectron2
 from peft_d2.engine import processes
 from peft_d2.engine.checks import check_run
 from peft_d2.engine.config import PEFT_ARCHITECTURE, LoadedConfig, load_config
-from peft_d2.engine.errors import ConfigError, LossNotFinite, message_of
+from peft_d2.engine.errors import ConfigError, LossNotFinite, WorkerDied, message_of, named
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +44,7 @@ def training_parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> Any:
     """Run ``tools/train_net.py``: parse, launch the processes, train or evaluate."""
     args = training_parser().parse_args(arguments)
+    logging.raiseExceptions = False  # on a full disk each line of the log would become a traceback on the console
     return one_line_errors(lambda: processes.launch(run, (args,), layout(args), expected_errors()))
 
 
@@ -83,21 +84,29 @@ def run(args: argparse.Namespace) -> Any:
     """Train or evaluate in this process."""
     from detectron2.utils import comm
 
-    from peft_d2.engine.checkpointer import Checkpointer
     from peft_d2.engine.trainer import Trainer
     from peft_d2.io import atomic
 
     cfg = setup(args)
-    if not args.eval_only:
+    with atomic.explained(Path(cfg.OUTPUT_DIR)), _failures_named():
+        if args.eval_only:
+            return evaluate(cfg, args.resume)
         trainer = Trainer(cfg)
         trainer.resume_or_load(resume=args.resume)
         if args.resume and comm.is_main_process():
             atomic.write_bytes(Path(cfg.OUTPUT_DIR, "config.yaml"), cfg.dump().encode())
         return trainer.train()
+
+
+def evaluate(cfg: Any, resume: bool = False) -> Any:
+    """Evaluate the config's model on its test sets; ``resume`` takes the newest checkpoint of ``OUTPUT_DIR``."""
+    from peft_d2.engine.checkpointer import Checkpointer
+    from peft_d2.engine.trainer import Trainer
+
     model = Trainer.build_model(cfg)
     checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, allow_other_base=cfg.MODEL.PEFT.ALLOW_OTHER_BASE)
-    resumed = args.resume and checkpointer.has_checkpoint()
-    checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+    resumed = resume and checkpointer.has_checkpoint()
+    checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
     if not resumed:
         warn_of_untrained(cfg)
     return Trainer.test(cfg, model)
@@ -228,6 +237,28 @@ def _lines_held_back() -> Iterator[Callable[[], None]]:
 
 
 @contextlib.contextmanager
+def _failures_named() -> Iterator[None]:
+    """Where a message says all there is to say, let Detectron2's loop log it without a traceback."""
+    loop, expected = logging.getLogger("detectron2.engine.train_loop"), expected_errors()
+
+    def shorten(record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if record.exc_info else None
+        if isinstance(error, Exception) and isinstance(error := named(error), expected):
+            record.msg, record.args, record.exc_info = "Training stops: %s", (message_of(error),), None
+        return True
+
+    loop.addFilter(shorten)
+    try:
+        yield
+    except Exception as error:
+        if (told := named(error)) is error:
+            raise
+        raise told from error
+    finally:
+        loop.removeFilter(shorten)
+
+
+@contextlib.contextmanager
 def _silent() -> Iterator[None]:
     """Without log lines below errors."""
     before = logging.root.manager.disable
@@ -244,7 +275,7 @@ def expected_errors() -> tuple[type[Exception], ...]:
     from peft_d2.data.checks import DatasetError
 
     return (
-        *(ConfigError, DatasetError, LossNotFinite, Detectron2Missing, peft.PeftError),
+        *(ConfigError, DatasetError, LossNotFinite, WorkerDied, Detectron2Missing, peft.PeftError),
         *(io.CheckpointError, io.AdapterFileError, io.StorageError),
     )
 

@@ -7,9 +7,11 @@ import os
 import signal
 import socket
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from multiprocessing import connection
 from typing import Any
 
 import torch
@@ -21,6 +23,8 @@ from peft_d2.engine.errors import ConfigError, message_of
 
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _TIMEOUT = timedelta(minutes=30)
+_GRACE = 20.0  # seconds that the others have to end by themselves, once a process has failed
+_START = "spawn"
 
 
 @dataclass(frozen=True)
@@ -94,27 +98,57 @@ def launch(
 def _spawn(
     function: Callable[..., Any], args: tuple[Any, ...], layout: Layout, expected: tuple[type[Exception], ...]
 ) -> None:
-    messages = mp.get_context("spawn").SimpleQueue()
+    messages = mp.get_context(_START).SimpleQueue()
     context = mp.start_processes(
         _worker,
         args=(function, args, layout, expected, messages),
         nprocs=layout.processes,
         join=False,
-        start_method="spawn",
+        start_method=_START,
     )
     with _sigterm_passed_on(context.processes):
-        try:
-            while not context.join():
-                pass
-        except mp.ProcessExitedException as error:
-            seen = set()
-            while not messages.empty():
-                seen.add(messages.get())
-            for message in sorted(seen):
-                print(f"error: {message}", file=sys.stderr)
-            if not seen:
-                print(f"error: a process of this run ended early: {error}", file=sys.stderr)
-            raise SystemExit(1) from error
+        killed = _wait(context.processes)
+    if all(process.exitcode == 0 for process in context.processes):
+        return
+    seen = set()
+    while not messages.empty():
+        seen.add(messages.get())
+    if killed and not seen:
+        seen = {
+            f"process {rank} of this run was ended by {signal.Signals(number).name}, and the others with it. Where "
+            "nobody did that, the machine may be out of memory. The last checkpoint is good: run again with --resume."
+            for rank, number in killed.items()
+        }
+    for message in sorted(seen):
+        print(f"error: {message}", file=sys.stderr)
+    if not seen:
+        context.join()  # raises, with the traceback of the process
+    raise SystemExit(1)
+
+
+def _wait(processes: list[Any]) -> dict[int, int]:
+    """Wait for all to end. When one fails, the others, which may wait for it, get a short time before they are killed.
+
+    Returns:
+        Which processes were ended by a signal from elsewhere: their number and the signal's.
+    """
+    running = {process.sentinel: process for process in processes}
+    deadline, killed = None, {}
+    while running:
+        ready = connection.wait(list(running), None if deadline is None else max(0.0, deadline - time.monotonic()))
+        for sentinel in ready:
+            process = running.pop(sentinel)
+            process.join()
+            if process.exitcode and deadline is None:
+                deadline = time.monotonic() + _GRACE
+            if process.exitcode < 0:
+                killed[processes.index(process)] = -process.exitcode
+        if not ready:
+            for process in running.values():
+                process.kill()
+                process.join()
+            break
+    return killed
 
 
 def _worker(

@@ -25,7 +25,7 @@ from peft_d2.engine import optimizer as optimization
 from peft_d2.engine.checkpointer import Checkpointer
 from peft_d2.engine.checks import build_model, check_batch
 from peft_d2.engine.config import resolve_device
-from peft_d2.engine.hooks import FrozenWeights, ProveLive, SaveOnSignal
+from peft_d2.engine.hooks import FrozenWeights, ProveLive, SaveOnSignal, Writers
 from peft_d2.engine.progress import Bar, TrainingBar, on_terminal
 from peft_d2.engine.seeds import SeedEachStep, choose_seed, seed_everything
 from peft_d2.engine.step import LazyLoader, TrainStep, amp_dtype
@@ -129,10 +129,10 @@ class Trainer(DefaultTrainer):
             ProveLive() if prefix == "adapter" and cfg.MODEL.PEFT.PROVE_LIVE else None,
             FrozenWeights() if prefix == "adapter" else None,
             saver if main else None,
+            SaveOnSignal(),  # before an evaluation, which may take longer than a preempted job has
             hooks.EvalHook(cfg.TEST.EVAL_PERIOD, self._evaluate) if cfg.DATASETS.TEST else None,
-            hooks.PeriodicWriter(self.build_writers(), period=20) if main else None,
+            Writers(self.build_writers(), period=20) if main else None,
             TrainingBar() if on_terminal() else None,
-            SaveOnSignal(),
         ]
 
     def run_step(self) -> None:

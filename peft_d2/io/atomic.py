@@ -44,7 +44,7 @@ def file(path: str | os.PathLike[str]) -> Iterator[Path]:
         StorageError: the disk is full or a quota or size limit is reached; the old file stays.
     """
     target = Path(os.path.realpath(path))
-    with _explained(target):
+    with explained(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         recover(target)
         temporary = _sibling(target, "tmp")
@@ -84,7 +84,7 @@ def folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     if target.name in _LIVE:  # inside another `folder` of this process, which will sync and rename it
         yield target
         return
-    with _explained(target):
+    with explained(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         recover(target)
         if target.exists() and not target.is_dir():
@@ -198,8 +198,12 @@ def _sync_tree(root: Path) -> None:
 
 
 @contextlib.contextmanager
-def _explained(target: Path) -> Iterator[None]:
-    """Turn "no space" in its several forms into one StorageError that names the target and the remedy."""
+def explained(target: Path) -> Iterator[None]:
+    """Turn "no space" in its several forms into one StorageError that names the target and the remedy.
+
+    Raises:
+        StorageError: the disk is full or a quota or size limit is reached while something is written to `target`.
+    """
     try:
         yield
     except StorageError:

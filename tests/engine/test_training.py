@@ -18,6 +18,8 @@ from peft_d2.engine.errors import LossNotFinite
 from peft_d2.engine.trainer import Trainer
 from peft_d2.peft import DeadPartError
 
+from ..faults.poison import Poison
+
 KINDS = pytest.mark.parametrize("peft", [False, True], ids=["full", "peft"])
 
 
@@ -132,29 +134,6 @@ def test_periodic_checkpoints_are_thinned_out(make_cfg: Callable[..., Any], base
     opts = ("SOLVER.CHECKPOINT_PERIOD", 1, "SOLVER.CHECKPOINTS_TO_KEEP", 2)
     train(make_cfg("MODEL.WEIGHTS", base_weights, *opts, peft=True))
     assert sorted(p.name for p in tmp_path.glob("adapter_*")) == ["adapter_0000004", "adapter_0000005", "adapter_final"]
-
-
-class Poison(HookBase):
-    """Makes a loss or a gradient NaN from one iteration on."""
-
-    def __init__(self, iteration: int, what: str) -> None:
-        self.iteration, self.what = iteration, what
-
-    def before_step(self) -> None:
-        if self.trainer.iter != self.iteration:
-            return
-        step = self.trainer._trainer
-        forward = step.model.forward
-
-        def poisoned(data: Any) -> dict[str, torch.Tensor]:
-            losses = forward(data)
-            if self.what == "loss":
-                losses["loss_mask"] = losses["loss_mask"] * float("nan")
-            else:
-                losses["loss_mask"] = losses["loss_mask"] + losses["loss_mask"].sub(losses["loss_mask"]).sqrt()
-            return losses
-
-        step.model.forward = poisoned
 
 
 @pytest.mark.parametrize("iteration", [4, 5])
