@@ -28,7 +28,8 @@ def apply_class_count(cfg: Any, explicit: Mapping[str, int] | None = None) -> No
     """Set the model's class count to that of the data sets in ``DATASETS.REGISTER``, with one line.
 
     Args:
-        cfg: changed in place. Sets that Detectron2 registers itself leave it as it is.
+        cfg: changed in place. Sets that Detectron2 registers itself leave it as it is; those of
+            :mod:`peft_d2.data.builtin` set it where they are instances whose classes are known.
         explicit: keys that the user wrote himself, see :class:`peft_d2.engine.config.LoadedConfig`.
 
     Raises:
@@ -36,13 +37,16 @@ def apply_class_count(cfg: Any, explicit: Mapping[str, int] | None = None) -> No
             came with a config's own data sets says nothing about those that replace them on the command line.
     """
     from peft_d2.data import class_names
+    from peft_d2.data.builtin import COCO_SETS
 
-    own = {entry["NAME"] for entry in cfg.DATASETS.REGISTER if "NAME" in entry}
+    own = {entry["NAME"] for entry in cfg.DATASETS.REGISTER if "NAME" in entry} | COCO_SETS.keys()
     split = "TRAIN" if cfg.DATASETS.TRAIN else "TEST"
     used = list(cfg.DATASETS[split])
     if not used or used[0] not in own:
         return
     names = class_names(cfg)
+    if not names:  # a built-in set whose json is not there yet
+        return
     explicit = explicit or {}
     named_at = max(explicit.get(f"DATASETS.{key}", 0) for key in (split, "REGISTER"))
     for key in class_count_keys(cfg):
