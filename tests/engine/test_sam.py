@@ -86,13 +86,15 @@ NUCLEI = {
 
 @pytest.mark.parametrize("file", sorted(str(p.relative_to(CONFIGS)) for p in (CONFIGS / "sam").rglob("*.yaml")))
 def test_every_config_builds_and_sets_what_the_paper_says(file: str) -> None:
-    peft_file = "" if "mask2former" in file else str(CONFIGS / "peft" / "lora_cobot_sam.yaml")
-    cfg = load_config(str(CONFIGS / file), peft_file).cfg
+    recipe = "lora_cobot_sam_mask2former" if "mask2former" in file else "lora_cobot_sam"
+    cfg = load_config(str(CONFIGS / file), str(CONFIGS / "peft" / f"{recipe}.yaml")).cfg
     for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
         assert name in builtin.NAMES or name.startswith("coco_2017_")
     model = targets.build_without_weights(cfg)
     if "mask2former" in file:
-        assert sum(p.numel() for p in model.backbone.net.parameters()) > 80_000_000
+        sizes = [p.numel() for p in model.backbone.net.parameters() if p.requires_grad]
+        assert sum(sizes) == COUNTS["lora_cobot"]
+        assert all(p.requires_grad for part in (model.backbone.pyramid, model.sem_seg_head) for p in part.parameters())
         return
     size = next((name for name in MODELS if name in file), "vit_b")
     blocks, width = cfg.MODEL.SAM.DEPTH, cfg.MODEL.SAM.EMBED_DIM
@@ -197,6 +199,33 @@ def test_boxes_of_a_detector(sam_cfg: Callable[..., Any], toy_set: toy.ToySet, t
     path.write_text("{}")
     with pytest.raises(ValueError, match="row 0 is no result"):
         Trainer.test(cfg, Trainer.build_model(cfg))
+
+
+def test_automatic_mode(make_cfg: Callable[..., Any]) -> None:
+    """The encoder through its pyramid under Mask2Former's head: trained with COBOT, evaluated by COCO's AP."""
+    small = {key: value for key, value in TINY.items() if "DECODER" not in key and "IOU" not in key}
+    head = load_config(str(TINY_SWIN)).cfg.MODEL
+    cfg = make_cfg(*(part for item in small.items() for part in item), config=CONFIGS / "sam/vit_b_mask2former.yaml")
+    classes = cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES
+    cfg.MODEL.SEM_SEG_HEAD, cfg.MODEL.MASK_FORMER = head.SEM_SEG_HEAD, head.MASK_FORMER
+    cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES, cfg.MODEL.SAM.PYRAMID_CHANNELS = classes, 32
+    cfg.INPUT.IMAGE_SIZE = cfg.INPUT.MIN_SIZE_TEST = 64
+    cfg.SOLVER.MAX_ITER = cfg.SOLVER.CHECKPOINT_PERIOD = 12
+    node = load_config(str(CONFIGS / "peft" / "lora_cobot_sam_mask2former.yaml")).cfg.MODEL.PEFT
+    cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.PEFT = "PEFTModel", node
+    cfg.MODEL.PEFT.META_ARCHITECTURE = "PD2MaskFormer"
+    trainer = Trainer(cfg)
+    encoder = {n: p.detach().clone() for n, p in trainer.model.backbone.net.named_parameters() if not p.requires_grad}
+    batch = next(iter(data.build_train_loader(cfg)))
+    before = loss(trainer.model, batch)
+    trainer.resume_or_load(resume=False)
+    results = trainer.train()
+    assert results is not None and {"AP", "AP50"} <= results["segm"].keys() and "masks" not in results
+    assert loss(trainer.model, batch) < 0.9 * before
+    after = dict(trainer.model.backbone.net.named_parameters())
+    assert len(encoder) > 20 and all(torch.equal(after[name], value) for name, value in encoder.items())
+    injected = [t.param for t in peft.trained_parameters(trainer.model) if t.kind == "injected"]
+    assert injected and all(p.grad is not None and p.grad.abs().sum() > 0 for p in injected)
 
 
 def swin_count(recipe: str) -> int:
