@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY, SEM_SEG_HEADS_REGISTRY
@@ -10,6 +11,7 @@ from fvcore.common.registry import Registry
 
 from peft_d2.models.backbones.davit import DaViT
 from peft_d2.models.backbones.focalnet import DepthwiseFocalNet, FocalNet
+from peft_d2.models.backbones.fpn import build_fpn
 from peft_d2.models.backbones.sam_vit import SAMViT
 from peft_d2.models.backbones.seem_vit import SEEMViT
 from peft_d2.models.backbones.swin import SwinTransformer
@@ -28,8 +30,8 @@ from peft_d2.models.seem import SEEM
 
 _logger = logging.getLogger(__name__)
 
-# registry, class, own name, upstream's name ("" where Detectron2's users know none)
-_ENTRIES: tuple[tuple[Registry, type, str, str], ...] = (
+# registry, class or function, own name, upstream's name ("" where Detectron2's users know none)
+_ENTRIES: tuple[tuple[Registry, Callable[..., Any], str, str], ...] = (
     (META_ARCH_REGISTRY, MaskFormer, "PD2MaskFormer", "MaskFormer"),
     (SEM_SEG_HEADS_REGISTRY, MaskFormerHead, "PD2MaskFormerHead", "MaskFormerHead"),
     (SEM_SEG_HEADS_REGISTRY, MSDeformAttnPixelDecoder, "PD2MSDeformAttnPixelDecoder", "MSDeformAttnPixelDecoder"),
@@ -58,6 +60,7 @@ _ENTRIES: tuple[tuple[Registry, type, str, str], ...] = (
     (BACKBONE_REGISTRY, FocalNet, "PD2FocalNet", "focal"),
     (BACKBONE_REGISTRY, DepthwiseFocalNet, "PD2DepthwiseFocalNet", "focal_dw"),
     (BACKBONE_REGISTRY, DaViT, "PD2DaViT", "davit"),
+    (BACKBONE_REGISTRY, build_fpn, "PD2FPN", ""),
 )
 
 

@@ -1,0 +1,37 @@
+"""Detectron2's feature pyramid on any backbone, so that its RetinaNet and R-CNN heads can sit on those of this package."""
+
+from __future__ import annotations
+
+from detectron2.config import CfgNode
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import BACKBONE_REGISTRY, FPN, Backbone
+from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
+
+_TOP_BLOCKS = ("pool", "p6p7", "")
+
+
+def build_fpn(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
+    """The pyramid that ``MODEL.FPN`` describes, on its ``BOTTOM_UP``; maps are named ``p2`` and so on by their stride.
+
+    ``MODEL.FPN.TOP_BLOCK`` makes the coarser maps: ``pool`` gives ``p6`` (R-CNN), ``p6p7`` two of them (RetinaNet), ""
+    none.
+
+    Raises:
+        ValueError: there is no such backbone or top block, or the backbone lacks one of ``IN_FEATURES``.
+    """
+    node = cfg.MODEL.FPN
+    if node.BOTTOM_UP not in BACKBONE_REGISTRY:
+        raise ValueError(f"MODEL.FPN.BOTTOM_UP is {node.BOTTOM_UP!r}; it should be the name of a registered backbone")
+    if node.TOP_BLOCK not in _TOP_BLOCKS:
+        raise ValueError(f"MODEL.FPN.TOP_BLOCK is {node.TOP_BLOCK!r}; it should be one of {list(_TOP_BLOCKS)}")
+    bottom_up = BACKBONE_REGISTRY.get(node.BOTTOM_UP)(cfg, input_shape)
+    shapes = bottom_up.output_shape()
+    in_features = list(node.IN_FEATURES) or list(shapes)
+    if missing := [name for name in in_features if name not in shapes]:
+        raise ValueError(f"MODEL.FPN.IN_FEATURES has {missing}; {node.BOTTOM_UP} gives {list(shapes)}")
+    top = None
+    if node.TOP_BLOCK == "pool":
+        top = LastLevelMaxPool()
+    elif node.TOP_BLOCK == "p6p7":
+        top = LastLevelP6P7(shapes[in_features[-1]].channels, node.OUT_CHANNELS, in_feature=in_features[-1])
+    return FPN(bottom_up, in_features, node.OUT_CHANNELS, norm=node.NORM, top_block=top, fuse_type=node.FUSE_TYPE)
