@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
-from torch import nn
+from torch import Tensor, nn
 
-from peft_d2.models.class_prompts import CLIP_TOKENIZER, load_tokenizer
+from peft_d2.models.class_prompts import BACKGROUND, CLIP_TOKENIZER, Tokenizer, load_tokenizer, prompts
 from peft_d2.models.class_vectors import ClassVectors, ClassVectorsError, encode_classes
 from peft_d2.models.text_encoder import TextEncoder
 
@@ -35,6 +35,7 @@ class Vocabulary:
         self.labels = labels
         self._vectors: ClassVectors | None = None
         self._encoder_version: int | None = None  # of the weights that made the vectors; None: the vectors were given
+        self._ids: Tensor | None = None  # of all classes and templates, where the encoder is trained
 
     def give(self, vectors: ClassVectors) -> None:
         """Take the classes' vectors from these; without names of its own, the vocabulary takes all of them.
@@ -60,31 +61,54 @@ class Vocabulary:
                 self._vectors, self._encoder_version = self._encoded(encoder), version
         return self._vectors
 
-    def training_vectors(self, encoder: nn.Module) -> ClassVectors:
-        """:meth:`vectors`, if there is one for each label.
+    def training_rows(self, encoder: nn.Module) -> Tensor:
+        """(K + 1, C): each class in a random template; with gradients where the text encoder itself is trained.
 
         Raises:
-            ClassVectorsError: there are too many or too few; and what :meth:`vectors` raises.
+            ClassVectorsError: there are more or fewer classes than labels; the text encoder is trained and the vectors
+                were given, so that it would learn nothing; and what :meth:`vectors` raises.
+            TokenizerError: as there.
         """
-        vectors = self.vectors(encoder)
-        if self.labels and len(self.names) != self.labels:
+        trained = any(p.requires_grad for name, p in encoder.named_parameters() if name != "logit_scale")
+        if trained and self._vectors is not None and self._encoder_version is None:
+            raise ClassVectorsError(
+                "parts of the text encoder are trained, but the class vectors come from a file, which they do not "
+                "change: leave sem_seg_head.predictor.lang_encoder out of what is trained, or MODEL.SEEM.CLASS_VECTORS "
+                "empty"
+            )
+        if trained:
+            _loaded_version(encoder)
+        rows = self._encoded_anew(encoder) if trained else self.vectors(encoder).sample()
+        if self.labels and len(rows) != self.labels + 1:
             raise ClassVectorsError(
                 f"{self.source} names {len(self.names)} classes and the training data are labelled with {self.labels} "
                 "(those of DATASETS.TRAIN, or MODEL.SEM_SEG_HEAD.NUM_CLASSES): name each label once, in its order"
             )
-        return vectors
+        return rows
 
     def _encoded(self, encoder: nn.Module) -> ClassVectors:
+        encode = self._tokenizer(encoder)
+        assert isinstance(encoder, TextEncoder)
+        _logger.info("Encoding the names of %d classes (%s), once.", len(self.names), self.source)
+        with torch.autocast(encoder.lang_proj.device.type, enabled=False):
+            return encode_classes(encoder, encode, self.names)
+
+    def _encoded_anew(self, encoder: nn.Module) -> Tensor:
+        if self._ids is None:
+            encode = self._tokenizer(encoder)
+            self._ids = encode([text for name in (*self.names, BACKGROUND) for text in prompts(name)])
+        choices = self._ids.unflatten(0, (len(self.names) + 1, -1))
+        drawn = torch.randint(choices.shape[1], (len(choices),))
+        return encoder(choices[torch.arange(len(choices)), drawn].to(next(encoder.parameters()).device))
+
+    def _tokenizer(self, encoder: nn.Module) -> Tokenizer:
         if not self.names:
             raise ClassVectorsError(
                 "the classes have no names: list them in MODEL.SEEM.CLASS_NAMES, or name data sets in DATASETS.TRAIN "
                 "and DATASETS.TEST whose metadata has thing_classes"
             )
         assert isinstance(encoder, TextEncoder)
-        tokenizer = load_tokenizer(self.tokenizer, encoder.context)
-        _logger.info("Encoding the names of %d classes (%s), once.", len(self.names), self.source)
-        with torch.autocast(encoder.lang_proj.device.type, enabled=False):
-            return encode_classes(encoder, tokenizer, self.names)
+        return load_tokenizer(self.tokenizer, encoder.context)
 
 
 def vocabularies(cfg: CfgNode) -> tuple[Vocabulary, Vocabulary]:

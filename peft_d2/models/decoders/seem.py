@@ -46,7 +46,7 @@ class SEEMDecoder(MaskedTransformerDecoder):
         hidden_dim: channels of the queries.
         mask_dim: channels of the mask features.
         vector_dim: channels of the class vectors.
-        lang_encoder: has ``logit_scale``; a text encoder computes class vectors besides, and is not trained.
+        lang_encoder: has ``logit_scale``; a text encoder computes class vectors besides, and starts frozen.
         vocabularies: the classes in training and in inference.
         spatial_memories: rows of the parked embeddings of spatial prompts; 0 parks none of that branch's tensors.
         layers: further arguments, see :class:`MaskedTransformerDecoder`.
@@ -101,7 +101,7 @@ class SEEMDecoder(MaskedTransformerDecoder):
     def classifier(self) -> Callable[[Tensor], Tensor]:
         """Compare with the classes' vectors: in training those of a random template each, anew for each pass."""
         if self.training:
-            rows = self.training_vocabulary.training_vectors(self.lang_encoder).sample()
+            rows = self.training_vocabulary.training_rows(self.lang_encoder)
         else:
             rows = self.vocabulary.vectors(self.lang_encoder).evaluation()
         return partial(self.class_logits, rows=rows.to(self.class_embed))
