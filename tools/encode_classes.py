@@ -2,7 +2,7 @@
 """Encode class names with SEEM's text encoder, once; training and evaluation then read the file alone.
 
 tools/encode_classes.py --weights seem_focalt_v1.pt --names cell nucleus --output cells.safetensors
-tools/encode_classes.py --weights seem_focalt_v1.pt --annotations train.json --tokenizer clip/ --output train.safetensors
+tools/encode_classes.py --weights seem_focalt_v1.pt --annotations train.json --tokenizer clip/ --output my.safetensors
 """
 
 from peft_d2.engine.class_encoding import encode, encode_parser

@@ -169,7 +169,7 @@ _PUBLISHED: dict[str, Any] = {
 
 # Ours. They sit under Detectron2's own nodes: upstream's functions replace MODEL.MASK_FORMER and MODEL.SWIN as a whole.
 _OWN: dict[str, Any] = {
-    # Of the backbone PD2FPN: the backbone under Detectron2's pyramid, and what makes the coarsest maps: "pool", "p6p7", "".
+    # PD2FPN: the backbone under Detectron2's pyramid, and what makes the coarsest maps ("pool", "p6p7" or "").
     "MODEL.FPN.BOTTOM_UP": "",
     "MODEL.FPN.TOP_BLOCK": "pool",
     # Hidden channels of the pixel decoder's encoder: 1024 in the published models, whatever MASK_FORMER says.

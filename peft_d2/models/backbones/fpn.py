@@ -1,4 +1,4 @@
-"""Detectron2's feature pyramid on any backbone, so that its RetinaNet and R-CNN heads can sit on those of this package."""
+"""Detectron2's feature pyramid on any backbone, for its RetinaNet and R-CNN heads."""
 
 from __future__ import annotations
 
