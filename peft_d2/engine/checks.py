@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from peft_d2 import evaluation
 from peft_d2.engine.errors import ConfigError
 
 
@@ -31,6 +32,10 @@ def check_run(cfg: Any, evaluate: bool) -> None:
                 raise ConfigError(f"SOLVER.{key} is {cfg.SOLVER[key]}; expected 1 or more.")
         if cfg.SOLVER.BASE_LR < 0:
             raise ConfigError(f"SOLVER.BASE_LR is {cfg.SOLVER.BASE_LR}; expected 0 or more.")
+    try:
+        evaluation.check_augmentation(cfg)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     _check_annotations(cfg)
     _check_writable(cfg.OUTPUT_DIR)
 

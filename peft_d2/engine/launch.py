@@ -109,7 +109,7 @@ def evaluate(cfg: Any, resume: bool = False) -> Any:
     checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
     if not resumed:
         warn_of_untrained(cfg)
-    return Trainer.test(cfg, model)
+    return Trainer.test_all(cfg, model)
 
 
 def warn_of_untrained(cfg: Any) -> None:

@@ -28,7 +28,7 @@ from peft_d2.engine.config import resolve_device
 from peft_d2.engine.hooks import FrozenWeights, ProveLive, SaveOnSignal, Writers
 from peft_d2.engine.progress import Bar, TrainingBar, on_terminal
 from peft_d2.engine.seeds import SeedEachStep, choose_seed, seed_everything
-from peft_d2.engine.step import LazyLoader, TrainStep, amp_dtype
+from peft_d2.engine.step import LazyLoader, TrainStep, amp_dtype, unwrapped
 from peft_d2.io import atomic
 
 REPORT_FILE = "peft_report.json"
@@ -117,6 +117,31 @@ class Trainer(DefaultTrainer):
         """Detectron2's evaluation of all test sets; by tiles where ``TEST.TILES`` says so."""
         return super().test(cfg, evaluation.inference_model(cfg, model), evaluators)
 
+    @classmethod
+    def test_augmented(cls, cfg: Any, model: nn.Module) -> dict[str, Any]:
+        """The evaluation once more under ``TEST.AUG``; tasks are called ``segm_TTA`` and so on, as Detectron2 does.
+
+        Predictions and reports go to ``OUTPUT_DIR/inference_TTA``.
+        """
+        logger.info("Evaluating with test-time augmentation: sizes %s.", tuple(cfg.TEST.AUG.MIN_SIZES))
+        names = cfg.DATASETS.TEST
+        evaluators = [cls.build_evaluator(cfg, n, os.path.join(cfg.OUTPUT_DIR, "inference_TTA", n)) for n in names]
+        own_size = cfg.clone()
+        own_size.defrost()
+        own_size.INPUT.MIN_SIZE_TEST = 0
+        found = super().test(own_size, evaluation.augmented_model(cfg, unwrapped(model)), evaluators)
+        if len(names) > 1:
+            return {name: {f"{task}_TTA": row for task, row in tasks.items()} for name, tasks in found.items()}
+        return {f"{task}_TTA": row for task, row in found.items()}
+
+    @classmethod
+    def test_all(cls, cfg: Any, model: nn.Module) -> OrderedDict[str, Any]:
+        """:meth:`test`, and where ``TEST.AUG.ENABLED`` says so, :meth:`test_augmented` besides."""
+        results = cls.test(cfg, model)
+        for name, found in (cls.test_augmented(cfg, model) if cfg.TEST.AUG.ENABLED else {}).items():
+            results[name] = {**results.get(name, {}), **found}
+        return results
+
     def build_hooks(self) -> list[HookBase | None]:
         """Detectron2's hooks in their order, the checkpointer writing our files, and ours around them."""
         cfg, main = self.cfg, comm.is_main_process()
@@ -144,10 +169,11 @@ class Trainer(DefaultTrainer):
     def _evaluate(self) -> Any:
         if self._step_failed:  # Detectron2 evaluates in after_train, also when the last step raised
             return {}
-        self._last_eval_results = self.test(self.cfg, self.model)
+        last = self.iter + 1 >= self.max_iter
+        self._last_eval_results = (self.test_all if last else self.test)(self.cfg, self.model)
         flat = flatten_results_dict(self._last_eval_results)
         self.checkpointer.metrics = {k: float(v) for k, v in flat.items() if math.isfinite(v)}
-        if self.iter + 1 >= self.max_iter and self.checkpointer.prefix == "adapter":
+        if last and self.checkpointer.prefix == "adapter":
             self.checkpointer.save("adapter_final")  # once more, now that its figures are known
         return self._last_eval_results
 

@@ -15,6 +15,9 @@ _EXPORTS = {
     "PanopticQualityEvaluator": "panoptic",
     "MaskMetrics": "mask_metrics",
     "PromptedMaskEvaluator": "prompted",
+    "augmented_model": "augmented",
+    "check_augmentation": "augmented",
+    "AugmentedModel": "augmented",
     "inference_model": "tiling",
     "TiledModel": "tiling",
 }

@@ -39,7 +39,7 @@ def build_evaluator(cfg: Any, dataset_name: str, output_folder: str | None) -> D
     """
     register_from_config(cfg)
     kind = MetadataCatalog.get(dataset_name).get("evaluator_type", "")
-    test = _test_node(cfg)
+    test = outputs_node(cfg)
     instance, semantic, panoptic = (
         True if test is None else bool(test[key]) for key in ("INSTANCE_ON", "SEMANTIC_ON", "PANOPTIC_ON")
     )
@@ -68,10 +68,10 @@ def build_evaluator(cfg: Any, dataset_name: str, output_folder: str | None) -> D
     return found[0] if len(found) == 1 else DatasetEvaluators(found)
 
 
-def _test_node(cfg: Any) -> Any:
+def outputs_node(cfg: Any) -> Any:
     """Where the model's config says which results there are; None for models without such a node."""
     name = _base_architecture(cfg).removeprefix("PD2")
-    node = {"MaskFormer": "MASK_FORMER", "MaskDINO": "MaskDINO"}.get(name, "")
+    node = {"MaskFormer": "MASK_FORMER", "SEEM": "MASK_FORMER", "MaskDINO": "MaskDINO"}.get(name, "")
     return cfg.MODEL[node].TEST if node in cfg.MODEL else None
 
 

@@ -88,7 +88,7 @@ def one_of_two(cfg: Any, folder: str) -> None:
 def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
     assert one.keys() == other.keys() and len(one) > 5
     for name, value in one.items():
-        scale = max(float(value.abs().max()), 1e-2)
+        scale = max(float(value.abs().max()), 0.1)  # before a norm a bias has none but rounding errors
         assert float((value - other[name]).abs().max()) <= 1e-5 * scale, name
 
 
