@@ -30,6 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from peft_d2.data.lvis import replace_loader
 from peft_d2.data.registration import add_coco, read_categories
 
 logger = logging.getLogger(__name__)
@@ -118,6 +119,7 @@ _PANOPTIC = {
     **{f"ade20k_panoptic_{split}": split for split in ("train", "val")},
     **{f"coco_2017_{split}_panoptic_with_sem_seg": split for split in ("train", "val")},
 }
+_LVIS = tuple(f"lvis_{version}_{split}" for version in ("v0.5", "v1") for split in ("train", "val"))
 NAMES = (*COCO_SETS, *_PANOPTIC)
 
 
@@ -136,7 +138,11 @@ def register_builtin(names: Iterable[str] | None = None) -> list[str]:
     """
     from detectron2.data import DatasetCatalog
 
-    wanted = [name for name in (NAMES if names is None else names) if name in NAMES and name not in DatasetCatalog]
+    names = NAMES if names is None else tuple(names)
+    for name in names:
+        if name in _LVIS:
+            replace_loader(name)
+    wanted = [name for name in names if name in NAMES and name not in DatasetCatalog]
     for name in dict.fromkeys(wanted):
         if name in COCO_SETS:
             _register_instances(name, COCO_SETS[name])

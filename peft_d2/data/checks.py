@@ -11,19 +11,21 @@ import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from PIL import Image
 
+from peft_d2.data.builtin import remedy
+from peft_d2.data.images import DatasetError, image_size, seems_cut_off
+from peft_d2.data.label_images import require_cityscapes
 from peft_d2.data.shapes import polygon_defect, run_length_defect
 
 _HUGE = 1e6  # px
-_RULES = 1  # raised when the checks change, so that no older verdict is recalled
+_RULES = 2  # raised when the checks change, so that no older verdict is recalled
 logger = logging.getLogger(__name__)
 
 
@@ -41,10 +43,6 @@ class Problem:
         return f"{self.level}: {self.where}: {self.what}. {self.remedy}"
 
 
-class DatasetError(ValueError):
-    """A data set that cannot be trained on."""
-
-
 def check_coco(json_path: str | Path, image_root: str | Path, *, open_images: bool = True) -> list[Problem]:
     """All problems of a COCO-format set, errors first.
 
@@ -60,7 +58,8 @@ def check_coco(json_path: str | Path, image_root: str | Path, *, open_images: bo
     if not os.path.isfile(json_path):
         return [Problem("error", "missing json", json_path, "is no file", "Give the path of a COCO-format json.")]
     if not os.path.isdir(image_root):
-        return [Problem("error", "missing folder", image_root, "is no folder", "Give the folder of the images.")]
+        what = "is a file, not a folder" if os.path.isfile(image_root) else "is no folder"
+        return [Problem("error", "missing folder", image_root, what, "Give the folder of the images, unpacked.")]
     memory = _memory(json_path, image_root, open_images)
     problems = _recall(memory)
     if problems is None:
@@ -71,7 +70,10 @@ def check_coco(json_path: str | Path, image_root: str | Path, *, open_images: bo
 
 
 def check_datasets(cfg: Any) -> None:
-    """Check every COCO-format set that the config trains or tests on; warnings are logged.
+    """Check every set that the config trains or tests on; warnings are logged.
+
+    COCO-format sets are checked in full. Of others, files and folders have to be there, and what Detectron2 needs to
+    read them.
 
     Raises:
         DatasetError: naming each error (the first of each kind in full) and its remedy.
@@ -83,6 +85,7 @@ def check_datasets(cfg: Any) -> None:
     for name in dict.fromkeys([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]):
         meta = MetadataCatalog.get(name).as_dict()
         if meta.get("evaluator_type") != "coco" or "panoptic_json" in meta or not meta.get("json_file"):
+            _check_files(name, meta)
             continue
         problems = check_coco(meta["json_file"], meta["image_root"])
         for line in summary([p for p in problems if p.level == "warning"]):
@@ -90,10 +93,30 @@ def check_datasets(cfg: Any) -> None:
         errors = [p for p in problems if p.level == "error"]
         if errors:
             lines = "\n  ".join(summary(errors))
+            hint = remedy(name) if errors[0].kind in ("missing json", "missing folder") else ""
             raise DatasetError(
                 f"data set {name!r} ({meta['json_file']}) has {len(errors)} error(s):\n  {lines}\n"
-                "tools/check_dataset.py lists them all. DATASETS.CHECK False trains all the same."
+                f"{hint or 'tools/check_dataset.py lists them all. DATASETS.CHECK False trains all the same.'}"
             )
+
+
+def _check_files(name: str, meta: dict[str, Any]) -> None:
+    """Refuse a set whose files or folders are not there, or that a package is missing for."""
+    kind = meta.get("evaluator_type", "")
+    if kind.startswith("cityscapes"):
+        try:
+            require_cityscapes(polygons=kind == "cityscapes_instance")
+        except ModuleNotFoundError as error:
+            raise DatasetError(f"data set {name!r}: {error}") from error
+    keys = ["image_root", "image_dir", "gt_dir", "panoptic_root", "panoptic_json", "sem_seg_root"]
+    for key in [*keys, "json_file"] if kind == "lvis" else keys:
+        path = meta.get(key)
+        if isinstance(path, str) and "://" not in path and not os.path.exists(path):
+            hint = remedy(name) or (
+                "Detectron2 looks for it below DETECTRON2_DATASETS, as it was when Detectron2 was imported; "
+                "tools/prepare_cityscapes.py and its like write what is not published."
+            )
+            raise DatasetError(f"data set {name!r}: {key} {path!r} does not exist. {hint}")
 
 
 def summary(problems: Iterable[Problem], per_kind: int = 3) -> list[str]:
@@ -109,10 +132,13 @@ def summary(problems: Iterable[Problem], per_kind: int = 3) -> list[str]:
 
 
 def _check(json_path: str, image_root: str, open_images: bool) -> list[Problem]:
+    content = Path(json_path).read_bytes()
+    if content[:2] in (b"PK", b"\x1f\x8b"):
+        return [Problem("error", "not json", json_path, "is an archive", "Unpack it.")]
     try:
-        data = json.loads(Path(json_path).read_bytes())
+        data = json.loads(content.decode("utf-8"))  # which Detectron2 reads, without a byte order mark
     except ValueError as error:
-        return [Problem("error", "not json", json_path, f"is not json ({error})", "Write it again.")]
+        return [Problem("error", "not json", json_path, f"is not json in UTF-8 ({error})", "Write it again.")]
     return _Check(data, Path(image_root), open_images).run()
 
 
@@ -200,32 +226,33 @@ class _Check:
                          "Merge their annotations.")  # fmt: skip
         if not entries:
             self.add("error", "no images", "images", "is empty", "List at least one image.")
-        check: Callable[[dict[str, Any]], str] = self._file_defect
         with ThreadPoolExecutor(max_workers=8) as pool:
-            for image, defect in zip(entries, pool.map(check, entries, chunksize=64), strict=True):
+            for image, defect in zip(entries, pool.map(self._file_defect, entries, chunksize=64), strict=True):
                 if defect:
-                    kind, _, what = defect.partition(": ")
-                    self.add("error", kind, _image(image), what, "Correct the json or the file.")
+                    self.add(defect[0], defect[1], _image(image), defect[2], "Correct the json or the file.")
 
-    def _file_defect(self, image: dict[str, Any]) -> str:
-        if image["height"] < 1 or image["width"] < 1:
-            return f"image size: the json gives {image['width']} x {image['height']} px"
+    def _file_defect(self, image: dict[str, Any]) -> tuple[Literal["error", "warning"], str, str] | None:
+        """(level, kind, what is wrong) of an image's file, None when nothing is."""
+        given = (image["width"], image["height"])
+        if min(given) < 1:
+            return "error", "image size", f"the json gives {given[0]} x {given[1]} px"
         path = self.image_root / image["file_name"]
-        if not self.open_images:
-            return "" if path.is_file() else f"missing file: {path} is no file"
-        try:
-            with Image.open(path) as opened:
-                width, height = opened.size
-                turned = opened.format == "JPEG" and opened.getexif().get(0x0112, 1) in (5, 6, 7, 8)
-        except FileNotFoundError:
-            return f"missing file: {path} is no file"
-        except (OSError, Image.DecompressionBombError) as error:
-            return f"unreadable file: {path} cannot be opened ({error})"
-        found = (height, width) if turned else (width, height)  # Detectron2 turns pictures as EXIF says
-        if found != (image["width"], image["height"]):
-            return (f"sizes disagree: the file is {found[0]} x {found[1]} px, "
-                    f"the json says {image['width']} x {image['height']}")  # fmt: skip
-        return ""
+        if not path.is_file():
+            return "error", "missing file", f"{path} is no file"
+        if self.open_images:
+            try:
+                found = image_size(path)
+            except DatasetError as error:
+                return "error", "unreadable file", str(error)
+            if found != given:
+                what = f"the file is {found[0]} x {found[1]} px, the json says {given[0]} x {given[1]}"
+                return "error", "sizes disagree", what
+            if seems_cut_off(path):
+                return "warning", "cut off", f"{path} has no end: it may have been copied in part"
+        name = os.path.normpath(image["file_name"])
+        if os.path.isabs(name) or name.startswith(".."):
+            return "warning", "outside the folder", f"the file lies outside {self.image_root}"
+        return None
 
     def _annotations(self) -> None:
         needed: dict[str, Any] = {"id": int, "image_id": (int, str), "category_id": int}
@@ -266,6 +293,7 @@ class _Check:
             return
         size = image["height"], image["width"]
         self._box(annotation, where, *size)
+        self._flags(annotation, where)
         segmentation = annotation.get("segmentation")
         if isinstance(segmentation, dict):
             defect = run_length_defect(segmentation, *size)
@@ -277,6 +305,17 @@ class _Check:
         elif segmentation is not None:
             self.add("error", "segmentation", where, f"is a {type(segmentation).__name__}",
                      "Expected polygons (lists of coordinates) or run lengths (size and counts).")  # fmt: skip
+
+    def _flags(self, annotation: dict[str, Any], where: str) -> None:
+        for key in ("iscrowd", "ignore"):
+            if annotation.get(key, 0) not in (0, 1):
+                self.add("error", "flag", where, f"{key} is {annotation[key]!r}", "Expected 0 or 1, as numbers.")
+        if annotation.get("ignore", 0) == 1:
+            self.add("error", "flag", where, "ignore is 1, which Detectron2 does not support",
+                     "Set iscrowd instead, or remove the annotation.")  # fmt: skip
+        area = annotation.get("area", 0)
+        if not isinstance(area, (int, float)) or not 0 <= area < float("inf"):
+            self.add("error", "area", where, f"area is {area!r}", "Give it in px, or leave it out.")
 
     def _box(self, annotation: dict[str, Any], where: str, height: int, width: int) -> None:
         box = annotation.get("bbox")

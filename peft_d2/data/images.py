@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 from PIL import Image
 
 _ORIENTATION = 0x0112
+_TAIL = 4096  # bytes: cameras write something after the end mark, too
 _DEEP = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")
 
 
@@ -38,6 +40,18 @@ def image_size(path: str | Path) -> tuple[int, int]:
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise DatasetError(f"{path}: cannot be opened as an image ({error}). Replace the file.") from error
     return (height, width) if turned else (width, height)
+
+
+def seems_cut_off(path: str | Path) -> bool:
+    """Whether a JPEG or PNG lacks its end mark, as files do that were copied in part."""
+    with open(path, "rb") as file:
+        begin = file.read(4)
+        mark = {b"\xff\xd8": b"\xff\xd9", b"\x89P": b"IEND"}.get(begin[:2])
+        if mark is None:
+            return False
+        file.seek(0, os.SEEK_END)
+        file.seek(-min(_TAIL, file.tell()), os.SEEK_END)
+        return mark not in file.read()
 
 
 @contextmanager

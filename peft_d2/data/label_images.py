@@ -216,13 +216,13 @@ def convert_cityscapes(source: str | Path, workers: int = 1) -> dict[str, int]:
     return counts
 
 
-def require_cityscapes() -> None:
-    """Return if the package of Cityscapes' own scripts is there.
+def require_cityscapes(polygons: bool = False) -> None:
+    """Return if the package of Cityscapes' own scripts is there, and what Detectron2 reads its ``polygons`` with.
 
     Raises:
         ModuleNotFoundError: naming the extra that brings it.
     """
-    for package in ("cityscapesscripts", "shapely"):
+    for package in ("cityscapesscripts", "shapely") if polygons else ("cityscapesscripts",):
         if importlib.util.find_spec(package) is None:
             raise ModuleNotFoundError(
                 f"Cityscapes needs the package {package}, which is not installed: pip install 'peft_d2[cityscapes]'."

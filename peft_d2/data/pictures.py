@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import colorsys
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 
 from peft_d2.data.segmentation import segmentation_to_mask
 
@@ -42,12 +43,37 @@ def contact_sheet(data: dict[str, Any], image_root: str | Path, images: int = 24
             objects[annotation["image_id"]].append(annotation)
     pictures = []
     for record in chosen:
-        with Image.open(Path(image_root) / record["file_name"]) as opened:
-            image = np.asarray(opened.convert("RGB"))
+        image = read_rgb(Path(image_root) / record["file_name"])
         masks = [segmentation_to_mask(a["segmentation"], *image.shape[:2]) for a in objects[record["id"]]]
         labels = [order[a["category_id"]] for a in objects[record["id"]]]
         pictures.append(Image.fromarray(overlay(image, masks, labels)))
     return sheet(pictures, cell)
+
+
+def pixel_statistics(paths: Sequence[str | Path], limit: int = 1000) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of red, green and blue over all pixels, 0 to 255.
+
+    Of more than ``limit`` images, as many are taken, evenly spaced. Each is reduced to about 256 px a side first, as
+    training reduces them: the deviation of single pixels would count their noise.
+    """
+    step = max(1, math.ceil(len(paths) / limit))
+    count, total, squares = 0, np.zeros(3), np.zeros(3)
+    for path in paths[::step]:
+        picture = Image.fromarray(read_rgb(path))
+        picture.thumbnail((256, 256), Image.Resampling.BOX)
+        pixels = np.asarray(picture, dtype=np.float64).reshape(-1, 3)
+        count += len(pixels)
+        total += pixels.sum(axis=0)
+        squares += (pixels**2).sum(axis=0)
+    mean = total / count
+    deviation = np.sqrt(np.maximum(squares / count - mean**2, 0))
+    return [round(float(v), 3) for v in mean], [round(float(v), 3) for v in deviation]
+
+
+def read_rgb(path: str | Path) -> np.ndarray:
+    """(H, W, 3) uint8 image, turned as its EXIF says."""
+    with Image.open(path) as opened:
+        return np.asarray(ImageOps.exif_transpose(opened).convert("RGB"))
 
 
 def sheet(pictures: Sequence[Image.Image], cell: int = 0, columns: int = 6) -> Image.Image:

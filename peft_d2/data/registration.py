@@ -116,6 +116,26 @@ def class_names(cfg: Any) -> list[str]:
     return found[names[0]] if names else []
 
 
+def coco_files(name: str) -> tuple[str, str]:
+    """The json and the image folder of a registered or built-in COCO-format set.
+
+    Raises:
+        ValueError: there is no such set, or it is in another format.
+    """
+    from detectron2.data import DatasetCatalog, MetadataCatalog
+
+    from peft_d2.data.builtin import register_builtin
+
+    register_builtin([name])
+    if name not in DatasetCatalog:
+        near = difflib.get_close_matches(name, list(DatasetCatalog), n=3)
+        raise ValueError(f"data set {name!r} is not registered (nearest names: {near}).")
+    meta = MetadataCatalog.get(name).as_dict()
+    if meta.get("evaluator_type") != "coco":
+        raise ValueError(f"data set {name!r} is not in COCO's format of instances ({meta.get('evaluator_type')}).")
+    return meta["json_file"], meta["image_root"]
+
+
 def read_categories(json_path: str | Path) -> list[tuple[int, str]]:
     """(id, name) of a COCO-format json's categories, by id: the order of the contiguous class indices."""
     stat = os.stat(json_path)

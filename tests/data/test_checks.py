@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -186,18 +186,40 @@ def test_summary_is_short(root):
     assert lines[-1] == "... and 1 more of the kind 'duplicate id in annotations'"
 
 
+TOOL = Path(__file__).parents[2] / "tools" / "check_dataset.py"
+
+
+def _run(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", [TOOL.name, *map(str, arguments)])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(TOOL), run_name="__main__")
+    return end.value.code
+
+
 @pytest.mark.parametrize("good", [True, False])
-def test_tool(root, good):
+def test_tool(root, good, monkeypatch, capsys):
     data = _world()
     if not good:
         data["annotations"][0]["category_id"] = 2
     (root / "a.json").write_text(json.dumps(data))
-    tool = Path(__file__).parents[2] / "tools" / "check_dataset.py"
-    done = subprocess.run(
-        [sys.executable, str(tool), "--json", str(root / "a.json"), "--images", str(root), "--sheet",
-         str(root / "sheet.png")], capture_output=True, text=True, check=False, cwd=tool.parents[1],
-        env={"PYTHONPATH": str(tool.parents[1]), "XDG_CACHE_HOME": str(root / "cache"), "PATH": "/usr/bin"},
-    )  # fmt: skip
-    assert done.returncode == (0 if good else 1), done.stderr
-    assert ("category_id 2" in done.stdout) is not good
-    assert (root / "sheet.png").exists() is good
+    Image.new("RGB", (30, 20), (10, 20, 250)).save(root / "2.png")
+    sheet = root / "sheet.png"
+    code = _run(monkeypatch, "--json", root / "a.json", "--images", root, "--sheet", sheet, "--statistics")
+    printed = capsys.readouterr().out
+    assert code == (0 if good else 1)
+    assert ("category_id 2" in printed) is not good
+    assert sheet.exists() is good
+    if good:
+        assert "3 images (0 without objects), 3 objects, 2 classes" in printed
+        assert "MODEL.PIXEL_MEAN [3.333, 6.667, 83.333] MODEL.PIXEL_STD [4.714, 9.428, 117.851]" in printed
+
+
+def test_tool_by_name(root, monkeypatch, capsys):
+    pytest.importorskip("detectron2", reason="names are registered with Detectron2")
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(root))
+    assert _run(monkeypatch, "--name", "lvis_v1_train") == 2
+    assert "is not in COCO's format" in capsys.readouterr().err
+    assert _run(monkeypatch, "--name", "zerowaste_tra1n") == 2
+    assert "is not registered" in capsys.readouterr().err
+    assert _run(monkeypatch, "--name", "coco_2014_minival") == 1
+    assert "is no file" in capsys.readouterr().out
