@@ -180,19 +180,30 @@ class LowRank(Part):
 
     def branch(self, x: Tensor) -> Tensor:
         """s B A x for x (..., in) -> (..., out), channels last."""
-        x = F.dropout(match_dtype(x, self.lora_a), self.dropout, self.training)
-        low = F.linear(x, self.lora_a)
-        if self.cobot is not None:
-            low = self.cobot(low)
-        y = F.linear(low, self.lora_b)
+        x = self._input(x)
+        y = self._low(x, self.lora_a) @ _rows(self.lora_b)
         if self.lora_a_start is not None and self.lora_b_start is not None:
-            y = y - F.linear(F.linear(x, self.lora_a_start), self.lora_b_start)
+            y = y - self._low(x, self.lora_a_start) @ _rows(self.lora_b_start)  # exactly zero at the start
         return y * self.scale
+
+    def added(self, x: Tensor, out: Tensor) -> Tensor:
+        """``out + s B A x``: one product that adds, without passes over further tensors as wide as the output."""
+        if self.lora_a_start is not None or out.dtype != (low := self._low(self._input(x), self.lora_a)).dtype:
+            return out + self.branch(x).to(out.dtype)
+        rows, thin = out.reshape(-1, out.shape[-1]), low.reshape(-1, low.shape[-1])
+        return torch.addmm(rows, thin, _rows(self.lora_b), alpha=self.scale).view(out.shape)
+
+    def _input(self, x: Tensor) -> Tensor:
+        return F.dropout(match_dtype(x, self.lora_a), self.dropout, self.training)
+
+    def _low(self, x: Tensor, a: Tensor) -> Tensor:
+        low = F.linear(x, a)
+        return low if self.cobot is None else self.cobot(low)
 
     def forward(self, x: Tensor, out: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The adapted output (..., out) of a linear layer, given its input (..., in) and its own output (..., out)."""
         if self.lora_magnitude is None:
-            return out + self.branch(x).to(out.dtype)
+            return self.added(x, out)
         gain = self.gain(weight)
         plain = out if bias is None else out - bias
         return out + ((gain - 1) * plain + gain * self.branch(x)).to(out.dtype)
@@ -201,6 +212,14 @@ class LowRank(Part):
 def match_dtype(x: Tensor, parameter: Tensor) -> Tensor:
     """``x`` in the parameter's dtype; under autocast the operators convert by themselves."""
     return x if torch.is_autocast_enabled(x.device.type) else x.to(parameter.dtype)
+
+
+def _rows(b: Tensor) -> Tensor:
+    """B (out, r) as (r, out) laid out by rows.
+
+    Otherwise the gradient of B is a product for which CPUs need, with r below 16, the time of the whole weight's.
+    """
+    return b.t().contiguous()
 
 
 def _row_norm(weight: Tensor) -> Tensor:

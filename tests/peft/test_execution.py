@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from peft_d2 import peft
 
@@ -94,3 +96,33 @@ def test_no_activations_are_saved_before_the_first_trained_part(images: Tensor) 
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):  # type: ignore[func-returns-value]
         model(torch.randn(3, 8))
     assert len([t for t in saved if t.shape == (3, 8)]) <= 1 and len(saved) <= 4
+
+
+class _Operations(TorchDispatchMode):
+    """Names and output shapes of all operations that compute something."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, tuple[int, ...]]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor) and not func.is_view:
+            self.seen.append((func.overloadpacket.__name__, tuple(out.shape)))
+        return out
+
+
+def test_lora_adds_thin_products_and_no_pass_over_wide_tensors() -> None:
+    rows, inputs, wide, rank = 50, 24, 40, 2
+    model = nn.ModuleDict({"m": nn.Linear(inputs, wide)})
+    peft.inject(model, [{"NAME": "lora", "TARGETS": ["m"], "RANK": rank, "ALPHA": 3}])
+    x, gradient = torch.randn(5, 10, inputs, requires_grad=True), torch.randn(5, 10, wide)
+    with _Operations() as forward:
+        out = model["m"](x)
+    with _Operations() as backward:
+        torch.autograd.backward(out, gradient)
+    assert [name for name, shape in forward.seen if math.prod(shape) == rows * wide] == ["addmm", "addmm"]
+    assert not [name for name, shape in backward.seen if math.prod(shape) == rows * wide]
+    products = {shape for name, shape in backward.seen if name == "mm"}
+    # B's gradient comes as (r, out): as (out, r) it takes CPUs the time of the whole weight's. And that one is absent.
+    assert products == {(rows, inputs), (rows, rank), (rank, wide), (rank, inputs)}

@@ -259,3 +259,39 @@ def test_combinations_that_have_no_sum(toy: nn.Module) -> None:
             peft.combine_adapters(toy, weights, "mix", kind)
     record = peft.get_injection(toy)
     assert record is not None and list(record.adapters) == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("variant", [{}, {"DORA": True}, {"INIT": "pissa"}], ids=["plain", "dora", "pissa"])
+def test_both_forms_of_a_convolution_compute_the_same(variant: dict[str, Any], disturb: Callable) -> None:
+    model = nn.ModuleDict({"m": nn.Conv2d(4, 6, 3, stride=2, padding=1)}).double()
+    peft.inject(model, [{"NAME": "lora", "TARGETS": ["m"], "RANK": 2, "ALPHA": 3, **variant}])
+    disturb(model)
+    part = model["m"].peft["default"]["lora"]
+    x = torch.randn(2, 4, 9, 7, dtype=torch.float64)
+    runs = []
+    for part.in_weight_space in (True, False):
+        given = x.clone().requires_grad_()
+        model.zero_grad()
+        out = model["m"](given)
+        out.square().sum().backward()
+        runs.append([out, given.grad, *[t.param.grad for t in peft.trained_parameters(model)]])
+    torch.testing.assert_close(*runs, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("module", "entry", "weight_space"),
+    [
+        (nn.Conv2d(32, 32, 3), {}, True),
+        (nn.Conv2d(64, 256, 1), {}, True),
+        (nn.Conv2d(256, 256, 3), {}, False),
+        (nn.Conv2d(512, 512, 3), {}, False),
+        (nn.Conv2d(128, 128, 3), {"RANK": 64}, True),
+        (nn.Conv2d(32, 32, 3), {"DROPOUT": 0.1}, False),
+        (nn.Conv2d(32, 32, 3).bfloat16(), {}, False),
+        (nn.Conv2d(512, 512, 3, groups=2), {}, True),
+    ],
+    ids=lambda value: repr(value) if isinstance(value, nn.Module) else "",
+)
+def test_a_convolution_takes_the_cheaper_form(module: nn.Conv2d, entry: dict[str, Any], weight_space: bool) -> None:
+    peft.inject(nn.ModuleDict({"m": module}), [{"NAME": "lora", "TARGETS": ["m"], **entry}])
+    assert module.peft["default"]["lora"].in_weight_space is weight_space  # type: ignore[index, union-attr]
