@@ -1,0 +1,430 @@
+"""SEEM: equal to the published implementation; vocabularies and their errors; PEFT counts and methods."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from detectron2.config import CfgNode
+from detectron2.modeling import build_model
+from torch import nn
+
+import peft_d2
+from peft_d2 import peft
+from peft_d2.engine.config import load_config
+from peft_d2.engine.targets import build_without_weights, describe, inspect_parser
+from peft_d2.models import register
+from peft_d2.models.class_prompts import TokenizerError
+from peft_d2.models.class_vectors import ClassVectors, ClassVectorsError
+
+from .conftest import GOLDENS, ROOT
+from .test_golden import TOLERANCE, rows
+from .test_text_encoder import folder as tokenizer  # noqa: F401  a fixture
+from .test_training import sample, step
+
+FOCAL_T, FOCAL_L = "seem/focal_t.yaml", "seem/focal_l.yaml"
+WHOLE = {
+    "focalt": FOCAL_T,
+    "focall": FOCAL_L,
+    "davitd3": "seem/davit_d3.yaml",
+    "davitd5": "seem/davit_d5.yaml",
+    "samvitb": "seem/sam_vit_b.yaml",
+    "samvitl": "seem/sam_vit_l.yaml",
+}
+# The golden's cfg_overrides, in our keys.
+REDUCED = {
+    "MODEL.WEIGHTS": "",
+    "MODEL.DIM_PROJ": 48,
+    "MODEL.TEXT.VOCABULARY": 96,
+    "MODEL.TEXT.CONTEXT_LENGTH": 8,
+    "MODEL.TEXT.WIDTH": 32,
+    "MODEL.TEXT.HEADS": 4,
+    "MODEL.TEXT.LAYERS": 2,
+    "MODEL.BACKBONE.FOCAL.EMBED_DIM": 24,
+    "MODEL.BACKBONE.FOCAL.DEPTHS": [1, 1, 2, 1],
+    "MODEL.SEM_SEG_HEAD.NUM_CLASSES": 5,
+    "MODEL.SEM_SEG_HEAD.CONVS_DIM": 64,
+    "MODEL.SEM_SEG_HEAD.MASK_DIM": 64,
+    "MODEL.SEM_SEG_HEAD.TRANSFORMER_ENC_LAYERS": 2,
+    "MODEL.MASK_FORMER.HIDDEN_DIM": 64,
+    "MODEL.MASK_FORMER.NHEADS": 4,
+    "MODEL.MASK_FORMER.DIM_FEEDFORWARD": 128,
+    "MODEL.MASK_FORMER.NUM_OBJECT_QUERIES": 20,
+    "MODEL.MASK_FORMER.DEC_LAYERS": 4,
+    "MODEL.MASK_FORMER.TEST.SEMANTIC_ON": False,
+    "MODEL.MASK_FORMER.TEST.PANOPTIC_ON": False,
+    "TEST.DETECTIONS_PER_IMAGE": 30,
+    "DATASETS.TRAIN": (),
+    "DATASETS.TEST": (),
+}
+NAMES = ("cell", "photo", "cat", "dolphin")
+SMALL = {
+    **REDUCED,
+    "MODEL.DIM_PROJ": 16,
+    "MODEL.TEXT.VOCABULARY": 526,  # of the tokenizer in the tests
+    "MODEL.TEXT.CONTEXT_LENGTH": 60,
+    "MODEL.TEXT.WIDTH": 16,
+    "MODEL.TEXT.LAYERS": 1,
+    "MODEL.BACKBONE.FOCAL.EMBED_DIM": 8,
+    "MODEL.BACKBONE.FOCAL.DEPTHS": [1, 1, 1, 1],
+    "MODEL.BACKBONE.FOCAL.DROP_PATH_RATE": 0.0,
+    "MODEL.SEM_SEG_HEAD.CONVS_DIM": 32,
+    "MODEL.SEM_SEG_HEAD.MASK_DIM": 32,
+    "MODEL.SEM_SEG_HEAD.TRANSFORMER_ENC_LAYERS": 1,
+    "MODEL.SEM_SEG_HEAD.NUM_CLASSES": 4,
+    "MODEL.MASK_FORMER.HIDDEN_DIM": 32,
+    "MODEL.MASK_FORMER.DIM_FEEDFORWARD": 32,
+    "MODEL.MASK_FORMER.NUM_OBJECT_QUERIES": 6,
+    "MODEL.MASK_FORMER.DEC_LAYERS": 3,
+    "MODEL.MASK_FORMER.TRAIN_NUM_POINTS": 64,
+}
+
+
+def class_vectors(names: tuple[str, ...] = NAMES, channels: int = 16, templates: int = 3) -> ClassVectors:
+    """Random ones, with different templates."""
+    drawn = torch.randn(templates, len(names) + 1, channels, generator=torch.Generator().manual_seed(len(names)))
+    return ClassVectors(
+        names, nn.functional.normalize(drawn, dim=-1), tuple(f"{{}} number {i}" for i in range(templates))
+    )
+
+
+@pytest.fixture
+def small_seem(build: Any, tmp_path: Path) -> Callable[..., nn.Module]:
+    """``small_seem(overrides, vectors)``: the vectors are in a file."""
+
+    def run(overrides: dict[str, Any] | None = None, vectors: ClassVectors | None = None) -> nn.Module:
+        (class_vectors() if vectors is None else vectors).write(tmp_path / "vectors.safetensors")
+        torch.manual_seed(0)
+        return build(
+            FOCAL_T, {**SMALL, "MODEL.SEEM.CLASS_VECTORS": str(tmp_path / "vectors.safetensors"), **(overrides or {})}
+        )
+
+    return run
+
+
+@pytest.fixture
+def reader(build: Any, tokenizer: Path) -> Callable[..., nn.Module]:  # noqa: F811
+    """``reader(overrides)``: a small model that reads names with a text encoder that was "loaded"."""
+
+    def run(overrides: dict[str, Any] | None = None) -> nn.Module:
+        torch.manual_seed(0)
+        model = build(FOCAL_T, {**SMALL, "MODEL.TEXT.PRETRAINED_TOKENIZER": str(tokenizer), **(overrides or {})})
+        model.load_state_dict({name: value.clone() for name, value in model.state_dict().items()})
+        return model
+
+    return run
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_state_dict_of_the_whole_model(build: Any, golden: Any, name: str) -> None:
+    expected = golden("seem_full_keys")[name]
+    with torch.device("meta"):
+        model = build(WHOLE[name], {"MODEL.DEVICE": "meta"})
+    assert rows(model) == [[*row, "float32"] for row in expected["state_dict"]]
+    assert model.size_divisibility == expected["size_divisibility"]
+    assert model.sem_seg_head.predictor.query_feat.num_embeddings == expected["num_queries"] == 101
+    counts, predictor = expected["counts"], model.sem_seg_head.predictor
+    parked = counts["predictor_spatial_only_params"]  # buffers here: they are kept, and never trained
+    size = {
+        "total_params": parked + sum(p.numel() for p in model.parameters()),
+        "backbone": sum(p.numel() for p in model.backbone.parameters()),
+        "pixel_decoder": sum(p.numel() for p in model.sem_seg_head.pixel_decoder.parameters()),
+        "lang_encoder": sum(p.numel() for p in predictor.lang_encoder.parameters()),
+    }
+    assert size == {key: counts[key] for key in size}
+    weights = {"loss_ce": 2.0, "loss_mask": 5.0, "loss_dice": 5.0}
+    assert {key: model.criterion.weight_dict[key] for key in weights} == weights
+    assert len(model.criterion.weight_dict) == 3 * 10 and model.criterion.empty_weight.shape == (134,)
+
+
+@pytest.fixture
+def outputs(build: Any, golden: Any, filler: Any, two_threads: None) -> dict[str, Any]:
+    """What the reduced model gives, by the golden's names, and its instances."""
+    recipe, arrays = golden("seem_tiny_instance"), np.load(GOLDENS / "seem_tiny_instance.npz")
+    model = build(FOCAL_T, REDUCED).eval()
+    assert filler.fill(model, skip=recipe["skip_fill"]) == recipe["state_dict"]
+    state = model.state_dict()
+    for key, factor in recipe["post_fill_scale"].items():
+        state[key].mul_(factor)
+    state[recipe["logit_scale_key"]].fill_(recipe["logit_scale_value"])
+    model.set_classes(ClassVectors(tuple("abcde"), torch.from_numpy(arrays["text_embeddings"])[None], ("{}",)))
+    seen: dict[str, Any] = {}
+
+    def keep(_: nn.Module, arguments: tuple, result: dict) -> None:
+        seen.update({f"pixel_decoder.multi_scale_features.{i}": feature for i, feature in enumerate(arguments[0])})
+        for prefix, prediction in [("", result)] + [
+            (f"aux_outputs.{i}.", p) for i, p in enumerate(result["aux_outputs"])
+        ]:
+            seen.update({f"{prefix}{name}": prediction[name] for name in ("pred_logits", "pred_masks")})
+
+    model.sem_seg_head.predictor.register_forward_hook(keep)
+    inputs = [{**item, "image": filler.image(**item["image"])} for item in recipe["inputs"]]
+    with torch.no_grad():
+        seen["instances"] = [result["instances"] for result in model(inputs)]
+    return seen
+
+
+def test_outputs(outputs: dict[str, Any]) -> None:
+    expected = np.load(GOLDENS / "seem_tiny_instance.npz")
+    arrays = [name for name in expected.files if name in outputs]
+    assert len(arrays) == 7
+    for name in arrays:
+        np.testing.assert_allclose(outputs[name].numpy(), expected[name], rtol=0, atol=TOLERANCE, err_msg=name)
+    for i, instances in enumerate(outputs["instances"]):
+        found = {key.removeprefix(f"image{i}."): expected[key] for key in expected.files if key.startswith(f"image{i}")}
+        order = np.argsort(-found["scores"], kind="stable")  # the published code does not sort
+        np.testing.assert_allclose(instances.scores.numpy(), found["scores"][order], rtol=0, atol=TOLERANCE)
+        np.testing.assert_array_equal(instances.pred_classes.numpy(), found["pred_classes"][order])
+        masks = instances.pred_masks.flatten(1).numpy()
+        published = np.unpackbits(found["mask_bits"][order], axis=1)[:, : masks.shape[1]]
+        assert (masks != published).sum() <= 3  # a pixel whose logit is within the tolerance of 0
+
+
+def test_every_parameter_learns_but_the_text_encoder(small_seem: Any) -> None:
+    model = small_seem()
+    losses = step(model, [sample("bitmasks"), sample("bitmasks", 1, (48, 60)), sample("bitmasks", 0)])
+    assert list(losses) == list(model.criterion.weight_dict)
+    idle = {name for name, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()}
+    text = {name for name, _ in model.named_parameters() if ".lang_encoder." in name and "logit_scale" not in name}
+    assert idle == text == {name for name, p in model.named_parameters() if not p.requires_grad} and text
+
+
+def test_training_draws_templates_and_inference_takes_their_mean(small_seem: Any) -> None:
+    model, vectors = small_seem(), class_vectors()
+    predictor = model.sem_seg_head.predictor
+    hidden = torch.randn(1, 6, 32)
+
+    def logits(classes: torch.Tensor) -> torch.Tensor:
+        query = nn.functional.normalize(hidden @ predictor.class_embed, dim=-1)
+        return predictor.lang_encoder.logit_scale.exp() * query @ classes.T
+
+    torch.testing.assert_close(predictor.eval().classifier()(hidden), logits(vectors.evaluation()))
+    predictor.train()
+    possible = [logits(vectors.vectors[i]) for i in range(3)]
+    drawn = [predictor.classifier()(hidden) for _ in range(20)]
+    for found in drawn:
+        assert all(
+            any(torch.allclose(found[..., k], p[..., k], atol=1e-5) for p in possible) for k in range(len(NAMES) + 1)
+        )
+    assert len({round(found[0, 0, 0].item(), 4) for found in drawn}) == 3
+
+
+def test_bf16_autocast_scores_in_float32(small_seem: Any) -> None:
+    model, inputs = small_seem(), [sample("bitmasks")]
+    exact = sum(loss.item() for loss in step(model, inputs).values())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert model.sem_seg_head.predictor.classifier()(torch.randn(1, 6, 32)).dtype == torch.float32
+        losses = step(model, inputs)
+    assert sum(loss.item() for loss in losses.values()) == pytest.approx(exact, rel=0.1)
+
+
+def test_results_of_all_three_tasks(small_seem: Any) -> None:
+    from types import SimpleNamespace
+
+    model = small_seem({f"MODEL.MASK_FORMER.TEST.{task}_ON": True for task in ("SEMANTIC", "PANOPTIC")}).eval()
+    model.metadata = SimpleNamespace(thing_dataset_id_to_contiguous_id={1: 0, 7: 2})
+    with torch.no_grad():
+        (result,) = model([{**sample("tensor"), "height": 100, "width": 120}])
+    assert result["sem_seg"].shape == (4, 100, 120) and result["panoptic_seg"][0].shape == (100, 120)
+    assert set(result["instances"].pred_classes.tolist()) <= {0, 2}
+    assert (result["instances"].scores.diff() <= 0).all()
+
+
+def test_two_vocabularies_from_a_file(small_seem: Any) -> None:
+    """The config's list of names is all that changes; a class's logits do not depend on its number."""
+    inputs = [sample("tensor")]
+    first = small_seem().eval()
+    second = small_seem({"MODEL.SEEM.CLASS_NAMES": ["dolphin", "cell"]}).eval()
+    state = {name: value for name, value in first.state_dict().items() if name != "criterion.empty_weight"}
+    assert second.load_state_dict(state, strict=False).missing_keys == ["criterion.empty_weight"]
+    seen = []
+    for model in (first, second):
+        model.sem_seg_head.register_forward_hook(lambda module, arguments, result: seen.append(result["pred_logits"]))
+        with torch.no_grad():
+            model(inputs)
+    assert seen[0].shape[-1] == 5 and seen[1].shape[-1] == 3
+    torch.testing.assert_close(seen[1], seen[0][..., [3, 0, 4]])
+
+
+def test_two_vocabularies_from_the_text_encoder(reader: Any) -> None:
+    model = reader({"MODEL.SEEM.CLASS_NAMES": ["cell", "photo"]}).eval()
+    predictor, hidden = model.sem_seg_head.predictor, torch.randn(1, 6, 32)
+    first = predictor.classifier()(hidden)
+    model.set_classes(["dolphin", "cell", "sea"])
+    second = predictor.classifier()(hidden)
+    assert first.shape[-1] == 3 and second.shape[-1] == 4
+    torch.testing.assert_close(second[..., [1, 3]], first[..., [0, 2]])
+    before = predictor.classifier()
+    assert torch.equal(before.keywords["rows"], predictor.classifier().keywords["rows"])
+    predictor.lang_encoder.load_state_dict({n: v + 0.1 for n, v in predictor.lang_encoder.state_dict().items()})
+    assert not torch.equal(before.keywords["rows"], predictor.classifier().keywords["rows"])
+
+
+def test_the_text_encoder_can_be_trained(reader: Any) -> None:
+    model = reader({"MODEL.SEEM.CLASS_NAMES": list(NAMES)})
+    encoder = model.sem_seg_head.predictor.lang_encoder
+    peft.inject(model, [], ["sem_seg_head"])
+    step(model, [sample("tensor")])
+    assert all(p.grad is not None for p in encoder.parameters())
+    assert encoder.lang_encoder.token_embedding.weight.grad.any()
+
+
+def test_the_data_sets_metadata_names_the_classes(reader: Any) -> None:
+    from detectron2.data import MetadataCatalog
+
+    MetadataCatalog.get("seem_pond").thing_classes = ["frog", "newt", "carp", "duck"]
+    MetadataCatalog.get("seem_sea").thing_classes = ["seal", "orca"]
+    sets = {"DATASETS.TRAIN": ("seem_pond",), "DATASETS.TEST": ("seem_sea",)}
+    predictor = reader(sets).sem_seg_head.predictor
+    assert predictor.training_vocabulary.names == ("frog", "newt", "carp", "duck")
+    assert predictor.train().classifier()(torch.zeros(1, 6, 32)).shape[-1] == 5
+    assert predictor.vocabulary.names == ("seal", "orca")
+    assert predictor.eval().classifier()(torch.zeros(1, 6, 32)).shape[-1] == 3
+    with pytest.raises(ClassVectorsError, match="'seem_pond' and 'seem_sea' have different classes"):
+        reader({"DATASETS.TEST": ("seem_pond", "seem_sea")})
+
+
+def test_errors_name_the_remedy(build: Any, small_seem: Any, reader: Any) -> None:
+    inputs = [sample("tensor")]
+    with pytest.raises(ClassVectorsError, match="no vectors of the classes 'newt', only of cell, photo"):
+        small_seem({"MODEL.SEEM.CLASS_NAMES": ["cell", "newt"]})
+    with pytest.raises(ClassVectorsError, match="have 16 channels and MODEL.DIM_PROJ is 32"):
+        small_seem({"MODEL.DIM_PROJ": 32})
+    with pytest.raises(ClassVectorsError, match="no/file: No such file"):
+        small_seem({"MODEL.SEEM.CLASS_VECTORS": "no/file"})
+    names = {"MODEL.SEEM.CLASS_NAMES": list(NAMES)}
+    with pytest.raises(ClassVectorsError, match="the classes have no names: .*MODEL.SEEM.CLASS_NAMES"):
+        reader().eval()(inputs)
+    with pytest.raises(ClassVectorsError, match="random initial weights: load a checkpoint .*MODEL.SEEM.CLASS_VECTORS"):
+        build(FOCAL_T, {**SMALL, **names}).eval()(inputs)
+    with pytest.raises(ClassVectorsError, match="no text encoder .*MODEL.SEEM.CLASS_VECTORS"):
+        build(FOCAL_T, {**SMALL, **names, "MODEL.SEEM.TEXT_ENCODER": False}).eval()(inputs)
+    with pytest.raises(TokenizerError, match="holds no tokenizer"):
+        reader({**names, "MODEL.TEXT.PRETRAINED_TOKENIZER": str(ROOT)}).eval()(inputs)
+    with pytest.raises(ClassVectorsError, match="names 4 classes and the training data are labelled with 3"):
+        small_seem({"MODEL.SEM_SEG_HEAD.NUM_CLASSES": 3}).train()(inputs)
+    model = small_seem()
+    model.sem_seg_head.predictor.lang_encoder.requires_grad_(True)
+    with pytest.raises(ClassVectorsError, match="come from a file, which they do not change"):
+        model.train()(inputs)
+
+
+FILES = sorted(str(path.relative_to(ROOT / "configs")) for path in (ROOT / "configs/seem").rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("file", [file for file in FILES if not Path(file).name.startswith("_")])
+def test_every_config_builds(file: str) -> None:
+    register()
+    model = build_without_weights(load_config(str(ROOT / "configs" / file)).cfg)
+    assert type(model).__name__ == "SEEM" and model.bicubic_results
+    if "paper" in file:
+        counts = {"cityscapes": 8, "ndd20": 1, "zerowaste": 4, "wixray": 12}
+        assert model.sem_seg_head.num_classes == counts[Path(file).name.split("_")[0]]
+        assert (sum(p.numel() for p in model.backbone.parameters()) > 1e8) == ("focal_l" in file)
+    assert len(model.sem_seg_head.predictor.training_vocabulary.names) in (0, model.sem_seg_head.num_classes)
+
+
+# Of Abou Baker et al., MAKE 6(4), 2024: file of configs/peft, reduction, count, % of Focal-T and of Focal-L.
+TABLE = [
+    ("adapters1", 4, 4_211_200, 2.52, 1.23),
+    ("adapters2", 4, 7_372_288, 4.33, 2.13),
+    ("adapters3", 4, 10_533_376, 6.08, 3.01),
+    ("adapters1", 16, 1_849_600, 1.12, 0.54),
+    ("adapters2", 16, 2_649_088, 1.60, 0.77),
+    ("adapters3", 16, 3_448_576, 2.07, 1.01),
+    ("lora", None, 1_443_328, 0.88, 0.42),
+    ("heads", None, 1_050_112, 0.64, 0.31),
+]
+BUILT: dict[str, nn.Module] = {}
+
+
+@pytest.mark.parametrize("config", [FOCAL_T, FOCAL_L])
+def test_the_papers_parameters(config: str) -> None:
+    """Of the config files as they are, with the other reduction, and of conventional fine-tuning."""
+    register()
+    path = str(ROOT / "configs" / config)
+    base = build_without_weights(load_config(path).cfg)
+    large = config == FOCAL_L
+
+    def report(file: str, reduction: int | None = None, train: tuple[str, ...] = ()) -> tuple[int, float]:
+        node = load_config(path, str(ROOT / "configs" / "peft" / f"{file}_seem.yaml")).cfg.MODEL.PEFT
+        methods = [{**method, **({"REDUCTION": reduction} if reduction else {})} for method in node.METHODS]
+        found = peft.inject(copy.deepcopy(base), methods, train or tuple(node.TRAIN))
+        return found.trainable, float(f"{found.percent:.2f}")
+
+    for file, reduction, count, *percent in TABLE[::3] if large else TABLE:
+        assert report(file, reduction) == (count, percent[large]), (file, reduction)
+    assert report("conventional") == ((71_185_920, 20.91) if large else (70_448_640, 43.01))
+    with_text = report("heads", train=("sem_seg_head",))
+    assert with_text == ((134_614_017, 39.55) if large else (133_876_737, 81.73))
+
+
+def test_the_printed_line() -> None:
+    arguments = ["--config-file", str(ROOT / "configs" / FOCAL_T)]
+    arguments += ["--peft-config", str(ROOT / "configs" / "peft" / "adapters1_seem.yaml")]
+    text = describe(inspect_parser().parse_args(arguments))
+    assert text.splitlines()[-1] == "4,211,200 of 166,960,113 parameters are trained: 2.52 %."
+    assert "adapter on 24 MultiheadAttention" in text
+
+
+PLACES = [
+    "pixel_decoder.transformer.encoder.layers.*.self_attn",
+    "transformer_self_attention_layers.*.self_attn",
+    "transformer_cross_attention_layers.*.multihead_attn",
+]
+FFN = ["transformer_ffn_layers.*.{linear1,linear2}", "backbone.layers.*.blocks.*.mlp.fc1"]
+SEEN = ["backbone", "sem_seg_head.pixel_decoder", "sem_seg_head.predictor.transformer_*_layers"]
+METHODS: dict[str, list[dict[str, Any]]] = {
+    "lora": [{"NAME": "lora", "TARGETS": PLACES, "PARTS": ["q", "k", "v", "out"], "RANK": 4}],
+    "lora q v": [{"NAME": "lora", "TARGETS": PLACES, "PARTS": ["q", "v"]}],
+    "dora": [{"NAME": "lora", "TARGETS": FFN, "DORA": True, "RANK": 2}],
+    "cobot": [{"NAME": "lora", "TARGETS": PLACES, "PARTS": ["q", "v"], "RANK": 4, "COBOT": True}],
+    "conv lora": [{"NAME": "lora", "TARGETS": ["backbone.layers.*.downsample.proj"], "RANK": 2}],
+    "adapter": [{"NAME": "adapter", "TARGETS": PLACES, "NUM": 3, "REDUCTION": 4}],
+    "adaptformer": [{"NAME": "adaptformer", "TARGETS": ["transformer_ffn_layers.*"], "BOTTLENECK": 4, "DIM": 32}],
+    "mona": [{"NAME": "mona", "TARGETS": ["backbone.layers.*.blocks.*.modulation"], "BOTTLENECK": 8}],
+    "bitfit": [{"NAME": "bitfit", "TARGETS": SEEN}],
+    "norm": [{"NAME": "norm", "TARGETS": SEEN}],
+    "last_blocks": [{"NAME": "last_blocks", "TARGETS": ["backbone.layers.*.blocks.*"], "NUM": 2}],
+    "hf": [{"NAME": "hf", "TUNER": "ia3", "TARGETS": FFN[:1]}],
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_by_config_alone(small_seem: Any, tmp_path: Path, name: str) -> None:
+    """Step 0 gives the results of the base; every trained parameter gets a gradient; the adapter learns."""
+    if name == "hf":
+        pytest.importorskip("peft")
+    peft_d2.register()
+    base = small_seem().requires_grad_(False)  # torch convolves with other kernels where a weight is trained
+    methods = {"MODEL.PEFT.METHODS": copy.deepcopy(METHODS[name]), "MODEL.PEFT.META_ARCHITECTURE": "PD2SEEM"}
+    cfg = with_peft(methods, tmp_path)
+    torch.manual_seed(1)
+    model = build_model(cfg)
+    assert not model.load_state_dict(base.state_dict(), strict=False).unexpected_keys
+    inputs = [sample("tensor", 2)]
+    with torch.no_grad():
+        expected, found = (m.eval()(inputs)[0]["instances"] for m in (base, model))
+    exact = name not in ("dora", "bitfit", "norm", "last_blocks")
+    torch.testing.assert_close(found.scores, expected.scores, rtol=0, atol=0 if exact else 1e-6)
+    assert torch.equal(found.pred_masks, expected.pred_masks)
+    trained = [t.param for t in peft.trained_parameters(model)]
+    optimizer = torch.optim.SGD(trained, lr=0.5)
+    for _ in range(3):
+        optimizer.zero_grad()
+        step(model, inputs)
+        assert all(p.grad is not None for p in trained)
+        optimizer.step()
+    with torch.no_grad():
+        assert not torch.equal(model.eval()(inputs)[0]["instances"].scores, expected.scores)
+
+
+def with_peft(overrides: dict[str, Any], folder: Path) -> CfgNode:
+    pairs = {**SMALL, "MODEL.SEEM.CLASS_VECTORS": str(folder / "vectors.safetensors"), "MODEL.DEVICE": "cpu"}
+    pairs |= {"MODEL.META_ARCHITECTURE": "PEFTModel", **overrides}
+    return load_config(str(ROOT / "configs" / FOCAL_T), opts=[str(part) for item in pairs.items() for part in item]).cfg
