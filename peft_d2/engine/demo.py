@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ def demo_parser() -> argparse.ArgumentParser:
     parser.add_argument("--input", required=True, nargs="+", help="image files or folders of them")
     parser.add_argument("--output", required=True, metavar="DIR", help="where the pictures go")
     parser.add_argument("--confidence-threshold", type=float, default=0.5, help="instances below it are not drawn")
+    parser.add_argument("--boxes", default="", metavar="FILE", help="prompts: json of image name to x0 y0 x1 y1, px")
     parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="config KEY VALUE pairs")
     return parser
 
@@ -40,15 +42,20 @@ def picture(args: argparse.Namespace) -> list[Path]:
     """Predict on each image and write a picture of the same name; returns the paths.
 
     Raises:
-        ConfigError: an input that does not exist or is no image, or an output that cannot be written.
+        ConfigError: an input that does not exist or is no image, an output that cannot be written, or boxes for a
+            model that takes none, or none for one that does.
     """
     from peft_d2.engine.progress import Bar, on_terminal
 
     images = find_images(args.input)
     targets = _targets(images, Path(args.output))
+    boxes = read_boxes(args.boxes, images) if args.boxes else None
     predictor = Predictor(prepare_config(args))
+    if predictor.prompted != (boxes is not None):
+        needs = "takes boxes as prompts: name them with" if predictor.prompted else "takes no prompts: leave out"
+        raise ConfigError(f"the model {needs} --boxes.")
     for path in Bar(images, "images") if on_terminal() else images:
-        image, prediction = predictor(path)
+        image, prediction = predictor(path, boxes[path.name] if boxes else None)
         count = draw(image, prediction, predictor.metadata, args.confidence_threshold, targets[path])
         if not on_terminal():
             print(f"{path}: {count} instances -> {targets[path]}", flush=True)
@@ -67,6 +74,23 @@ def _targets(images: list[Path], output: Path) -> dict[Path, Path]:
     except OSError as error:
         raise ConfigError(f"--output {output} cannot be made: {error.strerror}. Choose another folder.") from error
     return targets
+
+
+def read_boxes(file: str, images: list[Path]) -> dict[str, list[list[float]]]:
+    """The boxes of each image by its file name, from a json of ``{"a.png": [[x0, y0, x1, y1], ...], ...}``.
+
+    Raises:
+        ConfigError: a file that is none of this kind, or an image without an entry.
+    """
+    try:
+        found = json.loads(Path(file).read_bytes())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--boxes {file}: cannot be read as json ({error}).") from error
+    for name in (path.name for path in images):
+        boxes = found.get(name) if isinstance(found, dict) else None
+        if not isinstance(boxes, list) or not all(isinstance(box, list) and len(box) == 4 for box in boxes):
+            raise ConfigError(f"--boxes {file}: no boxes for {name!r}. Expected {{{name!r}: [[x0, y0, x1, y1], ...]}}.")
+    return found
 
 
 def find_images(inputs: list[str]) -> list[Path]:
@@ -96,22 +120,27 @@ class Predictor:
         from detectron2.data import MetadataCatalog
         from detectron2.data import transforms as T
 
+        from peft_d2.data.augmentation import LongestSide
         from peft_d2.engine.checkpointer import Checkpointer
         from peft_d2.evaluation import inference_model
+        from peft_d2.models.sam import SegmentAnything
 
         self.cfg = cfg
         self.model = build_model(cfg).eval()
+        self.prompted = isinstance(self.model, SegmentAnything)
         Checkpointer(self.model, allow_other_base=cfg.MODEL.PEFT.ALLOW_OTHER_BASE).load(cfg.MODEL.WEIGHTS)
         warn_of_untrained(cfg)
         self.model = inference_model(cfg, self.model)
         names = (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN)
         self.metadata = MetadataCatalog.get(names[0] if names else "__unnamed__")
         size = 0 if cfg.TEST.TILES.ENABLED else cfg.INPUT.MIN_SIZE_TEST  # tiles are cut from images in their own size
-        self._resize = T.ResizeShortestEdge([size, size], cfg.INPUT.MAX_SIZE_TEST)
+        self._resize: Any = T.ResizeShortestEdge([size, size], cfg.INPUT.MAX_SIZE_TEST)
+        if self.prompted:
+            self._resize = LongestSide(cfg.MODEL.SAM.IMAGE_SIZE)
 
     @torch.no_grad()
-    def __call__(self, path: Path) -> tuple[np.ndarray, dict[str, Any]]:
-        """Returns the image as RGB (H, W, 3) uint8 and the model's output for it."""
+    def __call__(self, path: Path, boxes: list[list[float]] | None = None) -> tuple[np.ndarray, dict[str, Any]]:
+        """Returns the image as RGB (H, W, 3) uint8 and the model's output for it, prompted with ``boxes`` (px)."""
         from detectron2.data.detection_utils import read_image
 
         try:
@@ -120,9 +149,16 @@ class Predictor:
             raise ConfigError(f"--input {path}: is no image that can be read ({error}).") from error
         height, width = image.shape[:2]
         ordered = image if self.cfg.INPUT.FORMAT == "RGB" else image[:, :, ::-1]
-        resized = self._resize.get_transform(ordered).apply_image(ordered)
+        transform = self._resize.get_transform(ordered)
+        resized = transform.apply_image(ordered)
         tensor = torch.as_tensor(np.ascontiguousarray(resized.astype("float32").transpose(2, 0, 1)))
-        return image, self.model([{"image": tensor, "height": height, "width": width}])[0]
+        item = {"image": tensor, "height": height, "width": width, "file_name": str(path)}
+        if boxes is None:
+            return image, self.model([item])[0]
+        item["boxes"] = transform.apply_box(np.array(boxes, dtype=np.float64).reshape(-1, 4))
+        prediction = self.model([item])[0]
+        prediction["instances"].remove("pred_classes")  # a box has none, and would be drawn as the first
+        return image, prediction
 
 
 def draw(image: np.ndarray, prediction: dict[str, Any], metadata: Any, threshold: float, target: Path) -> int:
