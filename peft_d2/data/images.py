@@ -63,11 +63,16 @@ def reading(record: Mapping[str, Any]) -> Iterator[None]:
     """
     from detectron2.data.detection_utils import SizeMismatchError
 
+    name = str(record.get("file_name"))
     try:
         yield
+    except DatasetError as error:
+        if name in str(error):
+            raise
+        raise DatasetError(f"{name}: {error}") from error
     except (OSError, SyntaxError, Image.DecompressionBombError, SizeMismatchError) as error:
         text = " ".join(str(error).split())
         raise DatasetError(
-            f"{record.get('file_name')}: the image or its labels cannot be read ({type(error).__name__}: {text}). "
+            f"{name}: the image or its labels cannot be read ({type(error).__name__}: {text}). "
             "Replace the file or take it out of the data set."
         ) from error

@@ -14,7 +14,7 @@ from detectron2.data.samplers import RepeatFactorTrainingSampler
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset
 
-from peft_d2.data.checks import DatasetError
+from peft_d2.data.images import DatasetError, reading
 from peft_d2.data.mappers import build_mapper, build_test_mapper
 from peft_d2.data.order import BatchOrder, Draw, sample_seed
 from peft_d2.data.registration import register_from_config
@@ -56,7 +56,7 @@ def build_train_loader(cfg: Any, start_iter: int = 0, mapper: Mapper | None = No
 def build_test_loader(cfg: Any, name: str) -> DataLoader:
     """Loader of one data set in order, one image at a time, dealt out to the ranks."""
     register_from_config(cfg)
-    return build_detection_test_loader(cfg, name, mapper=build_test_mapper(cfg, name))
+    return build_detection_test_loader(cfg, name, mapper=_NamesFiles(build_test_mapper(cfg, name)))
 
 
 def training_records(cfg: Any) -> list[dict[str, Any]]:
@@ -81,11 +81,22 @@ def training_records(cfg: Any) -> list[dict[str, Any]]:
     return records
 
 
+class _NamesFiles:
+    """Another mapper, whose errors name the file."""
+
+    def __init__(self, mapper: Mapper) -> None:
+        self.mapper = mapper
+
+    def __call__(self, record: dict[str, Any]) -> dict[str, Any] | None:
+        with reading(record):
+            return self.mapper(record)
+
+
 class _Samples(Dataset):
     """Maps a :class:`Draw` to its sample."""
 
     def __init__(self, records: Any, mapper: Mapper, seed: int) -> None:
-        self.records, self.mapper, self.seed = records, mapper, seed
+        self.records, self.mapper, self.seed = records, _NamesFiles(mapper), seed
 
     def __getitem__(self, draw: Draw) -> dict[str, Any]:
         with sample_seed(self.seed, draw.number):

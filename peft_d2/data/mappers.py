@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from peft_d2.compat import accept_empty_polygons
 from peft_d2.data.augmentation import detectron2_recipe, keep_a_pixel, large_scale_jitter_recipe, resize_recipe
-from peft_d2.data.checks import DatasetError
+from peft_d2.data.images import DatasetError
 from peft_d2.data.segmentation import segmentation_to_mask
 
 MAPPERS = (
@@ -190,8 +190,9 @@ class PanopticMapper(_LabelMapper):
         record["image"] = self._image(picture.image)
         record["instances"] = self._instances(masks, [s["category_id"] for s in kept], segments.shape)
         if sem_seg is not None:
-            labels = torch.from_numpy(np.ascontiguousarray(picture.sem_seg).astype(np.int64))
-            record["sem_seg"] = self._pad(labels, self.ignore_label)
+            inside = transforms.apply_segmentation(np.ones(sem_seg.shape, dtype=np.uint8)) == 1
+            labels = np.where(inside, picture.sem_seg.astype(np.int64), self.ignore_label)
+            record["sem_seg"] = self._pad(torch.from_numpy(labels), self.ignore_label)
         return record
 
 
@@ -228,13 +229,16 @@ def transformed_mask(
         return segmentation_to_mask(polygons, *shape)
     mask = segmentation_to_mask(segmentation, 0, 0) if isinstance(segmentation, dict) else np.asarray(segmentation)
     if source is not None and mask.shape != tuple(source):
-        raise ValueError(f"a mask of {mask.shape} px belongs to an image of {tuple(source)} px: they must agree.")
-    return transforms.apply_segmentation(np.ascontiguousarray(mask, dtype=np.uint8)).astype(bool)
+        raise DatasetError(f"a mask of {mask.shape} px belongs to an image of {tuple(source)} px: they must agree.")
+    # Where a crop pads, label images get a value that is neither 0 nor 1 in some versions of Detectron2.
+    return transforms.apply_segmentation(np.ascontiguousarray(mask, dtype=np.uint8)) == 1
 
 
 def _read_labels(path: str) -> np.ndarray:
-    """Label image; 16-bit labels become float, which Detectron2's transforms can resize."""
+    """(H, W) label image; 16-bit labels become float, which Detectron2's transforms can resize."""
     labels = detection_utils.read_image(path)
+    if labels.ndim != 2:
+        raise DatasetError(f"{path}: a semantic label image of {labels.shape}; expected one channel of class numbers.")
     return labels if labels.dtype == np.uint8 else labels.astype(np.float64)
 
 

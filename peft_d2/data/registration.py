@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import difflib
-import json
 import os
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+
+from peft_d2.data.coco_json import read_json
 
 _KEYS = ("NAME", "JSON", "IMAGES")
 
@@ -145,7 +146,7 @@ def read_categories(json_path: str | Path) -> list[tuple[int, str]]:
 @lru_cache(maxsize=64)
 def _read_categories(json_path: str, mtime_ns: int, size: int) -> tuple[tuple[int, str], ...]:
     try:
-        categories = json.loads(Path(json_path).read_bytes())["categories"]
+        categories = read_json(json_path)["categories"]
         rows = tuple(sorted((int(c["id"]), str(c["name"])) for c in categories))
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
