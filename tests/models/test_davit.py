@@ -10,11 +10,11 @@ import pytest
 import torch
 from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import build_backbone
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
 from peft_d2.models import add_models_config, register
-from peft_d2.models.backbones.davit import ChannelAttention, DaViT, WindowAttention
+from peft_d2.models.backbones.davit import ChannelAttention, DaViT, Residual, WindowAttention
 
 from .conftest import GOLDENS
 from .test_focalnet import same_maps, same_shapes
@@ -100,6 +100,18 @@ def test_stochastic_depth_is_in_every_attention_and_mlp_and_grows() -> None:
     assert all(rate == 0 for name, rate in rates.items() if ".conv" in name)
     assert [rate for name, rate in rates.items() if ".ffn." in name] == pytest.approx([i / 10 for i in range(10)])
     assert [rate for name, rate in rates.items() if "_attn." in name] == pytest.approx([i / 10 for i in range(10)])
+
+
+@torch.no_grad()
+def test_stochastic_depth_drops_a_branch_whole_and_keeps_the_mean() -> None:
+    torch.manual_seed(0)
+    block = Residual(nn.LayerNorm(4), nn.Linear(4, 4), drop_path=0.25).train()
+    x = torch.randn(1, 3, 3, 4)
+    found = block(x.expand(64, -1, -1, -1))
+    kept = x[0] + block.fn(block.norm(x[0])) / 0.75
+    is_kept = torch.tensor([torch.allclose(row, kept, atol=1e-6) for row in found])
+    is_dropped = torch.tensor([torch.equal(row, x[0]) for row in found])
+    assert (is_kept ^ is_dropped).all() and 36 < is_kept.sum() < 60
 
 
 @pytest.mark.parametrize("changes", [{"CONV_AT_ATTN": False}, {"CONV_AT_FFN": False}, {"WINDOW_SIZE": 4}])
