@@ -1,0 +1,102 @@
+"""SEEM through the same trainer, processes, evaluation, adapter files and merging as every other model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from detectron2.data import MetadataCatalog
+from detectron2.modeling import build_model
+
+from peft_d2 import adapters
+from peft_d2.engine import launch, processes
+from peft_d2.engine.merging import merge_adapter, merge_parser
+from peft_d2.models.class_vectors import ClassVectors
+
+from .test_mask_dino import methods_of
+from .test_processes import BATCH, assert_same, one_of_two, steps_of
+from .test_training import StopAfter, assert_equal, train, trained
+
+CONFIG = Path(__file__).with_name("tiny_seem.yaml")
+
+
+@pytest.fixture
+def seem_cfg(make_cfg: Callable[..., Any], tmp_path: Path) -> Callable[..., Any]:
+    """``seem_cfg(*opts, templates=..., output=...)``: with a base's weights, and vectors of the toy set's classes."""
+
+    def make(*opts: Any, templates: int = 3, **options: Any) -> Any:
+        cfg = make_cfg(*opts, config=CONFIG, **options)
+        names = tuple(MetadataCatalog.get(cfg.DATASETS.TRAIN[0]).thing_classes)
+        drawn = torch.randn(templates, len(names) + 1, 16, generator=torch.Generator().manual_seed(2))
+        sentences = tuple(f"{{}}, {i}" for i in range(templates))
+        ClassVectors(names, F.normalize(drawn, dim=-1), sentences).write(tmp_path / "vectors.safetensors")
+        cfg.MODEL.SEEM.CLASS_VECTORS = str(tmp_path / "vectors.safetensors")
+        cfg.MODEL.WEIGHTS = str(tmp_path / "base.pth")
+        if not Path(cfg.MODEL.WEIGHTS).exists():
+            plain = make_cfg(config=CONFIG)
+            torch.manual_seed(3)
+            torch.save({"model": build_model(plain).state_dict()}, cfg.MODEL.WEIGHTS)
+        return cfg
+
+    return make
+
+
+@pytest.mark.parametrize("file", ["adapters3_seem.yaml", "lora_seem.yaml"])
+def test_train_evaluate_store_load_and_merge(seem_cfg: Callable[..., Any], tmp_path: Path, file: str) -> None:
+    trainer = train(seem_cfg(*methods_of(file), "TEST.EVAL_PERIOD", 6))  # proves first that every part is live
+    rows = [json.loads(line) for line in (tmp_path / "metrics.json").read_text().splitlines()]
+    assert {"segm/AP", "bbox/AP", "loss_mask_0", "total_loss"} <= set().union(*rows)
+    model = trainer.model.eval()
+    image = {"image": torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8)}
+    with torch.no_grad():
+        expected = model([image])[0]["instances"]
+    fresh = build_model(seem_cfg()).eval()
+    base = torch.load(tmp_path / "base.pth", weights_only=True)["model"]
+    fresh.load_state_dict(base)
+    adapters.load_adapter(fresh, tmp_path / "adapter_final")
+    assert_equal(trained(trainer), {name: p for name, p in fresh.named_parameters() if p.requires_grad})
+    with torch.no_grad():
+        torch.testing.assert_close(fresh([image])[0]["instances"].scores, expected.scores, rtol=0, atol=1e-6)
+    if "lora" not in file:
+        return
+    # What is merged is a published checkpoint again: every name in its order, what is parked bit by bit.
+    (tmp_path / "config.yaml").write_text(seem_cfg().dump())
+    arguments = ["--config-file", tmp_path / "config.yaml", "--adapter", tmp_path / "adapter_final"]
+    merge_adapter(merge_parser().parse_args([str(a) for a in (*arguments, "--output", tmp_path / "merged.pth")]))
+    merged = torch.load(tmp_path / "merged.pth", weights_only=True)
+    merged = merged.get("model", merged)
+    assert list(merged) == list(base)
+    words = ("lang_encoder", "spatial", "sptial", "pn_indicator", "dilation_kernel")
+    parked = [name for name in base if any(word in name for word in words)]
+    assert len(parked) == 18 + 6 + 1 and all(torch.equal(merged[name], base[name]) for name in parked)
+    plain = build_model(seem_cfg()).eval()
+    plain.load_state_dict(merged)
+    with torch.no_grad():
+        torch.testing.assert_close(plain([image])[0]["instances"].scores, expected.scores, rtol=1e-4, atol=1e-5)
+
+
+def test_a_stopped_run_continues_with_the_same_templates(seem_cfg: Callable[..., Any], tmp_path: Path) -> None:
+    options = (*methods_of("lora_seem.yaml"), "SEED", 5)
+    whole = trained(train(seem_cfg(*options, output=tmp_path / "whole")))
+    stopped = seem_cfg(*options, output=tmp_path / "stopped")
+    with pytest.raises(KeyboardInterrupt):
+        train(stopped, StopAfter(4))
+    assert_equal(whole, trained(train(stopped, resume=True)))
+
+
+def test_two_processes_equal_one(seem_cfg: Callable[..., Any], tmp_path: Path) -> None:
+    """With one template: processes draw theirs by themselves, as published. The second step is made NaN."""
+    options = (*BATCH, *methods_of("adapters1_seem.yaml"))
+    one = steps_of(seem_cfg(*options, "SOLVER.MAX_ITER", 1, templates=1, output=tmp_path / "one"))
+    cfg = seem_cfg(*options, templates=1, output=tmp_path / "two")
+    with pytest.raises(SystemExit):
+        processes.launch(one_of_two, (cfg, str(tmp_path)), processes.Layout(2, on_cpu=True), launch.expected_errors())
+    for rank in (0, 1):
+        assert "LossNotFinite" in (tmp_path / f"{rank}.txt").read_text()
+        figures = {n: v for n, v in one[0].items() if rank == 0 or "loss" not in n}  # rank 0 alone records losses
+        assert_same(figures, torch.load(tmp_path / f"{rank}.pth")[0])
