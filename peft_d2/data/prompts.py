@@ -22,6 +22,7 @@ from detectron2.structures import BoxMode
 from torch import Tensor
 
 from peft_d2.data.augmentation import longest_side_recipe
+from peft_d2.data.images import DatasetError
 from peft_d2.data.mappers import InstanceMapper
 
 logger = logging.getLogger(__name__)
@@ -96,10 +97,10 @@ def prompted_objects(record: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The annotations of a record whose boxes are prompts, in the order of the predictions.
 
     Raises:
-        ValueError: the record has no annotations.
+        DatasetError: the record has no annotations.
     """
     if "annotations" not in record:
-        raise ValueError(
+        raise DatasetError(
             f"{record.get('file_name')}: the data set has no annotations, so there are no boxes to prompt with. "
             "Name a detector's results (COCO's result format) in INPUT.PROMPTS.DETECTIONS."
         )
@@ -110,19 +111,19 @@ def read_detections(path: str | Path, dataset_name: str) -> Detections:
     """A detector's results in COCO's format by image id, with contiguous classes.
 
     Raises:
-        ValueError: the file is not a list of ``{image_id, category_id, bbox, score}``, has an unknown category, a box
+        DatasetError: the file is not a list of ``{image_id, category_id, bbox, score}``, has an unknown category, a box
             or a score that is none, or no result for any image of the data set.
     """
     try:
         rows = json.loads(Path(path).read_bytes())
     except (OSError, ValueError) as error:
-        raise ValueError(f"INPUT.PROMPTS.DETECTIONS {path}: cannot be read as json ({error}).") from error
+        raise DatasetError(f"INPUT.PROMPTS.DETECTIONS {path}: cannot be read as json ({error}).") from error
     contiguous = MetadataCatalog.get(dataset_name).thing_dataset_id_to_contiguous_id
     found: dict[Any, list[dict[str, Any]]] = defaultdict(list)
     for i, row in enumerate(rows if isinstance(rows, list) else [None]):
         problem = _row_problem(row, contiguous, dataset_name)
         if problem:
-            raise ValueError(f"{path}: row {i} {problem}")
+            raise DatasetError(f"{path}: row {i} {problem}")
         found[row["image_id"]].append({**row, "class": contiguous[row["category_id"]]})
     known = {record["image_id"] for record in DatasetCatalog.get(dataset_name)}
     foreign = [image for image in found if image not in known]
@@ -131,7 +132,7 @@ def read_detections(path: str | Path, dataset_name: str) -> Detections:
             f"{path}: {len(foreign)} of {len(found)} images with results, e.g. {foreign[0]!r}, are not in the data set"
         )
         if len(foreign) == len(found):
-            raise ValueError(f"{text} {dataset_name!r}: name the results for its images in INPUT.PROMPTS.DETECTIONS.")
+            raise DatasetError(f"{text} {dataset_name!r}: name the results for its images in INPUT.PROMPTS.DETECTIONS.")
         logger.warning("%s %r: they are left out.", text, dataset_name)
     return found
 
@@ -162,10 +163,21 @@ def build_prompt_test_mapper(cfg: Any, dataset_name: str) -> PromptTestMapper:
     """For inference on a data set.
 
     Raises:
-        ValueError: ``TEST.TILES`` is on; boxes are prompts on whole images.
+        DatasetError: ``TEST.TILES`` is on; boxes are prompts on whole images.
     """
     if "TILES" in cfg.TEST and cfg.TEST.TILES.ENABLED:
-        raise ValueError("TEST.TILES.ENABLED cuts images, but boxes are prompts on whole ones. Set it False.")
+        raise DatasetError("TEST.TILES.ENABLED cuts images, but boxes are prompts on whole ones. Set it False.")
     path = cfg.INPUT.PROMPTS.DETECTIONS
     detections = read_detections(path, dataset_name) if path else None
     return PromptTestMapper(longest_side_recipe(cfg, train=False), cfg.INPUT.FORMAT, detections)
+
+
+def check_prompts(cfg: Any) -> None:
+    """Refuse what the first evaluation of a prompted model would: boxes that cannot be read, or tiles.
+
+    Raises:
+        DatasetError: as :func:`build_prompt_test_mapper`.
+    """
+    if cfg.INPUT.DATASET_MAPPER_NAME == "sam_prompts":
+        for name in cfg.DATASETS.TEST:
+            build_prompt_test_mapper(cfg, name)

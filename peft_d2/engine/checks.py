@@ -99,9 +99,11 @@ def _check_names(cfg: Any, needed: str) -> None:
 
 def _check_annotations(cfg: Any) -> None:
     from peft_d2.data.checks import DatasetError, check_datasets
+    from peft_d2.data.prompts import check_prompts
 
     try:
         check_datasets(cfg)
+        check_prompts(cfg)
     except DatasetError as error:
         raise ConfigError(str(error)) from error
 

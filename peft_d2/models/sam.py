@@ -20,7 +20,7 @@ from peft_d2.models.decoders.sam_mask_decoder import SAMMaskDecoder
 from peft_d2.models.joined_batch import average_count
 from peft_d2.models.postprocess import Canvas, mask_boxes
 from peft_d2.models.prompt_encoder import PromptEncoder
-from peft_d2.models.sam_prompts import Prompts, read_prompts
+from peft_d2.models.sam_prompts import PromptError, Prompts, read_prompts
 from peft_d2.models.targets import Target
 
 THRESHOLD = 0.0  # of the mask logits
@@ -128,12 +128,12 @@ class SegmentAnything(nn.Module):
         """Normalise, then pad with zeros at the bottom and the right: (3, H, W) -> (3, S, S).
 
         Raises:
-            ValueError: an image without pixels, or larger than the model takes.
+            PromptError: an image without pixels, or larger than the model takes.
         """
         height, width = image.shape[-2:]
         if not 0 < min(height, width) <= max(height, width) <= self.image_size:
             name = (item or {}).get("file_name", "an image")
-            raise ValueError(
+            raise PromptError(
                 f"{name}: the image is {width} x {height} px, but the model takes 1 to {self.image_size} px a side. "
                 f"Resize its longer side to {self.image_size} px, e.g. with INPUT.DATASET_MAPPER_NAME sam_prompts."
             )
@@ -157,7 +157,7 @@ class SegmentAnything(nn.Module):
             if not len(labels):
                 prompts = Prompts()  # decoded for the gradients' sake, which are zero
             elif len(prompts) != len(labels) or labels.shape[1:] != size:
-                raise ValueError(
+                raise PromptError(
                     f"{item.get('file_name', 'an image')}: {len(prompts)} prompts on {size} px do not belong to masks "
                     f"{tuple(labels.shape)}; expected a prompt for each mask, and masks of the image's size"
                 )

@@ -9,9 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from peft_d2.data.images import DatasetError
 from peft_d2.models.prompt_encoder import BACKGROUND, FOREGROUND, NOT_A_POINT
 
 _KEYS = ("boxes", "point_coords", "point_labels", "mask_inputs")
+
+
+class PromptError(DatasetError):
+    """An image or a prompt that the model cannot take; the message names the image."""
 
 
 @dataclass(frozen=True)
@@ -58,32 +63,32 @@ def read_prompts(item: Mapping[str, Any], size: tuple[int, int], mask_side: int,
         device: where the prompts go.
 
     Raises:
-        ValueError: a wrong shape, different numbers of prompts, not finite, a box the wrong way round, or a prompt
+        PromptError: a wrong shape, different numbers of prompts, not finite, a box the wrong way round, or a prompt
             outside of the image; naming the image and the prompt.
     """
     name = str(item.get("file_name", "an image"))
     given = {key: torch.as_tensor(item[key]).to(device) for key in _KEYS if item.get(key) is not None}
     for key, value in given.items():
         if value.is_floating_point() and not torch.isfinite(value).all():
-            raise ValueError(f"{name}: {key} holds values that are not finite")
+            raise PromptError(f"{name}: {key} holds values that are not finite")
     if ("point_coords" in given) != ("point_labels" in given):
-        raise ValueError(f"{name}: point_coords and point_labels go together, but only {list(given)} are given")
+        raise PromptError(f"{name}: point_coords and point_labels go together, but only {list(given)} are given")
     counts = {key: len(value) for key, value in given.items()}
     if len(set(counts.values())) > 1:
-        raise ValueError(f"{name}: each kind of prompt must be there equally often, not {counts}")
+        raise PromptError(f"{name}: each kind of prompt must be there equally often, not {counts}")
     boxes, points, masks = given.get("boxes"), None, given.get("mask_inputs")
     if boxes is not None:
         boxes = _checked_boxes(boxes.float(), size, name)
     if "point_coords" in given:
         points = _checked_points(given["point_coords"].float(), given["point_labels"], size, name)
     if masks is not None and tuple(masks.shape[1:]) != (1, mask_side, mask_side):
-        raise ValueError(f"{name}: mask_inputs are {tuple(masks.shape)}, expected (N, 1, {mask_side}, {mask_side})")
+        raise PromptError(f"{name}: mask_inputs are {tuple(masks.shape)}, expected (N, 1, {mask_side}, {mask_side})")
     return Prompts(boxes, points, None if masks is None else masks.float())
 
 
 def _checked_boxes(boxes: Tensor, size: tuple[int, int], name: str) -> Tensor:
     if boxes.dim() != 2 or boxes.shape[1] != 4:
-        raise ValueError(f"{name}: boxes are {tuple(boxes.shape)}, expected (N, 4): x0, y0, x1, y1")
+        raise PromptError(f"{name}: boxes are {tuple(boxes.shape)}, expected (N, 4): x0, y0, x1, y1")
     height, width = size
     x0, y0, x1, y1 = boxes.unbind(1)
     _refuse(boxes, (x1 < x0) | (y1 < y0), name, "box", "is the wrong way round; expected x0, y0, x1, y1 in this order")
@@ -94,13 +99,13 @@ def _checked_boxes(boxes: Tensor, size: tuple[int, int], name: str) -> Tensor:
 
 def _checked_points(points: Tensor, labels: Tensor, size: tuple[int, int], name: str) -> tuple[Tensor, Tensor]:
     if points.dim() != 3 or points.shape[2] != 2 or labels.shape != points.shape[:2]:
-        raise ValueError(
+        raise PromptError(
             f"{name}: point_coords are {tuple(points.shape)} and point_labels {tuple(labels.shape)}, "
             "expected (N, P, 2) and (N, P)"
         )
     known = sum(labels == label for label in (NOT_A_POINT, BACKGROUND, FOREGROUND))
     if not torch.as_tensor(known).bool().all():
-        raise ValueError(f"{name}: point_labels must be 1 (object), 0 (not the object) or -1 (padding)")
+        raise PromptError(f"{name}: point_labels must be 1 (object), 0 (not the object) or -1 (padding)")
     limit = points.new_tensor([size[1], size[0]])
     outside = ((points < 0) | (points > limit)).any(2) & (labels != NOT_A_POINT)
     _refuse(
@@ -114,4 +119,4 @@ def _refuse(prompts: Tensor, bad: Tensor, name: str, kind: str, what: str) -> No
         i = int(bad.nonzero()[0])
         values = [round(v, 2) for v in prompts[i].tolist()]
         more = f" ({int(bad.sum())} such)" if bad.sum() > 1 else ""
-        raise ValueError(f"{name}: {kind} {i} {values} {what}{more}")
+        raise PromptError(f"{name}: {kind} {i} {values} {what}{more}")

@@ -17,8 +17,12 @@ import peft_d2  # noqa: E402
 from peft_d2 import data, peft  # noqa: E402
 from peft_d2.data import builtin, toy  # noqa: E402
 from peft_d2.engine import targets  # noqa: E402
+from peft_d2.engine.checks import check_run  # noqa: E402
 from peft_d2.engine.config import load_config  # noqa: E402
+from peft_d2.engine.errors import ConfigError  # noqa: E402
+from peft_d2.engine.launch import one_line_errors  # noqa: E402
 from peft_d2.engine.trainer import Trainer  # noqa: E402
+from peft_d2.models.sam_prompts import read_prompts  # noqa: E402
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 TINY_SWIN = Path(__file__).with_name("tiny.yaml")
@@ -199,6 +203,27 @@ def test_boxes_of_a_detector(sam_cfg: Callable[..., Any], toy_set: toy.ToySet, t
     path.write_text("{}")
     with pytest.raises(ValueError, match="row 0 is no result"):
         Trainer.test(cfg, Trainer.build_model(cfg))
+
+
+@pytest.mark.parametrize(
+    ("opts", "said"),
+    [
+        (("INPUT.PROMPTS.DETECTIONS", "nowhere.json"), "DETECTIONS nowhere.json: cannot be read"),
+        (("TEST.TILES.ENABLED", True), "TEST.TILES.ENABLED cuts images"),
+    ],
+)
+def test_the_first_evaluation_cannot_fail_after_hours(sam_cfg: Callable[..., Any], opts: Any, said: str) -> None:
+    cfg = sam_cfg("decoder", *opts)
+    data.register_from_config(cfg)
+    with pytest.raises(ConfigError, match=said):
+        check_run(cfg, evaluate=False)
+
+
+def test_a_prompt_that_cannot_be_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    item = {"boxes": [[5.0, 5, 1, 1]], "file_name": "a.png"}
+    with pytest.raises(SystemExit):
+        one_line_errors(lambda: read_prompts(item, (9, 9), 32, torch.device("cpu")))
+    assert capsys.readouterr().err.startswith("error: a.png: box 0 [5.0, 5.0, 1.0, 1.0] is the wrong way round")
 
 
 def test_automatic_mode(make_cfg: Callable[..., Any]) -> None:
