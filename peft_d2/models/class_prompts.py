@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from peft_d2.io import CheckpointError
+
 # Prompts of CLIP for ImageNet (Radford et al., ICML 2021, section 3.1.4), put together from their parts: 80 sentences.
 _PHOTOS = (
     "bad",
@@ -67,7 +69,7 @@ Tokenizer = Callable[[Sequence[str]], Tensor]
 """Texts to ids (N, L), with the start token first and filled up after the end token."""
 
 
-class TokenizerError(ValueError):
+class TokenizerError(CheckpointError):
     """There is no tokenizer, or not one for this encoder; says what to do."""
 
 

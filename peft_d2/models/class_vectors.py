@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peft_d2.io import atomic, strict_json, tensor_file
+from peft_d2.io import CheckpointError, atomic, strict_json, tensor_file
 from peft_d2.io.base_fingerprint import fingerprint
 from peft_d2.models.class_prompts import BACKGROUND, TEMPLATES, Tokenizer, prompts
 from peft_d2.models.text_encoder import TextEncoder
@@ -23,7 +23,7 @@ _FORMAT = 1
 _TEXTS_PER_CALL = 512
 
 
-class ClassVectorsError(ValueError):
+class ClassVectorsError(CheckpointError):
     """A file of class vectors that cannot be used, or a class that it lacks; names both and says what to do."""
 
 

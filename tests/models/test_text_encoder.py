@@ -266,6 +266,16 @@ def test_tool(
     torch.testing.assert_close(found.vectors, expected.vectors, rtol=0, atol=1e-5)
 
 
+def test_tool_ends_with_one_line(tmp_path: Path, encoder: TextEncoder, monkeypatch: Any, capsys: Any) -> None:
+    torch.save(encoder.state_dict(), tmp_path / "seem.pth")
+    options = ["--weights", tmp_path / "seem.pth", "--tokenizer", tmp_path, "--output", tmp_path / "out"]
+    monkeypatch.setattr(sys, "argv", ["encode_classes.py", *map(str, options), "--names", "cell"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(ROOT / "tools" / "encode_classes.py"), run_name="__main__")
+    said = capsys.readouterr().err.splitlines()
+    assert end.value.code == 1 and len(said) == 1 and "holds no tokenizer: give a folder" in said[0]
+
+
 def test_tool_names_what_is_wrong(tmp_path: Path, encoder: TextEncoder) -> None:
     torch.save({"backbone.weight": torch.zeros(2)}, tmp_path / "other.pth")
     with pytest.raises(ConfigError, match=r"other\.pth has 0 text encoders.*give a checkpoint of SEEM"):
