@@ -83,15 +83,24 @@ def published_core(value: Tensor, shapes: Tensor, starts: Tensor, locations: Ten
     return (torch.stack(parts, -2).flatten(-2) * weights).sum(-1).view(n, heads * channels, queries).transpose(1, 2)
 
 
-def peers() -> dict[str, Core]:
-    """Cores of other packages, as far as they are installed; each takes the arguments of the plain form."""
+def peers(device: str) -> dict[str, Core]:
+    """Cores of other packages that run on `device`, as far as they are installed, in the plain form."""
     found: dict[str, Core] = {}
     try:
-        from mmcv.ops.multi_scale_deform_attn import MultiScaleDeformableAttnFunction
+        from transformers.models.mask2former.modeling_mask2former import multi_scale_deformable_attention
 
-        found["mmcv"] = lambda *x: MultiScaleDeformableAttnFunction.apply(*x, 64)
+        found["transformers"] = _pure_torch(multi_scale_deformable_attention)
+    except ImportError as error:
+        print(f"transformers is left out: {error}")
+    try:
+        import mmcv.ops.multi_scale_deform_attn as mmcv
     except ImportError as error:
         print(f"mmcv is left out: {error}")
+    else:
+        kernels: Core = lambda *x: mmcv.MultiScaleDeformableAttnFunction.apply(*x, 64)  # noqa: E731
+        found["mmcv"] = kernels if device == "cuda" else _pure_torch(mmcv.multi_scale_deformable_attn_pytorch)
+    if device == "cpu":
+        return found  # the others have no CPU kernels
     try:
         import MultiScaleDeformableAttention as official
     except ImportError as error:
@@ -105,6 +114,13 @@ def peers() -> dict[str, Core]:
     except Exception as error:  # the package, its network and its binaries all fail in their own ways
         print(f"transformers' kernels are left out: {type(error).__name__}: {error}")
     return found
+
+
+def _pure_torch(function: Callable[[Tensor, list, Tensor, Tensor], Tensor]) -> Core:
+    """A formula by grid_sample, which needs all in one type."""
+    return lambda value, shapes, starts, locations, weights: function(
+        value, shapes.tolist(), locations.to(value.dtype), weights.to(value.dtype)
+    )
 
 
 def _official(module) -> Core:
@@ -183,7 +199,7 @@ def runs(inputs: Inputs, form: str, device: str, cores: dict[str, Core]) -> dict
     else:
         found["ours"] = lambda: ops.ms_deform_attn_fused(*fused, backend=device)
         found["twin"] = lambda: ops.ms_deform_attn_fused(*fused, backend="torch")
-    for name, core in {"torch": published_core, **(cores if device == "cuda" else {})}.items():
+    for name, core in {"torch": published_core, **cores}.items():
         found[name] = (
             (lambda core=core: core(*plain)) if form == "plain" else (lambda core=core: from_projections(core))
         )
@@ -334,7 +350,7 @@ def main() -> None:
 
     name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
     print(f"torch {torch.__version__}, {name}")
-    cores = peers() if device == "cuda" else {}
+    cores = peers(device)
     rows: list[Row] = []
     for threads in arguments.threads if device == "cpu" else [torch.get_num_threads()]:
         torch.set_num_threads(threads)
