@@ -117,7 +117,7 @@ class Predictor:
     """A config's model with its base weights and adapter, for one image file at a time."""
 
     def __init__(self, cfg: Any) -> None:
-        from detectron2.data import MetadataCatalog
+        from detectron2.data import Metadata, MetadataCatalog
         from detectron2.data import transforms as T
 
         from peft_d2.data.augmentation import LongestSide
@@ -130,9 +130,12 @@ class Predictor:
         self.prompted = isinstance(self.model, SegmentAnything)
         Checkpointer(self.model, allow_other_base=cfg.MODEL.PEFT.ALLOW_OTHER_BASE).load(cfg.MODEL.WEIGHTS)
         warn_of_untrained(cfg)
-        self.model = inference_model(cfg, self.model)
         names = (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN)
         self.metadata = MetadataCatalog.get(names[0] if names else "__unnamed__")
+        scored = list(getattr(self.model, "class_names", ()))  # of a model that is told its classes by name
+        if scored and scored not in (self.metadata.get("stuff_classes"), self.metadata.get("thing_classes")):
+            self.metadata = Metadata(thing_classes=scored, stuff_classes=scored)
+        self.model = inference_model(cfg, self.model)
         size = 0 if cfg.TEST.TILES.ENABLED else cfg.INPUT.MIN_SIZE_TEST  # tiles are cut from images in their own size
         self._resize: Any = T.ResizeShortestEdge([size, size], cfg.INPUT.MAX_SIZE_TEST)
         if self.prompted:

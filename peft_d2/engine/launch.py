@@ -277,7 +277,17 @@ def expected_errors() -> tuple[type[Exception], ...]:
     return (
         *(ConfigError, DatasetError, LossNotFinite, WorkerDied, Detectron2Missing, peft.PeftError),
         *(io.CheckpointError, io.AdapterFileError, io.StorageError),
+        *_errors_of_class_names(),
     )
+
+
+def _errors_of_class_names() -> tuple[type[Exception], ...]:
+    try:
+        from peft_d2.models.class_prompts import TokenizerError
+        from peft_d2.models.class_vectors import ClassVectorsError
+    except Detectron2Missing:  # is what there is to say
+        return ()
+    return ClassVectorsError, TokenizerError
 
 
 def one_line_errors(function: Callable[[], Any]) -> Any:

@@ -18,6 +18,7 @@ import peft_d2
 from peft_d2 import peft
 from peft_d2.engine.config import load_config
 from peft_d2.engine.targets import build_without_weights, describe, inspect_parser
+from peft_d2.io import base_weights
 from peft_d2.models import register
 from peft_d2.models.class_prompts import TokenizerError
 from peft_d2.models.class_vectors import ClassVectors, ClassVectorsError
@@ -227,9 +228,12 @@ def test_results_of_all_three_tasks(small_seem: Any) -> None:
     from types import SimpleNamespace
 
     model = small_seem({f"MODEL.MASK_FORMER.TEST.{task}_ON": True for task in ("SEMANTIC", "PANOPTIC")}).eval()
-    model.metadata = SimpleNamespace(thing_dataset_id_to_contiguous_id={1: 0, 7: 2})
+    assert model.thing_classes == {0, 1, 2, 3}  # where no data set tells them from the stuff
+    model.metadata = SimpleNamespace(thing_dataset_id_to_contiguous_id={1: 0, 7: 2}, stuff_classes=list(NAMES))
     with torch.no_grad():
         (result,) = model([{**sample("tensor"), "height": 100, "width": 120}])
+    model.set_classes(["fish"])
+    assert model.class_names == ("fish",) and model.thing_classes == {0}
     assert result["sem_seg"].shape == (4, 100, 120) and result["panoptic_seg"][0].shape == (100, 120)
     assert set(result["instances"].pred_classes.tolist()) <= {0, 2}
     assert (result["instances"].scores.diff() <= 0).all()
@@ -312,6 +316,23 @@ def test_errors_name_the_remedy(build: Any, small_seem: Any, reader: Any) -> Non
     model.sem_seg_head.predictor.lang_encoder.requires_grad_(True)
     with pytest.raises(ClassVectorsError, match="come from a file, which they do not change"):
         model.train()(inputs)
+
+
+def test_checkpoints_that_lack_what_is_not_computed(small_seem: Any, tmp_path: Path) -> None:
+    """A file as published is a bare state dict; one of a SEEM without prompts lacks their tensors."""
+    model = small_seem()
+    whole = {name: torch.randn_like(value) for name, value in model.state_dict().items()}
+    torch.save(whole, tmp_path / "seem.pt")
+    assert base_weights.load_base(model, tmp_path / "seem.pt").unexpected == []
+    assert all(torch.equal(value, whole[name]) for name, value in model.state_dict().items())
+    words = ("sptial", "spatial", "pn_indicator")
+    torch.save({n: v for n, v in whole.items() if not any(word in n for word in words)}, tmp_path / "fork.pt")
+    other = small_seem()
+    base_weights.load_base(other, tmp_path / "fork.pt")
+    assert not other.sem_seg_head.predictor.pn_indicator.weight.any()
+    torch.save({n: v for n, v in whole.items() if "lang_encoder.lang_encoder" not in n}, tmp_path / "mute.pt")
+    with pytest.raises(ClassVectorsError, match="no text encoder .*TEXT_ENCODER to False"):
+        base_weights.load_base(other, tmp_path / "mute.pt")
 
 
 FILES = sorted(str(path.relative_to(ROOT / "configs")) for path in (ROOT / "configs/seem").rglob("*.yaml"))
