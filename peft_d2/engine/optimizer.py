@@ -65,9 +65,12 @@ def build_optimizer(cfg: Any, model: nn.Module) -> torch.optim.Optimizer:
     if not groups:
         raise ConfigError("no parameter is trained: MODEL.PEFT.METHODS and TRAIN select nothing that needs gradients.")
     solver = cfg.SOLVER
+    # On the CPU the fused kernels take a quarter of the loop's time. On GPUs torch's default is good, and fused kernels
+    # would be given gradients that fp16's scaler has not unscaled yet, which the clipping must not see.
+    fused = True if all(p.device.type == "cpu" for group in groups for p in group["params"]) else None
     optimizer: torch.optim.Optimizer
     if solver.OPTIMIZER == "ADAMW":
-        optimizer = torch.optim.AdamW(groups, lr=solver.BASE_LR, weight_decay=solver.WEIGHT_DECAY)
+        optimizer = torch.optim.AdamW(groups, lr=solver.BASE_LR, weight_decay=solver.WEIGHT_DECAY, fused=fused)
     elif solver.OPTIMIZER == "SGD":
         optimizer = torch.optim.SGD(
             groups,
@@ -75,6 +78,7 @@ def build_optimizer(cfg: Any, model: nn.Module) -> torch.optim.Optimizer:
             momentum=solver.MOMENTUM,
             nesterov=solver.NESTEROV,
             weight_decay=solver.WEIGHT_DECAY,
+            fused=fused,
         )
     else:
         raise ConfigError(f"SOLVER.OPTIMIZER is {solver.OPTIMIZER!r}; expected 'ADAMW' or 'SGD'.")

@@ -146,7 +146,7 @@ class TrainStep(SimpleTrainer):
 
     def _require_finite_gradients(self, losses: Mapping[str, Tensor], data: Any) -> None:
         gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
-        norm = torch.stack([g.detach().float().norm() for g in torch._foreach_norm(gradients)]).sum()
+        norm = torch.stack([norm.float() for norm in torch._foreach_norm(gradients)]).sum()
         if _all_ranks(bool(torch.isfinite(norm)), norm.device):
             return
         shown = {name: round(float(loss.detach()), 4) for name, loss in losses.items()}
@@ -162,7 +162,8 @@ class TrainStep(SimpleTrainer):
         )
 
     def _record(self, losses: Mapping[str, Tensor], data_time: float) -> None:
-        row = {name: float(loss.detach()) for name, loss in losses.items()} | {"data_time": data_time}
+        values = torch.stack([loss.detach().float() for loss in losses.values()]).tolist()  # waits for a GPU once
+        row = dict(zip(losses, values, strict=True)) | {"data_time": data_time}
         rows = comm.gather(row)
         if not comm.is_main_process():
             return

@@ -140,3 +140,22 @@ def test_detectron2_schedules(make_cfg: Callable[..., Any], name: str) -> None:
         optimizer.step()
         schedule.step()
     assert seen[0] < seen[2] and seen[5] < seen[2]
+
+
+@pytest.mark.parametrize("name", ["ADAMW", "SGD"])
+def test_fused_kernels_of_the_cpu_take_the_same_steps(make_cfg: Callable[..., Any], name: str) -> None:
+    cfg = make_cfg("SOLVER.OPTIMIZER", name, "SOLVER.MOMENTUM", 0.9)
+    models = [build_model(cfg) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    fused, plain = (build_optimizer(cfg, model) for model in models)
+    assert all(group["fused"] for group in fused.param_groups)
+    for group in plain.param_groups:
+        group["fused"] = None
+    for _ in range(3):
+        for one, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
+            one.grad = torch.randn_like(one)
+            other.grad = one.grad.clone()
+        fused.step()
+        plain.step()
+    for one, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
