@@ -14,9 +14,9 @@ from detectron2.data import MetadataCatalog
 from detectron2.modeling import build_model
 
 from peft_d2 import adapters
-from peft_d2.engine import launch, processes
+from peft_d2.engine import demo, launch, processes
 from peft_d2.engine.merging import merge_adapter, merge_parser
-from peft_d2.models.class_vectors import ClassVectors
+from peft_d2.models.class_vectors import ClassVectors, ClassVectorsError
 
 from .test_mask_dino import methods_of
 from .test_processes import BATCH, assert_same, one_of_two, steps_of
@@ -100,3 +100,17 @@ def test_two_processes_equal_one(seem_cfg: Callable[..., Any], tmp_path: Path) -
         assert "LossNotFinite" in (tmp_path / f"{rank}.txt").read_text()
         figures = {n: v for n, v in one[0].items() if rank == 0 or "loss" not in n}  # rank 0 alone records losses
         assert_same(figures, torch.load(tmp_path / f"{rank}.pth")[0])
+
+
+def test_other_classes_in_the_demo(seem_cfg: Callable[..., Any], toy_set: Any) -> None:
+    """Two names, in another order than the data set's: predictions are of them, and drawn under them."""
+    plain = seem_cfg()
+    names = [str(name) for name in MetadataCatalog.get(plain.DATASETS.TRAIN[0]).thing_classes]
+    picture = sorted(Path(toy_set.images).iterdir())[0]
+    first, second = demo.Predictor(plain), demo.Predictor(seem_cfg("MODEL.SEEM.CLASS_NAMES", [names[1], names[0]]))
+    assert first.metadata.thing_classes == names and second.metadata.thing_classes == [names[1], names[0]]
+    assert set(second(picture)[1]["instances"].pred_classes.tolist()) == {0, 1}
+    cfg = seem_cfg("MODEL.SEEM.CLASS_NAMES", ["unheard of"])
+    with pytest.raises(ClassVectorsError, match="no vectors of the classes 'unheard of', only of"):
+        demo.Predictor(cfg)
+    assert ClassVectorsError in launch.expected_errors()
