@@ -80,7 +80,7 @@ def study(model: str, tiles: dict[str, list[str]], output: Path, args: argparse.
     weights = ["MODEL.WEIGHTS", str(Path(trained.folder, "model_final.pth"))]
     print(f"{model}: its adaptation to histology", flush=True)
     chosen = args.variants or variants
-    runs = [Run(name, str(variants[name]), seed) for name in chosen for seed in args.seeds]
+    runs = [Run(name, str(variants[name]), seed) for seed in args.seeds for name in chosen]
     results = compare(runs, output / model, [*train_net, *tiles["histology"]], [*weights, *args.opts], metrics)
     return sorted(results, key=lambda result: result.trainable)
 
