@@ -50,12 +50,15 @@ def save_adapter(
 
     Raises:
         ValueError: the model has no injection.
+        InjectionError: the model is a wrapper around one that has none.
         peft_d2.io.StorageError: the disk is full; what was there before stays.
     """
+    model = _root(model)
     injection = peft.get_injection(model)
     if injection is None:
         raise ValueError("the model has no adapter to save: call peft_d2.inject(model, methods) first")
     name = name or injection.active
+    _warn_of_strays(model)
     tensors = peft.adapter_state_dict(model, name)
     adapter_file.write(
         folder,
@@ -93,6 +96,7 @@ def load_adapter(
     Raises:
         AdapterFileError: the files are missing or damaged, or belong to another base, rank, or method.
     """
+    model = _root(model)
     is_theirs = huggingface.is_huggingface(folder)
     content = huggingface.read(folder) if is_theirs else adapter_file.read(folder)
     if content.base is not None:
@@ -126,9 +130,31 @@ def save_merged(model: nn.Module, path: str | os.PathLike[str]) -> None:
         InjectionError: a part is no change of weights (a sequential adapter, say) and cannot be in such a checkpoint.
         peft_d2.io.StorageError: the disk is full; what was there before stays.
     """
+    model = _root(model)
     peft.remove(model, keep=True)
     with atomic.file(path) as temporary:
         torch.save({"model": model.state_dict(), "__author__": "peft_d2"}, temporary)
+
+
+def _root(model: nn.Module) -> nn.Module:
+    """The model that was injected or will be, without DistributedDataParallel, ``torch.compile`` and the like."""
+    root = peft.injected_root(model)
+    if root is None:
+        peft.refuse_wrapper(model)
+    return model if root is None else root
+
+
+def _warn_of_strays(model: nn.Module) -> None:
+    """Say which parameters are trained besides the adapter: the file does not hold them, and the base is another."""
+    own = {id(trained.param) for trained in peft.trained_parameters(model)}
+    strays = [name for name, value in model.named_parameters() if value.requires_grad and id(value) not in own]
+    if strays:
+        logger.warning(
+            "%d parameters require gradients and are in no adapter, from %s on: if they were trained, this adapter "
+            "does not fit its base. Name them in TRAIN.",
+            len(strays),
+            strays[0],
+        )
 
 
 def _inject_as_stored(model: nn.Module, content: AdapterFile, name: str) -> None:
@@ -184,7 +210,7 @@ def _base_fingerprint(model: nn.Module, tensors: Collection[str], values: bool =
     # Where everything is trained there is no other base to show, and no value of it counts.
     hidden = injection is not None and not any("*" in record.train for record in injection.adapters.values())
     with peft.disabled(model) if hidden else contextlib.nullcontext():
-        state = peft.base_state_dict(model)
+        state = {key: value for key, value in peft.base_state_dict(model).items() if isinstance(value, Tensor)}
         return fingerprint(state, trained=_with_aliases(model, state, tensors) if values else state)
 
 

@@ -11,7 +11,7 @@ from .match import PatternError
 from .method import MethodError
 from .methods import METHODS
 from .report import Report, make_report
-from .runtime import Injection, InjectionError, get_injection
+from .runtime import Injection, InjectionError, get_injection, injected_root, refuse_wrapper
 from .specialise import Specialised, base_class
 from .state import (
     AdapterStateError,
@@ -48,11 +48,13 @@ __all__ = [
     "get_injection",
     "inject",
     "injected_keys",
+    "injected_root",
     "load_adapter_state_dict",
     "make_report",
     "match_targets",
     "merge",
     "prove_live",
+    "refuse_wrapper",
     "remove",
     "set_adapter",
     "trained_parameters",

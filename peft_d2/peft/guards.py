@@ -19,8 +19,7 @@ class FrozenStatisticsMixin(Specialised):
 
 def has_statistics(module: nn.Module) -> bool:
     """Whether training a batch would move this module's running statistics (BatchNorm of any make)."""
-    mean = module._buffers.get("running_mean")
-    return isinstance(mean, Tensor) and hasattr(module, "momentum")
+    return isinstance(getattr(module, "running_mean", None), Tensor) and hasattr(module, "momentum")
 
 
 def freeze_statistics(model: nn.Module, switch: Switch) -> list[nn.Module]:

@@ -7,6 +7,7 @@ freezing, report, files, switching and merging are those of every other method. 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -46,19 +47,16 @@ class TunerPart(Part):
         return self.hf(*args, **kwargs)
 
     def effective_weights(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What the tuner's own merge makes of the weights; the stored ones are put back bit for bit."""
-        view = self.hf.__dict__["base_layer"]
-        stored = {name: value.data for name, value in view.named_parameters()}
+        """What the tuner's own merge makes of the weights, in a copy; nothing where it cannot merge."""
+        layer: Any = copy.deepcopy(self.hf)
         with torch.no_grad():
-            for name, value in view.named_parameters():
+            for name, value in layer.base_layer.named_parameters():
                 value.data = weights[name].detach().clone()
             try:
-                self.hf.merge(adapter_names=[_ADAPTER])  # type: ignore[operator]
-                return {name: value.data for name, value in view.named_parameters()}
-            finally:
-                self.hf.merged_adapters.clear()  # type: ignore[operator, union-attr]
-                for name, value in view.named_parameters():
-                    value.data = stored[name]
+                layer.merge(adapter_names=[_ADAPTER])
+            except NotImplementedError:
+                return {}
+        return {name: value.data for name, value in layer.base_layer.named_parameters()}
 
 
 class TunerMixin(Specialised):
@@ -111,7 +109,7 @@ def _config(config_class: Any, options: TunerOptions) -> Any:
         fields.setdefault("feedforward_modules", [])
     try:
         return config_class(**fields)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, ImportError) as error:
         raise MethodError(f"method 'hf': CONFIG does not fit {config_class.__name__}: {error}") from error
 
 
@@ -129,7 +127,7 @@ def _tuner_layer(site: Site, config: Any, inject: Any) -> nn.Module:
     flags = {name: value.requires_grad for name, value in view.named_parameters()}
     try:
         inject(config, holder, adapter_name=_ADAPTER)
-    except (ValueError, TypeError, AttributeError, NotImplementedError) as error:
+    except (ValueError, TypeError, AttributeError, NotImplementedError, ImportError) as error:
         raise MethodError(
             f"peft's {config.peft_type.value} cannot go on {site.name} ({base.__name__}): {error}"
         ) from error

@@ -15,6 +15,7 @@ from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from .guards import close_fast_paths, freeze_statistics, has_statistics
 from .match import PatternError, is_literal, match, resolve
@@ -31,9 +32,10 @@ from .runtime import (
     attach,
     get_runtime,
     injected_root,
+    refuse_wrapper,
     walk,
 )
-from .specialise import Specialised, Switch, add_part, base_class, specialise
+from .specialise import Specialised, Switch, add_part, base_class, specialise, specialise_problem
 from .state import protect_on_load
 
 EVERYTHING = "*"
@@ -106,13 +108,10 @@ def inject(
     Raises:
         MethodError: an unknown method, key or value, or a place that a method cannot go on.
         PatternError: a pattern that matches nothing.
-        InjectionError: the model is injected already, or nothing would be trained.
+        InjectionError: the model or a part of it is injected, it is wrapped or lazy, or nothing would be trained.
     On an error the model is as it was.
     """
-    if injected_root(model) is not None:
-        raise InjectionError(
-            "this model is injected already: add_adapter(model, name) adds another, remove(model) undoes the first"
-        )
+    _check_model(model)
     if not methods and not train:
         raise InjectionError("nothing would be trained: METHODS and TRAIN are both empty")
     _check_adapter_name(name)
@@ -211,7 +210,11 @@ def _plan(index: Index, methods: Sequence[Mapping[str, Any]], train: Sequence[st
                 raise MethodError(
                     f"{site.name} is chosen by two {method.name!r} entries ({other} and {number}); EXCLUDE it in one"
                 )
-        placements += [(method, placement) for placement in method.place(sites)]
+        for placement in method.place(sites):
+            problem = specialise_problem(placement.site.module)
+            if problem:
+                raise MethodError(f"method {method.name!r} cannot go on {placement.site.name}: {problem}")
+            placements.append((method, placement))
     chosen = set(full)
     return parsed, placements, [first for first in index.slots if first in chosen], full_modules
 
@@ -321,6 +324,26 @@ def _frozen_copy(tensor: Tensor) -> Tensor:
 def _set_trainable(tensor: Tensor) -> None:
     if isinstance(tensor, nn.Parameter) and (tensor.is_floating_point() or tensor.is_complex()):
         tensor.requires_grad_(True)
+
+
+def _check_model(model: nn.Module) -> None:
+    """Refuse a model that cannot be injected as it is."""
+    if injected_root(model) is not None:
+        raise InjectionError(
+            "this model is injected already: add_adapter(model, name) adds another, remove(model) undoes the first"
+        )
+    refuse_wrapper(model)
+    for name, module in model.named_modules():
+        if isinstance(module, Specialised):
+            raise InjectionError(
+                f"{name or 'this module'} was injected as a part of another model: remove that injection, then inject "
+                "the whole model at once"
+            )
+        if has_statistics(module) and specialise_problem(module):
+            raise InjectionError(f"the running statistics of {name} cannot be frozen: {specialise_problem(module)}")
+    lazy = [name for name, parameter in model.named_parameters() if is_lazy(parameter)]
+    if lazy:
+        raise InjectionError(f"{lazy[0]} has no shape yet (a lazy module): run the model once, then inject")
 
 
 def _check_adapter_name(name: str) -> None:

@@ -21,13 +21,19 @@ def set_adapter(model: nn.Module, name: str) -> None:
     """Run and train the adapter ``name`` instead of the active one, its fully trained modules included.
 
     Raises:
-        InjectionError: there is none, or adapters are merged or disabled.
+        InjectionError: there is none, or adapters are merged or disabled, or the model is given in a wrapper that
+            exchanges gradients of the parameters that were trained when it was made.
     """
     runtime = get_runtime(model)
     known_adapter(runtime, name)
     _expect_plain(runtime)
     if name == runtime.record.active:
         return
+    if type(model).__name__ in ("DistributedDataParallel", "FullyShardedDataParallel"):
+        raise InjectionError(
+            f"a {type(model).__name__} exchanges no gradients of adapter {name!r}: set it in the model itself, "
+            "set_adapter(model.module, ...), and wrap that anew (for inference it needs no wrapper)"
+        )
     for parameter in runtime.injected[runtime.record.active]:
         parameter.requires_grad_(False)
     for parameter in runtime.injected[name]:
@@ -78,14 +84,16 @@ def merge(model: nn.Module) -> list[str]:
     runtime = get_runtime(model)
     _expect_plain(runtime)
     plan: list[tuple[Specialised, dict[str, Tensor]]] = []
-    left = []
+    left, merged = [], []
     for module in runtime.places[runtime.record.active]:
-        changed, whole = _effective(module, runtime.record.active)
+        changed, methods = _effective(module, runtime.record.active)
         plan.append((module, changed))
-        if not whole:
+        merged.append(methods)
+        if len(methods) < len(module.peft_parts(runtime.record.active)):
             left.append(module.peft_name)
     _refuse_shared(model, plan)
-    for module, changed in plan:
+    for (module, changed), methods in zip(plan, merged, strict=True):
+        module.peft_merged.extend(methods)
         for name, value in changed.items():
             weight = module.get_parameter(name)
             module.peft_backup[name] = weight.detach().clone()
@@ -104,6 +112,7 @@ def unmerge(model: nn.Module) -> None:
         for name, value in module.peft_backup.items():
             module.get_parameter(name).data.copy_(value)
         module.peft_backup.clear()
+        module.peft_merged.clear()
     runtime.record.merged = False
 
 
@@ -129,11 +138,13 @@ def remove(model: nn.Module, keep: bool = False) -> nn.Module:
     ``keep=True`` leaves the merged weights and the fully trained values in; otherwise the base's values come back.
 
     Raises:
-        InjectionError: ``keep`` and some parts cannot be merged; they are named.
+        InjectionError: ``keep`` and some parts cannot be merged; they are named. Or it is within ``disabled``.
     """
     runtime = get_runtime(model)
     root = injected_root(model)
     assert root is not None
+    if not runtime.record.enabled:
+        raise InjectionError("adapters are disabled: leave the disabled(model) block first")
     if keep:
         left = [] if runtime.record.merged else merge(model)
         left = left or [module.peft_name for module in runtime.places[runtime.record.active] if not _is_whole(module)]
@@ -156,22 +167,24 @@ def remove(model: nn.Module, keep: bool = False) -> nn.Module:
 
 
 def _is_whole(module: Specialised) -> bool:
-    return _effective(module, module.peft_switch.active)[1]
+    adapter = module.peft_switch.active
+    return len(_effective(module, adapter)[1]) == len(module.peft_parts(adapter))
 
 
-def _effective(module: Specialised, adapter: str) -> tuple[dict[str, Tensor], bool]:
-    """The weights that all mergeable parts of a module give together, and whether those are all of its parts."""
+def _effective(module: Specialised, adapter: str) -> tuple[dict[str, Tensor], list[str]]:
+    """The weights that all mergeable parts of a module give together, and the methods of those parts."""
     weights: dict[str, Tensor] = {
         name: value for name, value in module.named_parameters() if not name.startswith(f"{STORE}.")
     }
     changed: dict[str, Tensor] = {}
-    whole = True
-    for part in module.peft_parts(adapter).values():
+    methods = []
+    for method, part in module.peft_parts(adapter).items():
         assert isinstance(part, Part)
         update = part.effective_weights({**weights, **changed})
-        whole = whole and bool(update)
+        if update:
+            methods.append(method)
         changed.update(update)
-    return changed, whole
+    return changed, methods
 
 
 def _refuse_shared(model: nn.Module, plan: list[tuple[Specialised, dict[str, Tensor]]]) -> None:

@@ -55,6 +55,11 @@ class Lora(Method):
         base = base_class(site.module)
         if base is nn.MultiheadAttention:
             return ""
+        weight = getattr(site.module, "weight", None)
+        if isinstance(weight, Tensor) and "weight" not in site.module._parameters:
+            return "its weight is computed from others (weight_norm, spectral_norm); fold it into one weight first"
+        if isinstance(weight, Tensor) and not weight.is_floating_point():
+            return f"its weight is stored as {weight.dtype}"
         if base in _LINEAR:
             return self._packed_refusal(site.module) if self.options.parts else ""
         if base is nn.Conv2d or is_normed_conv(base, site.module):

@@ -12,6 +12,7 @@ from .errors import PeftError
 from .specialise import STORE, Specialised, Switch
 
 _ATTRIBUTE = "_peft_runtime"
+_WRAPPERS = ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "OptimizedModule")
 
 
 class InjectionError(PeftError, RuntimeError):
@@ -141,6 +142,17 @@ def injected_root(model: nn.Module) -> nn.Module | None:
             return seen
         seen = seen._modules.get("module") or seen._modules.get("_orig_mod")
     return None
+
+
+def refuse_wrapper(model: nn.Module) -> None:
+    """Raise where ``model`` is not the model itself: a wrapper knows the parameters that were there when it was made.
+
+    Raises:
+        InjectionError: naming the wrapper.
+    """
+    wrapper = type(model).__name__
+    if wrapper in _WRAPPERS:
+        raise InjectionError(f"this is a {wrapper} around a model: inject the model itself, then wrap it")
 
 
 def get_runtime(model: nn.Module) -> Runtime:

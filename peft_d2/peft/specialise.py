@@ -63,6 +63,7 @@ class Specialised(nn.Module):
     peft: PartStore
     peft_switch: Switch
     peft_backup: dict[str, Tensor]  # base weights while merged, bit for bit
+    peft_merged: list[str]  # methods whose parts are in the weights
     peft_name: str  # the place's first name in the model, for messages
 
     def peft_part(self, method: str) -> Any:
@@ -116,6 +117,17 @@ class Specialised(nn.Module):
                 for part in self.peft_parts(adapter).values():
                     assert isinstance(part, Part)
                     yield adapter, part
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """As every module's, without what is merged: it is in the weights, and would come twice where both are
+        loaded.
+        """
+        state = super().state_dict(*args, **kwargs)
+        for method in self.peft_merged:
+            merged = f"{kwargs.get('prefix', '')}{STORE}.{self.peft_switch.active}.{method}."
+            for key in [key for key in state if key.startswith(merged)]:
+                del state[key]
+        return state
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         own = [*self._parameters, *self._buffers]
@@ -171,6 +183,18 @@ def base_class(module: nn.Module) -> type[nn.Module]:
     return type(module).peft_base_class if isinstance(module, Specialised) else type(module)
 
 
+def specialise_problem(module: nn.Module) -> str:
+    """Why a module cannot be specialised; empty when it can."""
+    kind = base_class(module).__name__
+    if isinstance(module, nn.ModuleList | nn.ModuleDict):
+        return f"{kind} is a container without a forward; choose the modules in it"
+    if isinstance(module, torch.jit.ScriptModule):
+        return f"{kind} is a scripted module, whose class cannot change"
+    if not isinstance(module, Specialised) and hasattr(module, STORE):
+        return f"{kind} already has an attribute {STORE!r}, which injected parts need"
+    return ""
+
+
 def specialise(module: nn.Module, mixin: type[Specialised], switch: Switch, name: str) -> Specialised:
     """Give ``module`` the mixin, in place; a second call with the same mixin changes nothing.
 
@@ -178,18 +202,15 @@ def specialise(module: nn.Module, mixin: type[Specialised], switch: Switch, name
         TypeError: the module cannot change its class, or is a container that only holds others.
     """
     base = base_class(module)
-    container = issubclass(base, nn.ModuleList | nn.ModuleDict)
-    if container or isinstance(module, torch.jit.ScriptModule):
-        kind = "a container without a forward" if container else "a scripted module"
-        raise TypeError(f"{name} ({base.__name__}) is {kind} and cannot be adapted; choose the modules in it")
+    problem = specialise_problem(module)
+    if problem:
+        raise TypeError(f"{name}: {problem}")
     mixins = {mixin, *type(module).peft_mixins} if isinstance(module, Specialised) else {mixin}
     if issubclass(base, nn.Sequential):
         mixins.add(SequentialMixin)
     ordered = tuple(sorted(mixins, key=lambda item: (-item.layer, item.__name__)))
     if not isinstance(module, Specialised):
-        if hasattr(module, STORE):
-            raise TypeError(f"{name} ({base.__name__}) already has an attribute {STORE!r}, which injected parts need")
-        module.__dict__.update(peft_switch=switch, peft_backup={}, peft_name=name)
+        module.__dict__.update(peft_switch=switch, peft_backup={}, peft_merged=[], peft_name=name)
     module.__class__ = specialised_class(base, ordered)
     assert isinstance(module, Specialised)
     return module
@@ -216,7 +237,7 @@ def restore(module: nn.Module) -> None:
         return
     base = type(module).peft_base_class
     module._modules.pop(STORE, None)
-    for name in ("peft_switch", "peft_backup", "peft_name"):
+    for name in ("peft_switch", "peft_backup", "peft_merged", "peft_name"):
         module.__dict__.pop(name, None)
     module.__class__ = base  # type: ignore[assignment]
 

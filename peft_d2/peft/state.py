@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import PeftError
-from .runtime import Runtime, get_runtime, injected_root, known_adapter, walk
+from .runtime import InjectionError, Runtime, get_runtime, injected_root, known_adapter, walk
 from .specialise import STORE, Specialised
 
 logger = logging.getLogger(__name__)
@@ -96,8 +96,14 @@ def _injected(runtime: Runtime, name: str) -> dict[str, Tensor]:
 
 def _tensors(runtime: Runtime, name: str) -> dict[str, Tensor]:
     tensors = _injected(runtime, name)
+    kept = {
+        id(module.get_parameter(leaf)): value
+        for module in runtime.places[runtime.record.active]
+        for leaf, value in module.peft_backup.items()
+    }
     for key, value in runtime.values[name].items():
-        tensors[key] = runtime.slots[key].get() if runtime.installed == name else value
+        own = runtime.slots[key].get() if runtime.installed == name else value
+        tensors[key] = kept.get(id(own), own)  # what was trained, without what is merged into it
     return tensors
 
 
@@ -140,8 +146,9 @@ def frozen_hash(model: nn.Module) -> str:
             backups.update({f"{path}.{leaf}" if path else leaf: value for leaf, value in module.peft_backup.items()})
     digest = hashlib.sha256()
     for key, value in sorted(base_state_dict(root).items()):
-        if key not in trained:
+        if key not in trained and isinstance(value, Tensor):
             value = backups.get(key, value).detach()
+            value = value.int_repr() if value.is_quantized else value
             digest.update(f"{key} {value.dtype} {tuple(value.shape)}\n".encode())
             digest.update(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
@@ -168,6 +175,11 @@ def _before_load(model: nn.Module, state: dict[str, Any], prefix: str, *_: Any) 
     - values trained since are overwritten, as load_state_dict promises, and the kept base value stays as it was.
     """
     runtime = get_runtime(model)
+    if any(value.is_meta for value in (*runtime.injected[runtime.record.active], *runtime.base.values())):
+        raise InjectionError(
+            "the model was on the meta device when it was injected, so what is trained has no values: give the model "
+            "its weights first, then inject"
+        )
     if not runtime.base or any(prefix + key in state for key in injected_keys(model)):
         return
     loaded = runtime.loaded.get(runtime.installed or "", set())

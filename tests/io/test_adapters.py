@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import peft_d2
 from peft_d2 import peft
-from peft_d2.adapters import load_adapter, save_adapter
+from peft_d2.adapters import load_adapter, save_adapter, save_merged
 from peft_d2.io import AdapterFileError, adapter_file, load_base
 
 
@@ -154,6 +154,46 @@ def test_a_merged_model_saves_its_adapter(tmp_path: Path) -> None:
     fresh = base()
     load_adapter(fresh, tmp_path / "adapter")
     assert torch.equal(output(fresh), expected)
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, lambda m: torch.compile(m, backend="eager")], ids=["dp", "compile"])
+def test_a_wrapped_model_is_the_model(tmp_path: Path, wrap: Any) -> None:
+    """Names in the files are the model's own, and what is trained in full is no property of its base."""
+    model, other = trained("lora"), base()
+    wrapped = wrap(model)
+    save_adapter(model, tmp_path / "plain")
+    save_adapter(wrapped, tmp_path / "wrapped")
+    for path in (tmp_path / "plain").iterdir():
+        assert path.read_bytes() == (tmp_path / "wrapped" / path.name).read_bytes(), path.name
+    load_adapter(wrapped, tmp_path / "plain")
+    with pytest.raises(peft.InjectionError, match="inject the model itself"):
+        load_adapter(wrap(other), tmp_path / "plain")
+    save_merged(wrapped, tmp_path / "merged.pth")
+    assert list(torch.load(tmp_path / "merged.pth")["model"]) == list(other.state_dict())
+
+
+def test_a_merged_model_stores_what_was_trained_and_not_what_is_merged_into_it(tmp_path: Path) -> None:
+    """LoRA on a layer that is trained in full besides: merged, its weight holds both."""
+    model, fresh = base(), base()
+    peft.inject(model, [{"NAME": "lora", "TARGETS": ["head"], "RANK": 2}], train=["head"])
+    with torch.no_grad():
+        for item in peft.trained_parameters(model):
+            item.param.add_(0.1 * torch.randn_like(item.param))
+    expected = {name: value.clone() for name, value in peft.adapter_state_dict(model).items()}
+    peft.merge(model)
+    save_adapter(model, tmp_path / "adapter")
+    load_adapter(fresh, tmp_path / "adapter")
+    for name, value in peft.adapter_state_dict(fresh).items():
+        assert torch.equal(value, expected[name]), name
+
+
+def test_parameters_that_no_adapter_holds_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = trained("lora")
+    save_adapter(model, tmp_path / "adapter")
+    assert not caplog.records
+    model.requires_grad_(True)
+    save_adapter(model, tmp_path / "adapter")
+    assert "require gradients and are in no adapter" in caplog.text
 
 
 def test_a_model_without_adapter_has_nothing_to_save(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from typing import Any
@@ -126,3 +127,59 @@ def test_lora_adds_thin_products_and_no_pass_over_wide_tensors() -> None:
     products = {shape for name, shape in backward.seen if name == "mm"}
     # B's gradient comes as (r, out): as (out, r) it takes CPUs the time of the whole weight's. And that one is absent.
     assert products == {(rows, inputs), (rows, rank), (rank, wide), (rank, inputs)}
+
+
+def test_a_compiled_model_follows_switching_and_merging(toy: nn.Module, images: Tensor, disturb: Callable) -> None:
+    torch.compiler.reset()
+    peft.inject(toy, MIXED, ["head"], name="a")
+    disturb(toy)
+    peft.add_adapter(toy, "b", LINEAR)
+    compiled = torch.compile(toy, backend="eager")
+
+    def same() -> Tensor:
+        with torch.no_grad():
+            expected = toy(images)
+            torch.testing.assert_close(compiled(images), expected)
+        return expected
+
+    first = same()
+    with peft.disabled(compiled):
+        base = same()
+    peft.merge(compiled)
+    same()
+    peft.unmerge(compiled)
+    peft.set_adapter(compiled, "b")
+    assert torch.equal(same(), base)
+    disturb(toy)
+    second = same()
+    peft.set_adapter(compiled, "a")
+    assert torch.equal(same(), first)
+    assert not torch.equal(first, base) and not torch.equal(second, base)
+
+
+def test_moving_averages_are_adapters_of_their_own(toy: nn.Module, images: Tensor, disturb: Callable) -> None:
+    """Copies that follow by parameters (torch's AveragedModel), and by state dicts, as Detectron2's users do it."""
+    peft.inject(toy, MIXED, ["head"])
+    averaged = torch.optim.swa_utils.AveragedModel(toy, avg_fn=lambda old, new, _: (old + new) / 2)
+    averaged.update_parameters(toy)  # the first one copies
+    by_name, kept = copy.deepcopy(toy), {name: value.clone() for name, value in toy.state_dict().items()}
+    before = {name: value.clone() for name, value in peft.adapter_state_dict(toy).items()}
+    disturb(toy)
+    averaged.update_parameters(toy)
+    by_name.load_state_dict(
+        {
+            name: (kept[name] + value) / 2 if value.is_floating_point() else value
+            for name, value in toy.state_dict().items()
+        }
+    )
+    after = peft.adapter_state_dict(toy)
+    for model in (averaged, by_name):
+        found = peft.adapter_state_dict(model)
+        assert found.keys() == after.keys()
+        for name, value in found.items():
+            torch.testing.assert_close(value, (before[name] + after[name]) / 2)
+        with peft.disabled(model), peft.disabled(toy), torch.no_grad():
+            assert torch.equal(model(images), toy(images))
+    peft.merge(averaged)
+    with torch.no_grad():
+        torch.testing.assert_close(averaged(images), by_name(images), rtol=1e-4, atol=1e-4)

@@ -19,6 +19,7 @@ TUNERS = [
     ("loha", {"r": 2}, "LoHaConfig"),
     ("lokr", {"r": 2}, "LoKrConfig"),
     ("oft", {"oft_block_size": 8, "r": 0}, "OFTConfig"),
+    ("hra", {"r": 2}, "HRAConfig"),
 ]
 
 
@@ -56,6 +57,28 @@ def test_a_tuner_computes_what_peft_computes(
         peft.remove(toy)
         assert torch.equal(toy(images), base(images))
     assert list(toy.state_dict()) == keys
+
+
+def test_a_tuner_that_puts_another_norm_in_the_places(toy: nn.Module, images: Tensor, disturb: Callable) -> None:
+    """peft's LN tuning merges by exchanging layers; the module here must keep its own."""
+    base, fresh = copy.deepcopy(toy), copy.deepcopy(toy)
+    peft.inject(toy, [{"NAME": "hf", "TUNER": "ln_tuning", "TARGETS": ["norm1"]}])
+    disturb(toy)
+    with torch.no_grad():
+        adapted = toy(images)
+        assert not torch.allclose(adapted, base(images), atol=1e-3)
+        names = list(peft.adapter_state_dict(toy))
+        assert peft.merge(toy) == [] and list(peft.adapter_state_dict(toy)) == names
+        torch.testing.assert_close(toy(images), adapted)
+        peft.unmerge(toy)
+        assert torch.equal(toy(images), adapted)
+        with peft.disabled(toy):
+            assert torch.equal(toy(images), base(images))
+        record = peft.get_injection(toy)
+        assert record is not None
+        peft.inject(fresh, record.methods)
+        peft.load_adapter_state_dict(fresh, peft.adapter_state_dict(toy))
+        assert torch.equal(fresh(images), adapted)
 
 
 @pytest.mark.parametrize(
