@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from detectron2.config import CfgNode
 from detectron2.modeling import Backbone
 from torch import Tensor, nn
 
@@ -16,6 +17,15 @@ def drop_path_rates(depths: Sequence[int], last: float) -> list[list[float]]:
     total = sum(depths)
     rates = iter(last * i / max(1, total - 1) for i in range(total))
     return [[next(rates) for _ in range(depth)] for depth in depths]
+
+
+def check_lengths(node: CfgNode, path: str, first: str, *others: str) -> None:
+    """Raise a ValueError unless the lists ``others`` of the config node ``path`` are as long as its list ``first``."""
+    for key in others:
+        if len(node[key]) != len(node[first]):
+            raise ValueError(
+                f"{path}.{key} has {len(node[key])} entries; {first} has {len(node[first])}, one for each stage"
+            )
 
 
 def init_linear(module: nn.Module) -> None:
