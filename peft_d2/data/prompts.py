@@ -5,7 +5,6 @@ The boxes are the ground truth's, in training with noise, or in testing those of
 
 from __future__ import annotations
 
-import copy
 import json
 import logging
 import math
@@ -75,7 +74,7 @@ class PromptTestMapper:
         self.detections = detections
 
     def __call__(self, record: dict[str, Any]) -> dict[str, Any]:
-        record = copy.deepcopy(record)
+        record = dict(record)
         image = detection_utils.read_image(record["file_name"], format=self.image_format)
         detection_utils.check_image_size(record, image)
         if self.detections is None:

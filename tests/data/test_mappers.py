@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -91,7 +93,15 @@ def test_crowds_are_left_out_and_no_object_is_a_sample(tmp_path):
     record["annotations"][0]["iscrowd"] = 1
     sample = InstanceMapper([], "RGB")(record)
     assert sample["instances"].gt_masks.shape == (0, 40, 60)
-    assert len(record["annotations"]) == 1  # the record itself is not touched
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_record_is_not_touched(tmp_path, form):
+    record = _record(tmp_path, [_mask(), np.zeros((40, 60), dtype=bool)], FORMS[form])
+    before = pickle.dumps(record)
+    mapper = InstanceMapper([T.HFlipTransform(60), T.ResizeTransform(40, 60, 20, 30)], "RGB", size_divisibility=32)
+    mapper(record)["instances"].gt_masks.fill_(True)
+    assert pickle.dumps(record) == before
 
 
 def test_masks_on_only_some_objects_is_an_error(tmp_path):
