@@ -90,6 +90,11 @@ def test_only_the_stages_given_out_need_a_norm() -> None:
         FocalNet(cfg)
 
 
+def test_lists_of_another_length_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"FOCAL\.FOCAL_WINDOWS has 1 entries; DEPTHS has 4, one for each stage"):
+        FocalNet(config(FOCAL_WINDOWS=[3]))
+
+
 @pytest.mark.parametrize("depthwise", [False, True])
 @pytest.mark.parametrize("post_norm", [False, True])
 def test_stochastic_depth_drops_whole_halves_and_keeps_the_mean(depthwise: bool, post_norm: bool) -> None:

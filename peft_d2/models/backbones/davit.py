@@ -15,7 +15,7 @@ from torchvision.ops import StochasticDepth
 
 from peft_d2.layers.recompute import run_block
 from peft_d2.layers.windows import from_windows, pad_bottom_right, to_windows
-from peft_d2.models.backbones.stages import StagedBackbone, drop_path_rates, init_linear
+from peft_d2.models.backbones.stages import StagedBackbone, check_lengths, drop_path_rates, init_linear
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -233,10 +233,7 @@ class DaViT(StagedBackbone):
             "paddings": "PATCH_PADDING",
             "pre_norms": "PATCH_PRENORM",
         }
-        stages = len(davit.DIM_EMBED)
-        for key in lists.values():
-            if len(davit[key]) != stages:
-                raise ValueError(f"MODEL.BACKBONE.DAVIT.{key} has {len(davit[key])} entries; DIM_EMBED has {stages}")
+        check_lengths(davit, "MODEL.BACKBONE.DAVIT", *lists.values())
         return {argument: davit[key] for argument, key in lists.items()} | {
             "out_features": davit.OUT_FEATURES,
             "window": davit.WINDOW_SIZE,

@@ -17,7 +17,7 @@ from torchvision.ops import StochasticDepth
 
 from peft_d2.layers.perceptron import Mlp
 from peft_d2.layers.recompute import run_block
-from peft_d2.models.backbones.stages import PatchEmbed, StagedBackbone, drop_path_rates, init_linear
+from peft_d2.models.backbones.stages import PatchEmbed, StagedBackbone, check_lengths, drop_path_rates, init_linear
 
 _KERNEL_STEP = 2  # a level's kernel is wider by this than that of the level before
 _LAYER_SCALE = 1e-4
@@ -219,8 +219,13 @@ class FocalNet(StagedBackbone):
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec | None = None) -> dict[str, Any]:
-        """Arguments from ``MODEL.BACKBONE.FOCAL``."""
+        """Arguments from ``MODEL.BACKBONE.FOCAL``.
+
+        Raises:
+            ValueError: a list has another length than ``DEPTHS``.
+        """
         focal = cfg.MODEL.BACKBONE.FOCAL
+        check_lengths(focal, "MODEL.BACKBONE.FOCAL", "DEPTHS", "FOCAL_LEVELS", "FOCAL_WINDOWS")
         return {
             "embed_dim": focal.EMBED_DIM,
             "depths": focal.DEPTHS,
