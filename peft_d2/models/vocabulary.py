@@ -35,6 +35,7 @@ class Vocabulary:
         self.labels = labels
         self._vectors: ClassVectors | None = None
         self._encoder_version: int | None = None  # of the weights that made the vectors; None: the vectors were given
+        self._rows: tuple[ClassVectors, Tensor] | None = None  # what :meth:`rows` made of which vectors
         self._ids: Tensor | None = None  # of all classes and templates, where the encoder is trained
 
     def give(self, vectors: ClassVectors) -> None:
@@ -60,6 +61,13 @@ class Vocabulary:
             if self._vectors is None or version != self._encoder_version:
                 self._vectors, self._encoder_version = self._encoded(encoder), version
         return self._vectors
+
+    def rows(self, encoder: nn.Module) -> Tensor:
+        """(K + 1, C): each class's mean over the templates; raises what :meth:`vectors` raises."""
+        vectors = self.vectors(encoder)
+        if self._rows is None or self._rows[0] is not vectors:
+            self._rows = vectors, vectors.evaluation()
+        return self._rows[1]
 
     def training_rows(self, encoder: nn.Module) -> Tensor:
         """(K + 1, C): each class in a random template; with gradients where the text encoder itself is trained.

@@ -20,6 +20,7 @@ from peft_d2.engine.config import load_config
 from peft_d2.engine.targets import build_without_weights, describe, inspect_parser
 from peft_d2.io import base_weights
 from peft_d2.models import register
+from peft_d2.models.backbones.seem_vit import SEEMViT
 from peft_d2.models.class_prompts import TokenizerError
 from peft_d2.models.class_vectors import ClassVectors, ClassVectorsError
 
@@ -184,6 +185,20 @@ def test_outputs(outputs: dict[str, Any]) -> None:
         masks = instances.pred_masks.flatten(1).numpy()
         published = np.unpackbits(found["mask_bits"][order], axis=1)[:, : masks.shape[1]]
         assert (masks != published).sum() <= 3  # a pixel whose logit is within the tolerance of 0
+
+
+def test_segment_anythings_encoder_as_a_backbone(filler: Any) -> None:
+    """Levels as published: each from the last map by itself, at its own stride and width."""
+    sizes = {"image_size": 64, "patch": 16, "dim": 32, "depth": 2, "n_heads": 2, "mlp_ratio": 2.0, "window": 3}
+    backbone = SEEMViT(**sizes, global_blocks=[1], out_features=["res3", "res5"])
+    filler.fill(backbone)
+    with torch.no_grad():
+        maps = backbone(torch.randn(1, 3, 64, 96))
+    shapes = backbone.output_shape()
+    assert {name: (s.channels, s.stride) for name, s in shapes.items()} == {"res3": (256, 8), "res5": (1024, 32)}
+    assert {name: value.shape for name, value in maps.items()} == {"res3": (1, 256, 8, 12), "res5": (1, 1024, 2, 3)}
+    with pytest.raises(ValueError, match=r"OUT_FEATURES \['res6'\] are not known"):
+        SEEMViT(**sizes, global_blocks=[], out_features=["res6"])
 
 
 def test_every_parameter_learns_but_the_text_encoder(small_seem: Any) -> None:

@@ -21,7 +21,7 @@ class GroupNormPyramid(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        fine, coarse = dim // 2, 2 * dim
+        fine, coarse = max(_CHANNELS["res3"], dim // 2), max(_CHANNELS["res5"], 2 * dim)
         self.down_4 = nn.Sequential(
             *_normed(nn.ConvTranspose2d(dim, fine, 2, stride=2)),
             nn.GELU(),

@@ -103,7 +103,7 @@ class SEEMDecoder(MaskedTransformerDecoder):
         if self.training:
             rows = self.training_vocabulary.training_rows(self.lang_encoder)
         else:
-            rows = self.vocabulary.vectors(self.lang_encoder).evaluation()
+            rows = self.vocabulary.rows(self.lang_encoder)
         return partial(self.class_logits, rows=rows.to(self.class_embed))
 
     def class_logits(self, hidden: Tensor, rows: Tensor) -> Tensor:
