@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 from detectron2.evaluation import COCOEvaluator
-from faster_coco_eval import COCO, COCOeval_faster
+from faster_coco_eval import COCO
 from pycocotools import mask as coco_mask
 
+from peft_d2.evaluation.overlaps import Evaluation, run_lengths
 from peft_d2.evaluation.results import instances_to_results
 
 _CHUNK = 200  # pycocotools 2.0.11 overflows a byte when it measures more than 255 masks at once
@@ -67,12 +68,14 @@ def evaluate_coco(
     task: str,
     img_ids: Sequence[Any] | None = None,
     max_dets: Sequence[int] = (1, 10, 100),
-) -> COCOeval_faster:
+) -> Evaluation:
     """COCO's evaluation of results in the data set's own category ids; ``task`` is "bbox" or "segm".
 
-    Sizes (small, medium, large) go by the mask's area for "segm", by the box's for "bbox".
+    Sizes (small, medium, large) go by the mask's area for "segm", by the box's for "bbox". Image ids may be text, as
+    ADE20K's are.
     """
-    evaluation = COCOeval_faster(COCO(dataset), predictions(dataset, results, task), task, print_function=logger.info)
+    dataset, results, img_ids = _numbered(dataset, results, img_ids)
+    evaluation = Evaluation(COCO(dataset), predictions(dataset, results, task), task)
     if img_ids is not None:
         evaluation.params.imgIds = list(img_ids)
     evaluation.params.maxDets = list(max_dets)
@@ -80,6 +83,29 @@ def evaluate_coco(
     evaluation.accumulate()
     evaluation.summarize()
     return evaluation
+
+
+def _numbered(
+    dataset: dict[str, Any], results: Sequence[dict[str, Any]], img_ids: Sequence[Any] | None
+) -> tuple[dict[str, Any], Sequence[dict[str, Any]], Sequence[Any] | None]:
+    """The same with numbers as image ids, which faster-coco-eval needs."""
+    ids = [image["id"] for image in dataset["images"]]
+    if all(isinstance(i, int) for i in ids):
+        return dataset, results, img_ids
+    number = {i: n for n, i in enumerate(ids, 1)}
+    unknown = {r["image_id"] for r in results} - number.keys()
+    if unknown:
+        raise ValueError(_unknown_images(unknown))
+    images = [{**image, "id": number[image["id"]]} for image in dataset["images"]]
+    annotations, results = (
+        [{**row, "image_id": number[row["image_id"]]} for row in rows] for rows in (dataset["annotations"], results)
+    )
+    chosen = None if img_ids is None else [number[i] for i in img_ids]
+    return {**dataset, "images": images, "annotations": annotations}, results, chosen
+
+
+def _unknown_images(ids: set[Any]) -> str:
+    return f"predictions of images that the data set does not have: {sorted(ids, key=str)[:5]}."
 
 
 def predictions(dataset: dict[str, Any], results: Sequence[dict[str, Any]], task: str, keep_empty: bool = True) -> COCO:
@@ -96,7 +122,7 @@ def predictions(dataset: dict[str, Any], results: Sequence[dict[str, Any]], task
     """
     unknown = {r["image_id"] for r in results} - {image["id"] for image in dataset["images"]}
     if unknown:
-        raise ValueError(f"predictions of images that the data set does not have: {sorted(unknown)[:5]}.")
+        raise ValueError(_unknown_images(unknown))
     key = "segmentation" if task == "segm" else "bbox"
     if task == "segm":
         masks = [r[key] for r in results]
@@ -125,11 +151,7 @@ def _area(annotation: dict[str, Any], height: int, width: int) -> float:
     segmentation = annotation.get("segmentation")
     if not segmentation:
         return float(annotation["bbox"][2] * annotation["bbox"][3])
-    if isinstance(segmentation, list):
-        return float(coco_mask.area(coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))))
-    if isinstance(segmentation["counts"], list):
-        return float(sum(segmentation["counts"][1::2]))
-    return float(coco_mask.area(segmentation))
+    return float(coco_mask.area(run_lengths(segmentation, height, width)))
 
 
 def restore_category_ids(results: Sequence[dict[str, Any]], contiguous: dict[int, int] | None) -> None:

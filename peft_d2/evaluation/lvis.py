@@ -15,9 +15,10 @@ from detectron2.data import MetadataCatalog
 from detectron2.evaluation import LVISEvaluator
 from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import create_small_table
-from faster_coco_eval import COCO, COCOeval_faster
+from faster_coco_eval import COCO
 
 from peft_d2.evaluation.coco import complete, mean_precision, predictions, restore_category_ids, write_results
+from peft_d2.evaluation.overlaps import Evaluation
 from peft_d2.evaluation.results import instances_to_results
 
 _MAX_DETECTIONS = 300  # of an image, over all classes
@@ -77,7 +78,7 @@ def evaluate_lvis(dataset: dict[str, Any], results: Sequence[dict[str, Any]], ta
         return {name: float("nan") for name in names}
     found = predictions(dataset, _best(results), task, keep_empty=False)
     truth = COCO({**dataset, "annotations": [a for a in dataset["annotations"] if a["area"] > 0]})
-    evaluation = COCOeval_faster(truth, found, task, lvis_style=True, print_function=logger.info)
+    evaluation = Evaluation(truth, found, task, lvis_style=True)
     evaluation.params.maxDets = [_MAX_DETECTIONS]
     evaluation.evaluate()
     evaluation.accumulate()

@@ -6,8 +6,6 @@ import contextlib
 import copy
 import io
 import json
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,8 +16,6 @@ pytest.importorskip("detectron2", reason="needs Detectron2")
 from detectron2.data import MetadataCatalog  # noqa: E402
 from detectron2.evaluation import COCOEvaluator  # noqa: E402
 from detectron2.structures import Boxes, Instances  # noqa: E402
-from pycocotools.coco import COCO  # noqa: E402
-from pycocotools.cocoeval import COCOeval  # noqa: E402
 
 from peft_d2.data import toy  # noqa: E402
 from peft_d2.data.registration import register_coco  # noqa: E402
@@ -27,29 +23,14 @@ from peft_d2.data.segmentation import segmentation_to_mask  # noqa: E402
 from peft_d2.evaluation.coco import FastCOCOEvaluator, complete, evaluate_coco  # noqa: E402
 from peft_d2.evaluation.results import encode_masks  # noqa: E402
 
-sys.path.insert(0, str(Path(__file__).parent))
-from worlds import encoded, random_world  # noqa: E402
-
-
-def _pycocotools(data, results, task):
-    with contextlib.redirect_stdout(io.StringIO()):
-        truth = COCO()
-        truth.dataset = copy.deepcopy(data)
-        truth.createIndex()
-        drop = "bbox" if task == "segm" else "segmentation"
-        found = truth.loadRes([{k: copy.deepcopy(v) for k, v in r.items() if k != drop} for r in results])
-        evaluation = COCOeval(truth, found, task)
-        evaluation.evaluate()
-        evaluation.accumulate()
-        evaluation.summarize()
-    return evaluation
+from .worlds import encoded, pycocotools, random_world  # noqa: E402
 
 
 @pytest.mark.parametrize("task", ["bbox", "segm"])
 @pytest.mark.parametrize("seed", range(4))
 def test_figures_are_those_of_pycocotools(task, seed):
     data, results = random_world(6, 40, seed=seed)
-    ours, reference = evaluate_coco(copy.deepcopy(data), results, task), _pycocotools(data, results, task)
+    ours, reference = evaluate_coco(copy.deepcopy(data), results, task), pycocotools(data, results, task)
     assert 0.02 < reference.stats[0] < 0.98
     assert np.allclose(ours.stats[:12], reference.stats, rtol=0, atol=1e-12)
     assert np.allclose(ours.eval["precision"], reference.eval["precision"], rtol=0, atol=1e-12)

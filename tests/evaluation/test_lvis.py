@@ -11,8 +11,6 @@ import contextlib
 import copy
 import io
 import json
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -26,8 +24,7 @@ from pycocotools.cocoeval import COCOeval  # noqa: E402
 
 from peft_d2.evaluation.lvis import FastLVISEvaluator, evaluate_lvis  # noqa: E402
 
-sys.path.insert(0, str(Path(__file__).parent))
-from worlds import encoded, random_world  # noqa: E402
+from .worlds import encoded, random_world  # noqa: E402
 
 SIZE = 120
 

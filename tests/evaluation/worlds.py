@@ -1,11 +1,16 @@
-"""Random truths and predictions in COCO format."""
+"""Random truths and predictions in COCO format, and what pycocotools says of them."""
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import io
 from typing import Any
 
 import numpy as np
 from pycocotools import mask as coco_mask
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 
 
 def ellipse(centre: np.ndarray, radii: np.ndarray, size: int) -> np.ndarray:
@@ -54,3 +59,18 @@ def random_world(
                 "bbox": coco_mask.toBbox(rle).tolist(), "segmentation": rle,
             })  # fmt: skip
     return data, results
+
+
+def pycocotools(data: dict[str, Any], results: list[dict[str, Any]], task: str) -> COCOeval:
+    """The finished evaluation of results, as everyone does it."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO()
+        truth.dataset = copy.deepcopy(data)
+        truth.createIndex()
+        drop = "bbox" if task == "segm" else "segmentation"
+        found = truth.loadRes([{k: copy.deepcopy(v) for k, v in r.items() if k != drop} for r in results])
+        evaluation = COCOeval(truth, found, task)
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    return evaluation
