@@ -54,6 +54,7 @@ class RelativePositionAttention(nn.Module):
 
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         """(B, H W, C) -> (B, H W, C) for maps of ``size`` (H, W)."""
+        self.H, self.W = size  # what is injected into qkv may have to know how its tokens lie
         batch, tokens, channels = x.shape
         q, k, v = self.qkv(x).view(batch, tokens, 3, self.n_heads, -1).permute(2, 0, 3, 1, 4)
         bias = decomposed_bias(q, self.rel_pos_h, self.rel_pos_w, size)

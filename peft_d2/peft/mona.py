@@ -8,7 +8,6 @@ The authors start ``up`` at random; here it starts at zero, so the start is the 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,21 +17,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .adapter import never_called
+from .grid import GRIDS, TokenGrid
 from .low_rank import match_dtype
-from .method import Method, MethodError, Options, Placement, Site, expect
+from .method import Method, Options, Placement, Site, expect
 from .specialise import Part, Specialised
 from .width import LAYOUTS, Width, check_width, map_first_tensor, output_width
-
-GRIDS = ("auto", "square")
 
 
 @dataclass(frozen=True)
 class MonaOptions(Options):
     """``BOTTLENECK`` is the width inside.
 
-    ``GRID`` says how tokens (N, L, C) lie in the image: auto reads the attributes H and W that Swin blocks set on
-    themselves (of the module or of the one that holds it), square takes sqrt(L) x sqrt(L). Four-dimensional outputs
-    need neither.
+    ``GRID`` says how tokens (N, L, C) lie in the image, see :class:`~peft_d2.peft.grid.TokenGrid`. Four-dimensional
+    outputs need none.
     """
 
     bottleneck: int = 64
@@ -69,10 +66,9 @@ class MonaAdapter(Part):
         nn.init.zeros_(self.mona_up.weight)
         nn.init.zeros_(self.mona_up.bias)
         self.dropout = options.dropout
-        self.square = options.grid == "square"
         self.width = width
         self.name = site.name
-        self.__dict__["grid_owners"] = [owner for owner in (site.module, site.parent) if owner is not None]
+        self.grid = TokenGrid(site, options.grid)
 
     def forward(self, x: Tensor) -> Tensor:
         check_width(x, self.width, self.name)
@@ -80,27 +76,12 @@ class MonaAdapter(Part):
         if self.width.channels_first:
             h = h.movedim(1, -1)
         u = self.mona_down(self.mona_norm(h) * self.mona_gain + h * self.mona_skip)
-        grid = u if u.dim() == 4 else u.unflatten(1, self._grid(u))
-        f = grid.movedim(-1, 1)
+        spread = u if u.dim() == 4 else u.unflatten(1, self.grid.size(u))
+        f = spread.movedim(-1, 1)
         f = f + sum(conv(f) for conv in self.mona_convs) / 3
         g = (f + self.mona_mix(f)).movedim(1, -1).reshape(u.shape)
         h = h + self.mona_up(F.dropout(F.gelu(g), self.dropout, self.training))
         return (h.movedim(-1, 1) if self.width.channels_first else h).to(x.dtype)
-
-    def _grid(self, tokens: Tensor) -> tuple[int, int]:
-        """Height and width of tokens (N, L, C)."""
-        length = tokens.shape[1] if tokens.dim() == 3 else 0
-        side = math.isqrt(length)
-        if self.square and length and side * side == length:
-            return side, side
-        for owner in self.__dict__["grid_owners"]:
-            height, width = getattr(owner, "H", None), getattr(owner, "W", None)
-            if isinstance(height, int) and isinstance(width, int) and height * width == length:
-                return height, width
-        raise MethodError(
-            f"{self.name}: Mona needs the image grid of its output {tuple(tokens.shape)}, and neither the module nor "
-            "its parent holds H and W that fit; choose a module with four-dimensional output, or GRID square if it is"
-        )
 
 
 class MonaMixin(Specialised):

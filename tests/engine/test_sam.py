@@ -53,6 +53,8 @@ TINY = {
 }
 # Trainable in the image encoder of the ViT-B, after Peng et al., CVPR 2024, table 1: 147.4, 148.3, 322.7, 324.0 K.
 COUNTS = {"lora": 147_456, "lora_cobot": 148_320, "adaptformer": 322_752, "adaptformer_cobot": 324_048, "decoder": 0}
+# Conv-LoRA: q, k and v of 12 blocks; factors of rank 3, the gate's two matrices, 8 convolutions.
+COUNTS["conv_lora"] = 36 * (3 * (768 + 768) + 2 * 3 * 8 + 8 * (9 * 3 * 3 + 3))
 
 
 @pytest.fixture(autouse=True)
@@ -161,9 +163,13 @@ def loss(model: Any, batch: Any) -> float:
     return sum(value.item() for value in model.train()(batch).values())
 
 
-@pytest.mark.parametrize("recipe", ["lora_cobot", "adaptformer_cobot"])
+@pytest.mark.parametrize("recipe", ["lora_cobot", "adaptformer_cobot", "conv_lora"])
 def test_train_and_evaluate(sam_cfg: Callable[..., Any], tmp_path: Path, recipe: str) -> None:
     cfg = sam_cfg(recipe)
+    if recipe == "conv_lora":
+        cfg.MODEL.PEFT.METHODS = [
+            {**cfg.MODEL.PEFT.METHODS[0], "EXPERTS": 2}
+        ]  # the others enlarge more, and are slower
     trainer = Trainer(cfg)
     trainer.resume_or_load(resume=False)
     batch = next(iter(data.build_train_loader(cfg)))

@@ -28,6 +28,10 @@ CASES: dict[str, tuple[Methods, list[str]]] = {
     "adaptformer": ([{"NAME": "adaptformer", "TARGETS": ["mlp"], "BOTTLENECK": 4}], []),
     "adaptformer cobot": ([{"NAME": "adaptformer", "TARGETS": ["mlp"], "BOTTLENECK": 4, "COBOT": True}], []),
     "mona": ([{"NAME": "mona", "TARGETS": ["stem", "mlp"], "BOTTLENECK": 4, "GRID": "square"}], []),
+    "conv experts": (
+        [{"NAME": "conv_lora", "TARGETS": ["qkv"], "PARTS": ["q", "v"], "EXPERTS": 2, "GRID": "square"}],
+        [],
+    ),
     "bitfit": ([{"NAME": "bitfit"}], []),
     "norm": ([{"NAME": "norm"}], []),
     "last block": ([{"NAME": "last_blocks", "TARGETS": ["blocks.*"]}], []),
