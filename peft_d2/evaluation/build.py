@@ -6,8 +6,6 @@ from typing import Any
 
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import (
-    CityscapesInstanceEvaluator,
-    CityscapesSemSegEvaluator,
     DatasetEvaluator,
     DatasetEvaluators,
     PascalVOCDetectionEvaluator,
@@ -15,6 +13,7 @@ from detectron2.evaluation import (
 )
 
 from peft_d2.data.registration import register_from_config
+from peft_d2.evaluation.cityscapes import CityscapesInstanceEvaluator, CityscapesSemSegEvaluator
 from peft_d2.evaluation.coco import FastCOCOEvaluator
 from peft_d2.evaluation.lvis import FastLVISEvaluator
 from peft_d2.evaluation.panoptic import PanopticQualityEvaluator

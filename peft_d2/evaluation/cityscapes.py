@@ -1,0 +1,63 @@
+"""Detectron2's Cityscapes evaluators, with clear words where their package is missing, on today's NumPy."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from detectron2 import evaluation
+
+from peft_d2.data.label_images import require_cityscapes
+
+
+class _Cityscapes(evaluation.DatasetEvaluator):
+    """What both tasks have before Detectron2's own evaluator.
+
+    Raises:
+        ModuleNotFoundError: cityscapesscripts is not installed; the message names the extra.
+    """
+
+    def __init__(self, dataset_name: str) -> None:
+        require_cityscapes()
+        super().__init__(dataset_name)
+
+    def evaluate(self) -> Any:
+        import cityscapesscripts.evaluation.evalInstanceLevelSemanticLabeling as instances
+
+        with ExitStack() as stack:
+            # cityscapesscripts 2.3 calls np.in1d, which NumPy 2.4 has no more; for it np.isin is the same.
+            stack.enter_context(_replaced(np, "in1d", getattr(np, "in1d", np.isin)))
+            stack.enter_context(_replaced(instances, "writeDict2JSON", _write_json))
+            return super().evaluate()
+
+
+class CityscapesInstanceEvaluator(_Cityscapes, evaluation.CityscapesInstanceEvaluator):
+    """AP and AP50 of instances, by cityscapesscripts."""
+
+
+class CityscapesSemSegEvaluator(_Cityscapes, evaluation.CityscapesSemSegEvaluator):
+    """IoU of the semantic classes and categories, by cityscapesscripts."""
+
+
+def _write_json(content: Any, path: str) -> None:
+    """The package's own function fails on NumPy's numbers, and leaves a matches.json in the current folder."""
+    if Path(path).is_absolute():
+        Path(path).write_text(json.dumps(content, default=lambda o: o.item() if hasattr(o, "item") else vars(o)))
+
+
+@contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    missing = object()
+    before = getattr(owner, name, missing)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        if before is missing:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, before)
