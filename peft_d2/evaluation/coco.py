@@ -15,6 +15,7 @@ from faster_coco_eval import COCO
 from pycocotools import mask as coco_mask
 
 from peft_d2.evaluation.overlaps import Evaluation, run_lengths
+from peft_d2.evaluation.report import write_report
 from peft_d2.evaluation.results import instances_to_results
 
 _CHUNK = 200  # pycocotools 2.0.11 overflows a byte when it measures more than 255 masks at once
@@ -24,11 +25,20 @@ logger = logging.getLogger(__name__)
 class FastCOCOEvaluator(COCOEvaluator):
     """``bbox`` and ``segm`` as Detectron2's evaluator gives them, several times faster; masks are encoded at once.
 
-    Keypoints go the way of Detectron2's own evaluator.
+    Keypoints go the way of Detectron2's own evaluator. With ``report`` a page for people is written beside the results,
+    see :mod:`peft_d2.evaluation.report`.
     """
 
-    def __init__(self, dataset_name: str, output_dir: str | None = None, distributed: bool = True, **more: Any) -> None:
+    def __init__(
+        self,
+        dataset_name: str,
+        output_dir: str | None = None,
+        distributed: bool = True,
+        report: bool = False,
+        **more: Any,
+    ) -> None:
         super().__init__(dataset_name, output_dir=output_dir, distributed=distributed, use_fast_impl=False, **more)
+        self._report = report
         complete(self._coco_api.dataset)
 
     def process(self, inputs: Sequence[dict[str, Any]], outputs: Sequence[dict[str, Any]]) -> None:
@@ -55,11 +65,18 @@ class FastCOCOEvaluator(COCOEvaluator):
             return
         # The test sets of upstream's config leave _max_dets_per_image at COCO's [1, 10, 100]; 0.5 does not have it.
         max_dets = getattr(self, "_max_dets_per_image", [1, 10, 100])
+        evaluations: dict[str, Evaluation] = {}
         for task in sorted(tasks):
-            evaluation = evaluate_coco(self._coco_api.dataset, results, task, img_ids, max_dets) if results else None
+            if results:
+                evaluations[task] = evaluate_coco(self._coco_api.dataset, results, task, img_ids, max_dets)
             self._results[task] = self._derive_coco_results(
-                evaluation, task, class_names=self._metadata.get("thing_classes")
+                evaluations.get(task), task, class_names=self._metadata.get("thing_classes")
             )
+        if self._report and self._output_dir and evaluations:
+            figures = {task: self._results[task] for task in evaluations}
+            root = self._metadata.get("image_root", "")
+            path = write_report(self._output_dir, self._metadata.name, root, evaluations, figures)
+            logger.info("Report with curves and pictures: %s", path)
 
 
 def evaluate_coco(
