@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Mapping
 from typing import Any
 
+import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import SEM_SEG_HEADS_REGISTRY
@@ -19,6 +22,9 @@ from peft_d2.models.mask_former_head import MaskFormerHead
 from peft_d2.models.matcher import BoxMaskMatcher
 from peft_d2.models.postprocess import Canvas, class_maps, paint_segments, ranked_instances
 from peft_d2.models.targets import Target, add_boxes
+
+_LABELS = "sem_seg_head.predictor.label_enc.weight"
+logger = logging.getLogger(__name__)
 
 
 class MaskDINOHead(MaskFormerHead):
@@ -131,6 +137,19 @@ class MaskDINO(MaskClassifier):
         )
         result.pred_boxes = Boxes(to_corners(boxes[queries]) * boxes.new_tensor([width, height, width, height]))
         return result
+
+    def upgrade_state_dict(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A whole model's state dict, whose label embeddings are dealt out to as many classes as this model has.
+
+        Denoising tells classes apart by these; the decoder has learned to read them, so another's serve better than
+        random ones, which a run that trains few parameters would keep. Past the last one they begin again.
+        """
+        state = dict(state)
+        found, wanted = state.get(_LABELS), self.get_parameter(_LABELS)
+        if found is not None and len(found) and len(found) != len(wanted) and found.shape[1:] == wanted.shape[1:]:
+            logger.info("%s: the embeddings of %d classes serve %d others.", _LABELS, len(found), len(wanted))
+            state[_LABELS] = found[torch.arange(len(wanted)) % len(found)]
+        return state
 
     @classmethod
     def make_criterion(cls, cfg: CfgNode, num_classes: int) -> BoxMaskCriterion:

@@ -41,6 +41,34 @@ SMALL = {
     "MODEL.MASK_FORMER.TRAIN_NUM_POINTS": 128,
 }
 
+R50_DINO, SWIN_L_DINO = "mask_dino/coco/instance_r50.yaml", "mask_dino/coco/instance_swin_l.yaml"
+
+SMALL_DINO = {
+    "MODEL.DEVICE": "cpu",
+    "MODEL.WEIGHTS": "",
+    "MODEL.RESNETS.DEPTH": 18,
+    "MODEL.RESNETS.RES2_OUT_CHANNELS": 64,
+    "MODEL.RESNETS.NORM": "GN",
+    "MODEL.SEM_SEG_HEAD.CONVS_DIM": 32,
+    "MODEL.SEM_SEG_HEAD.MASK_DIM": 32,
+    "MODEL.SEM_SEG_HEAD.DIM_FEEDFORWARD": 32,
+    "MODEL.SEM_SEG_HEAD.TRANSFORMER_ENC_LAYERS": 1,
+    "MODEL.SEM_SEG_HEAD.NUM_CLASSES": 4,
+    "MODEL.MaskDINO.HIDDEN_DIM": 32,
+    "MODEL.MaskDINO.DIM_FEEDFORWARD": 32,
+    "MODEL.MaskDINO.NHEADS": 4,
+    "MODEL.MaskDINO.DEC_LAYERS": 2,
+    "MODEL.MaskDINO.NUM_OBJECT_QUERIES": 8,
+    "MODEL.MaskDINO.TRAIN_NUM_POINTS": 64,
+    "MODEL.MaskDINO.DN_NUM": 7,
+}
+
+# Models that share MaskClassifier: a config, what makes it small, and the config node of its own.
+CLASSIFIERS = {
+    "mask2former": ("coco/instance/mask2former_r50.yaml", SMALL, "MASK_FORMER"),
+    "mask_dino": (R50_DINO, SMALL_DINO, "MaskDINO"),
+}
+
 # The size of the golden sam_tiny, and a grid of 8 x 8.
 SAM_TINY = {
     "MODEL.DEVICE": "cpu",
@@ -82,6 +110,30 @@ def build() -> Callable[..., nn.Module]:
 def small(build: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
     """``small(instance overrides)``: the small model with further overrides."""
     return lambda overrides=None: build("coco/instance/mask2former_r50.yaml", {**SMALL, **(overrides or {})})
+
+
+@pytest.fixture
+def small_dino(build: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    """``small_dino(overrides, config)``: a small Mask DINO."""
+
+    def run(overrides: dict[str, Any] | None = None, config: str = R50_DINO) -> nn.Module:
+        torch.manual_seed(0)
+        return build(config, {**SMALL_DINO, **(overrides or {})})
+
+    return run
+
+
+@pytest.fixture(params=CLASSIFIERS)
+def classifier(build: Callable[..., nn.Module], request: pytest.FixtureRequest) -> Callable[..., nn.Module]:
+    """``classifier(overrides)``: each model of ``CLASSIFIERS``; keys without ``MODEL`` are of the model's own node."""
+    config, options, node = CLASSIFIERS[request.param]
+
+    def run(overrides: dict[str, Any] | None = None) -> nn.Module:
+        torch.manual_seed(0)
+        own = {k if k.startswith("MODEL.") else f"MODEL.{node}.{k}": v for k, v in (overrides or {}).items()}
+        return build(config, {**options, **own})
+
+    return run
 
 
 @pytest.fixture

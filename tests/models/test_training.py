@@ -1,4 +1,4 @@
-"""Training steps and results of the small model, from every kind of input."""
+"""Training steps and results of small models, from every kind of input."""
 
 from __future__ import annotations
 
@@ -42,16 +42,16 @@ def step(model: torch.nn.Module, inputs: list[dict[str, Any]]) -> dict[str, torc
 
 
 @pytest.mark.parametrize("kind", ["tensor", "bitmasks", "polygons", "sem_seg"])
-def test_every_kind_of_ground_truth(small: Any, kind: str) -> None:
-    model = small()
+def test_every_kind_of_ground_truth(classifier: Any, kind: str) -> None:
+    model = classifier()
     losses = step(model, [sample(kind), sample(kind, 1, (48, 60))])
-    assert list(losses) == list(model.criterion.weight_dict)
+    assert set(losses) == set(model.criterion.weight_dict)
     assert all(loss.isfinite() for loss in losses.values())
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
-def test_polygons_and_bitmaps_agree(small: Any) -> None:
-    model = small()
+def test_polygons_and_bitmaps_agree(classifier: Any) -> None:
+    model = classifier()
     expected = step(model, [sample("bitmasks")])
     for kind in ("tensor", "polygons"):
         found = step(model, [sample(kind)])
@@ -60,8 +60,8 @@ def test_polygons_and_bitmaps_agree(small: Any) -> None:
         )
 
 
-def test_losses_are_weighted(small: Any) -> None:
-    model = small()
+def test_losses_are_weighted(classifier: Any) -> None:
+    model = classifier()
     first = step(model, [sample("tensor")])
     model.criterion.weight_dict["loss_dice_0"] *= 3  # the matcher has weights of its own
     second = step(model, [sample("tensor")])
@@ -70,8 +70,8 @@ def test_losses_are_weighted(small: Any) -> None:
 
 
 @pytest.mark.parametrize("counts", [(0, 2), (0, 0)])
-def test_images_without_instances(small: Any, counts: tuple[int, ...]) -> None:
-    model = small()
+def test_images_without_instances(classifier: Any, counts: tuple[int, ...]) -> None:
+    model = classifier()
     inputs = [sample("tensor", count) for count in counts]
     del inputs[0]["instances"]._fields["gt_masks"]  # as some mappers leave it
     losses = step(model, inputs)
@@ -81,26 +81,26 @@ def test_images_without_instances(small: Any, counts: tuple[int, ...]) -> None:
     assert all(p.grad is not None for p in model.parameters())  # so that no worker waits for another
 
 
-def test_an_instance_without_polygons_is_an_empty_mask(small: Any) -> None:
+def test_an_instance_without_polygons_is_an_empty_mask(classifier: Any) -> None:
     item = sample("polygons")
     item["instances"].gt_masks.polygons[1] = []
-    assert all(loss.isfinite() for loss in step(small(), [item]).values())
+    assert all(loss.isfinite() for loss in step(classifier(), [item]).values())
 
 
-def test_missing_ground_truth_is_named(small: Any) -> None:
+def test_missing_ground_truth_is_named(classifier: Any) -> None:
     with pytest.raises(KeyError, match="a.png.*neither 'instances' nor 'sem_seg'"):
-        small().train()([{"image": torch.zeros(3, 64, 64), "file_name": "a.png"}])
+        classifier().train()([{"image": torch.zeros(3, 64, 64), "file_name": "a.png"}])
 
 
-def test_unknown_masks_are_named(small: Any) -> None:
+def test_unknown_masks_are_named(classifier: Any) -> None:
     item = sample("tensor")
     item["instances"]._fields["gt_masks"] = [1, 2, 3]
     with pytest.raises(TypeError, match="gt_masks is list"):
-        small().train()([item])
+        classifier().train()([item])
 
 
-def test_training_learns_one_image(small: Any) -> None:
-    model = small().train()
+def test_training_learns_one_image(classifier: Any) -> None:
+    model = classifier().train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     inputs = [sample("bitmasks")]
     first = None
@@ -114,8 +114,8 @@ def test_training_learns_one_image(small: Any) -> None:
 
 
 @pytest.mark.parametrize("pixel_decoder", [False, True])
-def test_bf16_autocast(small: Any, pixel_decoder: bool) -> None:
-    model = small({"MODEL.SEM_SEG_HEAD.PIXEL_DECODER_AUTOCAST": pixel_decoder})
+def test_bf16_autocast(classifier: Any, pixel_decoder: bool) -> None:
+    model = classifier({"MODEL.SEM_SEG_HEAD.PIXEL_DECODER_AUTOCAST": pixel_decoder})
     seen: list[torch.dtype] = []
     layer = model.sem_seg_head.pixel_decoder.transformer.encoder.layers[0].linear1
     layer.register_forward_hook(lambda module, arguments, output: seen.append(output.dtype))
@@ -134,9 +134,9 @@ def test_bf16_autocast(small: Any, pixel_decoder: bool) -> None:
     assert results[0]["instances"].scores.dtype == torch.float32
 
 
-def test_results_of_all_three_tasks(small: Any) -> None:
-    on = {f"MODEL.MASK_FORMER.TEST.{task}_ON": True for task in ("SEMANTIC", "INSTANCE", "PANOPTIC")}
-    model = small(on).eval()
+def test_results_of_all_three_tasks(classifier: Any) -> None:
+    on = {f"TEST.{task}_ON": True for task in ("SEMANTIC", "INSTANCE", "PANOPTIC")}
+    model = classifier(on).eval()
     inputs = [{**sample("tensor"), "height": 100, "width": 120}, {"image": sample("tensor", 1, (48, 60))["image"]}]
     with pytest.raises(ValueError, match="thing_dataset_id_to_contiguous_id"):
         model.metadata = SimpleNamespace(name="mine")
@@ -152,12 +152,12 @@ def test_results_of_all_three_tasks(small: Any) -> None:
         assert (result["instances"].scores.diff() <= 0).all()
 
 
-def test_fewer_queries_than_instances(small: Any) -> None:
-    model = small({"MODEL.MASK_FORMER.NUM_OBJECT_QUERIES": 2})
+def test_fewer_queries_than_instances(classifier: Any) -> None:
+    model = classifier({"NUM_OBJECT_QUERIES": 2})
     assert all(loss.isfinite() for loss in step(model, [sample("tensor")]).values())
     with torch.no_grad():
         assert len(model.eval()([sample("tensor")])[0]["instances"]) == 8  # 2 queries x 4 classes, 100 asked for
 
 
-def test_padding_follows_the_backbone_where_asked(small: Any) -> None:
-    assert small({"MODEL.MASK_FORMER.SIZE_DIVISIBILITY": -1}).size_divisibility == small().backbone.size_divisibility
+def test_padding_follows_the_backbone_where_asked(classifier: Any) -> None:
+    assert classifier({"SIZE_DIVISIBILITY": -1}).size_divisibility == classifier().backbone.size_divisibility

@@ -163,7 +163,8 @@ class MaskDINODecoder(nn.Module):
             the same of the queries themselves and of every layer but the last; with two stages ``interm_outputs`` of
             the chosen places; ``denoising``: the denoising queries and their predictions by layer, or None.
         """
-        projected = [projection(feature) for projection, feature in zip(self.input_proj, features, strict=True)]
+        # In float32, as the decoder is, also where the maps come in the autocast type.
+        projected = [projection(feature).float() for projection, feature in zip(self.input_proj, features, strict=True)]
         memory = Levels(projected[::-1])
         content, box_logits, chosen = self.queries(memory, mask_features)
         noisy = self._denoising_queries(targets)
