@@ -48,6 +48,11 @@ def outputs(build: Any, golden: Any, filler: Any, two_threads: None) -> dict[str
     state = model.state_dict()
     for key, factor in recipe["post_fill_scale"].items():
         state[key].mul_(factor)
+    return recorded(model, recipe, filler)
+
+
+def recorded(model: nn.Module, recipe: dict[str, Any], filler: Any) -> dict[str, Any]:
+    """What a model of mask classification computes for a golden's inputs, by the golden's names, and its instances."""
     inputs = [{**item, "image": filler.image(**item["image"])} for item in recipe["inputs"]]
     seen: dict[str, Any] = {}
 
@@ -78,11 +83,15 @@ def test_outputs(outputs: dict[str, Any]) -> None:
         found = {
             key.removeprefix(f"image{i}.instances."): expected[key] for key in expected.files if f"image{i}" in key
         }
-        order = np.argsort(-found["scores"], kind="stable")  # the published code does not sort
-        np.testing.assert_allclose(instances.scores.numpy(), found["scores"][order], rtol=0, atol=TOLERANCE)
-        np.testing.assert_array_equal(instances.pred_classes.numpy(), found["pred_classes"][order])
-        masks = instances.pred_masks.flatten(1).numpy()
-        published = np.unpackbits(found["pred_masks_packbits"][order], axis=1)[:, : masks.shape[1]]
-        # A pixel whose logit is within the tolerance of 0 may fall on either side.
-        assert (masks != published).sum() <= 3
-        assert instances.image_size == tuple(instances.pred_masks.shape[-2:])
+        assert_instances(instances, found["scores"], found["pred_classes"], found["pred_masks_packbits"])
+
+
+def assert_instances(instances: Any, scores: np.ndarray, classes: np.ndarray, mask_bits: np.ndarray) -> None:
+    """The instances are the published ones, which are not sorted; masks are packed along all their pixels."""
+    order = np.argsort(-scores, kind="stable")
+    np.testing.assert_allclose(instances.scores.numpy(), scores[order], rtol=0, atol=TOLERANCE)
+    np.testing.assert_array_equal(instances.pred_classes.numpy(), classes[order])
+    masks = instances.pred_masks.flatten(1).numpy()
+    # A pixel whose logit is within the tolerance of 0 may fall on either side.
+    assert (masks != np.unpackbits(mask_bits[order], axis=1)[:, : masks.shape[1]]).sum() <= 3
+    assert instances.image_size == tuple(instances.pred_masks.shape[-2:])

@@ -25,7 +25,7 @@ from peft_d2.models.class_prompts import TokenizerError
 from peft_d2.models.class_vectors import ClassVectors, ClassVectorsError
 
 from .conftest import GOLDENS, ROOT
-from .test_golden import TOLERANCE, rows
+from .test_golden import TOLERANCE, assert_instances, recorded, rows
 from .test_text_encoder import folder as tokenizer  # noqa: F401  a fixture
 from .test_training import sample, step
 
@@ -155,36 +155,18 @@ def outputs(build: Any, golden: Any, filler: Any, two_threads: None) -> dict[str
         state[key].mul_(factor)
     state[recipe["logit_scale_key"]].fill_(recipe["logit_scale_value"])
     model.set_classes(ClassVectors(tuple("abcde"), torch.from_numpy(arrays["text_embeddings"])[None], ("{}",)))
-    seen: dict[str, Any] = {}
-
-    def keep(_: nn.Module, arguments: tuple, result: dict) -> None:
-        seen.update({f"pixel_decoder.multi_scale_features.{i}": feature for i, feature in enumerate(arguments[0])})
-        for prefix, prediction in [("", result)] + [
-            (f"aux_outputs.{i}.", p) for i, p in enumerate(result["aux_outputs"])
-        ]:
-            seen.update({f"{prefix}{name}": prediction[name] for name in ("pred_logits", "pred_masks")})
-
-    model.sem_seg_head.predictor.register_forward_hook(keep)
-    inputs = [{**item, "image": filler.image(**item["image"])} for item in recipe["inputs"]]
-    with torch.no_grad():
-        seen["instances"] = [result["instances"] for result in model(inputs)]
-    return seen
+    return recorded(model, recipe, filler)
 
 
 def test_outputs(outputs: dict[str, Any]) -> None:
     expected = np.load(GOLDENS / "seem_tiny_instance.npz")
     arrays = [name for name in expected.files if name in outputs]
-    assert len(arrays) == 7
+    assert len(arrays) == 9
     for name in arrays:
         np.testing.assert_allclose(outputs[name].numpy(), expected[name], rtol=0, atol=TOLERANCE, err_msg=name)
     for i, instances in enumerate(outputs["instances"]):
         found = {key.removeprefix(f"image{i}."): expected[key] for key in expected.files if key.startswith(f"image{i}")}
-        order = np.argsort(-found["scores"], kind="stable")  # the published code does not sort
-        np.testing.assert_allclose(instances.scores.numpy(), found["scores"][order], rtol=0, atol=TOLERANCE)
-        np.testing.assert_array_equal(instances.pred_classes.numpy(), found["pred_classes"][order])
-        masks = instances.pred_masks.flatten(1).numpy()
-        published = np.unpackbits(found["mask_bits"][order], axis=1)[:, : masks.shape[1]]
-        assert (masks != published).sum() <= 3  # a pixel whose logit is within the tolerance of 0
+        assert_instances(instances, found["scores"], found["pred_classes"], found["mask_bits"])
 
 
 def test_segment_anythings_encoder_as_a_backbone(filler: Any) -> None:
