@@ -13,6 +13,7 @@ def add_data_config(cfg: Any) -> None:
     ``INPUT.PROMPTS``: boxes as prompts: in training each side moves outwards by 0 to ``BOX_NOISE`` px of the resized
     image, and ``MAX_BOXES`` objects of an image are taken at most; in testing ``DETECTIONS`` names a detector's results
     (COCO's result json), "" takes the ground truth's boxes.
+    ``TEST.REPORT``: after an evaluation of boxes or masks write ``report.html`` beside its results.
     ``TEST.TILES``: evaluate whole images by overlapping tiles of ``SIZE`` px, enlarged by ``SCALE``.
     """
     from detectron2.config import CfgNode
@@ -23,6 +24,7 @@ def add_data_config(cfg: Any) -> None:
     _default(cfg.INPUT.PROMPTS, "BOX_NOISE", 50.0)
     _default(cfg.INPUT.PROMPTS, "MAX_BOXES", 64)
     _default(cfg.INPUT.PROMPTS, "DETECTIONS", "")
+    _default(cfg.TEST, "REPORT", True)
     _default(cfg.TEST, "TILES", CfgNode())
     _default(cfg.TEST.TILES, "ENABLED", False)
     _default(cfg.TEST.TILES, "SIZE", 96)

@@ -48,7 +48,7 @@ def build_evaluator(cfg: Any, dataset_name: str, output_folder: str | None) -> D
     if kind == "coco" and _base_architecture(cfg) == "PD2SegmentAnything" and not cfg.INPUT.PROMPTS.DETECTIONS:
         found.append(PromptedMaskEvaluator(dataset_name))
     if kind in _INSTANCE and (instance or kind == "coco"):
-        found.append(FastCOCOEvaluator(dataset_name, output_dir=output_folder))
+        found.append(FastCOCOEvaluator(dataset_name, output_dir=output_folder, report=cfg.TEST.get("REPORT", False)))
     if kind in _PANOPTIC and panoptic:
         found.append(PanopticQualityEvaluator(dataset_name))
     if kind == "cityscapes_instance" or (kind == "cityscapes_panoptic_seg" and instance):
