@@ -32,6 +32,7 @@ def add_config(cfg: Any) -> None:
     ``MODEL.PEFT.METHODS``: list of ``{NAME, TARGETS, ...}``, see :func:`peft_d2.inject`.
     ``MODEL.PEFT.TRAIN``: modules or parameters trained in full besides; ``["*"]`` is full fine-tuning.
     ``MODEL.PEFT.LR_FACTOR``, ``TRAIN_LR_FACTOR``: factors on ``BASE_LR`` for injected parts and for ``TRAIN``.
+    ``MODEL.PEFT.LR_FACTORS``: list of ``{PARAMETERS, FACTOR}``, further factors by the parameters' names (patterns).
     ``MODEL.PEFT.ALLOW_OTHER_BASE``: load an adapter that was made for another base all the same.
     ``MODEL.PEFT.PROVE_LIVE``: prove before the first step that each injected part changes the output.
     ``SOLVER.ACCUMULATE``: in how many pieces each process computes its share of a batch, to save memory; the gradients
@@ -70,6 +71,7 @@ def add_config(cfg: Any) -> None:
         TRAIN=[],
         LR_FACTOR=1.0,
         TRAIN_LR_FACTOR=1.0,
+        LR_FACTORS=[],
         ALLOW_OTHER_BASE=False,
         PROVE_LIVE=True,
     )

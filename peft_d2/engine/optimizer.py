@@ -6,6 +6,7 @@ import itertools
 import logging
 import math
 from collections.abc import Iterator
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -56,10 +57,11 @@ def build_optimizer(cfg: Any, model: nn.Module) -> torch.optim.Optimizer:
     """AdamW or SGD over what is trained, with Mask2Former's weight-decay rules and gradient clipping.
 
     Injected parameters learn at ``BASE_LR * MODEL.PEFT.LR_FACTOR`` wherever they sit; modules trained in full at
-    ``BASE_LR * TRAIN_LR_FACTOR``, in the backbone times ``BACKBONE_MULTIPLIER`` besides.
+    ``BASE_LR * TRAIN_LR_FACTOR``, in the backbone times ``BACKBONE_MULTIPLIER`` besides; either times the factor of the
+    first entry of ``LR_FACTORS`` whose pattern the parameter's name matches.
 
     Raises:
-        ConfigError: nothing to train, or an unknown optimizer or clipping.
+        ConfigError: nothing to train, an unknown optimizer or clipping, or a pattern that matches nothing.
     """
     groups = _parameter_groups(cfg, model)
     if not groups:
@@ -93,8 +95,10 @@ def _parameter_groups(cfg: Any, model: nn.Module) -> list[dict[str, Any]]:
     is_peft = peft.get_injection(model) is not None
     injected = {id(t.param) for t in peft.trained_parameters(model) if t.kind == "injected"} if is_peft else set()
     groups: dict[tuple[float, float], dict[str, Any]] = {}
-    for name, module, parameter in _trained(model):
-        rate = _learning_rate(cfg, name, id(parameter) in injected, is_peft)
+    trained = list(_trained(model))
+    factors = _named_factors(cfg, [name for name, _, _ in trained])
+    for name, module, parameter in trained:
+        rate = _learning_rate(cfg, name, id(parameter) in injected, is_peft) * factors.get(name, 1.0)
         decay = _weight_decay(cfg, name, module)
         if name.endswith("bias"):
             rate *= cfg.SOLVER.BIAS_LR_FACTOR or 1.0
@@ -118,6 +122,28 @@ def _learning_rate(cfg: Any, name: str, injected: bool, is_peft: bool) -> float:
         return cfg.SOLVER.BASE_LR * cfg.MODEL.PEFT.LR_FACTOR
     rate = cfg.SOLVER.BASE_LR * (cfg.MODEL.PEFT.TRAIN_LR_FACTOR if is_peft else 1.0)
     return rate * cfg.SOLVER.BACKBONE_MULTIPLIER if "backbone" in name.rpartition(".")[0] else rate
+
+
+def _named_factors(cfg: Any, names: list[str]) -> dict[str, float]:
+    """The factor of each name that ``MODEL.PEFT.LR_FACTORS`` knows.
+
+    Raises:
+        ConfigError: an entry that is none, or one that matches no name.
+    """
+    found: dict[str, float] = {}
+    for entry in cfg.MODEL.PEFT.LR_FACTORS:
+        if not isinstance(entry, dict) or entry.keys() != {"PARAMETERS", "FACTOR"}:
+            raise ConfigError(f"MODEL.PEFT.LR_FACTORS: {entry!r} is not of the form {{PARAMETERS: '*', FACTOR: 1.0}}.")
+        pattern, factor = entry["PARAMETERS"], entry["FACTOR"]
+        if not isinstance(factor, int | float) or not 0 <= factor < math.inf:
+            raise ConfigError(f"MODEL.PEFT.LR_FACTORS: FACTOR of {pattern!r} is {factor!r}; expected 0 or more.")
+        matched = [name for name in names if fnmatchcase(name, str(pattern))]
+        if not matched:
+            raise ConfigError(
+                f"MODEL.PEFT.LR_FACTORS: no trained parameter is called {pattern!r}, e.g. {names[0]!r} is."
+            )
+        found = {**dict.fromkeys(matched, float(factor)), **found}
+    return found
 
 
 def _weight_decay(cfg: Any, name: str, module: nn.Module) -> float:

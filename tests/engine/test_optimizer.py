@@ -117,6 +117,43 @@ def test_a_batch_on_the_command_line_scales_the_files_rate(tmp_path: Path, opts:
     assert cfg.SOLVER.BASE_LR == pytest.approx(rate)
 
 
+def test_rates_by_name(make_cfg: Callable[..., Any]) -> None:
+    cfg = make_cfg("MODEL.PEFT.LR_FACTOR", 3.0, "MODEL.PEFT.TRAIN_LR_FACTOR", 0.5, peft=True)
+    model = build_model(cfg)
+    before = rates(model, build_optimizer(cfg, model))
+    cfg.MODEL.PEFT.LR_FACTORS = [
+        {"PARAMETERS": "*.lora_b", "FACTOR": 16.0},
+        {"PARAMETERS": "*lora*", "FACTOR": 0.25},
+        {"PARAMETERS": "*.class_embed.bias", "FACTOR": 2},
+    ]
+    after = rates(model, build_optimizer(cfg, model))
+    assert after.keys() == before.keys()
+    for name, (rate, decay) in after.items():
+        factor = 16 if name.endswith("lora_b") else 0.25 if "lora" in name else 2 if "class_embed.bias" in name else 1
+        assert (rate, decay) == (pytest.approx(factor * before[name][0]), before[name][1]), name
+
+
+@pytest.mark.parametrize(
+    ("entry", "said"),
+    [
+        ({"PARAMETERS": "*cobot*", "FACTOR": 2.0}, "no trained parameter is called '\\*cobot\\*'"),
+        (
+            {"PARAMETERS": "backbone.patch_embed.*", "FACTOR": 2.0},
+            "no trained parameter is called 'backbone.patch_embed",
+        ),
+        ({"PARAMETERS": "*", "FACTOR": -1}, "FACTOR of '\\*' is -1; expected 0 or more"),
+        ({"PARAMETER": "*", "FACTOR": 1.0}, "is not of the form"),
+        ("*", "'\\*' is not of the form"),
+    ],
+)
+def test_rates_by_name_that_make_no_sense(make_cfg: Callable[..., Any], entry: Any, said: str) -> None:
+    cfg = make_cfg(peft=True)
+    model = build_model(cfg)
+    cfg.MODEL.PEFT.LR_FACTORS = [entry]
+    with pytest.raises(ConfigError, match=said):
+        build_optimizer(cfg, model)
+
+
 def test_poly_schedule_equals_detectron2_deeplab(make_cfg: Callable[..., Any]) -> None:
     deeplab = pytest.importorskip("detectron2.projects.deeplab.lr_scheduler")
     cfg = make_cfg("SOLVER.MAX_ITER", 20, "SOLVER.WARMUP_ITERS", 4, "SOLVER.POLY_LR_CONSTANT_ENDING", 0.2)

@@ -21,6 +21,7 @@ from peft_d2.engine.checks import check_run  # noqa: E402
 from peft_d2.engine.config import load_config  # noqa: E402
 from peft_d2.engine.errors import ConfigError  # noqa: E402
 from peft_d2.engine.launch import one_line_errors  # noqa: E402
+from peft_d2.engine.optimizer import build_optimizer  # noqa: E402
 from peft_d2.engine.trainer import Trainer  # noqa: E402
 from peft_d2.models.sam_prompts import read_prompts  # noqa: E402
 
@@ -106,11 +107,18 @@ def test_every_config_builds_and_sets_what_the_paper_says(file: str) -> None:
     blocks, width = cfg.MODEL.SAM.DEPTH, cfg.MODEL.SAM.EMBED_DIM
     injected = 2 * blocks * 8 * width + 4 * 2 * blocks + (2 * blocks) ** 2 + 2 * (4 * 2 * blocks)
     assert sum(p.numel() for p in model.parameters()) == MODELS[size] + injected
-    rates = [cfg.SOLVER.BASE_LR * factor for factor in (cfg.MODEL.PEFT.LR_FACTOR, cfg.MODEL.PEFT.TRAIN_LR_FACTOR)]
+    rates: dict[float, int] = {}
+    for group in build_optimizer(cfg, model).param_groups:
+        rate = round(group["lr"], 9)
+        rates[rate] = rates.get(rate, 0) + sum(p.numel() for p in group["params"])
+    decoder = sum(p.numel() for p in model.mask_decoder.parameters())
+    orchestration = injected - 2 * blocks * 8 * width
     if "medical" in file:
-        assert rates == pytest.approx([1.25e-4, 1.25e-6]) and cfg.SOLVER.WEIGHT_DECAY == 5e-4
+        high = orchestration if "cobot" in file else injected
+        assert rates == {1.25e-4: high, 1.25e-6: injected + decoder - high}
+        assert cfg.SOLVER.WEIGHT_DECAY == 5e-4
     else:
-        assert rates == pytest.approx([1e-4, 1e-4]) and cfg.SOLVER.WEIGHT_DECAY == 5e-5
+        assert rates == {1e-4: injected + decoder} and cfg.SOLVER.WEIGHT_DECAY == 5e-5
         assert cfg.SOLVER.MAX_ITER == 20 * cfg.TEST.EVAL_PERIOD  # epochs
     assert cfg.INPUT.PROMPTS.BOX_NOISE == 50 and cfg.SOLVER.IMS_PER_BATCH == 1 and cfg.MODEL.SAM.IMAGE_SIZE == 1024
 
