@@ -17,6 +17,7 @@ from peft_d2.engine.classes import apply_class_count  # noqa: E402
 from peft_d2.engine.config import load_config  # noqa: E402
 
 TINY = Path(__file__).with_name("tiny.yaml")
+DINO = Path(__file__).with_name("tiny_mask_dino.yaml")
 LORA = "[{'NAME': 'lora', 'RANK': 2, 'ALPHA': 2, 'TARGETS': ['qkv', 'self_attn.value_proj']}]"
 HEADS = "['sem_seg_head.predictor.class_embed', 'sem_seg_head.predictor.mask_embed']"
 
@@ -47,15 +48,27 @@ def make_cfg(toy_set: toy.ToySet, tmp_path: Path) -> Callable[..., Any]:
 
 
 @pytest.fixture(scope="session")
-def base_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Weights of a tiny model with 7 classes, as a training run would leave them."""
+def weights_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Path]:
+    """``weights_of(config)``: weights of a tiny model with 7 classes, as a training run would leave them."""
     from detectron2.modeling import build_model
 
-    peft_d2.register()
-    path = tmp_path_factory.mktemp("base") / "model_final.pth"
-    torch.manual_seed(11)
-    torch.save({"model": build_model(load_config(str(TINY)).cfg).state_dict()}, path)
-    return path
+    made: dict[Path, Path] = {}
+
+    def make(config: Path) -> Path:
+        if config not in made:
+            peft_d2.register()
+            made[config] = tmp_path_factory.mktemp("base") / "model_final.pth"
+            torch.manual_seed(11)
+            torch.save({"model": build_model(load_config(str(config)).cfg).state_dict()}, made[config])
+        return made[config]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def base_weights(weights_of: Callable[[Path], Path]) -> Path:
+    """Weights of the tiny Mask2Former."""
+    return weights_of(TINY)
 
 
 @pytest.fixture(autouse=True)

@@ -15,10 +15,10 @@ from detectron2.modeling import build_model
 import peft_d2
 from peft_d2 import adapters, peft
 
+from .conftest import DINO
 from .test_training import assert_equal, train, trained
 
 ROOT = Path(__file__).resolve().parents[2]
-CONFIG = Path(__file__).with_name("tiny_mask_dino.yaml")
 
 
 def methods_of(file: str) -> list[Any]:
@@ -33,10 +33,10 @@ def methods_of(file: str) -> list[Any]:
 
 @pytest.mark.parametrize("file", ["adapters3_mask_dino.yaml", "lora_mask_dino.yaml"])
 def test_train_evaluate_store_load_and_merge(make_cfg: Callable[..., Any], tmp_path: Path, file: str) -> None:
-    cfg = make_cfg(*methods_of(file), "TEST.EVAL_PERIOD", 6, config=CONFIG)
+    cfg = make_cfg(*methods_of(file), "TEST.EVAL_PERIOD", 6, config=DINO)
     peft_d2.register()
     torch.manual_seed(3)
-    torch.save({"model": build_model(make_cfg(config=CONFIG)).state_dict()}, tmp_path / "base.pth")
+    torch.save({"model": build_model(make_cfg(config=DINO)).state_dict()}, tmp_path / "base.pth")
     cfg.MODEL.WEIGHTS = str(tmp_path / "base.pth")
     trainer = train(cfg)  # proves before the first step that every part is live
     rows = [json.loads(line) for line in (tmp_path / "metrics.json").read_text().splitlines()]
@@ -46,7 +46,7 @@ def test_train_evaluate_store_load_and_merge(make_cfg: Callable[..., Any], tmp_p
     image = {"image": torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8)}
     with torch.no_grad():
         expected = model([image])[0]["instances"]
-    fresh = build_model(make_cfg("MODEL.WEIGHTS", tmp_path / "base.pth", config=CONFIG)).eval()
+    fresh = build_model(make_cfg("MODEL.WEIGHTS", tmp_path / "base.pth", config=DINO)).eval()
     fresh.load_state_dict(torch.load(tmp_path / "base.pth", weights_only=True)["model"])
     adapters.load_adapter(fresh, tmp_path / "adapter_final")
     assert_equal(trained(trainer), {name: p for name, p in fresh.named_parameters() if p.requires_grad})

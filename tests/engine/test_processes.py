@@ -21,9 +21,12 @@ from peft_d2.engine.errors import ConfigError
 from peft_d2.engine.trainer import Trainer
 from peft_d2.models import matcher, points
 
+from .conftest import DINO, TINY
+
 ROOT = Path(__file__).parents[2]
-TINY = Path(__file__).with_name("tiny.yaml")
+# Denoising queries are disturbed by chance, and padded to the most objects of a process's own images, as published.
 WITHOUT_CHANCE = ("MODEL.MASK_FORMER.DROPOUT", 0.0, "MODEL.SWIN.DROP_PATH_RATE", 0.0)
+WITHOUT_CHANCE += ("MODEL.MaskDINO.DROPOUT", 0.0, "MODEL.MaskDINO.DN", "no")
 BATCH = ("SOLVER.IMS_PER_BATCH", 4, "SOLVER.MAX_ITER", 2, "SOLVER.CLIP_GRADIENTS.ENABLED", False, "SEED", 5)
 
 
@@ -89,19 +92,24 @@ def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) ->
     assert one.keys() == other.keys() and len(one) > 5
     for name, value in one.items():
         scale = max(float(value.abs().max()), 0.1)  # before a norm a bias has none but rounding errors
-        assert float((value - other[name]).abs().max()) <= 1e-5 * scale, name
+        assert float((value - other[name]).abs().max()) <= 5e-5 * scale, name
 
 
-@pytest.mark.parametrize("pieces", [2, 4])
 @pytest.mark.parametrize("peft", [False, True], ids=["full", "peft"])
+@pytest.mark.parametrize(("config", "pieces"), [(TINY, 2), (TINY, 4), (DINO, 4)], ids=["2", "4", "mask_dino-4"])
 def test_pieces_equal_the_joined_batch(
-    make_cfg: Callable[..., Any], base_weights: Path, tmp_path: Path, pieces: int, peft: bool
+    make_cfg: Callable[..., Any],
+    weights_of: Callable[[Path], Path],
+    tmp_path: Path,
+    config: Path,
+    pieces: int,
+    peft: bool,
 ) -> None:
     """The images hold different numbers of objects, so that dividing by each piece's own counts would be off."""
-    opts = ("MODEL.WEIGHTS", base_weights, "SOLVER.MAX_ITER", 1, *WITHOUT_CHANCE)
-    common = (*BATCH, *opts)
-    whole = steps_of(make_cfg(*common, peft=peft, output=tmp_path / "whole"))
-    parts = steps_of(make_cfg(*common, "SOLVER.ACCUMULATE", pieces, peft=peft, output=tmp_path / "parts"))
+    common = (*BATCH, "MODEL.WEIGHTS", weights_of(config), "SOLVER.MAX_ITER", 1, *WITHOUT_CHANCE)
+    whole = steps_of(make_cfg(*common, peft=peft, config=config, output=tmp_path / "whole"))
+    pairs = (*common, "SOLVER.ACCUMULATE", pieces)
+    parts = steps_of(make_cfg(*pairs, peft=peft, config=config, output=tmp_path / "parts"))
     assert_same(whole[0], parts[0])
 
 
@@ -110,12 +118,17 @@ def test_a_batch_that_cannot_be_dealt_out(make_cfg: Callable[..., Any]) -> None:
         Trainer(make_cfg("SOLVER.ACCUMULATE", 3))
 
 
+@pytest.mark.parametrize("config", [TINY, DINO], ids=["mask2former", "mask_dino"])
 def test_two_processes_equal_one_and_stop_together(
-    make_cfg: Callable[..., Any], base_weights: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    make_cfg: Callable[..., Any],
+    weights_of: Callable[[Path], Path],
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    config: Path,
 ) -> None:
-    common = (*BATCH, "MODEL.WEIGHTS", base_weights, *WITHOUT_CHANCE)
-    one = steps_of(make_cfg(*common, "SOLVER.MAX_ITER", 1, peft=True, output=tmp_path / "one"))
-    cfg = make_cfg(*common, peft=True, output=tmp_path / "two")
+    common = (*BATCH, "MODEL.WEIGHTS", weights_of(config), *WITHOUT_CHANCE)
+    one = steps_of(make_cfg(*common, "SOLVER.MAX_ITER", 1, peft=True, config=config, output=tmp_path / "one"))
+    cfg = make_cfg(*common, peft=True, config=config, output=tmp_path / "two")
     layout = processes.Layout(2, on_cpu=True)
     with pytest.raises(SystemExit) as left:
         processes.launch(one_of_two, (cfg, str(tmp_path)), layout, launch.expected_errors())
