@@ -52,11 +52,11 @@ class ProveLive(HookBase):
         Raises:
             DeadPartError: with their names.
         """
-        if comm.get_world_size() > 1:
-            logger.info("Whether each injected part changes the output is proved in runs of one process only.")
-            return
         step = self.trainer._trainer
-        image = self.trainer.loader.first()[0]
+        model = unwrapped(step.model)
+        # All processes take the same image: their forward passes meet, where losses are divided by joined counts, and
+        # must be equally many.
+        image = comm.all_gather(self.trainer.loader.first()[0])[0]
         predictions: list[Any] = []
 
         def forward(model: Any) -> Any:
@@ -69,8 +69,8 @@ class ProveLive(HookBase):
                 predictions.extend(output)
             return output
 
-        _refuse_dead(peft.dead_parts(step.model, forward, training=True), "train")
-        dead = peft.dead_parts(step.model, forward, training=False)
+        _refuse_dead(_dead_everywhere(peft.dead_parts(model, forward, training=True)), "train")
+        dead = _dead_everywhere(peft.dead_parts(model, forward, training=False))
         if dead and not any(len(found.get("instances", "?")) for found in predictions):
             logger.info(
                 "The model finds nothing on the first image yet: %d parts are not proved in eval mode.", len(dead)
@@ -135,6 +135,12 @@ class Writers(PeriodicWriter):
             super().after_train()
         except OSError as error:
             logger.error("The figures of the last iterations could not be written: %s", error.strerror or error)
+
+
+def _dead_everywhere(names: list[str]) -> list[str]:
+    """Those of ``names`` that all processes found, so that all go on or all stop."""
+    found = comm.all_gather(names)
+    return [name for name in names if all(name in others for others in found)]
 
 
 def _refuse_dead(names: list[str], mode: str) -> None:
