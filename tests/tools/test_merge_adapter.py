@@ -18,12 +18,17 @@ from peft_d2.engine.config import load_config  # noqa: E402
 from peft_d2.engine.launch import one_line_errors  # noqa: E402
 from peft_d2.engine.merging import merge_adapter, merge_parser  # noqa: E402
 
-TINY = Path(__file__).parents[1] / "engine" / "tiny.yaml"
+ENGINE = Path(__file__).parents[1] / "engine"
+TINY, DINO = ENGINE / "tiny.yaml", ENGINE / "tiny_mask_dino.yaml"
 LORA = {
     "NAME": "lora",
     "RANK": 2,
     "ALPHA": 4.0,
     "TARGETS": ["qkv", "self_attn.{value_proj,sampling_offsets}", "multihead_attn"],
+}
+OF_DINO = {
+    **LORA,
+    "TARGETS": ["qkv", "{self_attn,cross_attn}.{value_proj,sampling_offsets}", "decoder.layers.*.self_attn"],
 }
 HEADS = ("class_embed", "mask_embed")
 
@@ -37,16 +42,16 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def build(seed: int = 0) -> torch.nn.Module:
+def build(seed: int = 0, config: Path = TINY) -> torch.nn.Module:
     from detectron2.modeling import build_model
 
     peft_d2.register()
     torch.manual_seed(seed)
-    return build_model(load_config(str(TINY)).cfg).eval()
+    return build_model(load_config(str(config)).cfg).eval()
 
 
-def adapted(methods: list[dict], folder: Path) -> torch.nn.Module:
-    model = build()
+def adapted(methods: list[dict], folder: Path, config: Path = TINY) -> torch.nn.Module:
+    model = build(config=config)
     torch.save({"model": model.state_dict()}, folder / "base.pth")
     peft_d2.inject(model, methods, train=HEADS)
     generator = torch.Generator().manual_seed(1)
@@ -57,10 +62,10 @@ def adapted(methods: list[dict], folder: Path) -> torch.nn.Module:
     return model.eval()
 
 
-def run(folder: Path, *opts: str) -> str:
+def run(folder: Path, *opts: str, config: Path = TINY) -> str:
     arguments = [
         "--config-file",
-        str(TINY),
+        str(config),
         "--adapter",
         str(folder / "adapter"),
         "--output",
@@ -77,11 +82,14 @@ def predictions(model: torch.nn.Module) -> torch.Tensor:
     return torch.cat([found.scores, found.pred_masks.flatten().float()])
 
 
-def test_a_plain_model_with_the_merged_file_gives_the_adapters_outputs(tmp_path: Path) -> None:
-    model = adapted([LORA], tmp_path)
-    line = run(tmp_path, "MODEL.WEIGHTS", str(tmp_path / "base.pth"))
+@pytest.mark.parametrize(("config", "method"), [(TINY, LORA), (DINO, OF_DINO)], ids=["mask2former", "mask_dino"])
+def test_a_plain_model_with_the_merged_file_gives_the_adapters_outputs(
+    tmp_path: Path, config: Path, method: dict
+) -> None:
+    model = adapted([method], tmp_path, config)
+    line = run(tmp_path, "MODEL.WEIGHTS", str(tmp_path / "base.pth"), config=config)
     assert "merged.pth" in line
-    plain = build(seed=5)
+    plain = build(seed=5, config=config)
     merged = torch.load(tmp_path / "merged.pth", weights_only=True)["model"]
     base = torch.load(tmp_path / "base.pth", weights_only=True)["model"]
     assert list(merged) == list(base) and merged._metadata == base._metadata
@@ -89,7 +97,7 @@ def test_a_plain_model_with_the_merged_file_gives_the_adapters_outputs(tmp_path:
     assert changed and all(any(part in name for part in ("qkv", "attn", *HEADS)) for name in changed)
     plain.load_state_dict(merged)
     torch.testing.assert_close(predictions(plain), predictions(model), rtol=1e-4, atol=1e-5)
-    assert not torch.allclose(predictions(plain), predictions(build()), atol=1e-3)
+    assert not torch.allclose(predictions(plain), predictions(build(config=config)), atol=1e-3)
 
 
 def test_the_published_code_takes_the_keys_as_they_are(tmp_path: Path) -> None:
