@@ -203,6 +203,13 @@ def _make_paths_absolute(cfg: Any) -> None:
     ]
     for node in (cfg.MODEL, cfg.MODEL.PEFT):
         node.WEIGHTS = _absolute(node.WEIGHTS)
+    for node, key in (
+        (cfg.MODEL.SEEM, "CLASS_VECTORS"),
+        (cfg.MODEL.TEXT, "PRETRAINED_TOKENIZER"),
+        (cfg.MODEL.SAM, "FEATURE_CACHE"),
+        (cfg.INPUT.PROMPTS, "DETECTIONS"),
+    ):
+        node[key] = _absolute(node[key])
 
 
 def _absolute(path: Any) -> Any:
