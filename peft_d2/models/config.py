@@ -215,6 +215,7 @@ _OWN: dict[str, Any] = {
     "MODEL.SAM.MULTIMASK": False,
     "MODEL.SAM.PROMPTS_PER_CALL": 64,
     # A folder that keeps the embeddings of a frozen image encoder, so that each image is encoded once; "" keeps none.
+    # The published models' take 4 MiB for each image and flip in float32, half of it with SOLVER.AMP.
     "MODEL.SAM.FEATURE_CACHE": "",
     "MODEL.SAM.MASK_WEIGHT": 1.0,
     "MODEL.SAM.DICE_WEIGHT": 1.0,

@@ -20,7 +20,7 @@ from peft_d2.engine import targets  # noqa: E402
 from peft_d2.engine.checks import check_run  # noqa: E402
 from peft_d2.engine.config import load_config  # noqa: E402
 from peft_d2.engine.errors import ConfigError  # noqa: E402
-from peft_d2.engine.launch import one_line_errors  # noqa: E402
+from peft_d2.engine.launch import one_line_errors, prepare_config, training_parser  # noqa: E402
 from peft_d2.engine.optimizer import build_optimizer  # noqa: E402
 from peft_d2.engine.trainer import Trainer  # noqa: E402
 from peft_d2.models.sam_prompts import read_prompts  # noqa: E402
@@ -231,6 +231,14 @@ def test_the_first_evaluation_cannot_fail_after_hours(sam_cfg: Callable[..., Any
     data.register_from_config(cfg)
     with pytest.raises(ConfigError, match=said):
         check_run(cfg, evaluate=False)
+
+
+def test_a_config_with_detections_holds_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("found.json").write_text("[]")
+    given = ["--config-file", str(CONFIGS / "sam" / "vit_b.yaml"), "--eval-only", "OUTPUT_DIR", "out"]
+    cfg = prepare_config(training_parser().parse_args([*given, "INPUT.PROMPTS.DETECTIONS", "found.json"]))
+    assert cfg.INPUT.PROMPTS.DETECTIONS == str(tmp_path / "found.json")
 
 
 def test_a_prompt_that_cannot_be_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
