@@ -5,8 +5,9 @@
     tools/nuclei_study.py --models mask_dino seem --data datasets/nuclei --output output/nuclei --seeds 1 2 3
 
 Cuts the images into enlarged tiles, trains each model's base on fluorescence, then every variant of
-configs/nuclei/<model> on histology. Prints a table per model and writes them to table.md; tradeoff.png shows the figure
-over the number of trainable parameters. An interrupted study goes on where it stopped.
+configs/nuclei/<model> on histology. Prints a table per model, and one of the models that share a figure, and writes
+them to table.md; tradeoff.png shows the figure over the number of trainable parameters. An interrupted study goes on
+where it stopped.
 """
 
 import argparse
@@ -14,7 +15,7 @@ import sys
 from pathlib import Path
 
 from peft_d2.data.tiles import tile_coco
-from peft_d2.engine.comparison import METRICS, Result, Run, compare, plot_tradeoff, table
+from peft_d2.engine.comparison import METRICS, Result, Run, compare, plot_tradeoff, side_by_side, table
 from peft_d2.engine.errors import ConfigError
 from peft_d2.engine.launch import one_line_errors
 
@@ -39,14 +40,17 @@ def main() -> None:
     output = Path(args.output).resolve()
     tiles = {domain: own_data(Path(args.data), output / "tiles", domain) for domain in ("fluorescence", "histology")}
     results = {model: study(model, tiles, output, args) for model in args.models}
-    text = "\n\n".join(f"{model}\n\n{table(rows, metrics_of(model))}" for model, rows in results.items())
-    print("\n" + text)
-    (output / "table.md").write_text(text + "\n")
+    tables = [f"{model}\n\n{table(rows, metrics_of(model))}" for model, rows in results.items()]
     for metric in dict.fromkeys(metrics_of(model)[0] for model in results):
         chosen = {model: rows for model, rows in results.items() if metrics_of(model)[0] == metric}
+        if len(chosen) > 1:
+            tables.append(f"{' and '.join(chosen)}\n\n{side_by_side(chosen, metric)}")
         name = "tradeoff.png" if len(results) == len(chosen) else f"tradeoff_{metric.replace('/', '_')}.png"
         plot_tradeoff(chosen, output / name, "From fluorescence to histology", metric)
         print(f"picture: {output / name}")
+    text = "\n\n".join(tables)
+    print("\n" + text)
+    (output / "table.md").write_text(text + "\n")
 
 
 def metrics_of(model: str) -> tuple[str, ...]:

@@ -206,6 +206,20 @@ def table(results: Sequence[Result], metrics: Sequence[str] = METRICS) -> str:
     return "\n".join(lines)
 
 
+def side_by_side(models: Mapping[str, Sequence[Result]], metric: str = METRICS[0]) -> str:
+    """One figure of several models as a Markdown table: a row per variant, two columns per model."""
+    columns = {model: _by_name(results) for model, results in models.items()}
+    heads = " | ".join(f"{model}: {_label(metric)} | % trained" for model in columns)
+    lines = [f"| variant | {heads} |", "|---" * (2 * len(columns) + 1) + "|"]
+    for name in dict.fromkeys(name for groups in columns.values() for name in groups):
+        cells = []
+        for groups in columns.values():
+            rows = groups.get(name, [])
+            cells += [_spread([row.metrics[metric] for row in rows]), f"{_share(rows[0]):.2f}"] if rows else ["", ""]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def _label(metric: str) -> str:
     return _LABELS.get(metric, metric)
 

@@ -8,7 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from peft_d2.engine.comparison import Run, RunFailed, compare, plot_curves, plot_tradeoff, read_result, table
+from peft_d2.engine.comparison import (
+    Run,
+    RunFailed,
+    compare,
+    plot_curves,
+    plot_tradeoff,
+    read_result,
+    side_by_side,
+    table,
+)
 
 # Stands for a training program: takes the same arguments and leaves the same files.
 PROGRAM = """
@@ -56,6 +65,9 @@ def test_runs_are_trained_once_read_and_averaged(tmp_path: Path, command: list[s
     lines = table(results).splitlines()
     assert lines[2].startswith("| a b | 32.0 ± 1.4 | 50.0 ± 0.0 | 25 | 2.50 | 2.50 MB | 0.200 |")
     assert lines[3].startswith("| c | 31.0 | 50.0 |")
+    both = side_by_side({"model": results, "other": results[2:]}).splitlines()
+    assert both[0] == "| variant | model: mask AP | % trained | other: mask AP | % trained |"
+    assert both[2:] == ["| a b | 32.0 ± 1.4 | 2.50 |  |  |", "| c | 31.0 | 2.50 | 31.0 | 2.50 |"]
     plot_curves(results, tmp_path / "curves.png")
     plot_tradeoff({"model": results, "other": results[2:]}, tmp_path / "tradeoff.png")
     assert all((tmp_path / name).stat().st_size > 5_000 for name in ("curves.png", "tradeoff.png"))

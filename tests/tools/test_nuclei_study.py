@@ -78,6 +78,15 @@ def test_variants_start_from_their_models_base(tool, data, tmp_path, monkeypatch
     assert (output / "tradeoff_segm_AP.png").exists() and (output / "tradeoff_masks_mIoU.png").exists()
 
 
+def test_models_with_one_figure_stand_side_by_side(tool, data, tmp_path, monkeypatch) -> None:
+    output = tmp_path / "out"
+    run(tool, monkeypatch, "--models", "mask_dino", "seem", "--data", str(data), "--output", str(output))
+    text = (output / "table.md").read_text()
+    assert "| variant | mask_dino: mask AP | % trained | seem: mask AP | % trained |" in text
+    assert "| adapters2 | 12.0 | 0.90 | 14.0 | 0.90 |" in text
+    assert (output / "tradeoff.png").exists()
+
+
 def test_wrong_arguments_are_named(tool, data, tmp_path, monkeypatch) -> None:
     here = ("--output", str(tmp_path / "out"))
     with pytest.raises(ConfigError, match=r"--variants loar: mask2former has .*lora"):
