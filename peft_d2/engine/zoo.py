@@ -1,0 +1,266 @@
+"""MODEL_ZOO.md: every config with its parameters, what the methods train of it, and what was measured.
+
+What was measured is in docs/measured.json: ``settings``, name -> a sentence that says how; ``results``, config ->
+``{"mask AP": 38.4, ..., "setting": name}``, figures or texts such as "38.4 ± 0.3", in columns of these names.
+Models are built on torch's meta device, without weights or data, so the figures are those of the code at hand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from peft_d2.engine.config import base_architecture, load_config
+from peft_d2.engine.errors import ConfigError
+from peft_d2.engine.launch import one_line_errors
+from peft_d2.engine.targets import build_without_weights
+
+MEASURED = Path("docs", "measured.json")
+ZOO = Path("MODEL_ZOO.md")
+
+
+@dataclass(frozen=True)
+class Family:
+    """A chapter: configs of one model.
+
+    Attributes:
+        title, text: the heading and what stands below it.
+        configs: globs below ``configs``; files whose names begin with an underscore are bases and left out.
+        main: column -> name in ``configs/peft``: the methods that are shown for every config. Without any, the configs
+            name their methods themselves.
+        methods: globs in ``configs/peft``: all methods of this family.
+        examples: configs for which all methods are shown.
+    """
+
+    title: str
+    text: str
+    configs: tuple[str, ...]
+    main: dict[str, str]
+    methods: tuple[str, ...] = ()
+    examples: tuple[str, ...] = ()
+
+
+FAMILIES = (
+    Family(
+        "Mask2Former",
+        "",
+        ("coco", "cityscapes", "ade20k", "lvis"),
+        {"heads": "heads_mask2former", "2 adapters": "adapters_mask2former", "LoRA": "lora_mask2former"},
+        ("*_mask2former", "*_mask2former_swin", "*_cobot_swin", "full"),
+        ("coco/instance/mask2former_r50", "coco/instance/mask2former_swin_t", "coco/instance/mask2former_swin_l_in21k"),
+    ),
+    Family(
+        "Mask DINO",
+        "`mask_dino/paper` holds the settings of Abou Baker et al., MAKE 6(4), 2024 (arXiv 2606.01947).",
+        ("mask_dino",),
+        {"heads": "heads_mask_dino", "2 adapters": "adapters2_mask_dino", "LoRA": "lora_mask_dino"},
+        ("*_mask_dino", "full"),
+        ("mask_dino/coco/instance_r50", "mask_dino/coco/instance_swin_l"),
+    ),
+    Family(
+        "SEEM",
+        "`seem/paper` holds the settings of the same paper. The text encoder counts where a config trains it.",
+        ("seem",),
+        {"heads": "heads_seem", "2 adapters": "adapters2_seem", "LoRA": "lora_seem"},
+        ("*_seem", "full"),
+        ("seem/focal_t", "seem/focal_l", "seem/davit_d3"),
+    ),
+    Family(
+        "Segment Anything",
+        "`sam/paper` holds the data sets of Peng et al., CVPR 2024 (SAM-COBOT).",
+        ("sam",),
+        {"decoder": "decoder_sam", "LoRA": "lora_sam", "LoRA with COBOT": "lora_cobot_sam"},
+        ("*_sam", "*_sam_mask2former", "full"),
+        ("sam/vit_b", "sam/vit_l", "sam/vit_h", "sam/vit_b_mask2former"),
+    ),
+    Family("Small models for nuclei", "From fluorescence to histology: see the README.", ("nuclei",), {}),
+    Family("The demo", "`make demo`.", ("demo",), {}),
+)
+INTRODUCTION = """# Model zoo
+
+Written by `tools/make_model_zoo.py`; do not edit. Every file of `configs/` that builds a model, with its parameters and
+what a method of `configs/peft` trains of it: trained parameters, their share (added ones in the denominator), and the
+size of the adapter file. A dash: the method's patterns name modules that the model does not have.
+
+Any config goes with any method that fits:
+
+```bash
+python tools/train_net.py --config-file configs/coco/instance/mask2former_r50.yaml \\
+  --peft-config configs/peft/lora_mask2former.yaml ...
+```
+
+Results are those that were measured with this code, in the setting named below the table; where nothing stands, nothing
+was measured.
+"""
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Parameters of a model with a method, those trained, and the bytes of the tensors in the adapter file."""
+
+    total: int
+    trained: int
+    size: int
+
+    def __str__(self) -> str:
+        share = 100 * self.trained / self.total
+        return f"{self.trained / 1e6:.3f} M, {share:.2f} %, {self.size / 1e6:.2f} MB"
+
+
+class Zoo:
+    """Counts and writes.
+
+    Args:
+        root: the repository: the folder of ``configs``.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._built: dict[str, nn.Module] = {}
+        self._figures: dict[str, Figures | None] = {}
+        path = root / MEASURED
+        stored = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"settings": {}, "results": {}}
+        self.settings: dict[str, str] = stored["settings"]
+        self.measured: dict[str, dict[str, Any]] = stored["results"]
+
+    def configs(self, family: Family) -> list[str]:
+        """Names of the family's configs: paths below ``configs`` without suffix."""
+        top = self.root / "configs"
+        paths = [path for folder in family.configs for path in sorted((top / folder).rglob("*.yaml"))]
+        return [path.relative_to(top).with_suffix("").as_posix() for path in paths if not path.stem.startswith("_")]
+
+    def methods(self, family: Family) -> list[str]:
+        """Names of the family's methods: files of ``configs/peft`` without suffix."""
+        found = {path.stem for glob in family.methods for path in (self.root / "configs/peft").glob(f"{glob}.yaml")}
+        return sorted(found)
+
+    def figures(self, config: str, method: str = "") -> Figures | None:
+        """Counts for a config with a method on top, or as it is; None where the method does not fit."""
+        file = self.root / "configs" / f"{config}.yaml"
+        top = self.root / "configs/peft" / f"{method}.yaml"
+        cfg = load_config(str(file), str(top) if method else "").cfg
+        model, node = _model_key(cfg), cfg.MODEL.PEFT
+        key = model + json.dumps([node.METHODS, node.TRAIN])
+        if key not in self._figures:
+            if model not in self._built:
+                plain = cfg.clone()
+                plain.defrost()
+                plain.MODEL.META_ARCHITECTURE = base_architecture(cfg)
+                self._built[model] = build_without_weights(plain)
+            self._figures[key] = count(self._built[model], node.METHODS, node.TRAIN)
+        return self._figures[key]
+
+    def text(self) -> str:
+        """The whole of MODEL_ZOO.md."""
+        return "\n".join([INTRODUCTION, *(line for family in FAMILIES for line in self.chapter(family))])
+
+    def chapter(self, family: Family) -> Iterator[str]:
+        """The lines of a family."""
+        configs = self.configs(family)
+        yield f"## {family.title}\n"
+        if family.text:
+            yield f"{family.text}\n"
+        results = self.result_names(configs)
+        yield from _header("config", "parameters", *(family.main or ["trained, share, file"]), *results)
+        for config in configs:
+            yield self.model_row(family, config, results)
+        yield ""
+        yield from self._settings(configs)
+        if family.examples:
+            examples = [name for name in family.examples if name in configs]
+            yield "All methods:\n"
+            yield from _header("method", *(f"`{name}`" for name in examples))
+            for method in self.methods(family):
+                yield _row(f"[{method}](configs/peft/{method}.yaml)", *(self.figures(c, method) for c in examples))
+            yield ""
+
+    def model_row(self, family: Family, config: str, results: Sequence[str]) -> str:
+        """A config's line in the table of its family's models."""
+        figures = self.figures(config)
+        assert figures is not None
+        shown = [self.figures(config, method) for method in family.main.values()] or [figures]
+        entry = self.measured.get(config, {})
+        cells = [entry.get(name, "") for name in results]
+        return _row(f"[{config}](configs/{config}.yaml)", f"{figures.total / 1e6:.2f} M", *shown, *cells)
+
+    def result_names(self, configs: Sequence[str]) -> list[str]:
+        """What was measured of these, in the order of first mention; AP in any case."""
+        names = {"mask AP": None}
+        for config in configs:
+            names.update(dict.fromkeys(self.measured.get(config, {})))
+        return list(names)
+
+    def _settings(self, configs: Sequence[str]) -> Iterator[str]:
+        """How the results came about, once each."""
+        for setting in sorted({self.measured[config]["setting"] for config in configs if config in self.measured}):
+            yield f"Setting {setting}: {self.settings[setting]}\n"
+
+
+def count(base: nn.Module, methods: Sequence[Any], train: Sequence[str]) -> Figures | None:
+    """Counts for a copy of ``base`` with methods and parts trained in full; None where one names what is not there."""
+    from peft_d2 import peft
+
+    if not (methods or train):
+        total = sum(parameter.numel() for parameter in base.parameters())
+        return Figures(total, total, 4 * total)
+    model = copy.deepcopy(base)
+    try:
+        report = peft.inject(model, [dict(entry) for entry in methods], train=tuple(train))
+    except peft.PatternError:
+        return None
+    tensors = peft.adapter_state_dict(model).values()
+    return Figures(report.total, report.trainable, sum(t.numel() * t.element_size() for t in tensors))
+
+
+def _model_key(cfg: Any) -> str:
+    """What the parameters of a config's model follow from: its architecture and nodes, but not what it puts out."""
+    nodes = {name: node for name, node in cfg.MODEL.items() if name not in ("PEFT", "WEIGHTS", "META_ARCHITECTURE")}
+    for name, node in nodes.items():
+        if isinstance(node, dict):
+            nodes[name] = {key: value for key, value in node.items() if key != "TEST" or "SEMANTIC_CE_LOSS" in node}
+    return base_architecture(cfg) + json.dumps(nodes, default=str)
+
+
+def _header(*cells: str) -> Iterator[str]:
+    yield _row(*cells)
+    yield "|" + "---|" * len(cells)
+
+
+def _row(*cells: object) -> str:
+    return "| " + " | ".join("–" if cell is None else str(cell) for cell in cells) + " |"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run ``tools/make_model_zoo.py``."""
+    parser = argparse.ArgumentParser(description="Write MODEL_ZOO.md from configs/ and docs/measured.json.")
+    parser.add_argument("--root", default=".", metavar="DIR", help="the repository")
+    parser.add_argument("--check", action="store_true", help="write nothing; fail where the file is out of date")
+    args = parser.parse_args(arguments)
+    one_line_errors(lambda: write(Path(args.root), args.check))
+
+
+def write(root: Path, check: bool = False) -> None:
+    """Write the file, or see whether it is up to date.
+
+    Raises:
+        ConfigError: there are no configs below ``root``; with ``check``, the file is not up to date.
+    """
+    from peft_d2.engine.factory import register
+
+    if not (root / "configs").is_dir():
+        raise ConfigError(f"{root} has no folder 'configs'. Give the repository with --root.")
+    register()
+    text = Zoo(root).text()
+    path = root / ZOO
+    if not check:
+        path.write_text(text, encoding="utf-8")
+        print(f"wrote {path}")
+    elif not path.exists() or path.read_text(encoding="utf-8") != text:
+        raise ConfigError(f"{path} is out of date. Run tools/make_model_zoo.py.")
