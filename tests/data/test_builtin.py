@@ -166,3 +166,58 @@ def test_lvis_loads_without_its_package(datasets):
     published.write(datasets / "b.json", {"images": [{"id": 1}]})
     with pytest.raises(ValueError, match="not an LVIS json"):
         load_lvis(str(datasets / "b.json"), "")
+
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+PAPERS = sorted(str(p.relative_to(CONFIGS)) for p in CONFIGS.glob("*/paper/*.yaml") if not p.name.startswith("_"))
+
+
+def test_every_config_names_sets_that_there_are():
+    from peft_d2.engine.config_file import read_tree
+
+    found = {}
+    for path in CONFIGS.rglob("*.yaml"):
+        tree = read_tree(str(path))
+        own = {entry["NAME"] for entry in tree.get("DATASETS", {}).get("REGISTER", ())}
+        for key in ("TRAIN", "TEST"):
+            names = tree.get("DATASETS", {}).get(key, ())
+            for name in [names] if isinstance(names, str) and not names.startswith("(") else _strings(names):
+                if name not in own and name not in NAMES and name not in DatasetCatalog:
+                    found[str(path)] = name
+    assert not found
+
+
+def _strings(names):
+    import ast
+
+    return ast.literal_eval(names) if isinstance(names, str) else names
+
+
+@pytest.mark.parametrize("path", PAPERS)
+def test_the_papers_configs_have_the_classes_of_their_sets(path):
+    import peft_d2
+    from peft_d2.engine.config import load_config
+
+    peft_d2.register()
+    cfg = load_config(str(CONFIGS / path)).cfg
+    [name] = cfg.DATASETS.TRAIN
+    register_from_config(cfg)
+    names = MetadataCatalog.get(name).get("thing_classes", [])
+    if names and "sam" not in path:  # boxes prompt Segment Anything, which has no classes
+        assert cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES == len(names)
+    assert cfg.DATASETS.TEST[0].rpartition("_")[0] == name.rpartition("_")[0]
+
+
+def test_the_papers_recipe_feeds_what_it_says(datasets):
+    import peft_d2
+    from peft_d2.data import build_train_loader
+    from peft_d2.engine.config import load_config
+
+    published.ndd20(datasets / "NDD20")
+    convert_ndd20(datasets / "NDD20")
+    peft_d2.register()
+    cfg = load_config(str(CONFIGS / "mask_dino/paper/ndd20_r50.yaml"), opts=["DATALOADER.NUM_WORKERS", "0"]).cfg
+    batch = next(iter(build_train_loader(cfg)))
+    assert len(batch) == 4 and all(sample["image"].shape == (3, 512, 512) for sample in batch)
+    assert all(sample["instances"].gt_masks.shape[1:] == (512, 512) for sample in batch)
+    assert sum(len(sample["instances"]) for sample in batch) > 0
