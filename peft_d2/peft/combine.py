@@ -8,6 +8,7 @@ EACL 2023, arXiv 2302.07027), and modules trained in full become ``base + sum_i 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -36,9 +37,10 @@ def combine_adapters(
         InjectionError: the adapters differ in more than rank, or hold a kind that has no sum (DoRA, COBOT).
     """
     runtime = get_runtime(model)
-    if kind not in KINDS or not weights:
+    if kind not in KINDS or not weights or not all(map(math.isfinite, weights.values())):
         raise InjectionError(
-            f"cannot combine {list(weights)} by {kind!r}: expected adapters and one of {', '.join(KINDS)}"
+            f"cannot combine {dict(weights)} by {kind!r}: expected adapters with finite weights, and one of "
+            f"{', '.join(KINDS)}"
         )
     places = [{(p.name, p.method) for p in known_adapter(runtime, adapter).places} for adapter in weights]
     records = [runtime.record.adapters[adapter] for adapter in weights]

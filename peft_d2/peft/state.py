@@ -171,7 +171,7 @@ def _before_load(model: nn.Module, state: dict[str, Any], prefix: str, *_: Any) 
     and
 
     - values that came from an adapter file stay (one line says so);
-    - values that still are the base's follow it;
+    - values that still are the base's follow it, in adapters that are not active too;
     - values trained since are overwritten, as load_state_dict promises, and the kept base value stays as it was.
     """
     runtime = get_runtime(model)
@@ -191,6 +191,9 @@ def _before_load(model: nn.Module, state: dict[str, Any], prefix: str, *_: Any) 
             continue
         untouched = torch.equal(current, base)
         if name in loaded or untouched:
+            for adapter, values in runtime.values.items():
+                if adapter != runtime.installed and name in values and torch.equal(values[name], base):
+                    values[name].data.copy_(given)
             base.data.copy_(given)
         if name in loaded and not untouched:
             kept.append(name)

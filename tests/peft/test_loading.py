@@ -62,6 +62,26 @@ def test_a_loaded_adapter_survives_base_weights_and_trained_ones_are_overwritten
     assert torch.equal(toy.head.weight, trained["head.weight"])  # type: ignore[union-attr, arg-type]
 
 
+def test_untouched_values_of_every_adapter_follow_the_base(toy: nn.Module, images: Tensor, disturb: Callable) -> None:
+    other = copy.deepcopy(toy)
+    disturb(other.requires_grad_(True))
+    other.requires_grad_(False)
+    peft.inject(toy, [], ["head"], name="a")
+    peft.add_adapter(toy, "b")
+    peft.add_adapter(toy, "c")
+    peft.set_adapter(toy, "c")
+    disturb(toy)
+    trained = toy.head.weight.detach().clone()  # type: ignore[union-attr, operator]
+    peft.set_adapter(toy, "a")
+    toy.load_state_dict(other.state_dict())
+    with torch.no_grad():
+        for name in ("a", "b"):
+            peft.set_adapter(toy, name)
+            assert torch.equal(toy(images), other(images)), name
+        peft.set_adapter(toy, "c")
+        assert torch.equal(toy.head.weight, trained)  # type: ignore[union-attr, arg-type]
+
+
 def test_whole_state_dicts_round_trip_and_half_of_one_is_an_error(
     toy: nn.Module, images: Tensor, disturb: Callable
 ) -> None:
