@@ -40,6 +40,8 @@ def add_config(cfg: Any) -> None:
     ``SOLVER.REFERENCE_IMS``: the batch size that ``BASE_LR`` was chosen for; 0: the files' own, where the command line
     changes ``IMS_PER_BATCH`` and not ``BASE_LR``, else the rate stays as it is.
     ``SOLVER.CHECKPOINTS_TO_KEEP``: how many periodic checkpoints stay on disk; 0 keeps all.
+    ``TRACKING.WITH``: services that get a run's figures, of ``wandb`` and ``mlflow``, under the names ``PROJECT`` and
+    ``RUN`` (the folder's by default).
     ``SOLVER.AMP.DTYPE``: ``auto`` (bf16 where the device has it, else fp16), ``bf16`` or ``fp16``.
     """
     require_detectron2()
@@ -62,6 +64,8 @@ def add_config(cfg: Any) -> None:
         cfg.SOLVER, ACCUMULATE=1, REFERENCE_IMS=0, CHECKPOINTS_TO_KEEP=0, POLY_LR_POWER=0.9, POLY_LR_CONSTANT_ENDING=0.0
     )
     _defaults(cfg.SOLVER.AMP, DTYPE="auto")
+    _defaults(cfg, TRACKING=CfgNode())
+    _defaults(cfg.TRACKING, WITH=[], PROJECT="peft_d2", RUN="")
     _defaults(cfg.MODEL, PEFT=CfgNode())
     _defaults(
         cfg.MODEL.PEFT,

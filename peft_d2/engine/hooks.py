@@ -13,6 +13,7 @@ from detectron2.utils import comm
 
 from peft_d2 import peft
 from peft_d2.engine.step import unwrapped
+from peft_d2.engine.tracking import Tracker
 
 logger = logging.getLogger(__name__)
 
@@ -127,7 +128,17 @@ class SaveOnSignal(HookBase):
 
 
 class Writers(PeriodicWriter):
-    """Detectron2's; but figures that cannot be written at the end do not hide why the run ended."""
+    """Detectron2's; services begin with the training; what cannot be written at its end does not hide why it ended."""
+
+    def before_train(self) -> None:
+        """Let the services open their runs.
+
+        Raises:
+            ConfigError: one of them cannot.
+        """
+        for writer in self._writers:
+            if isinstance(writer, Tracker):
+                writer.start()
 
     def after_train(self) -> None:
         """Write what is left and close the files; a full disk is said, and no reason to fail."""

@@ -29,6 +29,7 @@ from peft_d2.engine.hooks import FrozenWeights, ProveLive, SaveOnSignal, Writers
 from peft_d2.engine.progress import Bar, TrainingBar, on_terminal
 from peft_d2.engine.seeds import SeedEachStep, choose_seed, seed_everything
 from peft_d2.engine.step import LazyLoader, TrainStep, amp_dtype, unwrapped
+from peft_d2.engine.tracking import build_trackers
 from peft_d2.io import atomic
 
 REPORT_FILE = "peft_report.json"
@@ -159,6 +160,10 @@ class Trainer(DefaultTrainer):
             Writers(self.build_writers(), period=20) if main else None,
             TrainingBar() if on_terminal() else None,
         ]
+
+    def build_writers(self) -> list[Any]:
+        """Detectron2's console, ``metrics.json`` and TensorBoard, and what ``TRACKING.WITH`` names."""
+        return [*super().build_writers(), *build_trackers(self.cfg, lambda: self.start_iter > 0)]
 
     def run_step(self) -> None:
         """One step of the inner trainer."""
