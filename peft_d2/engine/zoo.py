@@ -8,7 +8,6 @@ Models are built on torch's meta device, without weights or data, so the figures
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from typing import Any
 from torch import nn
 
 from peft_d2.engine.config import base_architecture, load_config
+from peft_d2.engine.config_file import read_tree
 from peft_d2.engine.errors import ConfigError
 from peft_d2.engine.launch import one_line_errors
 from peft_d2.engine.targets import build_without_weights
@@ -125,6 +125,7 @@ class Zoo:
         self.root = root
         self._built: dict[str, nn.Module] = {}
         self._figures: dict[str, Figures | None] = {}
+        self._configs: dict[str, Any] = {}
         path = root / MEASURED
         stored = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"settings": {}, "results": {}}
         self.settings: dict[str, str] = stored["settings"]
@@ -143,19 +144,27 @@ class Zoo:
 
     def figures(self, config: str, method: str = "") -> Figures | None:
         """Counts for a config with a method on top, or as it is; None where the method does not fit."""
-        file = self.root / "configs" / f"{config}.yaml"
-        top = self.root / "configs/peft" / f"{method}.yaml"
-        cfg = load_config(str(file), str(top) if method else "").cfg
-        model, node = _model_key(cfg), cfg.MODEL.PEFT
-        key = model + json.dumps([node.METHODS, node.TRAIN])
+        cfg = self._config(config)
+        node = self._method(method) if method else cfg.MODEL.PEFT
+        model, methods, train = _model_key(cfg), node.get("METHODS", []), node.get("TRAIN", [])
+        key = model + json.dumps([methods, train])
         if key not in self._figures:
             if model not in self._built:
                 plain = cfg.clone()
                 plain.defrost()
                 plain.MODEL.META_ARCHITECTURE = base_architecture(cfg)
                 self._built[model] = build_without_weights(plain)
-            self._figures[key] = count(self._built[model], node.METHODS, node.TRAIN)
+            self._figures[key] = count(self._built[model], methods, train)
         return self._figures[key]
+
+    def _config(self, config: str) -> Any:
+        if config not in self._configs:
+            self._configs[config] = load_config(str(self.root / "configs" / f"{config}.yaml")).cfg
+        return self._configs[config]
+
+    def _method(self, method: str) -> dict[str, Any]:
+        """What a file of ``configs/peft`` says of methods and full training."""
+        return read_tree(str(self.root / "configs/peft" / f"{method}.yaml"))["MODEL"]["PEFT"]
 
     def text(self) -> str:
         """The whole of MODEL_ZOO.md."""
@@ -204,19 +213,20 @@ class Zoo:
 
 
 def count(base: nn.Module, methods: Sequence[Any], train: Sequence[str]) -> Figures | None:
-    """Counts for a copy of ``base`` with methods and parts trained in full; None where one names what is not there."""
+    """Counts for ``base``, which stays as it is, with methods and parts trained in full; None where one does not fit."""
     from peft_d2 import peft
 
     if not (methods or train):
         total = sum(parameter.numel() for parameter in base.parameters())
         return Figures(total, total, 4 * total)
-    model = copy.deepcopy(base)
     try:
-        report = peft.inject(model, [dict(entry) for entry in methods], train=tuple(train))
-    except peft.PatternError:
+        report = peft.inject(base, [dict(entry) for entry in methods], train=tuple(train))
+    except peft.PeftError:
         return None
-    tensors = peft.adapter_state_dict(model).values()
-    return Figures(report.total, report.trainable, sum(t.numel() * t.element_size() for t in tensors))
+    tensors = peft.adapter_state_dict(base).values()
+    figures = Figures(report.total, report.trainable, sum(t.numel() * t.element_size() for t in tensors))
+    peft.remove(base)
+    return figures
 
 
 def _model_key(cfg: Any) -> str:
