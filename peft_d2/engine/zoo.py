@@ -213,7 +213,7 @@ class Zoo:
 
 
 def count(base: nn.Module, methods: Sequence[Any], train: Sequence[str]) -> Figures | None:
-    """Counts for ``base``, which stays as it is, with methods and parts trained in full; None where one does not fit."""
+    """Counts for ``base``, which stays as it is, with methods and fully trained parts; None where one does not fit."""
     from peft_d2 import peft
 
     if not (methods or train):
