@@ -98,6 +98,17 @@ def test_many_points_make_blocks_smaller(library) -> None:
     check(library, random_case(points=60, heads=1, channels=4, queries=9, dtype=torch.float32), 2e-5, True)
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("name", ["value", "reference", "points", "weights"])
+def test_non_finite_input_spoils_only_what_it_touches(library, name, bad) -> None:
+    case = random_case(n=2, dtype=torch.float32)
+    grad_output = torch.randn(2, 5, 24)
+    clean = run(library, case, grad_output, True)
+    getattr(case, name)[0, 0].fill_(bad)
+    found = run(library, case, grad_output, True)
+    assert all(torch.equal(found[key][1], clean[key][1]) for key in clean if key != "value")
+
+
 @pytest.mark.parametrize("reference", [0, 2, 4])
 def test_deterministic_gradient_repeats_bit_for_bit(library, reference) -> None:
     case = random_case(queries=40, reference=reference, dtype=torch.float32)
