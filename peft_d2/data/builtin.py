@@ -30,6 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from peft_d2.compat import lend_cityscapesscripts
 from peft_d2.data.lvis import replace_loader
 from peft_d2.data.registration import add_coco, read_categories
 
@@ -142,6 +143,8 @@ def register_builtin(names: Iterable[str] | None = None) -> list[str]:
     for name in names:
         if name in _LVIS:
             replace_loader(name)
+        elif name.startswith("cityscapes_"):
+            lend_cityscapesscripts()
     wanted = [name for name in names if name in NAMES and name not in DatasetCatalog]
     for name in dict.fromkeys(wanted):
         if name in COCO_SETS:

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from peft_d2.compat import lend_cityscapesscripts
 from peft_d2.data.builtin import ade20k_instance_categories, panoptic_categories
 from peft_d2.data.coco_json import CocoJson, read_json, require_folder
 from peft_d2.data.images import image_size
@@ -227,6 +228,7 @@ def require_cityscapes(polygons: bool = False) -> None:
             raise ModuleNotFoundError(
                 f"Cityscapes needs the package {package}, which is not installed: pip install 'peft_d2[cityscapes]'."
             )
+    lend_cityscapesscripts()
 
 
 def _train_ids(polygons: Path) -> None:
