@@ -51,6 +51,11 @@ class Trainer(DefaultTrainer):
         resolve_device(cfg)
         check_batch(cfg)
         optimization.scale_learning_rate(cfg)
+        world, batch = comm.get_world_size(), cfg.SOLVER.IMS_PER_BATCH
+        logger.info(
+            "Batches of %d images: %d process(es) with %d each, in %d piece(s) of %d.",
+            *(batch, world, batch // world, cfg.SOLVER.ACCUMULATE, batch // world // cfg.SOLVER.ACCUMULATE),
+        )
         cfg.SEED = choose_seed(cfg.SEED)
         self.cfg = cfg
         self.start_iter = 0
