@@ -26,6 +26,7 @@ from peft_d2.engine import demo, launch, targets  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "tests" / "engine" / "tiny.yaml"
+DINO = ROOT / "tests" / "engine" / "tiny_mask_dino.yaml"
 LORA = "[{'NAME': 'lora', 'RANK': 2, 'TARGETS': ['qkv', 'self_attn.value_proj']}]"
 HEADS = "['class_embed', 'mask_embed']"
 
@@ -77,32 +78,44 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> toy.ToySet:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory, data: toy.ToySet) -> Path:
-    """The folder of a base's run and of one that adapts it: ``base`` and ``lora``."""
-    folder = tmp_path_factory.mktemp("runs")
-    own = (
-        "--train-json",
-        data.json,
-        "--train-images",
-        data.images,
-        "--val-json",
-        data.json,
-        "--val-images",
-        data.images,
-    )
-    common = ("--config-file", TINY, *own, "--name", "toys", "SOLVER.MAX_ITER", 2)
-    process("train_net", *common, "OUTPUT_DIR", folder / "base")
-    peft = ("MODEL.PEFT.METHODS", LORA, "MODEL.PEFT.TRAIN", HEADS)
-    weights = ("MODEL.WEIGHTS", folder / "base" / "model_final.pth")
-    (folder / "console.txt").write_text(process("train_net", *common, "OUTPUT_DIR", folder / "lora", *peft, *weights))
-    return folder
+def runs(tmp_path_factory: pytest.TempPathFactory, data: toy.ToySet) -> Callable[[Path], Path]:
+    """``runs(config)``: the folder of a base's run and of one that adapts it: ``base`` and ``lora``."""
+    made: dict[Path, Path] = {}
+
+    def make(config: Path) -> Path:
+        if config in made:
+            return made[config]
+        folder = tmp_path_factory.mktemp("runs")
+        own = [f"--{split}-{what}" for split in ("train", "val") for what in ("json", "images")]
+        files = [item for flag, path in zip(own, [data.json, data.images] * 2, strict=True) for item in (flag, path)]
+        common = ("--config-file", config, *files, "--name", "toys", "SOLVER.MAX_ITER", 2)
+        process("train_net", *common, "OUTPUT_DIR", folder / "base")
+        peft = ("MODEL.PEFT.METHODS", LORA, "MODEL.PEFT.TRAIN", HEADS)
+        weights = ("MODEL.WEIGHTS", folder / "base" / "model_final.pth")
+        console = process("train_net", *common, "OUTPUT_DIR", folder / "lora", *peft, *weights)
+        (folder / "console.txt").write_text(console)
+        made[config] = folder
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def finished(runs: Callable[[Path], Path]) -> Path:
+    """The runs of the tiny Mask2Former."""
+    return runs(TINY)
+
+
+MODELS = pytest.mark.parametrize("config", [TINY, DINO], ids=["mask2former", "mask_dino"])
 
 
 def copypaste(text: str) -> list[str]:
     return re.findall(r"copypaste: (.*)", text)
 
 
-def test_one_command_on_own_data(finished: Path) -> None:
+@MODELS
+def test_one_command_on_own_data(runs: Callable[[Path], Path], config: Path) -> None:
+    finished = runs(config)
     console = (finished / "console.txt").read_text()
     assert "MODEL.SEM_SEG_HEAD.NUM_CLASSES: 7 -> 3" in console
     assert "lora on" in console and "Frozen weights are unchanged" in console
@@ -115,8 +128,12 @@ def test_one_command_on_own_data(finished: Path) -> None:
     }
 
 
-def test_eval_only_gives_the_figures_of_the_run(run: Callable[..., str], finished: Path, tmp_path: Path) -> None:
+@MODELS
+def test_eval_only_gives_the_figures_of_the_run(
+    run: Callable[..., str], runs: Callable[[Path], Path], tmp_path: Path, config: Path
+) -> None:
     """With the run's own config and an adapter folder, with and without PEFT keys in the config."""
+    finished = runs(config)
     expected = copypaste((finished / "console.txt").read_text())
     adapter = ("MODEL.PEFT.WEIGHTS", finished / "lora" / "adapter_final", "OUTPUT_DIR", tmp_path)
     assert (
@@ -181,7 +198,11 @@ def test_a_plain_model_is_evaluated_afterwards(run: Callable[..., str], finished
     assert torch.cuda.is_available() or console.count("torch sees no CUDA device here") == 1
 
 
-def test_demo(run: Callable[..., str], finished: Path, data: toy.ToySet, tmp_path: Path) -> None:
+@MODELS
+def test_demo(
+    run: Callable[..., str], runs: Callable[[Path], Path], data: toy.ToySet, tmp_path: Path, config: Path
+) -> None:
+    finished = runs(config)
     opts = ("--opts", "MODEL.PEFT.WEIGHTS", finished / "lora" / "adapter_final")
     common = ("--config-file", finished / "lora" / "config.yaml", "--output", tmp_path)
     run("demo", *common, "--input", data.images, "--confidence-threshold", 0.0, *opts)
