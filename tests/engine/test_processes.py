@@ -187,3 +187,33 @@ def test_torchrun(toy_set: Any, base_weights: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     assert "copypaste: Task: segm" in done.stdout + done.stderr
     assert (tmp_path / "model_final.pth").is_file() and (tmp_path / "log.txt.rank1").is_file()
+
+
+MACHINE = """
+import sys
+from peft_d2.engine import launch, processes
+processes._START = "fork"
+launch.main(sys.argv[1:])
+"""
+
+
+def test_two_machines(toy_set: Any, base_weights: Path, tmp_path: Path) -> None:
+    """Detectron2's arguments, on one machine that plays both; each prints how batch and learning rate are split."""
+    url = f"tcp://127.0.0.1:{processes._free_port()}"
+    own = ["--train-json", toy_set.json, "--train-images", toy_set.images, "--config-file", TINY]
+    opts = ["OUTPUT_DIR", tmp_path, "MODEL.WEIGHTS", base_weights, "SOLVER.MAX_ITER", 1, "SOLVER.IMS_PER_BATCH", 8]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    machines = []
+    for rank in (1, 0):
+        place = ["--num-machines", 2, "--machine-rank", rank, "--dist-url", url]
+        command = [sys.executable, "-c", MACHINE, *place, *own, *opts, "SOLVER.ACCUMULATE", 2]
+        with (tmp_path / f"console{rank}.txt").open("w") as console:
+            machine = subprocess.Popen([str(c) for c in command], stdout=console, stderr=console, env=environment)
+        machines.append((machine, tmp_path / f"console{rank}.txt"))
+    for machine, console_path in machines:
+        assert machine.wait(timeout=600) == 0, console_path.read_text()[-3000:]
+    for name in ("log.txt", "log.txt.rank1"):
+        output = (tmp_path / name).read_text()
+        assert "Learning rate 0.001, chosen for batches of 2 images, becomes 0.004 for 8." in output
+        assert "Batches of 8 images: 2 process(es) with 4 each, in 2 piece(s) of 2." in output
+    assert (tmp_path / "model_final.pth").is_file()

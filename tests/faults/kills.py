@@ -85,6 +85,7 @@ def _watch(child: Child, kind: str, chance: random.Random, seen: Seen) -> str:
     while words := child.line():
         if words[0] == "resumed":
             wrong = _compare(int(words[1]), words[2], seen)
+            seen.saved = max(seen.saved, int(words[1]))  # whole, though the kill came before its save returned
             if kind == "training":
                 time.sleep(chance.uniform(0, 0.6))
                 child.kill(signal.SIGKILL)
