@@ -175,5 +175,3 @@ def test_every_config_builds(file: str) -> None:
     if "3s" not in file:
         assert len(model.sem_seg_head.pixel_decoder.input_proj) == levels
     assert (sum(p.numel() for p in model.backbone.parameters()) > 1e8) == ("swin_l" in file)
-
-
