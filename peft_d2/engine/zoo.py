@@ -87,7 +87,7 @@ INTRODUCTION = """# Model zoo
 
 Written by `tools/make_model_zoo.py`; do not edit. Every file of `configs/` that builds a model, with its parameters and
 what a method of `configs/peft` trains of it: trained parameters, their share (added ones in the denominator), and the
-size of the adapter file. A dash: the method's patterns name modules that the model does not have.
+size of the adapter file. A dash: the method does not fit, as the model lacks what it names or has another kind of it.
 
 Any config goes with any method that fits:
 
@@ -187,7 +187,9 @@ class Zoo:
             yield "All methods:\n"
             yield from _header("method", *(f"`{name}`" for name in examples))
             for method in self.methods(family):
-                yield _row(f"[{method}](configs/peft/{method}.yaml)", *(self.figures(c, method) for c in examples))
+                shown = [self.figures(config, method) for config in examples]
+                if any(shown):
+                    yield _row(f"[{method}](configs/peft/{method}.yaml)", *shown)
             yield ""
 
     def model_row(self, family: Family, config: str, results: Sequence[str]) -> str:
@@ -200,11 +202,10 @@ class Zoo:
         return _row(f"[{config}](configs/{config}.yaml)", f"{figures.total / 1e6:.2f} M", *shown, *cells)
 
     def result_names(self, configs: Sequence[str]) -> list[str]:
-        """What was measured of these, in the order of first mention; AP in any case."""
-        names = {"mask AP": None}
-        for config in configs:
-            names.update(dict.fromkeys(self.measured.get(config, {})))
-        return list(names)
+        """What was measured of these, in the order of first mention, and how; AP in any case."""
+        mentioned = [name for config in configs for name in self.measured.get(config, {})]
+        names = dict.fromkeys(["mask AP", *mentioned])
+        return sorted(names, key=lambda name: name == "setting")
 
     def _settings(self, configs: Sequence[str]) -> Iterator[str]:
         """How the results came about, once each."""
@@ -252,12 +253,24 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Write MODEL_ZOO.md from configs/ and docs/measured.json.")
     parser.add_argument("--root", default=".", metavar="DIR", help="the repository")
     parser.add_argument("--check", action="store_true", help="write nothing; fail where the file is out of date")
+    titles = [family.title for family in FAMILIES]
+    parser.add_argument("--only", default="", choices=titles, help="write this chapter alone anew, which is quicker")
     args = parser.parse_args(arguments)
-    one_line_errors(lambda: write(Path(args.root), args.check))
+    one_line_errors(lambda: write(Path(args.root), args.check, args.only))
 
 
-def write(root: Path, check: bool = False) -> None:
-    """Write the file, or see whether it is up to date.
+def _renewed(text: str, book: Zoo, title: str) -> str:
+    """``text`` with one chapter written anew."""
+    (family,) = (family for family in FAMILIES if family.title == title)
+    before, heading, after = text.partition(f"## {title}\n")
+    if not heading:
+        raise ConfigError(f"{ZOO} has no chapter {title!r}. Run tools/make_model_zoo.py without --only.")
+    _, following, rest = after.partition("\n## ")
+    return before + "\n".join(book.chapter(family)) + following + rest
+
+
+def write(root: Path, check: bool = False, only: str = "") -> None:
+    """Write the file, or see whether it is up to date; with ``only``, the chapter of this title.
 
     Raises:
         ConfigError: there are no configs below ``root``; with ``check``, the file is not up to date.
@@ -267,8 +280,8 @@ def write(root: Path, check: bool = False) -> None:
     if not (root / "configs").is_dir():
         raise ConfigError(f"{root} has no folder 'configs'. Give the repository with --root.")
     register()
-    text = Zoo(root).text()
     path = root / ZOO
+    text = _renewed(path.read_text(encoding="utf-8"), Zoo(root), only) if only else Zoo(root).text()
     if not check:
         path.write_text(text, encoding="utf-8")
         print(f"wrote {path}")
