@@ -88,11 +88,15 @@ def one_of_two(cfg: Any, folder: str) -> None:
         raise
 
 
-def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+# Mask DINO's queries are the best of all places and its boxes those of masks, which makes more of float32's rounding.
+TOLERANCES = {TINY: 1e-5, DINO: 5e-4}
+
+
+def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], tolerance: float) -> None:
     assert one.keys() == other.keys() and len(one) > 5
     for name, value in one.items():
         scale = max(float(value.abs().max()), 0.1)  # before a norm a bias has none but rounding errors
-        assert float((value - other[name]).abs().max()) <= 1e-4 * scale, name
+        assert float((value - other[name]).abs().max()) <= tolerance * scale, name
 
 
 @pytest.mark.parametrize("peft", [False, True], ids=["full", "peft"])
@@ -110,7 +114,7 @@ def test_pieces_equal_the_joined_batch(
     whole = steps_of(make_cfg(*common, peft=peft, config=config, output=tmp_path / "whole"))
     pairs = (*common, "SOLVER.ACCUMULATE", pieces)
     parts = steps_of(make_cfg(*pairs, peft=peft, config=config, output=tmp_path / "parts"))
-    assert_same(whole[0], parts[0])
+    assert_same(whole[0], parts[0], TOLERANCES[config])
 
 
 def test_a_batch_that_cannot_be_dealt_out(make_cfg: Callable[..., Any]) -> None:
@@ -140,7 +144,7 @@ def test_two_processes_equal_one_and_stop_together(
         found = torch.load(tmp_path / f"{rank}.pth")
         assert len(found) == 1
         gradients = {n: v for n, v in one[0].items() if rank == 0 or "loss" not in n}  # rank 0 alone records
-        assert_same(gradients, found[0])
+        assert_same(gradients, found[0], TOLERANCES[config])
 
 
 def arguments(**given: Any) -> argparse.Namespace:
