@@ -92,7 +92,7 @@ def one_of_two(cfg: Any, folder: str) -> None:
 TOLERANCES = {TINY: 1e-5, DINO: 5e-4}
 
 
-def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], tolerance: float) -> None:
+def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], tolerance: float = 1e-5) -> None:
     assert one.keys() == other.keys() and len(one) > 5
     for name, value in one.items():
         scale = max(float(value.abs().max()), 0.1)  # before a norm a bias has none but rounding errors
