@@ -116,3 +116,11 @@ def create_local_process_group(size: int) -> None:
         group = dist.new_group(ranks)
         if dist.get_rank() in ranks:
             comm._LOCAL_PROCESS_GROUP = group
+
+
+def forget_process_groups() -> None:
+    """Let go of the groups that Detectron2 keeps: one that outlives the run's end can abort the process at its exit."""
+    from detectron2.utils import comm
+
+    comm._get_global_gloo_group.cache_clear()
+    comm._LOCAL_PROCESS_GROUP = None

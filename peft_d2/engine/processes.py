@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from peft_d2.compat import create_local_process_group
+from peft_d2.compat import create_local_process_group, forget_process_groups
 from peft_d2.engine.errors import ConfigError, message_of
 
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -187,6 +187,7 @@ def _group(layout: Layout, local_rank: int) -> Iterator[None]:
         raise ConfigError(f"the {layout.world} processes cannot meet at {layout.url}: {error}") from error
     create_local_process_group(layout.processes)
     yield
+    forget_process_groups()
     dist.destroy_process_group()
 
 
