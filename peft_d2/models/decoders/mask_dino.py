@@ -285,7 +285,8 @@ def _check(dino: CfgNode) -> None:
             f"MODEL.MaskDINO.INITIALIZE_BOX_TYPE is {dino.INITIALIZE_BOX_TYPE!r}, boxes around predicted masks; that "
             "needs TWO_STAGE and INITIAL_PRED True. Set them, or 'no'"
         )
-    if dino.DEC_LAYERS < 1:
-        raise ValueError(f"MODEL.MaskDINO.DEC_LAYERS is {dino.DEC_LAYERS}; it counts layers, at least 1")
+    for key, least in (("DEC_LAYERS", 1), ("NUM_OBJECT_QUERIES", 1), ("TRAIN_NUM_POINTS", 1), ("DN_NUM", 0)):
+        if dino[key] < least:
+            raise ValueError(f"MODEL.MaskDINO.{key} is {dino[key]}; it is a number of at least {least}")
     if dino.HIDDEN_DIM % 4:
         raise ValueError(f"MODEL.MaskDINO.HIDDEN_DIM is {dino.HIDDEN_DIM}; it should be a multiple of 4")
