@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 from typing import Any
 
@@ -87,15 +88,20 @@ class SaveOnSignal(HookBase):
     def __init__(self) -> None:
         self._requested = False
         self._previous: Any = None
+        self._process = 0
 
     def before_train(self) -> None:
         """Listen."""
+        self._process = os.getpid()
         try:
             self._previous = signal.signal(signal.SIGTERM, self._request)
         except ValueError:  # signals belong to the main thread
             logger.debug("not in the main thread: SIGTERM keeps its meaning")
 
     def _request(self, number: int, frame: Any) -> None:
+        if os.getpid() != self._process:  # a fork, of a pool say, inherits the handler: it would never end
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
         self._requested = True
 
     def after_step(self) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -171,6 +173,23 @@ def test_sigterm_saves_and_leaves(make_cfg: Callable[..., Any], base_weights: Pa
     resumed = train(cfg, resume=True)
     assert resumed.start_iter == 2
     assert_equal(whole, trained(resumed))
+
+
+def test_a_fork_of_a_training_still_ends_on_sigterm() -> None:
+    """As the workers of a pool, which an evaluator starts and ends while the training listens for the signal."""
+    from peft_d2.engine.hooks import SaveOnSignal
+
+    hook = SaveOnSignal()
+    hook.before_train()
+    try:
+        child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,), daemon=True)
+        child.start()
+        child.terminate()
+        child.join(timeout=20)
+        assert child.exitcode == -signal.SIGTERM
+    finally:
+        child.kill()
+        hook.after_train()
 
 
 def test_amp_on_the_cpu(make_cfg: Callable[..., Any], base_weights: Path) -> None:
