@@ -53,7 +53,7 @@ def test_equal_to_the_peft_package(place: str, variant: str, dtype: torch.dtype)
     x = x.to(dtype)
     first, second = x.clone().requires_grad_(), x.clone().requires_grad_()
     a, b = ours(first), theirs(second)
-    tight = {"rtol": 1e-5, "atol": 1e-5} if dtype is torch.float32 else {"rtol": 1e-12, "atol": 1e-12}
+    tight = {"rtol": 1e-4, "atol": 1e-5} if dtype is torch.float32 else {"rtol": 1e-12, "atol": 1e-12}
     torch.testing.assert_close(a, b, **tight)
     weight = torch.randn_like(a)
     (a * weight).sum().backward()
