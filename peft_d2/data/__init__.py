@@ -15,6 +15,7 @@ _EXPORTS = {
     "class_names": "registration",
     "build_train_loader": "loader",
     "build_test_loader": "loader",
+    "workers_ended": "loader",
     "build_mapper": "mappers",
     "check_coco": "checks",
     "check_datasets": "checks",

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import logging
+import multiprocessing
 import signal
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -13,6 +17,7 @@ from detectron2.data import DatasetFromList, build_detection_test_loader, get_de
 from detectron2.data.samplers import RepeatFactorTrainingSampler
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from peft_d2.data.images import DatasetError, reading
 from peft_d2.data.mappers import build_mapper, build_test_mapper
@@ -57,6 +62,25 @@ def build_test_loader(cfg: Any, name: str) -> DataLoader:
     """Loader of one data set in order, one image at a time, dealt out to the ranks."""
     register_from_config(cfg)
     return build_detection_test_loader(cfg, name, mapper=_NamesFiles(build_test_mapper(cfg, name)))
+
+
+@contextmanager
+def workers_ended() -> Iterator[None]:
+    """At its end, by an error too, the processes end that torch's loaders started inside, whoever made the loaders.
+
+    To let go of a loader is not enough: an error's traceback may hold its iterator, and its processes with it.
+    """
+    before = weakref.WeakSet(_alive(_MultiProcessingDataLoaderIter))
+    try:
+        yield
+    finally:
+        loaders = _alive(DataLoader)
+        ended = {iterator for iterator in _alive(_MultiProcessingDataLoaderIter) if iterator not in before}
+        for iterator in ended:
+            iterator._shutdown_workers()  # each ends the sample that it works at
+        for loader in loaders:
+            if loader._iterator in ended:  # of persistent workers: the loader can still be used, with new ones
+                loader._iterator = None
 
 
 def training_records(cfg: Any) -> list[dict[str, Any]]:
@@ -108,6 +132,13 @@ class _Samples(Dataset):
                 # A mapper may refuse an image; which one replaces it is part of the sample's random numbers.
                 index = int(np.random.randint(len(self.records)))
         raise RuntimeError("the mapper refused 1000 images in a row. Check INPUT and the data set.")
+
+
+def _alive(kind: type) -> list[Any]:
+    """All objects of a class, where this process has started others at all."""
+    if not multiprocessing.active_children():
+        return []
+    return [found for found in gc.get_objects() if issubclass(type(found), kind)]
 
 
 def _outlive_sigterm(worker: int) -> None:

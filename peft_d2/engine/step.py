@@ -44,26 +44,37 @@ def amp_dtype(cfg: Any) -> torch.dtype | None:
 
 
 class LazyLoader:
-    """An iterable that builds its loader when the first sample is asked for.
+    """An iterator that builds its loader when the first batch is asked for.
 
     Where a run starts is known after ``resume_or_load``, while Detectron2 asks for the iterator before.
     """
 
     def __init__(self, build: Callable[[], Iterable[Any]]) -> None:
         self._build = build
-        self._first: Any = None
-        self._rest: Iterator[Any] = iter(())
+        self._ahead: list[Any] = []
+        self._batches: Iterator[Any] | None = None
 
     def first(self) -> Any:
-        """The first batch; it is still the first one of the iteration."""
-        if self._first is None:
-            self._rest = iter(self._build())
-            self._first = next(self._rest)
-        return self._first
+        """The next batch, which stays the next one."""
+        if not self._ahead:
+            self._ahead.append(next(self))
+        return self._ahead[0]
+
+    def close(self) -> None:
+        """Let go of the loader; who asks for another batch gets a new one's."""
+        self._ahead, self._batches = [], None
 
     def __iter__(self) -> Iterator[Any]:
-        yield self.first()
-        yield from self._rest
+        return self
+
+    def __next__(self) -> Any:
+        if self._ahead:
+            return self._ahead.pop()
+        if self._batches is None:
+            self._batches = iter(self._build())
+        for batch in self._batches:
+            return batch
+        raise RuntimeError("the training's data loader has no more batches: it must go on without end, epoch by epoch.")
 
 
 class TrainStep(SimpleTrainer):

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import logging
 import math
 import os
 import weakref
 from collections import OrderedDict
+from collections.abc import Iterable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -80,8 +83,14 @@ class Trainer(DefaultTrainer):
         )
         self.register_hooks(self.build_hooks())
 
-    def _build_loader(self) -> Any:
-        return data.build_train_loader(self.cfg, start_iter=self.start_iter)
+    def _build_loader(self) -> Iterable[Any]:
+        if "start_iter" in inspect.signature(self.build_train_loader).parameters:
+            return self.build_train_loader(self.cfg, start_iter=self.start_iter)
+        if self.start_iter:
+            logger.warning(
+                "%s.build_train_loader takes no start_iter: the order of the data begins anew.", type(self).__name__
+            )
+        return self.build_train_loader(self.cfg)
 
     @classmethod
     def build_model(cls, cfg: Any) -> nn.Module:
@@ -102,9 +111,9 @@ class Trainer(DefaultTrainer):
         return optimization.build_lr_scheduler(cfg, optimizer)
 
     @classmethod
-    def build_train_loader(cls, cfg: Any) -> Any:
-        """See :func:`peft_d2.data.build_train_loader`."""
-        return data.build_train_loader(cfg)
+    def build_train_loader(cls, cfg: Any, start_iter: int = 0) -> Iterable[Any]:
+        """See :func:`peft_d2.data.build_train_loader`; another may be any iterable, and leave ``start_iter`` out."""
+        return data.build_train_loader(cfg, start_iter)
 
     @classmethod
     def build_test_loader(cls, cfg: Any, dataset_name: str) -> Any:
@@ -188,11 +197,12 @@ class Trainer(DefaultTrainer):
         return self._last_eval_results
 
     def train(self) -> OrderedDict[str, Any] | None:
-        """Run the training; returns the last evaluation's results."""
+        """Run the training; returns the last evaluation's results. However it ends, its data loaders' processes do."""
         if comm.is_main_process():
             atomic.write_bytes(Path(self.cfg.OUTPUT_DIR, REPORT_FILE), json.dumps(self.report, indent=1).encode())
         seed_everything(self.cfg.SEED, comm.get_rank(), self.max_iter)
-        super().train()
+        with data.workers_ended(), closing(self.loader):
+            super().train()
         return getattr(self, "_last_eval_results", None)
 
     def state_dict(self) -> dict[str, Any]:

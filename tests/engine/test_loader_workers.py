@@ -1,0 +1,195 @@
+"""No process that loads data outlives its training, whoever made the loader and however the training ends."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from detectron2.data import MapDataset, build_detection_train_loader
+from detectron2.data.samplers import TrainingSampler
+from detectron2.engine import HookBase
+from detectron2.modeling import META_ARCH_REGISTRY
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from peft_d2 import data
+from peft_d2.data.images import DatasetError
+from peft_d2.engine.step import LazyLoader
+from peft_d2.engine.trainer import Trainer
+
+Mapper = Callable[[dict[str, Any]], dict[str, Any]]
+
+
+class OneNumber(nn.Module):
+    def __init__(self, cfg: Any) -> None:
+        super().__init__()
+        self.number = nn.Parameter(torch.zeros(1))
+
+    def forward(self, batch: list[dict[str, Any]]) -> dict[str, Tensor]:
+        return {"loss": self.number.sum() * len(batch)}
+
+
+def own(cfg: Any, mapper: Mapper) -> Iterable[Any]:
+    return data.build_train_loader(cfg, mapper=mapper)
+
+
+def detectron2s(cfg: Any, mapper: Mapper) -> Iterable[Any]:
+    """A chain of generators and ``map`` around torch's iterator."""
+    records = data.loader.training_records(cfg)
+    sampler = TrainingSampler(len(records), seed=0)
+    return build_detection_train_loader(
+        records, mapper=mapper, sampler=sampler, total_batch_size=2, num_workers=2, aspect_ratio_grouping=True
+    )
+
+
+def persistent(cfg: Any, mapper: Mapper) -> Iterable[Any]:
+    records = data.loader.training_records(cfg)
+    return DataLoader(
+        MapDataset(records, mapper),
+        batch_size=2,
+        sampler=TrainingSampler(len(records), seed=0),
+        num_workers=2,
+        collate_fn=list,
+        persistent_workers=True,
+    )
+
+
+def any_iterable(cfg: Any, mapper: Mapper) -> Iterator[Any]:
+    for batch in own(cfg, mapper):
+        yield batch[::-1]
+
+
+LOADERS = (own, detectron2s, persistent, any_iterable)
+
+
+class Ending(HookBase):
+    """Ends the training as ``how`` says."""
+
+    def __init__(self, how: str) -> None:
+        self.how = how
+
+    def before_step(self) -> None:
+        if self.how == "a step fails":
+            raise ArithmeticError
+        if self.how == "SIGTERM":
+            os.kill(os.getpid(), signal.SIGTERM)
+        if self.how == "it is interrupted while it waits for data":
+            signal.signal(signal.SIGALRM, signal.default_int_handler)
+            signal.setitimer(signal.ITIMER_REAL, 0.2)
+
+
+def mapped(record: dict[str, Any], how: str) -> dict[str, Any]:
+    if how == "the data fails":
+        raise DatasetError("defective")
+    if how == "it is interrupted while it waits for data":
+        time.sleep(0.7)
+    return record
+
+
+ENDINGS = {
+    "it succeeds": contextlib.nullcontext(),
+    "the data fails": pytest.raises(DatasetError),
+    "it is interrupted while it waits for data": pytest.raises(KeyboardInterrupt),
+    "a step fails": pytest.raises(ArithmeticError),
+    "SIGTERM": pytest.raises(SystemExit),
+}
+
+
+def trainer_of(cfg: Any, build: Callable[[Any], Iterable[Any]], *hooks: HookBase) -> Trainer:
+    if "OneNumber" not in META_ARCH_REGISTRY:
+        META_ARCH_REGISTRY.register(OneNumber)
+
+    class WithLoader(Trainer):
+        @classmethod
+        def build_train_loader(cls, cfg: Any) -> Iterable[Any]:
+            return build(cfg)
+
+    cfg.MODEL.META_ARCHITECTURE = "OneNumber"
+    cfg.DATALOADER.NUM_WORKERS, cfg.SOLVER.MAX_ITER, cfg.DATASETS.TEST = 2, 3, ()
+    trainer = WithLoader(cfg)
+    trainer.register_hooks(list(hooks))
+    return trainer
+
+
+@pytest.mark.parametrize("how", ENDINGS)
+@pytest.mark.parametrize("loader", LOADERS, ids=lambda loader: loader.__name__)
+def test_no_worker_outlives_its_training(
+    make_cfg: Callable[..., Any], loader: Callable[[Any, Mapper], Iterable[Any]], how: str
+) -> None:
+    started, kept = [], []
+
+    def build(cfg: Any) -> Iterator[Any]:
+        kept.append(loader(cfg, partial(mapped, how=how)))
+        for batch in kept[0]:
+            started.append(len(multiprocessing.active_children()))
+            yield batch
+
+    before = multiprocessing.active_children()
+    with ENDINGS[how] as error:  # holds the error's traceback, as a caller's `except` does
+        trainer_of(make_cfg(), build, Ending(how)).train()
+    assert multiprocessing.active_children() == before, error
+    assert all(number == len(before) + 2 for number in started)
+    assert started or how in ("the data fails", "it is interrupted while it waits for data", "a step fails")
+    if loader is persistent and how == "it succeeds":
+        with data.workers_ended():
+            assert len(next(iter(kept[0]))) == 2  # it can be used again
+
+
+def test_a_closed_loader_is_built_anew() -> None:
+    numbers = iter(range(10, 100, 10))
+    loader = LazyLoader(lambda: itertools.count(next(numbers)))
+    assert [loader.first(), next(loader), next(loader), loader.first()] == [10, 10, 11, 12]
+    loader.close()
+    assert [loader.first(), next(loader), next(loader)] == [20, 20, 21]
+
+
+def test_a_loader_that_ends_is_named(make_cfg: Callable[..., Any]) -> None:
+    with pytest.raises(RuntimeError, match="no more batches: it must go on without end"):
+        trainer_of(make_cfg(), lambda cfg: [[{}], [{}]]).train()
+
+
+def test_resuming_with_a_loader_that_begins_anew_is_said(
+    make_cfg: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = trainer_of(make_cfg(), lambda cfg: [[{}]] * 3)
+    trainer.start_iter = 1
+    trainer.train()
+    assert "WithLoader.build_train_loader takes no start_iter: the order of the data begins anew" in caplog.text
+
+
+def test_a_failed_training_exits_at_once(make_cfg: Callable[..., Any], tmp_path: Path) -> None:
+    """The program that ends with a traceback keeps all that its frames hold until it has exited."""
+    cfg = make_cfg(output=tmp_path / "run")
+    (tmp_path / "config.yaml").write_text(cfg.dump())
+    program = f"""
+import sys, time
+sys.path.insert(0, {str(Path(__file__).parents[2])!r})
+import peft_d2, torch
+from functools import partial
+from peft_d2.engine.config import load_config
+from tests.engine.test_loader_workers import Ending, any_iterable, mapped, trainer_of
+torch.set_num_threads(1)
+peft_d2.register()
+cfg = load_config({str(tmp_path / "config.yaml")!r}).cfg
+trainer = trainer_of(cfg, partial(any_iterable, mapper=partial(mapped, how="the data fails")))
+try:
+    trainer.train()
+finally:
+    print("ended at", time.time(), flush=True)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
+    now = time.time()
+    assert done.returncode == 1 and "DatasetError" in done.stderr, done
+    assert now - float(done.stdout.rpartition("ended at ")[2]) < 20
