@@ -11,9 +11,9 @@ from typing import Any
 
 from PIL import Image
 
-from peft_d2.data import build_train_loader, class_names
+from peft_d2.data import build_train_loader, class_names, workers_ended
 from peft_d2.data.pictures import picture_of_sample, sheet
-from peft_d2.engine.launch import prepare_config, training_parser
+from peft_d2.engine.launch import one_line_errors, prepare_config, training_parser
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -24,12 +24,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--start", type=int, default=0, help="the iteration to begin with")
     args = parser.parse_args(arguments)
     cfg: Any = prepare_config(args)
-    batches = itertools.islice(build_train_loader(cfg, args.start), args.batches)
     names = class_names(cfg)
-    pictures = [picture_of_sample(sample, cfg.INPUT.FORMAT, names) for batch in batches for sample in batch]
+    with workers_ended():
+        batches = itertools.islice(build_train_loader(cfg, args.start), args.batches)
+        pictures = [picture_of_sample(sample, cfg.INPUT.FORMAT, names) for batch in batches for sample in batch]
     sheet([Image.fromarray(p) for p in pictures]).save(args.output)
     print(f"wrote {args.output}")
 
 
 if __name__ == "__main__":
-    main()
+    one_line_errors(main)
