@@ -19,6 +19,7 @@ class KeepsAPixel(T.Augmentation):
         self.resize = resize
 
     def get_transform(self, image: np.ndarray) -> Transform:
+        """The other one's transform of an image (H, W, C); a side of zero becomes one pixel."""
         transform = self.resize.get_transform(image)
         if isinstance(transform, T.ResizeTransform) and min(transform.new_h, transform.new_w) < 1:
             height, width = max(1, int(transform.new_h)), max(1, int(transform.new_w))
@@ -37,6 +38,7 @@ class LongestSide(T.Augmentation):
         self.size = size
 
     def get_transform(self, image: np.ndarray) -> Transform:
+        """The resize of an image (H, W, C), bilinear."""
         height, width = image.shape[:2]
         scale = self.size / max(height, width)
         return T.ResizeTransform(
@@ -68,6 +70,8 @@ class SSDColour(T.Augmentation):
         self.image_format = image_format
 
     def get_transform(self, image: np.ndarray) -> Transform:
+        """One draw from NumPy's random numbers, for images (H, W, 3), uint8; coordinates stay."""
+
         def draw(low: float, high: float) -> float | None:
             value, applied = np.random.uniform(low, high), np.random.rand() < 0.5
             return float(value) if applied else None
@@ -77,6 +81,7 @@ class SSDColour(T.Augmentation):
         swap = self.image_format == "BGR"
 
         def distort(pixels: np.ndarray) -> np.ndarray:
+            """(H, W, 3) uint8 -> the same; each step ends in uint8, as in the published recipe."""
             if brightness is not None:
                 pixels = _affine(pixels, 1.0, brightness)
             if contrast is not None and contrast_first:

@@ -175,9 +175,11 @@ class _Check:
         self.images: dict[Any, dict[str, Any]] = {}
 
     def add(self, level: Literal["error", "warning"], kind: str, where: str, what: str, remedy: str) -> None:
+        """Note a problem."""
         self.problems.append(Problem(level, kind, where, what, remedy))
 
     def run(self) -> list[Problem]:
+        """All problems, errors first; where a list is missing nothing else is looked at."""
         for key in ("images", "annotations", "categories"):
             if not isinstance(self.data, dict) or not isinstance(self.data.get(key), list):
                 self.add("error", "layout", key, "is missing or no list", "A COCO-format json has three lists.")

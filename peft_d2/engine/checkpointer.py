@@ -80,6 +80,7 @@ class Checkpointer(DetectionCheckpointer):
         self._thin_out()
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
+        """Write that name into ``last_checkpoint``, as a whole or not at all."""
         atomic.write_bytes(Path(self.save_dir, LAST), last_filename_basename.encode())
 
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:

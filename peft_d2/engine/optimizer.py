@@ -172,6 +172,7 @@ def _add_clipping(cfg: Any, optimizer: torch.optim.Optimizer) -> torch.optim.Opt
         return optimizer
 
     def clip_gradients(opt: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        """Called by torch with the optimizer and the arguments of its ``step``."""
         parameters = list(itertools.chain.from_iterable(group["params"] for group in opt.param_groups))
         if clip.CLIP_TYPE == "full_model":
             nn.utils.clip_grad_norm_(parameters, clip.CLIP_VALUE, norm_type=clip.NORM_TYPE)

@@ -45,16 +45,19 @@ class TrainingBar(HookBase):
         self._stack = contextlib.ExitStack()
 
     def before_train(self) -> None:
+        """Draw the bar, at the iteration where the run starts."""
         self._stack.enter_context(_redirected())
         bar = tqdm(total=self.trainer.max_iter, initial=self.trainer.start_iter, desc="training", dynamic_ncols=True)
         self._bar = self._stack.enter_context(bar)
 
     def after_step(self) -> None:
+        """Advance it by one, with the total loss where one is recorded."""
         with contextlib.suppress(KeyError):
             self._bar.set_postfix(loss=f"{self.trainer.storage.history('total_loss').latest():.3f}", refresh=False)
         self._bar.update()
 
     def after_train(self) -> None:
+        """Leave the bar as it is and give the loggers their streams back."""
         self._stack.close()
 
 

@@ -32,4 +32,5 @@ class SeedEachStep(HookBase):
         self.seed = seed
 
     def before_step(self) -> None:
+        """Seed from this rank and the step's number."""
         seed_everything(self.seed, comm.get_rank(), self.trainer.iter)

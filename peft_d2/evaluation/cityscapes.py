@@ -26,6 +26,7 @@ class _Cityscapes(evaluation.DatasetEvaluator):
         super().__init__(dataset_name)
 
     def evaluate(self) -> Any:
+        """Detectron2's figures, None on all but the main process."""
         import cityscapesscripts.evaluation.evalInstanceLevelSemanticLabeling as instances
 
         with ExitStack() as stack:

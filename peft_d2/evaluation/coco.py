@@ -42,6 +42,11 @@ class FastCOCOEvaluator(COCOEvaluator):
         complete(self._coco_api.dataset)
 
     def process(self, inputs: Sequence[dict[str, Any]], outputs: Sequence[dict[str, Any]]) -> None:
+        """Keep the ``instances`` and ``proposals`` of each output, masks as run lengths: no full-size mask stays.
+
+        Raises:
+            ValueError: another number of outputs than of inputs.
+        """
         for record, output in zip(inputs, outputs, strict=True):
             prediction: dict[str, Any] = {"image_id": record["image_id"]}
             if "instances" in output:

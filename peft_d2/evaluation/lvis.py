@@ -44,6 +44,7 @@ class FastLVISEvaluator(LVISEvaluator):
         self._do_evaluation = bool(self._dataset.get("annotations"))
 
     def process(self, inputs: Sequence[dict[str, Any]], outputs: Sequence[dict[str, Any]]) -> None:
+        """Keep the ``instances`` of each output, masks as run lengths."""
         for record, output in zip(inputs, outputs, strict=True):
             results = instances_to_results(output["instances"], record["image_id"])
             self._predictions.append({"image_id": record["image_id"], "instances": results})

@@ -36,9 +36,17 @@ class PanopticQualityEvaluator(COCOPanopticEvaluator):
         self.reset()
 
     def reset(self) -> None:
+        """Forget what was counted."""
         self._statistics = {category: np.zeros(len(_ROWS)) for category in self._is_thing}
 
     def process(self, inputs: Sequence[dict[str, Any]], outputs: Sequence[dict[str, Any]]) -> None:
+        """Count each output's ``panoptic_seg``, ids (H, W) and their segments, against the image's truth.
+
+        Without segments (None) the ids are labels as Detectron2's Panoptic-DeepLab gives them.
+
+        Raises:
+            KeyError: an image that the truth does not know.
+        """
         for record, output in zip(inputs, outputs, strict=True):
             found, segments = output["panoptic_seg"]
             ids = found.cpu().numpy().astype(np.int64)

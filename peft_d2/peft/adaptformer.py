@@ -100,6 +100,11 @@ class AdaptFormer(Method):
         return never_called(site)
 
     def place(self, sites: Sequence[Site]) -> list[Placement]:
+        """A branch per place; with COBOT all of them share one space.
+
+        Raises:
+            MethodError: a width that the module does not say, or an attention, which has several inputs.
+        """
         options = self.options
         cobots = orchestrate(options, options.bottleneck, [site.tensor_options() for site in sites])
         placements = []

@@ -40,6 +40,7 @@ class CobotOptions(Options):
     cobot_mix: str = "quaternion"
 
     def check(self) -> None:
+        """As the base's; values that are known and go together, and none but the defaults without ``COBOT: true``."""
         super().check()
         sets, relation, mix = self.cobot_coefficients, self.cobot_relation, self.cobot_mix
         expect(sets in COEFFICIENTS, "COBOT_COEFFICIENTS", sets, f"one of {', '.join(COEFFICIENTS)}")

@@ -119,6 +119,7 @@ class ConvExperts(nn.Module):
         self.balance = options.balance
 
     def forward(self, x: Tensor) -> Tensor:
+        """(N, H, W, in) -> (N, H, W, out); each of the N maps goes through the expert that the gate chooses for it."""
         x = F.dropout(match_dtype(x, self.conv_lora_down), self.dropout, self.training)
         h = F.linear(x, self.conv_lora_down).permute(0, 3, 1, 2)
         chosen, chances = self.gate(h)
@@ -184,6 +185,7 @@ class ConvLora(Method):
     options: ConvLoraOptions
 
     def refusal(self, site: Site) -> str:
+        """Anything but an nn.Linear that is called by itself; with ``PARTS``, one that is no fused qkv."""
         base = base_class(site.module)
         if base is not nn.Linear:
             return f"{base.__qualname__} is no nn.Linear (exact type)"

@@ -71,6 +71,11 @@ class MonaAdapter(Part):
         self.grid = TokenGrid(site, options.grid)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(N, H, W, C), (N, L, C) that lie as ``GRID`` says, or channels first; same shape and dtype.
+
+        Raises:
+            MethodError: another width than the adapter was made for, or tokens that fill no grid.
+        """
         check_width(x, self.width, self.name)
         h = match_dtype(x, self.mona_down.weight)
         if self.width.channels_first:
