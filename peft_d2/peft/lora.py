@@ -26,16 +26,15 @@ _LINEAR = (nn.Linear, NonDynamicallyQuantizableLinear)
 
 
 class LoraLinearMixin(Specialised):
-    """nn.Linear whose output gets the low-rank branch: (..., in) -> (..., out)."""
+    """nn.Linear with the low-rank update: (..., in) -> (..., out)."""
 
     layer = 1
     weight: Tensor
     bias: Tensor | None
 
     def forward(self, x: Tensor) -> Tensor:
-        out = super().forward(x)
         part = self.peft_weight_part(Lora.name)
-        return out if part is None else part(x, out, self.weight, self.bias)
+        return super().forward(x) if part is None else part(x, self.weight, self.bias)
 
 
 class Lora(Method):

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .cobot import CobotOptions, CobotPlace
+from .low_rank_linear import low_rank_linear, saves_passes
 from .match import first_match
 from .method import MethodError, expect
 from .specialise import Part
@@ -200,13 +201,30 @@ class LowRank(Part):
         low = F.linear(x, a)
         return low if self.cobot is None else self.cobot(low)
 
-    def forward(self, x: Tensor, out: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def adapted(self, x: Tensor, out: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The adapted output (..., out) of a linear layer, given its input (..., in) and its own output (..., out)."""
         if self.lora_magnitude is None:
             return self.added(x, out)
         gain = self.gain(weight)
         plain = out if bias is None else out - bias
         return out + ((gain - 1) * plain + gain * self.branch(x)).to(out.dtype)
+
+    def linear_factors(self) -> tuple[Tensor, Tensor] | None:
+        """A (r, in) and s B (out, r) where these two say it all for a linear layer; else None.
+
+        They do not with dropout on the branch's input, with DoRA's norm, and with PiSSA, whose start cancels exactly
+        only as a difference of branches.
+        """
+        if (self.dropout and self.training) or self.lora_magnitude is not None or self.lora_a_start is not None:
+            return None
+        a = self.lora_a if self.cobot is None else self.cobot.matrix() @ self.lora_a
+        return a, self.lora_b * self.scale
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The adapted linear layer: (..., in) -> (..., out)."""
+        if saves_passes(x, weight, self.lora_a) and (factors := self.linear_factors()) is not None:
+            return low_rank_linear(x, weight, bias, *factors)
+        return self.adapted(x, F.linear(x, weight, bias), weight, bias)
 
 
 def match_dtype(x: Tensor, parameter: Tensor) -> Tensor:

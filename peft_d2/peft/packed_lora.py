@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .low_rank import LowRank
+from .low_rank_linear import low_rank_linear, saves_passes
 from .specialise import Part, Specialised
 
 _IN_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
@@ -58,13 +60,29 @@ class PackedLora(Part):
             if factors is not None:
                 factors.follow(block)
 
-    def forward(self, x: Tensor, out: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """The adapted output (..., 3 d) from the layer's own input (..., in) and output."""
+    def linear_factors(self) -> tuple[Tensor, Tensor] | None:
+        """A (n r, in) and B (3 d, n r) of the n adapted letters as one update of the fused weight, as LowRank's."""
+        down, up = [], []
+        for i, letter in enumerate("qkv"):
+            if (factors := self.factors(letter)) is None:
+                continue
+            if (pair := factors.linear_factors()) is None:
+                return None
+            a, b = pair
+            down.append(a)
+            up.append(F.pad(b, (0, 0, i * len(b), (2 - i) * len(b))))
+        return torch.cat(down), torch.cat(up, dim=1)
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The adapted linear layer: (..., in) -> (..., 3 d)."""
+        first = getattr(self, self.letters[0])
+        if saves_passes(x, weight, first.lora_a) and (factors := self.linear_factors()) is not None:
+            return low_rank_linear(x, weight, bias, *factors)
         biases = bias.chunk(3) if bias is not None else (None, None, None)
         blocks = []
-        for i, (letter, block) in enumerate(zip("qkv", out.chunk(3, dim=-1), strict=True)):
-            factors = self.factors(letter)
-            blocks.append(block if factors is None else factors(x, block, weight.chunk(3)[i], biases[i]))
+        for i, (letter, block) in enumerate(zip("qkv", F.linear(x, weight, bias).chunk(3, dim=-1), strict=True)):
+            part = self.factors(letter)
+            blocks.append(block if part is None else part.adapted(x, block, weight.chunk(3)[i], biases[i]))
         return torch.cat(blocks, dim=-1)
 
 
@@ -76,9 +94,8 @@ class LoraPackedLinearMixin(Specialised):
     bias: Tensor | None
 
     def forward(self, x: Tensor) -> Tensor:
-        out = super().forward(x)
         part = self.peft_weight_part("lora")
-        return out if part is None else part(x, out, self.weight, self.bias)
+        return super().forward(x) if part is None else part(x, self.weight, self.bias)
 
 
 class AttentionLora(PackedLora):

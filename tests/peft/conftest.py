@@ -5,11 +5,13 @@ shared heads.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class SelfAttentionLayer(nn.Module):
@@ -125,3 +127,22 @@ def _disturb() -> Callable[[nn.Module], None]:
 @pytest.fixture(name="Conv2d")
 def _conv2d() -> type[nn.Conv2d]:
     return Conv2d
+
+
+class Operations(TorchDispatchMode):
+    """Names and output shapes of all operations that compute something."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, tuple[int, ...]]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor) and not func.is_view:
+            self.seen.append((func.overloadpacket.__name__, tuple(out.shape)))
+        return out
+
+
+@pytest.fixture
+def operations() -> type[Operations]:
+    return Operations

@@ -1,0 +1,137 @@
+"""LoRA's linear layer in weight space against the branch, autograd's numerical checks, and a count of its work."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from peft_d2 import peft
+from peft_d2.peft import low_rank, packed_lora
+from peft_d2.peft.low_rank_linear import low_rank_linear, saves_passes
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    rows=st.sampled_from([(), (1,), (5,), (2, 3), (2, 0, 3)]),
+    inputs=st.integers(1, 6),
+    out=st.integers(1, 6),
+    rank=st.integers(1, 4),
+    bias=st.booleans(),
+    learns=st.lists(st.booleans(), min_size=5, max_size=5).filter(any),
+    seed=st.integers(0, 2**31),
+)
+def test_gradients(
+    rows: tuple[int, ...], inputs: int, out: int, rank: int, bias: bool, learns: list[bool], seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    sizes = [(*rows, inputs), (out, inputs), (out,), (rank, inputs), (out, rank)]
+    made = [torch.randn(size, dtype=torch.float64, generator=generator) for size in sizes]
+    x, weight, shift, a, b = (t.requires_grad_(learn) for t, learn in zip(made, learns, strict=True))
+    if not bias:
+        shift = None
+    expected = x @ (weight + b @ a).T + (0 if shift is None else shift)
+    torch.testing.assert_close(low_rank_linear(x, weight, shift, a, b), expected)
+    if expected.requires_grad and expected.numel():
+        assert torch.autograd.gradcheck(low_rank_linear, (x, weight, shift, a, b))
+
+
+def test_second_derivatives_and_transforms() -> None:
+    x, weight, a, b = (torch.randn(size, dtype=torch.float64) for size in ((4, 3), (5, 3), (2, 3), (5, 2)))
+    leaves = (x.requires_grad_(), weight, None, a.requires_grad_(), b.requires_grad_())
+    assert torch.autograd.gradgradcheck(low_rank_linear, leaves)
+    for_one = torch.func.grad(lambda row: low_rank_linear(row, weight, None, a, b).square().sum())
+    torch.testing.assert_close(torch.func.vmap(for_one)(x), torch.stack([for_one(row) for row in x]))
+
+
+ENTRIES = {
+    "plain": {},
+    "rslora": {"RSLORA": True},
+    "COBOT": {"COBOT": True, "RANK": 4},
+    "q and v": {"PARTS": ["q", "v"]},
+    "k": {"PARTS": ["k"]},
+    "q, k, v with COBOT": {"PARTS": ["q", "k", "v"], "COBOT": True, "RANK": 4},
+}
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("entry", ENTRIES.values(), ids=ENTRIES)
+def test_equals_the_branch(
+    entry: dict[str, Any], bias: bool, monkeypatch: pytest.MonkeyPatch, disturb: Callable
+) -> None:
+    model = nn.ModuleDict({"m": nn.Linear(6, 18, bias=bias)}).double()
+    peft.inject(model, [{"NAME": "lora", "TARGETS": ["m"], "RANK": 2, "ALPHA": 3, **entry}])
+    disturb(model)
+    runs = []
+    for chosen in (True, False):
+        used: list[Tensor] = []
+        for module in (low_rank, packed_lora):
+            monkeypatch.setattr(module, "saves_passes", lambda *_, chosen=chosen: chosen)
+            monkeypatch.setattr(
+                module, "low_rank_linear", lambda *x, used=used: used.append(x[0]) or low_rank_linear(*x)
+            )
+        x = torch.randn(2, 7, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        model.zero_grad()
+        out = model["m"](x)
+        out.square().sum().backward()
+        assert bool(used) is chosen
+        runs.append([out, x.grad, *[t.param.grad for t in peft.trained_parameters(model)]])
+    torch.testing.assert_close(*runs, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("entry", [{"DORA": True}, {"INIT": "pissa"}, {"DROPOUT": 0.5}], ids=str)
+def test_what_needs_the_branch_keeps_it(entry: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(low_rank, "low_rank_linear", lambda *_: pytest.fail("used in spite of the entry"))
+    for parts in ([], ["q"]):
+        model = nn.ModuleDict({"m": nn.Linear(4, 12)})
+        peft.inject(model, [{"NAME": "lora", "TARGETS": ["m"], "RANK": 2, "PARTS": parts, **entry}])
+        x = torch.randn(100, 4)
+        assert saves_passes(x, model["m"].weight, torch.empty(2, 4))
+        model["m"](x)
+
+
+def test_many_rows_and_full_precision_are_where_it_pays() -> None:
+    weight, a = torch.empty(32, 32), torch.empty(2, 32)
+    assert saves_passes(torch.empty(65, 32), weight, a) and saves_passes(torch.empty(5, 13, 32), weight, a)
+    assert not saves_passes(torch.empty(64, 32), weight, a)
+    many = torch.empty(1000, 32)
+    assert not saves_passes(many.bfloat16(), weight.bfloat16(), a.bfloat16())
+    assert not saves_passes(many, weight.bfloat16(), a) and not saves_passes(many, weight, a.double())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not saves_passes(many, weight, a)
+
+
+@pytest.mark.parametrize("parts", [[], ["q", "v"]], ids=["whole", "q and v"])
+def test_the_start_is_the_base_bit_for_bit(parts: list[str]) -> None:
+    base = nn.Linear(16, 48)
+    x = torch.randn(300, 16)
+    expected = base(x)
+    peft.inject(nn.ModuleDict({"m": base}), [{"NAME": "lora", "TARGETS": ["m"], "RANK": 2, "PARTS": parts}])
+    assert saves_passes(x, base.weight, torch.empty(2, 16))
+    torch.testing.assert_close(base(x), expected, rtol=0, atol=0)
+
+
+def test_nothing_wide_is_passed_over_or_kept(operations: Callable) -> None:
+    rows, inputs, wide, rank = 200, 24, 40, 2
+    model = nn.ModuleDict({"m": nn.Linear(inputs, wide)})
+    peft.inject(model, [{"NAME": "lora", "TARGETS": ["m"], "RANK": rank, "ALPHA": 3}])
+    x, gradient = torch.randn(4, 50, inputs, requires_grad=True), torch.randn(4, 50, wide)
+    kept: list[Tensor] = []
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t)  # type: ignore[func-returns-value]
+    with hooks, operations() as forward:
+        out = model["m"](x)
+    with operations() as backward:
+        torch.autograd.backward(out, gradient)
+    assert [name for name, shape in forward.seen if math.prod(shape) == rows * wide] == ["addmm"]
+    assert not [name for name, shape in backward.seen if math.prod(shape) == rows * wide]
+    assert [name for name, shape in backward.seen if math.prod(shape) == rows * inputs] == ["mm"]
+    base = {x.data_ptr(), model["m"].weight.data_ptr()}
+    assert sum(t.numel() for t in kept if t.data_ptr() not in base) <= rank * (inputs + 2 * wide)
+    products = {shape for name, shape in backward.seen if name == "mm"}
+    assert products == {(rows, inputs), (rows, rank), (rank, inputs), (rank, wide)}
