@@ -9,13 +9,11 @@ from typing import Any
 import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
-from detectron2.modeling import SEM_SEG_HEADS_REGISTRY
 from detectron2.structures import Boxes, ImageList, Instances
 from torch import Tensor
 
 from peft_d2.layers.boxes import to_corners
 from peft_d2.models.box_criterion import BoxMaskCriterion
-from peft_d2.models.decoders import TRANSFORMER_DECODER_REGISTRY
 from peft_d2.models.decoders.mask_dino import softmax_classes
 from peft_d2.models.mask_classifier import MaskClassifier
 from peft_d2.models.mask_former_head import MaskFormerHead
@@ -33,14 +31,7 @@ class MaskDINOHead(MaskFormerHead):
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
         """Build both parts from their names in the config."""
-        head = cfg.MODEL.SEM_SEG_HEAD
-        decoder = TRANSFORMER_DECODER_REGISTRY.get(cfg.MODEL.MaskDINO.TRANSFORMER_DECODER_NAME)
-        return {
-            "num_classes": head.NUM_CLASSES,
-            "pixel_decoder": SEM_SEG_HEADS_REGISTRY.get(head.PIXEL_DECODER_NAME)(cfg, input_shape),
-            "predictor": decoder(cfg, head.CONVS_DIM, mask_classification=True),
-            "ignore_value": head.IGNORE_VALUE,
-        }
+        return cls.parts(cfg, input_shape, cfg.MODEL.MaskDINO.TRANSFORMER_DECODER_NAME)
 
     def forward(
         self, features: dict[str, Tensor], mask: Tensor | None = None, targets: list[Target] | None = None

@@ -53,13 +53,16 @@ class MaskFormerHead(nn.Module):
             raise ValueError(
                 f"MODEL.MASK_FORMER.TRANSFORMER_IN_FEATURE is {source!r}; this head needs {_FEATURES!r} (Mask2Former)"
             )
+        return cls.parts(cfg, input_shape, cfg.MODEL.MASK_FORMER.TRANSFORMER_DECODER_NAME)
+
+    @staticmethod
+    def parts(cfg: CfgNode, input_shape: dict[str, ShapeSpec], decoder: str) -> dict[str, Any]:
+        """The arguments, both parts built: the pixel decoder that the config names, and the decoder of that name."""
         head = cfg.MODEL.SEM_SEG_HEAD
-        pixel_decoder = SEM_SEG_HEADS_REGISTRY.get(head.PIXEL_DECODER_NAME)(cfg, input_shape)
-        decoder = TRANSFORMER_DECODER_REGISTRY.get(cfg.MODEL.MASK_FORMER.TRANSFORMER_DECODER_NAME)
         return {
             "num_classes": head.NUM_CLASSES,
-            "pixel_decoder": pixel_decoder,
-            "predictor": decoder(cfg, head.CONVS_DIM, mask_classification=True),
+            "pixel_decoder": SEM_SEG_HEADS_REGISTRY.get(head.PIXEL_DECODER_NAME)(cfg, input_shape),
+            "predictor": TRANSFORMER_DECODER_REGISTRY.get(decoder)(cfg, head.CONVS_DIM, mask_classification=True),
             "ignore_value": head.IGNORE_VALUE,
         }
 

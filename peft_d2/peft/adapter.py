@@ -18,30 +18,22 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .low_rank import match_dtype
-from .method import Method, MethodError, Options, Placement, Site, expect
+from .method import Method, MethodError, Placement, Site, expect
 from .specialise import Part, Specialised, base_class
-from .width import LAYOUTS, Width, check_width, map_first_tensor, output_width
+from .width import OutputOptions, Width, check_width, map_first_tensor, output_width
 
 
 @dataclass(frozen=True)
-class AdapterOptions(Options):
-    """``NUM`` adapters in a chain, each with a bottleneck of width / ``REDUCTION``.
-
-    ``DIM`` is the output's width where the module does not say it. ``LAYOUT``: last (..., C), first (N, C, ...), or
-    auto.
-    """
+class AdapterOptions(OutputOptions):
+    """``NUM`` adapters in a chain, each with a bottleneck of width / ``REDUCTION``."""
 
     num: int = 1
     reduction: int = 4
-    dim: int | None = None
-    layout: str = "auto"
 
     def check(self) -> None:
         super().check()
         expect(self.num > 0, "NUM", self.num, "a positive integer")
         expect(self.reduction > 0, "REDUCTION", self.reduction, "a positive integer")
-        expect(self.dim is None or self.dim > 0, "DIM", self.dim, "a positive integer")
-        expect(self.layout in LAYOUTS, "LAYOUT", self.layout, f"one of {', '.join(LAYOUTS)}")
 
 
 class Bottleneck(nn.Module):
@@ -61,14 +53,14 @@ class Bottleneck(nn.Module):
 class AdapterChain(Part):
     """n bottlenecks in a chain, ``adapters.0`` to ``adapters.<n-1>``."""
 
-    def __init__(self, name: str, width: Width, options: AdapterOptions, tensor_options: Mapping[str, Any]) -> None:
+    def __init__(self, site: Site, width: Width, options: AdapterOptions) -> None:
         super().__init__()
         if width.channels < options.reduction:
-            raise MethodError(f"{name}: REDUCTION {options.reduction} exceeds the width {width.channels}")
-        hidden = width.channels // options.reduction
-        self.adapters = nn.ModuleList(Bottleneck(width.channels, hidden, tensor_options) for _ in range(options.num))
+            raise MethodError(f"{site.name}: REDUCTION {options.reduction} exceeds the width {width.channels}")
+        hidden, made = width.channels // options.reduction, site.tensor_options()
+        self.adapters = nn.ModuleList(Bottleneck(width.channels, hidden, made) for _ in range(options.num))
         self.width = width
-        self.name = name
+        self.name = site.name
 
     def forward(self, s: Tensor) -> Tensor:
         """h_n for the sublayer's output s; same shape and dtype."""
@@ -113,9 +105,5 @@ class Adapter(Method):
         return never_called(site)
 
     def place(self, sites: Sequence[Site]) -> list[Placement]:
-        placements = []
-        for site in sites:
-            width = output_width(site, self.options.dim, self.options.layout)
-            chain = AdapterChain(site.name, width, self.options, site.tensor_options())
-            placements.append(Placement(site, AdapterMixin, chain))
-        return placements
+        options = self.options
+        return [Placement(s, AdapterMixin, AdapterChain(s, output_width(s, options), options)) for s in sites]

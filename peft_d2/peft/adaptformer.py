@@ -21,18 +21,16 @@ from .cobot import CobotOptions, CobotPlace, orchestrate
 from .low_rank import match_dtype
 from .method import Method, MethodError, Placement, Site, expect
 from .specialise import Part, Specialised
-from .width import LAYOUTS, Width, check_width, map_first_tensor, output_width
+from .width import OutputOptions, Width, check_width, map_first_tensor, output_width
 
 
 @dataclass(frozen=True)
-class AdaptFormerOptions(CobotOptions):
-    """``BOTTLENECK`` is the width inside, ``SCALE`` the factor s; ``DIM`` and ``LAYOUT`` as for sequential adapters."""
+class AdaptFormerOptions(OutputOptions, CobotOptions):
+    """``BOTTLENECK`` is the width inside, ``SCALE`` the factor s."""
 
     bottleneck: int = 16
     scale: float = 1.0
     dropout: float = 0.1
-    dim: int | None = None
-    layout: str = "auto"
 
     def check(self) -> None:
         super().check()
@@ -40,8 +38,6 @@ class AdaptFormerOptions(CobotOptions):
         self.check_width("BOTTLENECK", self.bottleneck)
         expect(self.scale != 0, "SCALE", self.scale, "a number other than 0")
         expect(0 <= self.dropout < 1, "DROPOUT", self.dropout, "a probability below 1")
-        expect(self.dim is None or self.dim > 0, "DIM", self.dim, "a positive integer")
-        expect(self.layout in LAYOUTS, "LAYOUT", self.layout, f"one of {', '.join(LAYOUTS)}")
 
 
 class AdaptFormerBranch(Part):
@@ -109,7 +105,7 @@ class AdaptFormer(Method):
         cobots = orchestrate(options, options.bottleneck, [site.tensor_options() for site in sites])
         placements = []
         for site, cobot in zip(sites, cobots, strict=True):
-            width = output_width(site, options.dim, options.layout)
+            width = output_width(site, options)
             if isinstance(site.module, nn.MultiheadAttention):
                 raise MethodError(f"{site.name}: AdaptFormer runs beside a module with one input, not an attention")
             placements.append(Placement(site, AdaptFormerMixin, AdaptFormerBranch(site, width, options, cobot)))

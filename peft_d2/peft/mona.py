@@ -19,13 +19,13 @@ from torch.nn import functional as F
 from .adapter import never_called
 from .grid import GRIDS, TokenGrid
 from .low_rank import match_dtype
-from .method import Method, Options, Placement, Site, expect
+from .method import Method, Placement, Site, expect
 from .specialise import Part, Specialised
-from .width import LAYOUTS, Width, check_width, map_first_tensor, output_width
+from .width import OutputOptions, Width, check_width, map_first_tensor, output_width
 
 
 @dataclass(frozen=True)
-class MonaOptions(Options):
+class MonaOptions(OutputOptions):
     """``BOTTLENECK`` is the width inside.
 
     ``GRID`` says how tokens (N, L, C) lie in the image, see :class:`~peft_d2.peft.grid.TokenGrid`. Four-dimensional
@@ -35,16 +35,12 @@ class MonaOptions(Options):
     bottleneck: int = 64
     dropout: float = 0.1
     grid: str = "auto"
-    dim: int | None = None
-    layout: str = "auto"
 
     def check(self) -> None:
         super().check()
         expect(self.bottleneck > 0, "BOTTLENECK", self.bottleneck, "a positive integer")
         expect(0 <= self.dropout < 1, "DROPOUT", self.dropout, "a probability below 1")
         expect(self.grid in GRIDS, "GRID", self.grid, f"one of {', '.join(GRIDS)}")
-        expect(self.dim is None or self.dim > 0, "DIM", self.dim, "a positive integer")
-        expect(self.layout in LAYOUTS, "LAYOUT", self.layout, f"one of {', '.join(LAYOUTS)}")
 
 
 class MonaAdapter(Part):
@@ -111,8 +107,5 @@ class Mona(Method):
         return never_called(site)
 
     def place(self, sites: Sequence[Site]) -> list[Placement]:
-        placements = []
-        for site in sites:
-            width = output_width(site, self.options.dim, self.options.layout)
-            placements.append(Placement(site, MonaMixin, MonaAdapter(site, width, self.options)))
-        return placements
+        options = self.options
+        return [Placement(s, MonaMixin, MonaAdapter(s, output_width(s, options), options)) for s in sites]

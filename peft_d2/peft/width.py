@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .method import MethodError, Site
+from .method import MethodError, Options, Site, expect
 from .runtime import walk
 from .specialise import STORE, base_class
 
@@ -24,6 +24,24 @@ _CHANNELS_FIRST = (
 
 
 @dataclass(frozen=True)
+class OutputOptions(Options):
+    """Keys of every method that runs on a module's output.
+
+    ``DIM`` is the output's width where the module does not say it. ``LAYOUT``: last (..., C), first (N, C, ...), or
+    auto.
+    """
+
+    dim: int | None = None
+    layout: str = "auto"
+
+    def check(self) -> None:
+        """As the base's; ``DIM`` and ``LAYOUT`` besides."""
+        super().check()
+        expect(self.dim is None or self.dim > 0, "DIM", self.dim, "a positive integer")
+        expect(self.layout in LAYOUTS, "LAYOUT", self.layout, f"one of {', '.join(LAYOUTS)}")
+
+
+@dataclass(frozen=True)
 class Width:
     """``channels`` of a module's (first) output, on the last axis or, channels first, on axis 1."""
 
@@ -31,8 +49,8 @@ class Width:
     channels_first: bool
 
 
-def output_width(site: Site, dim: int | None, layout: str) -> Width:
-    """Width of the output at ``site``; ``dim`` and ``layout`` ("auto", "last", "first") override what the module says.
+def output_width(site: Site, options: OutputOptions) -> Width:
+    """Width of the output at ``site``; the options override what the module says.
 
     Raises:
         MethodError: the module does not say, or says two things.
@@ -40,9 +58,9 @@ def output_width(site: Site, dim: int | None, layout: str) -> Width:
     found = _of_module(site.module)
     if not found and site.parent is not None and _is_bare(site.module):
         found = _of_module(site.parent)  # a dropout or an activation: what its siblings are made for
-    first = _is_channels_first(site.module) if layout == "auto" else layout == "first"
-    if dim is not None:
-        return Width(dim, first)
+    first = _is_channels_first(site.module) if options.layout == "auto" else options.layout == "first"
+    if options.dim is not None:
+        return Width(options.dim, first)
     if len(found) != 1:
         says = f"it could be {' or '.join(map(str, sorted(found)))}" if found else "it does not say"
         raise MethodError(

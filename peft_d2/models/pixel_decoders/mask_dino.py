@@ -18,6 +18,8 @@ class MaskDINOEncoder(MSDeformAttnPixelDecoder):
     Source: Li et al., Mask DINO, CVPR 2023, section 3.
     """
 
+    config_node = "MaskDINO"
+
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
         """Arguments from ``MODEL.SEM_SEG_HEAD`` and ``MODEL.MaskDINO``.
@@ -25,7 +27,7 @@ class MaskDINOEncoder(MSDeformAttnPixelDecoder):
         Raises:
             ValueError: for an unknown order of the maps, or fewer maps than the encoder takes from the backbone.
         """
-        head, dino = cfg.MODEL.SEM_SEG_HEAD, cfg.MODEL.MaskDINO
+        head = cfg.MODEL.SEM_SEG_HEAD
         if head.FEATURE_ORDER not in _FINEST_FIRST:
             raise ValueError(
                 f"MODEL.SEM_SEG_HEAD.FEATURE_ORDER is {head.FEATURE_ORDER!r}; it should be one of {list(_FINEST_FIRST)}"
@@ -37,21 +39,9 @@ class MaskDINOEncoder(MSDeformAttnPixelDecoder):
                 f"as DEFORMABLE_TRANSFORMER_ENCODER_IN_FEATURES {list(encoded)} and the coarser maps besides"
             )
         return {
-            "input_shape": {name: shape for name, shape in input_shape.items() if name in head.IN_FEATURES},
-            "encoder_in_features": encoded,
-            "conv_dim": head.CONVS_DIM,
-            "mask_dim": head.MASK_DIM,
-            "norm": head.NORM,
-            "n_layers": head.TRANSFORMER_ENC_LAYERS,
-            "n_heads": dino.NHEADS,
-            "n_points": head.DEFORMABLE_TRANSFORMER_ENCODER_N_POINTS,
-            "dim_feedforward": head.DIM_FEEDFORWARD,
-            "dropout": dino.DROPOUT,
-            "common_stride": head.COMMON_STRIDE,
+            **super().from_config(cfg, input_shape),
             "decoder_levels": total,
             "extra_levels": total - len(encoded),
             "finest_first": _FINEST_FIRST[head.FEATURE_ORDER],
             "least_pyramid_levels": 1,
-            "use_checkpoint": head.USE_CHECKPOINT,
-            "autocast": head.PIXEL_DECODER_AUTOCAST,
         }

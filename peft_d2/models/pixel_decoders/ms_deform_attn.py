@@ -36,6 +36,8 @@ class MSDeformAttnPixelDecoder(nn.Module):
         autocast: follow the surrounding autocast; otherwise all runs in float32, as the published models did.
     """
 
+    config_node = "MASK_FORMER"  # below MODEL: its NHEADS and DROPOUT are the encoder's, too
+
     @configurable
     def __init__(
         self,
@@ -87,8 +89,8 @@ class MSDeformAttnPixelDecoder(nn.Module):
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
-        """Arguments from ``MODEL.SEM_SEG_HEAD`` and ``MODEL.MASK_FORMER``."""
-        head, former = cfg.MODEL.SEM_SEG_HEAD, cfg.MODEL.MASK_FORMER
+        """Arguments from ``MODEL.SEM_SEG_HEAD`` and the config node of the decoder that follows."""
+        head, node = cfg.MODEL.SEM_SEG_HEAD, cfg.MODEL[cls.config_node]
         return {
             "input_shape": {name: shape for name, shape in input_shape.items() if name in head.IN_FEATURES},
             "encoder_in_features": head.DEFORMABLE_TRANSFORMER_ENCODER_IN_FEATURES,
@@ -97,10 +99,10 @@ class MSDeformAttnPixelDecoder(nn.Module):
             "norm": head.NORM,
             "n_layers": head.TRANSFORMER_ENC_LAYERS,
             # The published models take the decoder's number of heads here, not DEFORMABLE_TRANSFORMER_ENCODER_N_HEADS.
-            "n_heads": former.NHEADS,
+            "n_heads": node.NHEADS,
             "n_points": head.DEFORMABLE_TRANSFORMER_ENCODER_N_POINTS,
             "dim_feedforward": head.DIM_FEEDFORWARD,
-            "dropout": former.DROPOUT,
+            "dropout": node.DROPOUT,
             "common_stride": head.COMMON_STRIDE,
             "use_checkpoint": head.USE_CHECKPOINT,
             "autocast": head.PIXEL_DECODER_AUTOCAST,
