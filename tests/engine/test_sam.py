@@ -25,22 +25,14 @@ from peft_d2.engine.optimizer import build_optimizer  # noqa: E402
 from peft_d2.engine.trainer import Trainer  # noqa: E402
 from peft_d2.models.sam_prompts import read_prompts  # noqa: E402
 
+from ..tiny_sam import SAM_TINY  # noqa: E402
+
 CONFIGS = Path(__file__).parents[2] / "configs"
 TINY_SWIN = Path(__file__).with_name("tiny.yaml")
 TINY = {
-    "MODEL.DEVICE": "cpu",
-    "MODEL.WEIGHTS": "",
+    **SAM_TINY,
     "MODEL.SAM.IMAGE_SIZE": 64,
     "MODEL.SAM.PATCH_SIZE": 8,
-    "MODEL.SAM.EMBED_DIM": 48,
-    "MODEL.SAM.DEPTH": 4,
-    "MODEL.SAM.NUM_HEADS": 4,
-    "MODEL.SAM.WINDOW_SIZE": 3,
-    "MODEL.SAM.GLOBAL_BLOCKS": [1, 3],
-    "MODEL.SAM.OUT_CHANNELS": 32,
-    "MODEL.SAM.DECODER_HEADS": 4,
-    "MODEL.SAM.DECODER_MLP_DIM": 64,
-    "MODEL.SAM.IOU_HEAD_HIDDEN": 32,
     "INPUT.PROMPTS.BOX_NOISE": 3.0,
     "DATALOADER.NUM_WORKERS": 0,
     "SOLVER.AMP.ENABLED": False,

@@ -18,11 +18,13 @@ from torch import nn
 import peft_d2
 from peft_d2.models import add_models_config, register
 
+from ..tiny_sam import SAM_TINY
+
 ROOT = Path(__file__).resolve().parents[2]
 GOLDENS = ROOT / "tests" / "goldens"
 
-# A model that trains in a blink: ResNet-18 with group norm, hidden width 32, 2 encoder and 2 decoder layers.
-SMALL = {
+# Models that train in a blink: ResNet-18 with group norm, hidden width 32, one or two encoder and decoder layers.
+_SMALL = {
     "MODEL.DEVICE": "cpu",
     "MODEL.WEIGHTS": "",
     "MODEL.RESNETS.DEPTH": 18,
@@ -30,9 +32,13 @@ SMALL = {
     "MODEL.RESNETS.NORM": "GN",
     "MODEL.SEM_SEG_HEAD.CONVS_DIM": 32,
     "MODEL.SEM_SEG_HEAD.MASK_DIM": 32,
+    "MODEL.SEM_SEG_HEAD.NUM_CLASSES": 4,
+}
+
+SMALL = {
+    **_SMALL,
     "MODEL.SEM_SEG_HEAD.DIM_FEEDFORWARD": 64,
     "MODEL.SEM_SEG_HEAD.TRANSFORMER_ENC_LAYERS": 2,
-    "MODEL.SEM_SEG_HEAD.NUM_CLASSES": 4,
     "MODEL.MASK_FORMER.HIDDEN_DIM": 32,
     "MODEL.MASK_FORMER.DIM_FEEDFORWARD": 64,
     "MODEL.MASK_FORMER.NHEADS": 4,
@@ -44,16 +50,9 @@ SMALL = {
 R50_DINO, SWIN_L_DINO = "mask_dino/coco/instance_r50.yaml", "mask_dino/coco/instance_swin_l.yaml"
 
 SMALL_DINO = {
-    "MODEL.DEVICE": "cpu",
-    "MODEL.WEIGHTS": "",
-    "MODEL.RESNETS.DEPTH": 18,
-    "MODEL.RESNETS.RES2_OUT_CHANNELS": 64,
-    "MODEL.RESNETS.NORM": "GN",
-    "MODEL.SEM_SEG_HEAD.CONVS_DIM": 32,
-    "MODEL.SEM_SEG_HEAD.MASK_DIM": 32,
+    **_SMALL,
     "MODEL.SEM_SEG_HEAD.DIM_FEEDFORWARD": 32,
     "MODEL.SEM_SEG_HEAD.TRANSFORMER_ENC_LAYERS": 1,
-    "MODEL.SEM_SEG_HEAD.NUM_CLASSES": 4,
     "MODEL.MaskDINO.HIDDEN_DIM": 32,
     "MODEL.MaskDINO.DIM_FEEDFORWARD": 32,
     "MODEL.MaskDINO.NHEADS": 4,
@@ -69,22 +68,6 @@ CLASSIFIERS = {
     "mask_dino": (R50_DINO, SMALL_DINO, "MaskDINO"),
 }
 
-# The size of the golden sam_tiny, and a grid of 8 x 8.
-SAM_TINY = {
-    "MODEL.DEVICE": "cpu",
-    "MODEL.WEIGHTS": "",
-    "MODEL.SAM.IMAGE_SIZE": 128,
-    "MODEL.SAM.EMBED_DIM": 48,
-    "MODEL.SAM.DEPTH": 4,
-    "MODEL.SAM.NUM_HEADS": 4,
-    "MODEL.SAM.WINDOW_SIZE": 3,
-    "MODEL.SAM.GLOBAL_BLOCKS": [1, 3],
-    "MODEL.SAM.OUT_CHANNELS": 32,
-    "MODEL.SAM.DECODER_HEADS": 4,
-    "MODEL.SAM.DECODER_MLP_DIM": 64,
-    "MODEL.SAM.IOU_HEAD_HIDDEN": 32,
-}
-
 
 def make_config(path: str, overrides: dict[str, Any] | None = None) -> CfgNode:
     """The config of a file below ``configs/`` with overrides."""
@@ -94,6 +77,14 @@ def make_config(path: str, overrides: dict[str, Any] | None = None) -> CfgNode:
     cfg.merge_from_file(str(ROOT / "configs" / path))
     cfg.merge_from_list([part for item in (overrides or {}).items() for part in item])
     return cfg
+
+
+def build_published(text: str, folder: Path) -> nn.Module:
+    """The model of a config file as it is published, whose names are those of upstream, without its weights."""
+    (folder / "published.yaml").write_text(text, encoding="utf-8")
+    cfg = make_config(str(folder / "published.yaml"))
+    with torch.device("meta"):
+        return build_model(cfg)
 
 
 @pytest.fixture

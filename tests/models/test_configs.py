@@ -7,13 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from detectron2.config import CfgNode, get_cfg
-from detectron2.modeling import build_model
 
-from peft_d2.models import add_models_config, register
+from peft_d2.models import add_models_config
 
-from .conftest import ROOT, make_config
+from .conftest import ROOT, build_published, make_config
 
 FILES = sorted(
     str(path.relative_to(ROOT / "configs"))
@@ -197,13 +195,7 @@ VERSION: 2
 
 
 def test_upstream_names_build_our_models(tmp_path: Path) -> None:
-    register(upstream_names=True)
-    cfg = get_cfg()
-    add_models_config(cfg)
-    (tmp_path / "published.yaml").write_text(UPSTREAM_STYLE, encoding="utf-8")
-    cfg.merge_from_file(str(tmp_path / "published.yaml"))
-    with torch.device("meta"):
-        model = build_model(cfg)
+    model = build_published(UPSTREAM_STYLE, tmp_path)
     parts = (model, model.backbone, model.sem_seg_head, model.sem_seg_head.pixel_decoder, model.sem_seg_head.predictor)
     assert all(type(part).__module__.startswith("peft_d2.") for part in parts)
     assert model.sem_seg_head.num_classes == 19 and model.panoptic_on

@@ -8,15 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from detectron2.config import get_cfg
-from detectron2.modeling import build_model
 from torch import Tensor, nn
 
 from peft_d2.engine.config import load_config
 from peft_d2.engine.targets import build_without_weights
-from peft_d2.models import add_models_config, register
+from peft_d2.models import register
 
-from .conftest import GOLDENS, R50_DINO, ROOT, SWIN_L_DINO
+from .conftest import GOLDENS, R50_DINO, ROOT, SWIN_L_DINO, build_published
 from .test_golden import TOLERANCE, rows
 
 WHOLE = {"r50": R50_DINO, "r50_3s": "mask_dino/coco/instance_r50_3s.yaml", "swin_l": SWIN_L_DINO}
@@ -119,13 +117,7 @@ def test_bad_values_are_named(small_dino: Any, overrides: dict[str, Any], words:
 
 def test_published_yaml_runs_as_it_is(tmp_path: Path) -> None:
     """Names and keys as in the published files."""
-    register(upstream_names=True)
-    cfg = get_cfg()
-    add_models_config(cfg)
-    (tmp_path / "published.yaml").write_text(UPSTREAM_STYLE, encoding="utf-8")
-    cfg.merge_from_file(str(tmp_path / "published.yaml"))
-    with torch.device("meta"):
-        model = build_model(cfg)
+    model = build_published(UPSTREAM_STYLE, tmp_path)
     parts = (model, model.sem_seg_head, model.sem_seg_head.pixel_decoder, model.sem_seg_head.predictor)
     assert [type(p).__name__ for p in parts] == ["MaskDINO", "MaskDINOHead", "MaskDINOEncoder", "MaskDINODecoder"]
     assert all(type(part).__module__.startswith("peft_d2.") for part in parts)

@@ -15,7 +15,8 @@ from peft_d2 import peft
 from peft_d2.io import base_weights
 from peft_d2.models.joined_batch import joined_batch
 
-from .conftest import SAM_TINY, SMALL
+from ..tiny_sam import SAM_TINY
+from .conftest import SMALL
 
 COBOT_LORA = {"NAME": "lora", "TARGETS": ["image_encoder.*.qkv"], "PARTS": ["q", "v"], "RANK": 4, "COBOT": True}
 COBOT_ADAPTFORMER = {"NAME": "adaptformer", "TARGETS": ["image_encoder.*.mlp"], "BOTTLENECK": 8, "COBOT": True}

@@ -23,20 +23,10 @@ from peft_d2.engine.errors import ConfigError  # noqa: E402
 from peft_d2.engine.merging import merge_adapter, merge_parser  # noqa: E402
 from peft_d2.io import huggingface  # noqa: E402
 
+from ..tiny_sam import SIZES  # noqa: E402
+
 ROOT = Path(__file__).parents[2]
-SAM = {
-    "IMAGE_SIZE": 64,
-    "PATCH_SIZE": 8,
-    "EMBED_DIM": 48,
-    "DEPTH": 2,
-    "NUM_HEADS": 4,
-    "WINDOW_SIZE": 3,
-    "GLOBAL_BLOCKS": [1],
-    "OUT_CHANNELS": 32,
-    "DECODER_HEADS": 4,
-    "DECODER_MLP_DIM": 64,
-    "IOU_HEAD_HIDDEN": 32,
-}
+SAM = {**SIZES, "IMAGE_SIZE": 64, "PATCH_SIZE": 8, "DEPTH": 2, "GLOBAL_BLOCKS": [1]}
 LORA = {"NAME": "lora", "TARGETS": ["image_encoder.*.qkv"], "PARTS": ["q", "v"], "RANK": 4, "COBOT": True}
 ADAPTFORMER = {"NAME": "adaptformer", "TARGETS": ["image_encoder.*.mlp"], "BOTTLENECK": 8, "COBOT": True}
 
