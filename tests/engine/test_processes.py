@@ -28,6 +28,9 @@ ROOT = Path(__file__).parents[2]
 WITHOUT_CHANCE = ("MODEL.MASK_FORMER.DROPOUT", 0.0, "MODEL.SWIN.DROP_PATH_RATE", 0.0)
 WITHOUT_CHANCE += ("MODEL.MaskDINO.DROPOUT", 0.0, "MODEL.MaskDINO.DN", "no")
 BATCH = ("SOLVER.IMS_PER_BATCH", 4, "SOLVER.MAX_ITER", 2, "SOLVER.CLIP_GRADIENTS.ENABLED", False, "SEED", 5)
+# Of 64 px, the data set's size, Mask DINO's coarsest map has one pixel, and its group norm two numbers a group: their
+# float32 rounding becomes a hundred times larger.
+BATCH += ("INPUT.MIN_SIZE_TRAIN", (128,), "INPUT.MAX_SIZE_TRAIN", 128)
 
 
 class SamePoints:
@@ -88,15 +91,11 @@ def one_of_two(cfg: Any, folder: str) -> None:
         raise
 
 
-# Mask DINO's queries are the best of all places and its boxes those of masks, which makes more of float32's rounding.
-TOLERANCES = {TINY: 1e-5, DINO: 5e-4}
-
-
-def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], tolerance: float = 1e-5) -> None:
+def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
     assert one.keys() == other.keys() and len(one) > 5
     for name, value in one.items():
         scale = max(float(value.abs().max()), 0.1)  # before a norm a bias has none but rounding errors
-        assert float((value - other[name]).abs().max()) <= tolerance * scale, name
+        assert float((value - other[name]).abs().max()) <= 1e-5 * scale, name
 
 
 @pytest.mark.parametrize("peft", [False, True], ids=["full", "peft"])
@@ -114,7 +113,7 @@ def test_pieces_equal_the_joined_batch(
     whole = steps_of(make_cfg(*common, peft=peft, config=config, output=tmp_path / "whole"))
     pairs = (*common, "SOLVER.ACCUMULATE", pieces)
     parts = steps_of(make_cfg(*pairs, peft=peft, config=config, output=tmp_path / "parts"))
-    assert_same(whole[0], parts[0], TOLERANCES[config])
+    assert_same(whole[0], parts[0])
 
 
 def test_a_batch_that_cannot_be_dealt_out(make_cfg: Callable[..., Any]) -> None:
@@ -144,7 +143,7 @@ def test_two_processes_equal_one_and_stop_together(
         found = torch.load(tmp_path / f"{rank}.pth")
         assert len(found) == 1
         gradients = {n: v for n, v in one[0].items() if rank == 0 or "loss" not in n}  # rank 0 alone records
-        assert_same(gradients, found[0], TOLERANCES[config])
+        assert_same(gradients, found[0])
 
 
 def arguments(**given: Any) -> argparse.Namespace:
