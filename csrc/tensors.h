@@ -7,6 +7,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
 #include <array>
 #include <limits>
 #include <optional>
@@ -34,6 +35,27 @@ inline ScalarType accumulation_type(const Tensor& value) {
   return value.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
+// torch's own looks its operator up by name, even where there is nothing to do.
+inline Tensor as_contiguous(const Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
+// An uninitialised, contiguous tensor; for the same reason not torch's own.
+inline Tensor new_tensor(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType type) {
+  std::array<int64_t, 6> strides{};
+  int64_t stride = 1;
+  for (size_t i = sizes.size(); i-- > 0; stride *= std::max<int64_t>(sizes[i], 1)) strides[i] = stride;
+  int32_t device = 0, index = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &index));
+  const auto dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
+  AtenTensorHandle made = nullptr;
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(), dtype, device, index, &made));
+  return Tensor(made);
+}
+inline Tensor new_tensor(const Tensor& like) { return new_tensor(like, like.sizes(), like.scalar_type()); }
+
 // The contiguous inputs of one call, kept alive, and the Problem that points into them.
 struct Inputs {
   Tensor value, spatial_shapes, level_start_index, points, weights;
@@ -44,8 +66,8 @@ struct Inputs {
   Inputs(
       const Tensor& value_, const Tensor& shapes, const Tensor& starts, const std::optional<Tensor>& reference_,
       const Tensor& points_, const Tensor& weights_)
-      : value(contiguous(value_)), spatial_shapes(contiguous(shapes)), level_start_index(contiguous(starts)),
-        points(contiguous(points_)), weights(contiguous(weights_)), types(types_of(value_, points_)) {
+      : value(as_contiguous(value_)), spatial_shapes(as_contiguous(shapes)), level_start_index(as_contiguous(starts)),
+        points(as_contiguous(points_)), weights(as_contiguous(weights_)), types(types_of(value_, points_)) {
     STD_TORCH_CHECK(
         value.dim() == 4 && points.dim() == 6, "ms_deform_attn: value should be (N, S, M, D) and points (N, Q, M, L, P, 2)");
     Problem& p = problem;
@@ -77,20 +99,20 @@ struct Inputs {
 
   Tensor new_output() const {
     const Problem& p = problem;
-    return torch::stable::new_empty(value, std::array<int64_t, 3>{p.n, p.queries, p.heads * p.channels});
+    return new_tensor(value, std::array<int64_t, 3>{p.n, p.queries, p.heads * p.channels}, value.scalar_type());
   }
 
   Tensor new_reference_gradient(bool wanted) const {
     const Problem& p = problem;
     const std::array<int64_t, 5> sizes{p.n, p.queries, p.heads, p.levels, p.reference_size};
     const std::array<int64_t, 1> none{0};
-    return wanted ? torch::stable::new_empty(value, sizes, accumulation_type(value))
-                  : torch::stable::new_empty(value, none, accumulation_type(value));
+    return wanted ? new_tensor(value, sizes, accumulation_type(value))
+                  : new_tensor(value, none, accumulation_type(value));
   }
 
  private:
   void set_reference(const Tensor& tensor) {
-    reference = contiguous(tensor);
+    reference = as_contiguous(tensor);
     Problem& p = problem;
     p.reference_size = tensor.dim() == 4 ? tensor.size(3) : 0;
     STD_TORCH_CHECK(

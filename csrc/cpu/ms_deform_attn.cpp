@@ -88,13 +88,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
   const Problem& p = inputs.problem;
   inputs.problem.pack_value = packing_pays(p);
   check_levels(p);
-  const Tensor grad = torch::stable::contiguous(grad_output);
+  const Tensor grad = as_contiguous(grad_output);
   STD_TORCH_CHECK(
       grad.numel() == p.n * p.queries * p.heads * p.channels && grad.scalar_type() == inputs.value.scalar_type(),
       "ms_deform_attn: grad_output should be (N, Q, M*D) of value's type");
-  Tensor grad_value = torch::stable::empty_like(inputs.value);
-  Tensor grad_points = torch::stable::empty_like(inputs.points);
-  Tensor grad_weights = torch::stable::empty_like(inputs.weights);
+  Tensor grad_value = new_tensor(inputs.value);
+  Tensor grad_points = new_tensor(inputs.points);
+  Tensor grad_weights = new_tensor(inputs.weights);
   const bool with_reference = reference_grad && p.reference_size;
   Tensor grad_reference = inputs.new_reference_gradient(with_reference);
   const Gradients gradients{

@@ -86,17 +86,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
   const torch::stable::accelerator::DeviceGuard guard(value.get_device_index());
   const Inputs inputs(value, spatial_shapes, level_start_index, reference_points, points, weights);
   const Problem& p = inputs.problem;
-  const Tensor grad = torch::stable::contiguous(grad_output);
+  const Tensor grad = as_contiguous(grad_output);
   STD_TORCH_CHECK(
       grad.numel() == p.n * p.queries * p.heads * p.channels && grad.scalar_type() == inputs.value.scalar_type(),
       "ms_deform_attn: grad_output should be (N, Q, M*D) of value's type");
   Tensor grad_value = torch::stable::new_zeros(inputs.value, inputs.value.sizes(), accumulation_type(value));
-  Tensor grad_points = torch::stable::empty_like(inputs.points);
-  Tensor grad_weights = torch::stable::empty_like(inputs.weights);
+  Tensor grad_points = new_tensor(inputs.points);
+  Tensor grad_weights = new_tensor(inputs.weights);
   const bool with_reference = reference_grad && p.reference_size;
   Tensor grad_reference = inputs.new_reference_gradient(with_reference);
   std::optional<Tensor> attention;
-  if (deterministic) attention = torch::stable::new_empty(inputs.weights, inputs.weights.sizes(), accumulation_type(value));
+  if (deterministic) attention = new_tensor(inputs.weights, inputs.weights.sizes(), accumulation_type(value));
   if (grad.numel() > 0) {
     visit(inputs.types, [&](auto pair) {
       using T = typename decltype(pair)::Value;
