@@ -11,6 +11,7 @@ import contextlib
 import json
 import logging
 import multiprocessing
+import os
 import platform
 import resource
 import sys
@@ -23,11 +24,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from peft_d2.engine.checks import build_model
 from peft_d2.engine.errors import ConfigError
 from peft_d2.engine.launch import one_line_errors, prepare_config
+from peft_d2.engine.saved_tensors import SavedTensors
 
 FULL = "full fine-tuning"
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -42,6 +43,7 @@ class Figures:
         peak_memory: highest resident size of the case's process, or memory allocated on its GPU.
         saved_bytes, saved_tensors: what autograd keeps between forward and backward, weights not counted.
         merged_time: of inference with the adapter merged; None where it is no change of weights.
+        twin_time: of a step with deformable attention in plain torch; None where it was not asked for.
     """
 
     name: str
@@ -54,39 +56,7 @@ class Figures:
     file_size: int
     inference_time: float
     merged_time: float | None
-
-
-class SavedTensors:
-    """Counts what autograd saves for the backward pass inside a ``with`` block.
-
-    Attributes:
-        count: tensors that are no weight or buffer of the model, each saving counted.
-        bytes: of the storages behind them, each once.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self._weights = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
-        self._storages: dict[int, int] = {}
-        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
-        self.count = 0
-
-    @property
-    def bytes(self) -> int:
-        return sum(self._storages.values())
-
-    def _pack(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in self._weights:
-            self.count += 1
-            self._storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    def __enter__(self) -> SavedTensors:
-        self._hooks.__enter__()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._hooks.__exit__(*error)
+    twin_time: float | None
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -108,6 +78,9 @@ def analysis_parser() -> argparse.ArgumentParser:
         choices=tuple(CLOCKS),
         default="wall",
         help="cpu counts the processor's seconds, which a busy machine disturbs less (not for GPUs)",
+    )
+    parser.add_argument(
+        "--twin", action="store_true", help="take each step with deformable attention in plain torch, too"
     )
     parser.add_argument("--json", default="", metavar="FILE", help="write the figures there, too")
     parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="config KEY VALUE pairs")
@@ -131,9 +104,10 @@ def analyze(args: argparse.Namespace) -> list[Figures]:
     if len(set(names)) < len(names):
         names = list(args.peft_config)
     with contextlib.ExitStack() as stack:
-        peers = [stack.enter_context(_Peer(FULL, "", args))]
-        for name, path in zip(names, args.peft_config, strict=True):
-            peers.append(stack.enter_context(_Peer(name, path, args)))
+        peers = [
+            stack.enter_context(_Peer(name, path, args))
+            for name, path in zip((FULL, *names), ("", *args.peft_config), strict=True)
+        ]
         for number in range(args.rounds + 1):
             for whats in (("step",), ("infer", "merged")):  # what is compared follows one another at once
                 for peer in peers:
@@ -141,11 +115,12 @@ def analyze(args: argparse.Namespace) -> list[Figures]:
                         peer.measure(what, keep=number > 0)
             print(f"round {number} of {args.rounds} done", file=sys.stderr, flush=True)
         figures = [peer.figures() for peer in peers]
+        operator = peers[0].ask("operator")
     print(table(figures))
     if args.json:
         about = {"config": args.config_file, "size": args.size, "batch": args.batch, "rounds": args.rounds}
         about |= {"torch": torch.__version__, "machine": platform.processor() or platform.machine()}
-        about |= {"threads": torch.get_num_threads(), "clock": args.clock, "opts": args.opts}
+        about |= {"threads": torch.get_num_threads(), "clock": args.clock, "opts": args.opts, "operator": operator}
         Path(args.json).write_text(json.dumps({"run": about, "cases": [asdict(f) for f in figures]}, indent=1) + "\n")
     return figures
 
@@ -158,6 +133,9 @@ def table(figures: Sequence[Figures]) -> str:
         + ["file MB", "inference s", "merged s"],
         ["---", *["---:"] * 9],
     ]
+    if base.twin_time is not None:
+        rows[0].append("step with the twin s (of its own)")
+        rows[1].append("---:")
     for item in figures:
         merged = "-" if item.merged_time is None else _beside(item.merged_time, base.inference_time, 1, 3)
         rows.append(
@@ -172,6 +150,7 @@ def table(figures: Sequence[Figures]) -> str:
                 _beside(item.file_size, base.file_size, 1e6, 2),
                 _beside(item.inference_time, base.inference_time, 1, 3),
                 merged,
+                *([] if item.twin_time is None else [_beside(item.twin_time, item.step_time, 1, 3)]),
             ]
         )
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
@@ -182,22 +161,35 @@ def _beside(value: float, reference: float, unit: float, digits: int = 0) -> str
 
 
 class _Peer:
-    """This side of a case's process."""
+    """This side of a case's process, and of another one that runs the operator's twin where that is asked for."""
 
-    def __init__(self, name: str, peft_config: str, args: argparse.Namespace) -> None:
+    def __init__(self, name: str, peft_config: str, args: argparse.Namespace, backend: str = "") -> None:
         context = multiprocessing.get_context("spawn")
         self.name = name
+        self.backend = backend
+        self.twin = _Peer(f"{name}, twin", peft_config, args, "torch") if args.twin and not backend else None
         self.times: dict[str, list[float]] = {"step": [], "infer": [], "merged": []}
         self._connection, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, peft_config, args), daemon=True)
 
     def __enter__(self) -> _Peer:
-        self._process.start()
+        before = os.environ.copy()
+        if self.backend:
+            os.environ["PEFT_D2_BACKEND"] = self.backend  # which the new process reads as it imports the operator
+        try:
+            self._process.start()
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
+        if self.twin is not None:
+            self.twin.__enter__()
         return self
 
     def __exit__(self, *error: object) -> None:
         self._process.terminate()
         self._process.join()
+        if self.twin is not None:
+            self.twin.__exit__(*error)
 
     def ask(self, what: str) -> Any:
         """What the process answers; an exception of its own is raised here."""
@@ -215,14 +207,20 @@ class _Peer:
         seconds = self.ask(what)
         if keep and seconds is not None:
             self.times[what].append(seconds)
+        if what == "step" and self.twin is not None:
+            self.twin.measure(what, keep)
+
+    def best(self, what: str) -> float | None:
+        """The shortest time taken of `what`."""
+        return min(self.times[what], default=None)
 
     def figures(self) -> Figures:
-        best = {what: min(times, default=None) for what, times in self.times.items()}
         return Figures(
             name=self.name,
-            step_time=best["step"] or 0.0,
-            inference_time=best["infer"] or 0.0,
-            merged_time=best["merged"],
+            step_time=self.best("step") or 0.0,
+            inference_time=self.best("infer") or 0.0,
+            merged_time=self.best("merged"),
+            twin_time=None if self.twin is None else self.twin.best("step"),
             **self.ask("figures"),
         )
 
@@ -306,6 +304,12 @@ class Case:
             return self.infer()
         finally:
             peft.unmerge(self.model)
+
+    def operator(self) -> str:
+        """The backend of deformable attention."""
+        from peft_d2 import ops
+
+        return ops.default_backend("cuda" if self._on_gpu() else self.cfg.MODEL.DEVICE)
 
     def figures(self) -> dict[str, Any]:
         """What is counted, not timed."""

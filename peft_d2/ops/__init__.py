@@ -15,7 +15,7 @@ from torch import Tensor
 
 from peft_d2.ops import checks, library, reference
 
-__all__ = ["backends", "ms_deform_attn", "ms_deform_attn_fused"]
+__all__ = ["backends", "default_backend", "ms_deform_attn", "ms_deform_attn_fused"]
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +29,16 @@ def backends() -> dict[str, str]:
     if not reasons["cuda"] and not torch.cuda.is_available():
         reasons["cuda"] = "it is built, but torch sees no GPU; check `nvidia-smi` and CUDA_VISIBLE_DEVICES"
     return {**reasons, "torch": ""}
+
+
+def default_backend(device: str) -> str:
+    """The backend that serves tensors on a device ("cpu", "cuda") where a call names none.
+
+    Raises:
+        ValueError: PEFT_D2_BACKEND names no backend.
+        RuntimeError: it names one that is not available.
+    """
+    return device if _uses_library(device, None) else "torch"
 
 
 def _uses_library(device: str, backend: str | None) -> bool:

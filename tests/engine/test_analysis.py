@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,11 @@ import torch
 from torch import nn
 
 import peft_d2
+from peft_d2 import ops
 from peft_d2.engine import analysis
 from peft_d2.engine.checks import build_model
 from peft_d2.engine.config import load_config
+from peft_d2.engine.saved_tensors import SavedTensors
 
 ROOT = Path(__file__).parents[2]
 TINY = Path(__file__).with_name("tiny.yaml")
@@ -22,11 +25,11 @@ ENCODER = "[{'NAME': 'adapter', 'NUM': 2, 'TARGETS': ['sem_seg_head.pixel_decode
 FULL = ["MODEL.PEFT.TRAIN", "['*']"]
 
 
-def saved_on_the_way(opts: list[str], modules: tuple[str, ...]) -> tuple[dict[str, int], analysis.SavedTensors]:
+def saved_on_the_way(opts: list[str], modules: tuple[str, ...]) -> tuple[dict[str, int], SavedTensors]:
     """Tensors that autograd has saved by the end of each module's forward, and the counter after the whole one."""
     peft_d2.register()
     model = build_model(load_config(str(TINY), opts=opts).cfg).train()
-    saved = analysis.SavedTensors(model)
+    saved = SavedTensors(model)
     counts: dict[str, int] = {}
     for name in modules:
         hook = lambda *_, name=name: counts.__setitem__(name, saved.count)  # noqa: E731
@@ -56,10 +59,10 @@ def test_nothing_is_saved_in_front_of_the_first_trained_part(opts: list[str], fr
 
 def test_a_storage_counts_once_and_weights_do_not() -> None:
     model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.ReLU())
-    with analysis.SavedTensors(model) as saved:
+    with SavedTensors(model) as saved:
         model(torch.ones(2, 4))
     assert saved.bytes == 2 * (2 * 4 * 4)  # the input of the product, the output of the rectifier
-    with analysis.SavedTensors(model) as saved, torch.no_grad():
+    with SavedTensors(model) as saved, torch.no_grad():
         model(torch.ones(2, 4))
     assert (saved.count, saved.bytes) == (0, 0)
 
@@ -72,12 +75,12 @@ def test_the_tool(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert [line.split("|")[1].strip() for line in lines] == ["", "---", "full fine-tuning", "lora_mask2former"]
     content = json.loads((tmp_path / "a.json").read_text())
     full, adapted = content["cases"]
-    assert content["run"]["size"] == 64
+    assert content["run"]["size"] == 64 and content["run"]["operator"] == ops.default_backend("cpu")
     assert full["percent"] == 100.0 and adapted["percent"] < 10
     assert adapted["file_size"] < 0.2 * full["file_size"]
     assert adapted["saved_bytes"] < full["saved_bytes"]
     assert all(case[key] > 0 for case in (full, adapted) for key in ("step_time", "inference_time", "peak_memory"))
-    assert adapted["merged_time"] > 0
+    assert adapted["merged_time"] > 0 and adapted["twin_time"] is None
 
 
 @pytest.mark.parametrize(
@@ -106,3 +109,22 @@ def test_random_samples_train_both_kinds_of_models(name: str) -> None:
     with EventStorage(0):
         losses = model([analysis.random_sample(64, 3)])
     assert all(torch.isfinite(loss) for loss in losses.values()) and any("mask" in key for key in losses)
+
+
+def test_each_case_beside_the_operators_twin(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PEFT_D2_BACKEND", "torch")
+    numbers = ["--size", "64", "--rounds", "1", "--twin", "--json", str(tmp_path / "a.json")]
+    analysis.main(["--config-file", str(TINY), *numbers])
+    header, _, full = capsys.readouterr().out.splitlines()
+    assert header.split("|")[-2].strip().startswith("step with the twin") and full.split("|")[-2].strip().endswith("x)")
+    (case,) = json.loads((tmp_path / "a.json").read_text())["cases"]
+    assert case["twin_time"] > 0 and os.environ["PEFT_D2_BACKEND"] == "torch"
+
+
+def test_the_twins_process_runs_the_twin() -> None:
+    args = analysis.analysis_parser().parse_args(["--config-file", str(TINY), "--size", "64", "--twin"])
+    with analysis._Peer("full", "", args) as peer:
+        assert peer.twin is not None
+        assert (peer.ask("operator"), peer.twin.ask("operator")) == (ops.default_backend("cpu"), "torch")

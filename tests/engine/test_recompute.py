@@ -12,6 +12,7 @@ import peft_d2
 from peft_d2.engine import analysis
 from peft_d2.engine.checks import build_model
 from peft_d2.engine.config import load_config
+from peft_d2.engine.saved_tensors import SavedTensors
 from peft_d2.layers.transformer import TransformerEncoder
 
 HERE = Path(__file__).parent
@@ -21,7 +22,7 @@ INJECTED = """[
 PARTS = {"full": ["MODEL.PEFT.TRAIN", "['*']"], "injected": ["MODEL.PEFT.METHODS", INJECTED]}
 
 
-def step(config: str, opts: list[str], again: bool) -> tuple[dict[str, Tensor], analysis.SavedTensors]:
+def step(config: str, opts: list[str], again: bool) -> tuple[dict[str, Tensor], SavedTensors]:
     """Gradients of one training step by name, and what autograd kept for them."""
     peft_d2.register()
     opts = [*opts, "MODEL.SEM_SEG_HEAD.TRANSFORMER_ENC_LAYERS", "3", "MODEL.SEM_SEG_HEAD.USE_CHECKPOINT", str(again)]
@@ -31,7 +32,7 @@ def step(config: str, opts: list[str], again: bool) -> tuple[dict[str, Tensor], 
         for parameter in model.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter) * parameter.requires_grad)
     sample = analysis.random_sample(64, 7)
-    with analysis.SavedTensors(model) as saved:
+    with SavedTensors(model) as saved:
         losses = model([sample])
     torch.stack(list(losses.values())).sum().backward()
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}, saved
@@ -56,7 +57,7 @@ def test_the_encoder_over_one_map() -> None:
     for again in (False, True):
         model.use_checkpoint = again
         torch.manual_seed(1)
-        with analysis.SavedTensors(model) as saved:
+        with SavedTensors(model) as saved:
             out = model(x)
         out.square().sum().backward()
         runs.append(([p.grad.clone() for p in model.parameters()], saved.bytes))  # type: ignore[union-attr]
