@@ -4,8 +4,9 @@
     python tools/benchmark_op.py --device cpu --threads 1 2 --dtypes float32 bfloat16
     python tools/benchmark_op.py --check                 only compare the results with the twin in float64
 
-All implementations of a case take turns, round by round, so that other load on the machine meets all of them alike; the
-figures are medians over the rounds. CPU times are wall times, CUDA times come from events. "fused" runs start from the
+All implementations of a case take turns of about the same length, round by round, so that other load on the machine
+meets all of them alike; a turn begins with a run that does not count, as the one before has left its own data in the
+caches. The figures are medians. CPU times are wall times, CUDA times come from events. "fused" runs start from the
 raw projections: peers get softmax and locations computed by torch, as in their own modules. "torch" is the pure-torch
 core in the type of value, as published; "twin" is this package's, which sums in float32.
 """
@@ -227,24 +228,26 @@ def measure(case: Case, device: str, dtype: torch.dtype, form: str, rounds: int,
     """Medians of all implementations of one case, which take turns."""
     inputs = make_inputs(case, device, dtype)
     leaves = leaves_of(inputs, form)
-    times: dict[str, tuple[list[float], list[float]]] = {}
+    steps: dict[str, Callable[[], object]] = {}
+    first: dict[str, float] = {}
     functions = runs(inputs, form, device, cores)
-    for name, forward in list(functions.items()):
+    for name, forward in functions.items():
+        steps[name] = lambda f=forward: torch.autograd.grad(f(), leaves, inputs.grad)
         try:
-            torch.autograd.grad(forward(), leaves, inputs.grad)  # warms up
+            steps[name]()  # warms up
+            first[name] = milliseconds(steps[name], device)
         except (RuntimeError, NotImplementedError) as error:
             print(f"  {name} does not run {dtype}: {str(error).splitlines()[0]}")
-            del functions[name]
+    times: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in first}
     for _ in range(rounds):
-        for name, forward in functions.items():
-            # Ours is quick: several runs a turn, so that the turn is longer than the machine's hiccups.
-            for _ in range(5 if name == "ours" else 1):
+        for name, (forwards, both) in times.items():
+            for run in range(1 + min(50, max(1, round(max(first.values()) / first[name])))):
                 with torch.no_grad():
-                    one = milliseconds(forward, device)
-                both = milliseconds(lambda f=forward: torch.autograd.grad(f(), leaves, inputs.grad), device)
-                lists = times.setdefault(name, ([], []))
-                lists[0].append(one)
-                lists[1].append(both)
+                    one = milliseconds(functions[name], device)
+                step = milliseconds(steps[name], device)
+                if run:
+                    forwards.append(one)
+                    both.append(step)
     threads = torch.get_num_threads() if device == "cpu" else 0
     kind = str(dtype).removeprefix("torch.")
     return [
