@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 from peft_d2.data.coco_json import read_json
 
 _KEYS = ("NAME", "JSON", "IMAGES")
+_NAME = re.compile(r"[^\s/\\.\-][^\s/\\]*")
 
 
 def register_from_config(cfg: Any) -> list[str]:
@@ -23,8 +25,8 @@ def register_from_config(cfg: Any) -> list[str]:
         The names of ``DATASETS.REGISTER``, in the order of the config.
 
     Raises:
-        ValueError: an entry with a missing, empty or unknown key, a name that stands for something else already,
-            or a json that is not in COCO format.
+        ValueError: an entry with a missing, empty or unknown key, a name that cannot name a folder or stands for
+            something else already, or a json that is not in COCO format.
         FileNotFoundError: the json or the image folder does not exist.
     """
     names = []
@@ -171,4 +173,9 @@ def _entry(entry: Any) -> tuple[str, str, str]:
     for key in _KEYS:
         if not isinstance(entry.get(key), str) or not entry[key]:
             raise ValueError(f"DATASETS.REGISTER: {dict(entry)!r} lacks {key}. Expected NAME, JSON and IMAGES.")
+    if not _NAME.fullmatch(entry["NAME"]):
+        raise ValueError(
+            f"DATASETS.REGISTER: NAME {entry['NAME']!r} would name a folder of results, too: expected no white space "
+            "and no slash in it, and no dot or - at its beginning."
+        )
     return entry["NAME"], entry["JSON"], entry["IMAGES"]

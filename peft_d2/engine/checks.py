@@ -11,7 +11,12 @@ from typing import Any
 from torch import nn
 
 from peft_d2 import evaluation
+from peft_d2.engine.classes import check_class_count
+from peft_d2.engine.config import leaves
 from peft_d2.engine.errors import ConfigError
+
+_RESNETS = [18, 34, 50, 101, 152]
+_RESNET_MAPS = ["stem", "res2", "res3", "res4", "res5"]
 
 
 def check_run(cfg: Any, evaluate: bool) -> None:
@@ -27,6 +32,7 @@ def check_run(cfg: Any, evaluate: bool) -> None:
     _check_names(cfg, "TEST" if evaluate else "TRAIN")
     if not evaluate:
         check_batch(cfg)
+        check_class_count(cfg)
         for key in ("MAX_ITER", "CHECKPOINT_PERIOD"):
             if cfg.SOLVER[key] < 1:
                 raise ConfigError(f"SOLVER.{key} is {cfg.SOLVER[key]}; expected 1 or more.")
@@ -62,21 +68,46 @@ def build_model(cfg: Any) -> nn.Module:
     """Detectron2's ``build_model``.
 
     Raises:
-        ConfigError: the config names something that is not registered.
+        ConfigError: the config names something that is not registered, or a ResNet that there is not.
+        ModelConfigError: other values that one of our models cannot be built with.
     """
     from detectron2 import modeling
 
+    from peft_d2.models.decoders import TRANSFORMER_DECODER_REGISTRY
+
+    _check_resnet(cfg)
     try:
         return modeling.build_model(cfg)
     except KeyError as error:
         found = re.search(r"No object named '(.*)' found in '(.*)' registry", str(error))
         if not found:
             raise
-        name, registry = found.groups()
-        known = [key for key, _ in getattr(modeling, f"{registry}_REGISTRY", ())]
+        name, kind = found.groups()
+        ours = {"TRANSFORMER_DECODER": TRANSFORMER_DECODER_REGISTRY}
+        registry: Any = ours.get(kind) or getattr(modeling, f"{kind}_REGISTRY", ())
+        keys = [key for key, value in leaves(cfg) if value == name]
         raise ConfigError(
-            f"the config names {name!r}, which is not registered as {registry}{_near(name, known)}."
+            f"{' and '.join(keys) or 'the config'}: {name!r} is not registered as {kind}"
+            f"{_near(name, [known for known, _ in registry]) or '; import the package that defines it'}."
         ) from None
+
+
+def _check_resnet(cfg: Any) -> None:
+    """Detectron2 answers a ResNet that it cannot build with a bare KeyError or assertion."""
+    from peft_d2.models.checks import expect_norm
+
+    node = cfg.MODEL.RESNETS
+    if "resnet" not in cfg.MODEL.BACKBONE.NAME:
+        return
+    if node.DEPTH not in _RESNETS:
+        raise ConfigError(f"MODEL.RESNETS.DEPTH is {node.DEPTH}; expected one of {_RESNETS}.")
+    if node.DEPTH < 50 and node.RES2_OUT_CHANNELS != 64:
+        raise ConfigError(
+            f"MODEL.RESNETS.RES2_OUT_CHANNELS is {node.RES2_OUT_CHANNELS}; expected 64 for DEPTH {node.DEPTH}."
+        )
+    expect_norm("MODEL.RESNETS.NORM", node.NORM)
+    if unknown := [name for name in node.OUT_FEATURES if name not in _RESNET_MAPS]:
+        raise ConfigError(f"MODEL.RESNETS.OUT_FEATURES has {unknown}; expected some of {_RESNET_MAPS}.")
 
 
 def _check_names(cfg: Any, needed: str) -> None:

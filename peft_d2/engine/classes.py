@@ -16,6 +16,7 @@ _KEYS = {
     "RetinaNet": ("MODEL.RETINANET.NUM_CLASSES",),
     "PanopticFPN": ("MODEL.ROI_HEADS.NUM_CLASSES",),
 }
+_MASK_CLASSIFIERS = ("PD2MaskFormer", "MaskFormer", "PD2MaskDINO", "MaskDINO")
 _DEFAULT = ("MODEL.SEM_SEG_HEAD.NUM_CLASSES",)
 
 
@@ -61,6 +62,24 @@ def apply_class_count(cfg: Any, explicit: Mapping[str, int] | None = None) -> No
             )
         logger.info("%s: %d -> %d, the categories of data set %r.", key, parent[leaf], len(names), used[0])
         parent[leaf] = len(names)
+
+
+def check_class_count(cfg: Any) -> None:
+    """Refuse a model with fewer classes than a registered training set has: it would learn the others as nothing.
+
+    Raises:
+        ConfigError: for Mask2Former, Mask DINO and Detectron2's detectors; of other models nobody knows.
+    """
+    from detectron2.data import MetadataCatalog
+
+    if base_architecture(cfg) not in (*_KEYS, *_MASK_CLASSIFIERS):
+        return
+    for name in cfg.DATASETS.TRAIN:
+        classes = list(MetadataCatalog.get(name).get("thing_classes", []))
+        for key in class_count_keys(cfg):
+            node, _, leaf = key.rpartition(".")
+            if (count := _walk(cfg, node)[leaf]) < len(classes):
+                raise ConfigError(f"{key} is {count}, but data set {name!r} has {len(classes)} ({_some(classes)}).")
 
 
 def _walk(cfg: Any, path: str) -> Any:

@@ -183,7 +183,7 @@ def _merge_file(loaded: LoadedConfig, path: str, level: int) -> None:
             raise ConfigError(f"{path}: {error}") from error
     top = read_top(path)
     top.pop(BASE_KEY, None)
-    loaded.explicit.update({key: level for key, _ in _leaves(top)})
+    loaded.explicit.update({key: level for key, _ in leaves(top)})
 
 
 def _merge_pairs(loaded: LoadedConfig, opts: Sequence[str]) -> None:
@@ -193,7 +193,7 @@ def _merge_pairs(loaded: LoadedConfig, opts: Sequence[str]) -> None:
         raise ConfigError(f"{flags[0]} comes after config KEY VALUE pairs; put all arguments before them.")
     if len(opts) % 2:
         raise ConfigError(f"config options come in KEY VALUE pairs; the last one, {opts[-1]!r}, stands alone.")
-    known = dict(_leaves(loaded.cfg))
+    known = dict(leaves(loaded.cfg))
     for key, value in zip(opts[::2], opts[1::2], strict=True):
         if key not in known:
             raise ConfigError(_unknown_key("command line", key, set(known)))
@@ -207,9 +207,9 @@ def _merge_pairs(loaded: LoadedConfig, opts: Sequence[str]) -> None:
 
 
 def _refuse_unknown_keys(tree: Mapping[str, Any], cfg: Any, path: str) -> None:
-    known = {key for key, _ in _leaves(cfg)}
+    known = {key for key, _ in leaves(cfg)}
     nodes = {key.rsplit(".", depth)[0] for key in known for depth in range(1, key.count(".") + 1)}
-    for key, value in _leaves(tree):
+    for key, value in leaves(tree):
         if key in nodes and not isinstance(value, Mapping):
             raise ConfigError(f"{path}: {key} is a group of keys and cannot be {value!r}.")
         if key not in known and key not in nodes and not _new_keys_allowed(cfg, key):
@@ -235,9 +235,10 @@ def _new_keys_allowed(cfg: Any, key: str) -> bool:
     return node.is_new_allowed()
 
 
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(key with dots, value) of everything in a config or a part of one."""
     for key, value in tree.items():
         if isinstance(value, Mapping) and value:
-            yield from _leaves(value, f"{prefix}{key}.")
+            yield from leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value

@@ -39,7 +39,7 @@ def PEFTModel(cfg: Any) -> nn.Module:  # noqa: N802  the registry knows it by th
     where it goes. The base's weights usually follow later, through any checkpointer: they leave the adapter alone.
 
     Raises:
-        ConfigError: no or an unknown base architecture, nothing to inject.
+        ConfigError: no or an unknown base architecture, nothing to inject, or a place whose name no file can hold.
     """
     from detectron2.modeling import META_ARCH_REGISTRY
 
@@ -53,6 +53,7 @@ def PEFTModel(cfg: Any) -> nn.Module:  # noqa: N802  the registry knows it by th
     model = META_ARCH_REGISTRY.get(node.META_ARCHITECTURE)(base_cfg)
     if node.METHODS or node.TRAIN:
         peft.inject(model, [dict(method) for method in node.METHODS], train=tuple(node.TRAIN))
+        _require_storable(model)
     elif not node.WEIGHTS:
         raise ConfigError(
             "MODEL.META_ARCHITECTURE is PEFTModel but MODEL.PEFT.METHODS, TRAIN and WEIGHTS are all empty. "
@@ -61,6 +62,17 @@ def PEFTModel(cfg: Any) -> nn.Module:  # noqa: N802  the registry knows it by th
     if node.WEIGHTS:
         adapters.load_adapter(model, node.WEIGHTS, allow_other_base=node.ALLOW_OTHER_BASE, base_follows=True)
     return model
+
+
+def _require_storable(model: nn.Module) -> None:
+    """Refuse before the training what could not be saved after it."""
+    from peft_d2 import peft
+    from peft_d2.io import adapter_file
+
+    try:
+        adapter_file.require_storable(peft.adapter_state_dict(model))
+    except ValueError as error:
+        raise ConfigError(f"MODEL.PEFT: {error}.") from error
 
 
 def _base_architecture(name: str, registry: Any) -> str:

@@ -284,17 +284,18 @@ def expected_errors() -> tuple[type[Exception], ...]:
     return (
         *(ConfigError, DatasetError, LossNotFinite, WorkerDied, Detectron2Missing, peft.PeftError),
         *(io.CheckpointError, io.AdapterFileError, io.StorageError),
-        *_errors_of_class_names(),
+        *_errors_of_models(),
     )
 
 
-def _errors_of_class_names() -> tuple[type[Exception], ...]:
+def _errors_of_models() -> tuple[type[Exception], ...]:
     try:
+        from peft_d2.models.checks import ModelConfigError
         from peft_d2.models.class_prompts import TokenizerError
         from peft_d2.models.class_vectors import ClassVectorsError
     except Detectron2Missing:  # is what there is to say
         return ()
-    return ClassVectorsError, TokenizerError
+    return ClassVectorsError, ModelConfigError, TokenizerError
 
 
 def one_line_errors(function: Callable[[], Any]) -> Any:

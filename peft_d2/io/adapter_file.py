@@ -14,7 +14,7 @@ import dataclasses
 import hashlib
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +92,20 @@ def write(
         write_into(temporary, tensors, methods=methods, train=train, base=base, metrics=metrics, scales=scales)
 
 
+def require_storable(names: Iterable[str]) -> None:
+    """Refuse names of tensors that an adapter's files cannot hold.
+
+    Raises:
+        ValueError: with the first of them.
+    """
+    for name in names:
+        if adapter_config.model_name(adapter_config.file_name(name)) != name or not adapter_config.NAME.fullmatch(name):
+            raise ValueError(
+                f"the tensor name {name!r} cannot be stored in an adapter file: names of modules are letters, digits, "
+                "_ and - there. Rename the module, or choose another place"
+            )
+
+
 def write_into(
     folder: Path,
     tensors: Mapping[str, Tensor],
@@ -103,9 +117,7 @@ def write_into(
     scales: Mapping[str, float] | None = None,
 ) -> None:
     """As `write`, into a folder that exists; for a caller that stores more beside it inside one `atomic.folder`."""
-    for name in tensors:
-        if adapter_config.model_name(adapter_config.file_name(name)) != name or not adapter_config.NAME.fullmatch(name):
-            raise ValueError(f"the tensor name {name!r} cannot be stored in an adapter file")
+    require_storable(tensors)
     plain = [_plain(dict(method), "a method") for method in methods]
     contents = {
         TENSORS: tensor_file.dumps(adapter_config.to_file(tensors), {MARK: str(FORMAT_VERSION)}),

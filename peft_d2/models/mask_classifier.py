@@ -11,6 +11,7 @@ from detectron2.modeling import Backbone, build_backbone, build_sem_seg_head
 from detectron2.structures import ImageList
 from torch import Tensor, nn
 
+from peft_d2.models.checks import ModelConfigError, expect_at_least, expect_pixels, expect_share
 from peft_d2.models.criterion import SetCriterion
 from peft_d2.models.postprocess import Canvas
 from peft_d2.models.targets import Target, prepare_targets
@@ -79,10 +80,17 @@ class MaskClassifier(nn.Module):
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
-        """Build the parts; see the config nodes in :mod:`peft_d2.models.config`."""
+        """Build the parts; see the config nodes in :mod:`peft_d2.models.config`.
+
+        Raises:
+            ModelConfigError: values that are out of range or do not go together.
+        """
+        node, path = cfg.MODEL[cls.config_node], f"MODEL.{cls.config_node}"
+        expect_pixels(cfg)
+        expect_at_least(path, node, TRAIN_NUM_POINTS=1, OVERSAMPLE_RATIO=1.0)
+        expect_share(path, node, "IMPORTANCE_SAMPLE_RATIO")
         backbone = build_backbone(cfg)
         sem_seg_head = build_sem_seg_head(cfg, backbone.output_shape())
-        node = cfg.MODEL[cls.config_node]
         test = node.TEST
         return {
             "backbone": backbone,
@@ -161,12 +169,12 @@ class MaskClassifier(nn.Module):
         """Contiguous ids of the classes whose objects are told apart.
 
         Raises:
-            ValueError: if the data set's metadata does not say.
+            ModelConfigError: if the data set's metadata does not say.
         """
         ids = getattr(self.metadata, "thing_dataset_id_to_contiguous_id", None)
         if ids is None:
             name = getattr(self.metadata, "name", "none")
-            raise ValueError(
+            raise ModelConfigError(
                 f"panoptic inference needs the thing classes, but data set {name!r} (DATASETS.TRAIN) has no "
                 "'thing_dataset_id_to_contiguous_id' in its metadata; register it, or set "
                 f"MODEL.{self.config_node}.TEST.PANOPTIC_ON to False"

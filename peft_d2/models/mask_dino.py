@@ -14,6 +14,7 @@ from torch import Tensor
 
 from peft_d2.layers.boxes import to_corners
 from peft_d2.models.box_criterion import BoxMaskCriterion
+from peft_d2.models.checks import ModelConfigError
 from peft_d2.models.decoders.mask_dino import softmax_classes
 from peft_d2.models.mask_classifier import MaskClassifier
 from peft_d2.models.mask_former_head import MaskFormerHead
@@ -188,7 +189,7 @@ def loss_weights(dino: CfgNode) -> dict[str, float]:
 def _thing_classes(metadata: Any) -> set[int]:
     ids = getattr(metadata, "thing_dataset_id_to_contiguous_id", None)
     if ids is None:
-        raise ValueError(
+        raise ModelConfigError(
             f"MODEL.MaskDINO.PANO_BOX_LOSS needs the thing classes, but data set {getattr(metadata, 'name', 'none')!r} "
             "(DATASETS.TRAIN) has no 'thing_dataset_id_to_contiguous_id' in its metadata; register it, or set it False"
         )

@@ -9,6 +9,7 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import SEM_SEG_HEADS_REGISTRY
 from torch import Tensor, nn
 
+from peft_d2.models.checks import expect, expect_at_least
 from peft_d2.models.decoders import TRANSFORMER_DECODER_REGISTRY
 from peft_d2.models.old_keys import upgrade_head
 
@@ -46,19 +47,21 @@ class MaskFormerHead(nn.Module):
         """Build both parts from their names in the config.
 
         Raises:
-            ValueError: for another source of the decoder's features than the multi-scale pixel decoder.
+            ModelConfigError: for another source of the decoder's features than the multi-scale pixel decoder.
         """
         source = cfg.MODEL.MASK_FORMER.TRANSFORMER_IN_FEATURE
-        if source != _FEATURES:
-            raise ValueError(
-                f"MODEL.MASK_FORMER.TRANSFORMER_IN_FEATURE is {source!r}; this head needs {_FEATURES!r} (Mask2Former)"
-            )
+        expect(source == _FEATURES, "MODEL.MASK_FORMER.TRANSFORMER_IN_FEATURE", source, f"{_FEATURES!r} for this head")
         return cls.parts(cfg, input_shape, cfg.MODEL.MASK_FORMER.TRANSFORMER_DECODER_NAME)
 
     @staticmethod
     def parts(cfg: CfgNode, input_shape: dict[str, ShapeSpec], decoder: str) -> dict[str, Any]:
-        """The arguments, both parts built: the pixel decoder that the config names, and the decoder of that name."""
+        """The arguments, both parts built: the pixel decoder that the config names, and the decoder of that name.
+
+        Raises:
+            ModelConfigError: values that are out of range or do not go together.
+        """
         head = cfg.MODEL.SEM_SEG_HEAD
+        expect_at_least("MODEL.SEM_SEG_HEAD", head, NUM_CLASSES=1, MASK_DIM=1)
         return {
             "num_classes": head.NUM_CLASSES,
             "pixel_decoder": SEM_SEG_HEADS_REGISTRY.get(head.PIXEL_DECODER_NAME)(cfg, input_shape),

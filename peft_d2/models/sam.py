@@ -5,6 +5,7 @@ Trained as SAM-COBOT does (Peng et al., CVPR 2024, section 4.1): boxes in, binar
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
 
 from peft_d2.models.backbones.sam_vit import ImageEncoder, encoder_settings
+from peft_d2.models.checks import expect, expect_at_least, expect_pixels
 from peft_d2.models.criterion import dice_loss, mask_loss
 from peft_d2.models.decoders.sam_mask_decoder import SAMMaskDecoder
 from peft_d2.models.joined_batch import average_count
@@ -72,11 +74,23 @@ class SegmentAnything(nn.Module):
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
-        """See ``MODEL.SAM`` in :mod:`peft_d2.models.config`."""
-        node = cfg.MODEL.SAM
+        """See ``MODEL.SAM`` in :mod:`peft_d2.models.config`.
+
+        Raises:
+            ModelConfigError: values that are out of range or do not go together.
+        """
+        node, path = cfg.MODEL.SAM, "MODEL.SAM"
+        expect_pixels(cfg)
+        expect_at_least(path, node, DECODER_HEADS=1, DECODER_DEPTH=1, DECODER_MLP_DIM=1, PROMPTS_PER_CALL=1)
+        # Each head has its share of half the channels; masks have an eighth of them.
+        shares = math.lcm(2 * node.DECODER_HEADS, 8)
+        shared_out = node.OUT_CHANNELS >= 1 and node.OUT_CHANNELS % shares == 0
+        expected = f"a multiple of {shares}, with DECODER_HEADS {node.DECODER_HEADS}"
+        expect(shared_out, f"{path}.OUT_CHANNELS", node.OUT_CHANNELS, expected)
+        image_encoder = ImageEncoder(**encoder_settings(cfg))
         grid = node.IMAGE_SIZE // node.PATCH_SIZE
         return {
-            "image_encoder": ImageEncoder(**encoder_settings(cfg)),
+            "image_encoder": image_encoder,
             "prompt_encoder": PromptEncoder(node.OUT_CHANNELS, grid, node.IMAGE_SIZE, node.MASK_IN_CHANNELS),
             "mask_decoder": SAMMaskDecoder(
                 dim=node.OUT_CHANNELS,

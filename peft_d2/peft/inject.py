@@ -10,6 +10,7 @@ as they are untrained.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -347,13 +348,7 @@ def _check_model(model: nn.Module) -> None:
 
 
 def _check_adapter_name(name: str) -> None:
-    if (
-        not isinstance(name, str)
-        or not name
-        or "." in name
-        or hasattr(nn.ModuleDict, name)
-        or hasattr(nn.ModuleDict(), name)
-    ):
+    if not isinstance(name, str) or not re.fullmatch(r"[\w\-]+", name) or hasattr(nn.ModuleDict(), name):
         raise InjectionError(
-            f"{name!r} cannot name an adapter: expected a word without dots that is not an attribute of torch modules"
+            f"{name!r} cannot name an adapter: expected letters, digits, _ and -, and no attribute of torch modules"
         )

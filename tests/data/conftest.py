@@ -30,7 +30,7 @@ def make_cfg():
 
         cfg = config.get_cfg()
         add_data_config(cfg)
-        name = name or f"set-{made.json}"
+        name = name or f"set-{made.json}".replace("/", "_")
         cfg.DATASETS.REGISTER = [{"NAME": name, "JSON": str(made.json), "IMAGES": str(made.images)}]
         cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = (name,)
         cfg.MODEL.META_ARCHITECTURE = "SomeoneElses"

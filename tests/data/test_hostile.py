@@ -68,13 +68,13 @@ def _world(folder, content=None, name="a.png"):
 
 
 @pytest.fixture
-def sample(make_cfg, tmp_path, request):
+def sample(make_cfg, tmp_path):
     """Check and load a set, and return its only training sample."""
 
     def load(data, root=tmp_path, workers=0, check=True):
         path = tmp_path / "set.json"
         path.write_bytes(data if isinstance(data, bytes) else json.dumps(data).encode())
-        cfg = make_cfg(toy.ToySet(path, root), name=request.node.name)
+        cfg = make_cfg(toy.ToySet(path, root), name="hostile")
         cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MAX_SIZE_TRAIN, cfg.INPUT.RANDOM_FLIP = (H,), 100, "none"
         cfg.SOLVER.IMS_PER_BATCH, cfg.DATALOADER.NUM_WORKERS = 1, workers
         cfg.DATALOADER.ASPECT_RATIO_GROUPING = False
@@ -86,8 +86,8 @@ def sample(make_cfg, tmp_path, request):
 
     yield load
     for catalog in (DatasetCatalog, MetadataCatalog):
-        if request.node.name in catalog.list():
-            catalog.remove(request.node.name)
+        if "hostile" in catalog.list():
+            catalog.remove("hostile")
 
 
 IMAGES = {

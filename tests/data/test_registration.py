@@ -18,7 +18,7 @@ from peft_d2.data import class_names, register_from_config, toy  # noqa: E402
 @pytest.fixture
 def entry(tmp_path, request):
     made = toy.generate(tmp_path / "set", "day", 2, 0, size=48)
-    return {"NAME": request.node.name, "JSON": str(made.json), "IMAGES": str(made.images)}
+    return {"NAME": request.node.name.replace("/", "_"), "JSON": str(made.json), "IMAGES": str(made.images)}
 
 
 def _with(cfg, *entries):

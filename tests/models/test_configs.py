@@ -230,7 +230,7 @@ def test_configs_share_no_list() -> None:
         ({"MODEL.MASK_FORMER.TRANSFORMER_IN_FEATURE": "res5"}, "TRANSFORMER_IN_FEATURE is 'res5'"),
         ({"MODEL.MASK_FORMER.DEC_LAYERS": 0}, "DEC_LAYERS is 0"),
         ({"MODEL.MASK_FORMER.HIDDEN_DIM": 30}, "multiple of 4"),
-        ({"MODEL.MASK_FORMER.NHEADS": 7}, "multiple of n_heads"),
+        ({"MODEL.MASK_FORMER.NHEADS": 7}, "multiple of MODEL.MASK_FORMER.NHEADS, 7"),
     ],
 )
 def test_bad_values_are_named(small: Any, overrides: dict[str, Any], words: str) -> None:

@@ -125,7 +125,7 @@ def test_options(changes: dict[str, Any]) -> None:
 
 
 def test_lists_of_another_length_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"DAVIT\.DEPTHS has 3 entries; DIM_EMBED has 4"):
+    with pytest.raises(ValueError, match=r"DAVIT\.DEPTHS is \[.*\]; it should be a list of 4 entries, as DIM_EMBED"):
         DaViT(config(**{**SMALL, "DEPTHS": [1, 1, 2]}))
 
 

@@ -99,9 +99,9 @@ def test_a_published_checkpoint_and_one_of_another_size(sam: Any, tmp_path: Path
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"MODEL.SAM.IMAGE_SIZE": 100}, "IMAGE_SIZE 100 is no multiple of PATCH_SIZE 16"),
-        ({"MODEL.SAM.GLOBAL_BLOCKS": [1, 4]}, r"GLOBAL_BLOCKS \[4\] do not exist: there are 4 blocks"),
-        ({"MODEL.SAM.NUM_HEADS": 5}, "48 channels cannot be shared out among 5 heads"),
+        ({"MODEL.SAM.IMAGE_SIZE": 100}, "IMAGE_SIZE is 100; it should be a multiple of PATCH_SIZE, 16"),
+        ({"MODEL.SAM.GLOBAL_BLOCKS": [1, 4]}, r"GLOBAL_BLOCKS is \[1, 4\]; it should be numbers of the 4 blocks"),
+        ({"MODEL.SAM.NUM_HEADS": 5}, "EMBED_DIM is 48; it should be a multiple of MODEL.SAM.NUM_HEADS, 5"),
     ],
 )
 def test_a_config_that_cannot_be(sam: Any, overrides: dict[str, Any], message: str) -> None:

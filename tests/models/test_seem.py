@@ -175,7 +175,7 @@ def test_segment_anythings_encoder_as_a_backbone(filler: Any) -> None:
     shapes = backbone.output_shape()
     assert {name: (s.channels, s.stride) for name, s in shapes.items()} == {"res3": (256, 8), "res5": (1024, 32)}
     assert {name: value.shape for name, value in maps.items()} == {"res3": (1, 256, 8, 12), "res5": (1, 1024, 2, 3)}
-    with pytest.raises(ValueError, match=r"OUT_FEATURES \['res6'\] are not known"):
+    with pytest.raises(ValueError, match=r"OUT_FEATURES is \['res6'\]; it should be some of"):
         SEEMViT(**sizes, global_blocks=[], out_features=["res6"])
 
 

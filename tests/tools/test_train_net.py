@@ -257,7 +257,7 @@ BAD = {
     "gpus": (["--num-gpus", "99"], "--num-gpus 99, but torch sees"),
     "device": (["MODEL.DEVICE", "gpu"], "MODEL.DEVICE is 'gpu'; expected 'cpu'"),
     "test set": (["DATASETS.TEST", "('nope',)"], "DATASETS.TEST: data set 'nope' is not registered"),
-    "model": (["MODEL.META_ARCHITECTURE", "MaskFromer"], "'MaskFromer', which is not registered .*MaskFormer"),
+    "model": (["MODEL.META_ARCHITECTURE", "MaskFromer"], ": 'MaskFromer' is not registered .*MaskFormer"),
     "batch": (["SOLVER.IMS_PER_BATCH", "0"], "IMS_PER_BATCH 0 cannot be dealt out"),
     "steps": (["SOLVER.MAX_ITER", "0"], "SOLVER.MAX_ITER is 0"),
     "rate": (["SOLVER.BASE_LR", "-1"], "SOLVER.BASE_LR is -1.0"),

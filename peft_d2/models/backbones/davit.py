@@ -15,7 +15,8 @@ from torchvision.ops import StochasticDepth
 
 from peft_d2.layers.recompute import run_block
 from peft_d2.layers.windows import from_windows, pad_bottom_right, to_windows
-from peft_d2.models.backbones.stages import StagedBackbone, check_lengths, drop_path_rates, init_linear
+from peft_d2.models.backbones.stages import StagedBackbone, drop_path_rates, init_linear
+from peft_d2.models.checks import expect_heads, expect_lengths
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -176,6 +177,8 @@ class DaViT(StagedBackbone):
         use_checkpoint: recompute each pair of blocks in the backward pass instead of keeping its activations.
     """
 
+    config_node = "MODEL.BACKBONE.DAVIT"
+
     @configurable
     def __init__(
         self,
@@ -220,7 +223,7 @@ class DaViT(StagedBackbone):
         """Arguments from ``MODEL.BACKBONE.DAVIT``.
 
         Raises:
-            ValueError: a list has another length than ``DIM_EMBED``.
+            ModelConfigError: a list has another length than ``DIM_EMBED``, or channels cannot be shared out.
         """
         davit = cfg.MODEL.BACKBONE.DAVIT
         lists = {
@@ -233,7 +236,11 @@ class DaViT(StagedBackbone):
             "paddings": "PATCH_PADDING",
             "pre_norms": "PATCH_PRENORM",
         }
-        check_lengths(davit, "MODEL.BACKBONE.DAVIT", *lists.values())
+        path = cls.config_node
+        expect_lengths(path, davit, *lists.values())
+        for stage, channels in enumerate(davit.DIM_EMBED):
+            for key in ("NUM_HEADS", "NUM_GROUPS"):
+                expect_heads(f"{path}.DIM_EMBED[{stage}]", channels, f"{path}.{key}[{stage}]", davit[key][stage])
         return {argument: davit[key] for argument, key in lists.items()} | {
             "out_features": davit.OUT_FEATURES,
             "window": davit.WINDOW_SIZE,

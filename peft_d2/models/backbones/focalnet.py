@@ -17,7 +17,8 @@ from torchvision.ops import StochasticDepth
 
 from peft_d2.layers.perceptron import Mlp
 from peft_d2.layers.recompute import run_block
-from peft_d2.models.backbones.stages import PatchEmbed, StagedBackbone, check_lengths, drop_path_rates, init_linear
+from peft_d2.models.backbones.stages import PatchEmbed, StagedBackbone, drop_path_rates, init_linear
+from peft_d2.models.checks import ModelConfigError, expect_lengths
 
 _KERNEL_STEP = 2  # a level's kernel is wider by this than that of the level before
 _LAYER_SCALE = 1e-4
@@ -169,6 +170,7 @@ class FocalNet(StagedBackbone):
         options: ``mlp_ratio``, ``post_norm``, ``layer_scale``, ``scaled`` and ``norm`` of the blocks.
     """
 
+    config_node = "MODEL.BACKBONE.FOCAL"
     depthwise = False
     _STEM_PADDING = 2
 
@@ -214,7 +216,9 @@ class FocalNet(StagedBackbone):
         for i in range(len(dims)) if normed_stages is None else normed_stages:
             self.add_module(f"norm{i}", nn.LayerNorm(dims[i]))
         if bare := [name for i, name in enumerate(self._stage_names) if name in out_features and not self._norm(i)]:
-            raise ValueError(f"MODEL.BACKBONE.FOCAL.OUT_INDICES leaves out stages of OUT_FEATURES: {bare}; add them")
+            raise ModelConfigError(
+                f"{self.config_node}.OUT_INDICES leaves out {bare} of OUT_FEATURES; add their numbers"
+            )
         self.apply(init_linear)
 
     @classmethod
@@ -222,10 +226,10 @@ class FocalNet(StagedBackbone):
         """Arguments from ``MODEL.BACKBONE.FOCAL``.
 
         Raises:
-            ValueError: a list has another length than ``DEPTHS``.
+            ModelConfigError: a list has another length than ``DEPTHS``.
         """
         focal = cfg.MODEL.BACKBONE.FOCAL
-        check_lengths(focal, "MODEL.BACKBONE.FOCAL", "DEPTHS", "FOCAL_LEVELS", "FOCAL_WINDOWS")
+        expect_lengths(cls.config_node, focal, "DEPTHS", "FOCAL_LEVELS", "FOCAL_WINDOWS")
         return {
             "embed_dim": focal.EMBED_DIM,
             "depths": focal.DEPTHS,

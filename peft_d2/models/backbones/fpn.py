@@ -7,6 +7,8 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, FPN, Backbone
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
 
+from peft_d2.models.checks import expect, expect_some_of
+
 _TOP_BLOCKS = ("pool", "p6p7", "")
 
 
@@ -17,18 +19,16 @@ def build_fpn(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
     none.
 
     Raises:
-        ValueError: there is no such backbone or top block, or the backbone lacks one of ``IN_FEATURES``.
+        ModelConfigError: there is no such backbone or top block, or the backbone lacks one of ``IN_FEATURES``.
     """
     node = cfg.MODEL.FPN
-    if node.BOTTOM_UP not in BACKBONE_REGISTRY:
-        raise ValueError(f"MODEL.FPN.BOTTOM_UP is {node.BOTTOM_UP!r}; it should be the name of a registered backbone")
-    if node.TOP_BLOCK not in _TOP_BLOCKS:
-        raise ValueError(f"MODEL.FPN.TOP_BLOCK is {node.TOP_BLOCK!r}; it should be one of {list(_TOP_BLOCKS)}")
+    registered = node.BOTTOM_UP in BACKBONE_REGISTRY
+    expect(registered, "MODEL.FPN.BOTTOM_UP", node.BOTTOM_UP, "the name of a registered backbone")
+    expect(node.TOP_BLOCK in _TOP_BLOCKS, "MODEL.FPN.TOP_BLOCK", node.TOP_BLOCK, f"one of {list(_TOP_BLOCKS)}")
     bottom_up = BACKBONE_REGISTRY.get(node.BOTTOM_UP)(cfg, input_shape)
     shapes = bottom_up.output_shape()
     in_features = list(node.IN_FEATURES) or list(shapes)
-    if missing := [name for name in in_features if name not in shapes]:
-        raise ValueError(f"MODEL.FPN.IN_FEATURES has {missing}; {node.BOTTOM_UP} gives {list(shapes)}")
+    expect_some_of("MODEL.FPN.IN_FEATURES", in_features, shapes, f"the maps of {node.BOTTOM_UP}")
     top = None
     if node.TOP_BLOCK == "pool":
         top = LastLevelMaxPool()

@@ -21,6 +21,7 @@ from peft_d2.layers.norm import LayerNorm2d
 from peft_d2.layers.perceptron import Perceptron
 from peft_d2.layers.relative_attention import RelativePositionAttention
 from peft_d2.layers.windows import from_windows, pad_bottom_right, to_windows
+from peft_d2.models.checks import expect, expect_at_least, expect_heads, expect_some_of
 
 _EPS = 1e-6
 
@@ -92,11 +93,6 @@ class ImageEncoder(nn.Module):
         use_checkpoint: bool = False,
     ) -> None:
         super().__init__()
-        if image_size % patch:
-            raise ValueError(f"MODEL.SAM.IMAGE_SIZE {image_size} is no multiple of PATCH_SIZE {patch}")
-        outside = [i for i in global_blocks if not 0 <= i < depth]
-        if outside:
-            raise ValueError(f"MODEL.SAM.GLOBAL_BLOCKS {outside} do not exist: there are {depth} blocks, from 0")
         grid = image_size // patch
         self.patch = patch
         self.channels = out_channels or dim
@@ -133,8 +129,18 @@ class ImageEncoder(nn.Module):
 
 
 def encoder_settings(cfg: CfgNode) -> dict[str, Any]:
-    """The arguments of :class:`ImageEncoder` in ``MODEL.SAM``."""
-    node = cfg.MODEL.SAM
+    """The arguments of :class:`ImageEncoder` in ``MODEL.SAM``.
+
+    Raises:
+        ModelConfigError: values that are out of range or do not go together.
+    """
+    node, path = cfg.MODEL.SAM, "MODEL.SAM"
+    expect_at_least(path, node, PATCH_SIZE=1, IMAGE_SIZE=1, DEPTH=1, WINDOW_SIZE=1, OUT_CHANNELS=0)
+    whole = node.IMAGE_SIZE % node.PATCH_SIZE == 0
+    expect(whole, f"{path}.IMAGE_SIZE", node.IMAGE_SIZE, f"a multiple of PATCH_SIZE, {node.PATCH_SIZE}")
+    inside = all(0 <= i < node.DEPTH for i in node.GLOBAL_BLOCKS)
+    expect(inside, f"{path}.GLOBAL_BLOCKS", node.GLOBAL_BLOCKS, f"numbers of the {node.DEPTH} blocks, from 0")
+    expect_heads(f"{path}.EMBED_DIM", node.EMBED_DIM, f"{path}.NUM_HEADS", node.NUM_HEADS)
     return {
         "image_size": node.IMAGE_SIZE,
         "patch": node.PATCH_SIZE,
@@ -165,9 +171,7 @@ class SAMViT(Backbone):
     @configurable
     def __init__(self, *, net: ImageEncoder, channels: int, out_features: Sequence[str]) -> None:
         super().__init__()
-        unknown = [name for name in out_features if name not in self._SCALES]
-        if unknown:
-            raise ValueError(f"MODEL.SAM.OUT_FEATURES {unknown} are not known; expected some of {list(self._SCALES)}")
+        expect_some_of("MODEL.SAM.OUT_FEATURES", out_features, self._SCALES, "the pyramid's levels")
         self.net = net
         self.pyramid = nn.ModuleDict(
             {name: _level(net.channels, channels, self._SCALES[name]) for name in out_features}

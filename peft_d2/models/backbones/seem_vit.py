@@ -11,6 +11,7 @@ from detectron2.modeling import Backbone
 from torch import Tensor, nn
 
 from peft_d2.models.backbones.sam_vit import ImageEncoder, encoder_settings
+from peft_d2.models.checks import expect_some_of
 
 _STRIDES = {"res2": 4, "res3": 8, "res4": 16, "res5": 32}
 _CHANNELS = {"res2": 128, "res3": 256, "res4": 512, "res5": 1024}
@@ -48,9 +49,7 @@ class SEEMViT(ImageEncoder, Backbone):
     @configurable
     def __init__(self, *, out_features: Sequence[str], **settings: Any) -> None:
         super().__init__(**settings, out_channels=0)
-        unknown = [name for name in out_features if name not in _STRIDES]
-        if unknown:
-            raise ValueError(f"MODEL.SAM.OUT_FEATURES {unknown} are not known; expected some of {list(_STRIDES)}")
+        expect_some_of("MODEL.SAM.OUT_FEATURES", out_features, _STRIDES, "the pyramid's levels")
         self.neck = GroupNormPyramid(self.channels)  # type: ignore[assignment]
         self._out_features = list(out_features)
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from detectron2.config import CfgNode
 from detectron2.modeling import Backbone
 from torch import Tensor, nn
 
 from peft_d2.layers.windows import pad_bottom_right
+from peft_d2.models.checks import expect_some_of
 
 
 def drop_path_rates(depths: Sequence[int], last: float) -> list[list[float]]:
@@ -17,15 +17,6 @@ def drop_path_rates(depths: Sequence[int], last: float) -> list[list[float]]:
     total = sum(depths)
     rates = iter(last * i / max(1, total - 1) for i in range(total))
     return [[next(rates) for _ in range(depth)] for depth in depths]
-
-
-def check_lengths(node: CfgNode, path: str, first: str, *others: str) -> None:
-    """Raise a ValueError unless the lists ``others`` of the config node ``path`` are as long as its list ``first``."""
-    for key in others:
-        if len(node[key]) != len(node[first]):
-            raise ValueError(
-                f"{path}.{key} has {len(node[key])} entries; {first} has {len(node[first])}, one for each stage"
-            )
 
 
 def init_linear(module: nn.Module) -> None:
@@ -63,6 +54,7 @@ class PatchEmbed(nn.Module):
 class StagedBackbone(Backbone):
     """A backbone whose stages give the maps ``res2``, ``res3`` and so on."""
 
+    config_node: str  # its part of the config, for messages
     _stage_names: list[str]
 
     def _name_stages(self, channels: Sequence[int], strides: Sequence[int], out_features: Sequence[str]) -> None:
@@ -73,11 +65,10 @@ class StagedBackbone(Backbone):
             out_features: the maps to give out.
 
         Raises:
-            ValueError: a name in ``out_features`` is none of a stage.
+            ModelConfigError: ``out_features`` is empty or has a name that is none of a stage.
         """
         self._stage_names = [f"res{i + 2}" for i in range(len(channels))]
-        if unknown := [name for name in out_features if name not in self._stage_names]:
-            raise ValueError(f"{type(self).__name__}: OUT_FEATURES has {unknown}; its maps are {self._stage_names}")
+        expect_some_of(f"{self.config_node}.OUT_FEATURES", out_features, self._stage_names, "the backbone's maps")
         self._out_features = list(out_features)
         self._out_feature_channels = dict(zip(self._stage_names, channels, strict=True))
         self._out_feature_strides = dict(zip(self._stage_names, strides, strict=True))

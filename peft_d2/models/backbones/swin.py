@@ -16,6 +16,7 @@ from peft_d2.layers.perceptron import Mlp
 from peft_d2.layers.recompute import run_block
 from peft_d2.layers.windows import from_windows, pad_bottom_right, to_windows
 from peft_d2.models.backbones.stages import PatchEmbed, StagedBackbone, drop_path_rates, init_linear
+from peft_d2.models.checks import expect_at_least, expect_heads, expect_lengths
 
 _SHIFT_PENALTY = -100.0  # added between pixels that are neighbours only by the cyclic shift
 
@@ -187,6 +188,8 @@ class SwinTransformer(StagedBackbone):
         options: ``mlp_ratio``, ``qkv_bias``, ``qk_scale`` and ``attn_drop`` of the blocks.
     """
 
+    config_node = "MODEL.SWIN"
+
     @configurable
     def __init__(
         self,
@@ -226,8 +229,17 @@ class SwinTransformer(StagedBackbone):
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict[str, Any]:
-        """Arguments from ``MODEL.SWIN``."""
-        swin = cfg.MODEL.SWIN
+        """Arguments from ``MODEL.SWIN``.
+
+        Raises:
+            ModelConfigError: values that are out of range or do not go together.
+        """
+        swin, path = cfg.MODEL.SWIN, cls.config_node
+        expect_at_least(path, swin, EMBED_DIM=1, WINDOW_SIZE=1, PATCH_SIZE=1)
+        expect_lengths(path, swin, "DEPTHS", "NUM_HEADS")
+        for stage, heads in enumerate(swin.NUM_HEADS):
+            key = f"{path}.EMBED_DIM * {2**stage}"
+            expect_heads(key, swin.EMBED_DIM * 2**stage, f"{path}.NUM_HEADS[{stage}]", heads)
         return {
             "embed_dim": swin.EMBED_DIM,
             "depths": swin.DEPTHS,

@@ -17,6 +17,7 @@ from peft_d2.layers.deformable_decoder import DeformableDecoder
 from peft_d2.layers.deformable_encoder import pixel_centres
 from peft_d2.layers.levels import Levels
 from peft_d2.layers.transformer import MLP
+from peft_d2.models.checks import ModelConfigError, expect, expect_at_least, expect_width
 from peft_d2.models.decoders.projection import input_projections
 from peft_d2.models.denoising import DenoisingQueries, denoising_queries
 from peft_d2.models.postprocess import mask_boxes
@@ -114,7 +115,7 @@ class MaskDINODecoder(nn.Module):
         """Arguments from ``MODEL.MaskDINO`` and ``MODEL.SEM_SEG_HEAD``.
 
         Raises:
-            ValueError: for values that are unknown or do not go together.
+            ModelConfigError: for values that are unknown, out of range or do not go together.
         """
         dino = cfg.MODEL.MaskDINO
         _check(dino)
@@ -277,16 +278,13 @@ def softmax_classes(cfg: CfgNode) -> bool:
 
 
 def _check(dino: CfgNode) -> None:
+    path = "MODEL.MaskDINO"
     for key, known in (("DN", _DENOISING), ("INITIALIZE_BOX_TYPE", _BOX_STARTS)):
-        if dino[key] not in known:
-            raise ValueError(f"MODEL.MaskDINO.{key} is {dino[key]!r}; it should be one of {list(known)}")
+        expect(dino[key] in known, f"{path}.{key}", dino[key], f"one of {list(known)}")
     if dino.INITIALIZE_BOX_TYPE != "no" and not (dino.TWO_STAGE and dino.INITIAL_PRED):
-        raise ValueError(
-            f"MODEL.MaskDINO.INITIALIZE_BOX_TYPE is {dino.INITIALIZE_BOX_TYPE!r}, boxes around predicted masks; that "
+        raise ModelConfigError(
+            f"{path}.INITIALIZE_BOX_TYPE is {dino.INITIALIZE_BOX_TYPE!r}, boxes around predicted masks; that "
             "needs TWO_STAGE and INITIAL_PRED True. Set them, or 'no'"
         )
-    for key, least in (("DEC_LAYERS", 1), ("NUM_OBJECT_QUERIES", 1), ("TRAIN_NUM_POINTS", 1), ("DN_NUM", 0)):
-        if dino[key] < least:
-            raise ValueError(f"MODEL.MaskDINO.{key} is {dino[key]}; it is a number of at least {least}")
-    if dino.HIDDEN_DIM % 4:
-        raise ValueError(f"MODEL.MaskDINO.HIDDEN_DIM is {dino.HIDDEN_DIM}; it should be a multiple of 4")
+    expect_at_least(path, dino, DEC_LAYERS=1, NUM_OBJECT_QUERIES=1, DIM_FEEDFORWARD=1, DN_NUM=0)
+    expect_width(path, dino)

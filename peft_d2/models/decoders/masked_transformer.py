@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from peft_d2.layers.position import SinePosition2d
 from peft_d2.layers.transformer import MLP, CrossAttentionLayer, FFNLayer, SelfAttentionLayer
+from peft_d2.models.checks import expect_at_least, expect_width
 from peft_d2.models.decoders.projection import input_projections
 
 _LEVELS = 3
@@ -69,10 +70,14 @@ class MaskedTransformerDecoder(nn.Module):
 
     @classmethod
     def from_config(cls, cfg: CfgNode, in_channels: int, mask_classification: bool = True) -> dict[str, Any]:
-        """Arguments from ``MODEL.MASK_FORMER``."""
-        former = cfg.MODEL.MASK_FORMER
-        if former.DEC_LAYERS < 1:
-            raise ValueError(f"MODEL.MASK_FORMER.DEC_LAYERS is {former.DEC_LAYERS}; it counts predictions, at least 1")
+        """Arguments from ``MODEL.MASK_FORMER``.
+
+        Raises:
+            ModelConfigError: values that are out of range or do not go together.
+        """
+        former, path = cfg.MODEL.MASK_FORMER, "MODEL.MASK_FORMER"
+        expect_at_least(path, former, DEC_LAYERS=1, NUM_OBJECT_QUERIES=1, DIM_FEEDFORWARD=1)
+        expect_width(path, former)
         return {
             "in_channels": in_channels,
             "mask_classification": mask_classification,

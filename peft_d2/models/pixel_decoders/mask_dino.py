@@ -7,6 +7,7 @@ from typing import Any
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 
+from peft_d2.models.checks import expect
 from peft_d2.models.pixel_decoders.ms_deform_attn import MSDeformAttnPixelDecoder
 
 _FINEST_FIRST = {"low2high": True, "high2low": False}  # the published words tell strides, not resolutions
@@ -25,23 +26,24 @@ class MaskDINOEncoder(MSDeformAttnPixelDecoder):
         """Arguments from ``MODEL.SEM_SEG_HEAD`` and ``MODEL.MaskDINO``.
 
         Raises:
-            ValueError: for an unknown order of the maps, or fewer maps than the encoder takes from the backbone.
+            ModelConfigError: as Mask2Former's; for an unknown order of the maps, or fewer maps than the encoder takes
+                from the backbone.
         """
         head = cfg.MODEL.SEM_SEG_HEAD
-        if head.FEATURE_ORDER not in _FINEST_FIRST:
-            raise ValueError(
-                f"MODEL.SEM_SEG_HEAD.FEATURE_ORDER is {head.FEATURE_ORDER!r}; it should be one of {list(_FINEST_FIRST)}"
-            )
+        order, path = head.FEATURE_ORDER, "MODEL.SEM_SEG_HEAD"
+        expect(order in _FINEST_FIRST, f"{path}.FEATURE_ORDER", order, f"one of {list(_FINEST_FIRST)}")
         encoded, total = head.DEFORMABLE_TRANSFORMER_ENCODER_IN_FEATURES, head.TOTAL_NUM_FEATURE_LEVELS
-        if total < len(encoded):
-            raise ValueError(
-                f"MODEL.SEM_SEG_HEAD.TOTAL_NUM_FEATURE_LEVELS is {total}; it should be {len(encoded)} or more, as many "
-                f"as DEFORMABLE_TRANSFORMER_ENCODER_IN_FEATURES {list(encoded)} and the coarser maps besides"
-            )
+        expect(
+            total >= len(encoded),
+            f"{path}.TOTAL_NUM_FEATURE_LEVELS",
+            total,
+            f"{len(encoded)} or more, as many as DEFORMABLE_TRANSFORMER_ENCODER_IN_FEATURES {list(encoded)} and the "
+            "coarser maps besides",
+        )
         return {
             **super().from_config(cfg, input_shape),
             "decoder_levels": total,
             "extra_levels": total - len(encoded),
-            "finest_first": _FINEST_FIRST[head.FEATURE_ORDER],
+            "finest_first": _FINEST_FIRST[order],
             "least_pyramid_levels": 1,
         }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -14,7 +14,10 @@ from detectron2.layers import Conv2d, ShapeSpec
 from torch import Tensor, nn
 
 from peft_d2.layers.deformable_encoder import MultiScaleDeformableTransformer
-from peft_d2.models.pixel_decoders.pyramid import add_lateral, add_output
+from peft_d2.models.checks import expect, expect_at_least, expect_heads, expect_share, expect_some_of
+from peft_d2.models.pixel_decoders.pyramid import add_lateral, add_output, check_pyramid
+
+_GROUPS = 32  # of the norms behind the projections
 
 
 class MSDeformAttnPixelDecoder(nn.Module):
@@ -89,8 +92,13 @@ class MSDeformAttnPixelDecoder(nn.Module):
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
-        """Arguments from ``MODEL.SEM_SEG_HEAD`` and the config node of the decoder that follows."""
+        """Arguments from ``MODEL.SEM_SEG_HEAD`` and the config node of the decoder that follows.
+
+        Raises:
+            ModelConfigError: values that are out of range or do not go together.
+        """
         head, node = cfg.MODEL.SEM_SEG_HEAD, cfg.MODEL[cls.config_node]
+        _check(head, cls.config_node, node, input_shape)
         return {
             "input_shape": {name: shape for name, shape in input_shape.items() if name in head.IN_FEATURES},
             "encoder_in_features": head.DEFORMABLE_TRANSFORMER_ENCODER_IN_FEATURES,
@@ -160,6 +168,17 @@ class MSDeformAttnPixelDecoder(nn.Module):
         return feature if self.autocast else feature.float()
 
 
+def _check(head: CfgNode, node_name: str, node: CfgNode, input_shape: Collection[str]) -> None:
+    path, encoded = "MODEL.SEM_SEG_HEAD", "DEFORMABLE_TRANSFORMER_ENCODER_IN_FEATURES"
+    check_pyramid(head, input_shape)
+    expect_some_of(f"{path}.{encoded}", head[encoded], head.IN_FEATURES, "which IN_FEATURES names")
+    expect_at_least(path, head, DIM_FEEDFORWARD=1, DEFORMABLE_TRANSFORMER_ENCODER_N_POINTS=1, COMMON_STRIDE=1)
+    groups = head.CONVS_DIM % _GROUPS == 0
+    expect(groups, f"{path}.CONVS_DIM", head.CONVS_DIM, f"a multiple of {_GROUPS}, the groups of its norms")
+    expect_heads(f"{path}.CONVS_DIM", head.CONVS_DIM, f"MODEL.{node_name}.NHEADS", node.NHEADS)
+    expect_share(f"MODEL.{node_name}", node, "DROPOUT")
+
+
 def _projection(in_channels: int, channels: int, halve: bool = False) -> nn.Sequential:
     """Convolution and group norm: 1 x 1, or to half the size."""
     convolution = (
@@ -169,4 +188,4 @@ def _projection(in_channels: int, channels: int, halve: bool = False) -> nn.Sequ
     )
     nn.init.xavier_uniform_(convolution.weight)
     nn.init.zeros_(convolution.get_parameter("bias"))
-    return nn.Sequential(convolution, nn.GroupNorm(32, channels))
+    return nn.Sequential(convolution, nn.GroupNorm(_GROUPS, channels))

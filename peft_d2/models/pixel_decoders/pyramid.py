@@ -5,10 +5,27 @@ They have nothing to do with adapters for fine-tuning. Number 1 is the finest le
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import fvcore.nn.weight_init as weight_init
 import torch.nn.functional as F
+from detectron2.config import CfgNode
 from detectron2.layers import Conv2d, get_norm
 from torch import nn
+
+from peft_d2.models.checks import expect_at_least, expect_norm, expect_some_of
+
+
+def check_pyramid(head: CfgNode, input_shape: Collection[str]) -> None:
+    """Check what all pixel decoders take from ``MODEL.SEM_SEG_HEAD``, for a backbone with these maps.
+
+    Raises:
+        ModelConfigError: maps that the backbone does not have, sizes out of range, an unknown norm.
+    """
+    path = "MODEL.SEM_SEG_HEAD"
+    expect_some_of(f"{path}.IN_FEATURES", head.IN_FEATURES, input_shape, "the backbone's maps")
+    expect_at_least(path, head, CONVS_DIM=1, MASK_DIM=1, TRANSFORMER_ENC_LAYERS=0)
+    expect_norm(f"{path}.NORM", head.NORM)
 
 
 def add_lateral(module: nn.Module, number: int, in_channels: int, channels: int, norm: str) -> None:

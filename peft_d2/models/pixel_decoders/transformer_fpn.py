@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from peft_d2.layers.position import SinePosition2d
 from peft_d2.layers.transformer import TransformerEncoder, xavier_matrices
-from peft_d2.models.pixel_decoders.pyramid import add_lateral, add_output
+from peft_d2.models.checks import expect, expect_heads, expect_share
+from peft_d2.models.pixel_decoders.pyramid import add_lateral, add_output, check_pyramid
 
 _DECODER_LEVELS = 3
 
@@ -81,17 +82,19 @@ class TransformerEncoderPixelDecoder(nn.Module):
         """Arguments from ``MODEL.SEM_SEG_HEAD`` and ``MODEL.MASK_FORMER``.
 
         Raises:
-            ValueError: for fewer maps than the transformer decoder takes.
+            ModelConfigError: for fewer maps than the transformer decoder takes, and values that are out of range or
+                do not go together.
         """
         head, former = cfg.MODEL.SEM_SEG_HEAD, cfg.MODEL.MASK_FORMER
-        shapes = {name: shape for name, shape in input_shape.items() if name in head.IN_FEATURES}
-        if len(shapes) < _DECODER_LEVELS:
-            raise ValueError(
-                f"MODEL.SEM_SEG_HEAD.IN_FEATURES {list(head.IN_FEATURES)} and the backbone's maps {list(input_shape)} "
-                f"have {len(shapes)} in common; the pixel decoder needs {_DECODER_LEVELS} or more"
-            )
+        check_pyramid(head, input_shape)
+        names = list(head.IN_FEATURES)
+        enough = f"{_DECODER_LEVELS} maps or more, which the transformer decoder takes"
+        expect(len(names) >= _DECODER_LEVELS, "MODEL.SEM_SEG_HEAD.IN_FEATURES", names, enough)
+        expect(head.CONVS_DIM % 4 == 0, "MODEL.SEM_SEG_HEAD.CONVS_DIM", head.CONVS_DIM, "a multiple of 4")
+        expect_heads("MODEL.SEM_SEG_HEAD.CONVS_DIM", head.CONVS_DIM, "MODEL.MASK_FORMER.NHEADS", former.NHEADS)
+        expect_share("MODEL.MASK_FORMER", former, "DROPOUT")
         return {
-            "input_shape": shapes,
+            "input_shape": {name: shape for name, shape in input_shape.items() if name in names},
             "conv_dim": head.CONVS_DIM,
             "mask_dim": head.MASK_DIM,
             "norm": head.NORM,

@@ -1,0 +1,72 @@
+"""Values of a config that no model can be built with: named with what is expected, before anything is built."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from typing import Any
+
+from detectron2.layers import get_norm
+
+
+class ModelConfigError(ValueError):
+    """A value of the config that no model can be built with; the message names the key, the value and the remedy."""
+
+
+def expect(condition: bool, key: str, value: object, expected: str) -> None:
+    """Raise a :class:`ModelConfigError` about the config key ``key`` unless ``condition`` holds."""
+    if not condition:
+        raise ModelConfigError(f"{key} is {value!r}; it should be {expected}")
+
+
+def expect_at_least(path: str, node: Any, **least: float) -> None:
+    """``least``: the smallest value that each key of the config node ``path`` may have."""
+    for key, bound in least.items():
+        expect(node[key] >= bound, f"{path}.{key}", node[key], f"a number of at least {bound}")
+
+
+def expect_share(path: str, node: Any, *keys: str) -> None:
+    """Each of the keys of the config node ``path`` is a probability or a share, 0 to 1."""
+    for key in keys:
+        expect(0 <= node[key] <= 1, f"{path}.{key}", node[key], "between 0 and 1")
+
+
+def expect_some_of(key: str, names: Iterable[str], known: Collection[str], whose: str) -> None:
+    """``names``, the value of ``key``, is not empty and names only what is ``known``; ``whose`` says what that is."""
+    unknown = [name for name in names if name not in known]
+    some = f"some of {list(known)}, {whose}"
+    expect(not unknown, key, list(names), f"{some}; {unknown} {'is' if len(unknown) == 1 else 'are'} not among them")
+    expect(bool(list(names)), key, list(names), some)
+
+
+def expect_heads(key: str, channels: int, heads_key: str, heads: int) -> None:
+    """``channels``, the value of ``key``, can be shared out among the ``heads`` of an attention."""
+    expect(heads >= 1, heads_key, heads, "a number of at least 1")
+    expect(channels >= 1 and channels % heads == 0, key, channels, f"a multiple of {heads_key}, {heads}")
+
+
+def expect_width(path: str, node: Any) -> None:
+    """``HIDDEN_DIM`` and ``NHEADS`` of the transformer decoder in ``node`` go together, and with sine positions."""
+    expect(node.HIDDEN_DIM % 4 == 0, f"{path}.HIDDEN_DIM", node.HIDDEN_DIM, "a multiple of 4, for its sine positions")
+    expect_heads(f"{path}.HIDDEN_DIM", node.HIDDEN_DIM, f"{path}.NHEADS", node.NHEADS)
+
+
+def expect_pixels(cfg: Any) -> None:
+    """``MODEL.PIXEL_MEAN`` and ``PIXEL_STD`` are of as many channels, and none is divided by nothing."""
+    mean, std = cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD
+    expect(len(mean) == len(std), "MODEL.PIXEL_MEAN", mean, f"a list as long as PIXEL_STD {std}, one for each channel")
+    expect(all(value > 0 for value in std), "MODEL.PIXEL_STD", std, "above 0 in each channel")
+
+
+def expect_norm(key: str, norm: str) -> None:
+    """``norm``, the value of ``key``, is in Detectron2's spelling."""
+    try:
+        get_norm(norm, 32)
+    except KeyError:
+        expect(False, key, norm, "a norm that Detectron2 knows, such as 'GN', 'LN', 'BN', 'SyncBN', 'FrozenBN' or ''")
+
+
+def expect_lengths(path: str, node: Any, first: str, *others: str) -> None:
+    """The lists ``others`` of the config node ``path`` are as long as its list ``first``."""
+    for key in others:
+        expected = f"a list of {len(node[first])} entries, as {first}: one for each stage"
+        expect(len(node[key]) == len(node[first]), f"{path}.{key}", node[key], expected)
