@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -37,7 +38,7 @@ class AdapterOptions(OutputOptions):
 
 
 class Bottleneck(nn.Module):
-    """A(h) = up(ReLU(down(h))), (..., d) -> (..., d); zero at the start."""
+    """A(h) = up(ReLU(down(h))), (..., d) or channels first (N, d, ...), same shape; zero at the start."""
 
     def __init__(self, width: int, hidden: int, tensor_options: Mapping[str, Any]) -> None:
         super().__init__()
@@ -46,8 +47,17 @@ class Bottleneck(nn.Module):
         nn.init.zeros_(self.up.weight)
         nn.init.zeros_(self.up.bias)
 
-    def forward(self, h: Tensor) -> Tensor:
+    def forward(self, h: Tensor, channels_first: bool = False) -> Tensor:
+        if channels_first:
+            return _on_channels(self.up, F.relu(_on_channels(self.down, h)))
         return self.up(F.relu(self.down(h)))
+
+
+def _on_channels(layer: nn.Linear, x: Tensor) -> Tensor:
+    """The layer on axis 1 of x (N, in, ...) -> (N, out, ...), where it lies: moving the axis would copy x twice."""
+    rows = x.flatten(2)
+    weight = layer.weight.expand(len(rows), -1, -1)
+    return torch.baddbmm(layer.bias[:, None], weight, rows).view(len(rows), layer.out_features, *x.shape[2:])
 
 
 class AdapterChain(Part):
@@ -66,13 +76,12 @@ class AdapterChain(Part):
         """h_n for the sublayer's output s; same shape and dtype."""
         check_width(s, self.width, self.name)
         h = match_dtype(s, self.adapters[0].down.weight)  # type: ignore[union-attr, arg-type]
-        if self.width.channels_first:
-            h = h.movedim(1, -1)
+        in_place = self.width.channels_first and h.dim() > 2 and h.is_contiguous()
+        moved = self.width.channels_first and not in_place
+        h = h.movedim(1, -1) if moved else h
         for adapter in self.adapters:
-            h = h + adapter(h)
-        if self.width.channels_first:
-            h = h.movedim(-1, 1)
-        return h.to(s.dtype)
+            h = h + adapter(h, in_place)
+        return (h.movedim(-1, 1) if moved else h).to(s.dtype)
 
 
 class AdapterMixin(Specialised):

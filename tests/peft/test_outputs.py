@@ -4,6 +4,7 @@ are.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -142,15 +143,44 @@ def test_unknown_widths_are_asked_for_and_wrong_ones_are_named() -> None:
         model.act(torch.randn(2, 16))
 
 
-def test_channels_first_is_a_chain_over_channels(disturb: Callable) -> None:
-    model = nn.ModuleDict({"m": nn.Conv2d(3, 8, 3)})
+@pytest.mark.parametrize(
+    ("module", "x"),
+    [
+        (nn.Conv2d(3, 8, 3), torch.randn(2, 3, 6, 7)),
+        (nn.Conv2d(3, 8, 3), torch.randn(2, 3, 6, 7).to(memory_format=torch.channels_last)),
+        (nn.Conv2d(3, 8, 3), torch.randn(0, 3, 6, 7)),
+        (nn.Conv1d(3, 8, 3), torch.randn(2, 3, 6)),
+        (nn.Conv3d(3, 8, 3), torch.randn(2, 3, 4, 6, 5)),
+        (nn.BatchNorm1d(8), torch.randn(5, 8)),
+    ],
+    ids=["image", "channels last", "no image", "sequence", "volume", "vectors"],
+)
+def test_channels_first_is_a_chain_over_channels(module: nn.Module, x: Tensor, disturb: Callable) -> None:
+    model = nn.ModuleDict({"m": module}).double().eval()
     peft.inject(model, [{"NAME": "adapter", "TARGETS": ["m"], "NUM": 2}])
     disturb(model)
-    x = torch.randn(2, 3, 6, 7)
-    with peft.disabled(model):
-        plain = model["m"](x)
-    expected = chain(peft.adapter_state_dict(model), "m", 2, plain.movedim(1, -1)).movedim(-1, 1)
-    torch.testing.assert_close(model["m"](x), expected)
+    runs = []
+    for by_hand in (True, False):
+        given = x.double().requires_grad_()
+        state = {name: t.detach().requires_grad_() for name, t in peft.adapter_state_dict(model).items()}
+        if by_hand:
+            with peft.disabled(model):
+                out = chain(state, "m", 2, model["m"](given).movedim(1, -1)).movedim(-1, 1)
+        else:
+            out = model["m"](given)
+            state = {t.name: t.param for t in peft.trained_parameters(model)}
+        runs.append([out, *torch.autograd.grad(out.square().sum(), [given, *state.values()])])
+    torch.testing.assert_close(*runs, rtol=1e-10, atol=1e-10)
+
+
+def test_channels_first_copies_no_image(operations: Callable) -> None:
+    model = nn.ModuleDict({"m": nn.Conv2d(3, 16, 1)})
+    peft.inject(model, [{"NAME": "adapter", "TARGETS": ["m"], "NUM": 2}])
+    x = torch.randn(2, 3, 12, 10)
+    with operations() as seen:
+        model["m"](x).sum().backward()
+    copies = ("clone", "copy_", "_to_copy", "contiguous")
+    assert not [shape for name, shape in seen.seen if name in copies and math.prod(shape) >= 2 * 16 * 120]
 
 
 def test_mask2former_counts_of_the_paper() -> None:
