@@ -4,7 +4,7 @@
     tools/run_demo.py --output output/demo
 
 Needs no download. Prints a table and writes table.md, curves.png (mask AP over steps) and before_after.png (image,
-truth, the base as it is, the base with its LoRA adapter). An interrupted demo goes on where it stopped.
+truth, the base as it is, the base with its adapters). An interrupted demo goes on where it stopped.
 """
 
 import argparse
@@ -48,9 +48,10 @@ def main() -> None:
     print("\n" + table(results) + "\n")
     (output / "table.md").write_text(table(results) + "\n")
     plot_curves(results, output / "curves.png", "Toy world, from day to night")
+    adapted = output / "2_adapters"
     draw_before_after(
         before=(str(CONFIGS / "base.yaml"), ["MODEL.WEIGHTS", str(BASE_WEIGHTS)]),
-        after=(str(output / "LoRA" / "config.yaml"), ["MODEL.PEFT.WEIGHTS", str(output / "LoRA" / "adapter_final")]),
+        after=(str(adapted / "config.yaml"), ["MODEL.PEFT.WEIGHTS", str(adapted / "adapter_final")]),
         before_classes=toy.DOMAINS["day"].classes,
         target=output / "before_after.png",
     )
