@@ -10,6 +10,10 @@ from detectron2.data import transforms as T
 from fvcore.transforms.transform import Transform
 from PIL import Image
 
+from peft_d2.data.images import DatasetError
+
+_FLIPS = ["horizontal", "vertical", "none"]
+
 
 class KeepsAPixel(T.Augmentation):
     """Another resizing augmentation whose result is at least one pixel wide and high (5000 x 1 images exist)."""
@@ -66,7 +70,7 @@ class SSDColour(T.Augmentation):
     def __init__(self, image_format: str = "BGR") -> None:
         super().__init__()
         if image_format not in ("BGR", "RGB"):
-            raise ValueError(f"INPUT.COLOR_AUG_SSD works on INPUT.FORMAT BGR or RGB, not {image_format!r}.")
+            raise DatasetError(f"INPUT.COLOR_AUG_SSD works on INPUT.FORMAT BGR or RGB, not {image_format!r}.")
         self.image_format = image_format
 
     def get_transform(self, image: np.ndarray) -> Transform:
@@ -154,6 +158,8 @@ def detectron2_recipe(cfg: Any) -> list[Any]:
 
 def _flip(cfg: Any) -> list[Any]:
     kind = cfg.INPUT.RANDOM_FLIP
+    if kind not in _FLIPS:
+        raise DatasetError(f"INPUT.RANDOM_FLIP is {kind!r}; expected one of {_FLIPS}.")
     if kind == "none":
         return []
     return [T.RandomFlip(horizontal=kind == "horizontal", vertical=kind == "vertical")]

@@ -35,8 +35,9 @@ def build_train_loader(cfg: Any, start_iter: int = 0, mapper: Mapper | None = No
     of workers or ranks. ``SEED: -1`` draws a seed, so that order is not restored on resuming.
 
     Raises:
-        DatasetError: no image is left to train on.
-        ValueError: the batch cannot be dealt out; unknown sampler or mapper.
+        DatasetError: no image is left to train on; unknown sampler, or mapper, see
+            :func:`peft_d2.data.mappers.build_mapper`.
+        ValueError: the batch cannot be dealt out.
     """
     register_from_config(cfg)
     records = training_records(cfg)
@@ -165,6 +166,6 @@ def _repeats(cfg: Any, records: Sequence[dict[str, Any]]) -> Sequence[float] | N
             records, cfg.DATALOADER.REPEAT_THRESHOLD
         )
         return factors.tolist()
-    raise ValueError(
+    raise DatasetError(
         f"DATALOADER.SAMPLER_TRAIN {name!r} is not known. Expected TrainingSampler or RepeatFactorTrainingSampler."
     )

@@ -44,7 +44,7 @@ def build_mapper(cfg: Any, records: Sequence[dict[str, Any]]) -> Any:
     for all others. Detectron2's own models always get Detectron2's format.
 
     Raises:
-        ValueError: unknown name, or one that the data set's records cannot feed.
+        DatasetError: an unknown name, or one that the data set's records cannot feed; augmentations that there are not.
     """
     name = cfg.INPUT.get("DATASET_MAPPER_NAME", "")
     origin = _architecture_module(cfg)
@@ -53,7 +53,7 @@ def build_mapper(cfg: Any, records: Sequence[dict[str, Any]]) -> Any:
     elif not name:
         name = _name_by_content(records[0])
     if name not in MAPPERS:
-        raise ValueError(f"INPUT.DATASET_MAPPER_NAME {name!r} is not known. Expected one of {list(MAPPERS)}.")
+        raise DatasetError(f"INPUT.DATASET_MAPPER_NAME {name!r} is not known. Expected one of {list(MAPPERS)}.")
     if name == "detectron2":
         return _detectron2_mapper(cfg, records)
     _require(records[0], name)
@@ -288,12 +288,10 @@ def _name_by_content(record: dict[str, Any]) -> str:
 
 
 def _require(record: dict[str, Any], name: str) -> None:
-    kind = (
-        "instance" if "instance" in name or name == "sam_prompts" else "panoptic" if "panoptic" in name else "semantic"
-    )
-    key = {"instance": "annotations", "panoptic": "pan_seg_file_name", "semantic": "sem_seg_file_name"}[kind]
+    needed = {"panoptic": "pan_seg_file_name", "semantic": "sem_seg_file_name"}
+    key = next((key for kind, key in needed.items() if kind in name), "annotations")
     if key not in record:
-        raise ValueError(
+        raise DatasetError(
             f"INPUT.DATASET_MAPPER_NAME {name!r} needs {key!r} in the data set's records, which hold {sorted(record)}. "
             f"For this data set set it to {_name_by_content(record)!r}."
         )

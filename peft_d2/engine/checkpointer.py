@@ -139,9 +139,8 @@ class Checkpointer(DetectionCheckpointer):
                 "MODEL.PEFT.WEIGHTS."
             )
         try:
-            local = self.path_manager.get_local_path(
-                path.partition("?")[0]
-            )  # "?matching_heuristics=True" is a zoo's hint
+            # "?matching_heuristics=True" behind a path is a zoo's hint.
+            local = self.path_manager.get_local_path(path.partition("?")[0])
         except (OSError, RuntimeError, ValueError) as error:
             raise CheckpointError(
                 f"weights {path!r} cannot be fetched: {error}. Download them and give the file."

@@ -191,12 +191,25 @@ def _add_clipping(cfg: Any, optimizer: torch.optim.Optimizer) -> torch.optim.Opt
 
 
 def build_lr_scheduler(cfg: Any, optimizer: torch.optim.Optimizer) -> Any:
-    """Detectron2's schedules, and ``WarmupPolyLR`` of DeepLab and Mask2Former."""
-    if cfg.SOLVER.LR_SCHEDULER_NAME != "WarmupPolyLR":
-        from detectron2.solver import build_lr_scheduler as build_detectron2_scheduler
+    """Detectron2's schedules, and ``WarmupPolyLR`` of DeepLab and Mask2Former.
 
+    Raises:
+        ConfigError: an unknown schedule or way to warm up, or steps that cannot be.
+    """
+    from detectron2.solver import build_lr_scheduler as build_detectron2_scheduler
+
+    name, warm_up = cfg.SOLVER.LR_SCHEDULER_NAME, cfg.SOLVER.WARMUP_METHOD
+    if warm_up not in ("linear", "constant"):
+        raise ConfigError(f"SOLVER.WARMUP_METHOD is {warm_up!r}; expected 'linear' or 'constant'.")
+    if name == "WarmupPolyLR":
+        return _warmup_poly(cfg, optimizer)
+    try:
         return build_detectron2_scheduler(cfg, optimizer)
-    return _warmup_poly(cfg, optimizer)
+    except ValueError as error:
+        raise ConfigError(
+            f"SOLVER.LR_SCHEDULER_NAME {name!r} with STEPS {cfg.SOLVER.STEPS}: {error}. Expected WarmupPolyLR, "
+            f"WarmupCosineLR, or WarmupMultiStepLR with steps that grow and stay below MAX_ITER {cfg.SOLVER.MAX_ITER}."
+        ) from error
 
 
 def _warmup_poly(cfg: Any, optimizer: torch.optim.Optimizer) -> Any:

@@ -169,7 +169,7 @@ def _worker(
 
 @contextlib.contextmanager
 def _group(layout: Layout, local_rank: int) -> Iterator[None]:
-    """Be one process of the group."""
+    """Be one process of the group; after an error it is left as it is, as the others may not come to take leave."""
     if layout.on_cpu:
         if "OMP_NUM_THREADS" not in os.environ:  # or each process would take all cores
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // layout.processes))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,12 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from torch import nn
 
 import peft_d2
+from peft_d2 import data
 from peft_d2.engine import launch
 from peft_d2.engine.checks import build_model, check_run
 from peft_d2.engine.config import load_config
 from peft_d2.engine.errors import ConfigError
+from peft_d2.engine.optimizer import build_lr_scheduler
 
 from .conftest import DINO, TINY
 
@@ -101,20 +104,37 @@ def test_a_value_that_cannot_be_is_named(config: Path, key: str, value: Any, sai
     assert said in message and key.rpartition(".")[2] in message and "\n" not in message
 
 
-def run(toy_set: Any, folder: Path, *opts: Any) -> None:
-    own = ["--train-json", toy_set.json, "--train-images", toy_set.images, "--config-file", TINY]
-    launch.main([str(item) for item in (*own, "OUTPUT_DIR", folder, *opts)])
+DATA = [
+    ("INPUT.DATASET_MAPPER_NAME", "mask_former", "is not known. Expected one of ['mask_former_instance'"),
+    ("INPUT.DATASET_MAPPER_NAME", "mask_former_panoptic", "needs 'pan_seg_file_name'"),
+    ("INPUT.RANDOM_FLIP", "sideways", "is 'sideways'; expected one of ['horizontal', 'vertical', 'none']"),
+    ("INPUT.FORMAT", "L", "INPUT.COLOR_AUG_SSD works on INPUT.FORMAT BGR or RGB, not 'L'"),
+    ("DATALOADER.SAMPLER_TRAIN", "Sampler", "is not known. Expected TrainingSampler or RepeatFactorTrainingSampler"),
+]
 
 
-def test_a_run_ends_with_that_line(toy_set: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as left:
-        run(toy_set, tmp_path, "MODEL.SWIN.WINDOW_SIZE", 0)
-    error = capfd.readouterr().err
-    assert left.value.code == 1 and "Traceback" not in error
-    assert error.splitlines()[-1] == f"error: MODEL.SWIN.WINDOW_SIZE {AT_LEAST_1}"
+@pytest.mark.parametrize(("key", "value", "said"), DATA)
+def test_data_that_cannot_be_fed(make_cfg: Callable[..., Any], key: str, value: str, said: str) -> None:
+    with pytest.raises(launch.expected_errors(), match=re.escape(said)) as error:
+        data.build_train_loader(make_cfg(key, value))
+    assert key in str(error.value)
 
 
-def test_a_bug_keeps_its_traceback(toy_set: Any, tmp_path: Path) -> None:
+SCHEDULES = [
+    (("SOLVER.LR_SCHEDULER_NAME", "Polynomial"), "'Polynomial' .*: Unknown LR scheduler.* Expected WarmupPolyLR"),
+    (("SOLVER.WARMUP_METHOD", "slow"), "SOLVER.WARMUP_METHOD is 'slow'; expected 'linear' or 'constant'"),
+    (("SOLVER.LR_SCHEDULER_NAME", "WarmupMultiStepLR", "SOLVER.STEPS", "(5, 3)"), r"STEPS \(5, 3\): .*that grow"),
+]
+
+
+@pytest.mark.parametrize(("opts", "said"), SCHEDULES)
+def test_a_schedule_that_cannot_be(opts: tuple[str, ...], said: str) -> None:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    with pytest.raises(ConfigError, match=said):
+        build_lr_scheduler(load_config(str(TINY), opts=opts).cfg, optimizer)
+
+
+def test_a_bug_keeps_its_traceback() -> None:
     """A ValueError, or a registry's KeyError for something else, that nobody expects."""
 
     class WithBug(nn.Module):

@@ -258,6 +258,8 @@ BAD = {
     "device": (["MODEL.DEVICE", "gpu"], "MODEL.DEVICE is 'gpu'; expected 'cpu'"),
     "test set": (["DATASETS.TEST", "('nope',)"], "DATASETS.TEST: data set 'nope' is not registered"),
     "model": (["MODEL.META_ARCHITECTURE", "MaskFromer"], ": 'MaskFromer' is not registered .*MaskFormer"),
+    "size": (["MODEL.SWIN.WINDOW_SIZE", "0"], "MODEL.SWIN.WINDOW_SIZE is 0; it should be a number of at least 1"),
+    "mapper": (["INPUT.DATASET_MAPPER_NAME", "nope"], "DATASET_MAPPER_NAME 'nope' is not known"),
     "batch": (["SOLVER.IMS_PER_BATCH", "0"], "IMS_PER_BATCH 0 cannot be dealt out"),
     "steps": (["SOLVER.MAX_ITER", "0"], "SOLVER.MAX_ITER is 0"),
     "rate": (["SOLVER.BASE_LR", "-1"], "SOLVER.BASE_LR is -1.0"),
