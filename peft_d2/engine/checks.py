@@ -15,6 +15,7 @@ from peft_d2.engine.classes import check_class_count
 from peft_d2.engine.config import leaves
 from peft_d2.engine.errors import ConfigError
 
+_RESNET_BUILDERS = {"build_resnet_backbone", "build_resnet_fpn_backbone", "build_retinanet_resnet_fpn_backbone"}
 _RESNETS = [18, 34, 50, 101, 152]
 _RESNET_MAPS = ["stem", "res2", "res3", "res4", "res5"]
 
@@ -68,8 +69,8 @@ def build_model(cfg: Any) -> nn.Module:
     """Detectron2's ``build_model``.
 
     Raises:
-        ConfigError: the config names something that is not registered, or a ResNet that there is not.
-        ModelConfigError: other values that one of our models cannot be built with.
+        ConfigError: the config names something that is not registered.
+        ModelConfigError: values that one of our models, or a ResNet, cannot be built with.
     """
     from detectron2 import modeling
 
@@ -94,20 +95,16 @@ def build_model(cfg: Any) -> nn.Module:
 
 def _check_resnet(cfg: Any) -> None:
     """Detectron2 answers a ResNet that it cannot build with a bare KeyError or assertion."""
-    from peft_d2.models.checks import expect_norm
+    from peft_d2.models.checks import expect, expect_norm, expect_some_of
 
-    node = cfg.MODEL.RESNETS
-    if "resnet" not in cfg.MODEL.BACKBONE.NAME:
+    node, path = cfg.MODEL.RESNETS, "MODEL.RESNETS"
+    if not {cfg.MODEL.BACKBONE.NAME, cfg.MODEL.FPN.get("BOTTOM_UP", "")} & _RESNET_BUILDERS:
         return
-    if node.DEPTH not in _RESNETS:
-        raise ConfigError(f"MODEL.RESNETS.DEPTH is {node.DEPTH}; expected one of {_RESNETS}.")
-    if node.DEPTH < 50 and node.RES2_OUT_CHANNELS != 64:
-        raise ConfigError(
-            f"MODEL.RESNETS.RES2_OUT_CHANNELS is {node.RES2_OUT_CHANNELS}; expected 64 for DEPTH {node.DEPTH}."
-        )
-    expect_norm("MODEL.RESNETS.NORM", node.NORM)
-    if unknown := [name for name in node.OUT_FEATURES if name not in _RESNET_MAPS]:
-        raise ConfigError(f"MODEL.RESNETS.OUT_FEATURES has {unknown}; expected some of {_RESNET_MAPS}.")
+    expect(node.DEPTH in _RESNETS, f"{path}.DEPTH", node.DEPTH, f"one of {_RESNETS}")
+    narrow = node.DEPTH >= 50 or node.RES2_OUT_CHANNELS == 64
+    expect(narrow, f"{path}.RES2_OUT_CHANNELS", node.RES2_OUT_CHANNELS, f"64 for DEPTH {node.DEPTH}")
+    expect_norm(f"{path}.NORM", node.NORM)
+    expect_some_of(f"{path}.OUT_FEATURES", node.OUT_FEATURES, _RESNET_MAPS, "a ResNet's maps")
 
 
 def _check_names(cfg: Any, needed: str) -> None:

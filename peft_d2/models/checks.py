@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from detectron2.layers import get_norm
@@ -30,12 +30,12 @@ def expect_share(path: str, node: Any, *keys: str) -> None:
         expect(0 <= node[key] <= 1, f"{path}.{key}", node[key], "between 0 and 1")
 
 
-def expect_some_of(key: str, names: Iterable[str], known: Collection[str], whose: str) -> None:
+def expect_some_of(key: str, names: Sequence[str], known: Collection[str], whose: str) -> None:
     """``names``, the value of ``key``, is not empty and names only what is ``known``; ``whose`` says what that is."""
     unknown = [name for name in names if name not in known]
     some = f"some of {list(known)}, {whose}"
     expect(not unknown, key, list(names), f"{some}; {unknown} {'is' if len(unknown) == 1 else 'are'} not among them")
-    expect(bool(list(names)), key, list(names), some)
+    expect(len(names) > 0, key, list(names), some)
 
 
 def expect_heads(key: str, channels: int, heads_key: str, heads: int) -> None:

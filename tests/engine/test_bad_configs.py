@@ -87,10 +87,10 @@ BAD: list[tuple[Path, str, Any, str]] = [
     (SAM, "MODEL.SAM.DECODER_HEADS", 3, "MODEL.SAM.OUT_CHANNELS is 256; it should be a multiple of 24"),
     (SAM, "MODEL.SAM.GLOBAL_BLOCKS", [99], "is [99]; it should be numbers of the 12 blocks, from 0"),
     (SEEM, "MODEL.BACKBONE.FOCAL.FOCAL_LEVELS", [3], "is [3]; it should be a list of 4 entries, as DEPTHS"),
-    (R50, "MODEL.RESNETS.DEPTH", 17, "is 17; expected one of [18, 34, 50, 101, 152]"),
-    (R50, "MODEL.RESNETS.DEPTH", 18, "RES2_OUT_CHANNELS is 256; expected 64 for DEPTH 18"),
+    (R50, "MODEL.RESNETS.DEPTH", 17, "is 17; it should be one of [18, 34, 50, 101, 152]"),
+    (R50, "MODEL.RESNETS.DEPTH", 18, "RES2_OUT_CHANNELS is 256; it should be 64 for DEPTH 18"),
     (R50, "MODEL.RESNETS.NORM", "XN", "is 'XN'; it should be a norm that Detectron2 knows"),
-    (R50, "MODEL.RESNETS.OUT_FEATURES", ["res9"], "has ['res9']; expected some of ['stem', 'res2'"),
+    (R50, "MODEL.RESNETS.OUT_FEATURES", ["res9"], "is ['res9']; it should be some of ['stem', 'res2'"),
 ]
 
 
