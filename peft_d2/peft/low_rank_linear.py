@@ -20,9 +20,9 @@ def saves_passes(x: Tensor, weight: Tensor, a: Tensor) -> bool:
 
     It passes over the weight (out, in) where the branch passes over ``x`` and the output: on CPUs it wins from four
     times out in / (out + in) rows on. Weights below float32, autocast's included, would swallow small changes.
-    Compilers fuse the branch's passes, and would tie a graph to the number of rows.
+    Compilers fuse the branch's passes, and would tie a graph to the number of rows; a traced graph cannot hold it.
     """
-    if torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_autocast_enabled(x.device.type):
         return False
     if not x.dtype == weight.dtype == a.dtype or x.dtype not in (torch.float32, torch.float64):
         return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Callable
 from typing import Any
@@ -115,6 +116,17 @@ def test_the_start_is_the_base_bit_for_bit(parts: list[str]) -> None:
     peft.inject(nn.ModuleDict({"m": base}), [{"NAME": "lora", "TARGETS": ["m"], "RANK": 2, "PARTS": parts}])
     assert saves_passes(x, base.weight, torch.empty(2, 16))
     torch.testing.assert_close(base(x), expected, rtol=0, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+def test_traced_models_can_be_saved(disturb: Callable) -> None:
+    model = nn.ModuleDict({"m": nn.Linear(8, 24)})
+    peft.inject(model, [{"NAME": "lora", "TARGETS": ["m"], "RANK": 2}])
+    disturb(model)
+    x, file = torch.randn(200, 8), io.BytesIO()
+    torch.jit.save(torch.jit.trace(model["m"], (x,)), file)
+    file.seek(0)
+    torch.testing.assert_close(torch.jit.load(file)(x), model["m"](x))
 
 
 def test_nothing_wide_is_passed_over_or_kept(operations: Callable) -> None:
