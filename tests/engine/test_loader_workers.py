@@ -71,6 +71,7 @@ def any_iterable(cfg: Any, mapper: Mapper) -> Iterator[Any]:
         yield batch[::-1]
 
 
+WAITING = "it is interrupted while it waits for data"
 LOADERS = (own, detectron2s, persistent, any_iterable)
 
 
@@ -81,29 +82,35 @@ class Ending(HookBase):
         self.how = how
 
     def before_step(self) -> None:
-        if self.how == "a step fails":
-            raise ArithmeticError
         if self.how == "SIGTERM":
             os.kill(os.getpid(), signal.SIGTERM)
-        if self.how == "it is interrupted while it waits for data":
-            signal.signal(signal.SIGALRM, signal.default_int_handler)
+        if self.how == WAITING:
+            self.handler = signal.signal(signal.SIGALRM, signal.default_int_handler)
             signal.setitimer(signal.ITIMER_REAL, 0.2)
+
+    def after_step(self) -> None:
+        if self.how == "a step fails":
+            raise ArithmeticError
+
+    def after_train(self) -> None:
+        if self.how == WAITING:
+            signal.signal(signal.SIGALRM, self.handler)
 
 
 def mapped(record: dict[str, Any], how: str) -> dict[str, Any]:
     if how == "the data fails":
         raise DatasetError("defective")
-    if how == "it is interrupted while it waits for data":
+    if how == WAITING:
         time.sleep(0.7)
     return record
 
 
-ENDINGS = {
-    "it succeeds": contextlib.nullcontext(),
-    "the data fails": pytest.raises(DatasetError),
-    "it is interrupted while it waits for data": pytest.raises(KeyboardInterrupt),
-    "a step fails": pytest.raises(ArithmeticError),
-    "SIGTERM": pytest.raises(SystemExit),
+ENDINGS: dict[str, type[BaseException] | None] = {
+    "it succeeds": None,
+    "the data fails": DatasetError,
+    WAITING: KeyboardInterrupt,
+    "a step fails": ArithmeticError,
+    "SIGTERM": SystemExit,
 }
 
 
@@ -137,11 +144,12 @@ def test_no_worker_outlives_its_training(
             yield batch
 
     before = multiprocessing.active_children()
-    with ENDINGS[how] as error:  # holds the error's traceback, as a caller's `except` does
+    expected = ENDINGS[how]
+    with pytest.raises(expected) if expected else contextlib.nullcontext() as error:  # which holds the traceback
         trainer_of(make_cfg(), build, Ending(how)).train()
     assert multiprocessing.active_children() == before, error
     assert all(number == len(before) + 2 for number in started)
-    assert started or how in ("the data fails", "it is interrupted while it waits for data", "a step fails")
+    assert started or how in ("the data fails", WAITING)
     if loader is persistent and how == "it succeeds":
         with data.workers_ended():
             assert len(next(iter(kept[0]))) == 2  # it can be used again
@@ -179,7 +187,7 @@ sys.path.insert(0, {str(Path(__file__).parents[2])!r})
 import peft_d2, torch
 from functools import partial
 from peft_d2.engine.config import load_config
-from tests.engine.test_loader_workers import Ending, any_iterable, mapped, trainer_of
+from tests.engine.test_loader_workers import any_iterable, mapped, trainer_of
 torch.set_num_threads(1)
 peft_d2.register()
 cfg = load_config({str(tmp_path / "config.yaml")!r}).cfg
