@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import traceback
+
 
 class ConfigError(ValueError):
     """A config that cannot be right; the message names the key, what was expected and the remedy."""
@@ -16,16 +18,26 @@ class WorkerDied(RuntimeError):
 
 
 def named(error: Exception) -> Exception:
-    """The error, or the `WorkerDied` that stands for torch's message about a loader's worker.
+    """The error, or the `WorkerDied` that stands for what torch says of a loader's worker that was killed.
 
-    torch raises it from a signal handler, so it may come out of any line of the training.
+    torch says so from a signal handler, out of any line of the training; where the loader is just then taking a batch
+    from that worker, the connection fails first.
     """
-    if not (isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker (pid")):
+    said = str(error).partition(". ")[0].rstrip(".")
+    if isinstance(error, ConnectionError | EOFError) and _passed(error, "torch.utils.data.dataloader"):
+        said = f"{type(error).__name__}: {said}" if said else type(error).__name__
+    elif not (isinstance(error, RuntimeError) and said.startswith("DataLoader worker (pid")):
         return error
     return WorkerDied(
-        f"a process that loads data was killed ({str(error).partition('. ')[0].rstrip('.')}): most often, the machine "
-        "is out of memory. The last checkpoint is good: run again with --resume, and with fewer DATALOADER.NUM_WORKERS."
+        f"a process that loads data was killed ({said}): most often, the machine is out of memory. "
+        "The last checkpoint is good: run again with --resume, and with fewer DATALOADER.NUM_WORKERS."
     )
+
+
+def _passed(error: Exception, module: str) -> bool:
+    """Whether the error came through a function of `module`."""
+    frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
+    return any(frame.f_globals.get("__name__") == module for frame in frames)
 
 
 def message_of(error: Exception) -> str:
