@@ -28,7 +28,8 @@ def check_run(cfg: Any, evaluate: bool) -> None:
         evaluate: nothing is trained.
 
     Raises:
-        ConfigError: no, unknown or defective data sets; impossible numbers; a folder that cannot be written.
+        ConfigError: no, unknown or defective data sets, or such that nothing can evaluate; impossible numbers; a folder
+            that cannot be written.
     """
     _check_names(cfg, "TEST" if evaluate else "TRAIN")
     if not evaluate:
@@ -41,6 +42,7 @@ def check_run(cfg: Any, evaluate: bool) -> None:
             raise ConfigError(f"SOLVER.BASE_LR is {cfg.SOLVER.BASE_LR}; expected 0 or more.")
     try:
         evaluation.check_augmentation(cfg)
+        evaluation.check_evaluators(cfg)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     _check_annotations(cfg)

@@ -10,6 +10,7 @@ from typing import Any
 
 _EXPORTS = {
     "build_evaluator": "build",
+    "check_evaluators": "build",
     "FastCOCOEvaluator": "coco",
     "FastLVISEvaluator": "lvis",
     "PanopticQualityEvaluator": "panoptic",

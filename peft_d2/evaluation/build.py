@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from detectron2.data import MetadataCatalog
@@ -37,34 +39,50 @@ def build_evaluator(cfg: Any, dataset_name: str, output_folder: str | None) -> D
         ValueError: no evaluator is known for the data set.
     """
     register_from_config(cfg)
-    kind = MetadataCatalog.get(dataset_name).get("evaluator_type", "")
+    found = [make() for make in _makers(cfg, dataset_name, output_folder)]
+    return found[0] if len(found) == 1 else DatasetEvaluators(found)
+
+
+def check_evaluators(cfg: Any) -> None:
+    """Refuse test sets that :func:`build_evaluator` would refuse, without reading any.
+
+    Raises:
+        ValueError: no evaluator is known for a data set.
+    """
+    for name in cfg.DATASETS.TEST:
+        _makers(cfg, name, None)
+
+
+def _makers(cfg: Any, name: str, folder: str | None) -> list[Callable[[], DatasetEvaluator]]:
+    """What makes the evaluators; most read the data set when they are made."""
+    kind = MetadataCatalog.get(name).get("evaluator_type", "")
     test = outputs_node(cfg)
     instance, semantic, panoptic = (
         True if test is None else bool(test[key]) for key in ("INSTANCE_ON", "SEMANTIC_ON", "PANOPTIC_ON")
     )
-    found: list[DatasetEvaluator] = []
+    found: list[Callable[[], DatasetEvaluator]] = []
     if kind in _SEMANTIC and (semantic or kind == "sem_seg"):
-        found.append(SemSegEvaluator(dataset_name, distributed=True, output_dir=output_folder))
+        found.append(partial(SemSegEvaluator, name, distributed=True, output_dir=folder))
     if kind == "coco" and _base_architecture(cfg) == "PD2SegmentAnything" and not cfg.INPUT.PROMPTS.DETECTIONS:
-        found.append(PromptedMaskEvaluator(dataset_name))
+        found.append(partial(PromptedMaskEvaluator, name))
     if kind in _INSTANCE and (instance or kind == "coco"):
-        found.append(FastCOCOEvaluator(dataset_name, output_dir=output_folder, report=cfg.TEST.get("REPORT", False)))
+        found.append(partial(FastCOCOEvaluator, name, output_dir=folder, report=cfg.TEST.get("REPORT", False)))
     if kind in _PANOPTIC and panoptic:
-        found.append(PanopticQualityEvaluator(dataset_name))
+        found.append(partial(PanopticQualityEvaluator, name))
     if kind == "cityscapes_instance" or (kind == "cityscapes_panoptic_seg" and instance):
-        found.append(CityscapesInstanceEvaluator(dataset_name))
+        found.append(partial(CityscapesInstanceEvaluator, name))
     if kind == "cityscapes_sem_seg" or (kind == "cityscapes_panoptic_seg" and semantic):
-        found.append(CityscapesSemSegEvaluator(dataset_name))
+        found.append(partial(CityscapesSemSegEvaluator, name))
     if kind == "lvis":
-        found.append(FastLVISEvaluator(dataset_name, output_dir=output_folder))
+        found.append(partial(FastLVISEvaluator, name, output_dir=folder))
     if kind == "pascal_voc":
-        found.append(PascalVOCDetectionEvaluator(dataset_name))
+        found.append(partial(PascalVOCDetectionEvaluator, name))
     if not found:
         raise ValueError(
-            f"data set {dataset_name!r}: no evaluator for its evaluator_type {kind!r}. Set it with "
-            f"MetadataCatalog.get({dataset_name!r}).set(evaluator_type=...), 'coco' for COCO-format instances."
+            f"data set {name!r}: no evaluator for its evaluator_type {kind!r}. Set it with "
+            f"MetadataCatalog.get({name!r}).set(evaluator_type=...), 'coco' for COCO-format instances."
         )
-    return found[0] if len(found) == 1 else DatasetEvaluators(found)
+    return found
 
 
 def outputs_node(cfg: Any) -> Any:

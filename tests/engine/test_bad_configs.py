@@ -165,6 +165,16 @@ def test_more_classes_than_the_model_has(tmp_path: Path) -> None:
         check_run(cfg, evaluate=False)
 
 
+def test_a_test_set_that_nothing_evaluates(make_cfg: Callable[..., Any], tmp_path: Path) -> None:
+    """Said before the training, not after it."""
+    if "of_no_kind" not in DatasetCatalog:
+        DatasetCatalog.register("of_no_kind", lambda: [])
+    cfg = make_cfg()
+    cfg.DATASETS.TEST = ("of_no_kind",)
+    with pytest.raises(ConfigError, match="'of_no_kind': no evaluator for its evaluator_type ''"):
+        check_run(cfg, evaluate=False)
+
+
 @pytest.mark.parametrize("name", ["my set", "a/b", "..", "-x", ""])
 def test_names_of_data_sets_that_could_not_name_a_folder(toy_set: Any, tmp_path: Path, name: str) -> None:
     opts = ["DATASETS.REGISTER", str([{"NAME": name, "JSON": str(toy_set.json), "IMAGES": str(toy_set.images)}])]
