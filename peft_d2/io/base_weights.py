@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from peft_d2.io import caffe2_names
+from peft_d2.io import caffe2_names, torchvision_names
 from peft_d2.io.checkpoint import Checkpoint, CheckpointError, read_checkpoint
 
 __all__ = [
@@ -103,8 +103,8 @@ def load_base(
         logger: where the report goes; the module's own logger when None.
 
     Raises:
-        CheckpointError: a tensor of the model is not in the file, or has another shape there. The model is then
-            unchanged.
+        CheckpointError: a tensor of the model is not in the file, or has another shape there, or would mean something
+            else. The model is then unchanged.
     """
     if not isinstance(checkpoint, Checkpoint):
         checkpoint = read_checkpoint(checkpoint)
@@ -151,6 +151,10 @@ def _named_as_in_model(
     state = dict(checkpoint.state)
     if checkpoint.metadata.get("__author__") == "Caffe2":
         state = caffe2_names.to_detectron2(state)
+    elif torchvision_names.is_torchvision(state) and not any(name.endswith("layer1.0.conv1.weight") for name in own):
+        if problem := torchvision_names.misfit(model):
+            raise CheckpointError(f"{checkpoint.path} is a ResNet of torchvision's make, and {problem}")
+        state = torchvision_names.to_detectron2(state)
     upgrade: Any = getattr(model, "upgrade_state_dict", None)
     if upgrade is not None:
         state = upgrade(state)
