@@ -178,14 +178,11 @@ COCO_LIKE = ("coco polygons", "coco run lengths", "coco compressed", "lvis", "vi
 
 
 @pytest.fixture
-def made(request, tmp_path, monkeypatch):
+def made(request, tmp_path, monkeypatch, one_thread):
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     _forget()
     yield FORMATS[request.param](tmp_path)
     _forget()
-    torch.set_num_threads(threads)
 
 
 def _forget():
