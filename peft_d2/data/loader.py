@@ -9,6 +9,7 @@ import signal
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from peft_d2.data.order import BatchOrder, Draw, sample_seed
 from peft_d2.data.registration import register_from_config
 
 Mapper = Callable[[dict[str, Any]], "dict[str, Any] | None"]
+_WORKERS_ARE_ENDED: ContextVar[bool] = ContextVar("workers are ended", default=False)
 logger = logging.getLogger(__name__)
 
 
@@ -53,7 +55,7 @@ def build_train_loader(cfg: Any, start_iter: int = 0, mapper: Mapper | None = No
         _Samples(DatasetFromList(records, copy=False), mapper or build_mapper(cfg, records), seed),
         batch_sampler=order,
         num_workers=cfg.DATALOADER.NUM_WORKERS,
-        worker_init_fn=_outlive_sigterm,
+        worker_init_fn=_outlive_sigterm if _WORKERS_ARE_ENDED.get() else None,
         collate_fn=_as_list,
         generator=torch.Generator().manual_seed(seed),  # or iter() would draw from the training's random numbers
     )
@@ -69,12 +71,15 @@ def build_test_loader(cfg: Any, name: str) -> DataLoader:
 def workers_ended() -> Iterator[None]:
     """At its end, by an error too, the processes end that torch's loaders started inside, whoever made the loaders.
 
-    To let go of a loader is not enough: an error's traceback may hold its iterator, and its processes with it.
+    To let go of a loader is not enough: an error's traceback may hold its iterator, and its processes with it. As they
+    are sure to end, those of :func:`build_train_loader` go on after a SIGTERM, so that a training can end its step.
     """
     before = weakref.WeakSet(_alive(_MultiProcessingDataLoaderIter))
+    token = _WORKERS_ARE_ENDED.set(True)
     try:
         yield
     finally:
+        _WORKERS_ARE_ENDED.reset(token)
         loaders = _alive(DataLoader)
         ended = {iterator for iterator in _alive(_MultiProcessingDataLoaderIter) if iterator not in before}
         for iterator in ended:

@@ -13,7 +13,7 @@ pytest.importorskip("detectron2", reason="needs Detectron2")
 
 from detectron2.data import DatasetCatalog, MetadataCatalog  # noqa: E402
 
-from peft_d2.data import build_test_loader, build_train_loader, class_names, toy  # noqa: E402
+from peft_d2.data import build_test_loader, build_train_loader, class_names, toy, workers_ended  # noqa: E402
 from peft_d2.data.checks import DatasetError, check_coco, check_datasets  # noqa: E402
 from peft_d2.data.pictures import contact_sheet  # noqa: E402
 from peft_d2.data.segmentation import mask_to_compressed_rle  # noqa: E402
@@ -82,7 +82,8 @@ def sample(make_cfg, tmp_path):
         if check:
             check_datasets(cfg)
         load.cfg = cfg
-        return next(iter(build_train_loader(cfg)))[0]
+        with workers_ended():
+            return next(iter(build_train_loader(cfg)))[0]
 
     yield load
     for catalog in (DatasetCatalog, MetadataCatalog):
@@ -157,7 +158,7 @@ def test_what_breaks_while_training_names_the_file(sample, tmp_path, kind, worke
     last = str(caught.value).strip().splitlines()[-1]  # the lines before are the worker's traceback
     assert str(tmp_path / "b c.png") in last and "DatasetError: DatasetError" not in last
     if kind != "mask":
-        with pytest.raises(DatasetError, match="b c.png"):
+        with pytest.raises(DatasetError, match="b c.png"), workers_ended():
             next(iter(build_test_loader(sample.cfg, sample.cfg.DATASETS.TEST[0])))
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextvars
 import json
+import multiprocessing
 from itertools import islice
 
 import pytest
@@ -12,7 +14,7 @@ pytest.importorskip("detectron2", reason="needs Detectron2")
 
 from detectron2.utils import comm  # noqa: E402
 
-from peft_d2.data import build_test_loader, build_train_loader, toy  # noqa: E402
+from peft_d2.data import build_test_loader, build_train_loader, toy, workers_ended  # noqa: E402
 
 
 def _flat(batches):
@@ -114,3 +116,24 @@ def test_test_loader_is_in_order_and_resizes(make_cfg, toy_set):
     assert batches[0][0]["image"].shape == (3, 96, 96)
     cfg.TEST.TILES.ENABLED = True
     assert next(iter(build_test_loader(cfg, cfg.DATASETS.TEST[0])))[0]["image"].shape == (3, 64, 64)
+
+
+@pytest.mark.parametrize("ended", [True, False])
+def test_a_worker_outlives_sigterm_only_where_it_is_sure_to_be_ended(make_cfg, toy_set, ended):
+    """Elsewhere a loader that is let go of in a cycle leaves it to SIGTERM to end its workers."""
+    cfg = make_cfg(toy_set)
+    cfg.DATALOADER.NUM_WORKERS = 1
+    before = set(multiprocessing.active_children())
+    with workers_ended():
+        if ended:
+            batches = iter(build_train_loader(cfg))
+        else:
+            batches = contextvars.Context().run(lambda: iter(build_train_loader(cfg)))
+        next(batches)
+        (worker,) = set(multiprocessing.active_children()) - before
+        worker.terminate()
+        worker.join(1 if ended else 20)
+        assert worker.is_alive() == ended
+        if ended:
+            assert len(next(batches)) == cfg.SOLVER.IMS_PER_BATCH
+    assert not worker.is_alive()
