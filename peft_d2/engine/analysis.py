@@ -166,21 +166,13 @@ class _Peer:
     def __init__(self, name: str, peft_config: str, args: argparse.Namespace, backend: str = "") -> None:
         context = multiprocessing.get_context("spawn")
         self.name = name
-        self.backend = backend
         self.twin = _Peer(f"{name}, twin", peft_config, args, "torch") if args.twin and not backend else None
         self.times: dict[str, list[float]] = {"step": [], "infer": [], "merged": []}
         self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, peft_config, args), daemon=True)
+        self._process = context.Process(target=_serve, args=(theirs, peft_config, args, backend), daemon=True)
 
     def __enter__(self) -> _Peer:
-        before = os.environ.copy()
-        if self.backend:
-            os.environ["PEFT_D2_BACKEND"] = self.backend  # which the new process reads as it imports the operator
-        try:
-            self._process.start()
-        finally:
-            os.environ.clear()
-            os.environ.update(before)
+        self._process.start()
         if self.twin is not None:
             self.twin.__enter__()
         return self
@@ -225,9 +217,11 @@ class _Peer:
         )
 
 
-def _serve(connection: Connection, peft_config: str, args: argparse.Namespace) -> None:
+def _serve(connection: Connection, peft_config: str, args: argparse.Namespace, backend: str) -> None:
     """The other side: build the case, then answer one question after another."""
     logging.disable(logging.WARNING)
+    if backend:
+        os.environ["PEFT_D2_BACKEND"] = backend  # read as the operator is imported, which building a model does
     case: Case | None = None
     while True:
         question = connection.recv()
@@ -309,7 +303,7 @@ class Case:
         """The backend of deformable attention."""
         from peft_d2 import ops
 
-        return ops.default_backend("cuda" if self._on_gpu() else self.cfg.MODEL.DEVICE)
+        return ops.default_backend(self.cfg.MODEL.DEVICE.partition(":")[0])
 
     def figures(self) -> dict[str, Any]:
         """What is counted, not timed."""

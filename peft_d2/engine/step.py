@@ -72,9 +72,12 @@ class LazyLoader:
             return self._ahead.pop()
         if self._batches is None:
             self._batches = iter(self._build())
-        for batch in self._batches:
-            return batch
-        raise RuntimeError("the training's data loader has no more batches: it must go on without end, epoch by epoch.")
+        try:
+            return next(self._batches)
+        except StopIteration:
+            raise RuntimeError(
+                "the training's data loader has no more batches: it must go on without end, epoch by epoch."
+            ) from None
 
 
 class TrainStep(SimpleTrainer):
