@@ -52,6 +52,12 @@ struct Gradients {
   void* reference;  // (N, Q, M, L, 2|4) in the accumulation type, one part a head; null when not asked for
 };
 
+// Whether a level of height x width pixels from row `start` on lies within s rows; no sum or product can overflow.
+PEFT_D2_INLINE bool level_fits(int64_t height, int64_t width, int64_t start, int64_t s) {
+  if (height < 0 || width < 0 || start < 0 || height > s || width > s || start > s) return false;
+  return width == 0 || height <= (s - start) / width;
+}
+
 // One axis of a query's frame on one level.
 template <typename A>
 PEFT_D2_INLINE A frame_origin(A reference, A size, int64_t reference_size) {

@@ -40,18 +40,19 @@ class _Awaited:
 def save_adapter(
     model: nn.Module, folder: str | os.PathLike[str], metrics: Mapping[str, Any] | None = None, name: str | None = None
 ) -> None:
-    """Write an adapter and the modules trained in full, replacing the folder as a whole.
+    """Write an adapter and the modules trained in full; an earlier adapter in that folder is replaced as a whole.
 
     Args:
         model: a model that was injected; merged or not, the base's fingerprint is that of the unmerged one.
-        folder: where to write `adapter_model.safetensors`, `adapter_config.json` and `peft_d2.json`.
+        folder: where to write `adapter_model.safetensors`, `adapter_config.json` and `peft_d2.json`: a new folder, an
+            empty one, or one that holds nothing but these three.
         metrics: what was measured, stored with it.
         name: which adapter; the active one when None.
 
     Raises:
         ValueError: the model has no injection.
         InjectionError: the model is a wrapper around one that has none.
-        peft_d2.io.StorageError: the disk is full; what was there before stays.
+        peft_d2.io.StorageError: the folder holds other files, or the disk is full; what was there before stays.
     """
     model = _root(model)
     injection = peft.get_injection(model)

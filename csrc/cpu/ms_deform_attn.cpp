@@ -36,7 +36,7 @@ void check_levels(const Problem& p) {
     const int64_t height = p.spatial_shapes[2 * level], width = p.spatial_shapes[2 * level + 1];
     const int64_t start = p.level_start_index[level];
     STD_TORCH_CHECK(
-        height >= 0 && width >= 0 && start >= 0 && height <= p.s && width <= p.s && start + height * width <= p.s,
+        level_fits(height, width, start, p.s),
         "ms_deform_attn: level ", level, " is ", height, " x ", width, " from row ", start, " on, but value has S = ", p.s,
         " rows; spatial_shapes and level_start_index should lie within them");
     rows += height * width;

@@ -43,8 +43,7 @@ PEFT_D2_DEVICE const Level* load_levels(const Problem& p, unsigned char* memory)
   Level* levels = reinterpret_cast<Level*>(memory);
   for (int64_t i = threadIdx.x; i < p.levels; i += blockDim.x) {
     const int64_t height = p.spatial_shapes[2 * i], width = p.spatial_shapes[2 * i + 1], start = p.level_start_index[i];
-    const bool fits = height >= 0 && width >= 0 && start >= 0 && height <= p.s && width <= p.s && start + height * width <= p.s;
-    if (!fits) {
+    if (!level_fits(height, width, start, p.s)) {
       printf("ms_deform_attn: level %d lies outside value; check spatial_shapes and level_start_index\n", int(i));
       __trap();
     }

@@ -32,6 +32,7 @@ from peft_d2.io import atomic
 
 _ADE20K_SPLITS = {"train": "training", "val": "validation"}
 _UNLABELLED = 255
+_IMAGES = ("*.png",)  # what a converted folder consists of, and may therefore be replaced with
 
 
 def convert_ade20k(source: str | Path, workers: int = 1) -> dict[str, int]:
@@ -55,7 +56,7 @@ def convert_ade20k(source: str | Path, workers: int = 1) -> dict[str, int]:
         if not images:
             raise FileNotFoundError(f"{source / 'images' / long}: expected *.jpg files, found none.")
         labels = require_folder(source / "annotations" / long, "the semantic labels of ADE20K")
-        with atomic.folder(source / "annotations_detectron2" / long) as folder:
+        with atomic.folder(source / "annotations_detectron2" / long, _IMAGES) as folder:
             _in_parallel(partial(_shift_labels, labels, folder), [image.stem for image in images], workers)
         counts[str(source / "annotations_detectron2" / long)] = len(images)
         if (source / "annotations_instance").is_dir():
@@ -108,7 +109,7 @@ def _ade20k_panoptic(
     categories = panoptic_categories(name)
     stuff = [category["id"] for category in categories if not category["isthing"]]
     things = [number for number, _ in ade20k_instance_categories()]
-    with atomic.folder(source / name) as folder:
+    with atomic.folder(source / name, _IMAGES) as folder:
         work = partial(_panoptic_image, labels, instances, folder, stuff, things)
         segments = _in_parallel(work, images, workers)
     data: dict[str, Any] = {"images": [], "annotations": [], "categories": categories}
@@ -165,7 +166,7 @@ def convert_coco_panoptic(source: str | Path, workers: int = 1) -> dict[str, int
             continue
         images = require_folder(source / f"panoptic_{split}2017", f"the images of {path.name}, unpacked")
         annotations = read_json(path)["annotations"]
-        with atomic.folder(source / f"panoptic_semseg_{split}2017") as folder:
+        with atomic.folder(source / f"panoptic_semseg_{split}2017", _IMAGES) as folder:
             _in_parallel(partial(_panoptic_classes, images, folder, places), annotations, workers)
         counts[str(source / f"panoptic_semseg_{split}2017")] = len(annotations)
     if not counts:
@@ -208,7 +209,7 @@ def convert_cityscapes(source: str | Path, workers: int = 1) -> dict[str, int]:
         name = f"cityscapes_panoptic_{split}"
         with tempfile.TemporaryDirectory(dir=truth, prefix=".panoptic-") as work:
             panoptic.convert2panoptic(str(truth), work, False, [split])
-            with atomic.folder(truth / name) as images:
+            with atomic.folder(truth / name, _IMAGES) as images:
                 for path in Path(work, name).iterdir():
                     os.replace(path, images / path.name)
             with atomic.file(truth / f"{name}.json") as annotations:

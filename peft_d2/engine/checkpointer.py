@@ -21,6 +21,7 @@ from peft_d2 import adapters, peft
 from peft_d2.io import CheckpointError, adapter_file, atomic, base_weights
 
 TRAINING_STATE = "training_state.pth"
+_CHECKPOINT_FILES = (*adapter_file.FILES, TRAINING_STATE)
 LAST = "last_checkpoint"
 _NAME = re.compile(r"(adapter|model)_(\d{7}|final)(\.pth)?")
 logger = logging.getLogger(__name__)
@@ -68,7 +69,7 @@ class Checkpointer(DetectionCheckpointer):
         state = {key: item.state_dict() for key, item in self.checkpointables.items()} | extra
         if self.prefix == "adapter":
             basename = name
-            with atomic.folder(Path(self.save_dir, basename)) as folder:
+            with atomic.folder(Path(self.save_dir, basename), _CHECKPOINT_FILES) as folder:
                 adapters.save_adapter(self.model, folder, metrics=self.metrics)
                 torch.save(state, folder / TRAINING_STATE)
         else:
@@ -197,7 +198,12 @@ class Checkpointer(DetectionCheckpointer):
         periodic = re.compile(rf"{self.prefix}_\d{{7}}(\.pth)?")
         found = sorted(p for p in Path(self.save_dir).iterdir() if periodic.fullmatch(p.name))
         for path in found[: -self._keep]:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            if not path.is_dir():
+                path.unlink()
+            elif (other := atomic.foreign_entry(path, _CHECKPOINT_FILES)) is None:
+                shutil.rmtree(path)
+            else:
+                logger.warning("Checkpoint %s is kept: it holds %r, which is not part of one.", path, other)
 
 
 def _defect(path: Path) -> str:

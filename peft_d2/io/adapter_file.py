@@ -26,6 +26,7 @@ from peft_d2.io.base_fingerprint import Fingerprint
 FORMAT = "peft_d2-adapter"
 FORMAT_VERSION = 1
 TENSORS, CONFIG, RECORD = "adapter_model.safetensors", "adapter_config.json", "peft_d2.json"
+FILES = (TENSORS, CONFIG, RECORD)
 MARK = "peft_d2"  # in the tensors' header: tells our folder that lost its record from one of Hugging Face's
 
 _DAMAGED = "copy the folder again from where it was saved, or use an earlier checkpoint"
@@ -73,7 +74,7 @@ def write(
     metrics: Mapping[str, Any] | None = None,
     scales: Mapping[str, float] | None = None,
 ) -> None:
-    """Write an adapter folder, replacing an existing one as a whole.
+    """Write an adapter folder, replacing an earlier adapter there as a whole.
 
     Args:
         folder: where; the three files are its whole content.
@@ -85,10 +86,10 @@ def write(
         scales: path of a LoRA -> factor on B A x; with it the folder is one that Hugging Face `peft` reads.
 
     Raises:
-        StorageError: the disk is full; what was there before stays.
+        StorageError: the folder holds something else than an adapter, or the disk is full; what was there stays.
         ValueError: a tensor name or a value cannot be stored.
     """
-    with atomic.folder(folder) as temporary:
+    with atomic.folder(folder, FILES) as temporary:
         write_into(temporary, tensors, methods=methods, train=train, base=base, metrics=metrics, scales=scales)
 
 

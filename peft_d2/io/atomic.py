@@ -10,13 +10,14 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import fnmatch
 import os
 import platform
 import re
 import secrets
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -41,9 +42,9 @@ def file(path: str | os.PathLike[str]) -> Iterator[Path]:
         path: the file to create or replace; missing parent directories are made.
 
     Raises:
-        StorageError: the disk is full or a quota or size limit is reached; the old file stays.
+        StorageError: the disk is full or a quota or size limit is reached, or `path` is empty; the old file stays.
     """
-    target = Path(os.path.realpath(path))
+    target = _target(path)
     with explained(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         recover(target)
@@ -69,18 +70,21 @@ def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
 
 
 @contextlib.contextmanager
-def folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+def folder(path: str | os.PathLike[str], replaces: Collection[str]) -> Iterator[Path]:
     """Yield an empty temporary folder to fill; on leaving, it replaces the folder `path` as a whole.
 
     Args:
         path: the folder to create or replace; missing parent directories are made. A folder that an outer `folder` has
             just yielded is filled as it is.
+        replaces: names, or globs, of the files that a folder written by this caller consists of. A folder that holds
+            anything else is somebody's and is never replaced.
 
     Raises:
-        StorageError: the disk is full or a quota or size limit is reached; the old folder stays.
+        StorageError: the folder holds something else, `path` is empty, the disk is full, or a quota or size limit is
+            reached; the old folder stays.
         NotADirectoryError: `path` exists and is a file.
     """
-    target = Path(os.path.realpath(path))
+    target = _target(path)
     if target.name in _LIVE:  # inside another `folder` of this process, which will sync and rename it
         yield target
         return
@@ -91,16 +95,41 @@ def folder(path: str | os.PathLike[str]) -> Iterator[Path]:
             raise NotADirectoryError(
                 f"{target} is a file, but a folder is to be written there: move it or choose another name"
             )
+        require_own(target, replaces)
         temporary = _sibling(target, "tmp")
         temporary.mkdir()
         try:
             yield temporary
             _sync_tree(temporary)
+            require_own(target, replaces)  # somebody may have put a file there meanwhile
             _replace_folder(temporary, target)
             _sync(target.parent)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
             _LIVE.discard(temporary.name)
+
+
+def foreign_entry(path: Path, own: Collection[str]) -> str | None:
+    """The name of an entry of the folder `path` that is not a regular file named by `own`; None where there is none."""
+    for entry in sorted(os.scandir(path), key=lambda entry: entry.name):
+        if not entry.is_file(follow_symlinks=False) or not any(fnmatch.fnmatchcase(entry.name, name) for name in own):
+            return entry.name
+    return None
+
+
+def require_own(path: Path, own: Collection[str]) -> None:
+    """Refuse to replace or delete a folder that holds more than the files named by `own`.
+
+    Raises:
+        StorageError: with the first entry that is not one of them; nothing was touched.
+    """
+    found = foreign_entry(path, own) if path.is_dir() else None
+    if found is not None:
+        raise StorageError(
+            errno.ENOTEMPTY,
+            f"cannot store {path}: that folder would be replaced as a whole, and it holds {found!r}, which was not "
+            "written here. Nothing was touched. Give a new folder, an empty one, or one saved there before",
+        )
 
 
 def recover(path: str | os.PathLike[str]) -> None:
@@ -109,7 +138,7 @@ def recover(path: str | os.PathLike[str]) -> None:
     Temporaries of dead processes are deleted. Where the file system cannot exchange two folders in one step, a kill
     between the two renames leaves the old folder under a hidden name: it is put back.
     """
-    target = Path(os.path.realpath(path))
+    target = _target(path)
     pattern = re.compile(re.escape(f".{target.name}.") + r"(?P<host>.*)-(?P<pid>\d+)-[0-9a-f]{8}\.(?P<kind>tmp|old)")
     if not target.parent.is_dir():
         return
@@ -123,6 +152,12 @@ def recover(path: str | os.PathLike[str]) -> None:
             shutil.rmtree(entry.path, ignore_errors=True)
         else:
             Path(entry.path).unlink(missing_ok=True)
+
+
+def _target(path: str | os.PathLike[str]) -> Path:
+    if not os.fspath(path):  # would be the current folder
+        raise StorageError(errno.EINVAL, "the path to store something at is empty. Name a file or folder")
+    return Path(os.path.realpath(path))
 
 
 def _host() -> str:

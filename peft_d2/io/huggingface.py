@@ -83,7 +83,7 @@ def export(source: str | os.PathLike[str], destination: str | os.PathLike[str]) 
             "it holds methods or places that Hugging Face peft cannot express",
             "export one that has only LoRA or DoRA on linear and convolution layers, or merge it into a checkpoint",
         )
-    with atomic.folder(destination) as temporary:
+    with atomic.folder(destination, (CONFIG, TENSORS)) as temporary:
         for name, content in data.items():
             (temporary / name).write_bytes(content)
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import peft_d2
 from peft_d2 import peft
 from peft_d2.adapters import load_adapter, save_adapter, save_merged
-from peft_d2.io import AdapterFileError, adapter_file, load_base
+from peft_d2.io import AdapterFileError, StorageError, adapter_file, load_base
 
 
 class Block(nn.Module):
@@ -292,3 +292,20 @@ def test_loading_base_weights_into_an_injected_model_misses_nothing(tmp_path: Pa
     assert not report.initial and not report.unexpected
     with peft.disabled(model):
         assert torch.equal(output(model), output(base(seed=3)))
+
+
+@pytest.mark.parametrize("folder", ["", ".", "run", "run/adapter_0000009"])
+def test_nobodys_folder_is_deleted_by_a_save(folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run" / "adapter_0000009").mkdir(parents=True)
+    for name in ("notes.txt", "run/config.yaml", "run/adapter_0000009/training_state.pth"):
+        (tmp_path / name).write_text("mine")
+    model = base()
+    peft.inject(model, [LORA])
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(StorageError, match="empty" if not folder else "notes.txt|adapter_0000009|training_state.pth"):
+        save_adapter(model, folder)
+    assert sorted(tmp_path.rglob("*")) == before
+    for _ in range(2):  # a new folder, then the same again
+        save_adapter(model, "run/mine")
+        assert sorted(path.name for path in Path("run/mine").iterdir()) == sorted(adapter_file.FILES)

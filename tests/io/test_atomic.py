@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import resource
 import signal
 import subprocess
@@ -16,6 +17,7 @@ import pytest
 from peft_d2.io import StorageError, atomic
 
 ROOT = Path(__file__).resolve().parents[2]
+ANY = ("*",)
 
 
 def hidden(folder: Path) -> list[str]:
@@ -33,7 +35,7 @@ def test_a_file_is_created_and_replaced(tmp_path: Path) -> None:
 def test_a_folder_is_replaced_as_a_whole(tmp_path: Path) -> None:
     target = tmp_path / "run" / "adapter"
     for names in (("a", "b"), ("b", "c/d")):
-        with atomic.folder(target) as temporary:
+        with atomic.folder(target, ANY) as temporary:
             for name in names:
                 (temporary / name).parent.mkdir(exist_ok=True)
                 (temporary / name).write_text(name)
@@ -43,22 +45,59 @@ def test_a_folder_is_replaced_as_a_whole(tmp_path: Path) -> None:
 
 
 def test_a_folder_inside_a_folder_is_one(tmp_path: Path) -> None:
-    with atomic.folder(tmp_path / "a") as outer:
-        with atomic.folder(outer) as inner:
+    with atomic.folder(tmp_path / "a", ANY) as outer:
+        with atomic.folder(outer, ANY) as inner:
             assert inner == outer
             (inner / "x").write_text("x")
         (outer / "y").write_text("y")
     assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["x", "y"]
 
 
+@pytest.mark.parametrize(
+    "foreign", ["notes.txt", "a.bin.bak", ".hidden", "folder/a.bin", "a.bin/deep", "link"], ids=lambda name: name
+)
+def test_a_folder_that_holds_anything_else_is_refused_and_untouched(tmp_path: Path, foreign: str) -> None:
+    target = tmp_path / "mine"
+    (target / foreign).parent.mkdir(parents=True)
+    if foreign == "link":
+        (target / foreign).symlink_to(tmp_path)
+    else:
+        (target / foreign).write_text("mine")
+    if not (target / "a.bin").exists():
+        (target / "a.bin").write_text("old")
+    before = {path: path.read_bytes() for path in target.rglob("*") if path.is_file()}
+    name = foreign.partition("/")[0]
+    with pytest.raises(StorageError, match=re.escape(repr(name))), atomic.folder(target, ["a.bin"]) as temporary:
+        (temporary / "a.bin").write_text("new")
+    assert {path: path.read_bytes() for path in target.rglob("*") if path.is_file()} == before
+    assert not hidden(tmp_path)
+
+
+def test_a_file_that_appears_while_a_folder_is_written_is_kept(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(StorageError, match="notes"), atomic.folder(tmp_path / "mine", ["a.bin"]) as temporary:
+        (temporary / "a.bin").write_text("new")
+        (tmp_path / "mine" / "notes").write_text("mine")
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["notes"]
+
+
+def test_an_empty_path_is_not_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(StorageError, match="empty"), atomic.folder("", ANY):
+        pass
+    with pytest.raises(StorageError, match="empty"):
+        atomic.write_bytes("", b"x")
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_error_inside_leaves_the_old_one(tmp_path: Path) -> None:
     atomic.write_bytes(tmp_path / "file", b"old")
-    with atomic.folder(tmp_path / "folder") as temporary:
+    with atomic.folder(tmp_path / "folder", ANY) as temporary:
         (temporary / "x").write_text("old")
     with pytest.raises(KeyError), atomic.file(tmp_path / "file") as path:
         path.write_bytes(b"half")
         raise KeyError
-    with pytest.raises(KeyError), atomic.folder(tmp_path / "folder") as temporary:
+    with pytest.raises(KeyError), atomic.folder(tmp_path / "folder", ANY) as temporary:
         (temporary / "x").write_text("half")
         raise KeyError
     assert (tmp_path / "file").read_bytes() == b"old" and (tmp_path / "folder" / "x").read_text() == "old"
@@ -67,7 +106,7 @@ def test_an_error_inside_leaves_the_old_one(tmp_path: Path) -> None:
 
 def test_a_file_in_the_folders_place_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x").write_text("mine")
-    with pytest.raises(NotADirectoryError, match="is a file"), atomic.folder(tmp_path / "x"):
+    with pytest.raises(NotADirectoryError, match="is a file"), atomic.folder(tmp_path / "x", ANY):
         pass
     assert (tmp_path / "x").read_text() == "mine"
 
@@ -75,7 +114,7 @@ def test_a_file_in_the_folders_place_is_refused(tmp_path: Path) -> None:
 def test_a_link_keeps_pointing_where_it_did(tmp_path: Path) -> None:
     (tmp_path / "disk").mkdir()
     (tmp_path / "link").symlink_to("disk")
-    with atomic.folder(tmp_path / "link") as temporary:
+    with atomic.folder(tmp_path / "link", ANY) as temporary:
         (temporary / "x").write_text("x")
     assert (tmp_path / "link").is_symlink() and (tmp_path / "disk" / "x").exists()
 
@@ -93,7 +132,7 @@ def test_temporaries_of_dead_writers_are_removed_and_of_live_ones_kept(tmp_path:
     other = tmp_path / ".adapter_2.x-1-0123abcd.tmp"
     for path in (dead, foreign, alive, reused, other):
         path.mkdir()
-    with atomic.folder(target) as temporary:
+    with atomic.folder(target, ANY) as temporary:
         (temporary / "x").write_text("x")
     assert sorted(hidden(tmp_path)) == sorted(path.name for path in (alive, foreign, other))
     os.utime(foreign, (0, 0))
@@ -103,7 +142,7 @@ def test_temporaries_of_dead_writers_are_removed_and_of_live_ones_kept(tmp_path:
 
 def test_the_old_folder_comes_back_after_a_kill_between_two_renames(tmp_path: Path) -> None:
     target = tmp_path / "adapter"
-    with atomic.folder(target) as temporary:
+    with atomic.folder(target, ANY) as temporary:
         (temporary / "x").write_text("old")
     target.rename(sibling_of_dead_process(target, "old"))
     atomic.recover(target)
@@ -113,7 +152,7 @@ def test_the_old_folder_comes_back_after_a_kill_between_two_renames(tmp_path: Pa
 def test_folders_are_replaced_where_they_cannot_be_exchanged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(atomic, "_exchange", lambda first, second: False)
     for text in ("one", "two"):
-        with atomic.folder(tmp_path / "adapter") as temporary:
+        with atomic.folder(tmp_path / "adapter", ANY) as temporary:
             (temporary / "x").write_text(text)
     assert (tmp_path / "adapter" / "x").read_text() == "two" and not hidden(tmp_path)
 
@@ -122,7 +161,7 @@ SAVE_LOOP = """
 import sys
 from peft_d2.io import atomic
 for number in range(10**6):
-    with atomic.folder(sys.argv[1] + "/adapter") as folder:
+    with atomic.folder(sys.argv[1] + "/adapter", ("*",)) as folder:
         for name in ("a", "b", "c"):
             (folder / name).write_bytes(number.to_bytes(4, "little") * 50_000)
     atomic.write_bytes(sys.argv[1] + "/last", number.to_bytes(4, "little") * 10_000)
@@ -188,9 +227,9 @@ def test_no_space_keeps_the_old_file_and_says_so_once(tmp_path: Path, file_size_
 def test_no_space_keeps_the_old_folder_and_says_so_once(tmp_path: Path, file_size_limit: None, by: str) -> None:
     import torch
 
-    with atomic.folder(tmp_path / "adapter") as folder:
+    with atomic.folder(tmp_path / "adapter", ANY) as folder:
         (folder / "x").write_text("old")
-    with pytest.raises(StorageError, match="adapter.*is kept"), atomic.folder(tmp_path / "adapter") as folder:
+    with pytest.raises(StorageError, match="adapter.*is kept"), atomic.folder(tmp_path / "adapter", ANY) as folder:
         if by == "bytes":
             (folder / "x").write_bytes(b"x" * 100_000)
         else:

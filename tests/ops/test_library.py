@@ -169,3 +169,29 @@ def test_errors_name_the_argument(name, change, message, backend) -> None:
 def test_wrong_backends(backend, message) -> None:
     with pytest.raises(ValueError, match=message):
         random_case().run(backend)
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize(
+    ("shapes", "start"),
+    [
+        ([[20000, 1]], 2**63 - 20000),  # start + height * width is 2**63, which is negative in 64 bits
+        ([[1, 20000]], 2**63 - 20000),
+        ([[20000, 1]], 1),
+        ([[20000, 1]], -1),
+        ([[2**32, 2**32]], 0),  # the product is 0 in 64 bits
+        ([[2**63 - 1, 1]], 0),
+        ([[0, 2**62]], 0),
+    ],
+)
+def test_levels_whose_arithmetic_overflows_are_refused(shapes, start, backward) -> None:
+    value = torch.randn(1, 20000, 1, 4)
+    levels = torch.tensor(shapes), torch.tensor([start])
+    points, weights = torch.rand(1, 2, 1, 1, 1, 2), torch.rand(1, 2, 1, 1, 1)
+    with pytest.raises(RuntimeError, match="level"):
+        if backward:
+            torch.ops.peft_d2.ms_deform_attn_backward(
+                torch.ones(1, 2, 4), value, *levels, None, points, weights, False, False
+            )
+        else:
+            torch.ops.peft_d2.ms_deform_attn(value, *levels, None, points, weights)
