@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from peft_d2 import peft
-from peft_d2.io import adapter_file, atomic, huggingface
-from peft_d2.io.adapter_file import AdapterFile, AdapterFileError
-from peft_d2.io.base_fingerprint import Fingerprint, difference, fingerprint
+from peft_d2.storage import adapter_file, atomic, huggingface
+from peft_d2.storage.adapter_file import AdapterFile, AdapterFileError
+from peft_d2.storage.base_fingerprint import Fingerprint, difference, fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ def save_adapter(
     Raises:
         ValueError: the model has no injection.
         InjectionError: the model is a wrapper around one that has none.
-        peft_d2.io.StorageError: the folder holds other files, or the disk is full; what was there before stays.
+        peft_d2.storage.StorageError: the folder holds other files, or the disk is full; what was there before stays.
     """
     model = _root(model)
     injection = peft.get_injection(model)
@@ -129,7 +129,7 @@ def save_merged(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
     Raises:
         InjectionError: a part is no change of weights (a sequential adapter, say) and cannot be in such a checkpoint.
-        peft_d2.io.StorageError: the disk is full; what was there before stays.
+        peft_d2.storage.StorageError: the disk is full; what was there before stays.
     """
     model = _root(model)
     peft.remove(model, keep=True)

@@ -270,7 +270,7 @@ HIDE = "import sys; sys.modules.update({name: None for name in %r.split()}); "
 
 
 def test_importing_the_package_imports_no_detectron2() -> None:
-    names = ["peft_d2", "peft_d2.ops", "peft_d2.peft", "peft_d2.io", "peft_d2.adapters", "peft_d2.compat"]
+    names = ["peft_d2", "peft_d2.ops", "peft_d2.peft", "peft_d2.storage", "peft_d2.adapters", "peft_d2.compat"]
     imports = "; ".join(f"import {name}" for name in names)
     result = _python(f"{imports}; import sys; print([m for m in sys.modules if m.split('.')[0] == 'detectron2'])")
     assert (result.stdout, result.returncode) == ("[]\n", 0), result.stderr

@@ -12,7 +12,7 @@ import numpy as np
 
 from peft_d2.data.segmentation import mask_box, mask_to_compressed_rle
 from peft_d2.data.shapes import polygon_area
-from peft_d2.io import atomic
+from peft_d2.storage import atomic
 
 
 class CocoJson:

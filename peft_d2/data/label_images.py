@@ -28,7 +28,7 @@ from peft_d2.data.builtin import ade20k_instance_categories, panoptic_categories
 from peft_d2.data.coco_json import CocoJson, read_json, require_folder
 from peft_d2.data.images import image_size
 from peft_d2.data.segmentation import mask_box
-from peft_d2.io import atomic
+from peft_d2.storage import atomic
 
 _ADE20K_SPLITS = {"train": "training", "val": "validation"}
 _UNLABELLED = 255

@@ -18,7 +18,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from torch import nn
 
 from peft_d2 import adapters, peft
-from peft_d2.io import CheckpointError, adapter_file, atomic, base_weights
+from peft_d2.storage import CheckpointError, adapter_file, atomic, base_weights
 
 TRAINING_STATE = "training_state.pth"
 _CHECKPOINT_FILES = (*adapter_file.FILES, TRAINING_STATE)
@@ -62,7 +62,7 @@ class Checkpointer(DetectionCheckpointer):
         """Write the checkpoint ``name`` as a whole, then point ``last_checkpoint`` at it.
 
         Raises:
-            peft_d2.io.atomic.StorageError: it cannot be stored; the checkpoints before it are untouched.
+            peft_d2.storage.atomic.StorageError: it cannot be stored; the checkpoints before it are untouched.
         """
         if not self.save_dir or not self.save_to_disk:
             return

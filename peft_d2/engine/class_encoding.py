@@ -7,10 +7,10 @@ import json
 from pathlib import Path
 
 from peft_d2.engine.errors import ConfigError
-from peft_d2.io.checkpoint import read_checkpoint
-from peft_d2.models.class_prompts import CLIP_TOKENIZER, load_tokenizer
-from peft_d2.models.class_vectors import encode_classes
-from peft_d2.models.text_encoder import TextEncoder
+from peft_d2.models.seem.class_prompts import CLIP_TOKENIZER, load_tokenizer
+from peft_d2.models.seem.class_vectors import encode_classes
+from peft_d2.models.seem.text_encoder import TextEncoder
+from peft_d2.storage.checkpoint import read_checkpoint
 
 _PROJECTION = "lang_proj"
 

@@ -67,7 +67,7 @@ def PEFTModel(cfg: Any) -> nn.Module:  # noqa: N802  the registry knows it by th
 def _require_storable(model: nn.Module) -> None:
     """Refuse before the training what could not be saved after it."""
     from peft_d2 import peft
-    from peft_d2.io import adapter_file
+    from peft_d2.storage import adapter_file
 
     try:
         adapter_file.require_storable(peft.adapter_state_dict(model))

@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> Any:
     from detectron2.utils import comm
 
     from peft_d2.engine.trainer import Trainer
-    from peft_d2.io import atomic
+    from peft_d2.storage import atomic
 
     cfg = setup(args)
     with atomic.explained(Path(cfg.OUTPUT_DIR)), _failures_named():
@@ -167,7 +167,7 @@ def _config_kept(folder: str) -> Iterator[None]:
     """Leave the config of a run in ``folder`` as it is: Detectron2 writes that of an evaluation over it, too."""
     from detectron2.utils import comm
 
-    from peft_d2.io import atomic
+    from peft_d2.storage import atomic
 
     path = Path(folder, "config.yaml")
     before = path.read_bytes() if path.is_file() else None
@@ -278,12 +278,12 @@ def _silent() -> Iterator[None]:
 
 def expected_errors() -> tuple[type[Exception], ...]:
     """What the user can put right: its message says all there is to say."""
-    from peft_d2 import io, peft
+    from peft_d2 import peft, storage
     from peft_d2.data.checks import DatasetError
 
     return (
         *(ConfigError, DatasetError, LossNotFinite, WorkerDied, Detectron2Missing, peft.PeftError),
-        *(io.CheckpointError, io.AdapterFileError, io.StorageError),
+        *(storage.CheckpointError, storage.AdapterFileError, storage.StorageError),
         *_errors_of_models(),
     )
 
@@ -291,8 +291,8 @@ def expected_errors() -> tuple[type[Exception], ...]:
 def _errors_of_models() -> tuple[type[Exception], ...]:
     try:
         from peft_d2.models.checks import ModelConfigError
-        from peft_d2.models.class_prompts import TokenizerError
-        from peft_d2.models.class_vectors import ClassVectorsError
+        from peft_d2.models.seem.class_prompts import TokenizerError
+        from peft_d2.models.seem.class_vectors import ClassVectorsError
     except Detectron2Missing:  # is what there is to say
         return ()
     return ClassVectorsError, ModelConfigError, TokenizerError

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from peft_d2.engine.errors import ConfigError, LossNotFinite
-from peft_d2.models.joined_batch import joined_batch
+from peft_d2.models.layers.joined_batch import joined_batch
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 

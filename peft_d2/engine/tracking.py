@@ -15,7 +15,7 @@ import yaml
 from detectron2.utils.events import EventWriter, get_event_storage
 
 from peft_d2.engine.errors import ConfigError
-from peft_d2.io import atomic
+from peft_d2.storage import atomic
 
 RUNS_FILE = "tracking.json"  # which run of which service belongs to the folder
 

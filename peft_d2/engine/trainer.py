@@ -23,7 +23,6 @@ from detectron2.utils import comm
 from torch import nn
 
 from peft_d2 import data, evaluation, peft
-from peft_d2.engine import feature_cache
 from peft_d2.engine import optimizer as optimization
 from peft_d2.engine.checkpointer import Checkpointer
 from peft_d2.engine.checks import build_model, check_batch
@@ -33,7 +32,8 @@ from peft_d2.engine.progress import Bar, TrainingBar, on_terminal
 from peft_d2.engine.seeds import SeedEachStep, choose_seed, seed_everything
 from peft_d2.engine.step import LazyLoader, TrainStep, amp_dtype, unwrapped
 from peft_d2.engine.tracking import build_trackers
-from peft_d2.io import atomic
+from peft_d2.models.sam import feature_cache
+from peft_d2.storage import atomic
 
 REPORT_FILE = "peft_report.json"
 logger = logging.getLogger(__name__)

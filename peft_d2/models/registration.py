@@ -15,18 +15,18 @@ from peft_d2.models.backbones.fpn import build_fpn
 from peft_d2.models.backbones.sam_vit import SAMViT
 from peft_d2.models.backbones.seem_vit import SEEMViT
 from peft_d2.models.backbones.swin import SwinTransformer
-from peft_d2.models.decoders import TRANSFORMER_DECODER_REGISTRY
-from peft_d2.models.decoders.mask_dino import MaskDINODecoder
-from peft_d2.models.decoders.masked_transformer import MultiScaleMaskedTransformerDecoder
-from peft_d2.models.decoders.seem import SEEMDecoder
-from peft_d2.models.mask2former import MaskFormer
-from peft_d2.models.mask_dino import MaskDINO, MaskDINOHead
-from peft_d2.models.mask_former_head import MaskFormerHead
-from peft_d2.models.pixel_decoders.mask_dino import MaskDINOEncoder
-from peft_d2.models.pixel_decoders.ms_deform_attn import MSDeformAttnPixelDecoder
-from peft_d2.models.pixel_decoders.transformer_fpn import TransformerEncoderPixelDecoder
-from peft_d2.models.sam import SegmentAnything
-from peft_d2.models.seem import SEEM
+from peft_d2.models.layers.decoder_registry import TRANSFORMER_DECODER_REGISTRY
+from peft_d2.models.mask2former.head import MaskFormerHead
+from peft_d2.models.mask2former.model import MaskFormer
+from peft_d2.models.mask2former.pixel_decoder import MSDeformAttnPixelDecoder
+from peft_d2.models.mask2former.transformer_decoder import MultiScaleMaskedTransformerDecoder
+from peft_d2.models.mask2former.transformer_fpn import TransformerEncoderPixelDecoder
+from peft_d2.models.mask_dino.model import MaskDINO, MaskDINOHead
+from peft_d2.models.mask_dino.pixel_decoder import MaskDINOEncoder
+from peft_d2.models.mask_dino.transformer_decoder import MaskDINODecoder
+from peft_d2.models.sam.model import SegmentAnything
+from peft_d2.models.seem.model import SEEM
+from peft_d2.models.seem.transformer_decoder import SEEMDecoder
 
 _logger = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ import peft_d2
 from peft_d2 import peft
 from peft_d2.engine.checkpointer import Checkpointer
 from peft_d2.engine.errors import ConfigError
-from peft_d2.io import AdapterFileError, CheckpointError
+from peft_d2.storage import AdapterFileError, CheckpointError
 
 
 @pytest.fixture

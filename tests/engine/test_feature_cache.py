@@ -14,8 +14,8 @@ pytest.importorskip("detectron2")
 
 from peft_d2 import data  # noqa: E402
 from peft_d2.engine.errors import ConfigError  # noqa: E402
-from peft_d2.engine.feature_cache import FeatureCache  # noqa: E402
 from peft_d2.engine.trainer import Trainer  # noqa: E402
+from peft_d2.models.sam.feature_cache import FeatureCache  # noqa: E402
 
 from .test_sam import _registered, loss, sam_cfg  # noqa: E402, F401
 

@@ -19,7 +19,7 @@ import peft_d2
 from peft_d2.engine import launch, processes
 from peft_d2.engine.errors import ConfigError
 from peft_d2.engine.trainer import Trainer
-from peft_d2.models import matcher, points
+from peft_d2.models.layers import matcher, points
 
 from .conftest import DINO, TINY
 

@@ -13,7 +13,7 @@ from peft_d2.engine import analysis
 from peft_d2.engine.checks import build_model
 from peft_d2.engine.config import load_config
 from peft_d2.engine.saved_tensors import SavedTensors
-from peft_d2.layers.transformer import TransformerEncoder
+from peft_d2.models.layers.transformer import TransformerEncoder
 
 HERE = Path(__file__).parent
 INJECTED = """[

@@ -16,7 +16,7 @@ from detectron2.modeling import build_model
 from peft_d2 import adapters
 from peft_d2.engine import demo, launch, processes
 from peft_d2.engine.merging import merge_adapter, merge_parser
-from peft_d2.models.class_vectors import ClassVectors, ClassVectorsError
+from peft_d2.models.seem.class_vectors import ClassVectors, ClassVectorsError
 
 from .test_mask_dino import methods_of
 from .test_processes import BATCH, assert_same, one_of_two, steps_of

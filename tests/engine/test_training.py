@@ -217,7 +217,7 @@ def test_a_part_without_effect_stops_the_run(
     """A module that the model never calls is given a LoRA."""
     from detectron2.modeling import META_ARCH_REGISTRY
 
-    from peft_d2.models.mask2former import MaskFormer
+    from peft_d2.models.mask2former.model import MaskFormer
 
     if "WithUnused" not in META_ARCH_REGISTRY:
 

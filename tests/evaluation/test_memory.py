@@ -15,7 +15,7 @@ from detectron2.modeling import build_model  # noqa: E402
 import peft_d2  # noqa: E402
 from peft_d2.engine.config import load_config  # noqa: E402
 from peft_d2.evaluation.results import instances_to_results  # noqa: E402
-from peft_d2.models import postprocess  # noqa: E402
+from peft_d2.models.layers import postprocess  # noqa: E402
 
 SIZE = (256, 512)
 

@@ -18,7 +18,7 @@ from detectron2.engine import HookBase
 
 from peft_d2.engine.checkpointer import TRAINING_STATE
 from peft_d2.engine.trainer import Trainer
-from peft_d2.io import adapter_file
+from peft_d2.storage import adapter_file
 
 from .world import Child, Result, World
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from peft_d2 import adapters, peft
-from peft_d2.io import AdapterFileError
+from peft_d2.storage import AdapterFileError
 
 from .world import Result, World
 

@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("detectron2")
 
-from peft_d2.io import adapter_file  # noqa: E402
+from peft_d2.storage import adapter_file  # noqa: E402
 
 from . import mutations  # noqa: E402
 from .kills import Seen, _compare, _partial  # noqa: E402

@@ -12,12 +12,12 @@ import torch
 import torchvision
 from torch import Tensor
 
-from peft_d2.layers.boxes import generalized_iou, inverse_sigmoid, to_centres, to_corners
-from peft_d2.models import points
-from peft_d2.models.box_criterion import BoxMaskCriterion, focal_loss
-from peft_d2.models.criterion import SetCriterion
-from peft_d2.models.matcher import BoxMaskMatcher, HungarianMatcher, assign, dice_cost, mask_cost
-from peft_d2.models.targets import Target
+from peft_d2.models.layers import points
+from peft_d2.models.layers.boxes import generalized_iou, inverse_sigmoid, to_centres, to_corners
+from peft_d2.models.layers.criterion import SetCriterion
+from peft_d2.models.layers.matcher import BoxMaskMatcher, HungarianMatcher, assign, dice_cost, mask_cost
+from peft_d2.models.layers.targets import Target
+from peft_d2.models.mask_dino.criterion import BoxMaskCriterion, focal_loss
 
 CLASSES, QUERIES, SIZE = 3, 5, 16
 WEIGHTS = {"loss_ce": 2.0, "loss_mask": 5.0, "loss_dice": 5.0}
@@ -129,7 +129,7 @@ def test_losses_at_the_points_that_were_drawn(counts: tuple[int, ...], monkeypat
         used.append(points.uncertain_points(*arguments))
         return used[-1]
 
-    monkeypatch.setattr("peft_d2.models.criterion.uncertain_points", keep)
+    monkeypatch.setattr("peft_d2.models.layers.criterion.uncertain_points", keep)
     losses = criterion(outputs, targets)
     count = max(1, sum(counts))
     for layer, (prediction, suffix) in enumerate(zip([outputs, *outputs["aux_outputs"]], ["", "_0"], strict=True)):

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from peft_d2.models import denoising
-from peft_d2.models.targets import Target
+from peft_d2.models.layers.targets import Target
+from peft_d2.models.mask_dino import denoising
 
 from .test_training import sample, step
 

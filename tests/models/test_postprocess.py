@@ -9,8 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peft_d2.models import postprocess
-from peft_d2.models.postprocess import Canvas, instance_inference, mask_boxes, panoptic_inference, semantic_inference
+from peft_d2.models.layers import postprocess
+from peft_d2.models.layers.postprocess import (
+    Canvas,
+    instance_inference,
+    mask_boxes,
+    panoptic_inference,
+    semantic_inference,
+)
 
 CANVAS = Canvas(padded=(64, 96), image=(50, 90), output=(33, 71))
 QUERIES, CLASSES = 12, 5

@@ -9,9 +9,9 @@ from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY, SEM_SEG_H
 from fvcore.common.registry import Registry
 
 from peft_d2.models import register
-from peft_d2.models.decoders import TRANSFORMER_DECODER_REGISTRY
-from peft_d2.models.mask2former import MaskFormer
-from peft_d2.models.pixel_decoders.ms_deform_attn import MSDeformAttnPixelDecoder
+from peft_d2.models.layers.decoder_registry import TRANSFORMER_DECODER_REGISTRY
+from peft_d2.models.mask2former.model import MaskFormer
+from peft_d2.models.mask2former.pixel_decoder import MSDeformAttnPixelDecoder
 
 OFFICIAL = [(META_ARCH_REGISTRY, "MaskFormer"), (SEM_SEG_HEADS_REGISTRY, "MaskFormerHead")]
 OFFICIAL += [(BACKBONE_REGISTRY, "D2SwinTransformer")]

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 import peft_d2
 from peft_d2.data.augmentation import LongestSide
-from peft_d2.layers.relative_attention import RelativePositionAttention, decomposed_bias, relative_rows
-from peft_d2.models.postprocess import Canvas
-from peft_d2.models.sam_prompts import Prompts
+from peft_d2.models.layers.postprocess import Canvas
+from peft_d2.models.layers.relative_attention import RelativePositionAttention, decomposed_bias, relative_rows
+from peft_d2.models.sam.prompts import Prompts
 
 from .conftest import GOLDENS, ROOT
 

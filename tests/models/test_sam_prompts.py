@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from peft_d2.io import base_weights
+from peft_d2.storage import base_weights
 
 IMAGE = torch.full((3, 100, 128), 90, dtype=torch.uint8)
 

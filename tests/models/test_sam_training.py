@@ -12,8 +12,8 @@ from detectron2.structures import BitMasks, Boxes, Instances
 from torch import Tensor
 
 from peft_d2 import peft
-from peft_d2.io import base_weights
-from peft_d2.models.joined_batch import joined_batch
+from peft_d2.models.layers.joined_batch import joined_batch
+from peft_d2.storage import base_weights
 
 from ..tiny_sam import SAM_TINY
 from .conftest import SMALL

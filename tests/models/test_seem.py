@@ -14,11 +14,11 @@ from torch import nn
 from peft_d2 import peft
 from peft_d2.engine.config import load_config
 from peft_d2.engine.targets import build_without_weights
-from peft_d2.io import base_weights
 from peft_d2.models import register
 from peft_d2.models.backbones.seem_vit import SEEMViT
-from peft_d2.models.class_prompts import TokenizerError
-from peft_d2.models.class_vectors import ClassVectors, ClassVectorsError
+from peft_d2.models.seem.class_prompts import TokenizerError
+from peft_d2.models.seem.class_vectors import ClassVectors, ClassVectorsError
+from peft_d2.storage import base_weights
 
 from .conftest import GOLDENS, ROOT
 from .test_golden import TOLERANCE, assert_instances, recorded, rows

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from peft_d2.layers.windows import from_windows, to_windows
 from peft_d2.models.backbones.swin import SwinBlock, SwinTransformer, shift_mask
+from peft_d2.models.layers.windows import from_windows, to_windows
 
 TINY: dict[str, Any] = {
     "embed_dim": 12,

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from peft_d2.engine.class_encoding import read_text_encoder
 from peft_d2.engine.errors import ConfigError
-from peft_d2.io import tensor_file
-from peft_d2.models.class_prompts import TEMPLATES, TokenizerError, load_tokenizer, prompts
-from peft_d2.models.class_vectors import ClassVectors, ClassVectorsError, encode_classes
-from peft_d2.models.text_encoder import TextEncoder
+from peft_d2.models.seem.class_prompts import TEMPLATES, TokenizerError, load_tokenizer, prompts
+from peft_d2.models.seem.class_vectors import ClassVectors, ClassVectorsError, encode_classes
+from peft_d2.models.seem.text_encoder import TextEncoder
+from peft_d2.storage import tensor_file
 
 from .conftest import GOLDENS, ROOT
 

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from detectron2.layers import ShapeSpec
 from torch import Tensor, nn
 
-from peft_d2.layers.transformer import TransformerEncoder, TransformerEncoderLayer
-from peft_d2.models.pixel_decoders.transformer_fpn import TransformerEncoderPixelDecoder
+from peft_d2.models.layers.transformer import TransformerEncoder, TransformerEncoderLayer
+from peft_d2.models.mask2former.transformer_fpn import TransformerEncoderPixelDecoder
 
 from .test_training import sample, step
 

@@ -28,7 +28,7 @@ import torch
 from torch import nn
 
 from peft_d2.adapters import load_adapter
-from peft_d2.io import AdapterFileError, CheckpointError, adapter_file, fingerprint, read_checkpoint, strict_json
+from peft_d2.storage import AdapterFileError, CheckpointError, adapter_file, fingerprint, read_checkpoint, strict_json
 
 WEIGHTS = {"a.weight": torch.ones(2, 2)}
 

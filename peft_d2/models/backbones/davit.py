@@ -13,10 +13,10 @@ from detectron2.layers import ShapeSpec
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
-from peft_d2.layers.recompute import run_block
-from peft_d2.layers.windows import from_windows, pad_bottom_right, to_windows
 from peft_d2.models.backbones.stages import StagedBackbone, drop_path_rates, init_linear
 from peft_d2.models.checks import expect_heads, expect_lengths
+from peft_d2.models.layers.recompute import run_block
+from peft_d2.models.layers.windows import from_windows, pad_bottom_right, to_windows
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -15,10 +15,10 @@ from detectron2.layers import ShapeSpec
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
-from peft_d2.layers.perceptron import Mlp
-from peft_d2.layers.recompute import run_block
 from peft_d2.models.backbones.stages import PatchEmbed, StagedBackbone, drop_path_rates, init_linear
 from peft_d2.models.checks import ModelConfigError, expect_lengths
+from peft_d2.models.layers.perceptron import Mlp
+from peft_d2.models.layers.recompute import run_block
 
 _KERNEL_STEP = 2  # a level's kernel is wider by this than that of the level before
 _LAYER_SCALE = 1e-4

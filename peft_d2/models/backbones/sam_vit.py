@@ -17,11 +17,11 @@ from detectron2.modeling import Backbone
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from peft_d2.layers.norm import LayerNorm2d
-from peft_d2.layers.perceptron import Perceptron
-from peft_d2.layers.relative_attention import RelativePositionAttention
-from peft_d2.layers.windows import from_windows, pad_bottom_right, to_windows
 from peft_d2.models.checks import expect, expect_at_least, expect_heads, expect_some_of
+from peft_d2.models.layers.norm import LayerNorm2d
+from peft_d2.models.layers.perceptron import Perceptron
+from peft_d2.models.layers.relative_attention import RelativePositionAttention
+from peft_d2.models.layers.windows import from_windows, pad_bottom_right, to_windows
 
 _EPS = 1e-6
 

@@ -8,8 +8,8 @@ from typing import Any
 from detectron2.modeling import Backbone
 from torch import Tensor, nn
 
-from peft_d2.layers.windows import pad_bottom_right
 from peft_d2.models.checks import expect_some_of
+from peft_d2.models.layers.windows import pad_bottom_right
 
 
 def drop_path_rates(depths: Sequence[int], last: float) -> list[list[float]]:

@@ -12,11 +12,11 @@ from detectron2.layers import ShapeSpec
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
-from peft_d2.layers.perceptron import Mlp
-from peft_d2.layers.recompute import run_block
-from peft_d2.layers.windows import from_windows, pad_bottom_right, to_windows
 from peft_d2.models.backbones.stages import PatchEmbed, StagedBackbone, drop_path_rates, init_linear
 from peft_d2.models.checks import expect_at_least, expect_heads, expect_lengths
+from peft_d2.models.layers.perceptron import Mlp
+from peft_d2.models.layers.recompute import run_block
+from peft_d2.models.layers.windows import from_windows, pad_bottom_right, to_windows
 
 _SHIFT_PENALTY = -100.0  # added between pixels that are neighbours only by the cyclic shift
 

@@ -1,0 +1,148 @@
+"""Losses of mask classification (Cheng et al., Masked-attention Mask Transformer, CVPR 2022, sections 3.3 and 4.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from peft_d2.models.layers.joined_batch import average_class_weight, average_count
+from peft_d2.models.layers.matcher import HungarianMatcher, Match
+from peft_d2.models.layers.points import sample_points, uncertain_points
+from peft_d2.models.layers.targets import Target
+
+
+def dice_loss(logits: Tensor, labels: Tensor, count: float) -> Tensor:
+    """Sum over masks of 1 - (2 |p t| + 1) / (|p| + |t| + 1), divided by ``count``; logits and labels (M, P)."""
+    probability = logits.sigmoid()
+    overlap = 2 * (probability * labels).sum(-1)
+    loss = 1 - (overlap + 1) / (probability.sum(-1) + labels.sum(-1) + 1)
+    return loss.sum() / count
+
+
+def mask_loss(logits: Tensor, labels: Tensor, count: float) -> Tensor:
+    """Sum over masks of the mean binary cross-entropy, divided by ``count``; logits and labels (M, P)."""
+    return F.binary_cross_entropy_with_logits(logits, labels, reduction="none").mean(1).sum() / count
+
+
+class SetCriterion(nn.Module):
+    """Matches each decoder layer's predictions to the targets and computes its losses, in float32.
+
+    Args:
+        num_classes: K, without no-object.
+        matcher: assigns queries to targets.
+        weight_dict: loss name -> weight; a loss that is not named is neither computed nor returned.
+        no_object_weight: weight of the no-object class in the cross-entropy.
+        num_points, oversample_ratio, importance_sample_ratio: see :func:`peft_d2.models.layers.points.uncertain_points`
+    """
+
+    empty_weight: Tensor
+
+    def __init__(
+        self,
+        num_classes: int,
+        matcher: HungarianMatcher,
+        weight_dict: dict[str, float],
+        no_object_weight: float,
+        num_points: int,
+        oversample_ratio: float,
+        importance_sample_ratio: float,
+    ) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.matcher = matcher
+        self.weight_dict = weight_dict
+        self.no_object_weight = no_object_weight
+        weight = torch.ones(num_classes + 1)
+        weight[-1] = no_object_weight
+        self.register_buffer("empty_weight", weight)
+        self.num_points = num_points
+        self.oversample_ratio = oversample_ratio
+        self.importance_sample_ratio = importance_sample_ratio
+
+    def forward(self, outputs: dict, targets: Sequence[Target]) -> dict[str, Tensor]:
+        """Losses, not weighted.
+
+        Args:
+            outputs: ``pred_logits`` (N, Q, K + 1), ``pred_masks`` (N, Q, H, W), ``aux_outputs``: a list of such dicts.
+            targets: one per image.
+
+        Returns:
+            ``loss_ce``, ``loss_mask``, ``loss_dice`` of the last layer, and with ``_0``, ``_1``... of the others.
+        """
+        count = average_count(targets, outputs["pred_masks"].device)
+        with torch.autocast(outputs["pred_masks"].device.type, enabled=False):
+            return self.matched_losses(outputs, targets, count)
+
+    def matched_losses(self, outputs: dict, targets: Sequence[Target], count: float) -> dict[str, Tensor]:
+        """The losses of all predictions; ``count`` divides those of masks."""
+        predictions = self.supervised(outputs)
+        matches = self.matcher(list(predictions.values()), targets)
+        losses = {}
+        for (suffix, prediction), pairs in zip(predictions.items(), matches, strict=True):
+            values = self.layer_losses(prediction, targets, pairs, count)
+            losses.update({name + suffix: value for name, value in values.items()})
+        return losses
+
+    def supervised(self, outputs: dict) -> dict[str, dict[str, Tensor]]:
+        """The predictions whose losses are wanted, by the suffix of the losses' names."""
+        auxiliary = {f"_{i}": layer for i, layer in enumerate(outputs.get("aux_outputs", ()))}
+        wanted = {suffix: layer for suffix, layer in auxiliary.items() if f"loss_ce{suffix}" in self.weight_dict}
+        return {"": outputs, **wanted}
+
+    def layer_losses(
+        self, prediction: dict[str, Tensor], targets: Sequence[Target], matches: Sequence[Match], count: float
+    ) -> dict[str, Tensor]:
+        """The losses of one decoder layer; ``count`` divides the mask losses."""
+        return {
+            "loss_ce": self.class_loss(prediction["pred_logits"].float(), targets, matches),
+            **self.mask_losses(prediction["pred_masks"], targets, matches, count),
+        }
+
+    def class_loss(self, logits: Tensor, targets: Sequence[Target], matches: Sequence[Match]) -> Tensor:
+        """Cross-entropy over all queries, divided by the summed class weights; unmatched queries are no-object."""
+        labels = self.wanted_labels(logits, targets, matches)
+        total = F.cross_entropy(logits.transpose(1, 2), labels, self.empty_weight, reduction="sum")
+        return total / average_class_weight(targets, logits, self.no_object_weight)
+
+    def wanted_labels(self, logits: Tensor, targets: Sequence[Target], matches: Sequence[Match]) -> Tensor:
+        """Each query's class (N, Q) int64; ``num_classes`` where it is matched with nothing."""
+        labels = torch.full(logits.shape[:2], self.num_classes, dtype=torch.int64, device=logits.device)
+        for row, target, (queries, indices) in zip(labels, targets, matches, strict=True):
+            row[queries.to(row.device)] = target.labels[indices.to(row.device)]
+        return labels
+
+    def mask_losses(
+        self, masks: Tensor, targets: Sequence[Target], matches: Sequence[Match], count: float
+    ) -> dict[str, Tensor]:
+        """Cross-entropy and dice of the matched masks at points chosen by uncertainty.
+
+        Without any target both are 0 and still depend on ``masks``, so that every worker has the same graph.
+        """
+        logits = torch.cat(
+            [m.index_select(0, q.to(m.device)) for m, (q, _) in zip(masks, matches, strict=True)]
+        ).float()
+        if not len(logits):
+            return {"loss_mask": logits.sum(), "loss_dice": logits.sum()}
+        points = uncertain_points(logits, self.num_points, self.oversample_ratio, self.importance_sample_ratio)
+        parts = points.split([len(queries) for queries, _ in matches])
+        labels = [
+            sample_points(_select(target.masks, indices)[:, None], part).squeeze(1)
+            for target, (_, indices), part in zip(targets, matches, parts, strict=True)
+        ]
+        point_labels = torch.cat(labels)
+        point_logits = sample_points(logits[:, None], points).squeeze(1)
+        return {
+            "loss_mask": mask_loss(point_logits, point_labels, count),
+            "loss_dice": dice_loss(point_logits, point_labels, count),
+        }
+
+    def extra_repr(self) -> str:
+        return f"classes={self.num_classes}, points={self.num_points}, weights={self.weight_dict}"
+
+
+def _select(masks: Tensor, indices: Tensor) -> Tensor:
+    """``masks[indices]``, without a copy where every mask is matched: matches are sorted by target."""
+    return masks if len(indices) == len(masks) else masks[indices.to(masks.device)]

@@ -1,0 +1,1 @@
+"""Mask DINO (Li et al., CVPR 2023)."""

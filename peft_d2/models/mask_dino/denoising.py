@@ -1,0 +1,91 @@
+"""Denoising training: queries made of disturbed ground truth, to be restored without any matching.
+
+Sources: Li et al., DN-DETR, CVPR 2022, section 4; Li et al., Mask DINO, CVPR 2023, section 3.4 (masks are restored from
+disturbed boxes).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from peft_d2.models.layers.boxes import inverse_sigmoid
+from peft_d2.models.layers.matcher import Match
+from peft_d2.models.layers.targets import Target
+
+
+@dataclass
+class DenoisingQueries:
+    """The queries of a batch: ``groups`` times all targets of an image, each group padded to ``group_size``.
+
+    Attributes:
+        content: (N, D, C), D = groups * group_size; zero where an image has fewer targets.
+        box_logits: (N, D, 4), zero where an image has fewer targets.
+        groups, group_size: D in its parts, one group after the other.
+    """
+
+    content: Tensor
+    box_logits: Tensor
+    groups: int
+    group_size: int
+
+    def __len__(self) -> int:
+        return self.groups * self.group_size
+
+    def matches(self, targets: Sequence[Target]) -> list[Match]:
+        """Which query restores which target, by image."""
+        pairs = []
+        for target in targets:
+            indices = torch.arange(len(target.labels))
+            queries = torch.cat([indices + group * self.group_size for group in range(self.groups)])
+            pairs.append((queries, indices.repeat(self.groups)))
+        return pairs
+
+    def blocked(self, matching: int) -> Tensor:
+        """(D + matching, D + matching), True where a query must not see another.
+
+        A group sees itself and the ``matching`` queries that follow all groups; those see each other alone, as the
+        others know the ground truth.
+        """
+        device = self.content.device
+        group = torch.arange(len(self) + matching, device=device) // max(self.group_size, 1)
+        group[len(self) :] = self.groups
+        return (group[:, None] != group[None]) & (group[None] != self.groups)
+
+
+def denoising_queries(
+    targets: Sequence[Target], label_embedding: nn.Embedding, count: int, noise_scale: float
+) -> DenoisingQueries | None:
+    """Disturb the targets: a label is replaced with probability noise_scale / 2, a box moves and grows by chance.
+
+    A box's centre moves by up to noise_scale / 2 of its size, its sides change by up to noise_scale of themselves.
+
+    Args:
+        targets: one per image, with ``boxes``.
+        label_embedding: content (C) by class.
+        count: queries wanted at most: there are ``count // T`` groups for the largest number T of targets in an image.
+        noise_scale: in [0, 1].
+
+    Returns:
+        None if there are no targets, or more than ``count`` in an image.
+    """
+    group_size = max((len(target.labels) for target in targets), default=0)
+    groups = count // group_size if group_size else 0
+    if groups == 0:
+        return None
+    device = label_embedding.weight.device
+    content = torch.zeros(len(targets), groups, group_size, label_embedding.embedding_dim, device=device)
+    box_logits = torch.zeros(len(targets), groups, group_size, 4, device=device)
+    for image, target in enumerate(targets):
+        labels = target.labels.expand(groups, -1)
+        replaced = torch.rand(labels.shape, device=device) < noise_scale / 2
+        labels = torch.where(replaced, torch.randint_like(labels, label_embedding.num_embeddings), labels)
+        boxes = target.centre_boxes.expand(groups, -1, -1)
+        reach = torch.cat([boxes[..., 2:] / 2, boxes[..., 2:]], dim=-1) * noise_scale
+        boxes = (boxes + (2 * torch.rand_like(boxes) - 1) * reach).clamp(0, 1)
+        content[image, :, : len(target.labels)] = label_embedding(labels).to(content.dtype)
+        box_logits[image, :, : len(target.labels)] = inverse_sigmoid(boxes)
+    return DenoisingQueries(content.flatten(1, 2), box_logits.flatten(1, 2), groups, group_size)

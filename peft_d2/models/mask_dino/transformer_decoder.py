@@ -1,0 +1,290 @@
+"""The transformer decoder of Mask DINO: queries chosen from the encoder's maps, refined as boxes, read out as masks.
+
+Sources: Li et al., Mask DINO, CVPR 2023, sections 3.2 to 3.4; Zhang et al., DINO, ICLR 2023, sections 3.3 to 3.5.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode, configurable
+from torch import Tensor, nn
+
+from peft_d2.models.checks import ModelConfigError, expect, expect_at_least, expect_width
+from peft_d2.models.layers.boxes import inverse_sigmoid, to_centres
+from peft_d2.models.layers.deformable_encoder import pixel_centres
+from peft_d2.models.layers.levels import Levels
+from peft_d2.models.layers.postprocess import mask_boxes
+from peft_d2.models.layers.projection import input_projections
+from peft_d2.models.layers.targets import Target
+from peft_d2.models.layers.transformer import MLP
+from peft_d2.models.mask_dino.deformable_decoder import DeformableDecoder
+from peft_d2.models.mask_dino.denoising import DenoisingQueries, denoising_queries
+
+_DENOISING = ("no", "standard", "seg")
+_BOX_STARTS = ("no", "bitmask", "mask2box")
+_FINEST_PROPOSAL = 0.05  # side of a proposal on the first level, relative to the image; it doubles by level
+
+
+class MaskDINODecoder(nn.Module):
+    """Predicts classes, masks and boxes.
+
+    ``bbox_embed`` is one perceptron under many names, and ``decoder_norm`` the decoder's own ``norm``, as published.
+
+    Args:
+        in_channels: of the multi-scale features.
+        num_classes: K.
+        softmax_classes: the classifier has one more output, no-object.
+        hidden_dim, n_heads, dim_feedforward, n_layers, dropout: of the decoder.
+        n_levels: maps that it looks at.
+        num_queries: Q.
+        mask_dim: channels of the mask features.
+        enforce_input_projection: project the features even where their channels fit.
+        two_stage: queries start from the encoder's maps; otherwise they are learned.
+        learned_content: with two stages, only the boxes come from the maps.
+        box_start: with two stages, boxes start around the masks of the chosen places: ``bitmask``, or ``mask2box``, one
+            pixel smaller; ``no``: from the places' own boxes.
+        initial_prediction: the queries themselves are supervised, before any layer.
+        denoising: ``seg`` restores masks too, ``standard`` boxes and classes alone, ``no`` nothing.
+        denoising_count, noise_scale: see :func:`peft_d2.models.mask_dino.denoising.denoising_queries`.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        in_channels: int,
+        mask_classification: bool = True,
+        *,
+        num_classes: int,
+        softmax_classes: bool,
+        hidden_dim: int,
+        n_heads: int,
+        dim_feedforward: int,
+        n_layers: int,
+        dropout: float,
+        n_levels: int,
+        num_queries: int,
+        mask_dim: int,
+        enforce_input_projection: bool,
+        two_stage: bool,
+        learned_content: bool,
+        box_start: str,
+        initial_prediction: bool,
+        denoising: str,
+        denoising_count: int,
+        noise_scale: float,
+    ) -> None:
+        super().__init__()
+        if not mask_classification:
+            raise ValueError("MaskDINODecoder: mask_classification is False; only True is supported")
+        self.num_queries = num_queries
+        self.two_stage = two_stage
+        self.box_start = box_start
+        self.initial_prediction = initial_prediction
+        self.denoising = denoising
+        self.denoising_count = denoising_count
+        self.noise_scale = noise_scale
+        self.query_feat = nn.Embedding(num_queries, hidden_dim) if learned_content or not two_stage else None
+        self.query_embed = None if two_stage else nn.Embedding(num_queries, 4)
+        if two_stage:
+            self.enc_output = nn.Linear(hidden_dim, hidden_dim)
+            self.enc_output_norm = nn.LayerNorm(hidden_dim)
+        self.input_proj = input_projections(in_channels, hidden_dim, n_levels, enforce_input_projection)
+        self.class_embed = nn.Linear(hidden_dim, num_classes + softmax_classes)
+        self.label_enc = nn.Embedding(num_classes, hidden_dim)
+        self.mask_embed = MLP(hidden_dim, hidden_dim, mask_dim, 3)
+        self.decoder_norm = nn.LayerNorm(hidden_dim)
+        self.decoder = DeformableDecoder(
+            n_layers,
+            hidden_dim,
+            dim_feedforward,
+            self.decoder_norm,
+            dropout=dropout,
+            n_levels=n_levels,
+            n_heads=n_heads,
+        )
+        self._bbox_embed = MLP(hidden_dim, hidden_dim, 4, 3)
+        nn.init.zeros_(self._bbox_embed.layers[-1].get_parameter("weight"))
+        nn.init.zeros_(self._bbox_embed.layers[-1].get_parameter("bias"))
+        self.bbox_embed = self.decoder.bbox_embed = nn.ModuleList([self._bbox_embed] * n_layers)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, in_channels: int, mask_classification: bool = True) -> dict[str, Any]:
+        """Arguments from ``MODEL.MaskDINO`` and ``MODEL.SEM_SEG_HEAD``.
+
+        Raises:
+            ModelConfigError: for values that are unknown, out of range or do not go together.
+        """
+        dino = cfg.MODEL.MaskDINO
+        _check(dino)
+        return {
+            "in_channels": in_channels,
+            "mask_classification": mask_classification,
+            "num_classes": cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES,
+            "softmax_classes": softmax_classes(cfg),
+            "hidden_dim": dino.HIDDEN_DIM,
+            # The published decoder has no dropout, whatever DROPOUT says; that is the encoder's.
+            "dropout": 0.0,
+            "n_heads": dino.NHEADS,
+            "dim_feedforward": dino.DIM_FEEDFORWARD,
+            "n_layers": dino.DEC_LAYERS,
+            "n_levels": cfg.MODEL.SEM_SEG_HEAD.TOTAL_NUM_FEATURE_LEVELS,
+            "num_queries": dino.NUM_OBJECT_QUERIES,
+            "mask_dim": cfg.MODEL.SEM_SEG_HEAD.MASK_DIM,
+            "enforce_input_projection": dino.ENFORCE_INPUT_PROJ,
+            "two_stage": dino.TWO_STAGE,
+            "learned_content": dino.LEARN_TGT,
+            "box_start": dino.INITIALIZE_BOX_TYPE,
+            "initial_prediction": dino.INITIAL_PRED,
+            "denoising": dino.DN,
+            "denoising_count": dino.DN_NUM,
+            "noise_scale": dino.DN_NOISE_SCALE,
+        }
+
+    def forward(
+        self,
+        features: Sequence[Tensor],
+        mask_features: Tensor,
+        mask: Tensor | None = None,
+        targets: Sequence[Target] | None = None,
+    ) -> dict[str, Any]:
+        """Predict.
+
+        Args:
+            features: maps (N, C, H_l, W_l) as the pixel decoder gives them; the decoder takes them in reverse.
+            mask_features: (N, mask_dim, H, W).
+            mask: ignored: padding is looked at.
+            targets: one per image with boxes, for denoising; needed in training where that is on.
+
+        Returns:
+            ``pred_logits`` (N, Q, K), ``pred_masks`` (N, Q, H, W) and ``pred_boxes`` (N, Q, 4) of the last layer:
+            (centre x, centre y, width, height), relative to the padded image. In training besides: ``aux_outputs``,
+            the same of the queries themselves and of every layer but the last; with two stages ``interm_outputs`` of
+            the chosen places; ``denoising``: the denoising queries and their predictions by layer, or None.
+        """
+        # In float32, as the decoder is, also where the maps come in the autocast type.
+        projected = [projection(feature).float() for projection, feature in zip(self.input_proj, features, strict=True)]
+        memory = Levels(projected[::-1])
+        content, box_logits, chosen = self.queries(memory, mask_features)
+        noisy = self._denoising_queries(targets)
+        blocked = None
+        if noisy is not None:
+            content = torch.cat([noisy.content, content], dim=1)
+            box_logits = torch.cat([noisy.box_logits, box_logits], dim=1)
+            blocked = noisy.blocked(len(content[0]) - len(noisy))
+        hidden, references = self.decoder(content, box_logits, memory, blocked)
+        if not self.training:
+            return self.predict(hidden[-1], mask_features, self._boxes(hidden[-1], references[-2]))
+        predictions = [self.predict(content, mask_features, references[0])] if self.initial_prediction else []
+        for x, reference in zip(hidden, references[:-1], strict=True):
+            predictions.append(self.predict(x, mask_features, self._boxes(x, reference)))
+        return self._training_outputs(predictions, noisy, chosen)
+
+    def _training_outputs(
+        self,
+        predictions: list[dict[str, Tensor]],
+        noisy: DenoisingQueries | None,
+        chosen: dict[str, Tensor] | None,
+    ) -> dict[str, Any]:
+        """What :meth:`forward` gives in training; the denoising queries come first in every prediction."""
+        if noisy is None:
+            # The label embedding takes part all the same, so that every worker has the same graph.
+            predictions[-1]["pred_logits"] = predictions[-1]["pred_logits"] + 0.0 * self.label_enc.weight.sum()
+        first = 0 if noisy is None else len(noisy)
+        matching = [{name: value[:, first:] for name, value in p.items()} for p in predictions]
+        outputs: dict[str, Any] = {**matching[-1], "aux_outputs": matching[:-1], "denoising": None}
+        if chosen is not None:
+            outputs["interm_outputs"] = chosen
+        if noisy is not None:
+            outputs["denoising"] = (noisy, [{name: value[:, :first] for name, value in p.items()} for p in predictions])
+        return outputs
+
+    def queries(self, memory: Levels, mask_features: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor] | None]:
+        """Content (N, Q, C) and box logits (N, Q, 4) to start from; with two stages the chosen places' prediction.
+
+        The places are those with the highest class logits (DINO, section 3.4, "mixed query selection" with learned
+        content). What the queries start from is detached; the prediction is supervised by itself.
+        """
+        n = len(memory.values)
+        if self.query_embed is not None and self.query_feat is not None:
+            return self.query_feat.weight.expand(n, -1, -1), self.query_embed.weight.expand(n, -1, -1), None
+        proposals, valid = proposal_logits(memory.sizes, memory.values.device)
+        encoded = self.enc_output_norm(self.enc_output(memory.values * valid[:, None]))
+        count = min(self.num_queries, encoded.shape[1])  # a small image has fewer places
+        index = self.class_embed(encoded).amax(-1).topk(count, dim=1).indices[..., None]
+        content = encoded.gather(1, index.expand(-1, -1, encoded.shape[-1]))
+        box_logits = self._bbox_embed(content).float() + proposals[index.squeeze(-1)]
+        chosen = self.predict(content, mask_features, box_logits.sigmoid())
+        start = box_logits.detach()
+        if self.box_start != "no":
+            start = inverse_sigmoid(self._boxes_of(chosen["pred_masks"].detach() > 0))
+        content = content.detach() if self.query_feat is None else self.query_feat.weight[:count].expand(n, -1, -1)
+        return content, start, chosen
+
+    def predict(self, x: Tensor, mask_features: Tensor, boxes: Tensor) -> dict[str, Tensor]:
+        """Class logits and masks of hidden states (N, Q, C), which are normalised here, next to their boxes."""
+        hidden = self.decoder_norm(x)
+        masks = torch.einsum("bqc,bchw->bqhw", self.mask_embed(hidden), mask_features)
+        return {"pred_logits": self.class_embed(hidden), "pred_masks": masks, "pred_boxes": boxes}
+
+    def _boxes(self, x: Tensor, reference: Tensor) -> Tensor:
+        """A layer's boxes from its normalised output and what it started from, which is not detached (DINO, 3.5)."""
+        with torch.autocast(x.device.type, enabled=False):
+            return (self._bbox_embed(x.float()) + inverse_sigmoid(reference)).sigmoid()
+
+    def _boxes_of(self, masks: Tensor) -> Tensor:
+        """Boxes (N, Q, 4) around masks (N, Q, H, W), as centre and size; an empty mask's depends on ``box_start``."""
+        height, width = masks.shape[-2:]
+        flat = masks.flatten(0, 1)
+        corners = mask_boxes(flat)
+        if self.box_start == "mask2box":
+            corners[:, 2:] -= 1
+            corners[~flat.flatten(1).any(1)] = corners.new_tensor([2.0 * width, 2.0 * height, 0, 0])  # -> (1, 1, 0, 0)
+        return (to_centres(corners) / corners.new_tensor([width, height] * 2)).view(*masks.shape[:2], 4)
+
+    def _denoising_queries(self, targets: Sequence[Target] | None) -> DenoisingQueries | None:
+        if not self.training or self.denoising == "no":
+            return None
+        if targets is None:
+            raise ValueError("MaskDINODecoder: training with denoising needs the targets; pass them, or set DN to 'no'")
+        return denoising_queries(targets, self.label_enc, self.denoising_count, self.noise_scale)
+
+
+def proposal_logits(sizes: Sequence[tuple[int, int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """A box at every pixel of every level, and where it is well inside of the image.
+
+    Args:
+        sizes: (H_l, W_l) by level; sides double from level to level.
+
+    Returns:
+        (S, 4) logits of (centre x, centre y, width, height), infinite where not valid, and (S,) bool. Valid are boxes
+        all of whose four numbers are in (0.01, 0.99) (Zhu et al., Deformable DETR, appendix A.4, two-stage).
+    """
+    parts = []
+    for level, size in enumerate(sizes):
+        centres = pixel_centres(*size, device)
+        parts.append(torch.cat([centres, torch.full_like(centres, _FINEST_PROPOSAL * 2.0**level)], dim=-1))
+    boxes = torch.cat(parts)
+    valid = ((boxes > 0.01) & (boxes < 0.99)).all(-1)
+    return (boxes / (1 - boxes)).log().masked_fill(~valid[:, None], float("inf")), valid
+
+
+def softmax_classes(cfg: CfgNode) -> bool:
+    """Whether classes compete, with no-object among them: semantic segmentation, where the config says so."""
+    test = cfg.MODEL.MaskDINO.TEST
+    return bool(test.SEMANTIC_ON and cfg.MODEL.MaskDINO.SEMANTIC_CE_LOSS and not test.PANOPTIC_ON)
+
+
+def _check(dino: CfgNode) -> None:
+    path = "MODEL.MaskDINO"
+    for key, known in (("DN", _DENOISING), ("INITIALIZE_BOX_TYPE", _BOX_STARTS)):
+        expect(dino[key] in known, f"{path}.{key}", dino[key], f"one of {list(known)}")
+    if dino.INITIALIZE_BOX_TYPE != "no" and not (dino.TWO_STAGE and dino.INITIAL_PRED):
+        raise ModelConfigError(
+            f"{path}.INITIALIZE_BOX_TYPE is {dino.INITIALIZE_BOX_TYPE!r}, boxes around predicted masks; that "
+            "needs TWO_STAGE and INITIAL_PRED True. Set them, or 'no'"
+        )
+    expect_at_least(path, dino, DEC_LAYERS=1, NUM_OBJECT_QUERIES=1, DIM_FEEDFORWARD=1, DN_NUM=0)
+    expect_width(path, dino)

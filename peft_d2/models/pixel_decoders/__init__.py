@@ -1,1 +1,0 @@
-"""From a backbone's maps to mask features and multi-scale features."""

@@ -1,0 +1,1 @@
+"""Segment Anything (Kirillov et al., ICCV 2023)."""

@@ -1,0 +1,237 @@
+"""Segment Anything with prompts (Kirillov et al., ICCV 2023) as a Detectron2 meta-architecture.
+
+Trained as SAM-COBOT does (Peng et al., CVPR 2024, section 4.1): boxes in, binary cross-entropy and Dice of the masks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from detectron2.config import CfgNode, configurable
+from detectron2.structures import Boxes, Instances
+from torch import Tensor, nn
+
+from peft_d2.models.backbones.sam_vit import ImageEncoder, encoder_settings
+from peft_d2.models.checks import expect, expect_at_least, expect_pixels
+from peft_d2.models.layers.criterion import dice_loss, mask_loss
+from peft_d2.models.layers.joined_batch import average_count
+from peft_d2.models.layers.postprocess import Canvas, mask_boxes
+from peft_d2.models.layers.targets import Target
+from peft_d2.models.sam.mask_decoder import SAMMaskDecoder
+from peft_d2.models.sam.prompt_encoder import PromptEncoder
+from peft_d2.models.sam.prompts import PromptError, Prompts, read_prompts
+
+THRESHOLD = 0.0  # of the mask logits
+
+
+class SegmentAnything(nn.Module):
+    """Image encoder, prompt encoder and mask decoder; an image is encoded once for all of its prompts.
+
+    Args:
+        image_encoder, prompt_encoder, mask_decoder: the parts.
+        pixel_mean, pixel_std: of the input's channels.
+        image_size: images are padded to squares of it, px.
+        multimask: inference predicts masks for ambiguous prompts and takes the one with the best expected IoU.
+        prompts_per_call: how many prompts are decoded together in inference.
+        weights: of the losses, by name; a weight of 0 leaves a loss out.
+    """
+
+    pixel_mean: Tensor
+    pixel_std: Tensor
+
+    # The single mask's loss reaches neither the tokens of the other masks nor, without its loss, the expected IoU.
+    has_unused_parameters = True
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        image_encoder: ImageEncoder,
+        prompt_encoder: PromptEncoder,
+        mask_decoder: SAMMaskDecoder,
+        pixel_mean: Sequence[float],
+        pixel_std: Sequence[float],
+        image_size: int,
+        multimask: bool,
+        prompts_per_call: int,
+        weights: dict[str, float],
+    ) -> None:
+        super().__init__()
+        self.image_encoder = image_encoder
+        self.prompt_encoder = prompt_encoder
+        self.mask_decoder = mask_decoder
+        self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), persistent=False)
+        self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), persistent=False)
+        self.image_size = image_size
+        self.multimask = multimask
+        self.prompts_per_call = prompts_per_call
+        self.weights = weights
+        self.embed: Callable[[Tensor], Tensor] | None = None  # in place of the encoder, for one that keeps results
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        """See ``MODEL.SAM`` in :mod:`peft_d2.models.config`.
+
+        Raises:
+            ModelConfigError: values that are out of range or do not go together.
+        """
+        node, path = cfg.MODEL.SAM, "MODEL.SAM"
+        expect_pixels(cfg)
+        expect_at_least(path, node, DECODER_HEADS=1, DECODER_DEPTH=1, DECODER_MLP_DIM=1, PROMPTS_PER_CALL=1)
+        # Each head has its share of half the channels; masks have an eighth of them.
+        shares = math.lcm(2 * node.DECODER_HEADS, 8)
+        shared_out = node.OUT_CHANNELS >= 1 and node.OUT_CHANNELS % shares == 0
+        expected = f"a multiple of {shares}, with DECODER_HEADS {node.DECODER_HEADS}"
+        expect(shared_out, f"{path}.OUT_CHANNELS", node.OUT_CHANNELS, expected)
+        image_encoder = ImageEncoder(**encoder_settings(cfg))
+        grid = node.IMAGE_SIZE // node.PATCH_SIZE
+        return {
+            "image_encoder": image_encoder,
+            "prompt_encoder": PromptEncoder(node.OUT_CHANNELS, grid, node.IMAGE_SIZE, node.MASK_IN_CHANNELS),
+            "mask_decoder": SAMMaskDecoder(
+                dim=node.OUT_CHANNELS,
+                depth=node.DECODER_DEPTH,
+                n_heads=node.DECODER_HEADS,
+                mlp_dim=node.DECODER_MLP_DIM,
+                iou_depth=node.IOU_HEAD_DEPTH,
+                iou_hidden=node.IOU_HEAD_HIDDEN,
+            ),
+            "pixel_mean": cfg.MODEL.PIXEL_MEAN,
+            "pixel_std": cfg.MODEL.PIXEL_STD,
+            "image_size": node.IMAGE_SIZE,
+            "multimask": node.MULTIMASK,
+            "prompts_per_call": node.PROMPTS_PER_CALL,
+            "weights": {"loss_mask": node.MASK_WEIGHT, "loss_dice": node.DICE_WEIGHT, "loss_iou": node.IOU_WEIGHT},
+        }
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is and inputs are taken to."""
+        return self.pixel_mean.device
+
+    def forward(self, batched_inputs: list[dict[str, Any]]) -> dict[str, Tensor] | list[dict[str, Any]]:
+        """Losses in training, masks otherwise.
+
+        Args:
+            batched_inputs: dicts with ``image`` (3, H, W), not normalised, whose longer side is the model's size at
+                most, and prompts in its pixels: any of ``boxes`` (N, 4), ``point_coords`` (N, P, 2) with
+                ``point_labels`` (N, P), ``mask_inputs`` (N, 1, h, w). In training ``instances`` with ``gt_masks`` of
+                as many objects, whose ``gt_boxes`` are the prompts where there are no others. In inference ``height``
+                and ``width`` of the wanted output, and ``box_classes`` (N,) and ``box_scores`` (N,) that the results
+                take over.
+
+        Returns:
+            In training the weighted losses by name. Otherwise a dict per image with ``instances``: one per prompt, in
+            order, ``scores`` being the expected IoU (times the ``box_scores``). Without any prompt there is one mask;
+            with prompts of length 0 there is none.
+        """
+        images = torch.stack([self.preprocess(item["image"], item) for item in batched_inputs])
+        embeddings = (self.embed or self.image_encoder)(images)
+        if self.training:
+            return self.losses(embeddings, batched_inputs)
+        return [
+            {"instances": self.inference(embedding[None], item)}
+            for embedding, item in zip(embeddings, batched_inputs, strict=True)
+        ]
+
+    def preprocess(self, image: Tensor, item: dict[str, Any] | None = None) -> Tensor:
+        """Normalise, then pad with zeros at the bottom and the right: (3, H, W) -> (3, S, S).
+
+        Raises:
+            PromptError: an image without pixels, or larger than the model takes.
+        """
+        height, width = image.shape[-2:]
+        if not 0 < min(height, width) <= max(height, width) <= self.image_size:
+            name = (item or {}).get("file_name", "an image")
+            raise PromptError(
+                f"{name}: the image is {width} x {height} px, but the model takes 1 to {self.image_size} px a side. "
+                f"Resize its longer side to {self.image_size} px, e.g. with INPUT.DATASET_MAPPER_NAME sam_prompts."
+            )
+        normalised = (image.to(self.device) - self.pixel_mean) / self.pixel_std
+        return F.pad(normalised, (0, self.image_size - width, 0, self.image_size - height))
+
+    def decode(self, embedding: Tensor, prompts: Prompts, multimask: bool = False) -> tuple[Tensor, Tensor]:
+        """Logits (N, K, 4 G, 4 G) on the padded image and expected IoU (N, K) for one embedding (1, C, G, G)."""
+        tokens, dense = self.prompt_encoder(prompts.points, prompts.boxes, prompts.masks)
+        return self.mask_decoder(embedding, self.prompt_encoder.dense_positions(), tokens, dense, multimask)
+
+    def losses(self, embeddings: Tensor, batched_inputs: list[dict[str, Any]]) -> dict[str, Tensor]:
+        """The weighted losses, means over all objects of the batch."""
+        totals = {name: embeddings.new_zeros((), dtype=torch.float32) for name, w in self.weights.items() if w}
+        targets = [_target(item["instances"], self.device) for item in batched_inputs]
+        count = average_count(targets, self.device)
+        for embedding, item, target in zip(embeddings, batched_inputs, targets, strict=True):
+            labels = target.masks
+            size = (item["image"].shape[-2], item["image"].shape[-1])
+            prompts = self._training_prompts(item, size)
+            if not len(labels):
+                prompts = Prompts()  # decoded for the gradients' sake, which are zero
+            elif len(prompts) != len(labels) or labels.shape[1:] != size:
+                raise PromptError(
+                    f"{item.get('file_name', 'an image')}: {len(prompts)} prompts on {size} px do not belong to masks "
+                    f"{tuple(labels.shape)}; expected a prompt for each mask, and masks of the image's size"
+                )
+            logits, quality = self.decode(embedding[None], prompts)
+            with torch.autocast(self.device.type, enabled=False):
+                for name, value in self._image_losses(logits.float(), quality.float(), labels, size, count).items():
+                    totals[name] = totals[name] + self.weights[name] * value
+        return totals
+
+    def _training_prompts(self, item: dict[str, Any], size: tuple[int, int]) -> Prompts:
+        if not {"boxes", "point_coords", "mask_inputs"} & item.keys():
+            item = {**item, "boxes": item["instances"].gt_boxes.tensor}
+        return read_prompts(item, size, 4 * self.prompt_encoder.grid, self.device)
+
+    def _image_losses(
+        self, logits: Tensor, quality: Tensor, labels: Tensor, size: tuple[int, int], count: float
+    ) -> dict[str, Tensor]:
+        """Sums over the objects of one image, divided by ``count``."""
+        if not len(labels):
+            return {name: 0.0 * (logits.sum() + quality.sum()) for name, weight in self.weights.items() if weight}
+        whole = Canvas((self.image_size, self.image_size), size, size).to_padded(logits[:, 0])
+        pixels = whole[:, : size[0], : size[1]].flatten(1)
+        wanted = labels.flatten(1).to(pixels.dtype)
+        found: dict[str, Tensor] = {}
+        if self.weights["loss_mask"]:
+            found["loss_mask"] = mask_loss(pixels, wanted, count)
+        if self.weights["loss_dice"]:
+            found["loss_dice"] = dice_loss(pixels, wanted, count)
+        if self.weights["loss_iou"]:
+            both = ((pixels > THRESHOLD) & labels.flatten(1)).sum(1)
+            either = ((pixels > THRESHOLD) | labels.flatten(1)).sum(1)
+            found["loss_iou"] = (quality[:, 0] - both / either.clamp(min=1)).square().sum() / count
+        return found
+
+    def inference(self, embedding: Tensor, item: dict[str, Any]) -> Instances:
+        """One instance per prompt of an image, in the size that the item wants."""
+        size = (item["image"].shape[-2], item["image"].shape[-1])
+        wanted = (int(item.get("height", size[0])), int(item.get("width", size[1])))
+        canvas = Canvas((self.image_size, self.image_size), size, wanted)
+        prompts = read_prompts(item, size, 4 * self.prompt_encoder.grid, self.device)
+        masks, scores = [torch.zeros((0, *wanted), dtype=torch.bool, device=self.device)], [embedding.new_zeros(0)]
+        for part in prompts.split(self.prompts_per_call):
+            logits, quality = self.decode(embedding, part, self.multimask)
+            score, best = quality.float().max(1)
+            chosen = logits[torch.arange(len(best), device=self.device), best]
+            masks += [canvas.upsample(chosen[rows]) > THRESHOLD for rows in canvas.chunks(len(chosen))]
+            scores.append(score)
+        instances = Instances(wanted)
+        instances.pred_masks = torch.cat(masks)
+        instances.pred_boxes = Boxes(mask_boxes(instances.pred_masks))
+        instances.scores = torch.cat(scores)
+        if "box_scores" in item:
+            instances.scores = instances.scores * torch.as_tensor(item["box_scores"]).to(instances.scores)
+        classes = item.get("box_classes", torch.zeros(len(instances), dtype=torch.int64))
+        instances.pred_classes = torch.as_tensor(classes).to(self.device)
+        return instances
+
+
+def _target(instances: Instances, device: torch.device) -> Target:
+    """Classes and bool masks (N, H, W), from a tensor or Detectron2's BitMasks."""
+    masks = instances.gt_masks
+    masks = masks if isinstance(masks, Tensor) else masks.tensor
+    return Target(instances.gt_classes.to(device), masks.to(device).bool())

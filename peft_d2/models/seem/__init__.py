@@ -1,0 +1,1 @@
+"""SEEM (Zou et al., NeurIPS 2023)."""

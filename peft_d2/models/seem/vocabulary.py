@@ -1,0 +1,181 @@
+"""The classes that queries are compared with: their names, and where the names' vectors come from."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+from torch import Tensor, nn
+
+from peft_d2.models.seem.class_prompts import BACKGROUND, CLIP_TOKENIZER, Tokenizer, load_tokenizer, prompts
+from peft_d2.models.seem.class_vectors import ClassVectors, ClassVectorsError, encode_classes
+from peft_d2.models.seem.text_encoder import TextEncoder
+
+_logger = logging.getLogger(__name__)
+_REMEDY = "name a file of class vectors in MODEL.SEEM.CLASS_VECTORS"
+
+
+class Vocabulary:
+    """Class names and their vectors: given, or what the text encoder makes of the names when they are first needed.
+
+    Args:
+        names: by class id.
+        source: who named them, for messages.
+        tokenizer: for the text encoder, see :func:`peft_d2.models.seem.class_prompts.load_tokenizer`.
+        labels: classes that the training data are labelled with; 0: nobody knows.
+    """
+
+    def __init__(self, names: Sequence[str], source: str, tokenizer: str = CLIP_TOKENIZER, labels: int = 0) -> None:
+        self.names = tuple(names)
+        self.source = source
+        self.tokenizer = tokenizer
+        self.labels = labels
+        self._vectors: ClassVectors | None = None
+        self._encoder_version: int | None = None  # of the weights that made the vectors; None: the vectors were given
+        self._rows: tuple[ClassVectors, Tensor] | None = None  # what :meth:`rows` made of which vectors
+        self._ids: Tensor | None = None  # of all classes and templates, where the encoder is trained
+
+    def give(self, vectors: ClassVectors) -> None:
+        """Take the classes' vectors from these; without names of its own, the vocabulary takes all of them.
+
+        Raises:
+            ClassVectorsError: a class is not there.
+        """
+        self._vectors = vectors.select(self.names or vectors.names)
+        self.names = self._vectors.names
+        self._encoder_version = None
+
+    def vectors(self, encoder: nn.Module) -> ClassVectors:
+        """The classes' vectors; computed ones are computed again once the encoder's weights have changed.
+
+        Raises:
+            ClassVectorsError: nobody named the classes, or ``encoder`` is no text encoder or has its random initial
+                weights.
+            TokenizerError: there is no tokenizer.
+        """
+        if self._vectors is None or self._encoder_version is not None:
+            version = _loaded_version(encoder)
+            if self._vectors is None or version != self._encoder_version:
+                self._vectors, self._encoder_version = self._encoded(encoder), version
+        return self._vectors
+
+    def rows(self, encoder: nn.Module) -> Tensor:
+        """(K + 1, C): each class's mean over the templates; raises what :meth:`vectors` raises."""
+        vectors = self.vectors(encoder)
+        if self._rows is None or self._rows[0] is not vectors:
+            self._rows = vectors, vectors.evaluation()
+        return self._rows[1]
+
+    def training_rows(self, encoder: nn.Module) -> Tensor:
+        """(K + 1, C): each class in a random template; with gradients where the text encoder itself is trained.
+
+        Raises:
+            ClassVectorsError: there are more or fewer classes than labels; the text encoder is trained and the vectors
+                were given, so that it would learn nothing; and what :meth:`vectors` raises.
+            TokenizerError: as there.
+        """
+        trained = any(p.requires_grad for name, p in encoder.named_parameters() if name != "logit_scale")
+        if trained and self._vectors is not None and self._encoder_version is None:
+            raise ClassVectorsError(
+                "parts of the text encoder are trained, but the class vectors come from a file, which they do not "
+                "change: leave sem_seg_head.predictor.lang_encoder out of what is trained, or MODEL.SEEM.CLASS_VECTORS "
+                "empty"
+            )
+        if trained:
+            _loaded_version(encoder)
+        rows = self._encoded_anew(encoder) if trained else self.vectors(encoder).sample()
+        if self.labels and len(rows) != self.labels + 1:
+            raise ClassVectorsError(
+                f"{self.source} names {len(self.names)} classes and the training data are labelled with {self.labels} "
+                "(those of DATASETS.TRAIN, or MODEL.SEM_SEG_HEAD.NUM_CLASSES): name each label once, in its order"
+            )
+        return rows
+
+    def _encoded(self, encoder: nn.Module) -> ClassVectors:
+        encode = self._tokenizer(encoder)
+        assert isinstance(encoder, TextEncoder)
+        _logger.info("Encoding the names of %d classes (%s), once.", len(self.names), self.source)
+        with torch.autocast(encoder.lang_proj.device.type, enabled=False):
+            return encode_classes(encoder, encode, self.names)
+
+    def _encoded_anew(self, encoder: nn.Module) -> Tensor:
+        if self._ids is None:
+            encode = self._tokenizer(encoder)
+            self._ids = encode([text for name in (*self.names, BACKGROUND) for text in prompts(name)])
+        choices = self._ids.unflatten(0, (len(self.names) + 1, -1))
+        drawn = torch.randint(choices.shape[1], (len(choices),))
+        return encoder(choices[torch.arange(len(choices)), drawn].to(next(encoder.parameters()).device))
+
+    def _tokenizer(self, encoder: nn.Module) -> Tokenizer:
+        if not self.names:
+            raise ClassVectorsError(
+                "the classes have no names: list them in MODEL.SEEM.CLASS_NAMES, or name data sets in DATASETS.TRAIN "
+                "and DATASETS.TEST whose metadata has thing_classes"
+            )
+        assert isinstance(encoder, TextEncoder)
+        return load_tokenizer(self.tokenizer, encoder.context)
+
+
+def vocabularies(cfg: CfgNode) -> tuple[Vocabulary, Vocabulary]:
+    """The classes in training and in inference: those of ``MODEL.SEEM.CLASS_NAMES``, else of the data sets.
+
+    Raises:
+        ClassVectorsError: ``MODEL.SEEM.CLASS_VECTORS`` cannot be read, lacks a class or has other channels than
+            ``MODEL.DIM_PROJ``; or the sets of ``DATASETS.TRAIN``, or those of ``DATASETS.TEST``, disagree.
+    """
+    node = cfg.MODEL.SEEM
+    tokenizer = cfg.MODEL.TEXT.PRETRAINED_TOKENIZER
+    train, test = (_named_by(cfg, list(cfg.DATASETS[split])) for split in ("TRAIN", "TEST"))
+    labels = len(train[0]) if node.CLASS_NAMES and train[0] else cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES
+    if node.CLASS_NAMES:
+        train = test = (tuple(node.CLASS_NAMES), "MODEL.SEEM.CLASS_NAMES")
+    training = inference = Vocabulary(*train, tokenizer, labels)
+    if test[0] and test[0] != train[0]:
+        inference = Vocabulary(*test, tokenizer)
+    if node.CLASS_VECTORS:
+        stored = ClassVectors.read(node.CLASS_VECTORS)
+        if stored.vectors.shape[-1] != cfg.MODEL.DIM_PROJ:
+            raise ClassVectorsError(
+                f"the vectors in {node.CLASS_VECTORS} have {stored.vectors.shape[-1]} channels and MODEL.DIM_PROJ is "
+                f"{cfg.MODEL.DIM_PROJ}: they belong to another model"
+            )
+        for vocabulary in {training, inference}:
+            vocabulary.give(stored)
+    return training, inference
+
+
+def _named_by(cfg: CfgNode, sets: Sequence[str]) -> tuple[tuple[str, ...], str]:
+    """Class names of data sets, and which set they are from; none where no metadata has any."""
+    test = cfg.MODEL.MASK_FORMER.TEST
+    key = "stuff_classes" if test.PANOPTIC_ON or test.SEMANTIC_ON else "thing_classes"
+    found: dict[tuple[str, ...], str] = {}
+    for name in sets:
+        metadata = MetadataCatalog.get(name)
+        found.setdefault(tuple(metadata.get(key) or metadata.get("thing_classes") or ()), name)
+    if len(found) > 1:
+        one, other, *_ = found.values()
+        raise ClassVectorsError(
+            f"data sets {one!r} and {other!r} have different classes; a model scores one list of them: use one set at "
+            "a time, or list in MODEL.SEEM.CLASS_NAMES the classes of both"
+        )
+    names, name = next(iter(found.items()), ((), ""))
+    return names, f"data set {name!r}"
+
+
+def _loaded_version(encoder: nn.Module) -> int:
+    """The version of a text encoder's weights.
+
+    Raises:
+        ClassVectorsError: it is no text encoder, or nothing was loaded into it.
+    """
+    if not isinstance(encoder, TextEncoder):
+        raise ClassVectorsError(f"this model has no text encoder that could make vectors of class names: {_REMEDY}")
+    if encoder.is_initial:
+        raise ClassVectorsError(
+            "the text encoder has its random initial weights: load a checkpoint that has one (MODEL.WEIGHTS), or "
+            + _REMEDY
+        )
+    return encoder.version

@@ -1,0 +1,279 @@
+"""The file format of an adapter: a folder of three files, verified as a whole before anything is used.
+
+    adapter_model.safetensors   the injected tensors and the modules trained in full, under Hugging Face's names
+    adapter_config.json         Hugging Face's description, exact where the methods agree
+    peft_d2.json                the rest: format version, methods, the base's fingerprint, sizes and sha256 of the other
+                                two, metrics, and a checksum of itself
+
+Every byte of the folder is covered by a checksum, so a flipped bit anywhere is found.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from peft_d2.storage import adapter_config, atomic, strict_json, tensor_file
+from peft_d2.storage.base_fingerprint import Fingerprint
+
+FORMAT = "peft_d2-adapter"
+FORMAT_VERSION = 1
+TENSORS, CONFIG, RECORD = "adapter_model.safetensors", "adapter_config.json", "peft_d2.json"
+FILES = (TENSORS, CONFIG, RECORD)
+MARK = "peft_d2"  # in the tensors' header: tells our folder that lost its record from one of Hugging Face's
+
+_DAMAGED = "copy the folder again from where it was saved, or use an earlier checkpoint"
+_KEYS = {"base", "checksum", "files", "format", "format_version", "methods", "metrics", "peft_d2_version", "train"}
+
+
+class AdapterFileError(ValueError):
+    """An adapter's files are missing, damaged, of another version, or belong to another base; names file and remedy."""
+
+    def __init__(self, path: str | os.PathLike[str], defect: str, remedy: str) -> None:
+        self.path, self.defect, self.remedy = str(path), defect, remedy
+        super().__init__(f"{path}: {defect}. Remedy: {remedy}")
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterFile:
+    """A verified adapter.
+
+    Attributes:
+        tensors: name in the model -> tensor on the CPU.
+        methods: the methods that were injected, as `inject` takes them.
+        train: the patterns of modules trained in full.
+        base: fingerprint of the base that it was made for; None for a folder written by Hugging Face peft.
+        metrics: what was measured when it was saved.
+        version: of peft_d2 that wrote it.
+        scales: path of each LoRA that `adapter_config.json` describes -> factor on its branch.
+    """
+
+    tensors: dict[str, Tensor]
+    methods: list[dict[str, Any]]
+    train: tuple[str, ...]
+    base: Fingerprint | None
+    metrics: dict[str, Any]
+    version: str
+    scales: dict[str, float]
+
+
+def write(
+    folder: str | os.PathLike[str],
+    tensors: Mapping[str, Tensor],
+    *,
+    methods: Sequence[Mapping[str, Any]],
+    train: Sequence[str],
+    base: Fingerprint,
+    metrics: Mapping[str, Any] | None = None,
+    scales: Mapping[str, float] | None = None,
+) -> None:
+    """Write an adapter folder, replacing an earlier adapter there as a whole.
+
+    Args:
+        folder: where; the three files are its whole content.
+        tensors: injected tensors and those trained in full, by name in the model.
+        methods: the methods that were injected, as `inject` takes them.
+        train: the patterns of modules trained in full.
+        base: fingerprint of the base model.
+        metrics: what was measured; numbers, texts, lists, dicts.
+        scales: path of a LoRA -> factor on B A x; with it the folder is one that Hugging Face `peft` reads.
+
+    Raises:
+        StorageError: the folder holds something else than an adapter, or the disk is full; what was there stays.
+        ValueError: a tensor name or a value cannot be stored.
+    """
+    with atomic.folder(folder, FILES) as temporary:
+        write_into(temporary, tensors, methods=methods, train=train, base=base, metrics=metrics, scales=scales)
+
+
+def require_storable(names: Iterable[str]) -> None:
+    """Refuse names of tensors that an adapter's files cannot hold.
+
+    Raises:
+        ValueError: with the first of them.
+    """
+    for name in names:
+        if adapter_config.model_name(adapter_config.file_name(name)) != name or not adapter_config.NAME.fullmatch(name):
+            raise ValueError(
+                f"the tensor name {name!r} cannot be stored in an adapter file: names of modules are letters, digits, "
+                "_ and - there. Rename the module, or choose another place"
+            )
+
+
+def write_into(
+    folder: Path,
+    tensors: Mapping[str, Tensor],
+    *,
+    methods: Sequence[Mapping[str, Any]],
+    train: Sequence[str],
+    base: Fingerprint,
+    metrics: Mapping[str, Any] | None = None,
+    scales: Mapping[str, float] | None = None,
+) -> None:
+    """As `write`, into a folder that exists; for a caller that stores more beside it inside one `atomic.folder`."""
+    require_storable(tensors)
+    plain = [_plain(dict(method), "a method") for method in methods]
+    contents = {
+        TENSORS: tensor_file.dumps(adapter_config.to_file(tensors), {MARK: str(FORMAT_VERSION)}),
+        CONFIG: strict_json.dumps(adapter_config.describe(tensors, base.tensors, scales or {})),
+    }
+    record = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "peft_d2_version": _own_version(),
+        "methods": plain,
+        "train": list(train),
+        "base": base.to_json(),
+        "metrics": _plain(dict(metrics or {}), "the metrics"),
+        "files": {name: {"bytes": len(data), "sha256": _sha256(data)} for name, data in contents.items()},
+    }
+    contents[RECORD] = strict_json.dumps({**record, "checksum": _sha256(strict_json.dumps(record))})
+    for name, data in contents.items():
+        (folder / name).write_bytes(data)
+
+
+def read(folder: str | os.PathLike[str]) -> AdapterFile:
+    """Read and verify an adapter folder written by `write`.
+
+    Raises:
+        AdapterFileError: anything about it is not as it was written.
+    """
+    root = Path(folder)
+    atomic.recover(root)
+    if not root.is_dir():
+        raise AdapterFileError(root, "there is no such adapter folder", "correct MODEL.PEFT.WEIGHTS or the path given")
+    record = _read_record(root)
+    files = record["files"]
+    config_data = _read_member(root, CONFIG, files[CONFIG])
+    tensors_data = _read_member(root, TENSORS, files[TENSORS])
+    try:
+        config = strict_json.loads(config_data)
+    except strict_json.JSONDefect as error:
+        raise AdapterFileError(root / CONFIG, str(error), _DAMAGED) from None
+    tensors = _named_as_in_model(root / TENSORS, tensors_data)
+    try:
+        adapter_config.check(tensors, config)
+        scales = adapter_config.scales(tensors, config)
+        base = Fingerprint.from_json(record["base"])
+    except ValueError as error:
+        raise AdapterFileError(root, str(error), "save the adapter again with a version of peft_d2") from None
+    methods = [dict(method) for method in record["methods"]]
+    version: str = record["peft_d2_version"]
+    return AdapterFile(tensors, methods, tuple(record["train"]), base, record["metrics"], version, scales)
+
+
+def _read_record(root: Path) -> dict[str, Any]:
+    path = root / RECORD
+    try:
+        data = _bounded(path, strict_json.MAX_BYTES)
+        record = strict_json.loads(data)
+    except strict_json.JSONDefect as error:
+        raise AdapterFileError(path, str(error), _DAMAGED) from None
+    if record.get("format") == FORMAT and record.get("format_version") != FORMAT_VERSION:
+        raise AdapterFileError(
+            path,
+            f"it has format version {record.get('format_version')!r}, and this peft_d2 reads {FORMAT_VERSION}",
+            "install a peft_d2 that reads that version, or save the adapter again; if the number looks odd, "
+            + _DAMAGED,
+        )
+    unsigned = {key: value for key, value in record.items() if key != "checksum"}
+    if record.get("checksum") != _sha256(strict_json.dumps(unsigned)) or data != strict_json.dumps(record):
+        raise AdapterFileError(path, "its checksum does not match: it was damaged or edited", _DAMAGED)
+    if record.get("format") != FORMAT or set(record) != _KEYS or not _has_types(record):
+        raise AdapterFileError(path, "it is not the record of a peft_d2 adapter", "save the adapter again")
+    return record
+
+
+def _has_types(record: Mapping[str, Any]) -> bool:
+    """Whether all parts of a record have their types; names of files are fixed, so none can point elsewhere."""
+    files, methods, train = record["files"], record["methods"], record["train"]
+    return (
+        isinstance(files, dict)
+        and set(files) == {TENSORS, CONFIG}
+        and all(
+            isinstance(entry, dict) and isinstance(entry.get("bytes"), int) and isinstance(entry.get("sha256"), str)
+            for entry in files.values()
+        )
+        and isinstance(methods, list)
+        and all(isinstance(method, dict) for method in methods)
+        and isinstance(train, list)
+        and all(isinstance(pattern, str) for pattern in train)
+        and isinstance(record["metrics"], dict)
+        and isinstance(record["peft_d2_version"], str)
+    )
+
+
+def _read_member(root: Path, name: str, entry: Mapping[str, Any]) -> bytes:
+    path, expected = root / name, entry["bytes"]
+    data = _bounded(path, expected)
+    if len(data) != expected:
+        raise AdapterFileError(path, f"it has {len(data)} bytes instead of {expected}: it was cut short", _DAMAGED)
+    if _sha256(data) != entry["sha256"]:
+        raise AdapterFileError(path, "its sha256 is not the recorded one: it was damaged or replaced", _DAMAGED)
+    return data
+
+
+def _bounded(path: Path, limit: int) -> bytes:
+    """The bytes of a regular file of the folder; never more than `limit`, nor than there are."""
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        raise AdapterFileError(path, "it is a link or no regular file", "put the file itself into the folder")
+    try:
+        size = path.stat().st_size
+        if size > limit:
+            raise AdapterFileError(path, f"it has {size} bytes instead of {limit}", _DAMAGED)
+        with path.open("rb") as stream:
+            return stream.read(size)
+    except FileNotFoundError:
+        remedy = _DAMAGED
+        if path.name == RECORD:
+            remedy += "; a folder written by Hugging Face peft is read by peft_d2.storage.huggingface.read"
+        raise AdapterFileError(path, "the file is missing", remedy) from None
+    except OSError as error:
+        raise AdapterFileError(path, f"it cannot be read ({error.strerror or error})", _DAMAGED) from error
+
+
+def _named_as_in_model(path: Path, data: bytes) -> dict[str, Tensor]:
+    try:
+        stored, metadata = tensor_file.loads(data)
+    except tensor_file.TensorFileDefect as error:
+        raise AdapterFileError(path, str(error), _DAMAGED) from None
+    if metadata.get(MARK) != str(FORMAT_VERSION):
+        raise AdapterFileError(path, "it was not written together with its record", "save the adapter again")
+    try:
+        return adapter_config.to_model(stored)
+    except ValueError as error:
+        raise AdapterFileError(path, str(error), "save the adapter again") from None
+
+
+def _plain(value: Any, where: str) -> Any:
+    """A copy of plain JSON values; numbers that JSON cannot hold (the AP of an absent class is NaN) become null."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(entry, where) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(entry, where) for entry in value]
+    if value is None or isinstance(value, (str, bool, int)):
+        return value
+    item = getattr(value, "item", None)  # NumPy and torch scalars
+    number = item() if callable(item) else value
+    if isinstance(number, float):
+        return number if math.isfinite(number) else None
+    if isinstance(number, (bool, int)):
+        return number
+    raise ValueError(f"{where} hold a {type(value).__name__}; only numbers, texts, lists and dicts can be stored")
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _own_version() -> str:
+    from peft_d2 import __version__
+
+    return __version__

@@ -1,0 +1,244 @@
+"""Files and folders that survive kills and full disks."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from peft_d2.storage import StorageError, atomic
+
+ROOT = Path(__file__).resolve().parents[2]
+ANY = ("*",)
+
+
+def hidden(folder: Path) -> list[str]:
+    return [entry.name for entry in folder.iterdir() if entry.name.startswith(".")]
+
+
+def test_a_file_is_created_and_replaced(tmp_path: Path) -> None:
+    target = tmp_path / "deep" / "a.bin"
+    for data in (b"one", b"two, longer", b""):
+        atomic.write_bytes(target, data)
+        assert target.read_bytes() == data
+    assert not hidden(target.parent)
+
+
+def test_a_folder_is_replaced_as_a_whole(tmp_path: Path) -> None:
+    target = tmp_path / "run" / "adapter"
+    for names in (("a", "b"), ("b", "c/d")):
+        with atomic.folder(target, ANY) as temporary:
+            for name in names:
+                (temporary / name).parent.mkdir(exist_ok=True)
+                (temporary / name).write_text(name)
+            assert temporary.parent == target.parent and temporary != target
+        assert sorted(str(p.relative_to(target)) for p in target.rglob("*") if p.is_file()) == sorted(names)
+    assert not hidden(target.parent)
+
+
+def test_a_folder_inside_a_folder_is_one(tmp_path: Path) -> None:
+    with atomic.folder(tmp_path / "a", ANY) as outer:
+        with atomic.folder(outer, ANY) as inner:
+            assert inner == outer
+            (inner / "x").write_text("x")
+        (outer / "y").write_text("y")
+    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["x", "y"]
+
+
+@pytest.mark.parametrize(
+    "foreign", ["notes.txt", "a.bin.bak", ".hidden", "folder/a.bin", "a.bin/deep", "link"], ids=lambda name: name
+)
+def test_a_folder_that_holds_anything_else_is_refused_and_untouched(tmp_path: Path, foreign: str) -> None:
+    target = tmp_path / "mine"
+    (target / foreign).parent.mkdir(parents=True)
+    if foreign == "link":
+        (target / foreign).symlink_to(tmp_path)
+    else:
+        (target / foreign).write_text("mine")
+    if not (target / "a.bin").exists():
+        (target / "a.bin").write_text("old")
+    before = {path: path.read_bytes() for path in target.rglob("*") if path.is_file()}
+    name = foreign.partition("/")[0]
+    with pytest.raises(StorageError, match=re.escape(repr(name))), atomic.folder(target, ["a.bin"]) as temporary:
+        (temporary / "a.bin").write_text("new")
+    assert {path: path.read_bytes() for path in target.rglob("*") if path.is_file()} == before
+    assert not hidden(tmp_path)
+
+
+def test_a_file_that_appears_while_a_folder_is_written_is_kept(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(StorageError, match="notes"), atomic.folder(tmp_path / "mine", ["a.bin"]) as temporary:
+        (temporary / "a.bin").write_text("new")
+        (tmp_path / "mine" / "notes").write_text("mine")
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["notes"]
+
+
+def test_an_empty_path_is_not_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(StorageError, match="empty"), atomic.folder("", ANY):
+        pass
+    with pytest.raises(StorageError, match="empty"):
+        atomic.write_bytes("", b"x")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_error_inside_leaves_the_old_one(tmp_path: Path) -> None:
+    atomic.write_bytes(tmp_path / "file", b"old")
+    with atomic.folder(tmp_path / "folder", ANY) as temporary:
+        (temporary / "x").write_text("old")
+    with pytest.raises(KeyError), atomic.file(tmp_path / "file") as path:
+        path.write_bytes(b"half")
+        raise KeyError
+    with pytest.raises(KeyError), atomic.folder(tmp_path / "folder", ANY) as temporary:
+        (temporary / "x").write_text("half")
+        raise KeyError
+    assert (tmp_path / "file").read_bytes() == b"old" and (tmp_path / "folder" / "x").read_text() == "old"
+    assert not hidden(tmp_path)
+
+
+def test_a_file_in_the_folders_place_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "x").write_text("mine")
+    with pytest.raises(NotADirectoryError, match="is a file"), atomic.folder(tmp_path / "x", ANY):
+        pass
+    assert (tmp_path / "x").read_text() == "mine"
+
+
+def test_a_link_keeps_pointing_where_it_did(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to("disk")
+    with atomic.folder(tmp_path / "link", ANY) as temporary:
+        (temporary / "x").write_text("x")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "disk" / "x").exists()
+
+
+def sibling_of_dead_process(target: Path, kind: str) -> Path:
+    process = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
+    return target.with_name(f".{target.name}.{atomic._host()}-{int(process.stdout)}-0123abcd.{kind}")
+
+
+def test_temporaries_of_dead_writers_are_removed_and_of_live_ones_kept(tmp_path: Path) -> None:
+    target = tmp_path / "adapter"
+    dead, foreign = sibling_of_dead_process(target, "tmp"), tmp_path / ".adapter.elsewhere-1-0123abcd.tmp"
+    alive = target.with_name(f".adapter.{atomic._host()}-{os.getppid()}-0123abcd.tmp")
+    reused = target.with_name(f".adapter.{atomic._host()}-{os.getpid()}-0123abcd.tmp")  # our number, not our file
+    other = tmp_path / ".adapter_2.x-1-0123abcd.tmp"
+    for path in (dead, foreign, alive, reused, other):
+        path.mkdir()
+    with atomic.folder(target, ANY) as temporary:
+        (temporary / "x").write_text("x")
+    assert sorted(hidden(tmp_path)) == sorted(path.name for path in (alive, foreign, other))
+    os.utime(foreign, (0, 0))
+    atomic.recover(target)
+    assert not foreign.exists()
+
+
+def test_the_old_folder_comes_back_after_a_kill_between_two_renames(tmp_path: Path) -> None:
+    target = tmp_path / "adapter"
+    with atomic.folder(target, ANY) as temporary:
+        (temporary / "x").write_text("old")
+    target.rename(sibling_of_dead_process(target, "old"))
+    atomic.recover(target)
+    assert (target / "x").read_text() == "old" and not hidden(tmp_path)
+
+
+def test_folders_are_replaced_where_they_cannot_be_exchanged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(atomic, "_exchange", lambda first, second: False)
+    for text in ("one", "two"):
+        with atomic.folder(tmp_path / "adapter", ANY) as temporary:
+            (temporary / "x").write_text(text)
+    assert (tmp_path / "adapter" / "x").read_text() == "two" and not hidden(tmp_path)
+
+
+SAVE_LOOP = """
+import sys
+from peft_d2.storage import atomic
+for number in range(10**6):
+    with atomic.folder(sys.argv[1] + "/adapter", ("*",)) as folder:
+        for name in ("a", "b", "c"):
+            (folder / name).write_bytes(number.to_bytes(4, "little") * 50_000)
+    atomic.write_bytes(sys.argv[1] + "/last", number.to_bytes(4, "little") * 10_000)
+    if number == 0:
+        print("saving", flush=True)
+"""
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+def test_a_kill_at_any_moment_leaves_a_whole_one(tmp_path: Path, exchange: bool) -> None:
+    generator = random.Random(0)
+    program = (
+        SAVE_LOOP if exchange else SAVE_LOOP.replace("for number", "atomic._exchange = lambda *_: False\nfor number")
+    )
+    seen = set()
+    for _ in range(12):
+        process = subprocess.Popen([sys.executable, "-S", "-c", BARE + program, str(tmp_path)], stdout=subprocess.PIPE)
+        assert process.stdout is not None and process.stdout.readline() == b"saving\n"
+        time.sleep(generator.uniform(0, 0.2))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+        atomic.recover(tmp_path / "adapter")
+        atomic.recover(tmp_path / "last")
+        contents = [(tmp_path / "adapter" / name).read_bytes() for name in ("a", "b", "c")]
+        assert len(set(contents)) == 1 and contents[0] == contents[0][:4] * 50_000
+        last = (tmp_path / "last").read_bytes()
+        assert last == last[:4] * 10_000
+        # The file is written after the folder: it names this folder or the one before.
+        assert int.from_bytes(contents[0][:4], "little") - int.from_bytes(last[:4], "little") in (0, 1)
+        seen.add(contents[0][:4])
+    assert len(seen) > 1, "the kills all came at the same place"
+    assert not hidden(tmp_path)
+
+
+# Loads the module alone: a start of torch for every kill would take the time of the test.
+BARE = f"""
+import importlib.util, sys, types
+package = types.ModuleType("peft_d2"); io = types.ModuleType("peft_d2.storage")
+sys.modules.update({{"peft_d2": package, "peft_d2.storage": io}})
+spec = importlib.util.spec_from_file_location("peft_d2.storage.atomic", {str(ROOT / "peft_d2/storage/atomic.py")!r})
+io.atomic = importlib.util.module_from_spec(spec); spec.loader.exec_module(io.atomic)
+"""
+
+
+@pytest.fixture
+def file_size_limit():
+    """Files of this process may have 64 KiB: the system refuses to write more, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (65536, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_no_space_keeps_the_old_file_and_says_so_once(tmp_path: Path, file_size_limit: None) -> None:
+    atomic.write_bytes(tmp_path / "file", b"old")
+    with pytest.raises(StorageError, match=r"cannot store .*file.*is kept\. Free some space"):
+        atomic.write_bytes(tmp_path / "file", b"x" * 100_000)
+    assert (tmp_path / "file").read_bytes() == b"old" and not hidden(tmp_path)
+
+
+@pytest.mark.parametrize("by", ["bytes", "torch"])
+def test_no_space_keeps_the_old_folder_and_says_so_once(tmp_path: Path, file_size_limit: None, by: str) -> None:
+    import torch
+
+    with atomic.folder(tmp_path / "adapter", ANY) as folder:
+        (folder / "x").write_text("old")
+    with pytest.raises(StorageError, match="adapter.*is kept"), atomic.folder(tmp_path / "adapter", ANY) as folder:
+        if by == "bytes":
+            (folder / "x").write_bytes(b"x" * 100_000)
+        else:
+            torch.save(torch.zeros(100_000), folder / "x")
+    assert (tmp_path / "adapter" / "x").read_text() == "old" and not hidden(tmp_path)
+
+
+def test_a_full_device_is_named(tmp_path: Path) -> None:
+    device = open("/dev/full", "wb", buffering=0)  # noqa: SIM115  closed below
+    with device, pytest.raises(StorageError, match="No space left on device"), atomic.file(tmp_path / "file"):
+        device.write(b"x")
+    assert not (tmp_path / "file").exists()
