@@ -69,12 +69,13 @@ CLASSIFIERS = {
 }
 
 
-def make_config(path: str, overrides: dict[str, Any] | None = None) -> CfgNode:
-    """The config of a file below ``configs/`` with overrides."""
+def make_config(path: str = "", overrides: dict[str, Any] | None = None) -> CfgNode:
+    """The config of a file below ``configs/``, by default of none, with overrides."""
     register(upstream_names=True)
     cfg = get_cfg()
     add_models_config(cfg)
-    cfg.merge_from_file(str(ROOT / "configs" / path))
+    if path:
+        cfg.merge_from_file(str(ROOT / "configs" / path))
     cfg.merge_from_list([part for item in (overrides or {}).items() for part in item])
     return cfg
 

@@ -13,7 +13,7 @@ from detectron2.layers import ShapeSpec
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
-from peft_d2.models.backbones.stages import StagedBackbone, drop_path_rates, init_linear
+from peft_d2.models.backbones.stages import StagedBackbone, drop_path_rates, image_channels, init_linear
 from peft_d2.models.checks import expect_heads, expect_lengths
 from peft_d2.models.layers.recompute import run_block
 from peft_d2.models.layers.windows import from_windows, pad_bottom_right, to_windows
@@ -169,6 +169,7 @@ class DaViT(StagedBackbone):
         n_heads, n_groups: heads of the window attention and groups of the channel attention, per stage.
         kernels, strides, paddings, pre_norms: of the convolution before each stage.
         out_features: which stages are given out.
+        in_channels: of the image.
         window: side of the windows.
         mlp_ratio: hidden channels of the feed-forward networks over ``dims``.
         qkv_bias: whether q, k and v have a bias.
@@ -192,6 +193,7 @@ class DaViT(StagedBackbone):
         paddings: Sequence[int],
         pre_norms: Sequence[bool],
         out_features: Sequence[str],
+        in_channels: int = 3,
         window: int = 7,
         mlp_ratio: float = 4.0,
         qkv_bias: bool = True,
@@ -202,7 +204,7 @@ class DaViT(StagedBackbone):
     ) -> None:
         super().__init__()
         self.use_checkpoint = use_checkpoint
-        sizes = zip([3, *dims], dims, kernels, strides, paddings, pre_norms, strict=False)
+        sizes = zip([in_channels, *dims], dims, kernels, strides, paddings, pre_norms, strict=False)
         self.convs = nn.ModuleList(ConvEmbed(*size) for size in sizes)
         options = {"mlp_ratio": mlp_ratio, "conv_at_attn": conv_at_attn, "conv_at_ffn": conv_at_ffn}
         rates = drop_path_rates([2 * depth for depth in depths], drop_path)
@@ -242,6 +244,7 @@ class DaViT(StagedBackbone):
             for key in ("NUM_HEADS", "NUM_GROUPS"):
                 expect_heads(f"{path}.DIM_EMBED[{stage}]", channels, f"{path}.{key}[{stage}]", davit[key][stage])
         return {argument: davit[key] for argument, key in lists.items()} | {
+            "in_channels": image_channels(cfg, cls),
             "out_features": davit.OUT_FEATURES,
             "window": davit.WINDOW_SIZE,
             "drop_path": davit.DROP_PATH_RATE,

@@ -15,7 +15,7 @@ from detectron2.layers import ShapeSpec
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
-from peft_d2.models.backbones.stages import PatchEmbed, StagedBackbone, drop_path_rates, init_linear
+from peft_d2.models.backbones.stages import PatchEmbed, StagedBackbone, drop_path_rates, image_channels, init_linear
 from peft_d2.models.checks import ModelConfigError, expect_lengths
 from peft_d2.models.layers.perceptron import Mlp
 from peft_d2.models.layers.recompute import run_block
@@ -158,6 +158,7 @@ class FocalNet(StagedBackbone):
     Images may have any size, as every stage pads.
 
     Args:
+        in_channels: of the image.
         embed_dim: channels of the first stage; they double with each.
         depths, levels, windows: blocks, focal levels and first focal kernel per stage.
         out_features: which stages are given out.
@@ -183,6 +184,7 @@ class FocalNet(StagedBackbone):
         levels: Sequence[int],
         windows: Sequence[int],
         out_features: Sequence[str],
+        in_channels: int = 3,
         normed_stages: Sequence[int] | None = None,
         patch: int = 4,
         patch_norm: bool = True,
@@ -196,7 +198,7 @@ class FocalNet(StagedBackbone):
         dims = [embed_dim * 2**i for i in range(len(depths))]
         stem = (7, self._STEM_PADDING) if conv_embed else (patch, 0)
         step = (3, 1) if conv_embed else (2, 0)
-        self.patch_embed = PatchEmbed(3, embed_dim, patch, *stem, norm=patch_norm)
+        self.patch_embed = PatchEmbed(in_channels, embed_dim, patch, *stem, norm=patch_norm)
         self.pos_drop = nn.Dropout(drop)
         options = {"mlp_ratio": 4.0, "post_norm": False, "layer_scale": False, **options}
         options |= {"depthwise": self.depthwise, "drop": drop}
@@ -231,6 +233,7 @@ class FocalNet(StagedBackbone):
         focal = cfg.MODEL.BACKBONE.FOCAL
         expect_lengths(cls.config_node, focal, "DEPTHS", "FOCAL_LEVELS", "FOCAL_WINDOWS")
         return {
+            "in_channels": image_channels(cfg, cls),
             "embed_dim": focal.EMBED_DIM,
             "depths": focal.DEPTHS,
             "levels": focal.FOCAL_LEVELS,

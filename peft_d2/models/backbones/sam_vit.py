@@ -15,11 +15,12 @@ from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import Backbone
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
+from peft_d2.models.backbones.stages import image_channels
 from peft_d2.models.checks import expect, expect_at_least, expect_heads, expect_some_of
 from peft_d2.models.layers.norm import LayerNorm2d
 from peft_d2.models.layers.perceptron import Perceptron
+from peft_d2.models.layers.recompute import run_block
 from peft_d2.models.layers.relative_attention import RelativePositionAttention
 from peft_d2.models.layers.windows import from_windows, pad_bottom_right, to_windows
 
@@ -29,9 +30,9 @@ _EPS = 1e-6
 class PatchEmbed(nn.Module):
     """Each patch of ``patch`` px becomes a vector of ``dim`` channels."""
 
-    def __init__(self, patch: int, dim: int) -> None:
+    def __init__(self, in_channels: int, patch: int, dim: int) -> None:
         super().__init__()
-        self.proj = nn.Conv2d(3, dim, kernel_size=patch, stride=patch)
+        self.proj = nn.Conv2d(in_channels, dim, kernel_size=patch, stride=patch)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, 3, H, W) -> (N, H / patch, W / patch, dim)."""
@@ -74,6 +75,7 @@ class ImageEncoder(nn.Module):
         dim, depth, n_heads, mlp_ratio: of the transformer.
         window: side of the windows, patches.
         global_blocks: indices of the blocks that attend over the whole map.
+        in_channels: of the image.
         out_channels: of the embedding; 0 leaves the neck out and gives the last block's ``dim`` channels.
         use_checkpoint: recompute blocks in the backward pass instead of storing them.
     """
@@ -90,6 +92,7 @@ class ImageEncoder(nn.Module):
         window: int,
         global_blocks: Sequence[int],
         out_channels: int,
+        in_channels: int = 3,
         use_checkpoint: bool = False,
     ) -> None:
         super().__init__()
@@ -99,7 +102,7 @@ class ImageEncoder(nn.Module):
         self.use_checkpoint = use_checkpoint
         self.pos_embed = nn.Parameter(torch.zeros(1, grid, grid, dim))
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
-        self.patch_embed = PatchEmbed(patch, dim)
+        self.patch_embed = PatchEmbed(in_channels, patch, dim)
         self.blocks = nn.ModuleList(
             EncoderBlock(dim, n_heads, mlp_ratio, 0 if i in global_blocks else window, grid) for i in range(depth)
         )
@@ -115,10 +118,7 @@ class ImageEncoder(nn.Module):
         x = self.patch_embed(x)
         x = x + self._positions(x.shape[1], x.shape[2])
         for block in self.blocks:
-            if self.use_checkpoint and torch.is_grad_enabled():
-                x = checkpoint(block, x, use_reentrant=False)
-            else:
-                x = block(x)
+            x = run_block(block, x, use_checkpoint=self.use_checkpoint)
         return self.neck(x.permute(0, 3, 1, 2))
 
     def _positions(self, height: int, width: int) -> Tensor:
@@ -184,7 +184,9 @@ class SAMViT(Backbone):
     def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec | None = None) -> dict[str, Any]:
         """See ``MODEL.SAM`` in :mod:`peft_d2.models.config`."""
         return {
-            "net": ImageEncoder(**{**encoder_settings(cfg), "out_channels": 0}),
+            "net": ImageEncoder(
+                **{**encoder_settings(cfg), "out_channels": 0, "in_channels": image_channels(cfg, cls)}
+            ),
             "channels": cfg.MODEL.SAM.PYRAMID_CHANNELS,
             "out_features": cfg.MODEL.SAM.OUT_FEATURES,
         }

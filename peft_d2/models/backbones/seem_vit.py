@@ -11,6 +11,7 @@ from detectron2.modeling import Backbone
 from torch import Tensor, nn
 
 from peft_d2.models.backbones.sam_vit import ImageEncoder, encoder_settings
+from peft_d2.models.backbones.stages import image_channels
 from peft_d2.models.checks import expect_some_of
 
 _STRIDES = {"res2": 4, "res3": 8, "res4": 16, "res5": 32}
@@ -58,7 +59,7 @@ class SEEMViT(ImageEncoder, Backbone):
         """See ``MODEL.SAM`` in :mod:`peft_d2.models.config`."""
         settings = encoder_settings(cfg)
         settings.pop("out_channels")
-        return {**settings, "out_features": cfg.MODEL.SAM.OUT_FEATURES}
+        return {**settings, "in_channels": image_channels(cfg, cls), "out_features": cfg.MODEL.SAM.OUT_FEATURES}
 
     def output_shape(self) -> dict[str, ShapeSpec]:
         return {name: ShapeSpec(channels=_CHANNELS[name], stride=_STRIDES[name]) for name in self._out_features}

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
+from detectron2.config import CfgNode
 from detectron2.modeling import Backbone
 from torch import Tensor, nn
 
 from peft_d2.models.checks import expect_some_of
 from peft_d2.models.layers.windows import pad_bottom_right
+
+_logger = logging.getLogger(__name__)
 
 
 def drop_path_rates(depths: Sequence[int], last: float) -> list[list[float]]:
@@ -25,6 +29,19 @@ def init_linear(module: nn.Module) -> None:
         nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
+
+
+def image_channels(cfg: CfgNode, backbone: type[nn.Module]) -> int:
+    """Channels of the images, one for each of ``MODEL.PIXEL_MEAN``; says what ``backbone`` does not follow."""
+    frozen = cfg.MODEL.BACKBONE.FREEZE_AT
+    if frozen > 0:
+        _logger.info(
+            "MODEL.BACKBONE.FREEZE_AT is %d, which %s does not follow (Detectron2's ResNets do): none of its stages is "
+            "frozen by it. MODEL.PEFT.TRAIN says what learns.",
+            frozen,
+            backbone.__name__,
+        )
+    return len(cfg.MODEL.PIXEL_MEAN)
 
 
 class PatchEmbed(nn.Module):

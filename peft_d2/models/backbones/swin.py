@@ -12,7 +12,7 @@ from detectron2.layers import ShapeSpec
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
-from peft_d2.models.backbones.stages import PatchEmbed, StagedBackbone, drop_path_rates, init_linear
+from peft_d2.models.backbones.stages import PatchEmbed, StagedBackbone, drop_path_rates, image_channels, init_linear
 from peft_d2.models.checks import expect_at_least, expect_heads, expect_lengths
 from peft_d2.models.layers.perceptron import Mlp
 from peft_d2.models.layers.recompute import run_block
@@ -176,6 +176,7 @@ class SwinTransformer(StagedBackbone):
     Images may have any size, as every stage pads.
 
     Args:
+        in_channels: of the image.
         embed_dim: channels of the first stage; they double with each.
         depths, n_heads: blocks and attention heads per stage.
         window: side of the attention windows.
@@ -199,6 +200,7 @@ class SwinTransformer(StagedBackbone):
         n_heads: Sequence[int],
         window: int,
         out_features: Sequence[str],
+        in_channels: int = 3,
         patch: int = 4,
         pretrain_size: int = 224,
         absolute_position: bool = False,
@@ -209,7 +211,7 @@ class SwinTransformer(StagedBackbone):
         **options: Any,
     ) -> None:
         super().__init__()
-        self.patch_embed = PatchEmbed(3, embed_dim, patch, norm=patch_norm)
+        self.patch_embed = PatchEmbed(in_channels, embed_dim, patch, norm=patch_norm)
         if absolute_position:
             side = pretrain_size // patch
             self.absolute_pos_embed = nn.Parameter(torch.empty(1, embed_dim, side, side))
@@ -228,7 +230,7 @@ class SwinTransformer(StagedBackbone):
         self.apply(init_linear)
 
     @classmethod
-    def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict[str, Any]:
+    def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec | None = None) -> dict[str, Any]:
         """Arguments from ``MODEL.SWIN``.
 
         Raises:
@@ -241,6 +243,7 @@ class SwinTransformer(StagedBackbone):
             key = f"{path}.EMBED_DIM * {2**stage}"
             expect_heads(key, swin.EMBED_DIM * 2**stage, f"{path}.NUM_HEADS[{stage}]", heads)
         return {
+            "in_channels": image_channels(cfg, cls),
             "embed_dim": swin.EMBED_DIM,
             "depths": swin.DEPTHS,
             "n_heads": swin.NUM_HEADS,

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from peft_d2.models.checks import ModelConfigError, expect_at_least, expect_pixels, expect_share
 from peft_d2.models.layers.criterion import SetCriterion
+from peft_d2.models.layers.pixels import normalised
 from peft_d2.models.layers.postprocess import Canvas
 from peft_d2.models.layers.targets import Target, prepare_targets
 
@@ -129,7 +130,10 @@ class MaskClassifier(nn.Module):
             In training the weighted losses by name. Otherwise a dict per image with ``sem_seg`` (K, H, W),
             ``panoptic_seg`` (ids (H, W), segments) and ``instances``, as far as they are on.
         """
-        images = [(item["image"].to(self.device) - self.pixel_mean) / self.pixel_std for item in batched_inputs]
+        images = [
+            normalised(item["image"], self.pixel_mean, self.pixel_std, item.get("file_name", "an image"))
+            for item in batched_inputs
+        ]
         batch = ImageList.from_tensors(images, self.size_divisibility)
         features = self.backbone(batch.tensor)
         if self.training:
@@ -165,18 +169,23 @@ class MaskClassifier(nn.Module):
         raise NotImplementedError
 
     @property
-    def thing_classes(self) -> set[int]:
-        """Contiguous ids of the classes whose objects are told apart.
+    def thing_classes(self) -> set[int] | None:
+        """Contiguous ids of the classes whose objects are told apart; None where the data set's metadata has none."""
+        ids = getattr(self.metadata, "thing_dataset_id_to_contiguous_id", None)
+        return None if ids is None else set(ids.values())
+
+    def known_things(self) -> set[int]:
+        """``thing_classes``, which panoptic inference cannot do without.
 
         Raises:
-            ModelConfigError: if the data set's metadata does not say.
+            ModelConfigError: the data set's metadata does not say.
         """
-        ids = getattr(self.metadata, "thing_dataset_id_to_contiguous_id", None)
-        if ids is None:
+        things = self.thing_classes
+        if things is None:
             name = getattr(self.metadata, "name", "none")
             raise ModelConfigError(
                 f"panoptic inference needs the thing classes, but data set {name!r} (DATASETS.TRAIN) has no "
                 "'thing_dataset_id_to_contiguous_id' in its metadata; register it, or set "
                 f"MODEL.{self.config_node}.TEST.PANOPTIC_ON to False"
             )
-        return set(ids.values())
+        return things

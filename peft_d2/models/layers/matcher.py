@@ -126,7 +126,7 @@ class BoxMaskMatcher(HungarianMatcher):
     def costs(self, predictions: Sequence[dict[str, Tensor]], image: int, target: Target) -> Tensor:
         """(layers, Q, T) float32 costs of one image; the predictions have ``pred_boxes`` (N, Q, 4) too."""
         boxes = torch.stack([p["pred_boxes"][image] for p in predictions]).float()[..., None, :]
-        wanted = target.centre_boxes
+        wanted = target.centre_boxes()
         return (
             super().costs(predictions, image, target)
             + self.cost_box * (boxes - wanted).abs().sum(-1)

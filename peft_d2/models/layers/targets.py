@@ -26,7 +26,6 @@ class Target:
     masks: Tensor
     boxes: Tensor | None = None
 
-    @property
     def centre_boxes(self) -> Tensor:
         """``boxes``, which have to be there."""
         if self.boxes is None:

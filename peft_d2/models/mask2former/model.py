@@ -46,12 +46,12 @@ class MaskFormer(MaskClassifier):
                 class_logits,
                 mask_logits,
                 canvas,
-                self.thing_classes,
+                self.known_things(),
                 self.object_mask_threshold,
                 self.overlap_threshold,
             )
         if self.instance_on:
-            things = self.thing_classes if self.panoptic_on else None
+            things = self.known_things() if self.panoptic_on else None
             result["instances"] = instance_inference(
                 class_logits, mask_logits, canvas, self.top_k, things, self.instance_boxes
             )

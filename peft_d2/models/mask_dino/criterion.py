@@ -144,7 +144,7 @@ class BoxMaskCriterion(SetCriterion):
         """L1 distance and 1 - generalised IoU of matched boxes, summed over them."""
         found = torch.cat([b[q.to(b.device)] for b, (q, _) in zip(boxes, matches, strict=True)])
         pairs = [(target, i.to(boxes.device)) for target, (_, i) in zip(targets, matches, strict=True)]
-        wanted = torch.cat([target.centre_boxes[i] for target, i in pairs])
+        wanted = torch.cat([target.centre_boxes()[i] for target, i in pairs])
         if self.box_classes is not None:
             labels = torch.cat([target.labels[i] for target, i in pairs])
             keep = torch.isin(labels, labels.new_tensor(sorted(self.box_classes)))

@@ -83,7 +83,7 @@ def denoising_queries(
         labels = target.labels.expand(groups, -1)
         replaced = torch.rand(labels.shape, device=device) < noise_scale / 2
         labels = torch.where(replaced, torch.randint_like(labels, label_embedding.num_embeddings), labels)
-        boxes = target.centre_boxes.expand(groups, -1, -1)
+        boxes = target.centre_boxes().expand(groups, -1, -1)
         reach = torch.cat([boxes[..., 2:] / 2, boxes[..., 2:]], dim=-1) * noise_scale
         boxes = (boxes + (2 * torch.rand_like(boxes) - 1) * reach).clamp(0, 1)
         content[image, :, : len(target.labels)] = label_embedding(labels).to(content.dtype)

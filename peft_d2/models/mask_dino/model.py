@@ -113,11 +113,11 @@ class MaskDINO(MaskClassifier):
         """As :func:`peft_d2.models.layers.postprocess.panoptic_inference`; the threshold is that of the sigmoids."""
         keep = class_logits.sigmoid().amax(-1) > self.object_mask_threshold
         scores, classes = self.sharpened(class_logits[keep]).max(-1)
-        return paint_segments(scores, classes, mask_logits[keep], canvas, self.thing_classes, self.overlap_threshold)
+        return paint_segments(scores, classes, mask_logits[keep], canvas, self.known_things(), self.overlap_threshold)
 
     def instances(self, class_logits: Tensor, mask_logits: Tensor, boxes: Tensor, canvas: Canvas) -> Instances:
         """As :func:`~peft_d2.models.layers.postprocess.instance_inference`, with the predicted boxes, not clipped."""
-        things = self.thing_classes if self.panoptic_on else None
+        things = self.known_things() if self.panoptic_on else None
         probability = class_logits.softmax(-1)[:, :-1] if self.softmax_classes else class_logits.sigmoid()
         result, queries = ranked_instances(
             probability, mask_logits, canvas, self.top_k, things, mask_quality=not self.focus_on_box

@@ -19,6 +19,7 @@ from peft_d2.models.backbones.sam_vit import ImageEncoder, encoder_settings
 from peft_d2.models.checks import expect, expect_at_least, expect_pixels
 from peft_d2.models.layers.criterion import dice_loss, mask_loss
 from peft_d2.models.layers.joined_batch import average_count
+from peft_d2.models.layers.pixels import normalised
 from peft_d2.models.layers.postprocess import Canvas, mask_boxes
 from peft_d2.models.layers.targets import Target
 from peft_d2.models.sam.mask_decoder import SAMMaskDecoder
@@ -87,7 +88,7 @@ class SegmentAnything(nn.Module):
         shared_out = node.OUT_CHANNELS >= 1 and node.OUT_CHANNELS % shares == 0
         expected = f"a multiple of {shares}, with DECODER_HEADS {node.DECODER_HEADS}"
         expect(shared_out, f"{path}.OUT_CHANNELS", node.OUT_CHANNELS, expected)
-        image_encoder = ImageEncoder(**encoder_settings(cfg))
+        image_encoder = ImageEncoder(**encoder_settings(cfg), in_channels=len(cfg.MODEL.PIXEL_MEAN))
         grid = node.IMAGE_SIZE // node.PATCH_SIZE
         return {
             "image_encoder": image_encoder,
@@ -129,7 +130,9 @@ class SegmentAnything(nn.Module):
             order, ``scores`` being the expected IoU (times the ``box_scores``). Without any prompt there is one mask;
             with prompts of length 0 there is none.
         """
-        images = torch.stack([self.preprocess(item["image"], item) for item in batched_inputs])
+        images = torch.stack(
+            [self.preprocess(item["image"], item.get("file_name", "an image")) for item in batched_inputs]
+        )
         embeddings = (self.embed or self.image_encoder)(images)
         if self.training:
             return self.losses(embeddings, batched_inputs)
@@ -138,21 +141,20 @@ class SegmentAnything(nn.Module):
             for embedding, item in zip(embeddings, batched_inputs, strict=True)
         ]
 
-    def preprocess(self, image: Tensor, item: dict[str, Any] | None = None) -> Tensor:
-        """Normalise, then pad with zeros at the bottom and the right: (3, H, W) -> (3, S, S).
+    def preprocess(self, image: Tensor, name: str = "an image") -> Tensor:
+        """Normalise (C, H, W), then pad with zeros at the bottom and on the right to (C, S, S).
 
         Raises:
             PromptError: an image without pixels, or larger than the model takes.
         """
         height, width = image.shape[-2:]
         if not 0 < min(height, width) <= max(height, width) <= self.image_size:
-            name = (item or {}).get("file_name", "an image")
             raise PromptError(
                 f"{name}: the image is {width} x {height} px, but the model takes 1 to {self.image_size} px a side. "
                 f"Resize its longer side to {self.image_size} px, e.g. with INPUT.DATASET_MAPPER_NAME sam_prompts."
             )
-        normalised = (image.to(self.device) - self.pixel_mean) / self.pixel_std
-        return F.pad(normalised, (0, self.image_size - width, 0, self.image_size - height))
+        pixels = normalised(image, self.pixel_mean, self.pixel_std, name)
+        return F.pad(pixels, (0, self.image_size - width, 0, self.image_size - height))
 
     def decode(self, embedding: Tensor, prompts: Prompts, multimask: bool = False) -> tuple[Tensor, Tensor]:
         """Logits (N, K, 4 G, 4 G) on the padded image and expected IoU (N, K) for one embedding (1, C, G, G)."""

@@ -54,7 +54,7 @@ class SEEM(MaskFormer):
         return self.sem_seg_head.predictor.vocabulary.names
 
     @property
-    def thing_classes(self) -> set[int]:
+    def thing_classes(self) -> set[int] | None:
         """Ids of the classes whose objects are told apart: the data set's, or all of another list of names."""
         names, known = self.class_names, self.metadata
         counts = {len(getattr(known, key, ())) for key in ("stuff_classes", "thing_classes")} - {0}
