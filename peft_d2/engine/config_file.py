@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -35,7 +37,7 @@ def read_top(path: str) -> dict[str, Any]:
         ConfigError: see :func:`read_tree`.
     """
     if not os.path.isfile(path):
-        raise ConfigError(f"config file {path!r} does not exist. Give the path of a yaml file.")
+        raise ConfigError(f"config file {path!r} does not exist. {_moved(path) or 'Give the path of a yaml file.'}")
     try:
         with open(path, encoding="utf-8") as stream:
             tree = yaml.load(stream, Loader=_ConfigLoader)  # noqa: S506  a SafeLoader
@@ -44,6 +46,17 @@ def read_top(path: str) -> dict[str, Any]:
     if tree is not None and not isinstance(tree, dict):
         raise ConfigError(f"{path}: a config file holds KEY: VALUE pairs, this one a {type(tree).__name__}.")
     return tree or {}
+
+
+def _moved(path: str) -> str:
+    """Where a file is now that had its model in its name, as in ``peft/lora_mask_dino.yaml``; "" for others."""
+    folder, words = Path(path).parent, set(re.split("[_.]", Path(path).name))
+    candidates = []
+    for file in folder.glob("*/**/*.yaml") if folder.name == "peft" else ():
+        known = set(re.split("[_./]", file.relative_to(folder).as_posix()))
+        if words <= known:
+            candidates.append((len(known - words - {"ablations"}), str(file)))
+    return f"It is {min(candidates)[1]} now: each model has a folder of its own." if candidates else ""
 
 
 def _read_tree(path: str, above: tuple[str, ...]) -> dict[str, Any]:

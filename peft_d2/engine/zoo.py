@@ -52,32 +52,32 @@ FAMILIES = (
         "Mask2Former",
         "",
         ("coco", "cityscapes", "ade20k", "lvis"),
-        {"heads": "heads_mask2former", "2 adapters": "adapters_mask2former", "LoRA": "lora_mask2former"},
-        ("*_mask2former", "*_mask2former_swin", "*_cobot_swin", "full"),
+        {"heads": "mask2former/heads", "2 adapters": "mask2former/adapters", "LoRA": "mask2former/lora"},
+        ("mask2former/*", "full"),
         ("coco/instance/mask2former_r50", "coco/instance/mask2former_swin_t", "coco/instance/mask2former_swin_l_in21k"),
     ),
     Family(
         "Mask DINO",
         "`mask_dino/paper` holds the settings of Abou Baker et al., MAKE 6(4), 2024 (arXiv 2606.01947).",
         ("mask_dino",),
-        {"heads": "heads_mask_dino", "2 adapters": "adapters2_mask_dino", "LoRA": "lora_mask_dino"},
-        ("*_mask_dino", "full"),
+        {"heads": "mask_dino/heads", "2 adapters": "mask_dino/adapters2", "LoRA": "mask_dino/lora"},
+        ("mask_dino/**/*", "full"),
         ("mask_dino/coco/instance_r50", "mask_dino/coco/instance_swin_l"),
     ),
     Family(
         "SEEM",
         "`seem/paper` holds the settings of the same paper. The text encoder counts where a config trains it.",
         ("seem",),
-        {"heads": "heads_seem", "2 adapters": "adapters2_seem", "LoRA": "lora_seem"},
-        ("*_seem", "full"),
+        {"heads": "seem/heads", "2 adapters": "seem/adapters2", "LoRA": "seem/lora"},
+        ("seem/*", "full"),
         ("seem/focal_t", "seem/focal_l", "seem/davit_d3"),
     ),
     Family(
         "Segment Anything",
         "`sam/paper` holds the data sets of Peng et al., CVPR 2024 (SAM-COBOT).",
         ("sam",),
-        {"decoder": "decoder_sam", "LoRA": "lora_sam", "LoRA with COBOT": "lora_cobot_sam"},
-        ("*_sam", "*_sam_mask2former", "full"),
+        {"decoder": "sam/decoder", "LoRA": "sam/lora", "LoRA with COBOT": "sam/lora_cobot"},
+        ("sam/*", "mask2former/lora_cobot_sam", "full"),
         ("sam/vit_b", "sam/vit_l", "sam/vit_h", "sam/vit_b_mask2former"),
     ),
     Family("Small models for nuclei", "From fluorescence to histology: see the README.", ("nuclei",), {}),
@@ -93,7 +93,7 @@ Any config goes with any method that fits:
 
 ```bash
 python tools/train_net.py --config-file configs/coco/instance/mask2former_r50.yaml \\
-  --peft-config configs/peft/lora_mask2former.yaml ...
+  --peft-config configs/peft/mask2former/lora.yaml ...
 ```
 
 Results are those that were measured with this code, in the setting named below the table; where nothing stands, nothing
@@ -138,9 +138,10 @@ class Zoo:
         return [path.relative_to(top).with_suffix("").as_posix() for path in paths if not path.stem.startswith("_")]
 
     def methods(self, family: Family) -> list[str]:
-        """Names of the family's methods: files of ``configs/peft`` without suffix."""
-        found = {path.stem for glob in family.methods for path in (self.root / "configs/peft").glob(f"{glob}.yaml")}
-        return sorted(found)
+        """Names of the family's methods: paths below ``configs/peft`` without suffix."""
+        top = self.root / "configs/peft"
+        paths = [path for glob in family.methods for path in top.glob(f"{glob}.yaml")]
+        return sorted({path.relative_to(top).with_suffix("").as_posix() for path in paths})
 
     def figures(self, config: str, method: str = "") -> Figures | None:
         """Counts for a config with a method on top, or as it is; None where the method does not fit."""

@@ -64,28 +64,24 @@ _ENTRIES: tuple[tuple[Registry, Callable[..., Any], str, str], ...] = (
 )
 
 
-class _LendingRegistry(Registry):
-    """A registry in which some names are only lent: whoever registers one of them afterwards gets it."""
+def _lend(registry: Registry, names: dict[str, Callable[..., Any]]) -> None:
+    """Serve ``names`` where they are free, until somebody else registers them: an official package imported later.
 
-    _lent: dict[str, Any]
-
-    def _do_register(self, name: str, obj: Any) -> None:
-        if name in self._lent and self._obj_map.get(name) is self._lent.pop(name):
-            del self._obj_map[name]
-            _logger.info("%s now serves %r in registry %s", getattr(obj, "__module__", obj), name, self._name)
-        super()._do_register(name, obj)
-
-
-def _lend(registry: Registry, name: str, obj: Any) -> None:
-    """Register ``obj`` under ``name`` where that is free, until someone else wants the name."""
-    if name in registry:
+    Detectron2 leaves one way to know of that: the registry object's own ``_do_register``. Its class stays as it is.
+    """
+    lent = {name: obj for name, obj in names.items() if name not in registry}
+    if not lent:
         return
-    if not isinstance(registry, _LendingRegistry):
-        # In place, as other modules hold this very object.
-        registry.__class__ = _LendingRegistry
-        vars(registry)["_lent"] = {}
-    registry._do_register(name, obj)
-    vars(registry)["_lent"][name] = obj
+    registry._obj_map.update(lent)
+    register_plainly = registry._do_register
+
+    def give_back_first(name: str, obj: Any) -> None:
+        if name in lent and registry._obj_map.get(name) is lent.pop(name):
+            del registry._obj_map[name]
+            _logger.info("%s now serves %r in registry %s", getattr(obj, "__module__", obj), name, registry._name)
+        register_plainly(name, obj)
+
+    registry._do_register = give_back_first
 
 
 def register(upstream_names: bool = False) -> None:
@@ -95,8 +91,9 @@ def register(upstream_names: bool = False) -> None:
         upstream_names: also serve the official packages' names where they are free, so that published yaml files
             run as they are. An official package that is imported later takes its names back.
     """
-    for registry, cls, name, upstream in _ENTRIES:
+    for registry, cls, name, _ in _ENTRIES:
         if name not in registry:
             registry._do_register(name, cls)
-        if upstream_names and upstream:
-            _lend(registry, upstream, cls)
+    if upstream_names:
+        for registry in {id(entry[0]): entry[0] for entry in _ENTRIES}.values():
+            _lend(registry, {entry[3]: entry[1] for entry in _ENTRIES if entry[0] is registry and entry[3]})

@@ -68,11 +68,11 @@ def test_a_storage_counts_once_and_weights_do_not() -> None:
 
 
 def test_the_tool(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    lora = ROOT / "configs" / "peft" / "lora_mask2former.yaml"
+    lora = ROOT / "configs" / "peft" / "mask2former" / "lora.yaml"
     numbers = ["--size", "64", "--rounds", "1", "--json", str(tmp_path / "a.json")]
     analysis.main(["--config-file", str(TINY), "--peft-config", str(lora), *numbers])
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split("|")[1].strip() for line in lines] == ["", "---", "full fine-tuning", "lora_mask2former"]
+    assert [line.split("|")[1].strip() for line in lines] == ["", "---", "full fine-tuning", "lora"]
     content = json.loads((tmp_path / "a.json").read_text())
     full, adapted = content["cases"]
     assert content["run"]["size"] == 64 and content["run"]["operator"] == ops.default_backend("cpu")

@@ -27,11 +27,11 @@ def methods_of(file: str) -> list[Any]:
     while file:
         node = yaml.safe_load((ROOT / "configs" / "peft" / file).read_text(encoding="utf-8"))
         tree = {**node["MODEL"]["PEFT"], **tree}
-        file = node.get("_BASE_", "")
+        file = str(Path(file).parent / node["_BASE_"]) if "_BASE_" in node else ""
     return [part for key, value in tree.items() for part in (f"MODEL.PEFT.{key}", str(value))]
 
 
-@pytest.mark.parametrize("file", ["adapters3_mask_dino.yaml", "lora_mask_dino.yaml"])
+@pytest.mark.parametrize("file", ["mask_dino/adapters3.yaml", "mask_dino/lora.yaml"])
 def test_train_evaluate_store_load_and_merge(make_cfg: Callable[..., Any], tmp_path: Path, file: str) -> None:
     cfg = make_cfg(*methods_of(file), "TEST.EVAL_PERIOD", 6, config=DINO)
     peft_d2.register()

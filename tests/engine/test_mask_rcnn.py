@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from peft_d2.data import toy
 from peft_d2.data.registration import register_coco
 from peft_d2.engine.trainer import Trainer
 
+CONFIGS = Path(__file__).parents[2] / "configs"
 ZOO = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml"
 METHODS = [
     {"NAME": "lora", "RANK": 2, "TARGETS": ["box_head.fc1", "box_head.fc2"]},
@@ -108,13 +110,13 @@ def test_our_trainer(toy_set: toy.ToySet, tmp_path: Path, threshold: float, capl
         assert torch.equal(item.param, trained[item.name]), item.name
 
 
-@pytest.mark.parametrize("file", ["lora_mask_rcnn.yaml", "full.yaml"])
+@pytest.mark.parametrize("file", ["mask_rcnn/lora.yaml", "full.yaml"])
 def test_peft_files(file: str, make_cfg: Callable[..., Any]) -> None:
     from peft_d2.engine.config import load_config
     from peft_d2.engine.targets import build_without_weights
 
     peft_d2.register()
-    folder = Path(__file__).parents[2] / "configs" / "peft"
+    folder = CONFIGS / "peft"
     cfg = load_config(model_zoo.get_config_file(ZOO), str(folder / file), ["MODEL.DEVICE", "cpu"]).cfg
     model = build_without_weights(cfg)
     report = peft.make_report(model)
@@ -125,16 +127,14 @@ def test_peft_files(file: str, make_cfg: Callable[..., Any]) -> None:
 
 @pytest.mark.parametrize(
     "file",
-    sorted(
-        p.name for p in (Path(__file__).parents[2] / "configs/peft").glob("*_mask2former*") if "_sam_" not in p.name
-    ),
+    sorted(p.name for p in (CONFIGS / "peft/mask2former").glob("*.yaml") if "_sam" not in p.name),
 )
 def test_peft_files_of_mask2former(file: str) -> None:
     from peft_d2.engine.config import load_config
     from peft_d2.engine.targets import build_without_weights
 
     peft_d2.register()
-    path = Path(__file__).parents[2] / "configs" / "peft" / file
+    path = CONFIGS / "peft/mask2former" / file
     model = build_without_weights(load_config(str(Path(__file__).with_name("tiny.yaml")), str(path)).cfg)
     methods = {entry["NAME"].lower() for entry in peft.get_injection(model).methods}
-    assert methods == ({file.partition("_")[0].removesuffix("s")} if not file.startswith("heads") else set())
+    assert methods == ({re.match("[a-z]+?(?=s?[_.])", file).group()} if not file.startswith("heads") else set())

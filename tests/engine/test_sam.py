@@ -62,7 +62,7 @@ def sam_cfg(make_cfg: Callable[..., Any]) -> Callable[..., Any]:
     def make(recipe: str, *opts: Any) -> Any:
         pairs = [part for item in TINY.items() for part in item] + list(opts)
         cfg = make_cfg(*pairs, config=CONFIGS / "sam" / "vit_b.yaml")
-        node = load_config(str(CONFIGS / "sam" / "vit_b.yaml"), str(CONFIGS / "peft" / f"{recipe}_sam.yaml")).cfg.MODEL
+        node = load_config(str(CONFIGS / "sam" / "vit_b.yaml"), str(CONFIGS / "peft/sam" / f"{recipe}.yaml")).cfg.MODEL
         cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.PEFT = node.META_ARCHITECTURE, node.PEFT
         return cfg
 
@@ -85,7 +85,7 @@ NUCLEI = {
 
 @pytest.mark.parametrize("file", sorted(str(p.relative_to(CONFIGS)) for p in (CONFIGS / "sam").rglob("*.yaml")))
 def test_every_config_builds_and_sets_what_the_paper_says(file: str) -> None:
-    recipe = "lora_cobot_sam_mask2former" if "mask2former" in file else "lora_cobot_sam"
+    recipe = "mask2former/lora_cobot_sam" if "mask2former" in file else "sam/lora_cobot"
     cfg = load_config(str(CONFIGS / file), str(CONFIGS / "peft" / f"{recipe}.yaml")).cfg
     for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
         assert name in builtin.NAMES or name.startswith("coco_2017_")
@@ -131,7 +131,7 @@ def test_the_nuclei_study_trains_what_it_says(file: str) -> None:
 
 @pytest.mark.parametrize("recipe", COUNTS)
 def test_counts_of_the_paper(recipe: str) -> None:
-    names = {"config_file": "sam/vit_b.yaml", "peft_config": f"peft/{recipe}_sam.yaml"}
+    names = {"config_file": "sam/vit_b.yaml", "peft_config": f"peft/sam/{recipe}.yaml"}
     files = {key: str(CONFIGS / path) for key, path in names.items()}
     text = targets.describe(argparse.Namespace(**files, pattern=[], modules=False, opts=[]))
     cfg = load_config(files["config_file"], files["peft_config"]).cfg
@@ -250,7 +250,7 @@ def test_automatic_mode(make_cfg: Callable[..., Any]) -> None:
     cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES, cfg.MODEL.SAM.PYRAMID_CHANNELS = classes, 32
     cfg.INPUT.IMAGE_SIZE = cfg.INPUT.MIN_SIZE_TEST = 64
     cfg.SOLVER.MAX_ITER = cfg.SOLVER.CHECKPOINT_PERIOD = 12
-    node = load_config(str(CONFIGS / "peft" / "lora_cobot_sam_mask2former.yaml")).cfg.MODEL.PEFT
+    node = load_config(str(CONFIGS / "peft/mask2former/lora_cobot_sam.yaml")).cfg.MODEL.PEFT
     cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.PEFT = "PEFTModel", node
     cfg.MODEL.PEFT.META_ARCHITECTURE = "PD2MaskFormer"
     trainer = Trainer(cfg)
@@ -283,7 +283,7 @@ def swin_count(recipe: str) -> int:
 def test_cobot_on_another_stack_of_blocks(make_cfg: Callable[..., Any], recipe: str) -> None:
     """Swin under Mask2Former, whose stages differ in width: one space for all of them, which learns."""
     cfg = make_cfg("MODEL.SWIN.DROP_PATH_RATE", 0.0)
-    node = load_config(str(TINY_SWIN), str(CONFIGS / "peft" / f"{recipe}_cobot_swin.yaml")).cfg.MODEL
+    node = load_config(str(TINY_SWIN), str(CONFIGS / "peft/mask2former" / f"{recipe}_cobot_swin.yaml")).cfg.MODEL
     cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.PEFT = node.META_ARCHITECTURE, node.PEFT
     model = Trainer.build_model(cfg)
     injected = {id(t.param): t.param for t in peft.trained_parameters(model) if t.kind == "injected"}

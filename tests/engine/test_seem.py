@@ -46,7 +46,7 @@ def seem_cfg(make_cfg: Callable[..., Any], tmp_path: Path) -> Callable[..., Any]
     return make
 
 
-@pytest.mark.parametrize("file", ["adapters3_seem.yaml", "lora_seem.yaml"])
+@pytest.mark.parametrize("file", ["seem/adapters3.yaml", "seem/lora.yaml"])
 def test_train_evaluate_store_load_and_merge(seem_cfg: Callable[..., Any], tmp_path: Path, file: str) -> None:
     trainer = train(seem_cfg(*methods_of(file), "TEST.EVAL_PERIOD", 6))  # proves first that every part is live
     rows = [json.loads(line) for line in (tmp_path / "metrics.json").read_text().splitlines()]
@@ -81,7 +81,7 @@ def test_train_evaluate_store_load_and_merge(seem_cfg: Callable[..., Any], tmp_p
 
 
 def test_a_stopped_run_continues_with_the_same_templates(seem_cfg: Callable[..., Any], tmp_path: Path) -> None:
-    options = (*methods_of("lora_seem.yaml"), "SEED", 5)
+    options = (*methods_of("seem/lora.yaml"), "SEED", 5)
     whole = trained(train(seem_cfg(*options, output=tmp_path / "whole")))
     stopped = seem_cfg(*options, output=tmp_path / "stopped")
     with pytest.raises(KeyboardInterrupt):
@@ -91,7 +91,7 @@ def test_a_stopped_run_continues_with_the_same_templates(seem_cfg: Callable[...,
 
 def test_two_processes_equal_one(seem_cfg: Callable[..., Any], tmp_path: Path) -> None:
     """With one template: processes draw theirs by themselves, as published. The second step is made NaN."""
-    options = (*BATCH, *methods_of("adapters1_seem.yaml"))
+    options = (*BATCH, *methods_of("seem/adapters1.yaml"))
     one = steps_of(seem_cfg(*options, "SOLVER.MAX_ITER", 1, templates=1, output=tmp_path / "one"))
     cfg = seem_cfg(*options, templates=1, output=tmp_path / "two")
     with pytest.raises(SystemExit):

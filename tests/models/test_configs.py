@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 from detectron2.config import CfgNode, get_cfg
 
+from peft_d2.engine.config_file import read_tree
+from peft_d2.engine.errors import ConfigError
 from peft_d2.models import add_models_config
 
 from .conftest import ROOT, build_published, make_config
@@ -192,6 +194,29 @@ INPUT:
   CROP: {SINGLE_CATEGORY_MAX_AREA: 0.75}
 VERSION: 2
 """
+
+
+OLD = {
+    "lora_mask_dino": "mask_dino/lora",
+    "lora_qkvo_mask_dino": "mask_dino/ablations/lora_qkvo",
+    "lora_mask2former_swin": "mask2former/lora_swin",
+    "lora_cobot_swin": "mask2former/lora_cobot_swin",
+    "lora_cobot_sam_mask2former": "mask2former/lora_cobot_sam",
+    "lora_sam": "sam/lora",
+    "lora_mask_rcnn": "mask_rcnn/lora",
+}
+
+
+@pytest.mark.parametrize("old", OLD)
+def test_a_path_of_before_the_folders_names_the_new_one(old: str, tmp_path: Path) -> None:
+    """Given itself, and as the base of somebody's own file."""
+    folder = ROOT / "configs" / "peft"
+    (tmp_path / "mine.yaml").write_text(f"_BASE_: {folder}/{old}.yaml")
+    for path in (folder / f"{old}.yaml", tmp_path / "mine.yaml"):
+        said = f"{old}.yaml' does not exist. It is {folder}/{OLD[old]}.yaml now"
+        with pytest.raises(ConfigError, match=said) as refused:
+            read_tree(str(path))
+        assert "\n" not in str(refused.value)
 
 
 def test_upstream_names_build_our_models(tmp_path: Path) -> None:

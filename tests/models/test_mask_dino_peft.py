@@ -19,8 +19,7 @@ from peft_d2.models import register
 from .conftest import R50_DINO, ROOT, SWIN_L_DINO
 from .test_training import sample, step
 
-FILES = sorted((ROOT / "configs" / "peft").glob("*_mask_dino.yaml"))
-METHODS = {path.name.removesuffix("_mask_dino.yaml"): path for path in FILES}
+METHODS = {path.stem: path for path in sorted((ROOT / "configs" / "peft" / "mask_dino").rglob("*.yaml"))}
 # Abou Baker et al., MAKE 6(4), 2024, table of trainable parameters: file -> R50's count, % of R50, % of Swin-L.
 PUBLISHED = {
     "adapters1": (1_144_660, 2.17, 0.51),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import MethodType
 
 import pytest
 from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY, SEM_SEG_HEADS_REGISTRY
@@ -25,8 +26,7 @@ def _as_in_a_new_process(monkeypatch: pytest.MonkeyPatch) -> None:
     for registry in (META_ARCH_REGISTRY, SEM_SEG_HEADS_REGISTRY, BACKBONE_REGISTRY, TRANSFORMER_DECODER_REGISTRY):
         others = {n: o for n, o in registry._obj_map.items() if n not in LENT and not n.startswith("PD2")}
         monkeypatch.setattr(registry, "_obj_map", others)
-        monkeypatch.setattr(registry, "_lent", {}, raising=False)
-        monkeypatch.setattr(registry, "__class__", Registry)
+        monkeypatch.setattr(registry, "_do_register", MethodType(Registry._do_register, registry))
 
 
 class Official:
@@ -68,6 +68,24 @@ def test_a_name_is_lent_once() -> None:
     official()
     with pytest.raises(AssertionError, match="'MaskFormer' was already registered"):
         official()
+
+
+@pytest.mark.parametrize("calls", [[ours], [ours, official], [official, ours], [ours, official, ours]])
+def test_lending_leaves_the_registries_as_detectron2_made_them(calls: list[Callable[[], None]]) -> None:
+    for call in calls:
+        call()
+    for registry in (META_ARCH_REGISTRY, SEM_SEG_HEADS_REGISTRY, BACKBONE_REGISTRY):
+        assert type(registry) is Registry and type(registry._obj_map) is dict
+        with pytest.raises(AssertionError, match="'PD2|'ResNet"):  # other names collide as ever
+            registry._do_register(next(name for name, _ in registry if name.startswith("PD2")), Official)
+
+
+def test_the_official_package_may_replace_a_part_alone() -> None:
+    """Its pixel decoder beside our head: each name serves whoever registered it."""
+    ours()
+    SEM_SEG_HEADS_REGISTRY.register()(type("MSDeformAttnPixelDecoder", (Official,), {}))
+    assert issubclass(SEM_SEG_HEADS_REGISTRY.get("MSDeformAttnPixelDecoder"), Official)
+    assert SEM_SEG_HEADS_REGISTRY.get("MaskFormerHead") is SEM_SEG_HEADS_REGISTRY.get("PD2MaskFormerHead")
 
 
 def test_own_names_alone_leave_upstream_names_free() -> None:

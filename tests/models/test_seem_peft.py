@@ -43,7 +43,7 @@ def test_the_papers_parameters(config: str) -> None:
     large = config == FOCAL_L
 
     def report(file: str, reduction: int | None = None, train: tuple[str, ...] = ()) -> tuple[int, float]:
-        node = load_config(path, str(ROOT / "configs" / "peft" / f"{file}_seem.yaml")).cfg.MODEL.PEFT
+        node = load_config(path, str(ROOT / "configs" / "peft" / "seem" / f"{file}.yaml")).cfg.MODEL.PEFT
         methods = [{**method, **({"REDUCTION": reduction} if reduction else {})} for method in node.METHODS]
         found = peft.inject(copy.deepcopy(base), methods, train or tuple(node.TRAIN))
         return found.trainable, float(f"{found.percent:.2f}")
@@ -57,7 +57,7 @@ def test_the_papers_parameters(config: str) -> None:
 
 def test_the_printed_line() -> None:
     arguments = ["--config-file", str(ROOT / "configs" / FOCAL_T)]
-    arguments += ["--peft-config", str(ROOT / "configs" / "peft" / "adapters1_seem.yaml")]
+    arguments += ["--peft-config", str(ROOT / "configs" / "peft" / "seem" / "adapters1.yaml")]
     text = describe(inspect_parser().parse_args(arguments))
     assert text.splitlines()[-1] == "4,211,200 of 166,960,113 parameters are trained: 2.52 %."
     assert "adapter on 24 MultiheadAttention" in text

@@ -36,7 +36,7 @@ def test_disabled_merged_and_unmerged() -> None:
 
     peft_d2.register()
     cfg = load_config(str(ROOT / "configs/coco/instance/mask2former_swin_t.yaml"), opts=["MODEL.DEVICE", "cpu"]).cfg
-    recipe = load_config("", str(ROOT / "configs/peft/lora_mask2former_swin.yaml")).cfg.MODEL.PEFT
+    recipe = load_config("", str(ROOT / "configs/peft/mask2former/lora_swin.yaml")).cfg.MODEL.PEFT
     torch.manual_seed(0)
     model = build_model(cfg).eval().requires_grad_(False)
     image = torch.randn(1, 3, 96, 64)

@@ -38,7 +38,7 @@ def attach(cfg: Any, model: nn.Module) -> None:
         raise ConfigError(
             f"MODEL.SAM.FEATURE_CACHE keeps what a frozen image encoder gives, but {len(trained)} of its parameters "
             f"are trained (image_encoder.{trained[0]}, ...). Leave it empty, or train the mask decoder alone "
-            "(configs/peft/decoder_sam.yaml)."
+            "(configs/peft/sam/decoder.yaml)."
         )
     model.embed = FeatureCache(folder, model.image_encoder, cfg.MODEL.SAM.dump())
     logger.info("Embeddings of images are kept in %s.", folder)
