@@ -75,6 +75,20 @@ def accept_empty_polygons() -> None:
         module.polygons_to_bitmask = polygons_to_bitmask
 
 
+def require_cityscapes(polygons: bool = False) -> None:
+    """Return if the package of Cityscapes' own scripts is there, and what Detectron2 reads its ``polygons`` with.
+
+    Raises:
+        ModuleNotFoundError: naming the extra that brings it.
+    """
+    for package in ("cityscapesscripts", "shapely") if polygons else ("cityscapesscripts",):
+        if importlib.util.find_spec(package) is None:
+            raise ModuleNotFoundError(
+                f"Cityscapes needs the package {package}, which is not installed: pip install 'peft_d2[cityscapes]'."
+            )
+    lend_cityscapesscripts()
+
+
 def lend_cityscapesscripts() -> None:
     """Let Detectron2's main branch find cityscapesscripts, which it imports by the path that it has inside its company.
 

@@ -11,10 +11,10 @@ import argparse
 import sys
 from pathlib import Path
 
-from peft_d2.data.checks import check_coco, summary
 from peft_d2.data.coco_json import read_json
 from peft_d2.data.pictures import contact_sheet, pixel_statistics
 from peft_d2.data.registration import coco_files
+from peft_d2.data.validation import check_coco, summary
 
 
 def main() -> int:

@@ -12,14 +12,14 @@ _EXPORTS = {
     "add_data_config": "config",
     "register_from_config": "registration",
     "register_builtin": "builtin",
-    "class_names": "registration",
+    "class_names": "classes",
     "build_train_loader": "loader",
     "build_test_loader": "loader",
     "workers_ended": "loader",
     "build_mapper": "mappers",
-    "check_coco": "checks",
-    "check_datasets": "checks",
-    "Problem": "checks",
+    "check_coco": "validation",
+    "check_datasets": "validation",
+    "Problem": "validation",
     "tile_coco": "tiles",
 }
 

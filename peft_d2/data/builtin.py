@@ -22,17 +22,19 @@ which images of NDD20 the papers tested on, so the split is one of this project,
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from peft_d2.compat import lend_cityscapesscripts
-from peft_d2.data.lvis import replace_loader
-from peft_d2.data.registration import add_coco, read_categories
+from peft_d2.data.coco_json import add_coco, load_lvis, read_categories
+from peft_d2.data.images import path_inside
 
 logger = logging.getLogger(__name__)
 
@@ -141,8 +143,8 @@ def register_builtin(names: Iterable[str] | None = None) -> list[str]:
 
     names = NAMES if names is None else tuple(names)
     for name in names:
-        if name in _LVIS:
-            replace_loader(name)
+        if name in _LVIS and name in DatasetCatalog and importlib.util.find_spec("lvis") is None:
+            DatasetCatalog[name] = partial(_load_lvis, name)
         elif name.startswith("cityscapes_"):
             lend_cityscapesscripts()
     wanted = [name for name in names if name in NAMES and name not in DatasetCatalog]
@@ -172,13 +174,20 @@ def _register_instances(name: str, entry: CocoSet) -> None:
     json_path, images = os.path.abspath(root() / entry.json), os.path.abspath(root() / entry.images)
     if os.path.isfile(json_path):
         categories = read_categories(json_path)
-        found = tuple(label for _, label in categories)
+        found = tuple(category.name for category in categories)
         if entry.classes and found != entry.classes:
             logger.warning("data set %r: %s lists the classes %s, expected %s. The json's are used.",
                            name, json_path, list(found), list(entry.classes))  # fmt: skip
-        add_coco(name, json_path, images, found, {category: i for i, (category, _) in enumerate(categories)})
+        add_coco(name, json_path, images, found, {category.id: i for i, category in enumerate(categories)})
     else:
         add_coco(name, json_path, images, entry.classes or tuple(_ade20k_instance_classes(name)), None)
+
+
+def _load_lvis(name: str) -> list[dict[str, Any]]:
+    from detectron2.data import MetadataCatalog
+
+    meta = MetadataCatalog.get(name)
+    return load_lvis(meta.json_file, meta.image_root)
 
 
 def _ade20k_instance_classes(name: str) -> list[str]:
@@ -263,10 +272,10 @@ def _load_panoptic(
         ]
         records.append(
             {
-                "file_name": os.path.join(paths["image_root"], f"{stem}.jpg"),
+                "file_name": path_inside(paths["image_root"], f"{stem}.jpg"),
                 "image_id": annotation["image_id"],
-                "pan_seg_file_name": os.path.join(paths["panoptic_root"], annotation["file_name"]),
-                "sem_seg_file_name": os.path.join(paths["sem_seg_root"], annotation["file_name"]),
+                "pan_seg_file_name": path_inside(paths["panoptic_root"], annotation["file_name"]),
+                "sem_seg_file_name": path_inside(paths["sem_seg_root"], annotation["file_name"]),
                 "segments_info": segments,
             }
         )

@@ -9,10 +9,13 @@ def add_data_config(cfg: Any) -> None:
     """Add the data and evaluation keys to a Detectron2 config; what exists already keeps its value.
 
     ``DATASETS.REGISTER``: list of ``{NAME, JSON, IMAGES}``, COCO-format sets of one's own.
-    ``DATASETS.CHECK``: check the json files before training and refuse what would crash.
+    ``DATASETS.CHECK``: check the data sets before training and refuse what would crash.
+    ``DATASETS.ALLOW_FILES_OUTSIDE``: read images that lie outside a set's folder (absolute names, ``..``, links).
+    ``INPUT.MAX_PIXELS``: of an image, against decompression bombs; 0 leaves Pillow's limit, 179 million.
     ``INPUT.PROMPTS``: boxes as prompts: in training each side moves outwards by 0 to ``BOX_NOISE`` px of the resized
     image, and ``MAX_BOXES`` objects of an image are taken at most; in testing ``DETECTIONS`` names a detector's results
     (COCO's result json), "" takes the ground truth's boxes.
+    ``TEST.MAX_DETECTIONS``: how many predictions of an image and class COCO's figures count; 100 is the standard.
     ``TEST.REPORT``: after an evaluation of boxes or masks write ``report.html`` beside its results.
     ``TEST.TILES``: evaluate whole images by overlapping tiles of ``SIZE`` px, enlarged by ``SCALE``.
     """
@@ -20,10 +23,13 @@ def add_data_config(cfg: Any) -> None:
 
     _default(cfg.DATASETS, "REGISTER", [])
     _default(cfg.DATASETS, "CHECK", True)
+    _default(cfg.DATASETS, "ALLOW_FILES_OUTSIDE", False)
+    _default(cfg.INPUT, "MAX_PIXELS", 0)
     _default(cfg.INPUT, "PROMPTS", CfgNode())
     _default(cfg.INPUT.PROMPTS, "BOX_NOISE", 50.0)
     _default(cfg.INPUT.PROMPTS, "MAX_BOXES", 64)
     _default(cfg.INPUT.PROMPTS, "DETECTIONS", "")
+    _default(cfg.TEST, "MAX_DETECTIONS", 100)
     _default(cfg.TEST, "REPORT", True)
     _default(cfg.TEST, "TILES", CfgNode())
     _default(cfg.TEST.TILES, "ENABLED", False)

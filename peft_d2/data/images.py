@@ -1,45 +1,143 @@
-"""Image files as Detectron2 sees them: their size, and errors that name the file."""
+"""Image files: which ones are read right, their sizes and folders, and errors that name the file."""
 
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 _ORIENTATION = 0x0112
 _TAIL = 4096  # bytes: cameras write something after the end mark, too
-_DEEP = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")
+# Modes that Pillow converts to RGB.
+_TO_RGB = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV", "LAB"}
+_BITS, _SAMPLES = 258, 277  # TIFF tags
+_CHANNELS = {"BGR": 3, "RGB": 3, "L": 1}
 
 
 class DatasetError(ValueError):
     """A data set that cannot be trained on."""
 
 
+def check_input(cfg: Any) -> None:
+    """Apply ``INPUT.MAX_PIXELS`` and refuse an ``INPUT.FORMAT`` that cannot be trained and evaluated with.
+
+    Raises:
+        DatasetError: another format than BGR, RGB and L; ``MODEL.PIXEL_MEAN`` or ``PIXEL_STD`` of another length; grey
+            images for one of this project's backbones, which take three channels.
+    """
+    limit = cfg.INPUT.get("MAX_PIXELS", 0)
+    if limit:
+        set_pixel_limit(limit)
+    name = cfg.INPUT.FORMAT
+    if name not in _CHANNELS:
+        raise DatasetError(f"INPUT.FORMAT {name!r} is not supported. Expected one of {list(_CHANNELS)}.")
+    for key in ("PIXEL_MEAN", "PIXEL_STD"):
+        if len(cfg.MODEL[key]) != _CHANNELS[name]:
+            raise DatasetError(
+                f"MODEL.{key} has {len(cfg.MODEL[key])} value(s), but INPUT.FORMAT {name!r} has {_CHANNELS[name]} "
+                "channel(s): one value a channel is expected."
+            )
+    if _CHANNELS[name] != 3:
+        from detectron2.modeling import BACKBONE_REGISTRY
+
+        backbone = cfg.MODEL.BACKBONE.NAME
+        if backbone in BACKBONE_REGISTRY and BACKBONE_REGISTRY.get(backbone).__module__.startswith("peft_d2."):
+            raise DatasetError(
+                f"INPUT.FORMAT {name!r} gives one channel, but the backbone {backbone!r} takes three. Set INPUT.FORMAT "
+                "RGB: grey images are read as three equal channels."
+            )
+
+
+def set_pixel_limit(pixels: int) -> None:
+    """Let Pillow open images of up to so many pixels, in this process: Pillow has no other place for its limit."""
+    Image.MAX_IMAGE_PIXELS = (pixels + 1) // 2  # Pillow warns from here on, and refuses from twice as many
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+
+
 def image_size(path: str | Path) -> tuple[int, int]:
     """(width, height) in px by the file's header, turned as its EXIF says, as Detectron2 turns it.
 
     Raises:
-        DatasetError: the file is no image, or one whose values do not fit into 8 bits.
+        DatasetError: the file is no image, or one that would not be read right.
     """
+    size, defect, remedy = read_header(path)
+    if defect:
+        raise DatasetError(f"{path}: {defect}. {remedy}")
+    return size
+
+
+def read_header(path: str | Path) -> tuple[tuple[int, int], str, str]:
+    """(width, height) of an image file, turned as its EXIF says; what is wrong with it ("" if nothing); the remedy."""
     try:
         with Image.open(path) as opened:
-            if opened.mode in _DEEP:
-                raise DatasetError(
-                    f"{path}: the image has values of more than 8 bits (mode {opened.mode}), which would be cut off at "
-                    "255. Write it again with 8 bits a channel."
-                )
             width, height = opened.size
+            defect, remedy = _misread(opened)
             has_exif = opened.format == "JPEG" or "exif" in opened.info
             turned = has_exif and opened.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
     except FileNotFoundError:
         raise
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DatasetError(f"{path}: cannot be opened as an image ({error}). Replace the file.") from error
-    return (height, width) if turned else (width, height)
+    except Image.DecompressionBombError as error:
+        return (0, 0), f"is larger than Pillow's limit against decompression bombs ({error})", _too_large()
+    except (OSError, SyntaxError, ValueError) as error:
+        return (0, 0), f"cannot be opened as an image ({error})", "Replace the file."
+    return ((height, width) if turned else (width, height)), defect, remedy
+
+
+def _misread(opened: Any) -> tuple[str, str]:
+    """What Pillow would leave out of an image without a word, and the remedy; "" if nothing."""
+    mode = opened.mode
+    tags: Any = getattr(opened, "tag_v2", {})
+    deep = mode in ("I", "F") or mode.startswith("I;") or max(tags.get(_BITS, (8,))) > 8
+    if opened.format == "PNG":
+        file = opened.fp
+        file.seek(24)  # the depth's place in a PNG's first chunk
+        deep = deep or file.read(1) == b"\x10"
+    elif opened.format == "PPM":
+        deep = deep or any(isinstance(tile[3], tuple) and tile[3][-1] == 65535 for tile in opened.tile)
+    if deep:
+        what = f"has values of more than 8 bits (mode {mode}), of which training would see only a part"
+        return what, "Write it again with 8 bits a channel."
+    bands = len(opened.getbands())
+    if tags.get(_SAMPLES, bands) > bands:
+        what = f"has {tags[_SAMPLES]} bands, of which training would see the first {bands}"
+        return what, "Write the three bands to be used as an RGB image."
+    if mode not in _TO_RGB:
+        return f"has the mode {mode}, which is not read as colours", "Write it again as RGB."
+    return "", ""
+
+
+def _too_large() -> str:
+    return (
+        "If the file is to be trusted, set INPUT.MAX_PIXELS to its number of pixels (TEST.TILES evaluates large images "
+        "part by part, tools/tile_dataset.py cuts them for training)."
+    )
+
+
+def read_image(path: str, image_format: str) -> np.ndarray:
+    """(H, W, C) uint8 image in ``INPUT.FORMAT``, read by Detectron2.
+
+    Raises:
+        DatasetError: the file would not be read right.
+    """
+    from detectron2.data import detection_utils
+
+    if os.path.isfile(path):  # others are for Detectron2's PathManager
+        image_size(path)
+    return detection_utils.read_image(path, format=image_format)
+
+
+def as_rgb(image: np.ndarray, image_format: str) -> np.ndarray:
+    """(H, W, 3) uint8 RGB of an (H, W, C) image in ``INPUT.FORMAT``."""
+    if image_format == "BGR":
+        return np.ascontiguousarray(image[..., ::-1])
+    return image.repeat(3, axis=-1) if image.shape[-1] == 1 else image
 
 
 def seems_cut_off(path: str | Path) -> bool:
@@ -52,6 +150,39 @@ def seems_cut_off(path: str | Path) -> bool:
         file.seek(0, os.SEEK_END)
         file.seek(-min(_TAIL, file.tell()), os.SEEK_END)
         return mark not in file.read()
+
+
+def path_inside(root: str | Path, file_name: str, outside: bool = False) -> str:
+    """The path of a data set's file, which has to lie in the set's folder, links followed, unless ``outside`` says so.
+
+    Raises:
+        DatasetError: it lies elsewhere.
+    """
+    path = os.path.join(root, file_name)
+    if not outside and not lies_inside(root, path):
+        raise DatasetError(
+            f"{file_name!r} lies outside the data set's folder {str(root)!r}: files of others could end up in reports. "
+            "If that is meant, set DATASETS.ALLOW_FILES_OUTSIDE True."
+        )
+    return path
+
+
+def lies_inside(root: str | Path, path: str) -> bool:
+    """Whether a path is in a folder, by its name and, links followed, in truth."""
+    name = os.path.relpath(path, root)
+    if name == ".." or name.startswith("../"):
+        return False
+    folder, base = os.path.split(os.path.normpath(path))
+    real = os.path.join(_real_folder(folder), base)
+    if os.path.islink(real):
+        real = os.path.realpath(real)
+    top = _real_folder(str(root))
+    return real == top or real.startswith(os.path.join(top, ""))
+
+
+@lru_cache(maxsize=4096)
+def _real_folder(folder: str) -> str:
+    return os.path.realpath(folder)
 
 
 @contextmanager
@@ -70,8 +201,10 @@ def reading(record: Mapping[str, Any]) -> Iterator[None]:
         if name in str(error):
             raise
         raise DatasetError(f"{name}: {error}") from error
-    except (OSError, SyntaxError, Image.DecompressionBombError, SizeMismatchError) as error:
-        text = " ".join(str(error).split())
+    except Image.DecompressionBombError as error:
+        raise DatasetError(f"{name}: {error} {_too_large()}") from error
+    except (OSError, SyntaxError, SizeMismatchError) as error:
+        text = " ".join(str(error).split()).rstrip(".")
         raise DatasetError(
             f"{name}: the image or its labels cannot be read ({type(error).__name__}: {text}). "
             "Replace the file or take it out of the data set."

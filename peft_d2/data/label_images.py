@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from peft_d2.compat import lend_cityscapesscripts
+from peft_d2.compat import require_cityscapes
 from peft_d2.data.builtin import ade20k_instance_categories, panoptic_categories
 from peft_d2.data.coco_json import CocoJson, read_json, require_folder
 from peft_d2.data.images import image_size
@@ -216,20 +216,6 @@ def convert_cityscapes(source: str | Path, workers: int = 1) -> dict[str, int]:
                 os.replace(Path(work, f"{name}.json"), annotations)
         counts[str(truth / f"{name}.json")] = len(list((truth / name).glob("*.png")))
     return counts
-
-
-def require_cityscapes(polygons: bool = False) -> None:
-    """Return if the package of Cityscapes' own scripts is there, and what Detectron2 reads its ``polygons`` with.
-
-    Raises:
-        ModuleNotFoundError: naming the extra that brings it.
-    """
-    for package in ("cityscapesscripts", "shapely") if polygons else ("cityscapesscripts",):
-        if importlib.util.find_spec(package) is None:
-            raise ModuleNotFoundError(
-                f"Cityscapes needs the package {package}, which is not installed: pip install 'peft_d2[cityscapes]'."
-            )
-    lend_cityscapesscripts()
 
 
 def _train_ids(polygons: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,12 +17,20 @@ import numpy as np
 import torch
 from detectron2.data import DatasetMapper, MetadataCatalog, detection_utils
 from detectron2.data import transforms as T
-from detectron2.structures import BitMasks, Boxes, BoxMode, Instances
+from detectron2.structures import BitMasks, BoxMode, Instances
 from torch.nn import functional as F
 
 from peft_d2.compat import accept_empty_polygons
-from peft_d2.data.augmentation import detectron2_recipe, keep_a_pixel, large_scale_jitter_recipe, resize_recipe
-from peft_d2.data.images import DatasetError
+from peft_d2.data.augmentation import (
+    detectron2_recipe,
+    keep_a_pixel,
+    large_scale_jitter_recipe,
+    longest_side_recipe,
+    resize_recipe,
+)
+from peft_d2.data.images import DatasetError, image_size, read_image, set_pixel_limit
+from peft_d2.data.labels import read_labels
+from peft_d2.data.prompts import Detections, prompt_detections, prompted_objects, widened
 from peft_d2.data.segmentation import segmentation_to_mask
 
 MAPPERS = (
@@ -46,21 +55,21 @@ def build_mapper(cfg: Any, records: Sequence[dict[str, Any]]) -> Any:
     Raises:
         DatasetError: an unknown name, or one that the data set's records cannot feed; augmentations that there are not.
     """
-    name = cfg.INPUT.get("DATASET_MAPPER_NAME", "")
-    origin = _architecture_module(cfg)
-    if origin.startswith("detectron2.") or (not name and not origin.startswith("peft_d2.")):
-        name = "detectron2"
-    elif not name:
-        name = _name_by_content(records[0])
+    mapper = _build_mapper(cfg, records)
+    mapper.max_pixels = cfg.INPUT.get("MAX_PIXELS", 0)
+    return mapper
+
+
+def _build_mapper(cfg: Any, records: Sequence[dict[str, Any]]) -> Any:
+    if uses_detectron2_mapper(cfg):
+        return _detectron2_mapper(cfg, records)
+    name = cfg.INPUT.get("DATASET_MAPPER_NAME", "") or _name_by_content(records[0])
     if name not in MAPPERS:
         raise DatasetError(f"INPUT.DATASET_MAPPER_NAME {name!r} is not known. Expected one of {list(MAPPERS)}.")
-    if name == "detectron2":
-        return _detectron2_mapper(cfg, records)
     _require(records[0], name)
     if name == "sam_prompts":
-        from peft_d2.data.prompts import build_prompt_mapper  # which derives its mapper from this module's
-
-        return build_prompt_mapper(cfg)
+        node = cfg.INPUT.PROMPTS
+        return PromptMapper(longest_side_recipe(cfg, train=True), cfg.INPUT.FORMAT, node.BOX_NOISE, node.MAX_BOXES)
     recipe = large_scale_jitter_recipe(cfg) if name.endswith("_lsj") else resize_recipe(cfg, "instance" not in name)
     divisor = 0 if name.endswith("_lsj") else cfg.INPUT.get("SIZE_DIVISIBILITY", -1)
     if "instance" in name:
@@ -70,19 +79,52 @@ def build_mapper(cfg: Any, records: Sequence[dict[str, Any]]) -> Any:
     return kind(recipe, cfg.INPUT.FORMAT, divisor, ignore)
 
 
+def uses_detectron2_mapper(cfg: Any) -> bool:
+    """Whether a config's model is trained in Detectron2's own format."""
+    name, origin = cfg.INPUT.get("DATASET_MAPPER_NAME", ""), _architecture_module(cfg)
+    return name == "detectron2" or origin.startswith("detectron2.") or not (name or origin.startswith("peft_d2."))
+
+
+def trains_on_masks(cfg: Any) -> bool:
+    """Whether a config's model is trained on the masks of instances."""
+    if uses_detectron2_mapper(cfg):
+        return cfg.MODEL.MASK_ON and _architecture_module(cfg) != "detectron2.modeling.meta_arch.retinanet"
+    name = cfg.INPUT.get("DATASET_MAPPER_NAME", "")
+    return not name or "instance" in name or name == "sam_prompts"
+
+
 def build_test_mapper(cfg: Any, dataset_name: str = "") -> Any:
     """Detectron2's mapper for inference, safe for images of one pixel's width; no resizing where tiles are cut.
 
-    With ``INPUT.DATASET_MAPPER_NAME: sam_prompts`` the one that adds boxes, see :mod:`peft_d2.data.prompts`.
-    """
-    if cfg.INPUT.get("DATASET_MAPPER_NAME", "") == "sam_prompts":
-        from peft_d2.data.prompts import build_prompt_test_mapper
+    With ``INPUT.DATASET_MAPPER_NAME: sam_prompts`` the one that adds boxes.
 
-        return build_prompt_test_mapper(cfg, dataset_name)
-    mapper = DatasetMapper(cfg, is_train=False)
-    tiled = "TILES" in cfg.TEST and cfg.TEST.TILES.ENABLED
-    mapper.augmentations = T.AugmentationList([] if tiled else keep_a_pixel(mapper.augmentations.augs))
+    Raises:
+        DatasetError: ``INPUT.PROMPTS.DETECTIONS`` cannot be used, or tiles are to be cut for prompts.
+    """
+    mapper: Any
+    if cfg.INPUT.get("DATASET_MAPPER_NAME", "") == "sam_prompts":
+        detections = prompt_detections(cfg, dataset_name)
+        mapper = PromptTestMapper(longest_side_recipe(cfg, train=False), cfg.INPUT.FORMAT, detections)
+    else:
+        mapper = Detectron2Mapper(cfg, is_train=False)
+        tiled = "TILES" in cfg.TEST and cfg.TEST.TILES.ENABLED
+        mapper.augmentations = T.AugmentationList([] if tiled else keep_a_pixel(mapper.augmentations.augs))
+    mapper.max_pixels = cfg.INPUT.get("MAX_PIXELS", 0)
     return mapper
+
+
+class Detectron2Mapper(DatasetMapper):
+    """Detectron2's own, which refuses files that it would misread."""
+
+    max_pixels = 0  # of an image; 0: Pillow's limit
+
+    def __call__(self, record: dict[str, Any]) -> dict[str, Any]:
+        """As :class:`detectron2.data.DatasetMapper`."""
+        if self.max_pixels:
+            set_pixel_limit(self.max_pixels)
+        if os.path.isfile(record["file_name"]):
+            image_size(record["file_name"])
+        return super().__call__(record)
 
 
 class _Mapper:
@@ -92,14 +134,20 @@ class _Mapper:
     longer than drawing them.
     """
 
+    max_pixels = 0  # of an image; 0: Pillow's limit
+
     def __init__(self, augmentations: Sequence[Any], image_format: str, size_divisibility: int = 0) -> None:
         self.augmentations = T.AugmentationList(list(augmentations))
         self.image_format = image_format
         self.size_divisibility = size_divisibility
 
     def _augmented(self, record: dict[str, Any], sem_seg: np.ndarray | None) -> tuple[Any, Any]:
-        image = detection_utils.read_image(record["file_name"], format=self.image_format)
+        if self.max_pixels:
+            set_pixel_limit(self.max_pixels)
+        image = read_image(record["file_name"], self.image_format)
         detection_utils.check_image_size(record, image)
+        if sem_seg is not None and sem_seg.shape != image.shape[:2]:
+            raise DatasetError(f"the label image is of {sem_seg.shape} px, the image of {image.shape[:2]}.")
         picture = T.AugInput(image, sem_seg=sem_seg)
         transforms = self.augmentations(picture)
         return picture, transforms
@@ -142,14 +190,19 @@ class InstanceMapper(_Mapper):
         objects = [a for a in record.pop("annotations", []) if not a.get("iscrowd", 0)]
         masked = [a for a in objects if "segmentation" in a]
         record["image"] = self._image(picture.image)
-        if len(masked) < len(objects):
-            if masked or not self.bit_masks:
-                raise DatasetError(
-                    f"{record['file_name']}: {len(objects) - len(masked)} of {len(objects)} annotations have no "
-                    "segmentation. Masks are trained on, so every object needs one."
-                )
-            record["instances"] = self._boxes_only(objects, transforms, shape)
+        if objects and not masked and self.bit_masks:  # Detectron2's format, in which a detector needs none
+            boxes = [BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS) for a in objects]
+            annotations = [{"bbox": b, "bbox_mode": BoxMode.XYXY_ABS} for b in transforms.apply_box(np.array(boxes))]
+            for annotation, thing in zip(annotations, objects, strict=True):
+                annotation["category_id"] = thing["category_id"]
+            instances = detection_utils.annotations_to_instances(annotations, shape)
+            record["instances"] = detection_utils.filter_empty_instances(instances)
             return record
+        if len(masked) < len(objects):
+            raise DatasetError(
+                f"{record['file_name']}: {len(objects) - len(masked)} of {len(objects)} annotations have no "
+                "segmentation. Masks are trained on, so every object needs one."
+            )
         source = (record["height"], record["width"]) if "height" in record else None
         masks = [transformed_mask(a["segmentation"], transforms, shape, source) for a in masked]
         record["instances"] = self._instances(masks, [a["category_id"] for a in masked], shape)
@@ -157,15 +210,57 @@ class InstanceMapper(_Mapper):
             record["instances"].gt_masks = BitMasks(record["instances"].gt_masks)
         return record
 
-    def _boxes_only(self, objects: Sequence[dict[str, Any]], transforms: Any, shape: tuple[int, int]) -> Instances:
-        boxes = [BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS) for a in objects]
-        moved = Boxes(torch.as_tensor(transforms.apply_box(np.array(boxes, dtype=np.float64)), dtype=torch.float32))
-        moved.clip(shape)
-        kept = moved.nonempty(threshold=1e-5)
-        instances = Instances(shape)
-        instances.gt_boxes = moved[kept]
-        instances.gt_classes = torch.tensor([int(a["category_id"]) for a in objects], dtype=torch.int64)[kept]
-        return instances
+
+class PromptMapper(InstanceMapper):
+    """Training: ``instances`` with masks, and ``boxes`` (N, 4), one for each, each side moved outwards.
+
+    Args:
+        augmentations, image_format: as for all mappers.
+        noise: most px of the resized image by which a side is moved.
+        limit: most objects of one image; of more, as many are drawn.
+    """
+
+    def __init__(self, augmentations: Sequence[Any], image_format: str, noise: float, limit: int) -> None:
+        super().__init__(augmentations, image_format)
+        self.noise = noise
+        self.limit = limit
+
+    def __call__(self, record: dict[str, Any]) -> dict[str, Any]:
+        sample = super().__call__(record)
+        instances = sample["instances"]
+        if len(instances) > self.limit:
+            chosen = np.sort(np.random.permutation(len(instances))[: self.limit])
+            instances = sample["instances"] = instances[torch.from_numpy(chosen)]
+        sample["boxes"] = widened(instances.gt_boxes.tensor, self.noise, instances.image_size)
+        return sample
+
+
+class PromptTestMapper(_Mapper):
+    """Inference: ``boxes`` (N, 4) in px of the resized image, ``box_classes`` (N,), and of a detector ``box_scores``.
+
+    Args:
+        augmentations, image_format: as for all mappers.
+        detections: boxes of a detector by image id; None takes the ground truth's, in order, crowds left out.
+    """
+
+    def __init__(self, augmentations: Sequence[Any], image_format: str, detections: Detections | None = None) -> None:
+        super().__init__(augmentations, image_format)
+        self.detections = detections
+
+    def __call__(self, record: dict[str, Any]) -> dict[str, Any]:
+        record = dict(record)
+        if self.detections is None:
+            found = [{**a, "class": a["category_id"]} for a in prompted_objects(record)]
+        else:
+            found = [{**d, "bbox_mode": BoxMode.XYWH_ABS} for d in self.detections.get(record["image_id"], ())]
+            record["box_scores"] = torch.tensor([float(d["score"]) for d in found])
+        picture, transforms = self._augmented(record, None)
+        corners = [BoxMode.convert(f["bbox"], f["bbox_mode"], BoxMode.XYXY_ABS) for f in found]
+        moved = transforms.apply_box(np.array(corners, dtype=np.float64).reshape(-1, 4))
+        record["image"] = self._image(picture.image)
+        record["boxes"] = torch.as_tensor(moved, dtype=torch.float32)
+        record["box_classes"] = torch.tensor([int(f["class"]) for f in found], dtype=torch.int64)
+        return record
 
 
 class _LabelMapper(_Mapper):
@@ -183,7 +278,7 @@ class PanopticMapper(_LabelMapper):
 
     def __call__(self, record: dict[str, Any]) -> dict[str, Any]:
         record = dict(record)
-        sem_seg = _read_labels(record.pop("sem_seg_file_name")) if "sem_seg_file_name" in record else None
+        sem_seg = read_labels(record.pop("sem_seg_file_name")) if "sem_seg_file_name" in record else None
         picture, transforms = self._augmented(record, sem_seg)
         colours = detection_utils.read_image(record.pop("pan_seg_file_name"), "RGB")
         colours = transforms.apply_segmentation(colours).astype(np.int64)
@@ -204,7 +299,7 @@ class SemanticMapper(_LabelMapper):
 
     def __call__(self, record: dict[str, Any]) -> dict[str, Any]:
         record = dict(record)
-        picture, _ = self._augmented(record, _read_labels(record.pop("sem_seg_file_name")))
+        picture, _ = self._augmented(record, read_labels(record.pop("sem_seg_file_name")))
         labels = picture.sem_seg.astype(np.int64)
         classes = [int(c) for c in np.unique(labels) if c != self.ignore_label]
         record["image"] = self._image(picture.image)
@@ -237,14 +332,6 @@ def transformed_mask(
     return transforms.apply_segmentation(np.ascontiguousarray(mask, dtype=np.uint8)) == 1
 
 
-def _read_labels(path: str) -> np.ndarray:
-    """(H, W) label image; 16-bit labels become float, which Detectron2's transforms can resize."""
-    labels = detection_utils.read_image(path)
-    if labels.ndim != 2:
-        raise DatasetError(f"{path}: a semantic label image of {labels.shape}; expected one channel of class numbers.")
-    return labels if labels.dtype == np.uint8 else labels.astype(np.float64)
-
-
 def _detectron2_mapper(cfg: Any, records: Sequence[dict[str, Any]]) -> Any:
     """Detectron2's own mapper, or ours in its format where its polygons cannot hold what the data set has."""
     augmentations = detectron2_recipe(cfg)
@@ -262,7 +349,7 @@ def _detectron2_mapper(cfg: Any, records: Sequence[dict[str, Any]]) -> Any:
             logger.warning("INPUT.MASK_FORMAT polygon: masks are fed as bit masks instead, as %s.", reason)
         return InstanceMapper(augmentations, cfg.INPUT.FORMAT, bit_masks=True)
     accept_empty_polygons()
-    mapper = DatasetMapper(cfg, is_train=True)
+    mapper = Detectron2Mapper(cfg, is_train=True)
     mapper.augmentations = T.AugmentationList(augmentations)
     return mapper
 

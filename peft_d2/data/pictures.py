@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageOps
 
+from peft_d2.data.images import as_rgb
 from peft_d2.data.segmentation import segmentation_to_mask
 
 
@@ -91,7 +92,7 @@ def sheet(pictures: Sequence[Image.Image], cell: int = 0, columns: int = 6) -> I
 def picture_of_sample(sample: dict[str, Any], image_format: str, names: Sequence[str] = ()) -> np.ndarray:
     """(H, W, 3) uint8 RGB picture of what a mapper made: image and ``instances`` with masks of any kind."""
     image = sample["image"].permute(1, 2, 0).numpy()
-    image = np.ascontiguousarray(image[..., ::-1]) if image_format == "BGR" else image
+    image = as_rgb(image, image_format)
     instances = sample["instances"]
     height, width = image.shape[:2]
     masks: list[np.ndarray] = []

@@ -1,4 +1,4 @@
-"""Images with boxes as prompts, as models take them that are told where to look (Segment Anything).
+"""Boxes as prompts of models that are told where to look (Segment Anything).
 
 The boxes are the ground truth's, in training with noise, or in testing those of a detector.
 """
@@ -15,41 +15,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from detectron2.data import DatasetCatalog, MetadataCatalog, detection_utils
-from detectron2.data import transforms as T
-from detectron2.structures import BoxMode
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from torch import Tensor
 
-from peft_d2.data.augmentation import longest_side_recipe
 from peft_d2.data.images import DatasetError
-from peft_d2.data.mappers import InstanceMapper
 
 logger = logging.getLogger(__name__)
 Detections = Mapping[Any, Sequence[Mapping[str, Any]]]  # by image id: bbox (XYWH), class, score
-
-
-class PromptMapper(InstanceMapper):
-    """Training: ``instances`` with masks, and ``boxes`` (N, 4), one for each, each side moved outwards.
-
-    Args:
-        augmentations, image_format: as for all mappers.
-        noise: most px of the resized image by which a side is moved.
-        limit: most objects of one image; of more, as many are drawn.
-    """
-
-    def __init__(self, augmentations: Sequence[Any], image_format: str, noise: float, limit: int) -> None:
-        super().__init__(augmentations, image_format)
-        self.noise = noise
-        self.limit = limit
-
-    def __call__(self, record: dict[str, Any]) -> dict[str, Any]:
-        sample = super().__call__(record)
-        instances = sample["instances"]
-        if len(instances) > self.limit:
-            chosen = np.sort(np.random.permutation(len(instances))[: self.limit])
-            instances = sample["instances"] = instances[torch.from_numpy(chosen)]
-        sample["boxes"] = widened(instances.gt_boxes.tensor, self.noise, instances.image_size)
-        return sample
 
 
 def widened(boxes: Tensor, noise: float, size: tuple[int, int]) -> Tensor:
@@ -58,38 +30,6 @@ def widened(boxes: Tensor, noise: float, size: tuple[int, int]) -> Tensor:
     boxes = boxes + moved * boxes.new_tensor([-1, -1, 1, 1])
     limit = boxes.new_tensor([size[1], size[0], size[1], size[0]])
     return torch.minimum(boxes.clamp(min=0), limit)
-
-
-class PromptTestMapper:
-    """Inference: ``boxes`` (N, 4) in px of the resized image, ``box_classes`` (N,), and of a detector ``box_scores``.
-
-    Args:
-        augmentations, image_format: as for all mappers.
-        detections: boxes of a detector by image id; None takes the ground truth's, in order, crowds left out.
-    """
-
-    def __init__(self, augmentations: Sequence[Any], image_format: str, detections: Detections | None = None) -> None:
-        self.augmentations = T.AugmentationList(list(augmentations))
-        self.image_format = image_format
-        self.detections = detections
-
-    def __call__(self, record: dict[str, Any]) -> dict[str, Any]:
-        record = dict(record)
-        image = detection_utils.read_image(record["file_name"], format=self.image_format)
-        detection_utils.check_image_size(record, image)
-        if self.detections is None:
-            found = [{**a, "class": a["category_id"]} for a in prompted_objects(record)]
-        else:
-            found = [{**d, "bbox_mode": BoxMode.XYWH_ABS} for d in self.detections.get(record["image_id"], ())]
-            record["box_scores"] = torch.tensor([float(d["score"]) for d in found])
-        picture = T.AugInput(image)
-        transforms = self.augmentations(picture)
-        corners = [BoxMode.convert(f["bbox"], f["bbox_mode"], BoxMode.XYXY_ABS) for f in found]
-        moved = transforms.apply_box(np.array(corners, dtype=np.float64).reshape(-1, 4))
-        record["image"] = torch.from_numpy(np.ascontiguousarray(picture.image.transpose(2, 0, 1)))
-        record["boxes"] = torch.as_tensor(moved, dtype=torch.float32)
-        record["box_classes"] = torch.tensor([int(f["class"]) for f in found], dtype=torch.int64)
-        return record
 
 
 def prompted_objects(record: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -152,14 +92,8 @@ def _row_problem(row: Any, contiguous: Mapping[int, int], dataset_name: str) -> 
     return f"has bbox {box} with a side below 0." if min(box[2:]) < 0 else ""
 
 
-def build_prompt_mapper(cfg: Any) -> PromptMapper:
-    """For training, from ``INPUT.PROMPTS`` and the model's ``MODEL.SAM.IMAGE_SIZE``."""
-    node = cfg.INPUT.PROMPTS
-    return PromptMapper(longest_side_recipe(cfg, train=True), cfg.INPUT.FORMAT, node.BOX_NOISE, node.MAX_BOXES)
-
-
-def build_prompt_test_mapper(cfg: Any, dataset_name: str) -> PromptTestMapper:
-    """For inference on a data set.
+def prompt_detections(cfg: Any, dataset_name: str) -> Detections | None:
+    """The boxes that ``INPUT.PROMPTS.DETECTIONS`` names for a test set; None: the ground truth's are taken.
 
     Raises:
         DatasetError: ``TEST.TILES`` is on; boxes are prompts on whole images.
@@ -167,16 +101,16 @@ def build_prompt_test_mapper(cfg: Any, dataset_name: str) -> PromptTestMapper:
     if "TILES" in cfg.TEST and cfg.TEST.TILES.ENABLED:
         raise DatasetError("TEST.TILES.ENABLED cuts images, but boxes are prompts on whole ones. Set it False.")
     path = cfg.INPUT.PROMPTS.DETECTIONS
-    detections = read_detections(path, dataset_name) if path else None
-    return PromptTestMapper(longest_side_recipe(cfg, train=False), cfg.INPUT.FORMAT, detections)
+    return read_detections(path, dataset_name) if path else None
 
 
 def check_prompts(cfg: Any) -> None:
-    """Refuse what the first evaluation of a prompted model would: boxes that cannot be read, or tiles.
+    """Refuse what the first evaluation of a prompted model would: boxes that cannot be read or are not there, or tiles.
 
     Raises:
-        DatasetError: as :func:`build_prompt_test_mapper`.
+        DatasetError: as :func:`prompt_detections`, or a test set without annotations to take boxes from.
     """
-    if cfg.INPUT.DATASET_MAPPER_NAME == "sam_prompts":
-        for name in cfg.DATASETS.TEST:
-            build_prompt_test_mapper(cfg, name)
+    for name in cfg.DATASETS.TEST if cfg.INPUT.DATASET_MAPPER_NAME == "sam_prompts" else ():
+        if prompt_detections(cfg, name) is None:
+            for record in DatasetCatalog.get(name)[:1]:
+                prompted_objects(record)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from peft_d2.data.coco_json import read_json
+from peft_d2.data.builtin import register_builtin
+from peft_d2.data.coco_json import add_coco, load_coco, read_categories
+from peft_d2.data.images import check_input
 
 _KEYS = ("NAME", "JSON", "IMAGES")
 _NAME = re.compile(r"[^\s/\\.\-][^\s/\\]*")
@@ -29,19 +31,22 @@ def register_from_config(cfg: Any) -> list[str]:
             something else already, or a json that is not in COCO format.
         FileNotFoundError: the json or the image folder does not exist.
     """
+    check_input(cfg)
     names = []
+    outside = cfg.DATASETS.get("ALLOW_FILES_OUTSIDE", False)
     for entry in cfg.DATASETS.get("REGISTER", []):
         name, json_path, image_root = _entry(entry)
-        register_coco(name, json_path, image_root)
+        register_coco(name, json_path, image_root, outside)
         names.append(name)
-    from peft_d2.data.builtin import register_builtin  # which registers with this module's function
-
     register_builtin([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST])
     return names
 
 
-def register_coco(name: str, json_path: str | Path, image_root: str | Path) -> None:
-    """Register one COCO-format set, polygons and run lengths alike; class names come from the json."""
+def register_coco(name: str, json_path: str | Path, image_root: str | Path, outside: bool = False) -> None:
+    """Register one COCO-format set, polygons and run lengths alike; class names come from the json.
+
+    ``outside``: whether its images may lie outside ``image_root``.
+    """
     from detectron2.data import DatasetCatalog, MetadataCatalog
 
     json_path, image_root = os.path.abspath(os.path.expanduser(json_path)), os.path.expanduser(image_root)
@@ -57,66 +62,16 @@ def register_coco(name: str, json_path: str | Path, image_root: str | Path) -> N
         )
     if name in DatasetCatalog:
         known = MetadataCatalog.get(name).as_dict()
-        if (known.get("json_file"), known.get("image_root")) == (json_path, image_root):
-            return
-        raise ValueError(
-            f"DATASETS.REGISTER: the name {name!r} is taken by another data set "
-            f"(json {known.get('json_file')!r}, images {known.get('image_root')!r}). Choose another NAME."
-        )
+        if (known.get("json_file"), known.get("image_root")) != (json_path, image_root):
+            raise ValueError(
+                f"DATASETS.REGISTER: the name {name!r} is taken by another data set "
+                f"(json {known.get('json_file')!r}, images {known.get('image_root')!r}). Choose another NAME."
+            )
+        DatasetCatalog[name] = partial(load_coco, name, json_path, image_root, outside)
+        return
     categories = read_categories(json_path)
-    contiguous = {category: i for i, (category, _) in enumerate(categories)}
-    add_coco(name, json_path, image_root, [label for _, label in categories], contiguous)
-
-
-def add_coco(
-    name: str, json_path: str, image_root: str, classes: Sequence[str], contiguous: Mapping[int, int] | None
-) -> None:
-    """Put a COCO-format set into Detectron2's catalogs, whether or not its files exist.
-
-    Args:
-        name: not registered yet.
-        json_path, image_root: absolute.
-        classes: their names, none where they are not known yet.
-        contiguous: index of each category id, None where they are not known yet.
-    """
-    from detectron2.data import DatasetCatalog, MetadataCatalog
-    from detectron2.data.datasets import load_coco_json
-
-    DatasetCatalog.register(name, lambda: load_coco_json(json_path, image_root, name))
-    known: dict[str, Any] = {"json_file": json_path, "image_root": image_root, "evaluator_type": "coco"}
-    if classes:
-        known["thing_classes"] = list(classes)
-    if contiguous is not None:
-        known["thing_dataset_id_to_contiguous_id"] = dict(contiguous)
-    MetadataCatalog.get(name).set(**known)
-
-
-def class_names(cfg: Any) -> list[str]:
-    """Thing class names of the training sets, of the test sets where there are none.
-
-    Raises:
-        ValueError: the sets of the config do not agree, or a name is not registered.
-    """
-    from detectron2.data import DatasetCatalog, MetadataCatalog
-
-    register_from_config(cfg)
-    names = list(cfg.DATASETS.TRAIN) or list(cfg.DATASETS.TEST)
-    found: dict[str, list[str]] = {}
-    for name in names:
-        if name not in DatasetCatalog:
-            near = difflib.get_close_matches(name, list(DatasetCatalog), n=3)
-            raise ValueError(
-                f"data set {name!r} is not registered (nearest names: {near}). "
-                "Add it to DATASETS.REGISTER as {NAME, JSON, IMAGES}."
-            )
-        found[name] = list(MetadataCatalog.get(name).get("thing_classes", []))
-    for name in names[1:]:
-        if found[name] != found[names[0]]:
-            raise ValueError(
-                f"data sets {names[0]!r} and {name!r} have different classes: {found[names[0]]} and {found[name]}. "
-                "Sets that are trained on together need the same categories."
-            )
-    return found[names[0]] if names else []
+    contiguous = {category.id: i for i, category in enumerate(categories)}
+    add_coco(name, json_path, image_root, [category.name for category in categories], contiguous, outside)
 
 
 def coco_files(name: str) -> tuple[str, str]:
@@ -127,8 +82,6 @@ def coco_files(name: str) -> tuple[str, str]:
     """
     from detectron2.data import DatasetCatalog, MetadataCatalog
 
-    from peft_d2.data.builtin import register_builtin
-
     register_builtin([name])
     if name not in DatasetCatalog:
         near = difflib.get_close_matches(name, list(DatasetCatalog), n=3)
@@ -137,29 +90,6 @@ def coco_files(name: str) -> tuple[str, str]:
     if meta.get("evaluator_type") != "coco":
         raise ValueError(f"data set {name!r} is not in COCO's format of instances ({meta.get('evaluator_type')}).")
     return meta["json_file"], meta["image_root"]
-
-
-def read_categories(json_path: str | Path) -> list[tuple[int, str]]:
-    """(id, name) of a COCO-format json's categories, by id: the order of the contiguous class indices."""
-    stat = os.stat(json_path)
-    return list(_read_categories(str(json_path), stat.st_mtime_ns, stat.st_size))
-
-
-@lru_cache(maxsize=64)
-def _read_categories(json_path: str, mtime_ns: int, size: int) -> tuple[tuple[int, str], ...]:
-    try:
-        categories = read_json(json_path)["categories"]
-        rows = tuple(sorted((int(c["id"]), str(c["name"])) for c in categories))
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{json_path}: not a COCO-format json ({type(error).__name__}: {error}). "
-            "Expected an object with images, annotations and categories: [{id, name}, ...]."
-        ) from error
-    if not rows:
-        raise ValueError(f"{json_path}: lists no categories. Expected at least one {{id, name}}.")
-    if len({category for category, _ in rows}) < len(rows):
-        raise ValueError(f"{json_path}: lists a category id twice: {[category for category, _ in rows]}.")
-    return rows
 
 
 def _entry(entry: Any) -> tuple[str, str, str]:

@@ -96,3 +96,18 @@ def decode_counts(text: str | bytes) -> list[int] | None:
             counts.append(value + (counts[-2] if len(counts) > 2 else 0))
             value = shift = 0
     return None if shift else counts
+
+
+def extent(segmentation: Any) -> tuple[tuple[float, float, float, float], float]:
+    """The box x0, y0, x1, y1 and the area in px of polygons or run lengths that have no defect."""
+    if isinstance(segmentation, dict):
+        from pycocotools import mask as coco_mask
+
+        coded = segmentation
+        if isinstance(coded["counts"], list):
+            coded = coco_mask.frPyObjects(coded, *coded["size"])
+        x, y, width, height = coco_mask.toBbox(coded).tolist()
+        return (x, y, x + width, y + height), float(coco_mask.area(coded))
+    xs = [x for polygon in segmentation for x in polygon[::2]]
+    ys = [y for polygon in segmentation for y in polygon[1::2]]
+    return (min(xs), min(ys), max(xs), max(ys)), sum(abs(polygon_area(polygon)) for polygon in segmentation)

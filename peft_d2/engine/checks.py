@@ -128,8 +128,8 @@ def _check_names(cfg: Any, needed: str) -> None:
 
 
 def _check_annotations(cfg: Any) -> None:
-    from peft_d2.data.checks import DatasetError, check_datasets
     from peft_d2.data.prompts import check_prompts
+    from peft_d2.data.validation import DatasetError, check_datasets
 
     try:
         check_datasets(cfg)

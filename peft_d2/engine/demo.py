@@ -130,7 +130,7 @@ class Predictor:
         self.prompted = isinstance(self.model, SegmentAnything)
         Checkpointer(self.model, allow_other_base=cfg.MODEL.PEFT.ALLOW_OTHER_BASE).load(cfg.MODEL.WEIGHTS)
         warn_of_untrained(cfg)
-        names = (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN)
+        names = (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)  # the model's classes are those trained on
         self.metadata = MetadataCatalog.get(names[0] if names else "__unnamed__")
         scored = list(getattr(self.model, "class_names", ()))  # of a model that is told its classes by name
         if scored and scored not in (self.metadata.get("stuff_classes"), self.metadata.get("thing_classes")):
@@ -144,14 +144,14 @@ class Predictor:
     @torch.no_grad()
     def __call__(self, path: Path, boxes: list[list[float]] | None = None) -> tuple[np.ndarray, dict[str, Any]]:
         """Returns the image as RGB (H, W, 3) uint8 and the model's output for it, prompted with ``boxes`` (px)."""
-        from detectron2.data.detection_utils import read_image
+        from peft_d2.data.images import as_rgb, read_image
 
         try:
-            image = read_image(str(path), format="RGB")
-        except OSError as error:
+            ordered = read_image(str(path), self.cfg.INPUT.FORMAT)
+        except (OSError, ValueError) as error:
             raise ConfigError(f"--input {path}: is no image that can be read ({error}).") from error
+        image = as_rgb(ordered, self.cfg.INPUT.FORMAT)
         height, width = image.shape[:2]
-        ordered = image if self.cfg.INPUT.FORMAT == "RGB" else image[:, :, ::-1]
         transform = self._resize.get_transform(ordered)
         resized = transform.apply_image(ordered)
         tensor = torch.as_tensor(np.ascontiguousarray(resized.astype("float32").transpose(2, 0, 1)))

@@ -279,7 +279,7 @@ def _silent() -> Iterator[None]:
 def expected_errors() -> tuple[type[Exception], ...]:
     """What the user can put right: its message says all there is to say."""
     from peft_d2 import peft, storage
-    from peft_d2.data.checks import DatasetError
+    from peft_d2.data.validation import DatasetError
 
     return (
         *(ConfigError, DatasetError, LossNotFinite, WorkerDied, Detectron2Missing, peft.PeftError),

@@ -14,6 +14,7 @@ from detectron2.evaluation import (
     SemSegEvaluator,
 )
 
+from peft_d2.data.classes import category_indices, check_classes
 from peft_d2.data.registration import register_from_config
 from peft_d2.evaluation.cityscapes import CityscapesInstanceEvaluator, CityscapesSemSegEvaluator
 from peft_d2.evaluation.coco import FastCOCOEvaluator
@@ -44,11 +45,12 @@ def build_evaluator(cfg: Any, dataset_name: str, output_folder: str | None) -> D
 
 
 def check_evaluators(cfg: Any) -> None:
-    """Refuse test sets that :func:`build_evaluator` would refuse, without reading any.
+    """Refuse test sets that :func:`build_evaluator` would refuse, or whose classes the model does not have.
 
     Raises:
-        ValueError: no evaluator is known for a data set.
+        ValueError: no evaluator is known for a data set, or see :func:`peft_d2.data.classes.check_classes`.
     """
+    check_classes(cfg)
     for name in cfg.DATASETS.TEST:
         _makers(cfg, name, None)
 
@@ -56,17 +58,22 @@ def check_evaluators(cfg: Any) -> None:
 def _makers(cfg: Any, name: str, folder: str | None) -> list[Callable[[], DatasetEvaluator]]:
     """What makes the evaluators; most read the data set when they are made."""
     kind = MetadataCatalog.get(name).get("evaluator_type", "")
+    classes = category_indices(cfg, name)
     test = outputs_node(cfg)
     instance, semantic, panoptic = (
         True if test is None else bool(test[key]) for key in ("INSTANCE_ON", "SEMANTIC_ON", "PANOPTIC_ON")
     )
+    options: dict[str, Any]
     found: list[Callable[[], DatasetEvaluator]] = []
     if kind in _SEMANTIC and (semantic or kind == "sem_seg"):
         found.append(partial(SemSegEvaluator, name, distributed=True, output_dir=folder))
     if kind == "coco" and _base_architecture(cfg) == "PD2SegmentAnything" and not cfg.INPUT.PROMPTS.DETECTIONS:
         found.append(partial(PromptedMaskEvaluator, name))
     if kind in _INSTANCE and (instance or kind == "coco"):
-        found.append(partial(FastCOCOEvaluator, name, output_dir=folder, report=cfg.TEST.get("REPORT", False)))
+        options = {"kpt_oks_sigmas": tuple(cfg.TEST.KEYPOINT_OKS_SIGMAS), "report": cfg.TEST.get("REPORT", False)}
+        options |= {"outside": cfg.DATASETS.get("ALLOW_FILES_OUTSIDE", False), "classes": classes}
+        options["max_detections"] = cfg.TEST.get("MAX_DETECTIONS", 100)
+        found.append(partial(FastCOCOEvaluator, name, output_dir=folder, **options))
     if kind in _PANOPTIC and panoptic:
         found.append(partial(PanopticQualityEvaluator, name))
     if kind == "cityscapes_instance" or (kind == "cityscapes_panoptic_seg" and instance):
@@ -74,7 +81,7 @@ def _makers(cfg: Any, name: str, folder: str | None) -> list[Callable[[], Datase
     if kind == "cityscapes_sem_seg" or (kind == "cityscapes_panoptic_seg" and semantic):
         found.append(partial(CityscapesSemSegEvaluator, name))
     if kind == "lvis":
-        found.append(partial(FastLVISEvaluator, name, output_dir=folder))
+        found.append(partial(FastLVISEvaluator, name, output_dir=folder, classes=classes))
     if kind == "pascal_voc":
         found.append(partial(PascalVOCDetectionEvaluator, name))
     if not found:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from detectron2 import evaluation
 
-from peft_d2.data.label_images import require_cityscapes
+from peft_d2.compat import require_cityscapes
 
 
 class _Cityscapes(evaluation.DatasetEvaluator):

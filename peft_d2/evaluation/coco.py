@@ -6,7 +6,7 @@ import itertools
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from peft_d2.evaluation.overlaps import Evaluation, run_lengths
 from peft_d2.evaluation.report import write_report
 from peft_d2.evaluation.results import instances_to_results
 
+_FEDERATED = ("neg_category_ids", "not_exhaustive_category_ids")  # LVIS's keys of images that hold category ids
 _CHUNK = 200  # pycocotools 2.0.11 overflows a byte when it measures more than 255 masks at once
 logger = logging.getLogger(__name__)
 
@@ -25,21 +26,28 @@ logger = logging.getLogger(__name__)
 class FastCOCOEvaluator(COCOEvaluator):
     """``bbox`` and ``segm`` as Detectron2's evaluator gives them, several times faster; masks are encoded at once.
 
-    Keypoints go the way of Detectron2's own evaluator. With ``report`` a page for people is written beside the results,
-    see :mod:`peft_d2.evaluation.report`.
+    Keypoints go the way of Detectron2's own evaluator. Figures do not depend on the json's ids.
+
+    Args:
+        dataset_name, output_dir, distributed, more: of Detectron2's evaluator.
+        report: write a page for people beside the results, see :mod:`peft_d2.evaluation.report`.
+        classes: the model's class index of each category id; None: as the set's metadata has them.
+        max_detections: how many predictions of an image and class count.
+        outside: whether the report may show images that lie outside the set's folder.
     """
 
     def __init__(
-        self,
-        dataset_name: str,
-        output_dir: str | None = None,
-        distributed: bool = True,
-        report: bool = False,
-        **more: Any,
-    ) -> None:
+        self, dataset_name: str, output_dir: str | None = None, distributed: bool = True, report: bool = False,
+        classes: Mapping[int, int] | None = None, max_detections: int = 100, outside: bool = False, **more: Any,
+    ) -> None:  # fmt: skip
         super().__init__(dataset_name, output_dir=output_dir, distributed=distributed, use_fast_impl=False, **more)
-        self._report = report
+        self._report, self._outside, self._max_detections = report, outside, max_detections
+        self._classes = classes
+        self._do_evaluation = bool(self._coco_api.dataset.get("annotations"))
         complete(self._coco_api.dataset)
+        for number, annotation in enumerate(self._coco_api.dataset.get("annotations", ()), 1):
+            annotation["id"] = number  # pycocotools takes an object whose id is 0 for none
+        self._coco_api.createIndex()
 
     def process(self, inputs: Sequence[dict[str, Any]], outputs: Sequence[dict[str, Any]]) -> None:
         """Keep the ``instances`` and ``proposals`` of each output, masks as run lengths: no full-size mask stays.
@@ -59,17 +67,21 @@ class FastCOCOEvaluator(COCOEvaluator):
     def _eval_predictions(self, predictions: Sequence[dict[str, Any]], img_ids: Any = None) -> None:
         results = list(itertools.chain.from_iterable(p["instances"] for p in predictions))
         tasks = self._tasks or self._tasks_from_predictions(results)
-        if "keypoints" in tasks:
+        own = self._metadata.get("thing_dataset_id_to_contiguous_id")
+        if "keypoints" in tasks and self._do_evaluation:
+            if self._classes is not None and own is not None:  # Detectron2 takes the data set's own order
+                for prediction in predictions:
+                    found = restore_category_ids(prediction["instances"], self._classes, subset=True)
+                    prediction["instances"] = [{**r, "category_id": own[r["category_id"]]} for r in found]
             super()._eval_predictions(predictions, img_ids=img_ids)
             return
-        restore_category_ids(results, self._metadata.get("thing_dataset_id_to_contiguous_id"))
+        results = restore_category_ids(results, self._classes or own, subset=self._classes is not None)
         if self._output_dir:
             write_results(results, os.path.join(self._output_dir, "coco_instances_results.json"))
         if not self._do_evaluation:
             logger.info("the json has no annotations: predictions are written, nothing is evaluated.")
             return
-        # The test sets of upstream's config leave _max_dets_per_image at COCO's [1, 10, 100]; 0.5 does not have it.
-        max_dets = getattr(self, "_max_dets_per_image", [1, 10, 100])
+        max_dets = sorted({1, 10, self._max_detections})
         evaluations: dict[str, Evaluation] = {}
         for task in sorted(tasks):
             if results:
@@ -80,7 +92,9 @@ class FastCOCOEvaluator(COCOEvaluator):
         if self._report and self._output_dir and evaluations:
             figures = {task: self._results[task] for task in evaluations}
             root = self._metadata.get("image_root", "")
-            path = write_report(self._output_dir, self._metadata.name, root, evaluations, figures)
+            path = write_report(
+                self._output_dir, self._metadata.name, root, evaluations, figures, outside=self._outside
+            )
             logger.info("Report with curves and pictures: %s", path)
 
 
@@ -93,13 +107,12 @@ def evaluate_coco(
 ) -> Evaluation:
     """COCO's evaluation of results in the data set's own category ids; ``task`` is "bbox" or "segm".
 
-    Sizes (small, medium, large) go by the mask's area for "segm", by the box's for "bbox". Image ids may be text, as
-    ADE20K's are.
+    Sizes (small, medium, large) go by the mask's area for "segm", by the box's for "bbox". Ids may be anything.
     """
-    dataset, results, img_ids = _numbered(dataset, results, img_ids)
+    dataset, results, images = renumbered(dataset, results)
     evaluation = Evaluation(COCO(dataset), predictions(dataset, results, task), task)
     if img_ids is not None:
-        evaluation.params.imgIds = list(img_ids)
+        evaluation.params.imgIds = [images[i] for i in img_ids]
     evaluation.params.maxDets = list(max_dets)
     evaluation.evaluate()
     evaluation.accumulate()
@@ -107,27 +120,41 @@ def evaluate_coco(
     return evaluation
 
 
-def _numbered(
-    dataset: dict[str, Any], results: Sequence[dict[str, Any]], img_ids: Sequence[Any] | None
-) -> tuple[dict[str, Any], Sequence[dict[str, Any]], Sequence[Any] | None]:
-    """The same with numbers as image ids, which faster-coco-eval needs."""
+def renumbered(
+    dataset: dict[str, Any], results: Sequence[dict[str, Any]]
+) -> tuple[dict[str, Any], list[dict[str, Any]], dict[Any, int]]:
+    """The same truth and results with ids that count from 1; and the number of each image.
+
+    pycocotools and faster-coco-eval take an annotation whose id is 0 for none, and lose ids that a double cannot hold.
+    Images keep the order that pycocotools gives them, which decides between equal scores, where their ids are whole
+    numbers that it treats right; others the order of the json.
+
+    Raises:
+        ValueError: a result of an image that the data set does not have.
+    """
     ids = [image["id"] for image in dataset["images"]]
-    if all(isinstance(i, int) for i in ids):
-        return dataset, results, img_ids
-    number = {i: n for n, i in enumerate(ids, 1)}
-    unknown = {r["image_id"] for r in results} - number.keys()
-    if unknown:
-        raise ValueError(_unknown_images(unknown))
-    images = [{**image, "id": number[image["id"]]} for image in dataset["images"]]
-    annotations, results = (
-        [{**row, "image_id": number[row["image_id"]]} for row in rows] for rows in (dataset["annotations"], results)
-    )
-    chosen = None if img_ids is None else [number[i] for i in img_ids]
-    return {**dataset, "images": images, "annotations": annotations}, results, chosen
+    sound = all(isinstance(i, int) and 0 <= i < 2**53 for i in ids)
+    images = {i: number for number, i in enumerate(sorted(ids) if sound else ids, 1)}
+    if unknown := {r["image_id"] for r in results} - images.keys():
+        raise ValueError(f"predictions of images that the data set does not have: {sorted(unknown, key=str)[:5]}.")
+    known = sorted(c["id"] for c in dataset["categories"])
+    categories = {c: c if known[0] >= 0 and known[-1] < 2**53 else number for number, c in enumerate(known, 1)}
 
+    def row(entry: dict[str, Any]) -> dict[str, Any]:
+        category = categories.get(entry["category_id"], -1)  # of results that are of no category
+        return {**entry, "image_id": images[entry["image_id"]], "category_id": category}
 
-def _unknown_images(ids: set[Any]) -> str:
-    return f"predictions of images that the data set does not have: {sorted(ids, key=str)[:5]}."
+    def image(entry: dict[str, Any]) -> dict[str, Any]:
+        lists = {k: [categories[c] for c in entry[k] if c in categories] for k in _FEDERATED if k in entry}
+        return {**entry, **lists, "id": images[entry["id"]]}
+
+    truth = {
+        **dataset,
+        "images": [image(entry) for entry in dataset["images"]],
+        "annotations": [{**row(a), "id": number} for number, a in enumerate(dataset["annotations"], 1)],
+        "categories": [{**c, "id": categories[c["id"]]} for c in dataset["categories"]],
+    }
+    return truth, [row(r) for r in results], images
 
 
 def predictions(dataset: dict[str, Any], results: Sequence[dict[str, Any]], task: str, keep_empty: bool = True) -> COCO:
@@ -138,13 +165,7 @@ def predictions(dataset: dict[str, Any], results: Sequence[dict[str, Any]], task
         results: in the data set's own category ids.
         task: "bbox" or "segm".
         keep_empty: whether results without area count, as with COCO; LVIS ignores them.
-
-    Raises:
-        ValueError: a result of an image that the data set does not have.
     """
-    unknown = {r["image_id"] for r in results} - {image["id"] for image in dataset["images"]}
-    if unknown:
-        raise ValueError(_unknown_images(unknown))
     key = "segmentation" if task == "segm" else "bbox"
     if task == "segm":
         masks = [r[key] for r in results]
@@ -176,22 +197,32 @@ def _area(annotation: dict[str, Any], height: int, width: int) -> float:
     return float(coco_mask.area(run_lengths(segmentation, height, width)))
 
 
-def restore_category_ids(results: Sequence[dict[str, Any]], contiguous: dict[int, int] | None) -> None:
-    """Contiguous class indices to the json's category ids, in place.
+def restore_category_ids(
+    results: Sequence[dict[str, Any]], indices: Mapping[int, int] | None, subset: bool = False
+) -> list[dict[str, Any]]:
+    """Results with the json's category ids in place of the model's class indices, changed in place.
+
+    Args:
+        results: of the model.
+        indices: the model's class index of each category id; None: the same numbers.
+        subset: the model has more classes than the json; predictions of those are left out.
 
     Raises:
-        ValueError: a prediction of a class that the data set does not have.
+        ValueError: a class that the data set does not have.
     """
-    if contiguous is None:
-        return
-    original = {index: category for category, index in contiguous.items()}
+    if indices is None:
+        return list(results)
+    original = {index: category for category, index in indices.items()}
     for result in results:
-        if result["category_id"] not in original:
+        if result["category_id"] not in original and not subset:
             raise ValueError(
                 f"a prediction is of class {result['category_id']}, but the data set has classes 0 to "
                 f"{len(original) - 1}. The model's number of classes must be the data set's."
             )
+    kept = [result for result in results if result["category_id"] in original]
+    for result in kept:
         result["category_id"] = original[result["category_id"]]
+    return kept
 
 
 def write_results(results: Sequence[dict[str, Any]], path: str) -> None:

@@ -6,7 +6,7 @@ import itertools
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,14 @@ from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import create_small_table
 from faster_coco_eval import COCO
 
-from peft_d2.evaluation.coco import complete, mean_precision, predictions, restore_category_ids, write_results
+from peft_d2.evaluation.coco import (
+    complete,
+    mean_precision,
+    predictions,
+    renumbered,
+    restore_category_ids,
+    write_results,
+)
 from peft_d2.evaluation.overlaps import Evaluation
 from peft_d2.evaluation.results import instances_to_results
 
@@ -28,15 +35,22 @@ logger = logging.getLogger(__name__)
 
 
 class FastLVISEvaluator(LVISEvaluator):
-    """LVIS v1's AP, by size and by frequency of the class (APr, APc, APf); federated annotation is respected."""
+    """LVIS v1's AP, by size and by frequency of the class (APr, APc, APf); federated annotation is respected.
 
-    def __init__(self, dataset_name: str, output_dir: str | None = None, distributed: bool = True) -> None:
+    ``classes``: the model's class index of each category id; None: as the set's metadata has them.
+    """
+
+    def __init__(
+        self, dataset_name: str, output_dir: str | None = None, distributed: bool = True,
+        classes: Mapping[int, int] | None = None,
+    ) -> None:  # fmt: skip
         # Detectron2's constructor needs the lvis package; these are the attributes that its methods use.
         self._logger = logger
         self._tasks = None
         self._distributed = distributed
         self._output_dir = output_dir
         self._cpu_device = torch.device("cpu")
+        self._classes = classes
         self._metadata = MetadataCatalog.get(dataset_name)
         with PathManager.open(self._metadata.json_file) as file:
             self._dataset = json.load(file)
@@ -54,7 +68,7 @@ class FastLVISEvaluator(LVISEvaluator):
         contiguous = self._metadata.get("thing_dataset_id_to_contiguous_id")
         if contiguous is None:
             contiguous = {c: i for i, c in enumerate(sorted(c["id"] for c in self._dataset["categories"]))}
-        restore_category_ids(results, contiguous)
+        results = restore_category_ids(results, self._classes or contiguous, subset=self._classes is not None)
         if self._output_dir:
             write_results(results, os.path.join(self._output_dir, "lvis_instances_results.json"))
         if not self._do_evaluation:
@@ -77,6 +91,7 @@ def evaluate_lvis(dataset: dict[str, Any], results: Sequence[dict[str, Any]], ta
     if not results:
         logger.warning("no predictions to evaluate.")
         return {name: float("nan") for name in names}
+    dataset, results, _ = renumbered(dataset, results)
     found = predictions(dataset, _best(results), task, keep_empty=False)
     truth = COCO({**dataset, "annotations": [a for a in dataset["annotations"] if a["area"] > 0]})
     evaluation = Evaluation(truth, found, task, lvis_style=True)
@@ -85,7 +100,7 @@ def evaluate_lvis(dataset: dict[str, Any], results: Sequence[dict[str, Any]], ta
     evaluation.accumulate()
     precision = evaluation.eval["precision"][..., -1]  # (IoU, recall, class, area)
     thresholds = evaluation.params.iouThrs
-    frequency = {c["id"]: c["frequency"] for c in dataset["categories"]}
+    frequency = {c["id"]: c.get("frequency", "") for c in dataset["categories"]}
     kinds = np.array([frequency[c] for c in evaluation.params.catIds])
     overall = precision[..., 0]
     parts = [overall, overall[np.isclose(thresholds, 0.5)], overall[np.isclose(thresholds, 0.75)]]

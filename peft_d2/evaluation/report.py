@@ -14,7 +14,8 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from peft_d2.data.pictures import overlay
+from peft_d2.data.images import DatasetError, path_inside
+from peft_d2.data.pictures import overlay, read_rgb
 from peft_d2.evaluation.overlaps import Evaluation, run_lengths
 
 REPORT_FILE = "report.html"
@@ -54,6 +55,7 @@ def write_report(
     image_root: str | Path,
     evaluations: Mapping[str, Evaluation],
     figures: Mapping[str, Mapping[str, float]],
+    outside: bool = False,
 ) -> Path:
     """Write ``folder/report.html``.
 
@@ -64,6 +66,7 @@ def write_report(
         evaluations: "bbox", "segm" -> the finished evaluation. Classes and images are judged by the masks where there
             are some.
         figures: the same keys -> what Detectron2 reports.
+        outside: also show images that lie outside ``image_root``.
     """
     task = "segm" if "segm" in evaluations else next(iter(evaluations))
     evaluation = evaluations[task]
@@ -84,9 +87,9 @@ def write_report(
         "<h2>Best images</h2>",
         "<p>Truth on the left, predictions on the right: those above the score at which their class has its best F1. "
         "Images are ranked by panoptic quality, IoU 0.5 and more.</p>",
-        _pairs(best, evaluation, Path(image_root)),
+        _pairs(best, evaluation, image_root, outside),
         "<h2>Worst images</h2>",
-        _pairs(worst, evaluation, Path(image_root)),
+        _pairs(worst, evaluation, image_root, outside),
     ]
     path = Path(folder) / REPORT_FILE
     body, viewport = "\n".join(parts), '<meta name="viewport" content="width=device-width">'
@@ -207,14 +210,13 @@ def _curves(evaluation: Evaluation) -> str:
     return f'<p>{legend}.{more}</p><div class="curves">{"".join(drawn)}</div>'
 
 
-def _pairs(judged: Sequence[_Judged], evaluation: Evaluation, image_root: Path) -> str:
+def _pairs(judged: Sequence[_Judged], evaluation: Evaluation, image_root: str | Path, outside: bool) -> str:
     figures = []
     for image in judged:
         record = evaluation.cocoGt.imgs[image.image]
         try:
-            with Image.open(image_root / record["file_name"]) as opened:
-                pixels = np.asarray(opened.convert("RGB"))
-        except OSError:
+            pixels = read_rgb(path_inside(image_root, record["file_name"], outside))
+        except (OSError, DatasetError, Image.DecompressionBombError):
             continue
         truths = evaluation.cocoGt.imgToAnns[image.image]
         found = [evaluation.cocoDt.anns[i] for i in image.found]

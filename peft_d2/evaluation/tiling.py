@@ -92,8 +92,9 @@ class TiledModel(nn.Module):
 
     def _input(self, image: np.ndarray, box: Box) -> dict[str, Any]:
         x0, y0, x1, y1 = box
-        tile = np.asarray(enlarge(Image.fromarray(np.ascontiguousarray(image[y0:y1, x0:x1])), self.scale))
-        picture = T.AugInput(tile)
+        cut = np.ascontiguousarray(image[y0:y1, x0:x1])
+        tile = np.asarray(enlarge(Image.fromarray(cut.squeeze(-1) if cut.shape[-1] == 1 else cut), self.scale))
+        picture = T.AugInput(tile.reshape(*tile.shape[:2], -1))
         self.resize(picture)
         pixels = torch.from_numpy(np.ascontiguousarray(picture.image.transpose(2, 0, 1)))
         return {"image": pixels, "height": y1 - y0, "width": x1 - x0}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import runpy
 import sys
 from pathlib import Path
@@ -11,8 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from peft_d2.data.checks import DatasetError, check_coco, check_datasets, summary
 from peft_d2.data.segmentation import mask_to_compressed_rle, mask_to_rle
+from peft_d2.data.validation import DatasetError, check_coco, check_datasets, summary
 
 
 def _world():
@@ -83,6 +84,7 @@ ERRORS = {
     "box nan": (_set("annotations", 0, bbox=[1, 2, 3, float("nan")]), "id 1", "not finite"),
     "missing file": (_set("images", 0, file_name="gone.png"), "images[id 1 gone.png]", "no file"),
     "other size": (_set("images", 0, width=31), "images[id 1", "30 x 20 px, the json says 31 x 20"),
+    "same name": (_set("categories", 0, name="b"), "categories[b]", "2 categories have this name"),
     "no categories": (lambda d: d.update(categories=[]), "categories", "empty"),
     "no images": (lambda d: d.update(images=[]), "images", "empty"),
     "no list": (lambda d: d.pop("annotations"), "annotations", "no list"),
@@ -105,7 +107,6 @@ WARNINGS = {
     "polygon leaves": (_polygon(5, 4, 50, 4, 50, 12), "leaves the image"),
     "no area": (_polygon(5, 4, 15, 4, 10, 4), "area of 0"),
     "empty class": (_set("annotations", 1, category_id=1), "no object is of this class"),
-    "same name": (_set("categories", 0, name="b"), "2 categories have this name"),
     "same file": (_set("images", 1, file_name="1.png"), "2 images are this file"),
     "nothing": (lambda d: d.update(annotations=[]), "is empty"),
 }
@@ -146,18 +147,32 @@ def test_pictures_turned_by_exif_have_their_turned_size(root):
     assert _check(root, data) == []
 
 
+def _remembered(root):
+    return check_coco(root / "a.json", root, remember=True)
+
+
 def test_only_good_sets_are_remembered(root, monkeypatch):
     data = _world()
     data["annotations"][0]["bbox"] = [25, 4, 10, 8]
     first = _check(root, data)
-    path = root / "a.json"
+    assert _remembered(root) == first != []
     with monkeypatch.context() as patched:
-        patched.setattr("peft_d2.data.checks._check", lambda *_: pytest.fail("checked again"))
-        assert check_coco(path, root) == first != []
-    (root / "3.png").unlink()  # changes the folder
-    assert [p.kind for p in check_coco(path, root) if p.level == "error"] == ["missing file"]
+        patched.setattr("peft_d2.data.validation._Check", lambda *_: pytest.fail("checked again"))
+        assert _remembered(root) == first
+    (root / "3.png").unlink()
+    assert [p.kind for p in _remembered(root) if p.level == "error"] == ["missing file"]
     Image.new("RGB", (30, 20)).save(root / "3.png")
-    assert [p for p in check_coco(path, root) if p.level == "error"] == []
+    assert [p for p in _remembered(root) if p.level == "error"] == []
+
+
+def test_memory_notices_a_changed_image_and_the_tool_always_looks(root):
+    assert _check(root, _world()) == _remembered(root) == []
+    state = (root / "3.png").stat()
+    Image.new("RGB", (20, 30)).save(root / "3.png")  # changes no folder
+    assert [p.kind for p in _remembered(root)] == ["sizes disagree"]
+    (root / "3.png").write_bytes(b"x" * state.st_size)
+    os.utime(root / "3.png", ns=(state.st_atime_ns, state.st_mtime_ns))
+    assert [p.kind for p in check_coco(root / "a.json", root)] == ["unreadable file"]
 
 
 def test_training_refuses_errors_and_says_which(make_cfg, tmp_path):

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from peft_d2.data.checks import check_coco
 from peft_d2.data.dsb2018 import convert, read_splits
 from peft_d2.data.segmentation import segmentation_to_mask
+from peft_d2.data.validation import check_coco
 
 SPLITS = {"fluorescence_train": ["a" * 12, "b" * 12], "histology_val": ["c" * 12]}
 

@@ -26,13 +26,13 @@ from pycocotools.cocoeval import COCOeval  # noqa: E402
 import peft_d2  # noqa: E402
 from peft_d2.data import build_test_loader, register_builtin, toy  # noqa: E402
 from peft_d2.data.builtin import NAMES  # noqa: E402
+from peft_d2.data.coco_json import load_lvis  # noqa: E402
 from peft_d2.data.label_images import (  # noqa: E402
     convert_ade20k,
     convert_cityscapes,
     convert_coco_panoptic,
     require_cityscapes,
 )
-from peft_d2.data.lvis import load_lvis  # noqa: E402
 from peft_d2.data.registration import register_coco  # noqa: E402
 from peft_d2.data.segmentation import mask_to_compressed_rle, segmentation_to_mask  # noqa: E402
 from peft_d2.data.via import convert_ndd20  # noqa: E402

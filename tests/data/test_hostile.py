@@ -14,9 +14,9 @@ pytest.importorskip("detectron2", reason="needs Detectron2")
 from detectron2.data import DatasetCatalog, MetadataCatalog  # noqa: E402
 
 from peft_d2.data import build_test_loader, build_train_loader, class_names, toy, workers_ended  # noqa: E402
-from peft_d2.data.checks import DatasetError, check_coco, check_datasets  # noqa: E402
 from peft_d2.data.pictures import contact_sheet  # noqa: E402
 from peft_d2.data.segmentation import mask_to_compressed_rle  # noqa: E402
+from peft_d2.data.validation import DatasetError, check_coco, check_datasets  # noqa: E402
 
 from . import published  # noqa: E402
 
@@ -71,13 +71,14 @@ def _world(folder, content=None, name="a.png"):
 def sample(make_cfg, tmp_path):
     """Check and load a set, and return its only training sample."""
 
-    def load(data, root=tmp_path, workers=0, check=True):
+    def load(data, root=tmp_path, workers=0, check=True, outside=False):
         path = tmp_path / "set.json"
         path.write_bytes(data if isinstance(data, bytes) else json.dumps(data).encode())
         cfg = make_cfg(toy.ToySet(path, root), name="hostile")
         cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MAX_SIZE_TRAIN, cfg.INPUT.RANDOM_FLIP = (H,), 100, "none"
         cfg.SOLVER.IMS_PER_BATCH, cfg.DATALOADER.NUM_WORKERS = 1, workers
         cfg.DATALOADER.ASPECT_RATIO_GROUPING = False
+        cfg.DATASETS.ALLOW_FILES_OUTSIDE = outside
         class_names(cfg)
         if check:
             check_datasets(cfg)
@@ -213,12 +214,15 @@ def test_odd_jsons_train(sample, tmp_path, name):
         data["images"][0]["file_name"] = "../images/a.png"
         (tmp_path / "other").mkdir()
         root = tmp_path / "other"
-    if name.endswith("name") or name.startswith("name"):
+    if name == "name above the folder":
         assert [p.kind for p in _check_with(data, tmp_path, root)] == ["outside the folder"]
+        for check in (True, False):
+            with pytest.raises(DatasetError, match=r"outside.*ALLOW_FILES_OUTSIDE"):
+                sample(data, root, check=check)
     if name == "an image without objects":
         sample(data, root)
         return
-    instances = sample(data, root)["instances"]
+    instances = sample(data, root, outside=name == "name above the folder")["instances"]
     assert instances.gt_classes.tolist() == [0, 1]
     assert all(np.array_equal(mask.numpy(), MASK) for mask in instances.gt_masks)
 

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from peft_d2.data import toy
-from peft_d2.data.checks import check_coco
 from peft_d2.data.segmentation import segmentation_to_mask
 from peft_d2.data.tiles import tile_coco, tile_starts
+from peft_d2.data.validation import check_coco
 
 
 @settings(max_examples=200, deadline=None)

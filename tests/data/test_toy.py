@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from peft_d2.data import toy
-from peft_d2.data.checks import check_coco
 from peft_d2.data.segmentation import segmentation_to_mask
+from peft_d2.data.validation import check_coco
 
 
 @pytest.mark.parametrize("domain", ["day", "night"])

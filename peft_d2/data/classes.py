@@ -1,0 +1,164 @@
+"""The classes of data sets: those that a model is trained on, and those of its test sets, paired by name."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from peft_d2.data.coco_json import read_categories
+from peft_d2.data.images import DatasetError
+from peft_d2.data.registration import register_from_config
+
+_BY_CATEGORY = ("coco", "lvis")  # kinds of sets whose predictions are judged by category ids
+logger = logging.getLogger(__name__)
+
+
+def class_names(cfg: Any) -> list[str]:
+    """Thing class names of the training sets, of the test sets where there are none.
+
+    Raises:
+        ValueError: the sets of the config do not agree, or a name is not registered.
+    """
+    from detectron2.data import DatasetCatalog, MetadataCatalog
+
+    register_from_config(cfg)
+    names = list(cfg.DATASETS.TRAIN) or list(cfg.DATASETS.TEST)
+    found: dict[str, list[str]] = {}
+    for name in names:
+        if name not in DatasetCatalog:
+            near = difflib.get_close_matches(name, list(DatasetCatalog), n=3)
+            raise ValueError(
+                f"data set {name!r} is not registered (nearest names: {near}). "
+                "Add it to DATASETS.REGISTER as {NAME, JSON, IMAGES}."
+            )
+        found[name] = list(MetadataCatalog.get(name).get("thing_classes", []))
+    if not cfg.DATASETS.TRAIN:  # several test sets are evaluated one by one
+        return found[names[0]] if names else []
+    for name in names[1:]:
+        if found[name] != found[names[0]]:
+            raise ValueError(
+                f"data sets {names[0]!r} and {name!r} have different classes: {found[names[0]]} and {found[name]}. "
+                "Sets that are trained on together need the same categories in the same order."
+            )
+    return found[names[0]]
+
+
+def category_indices(cfg: Any, name: str) -> dict[int, int] | None:
+    """The model's class index of each category id of a test set, paired by name with the classes trained on.
+
+    None where the set's own order holds: the classes are the same, those trained on are not known, or the model is told
+    its classes otherwise (Segment Anything by boxes, SEEM by names).
+
+    Raises:
+        DatasetError: a class of the test set that the model is not trained on, or a name that two classes have.
+    """
+    names = _category_names(name)
+    trained = _trained_classes(cfg, names or {})
+    labels = list((names or {}).values())
+    if not names or not trained or trained == labels:
+        return None
+    unknown = _unknown(name, names, trained)
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], trained, n=1, cutoff=0.4)
+        hint = f" The nearest to {unknown[0]!r} is {near[0]!r}." if near else ""
+        raise DatasetError(
+            f"test set {name!r} has {len(unknown)} class(es) that the model is not trained on: {_few(unknown)}; it is "
+            f"trained on {_few(trained)}.{hint} Classes are paired by name: rename the categories of one of the jsons, "
+            "or remove those classes."
+        )
+    paired = {category: label for category, label in names.items() if label in trained}
+    twice = [label for label in paired.values() if labels.count(label) > 1 or trained.count(label) > 1]
+    if twice:
+        raise DatasetError(
+            f"the classes of test set {name!r} cannot be paired by name with those that the model is trained on: "
+            f"several have the name {twice[0]!r}. Merge them or rename one."
+        )
+    left_out = [label for label in trained if label not in labels]
+    if left_out:
+        logger.info("Test set %r lacks the class(es) %s: predictions of them are not judged.", name, _few(left_out))
+    return {category: trained.index(label) for category, label in paired.items()}
+
+
+def check_classes(cfg: Any) -> None:
+    """Refuse test sets whose classes cannot be paired with those that the model is trained on.
+
+    Raises:
+        DatasetError: as :func:`category_indices`; or classes that are judged by their numbers, in another order.
+    """
+    for name in cfg.DATASETS.TEST:
+        kind = _metadata(name).get("evaluator_type")
+        if kind in _BY_CATEGORY:
+            category_indices(cfg, name)
+        elif cfg.DATASETS.TRAIN and _architecture(cfg) not in ("SEEM", "SegmentAnything"):
+            key = "thing_classes" if kind in ("pascal_voc", "cityscapes_instance") else "stuff_classes"
+            trained, tested = (_metadata(n).get(key) for n in (cfg.DATASETS.TRAIN[0], name))
+            if trained and tested and list(trained) != list(tested):
+                raise DatasetError(
+                    f"test set {name!r} has other classes, or the same in another order, than {cfg.DATASETS.TRAIN[0]!r}"
+                    f": {_few(tested)} and {_few(trained)}. It is judged by class numbers, which must agree."
+                )
+
+
+def _trained_classes(cfg: Any, tested: Mapping[int, str]) -> list[str]:
+    """What the indices of a model's predictions stand for; nothing where that is not known."""
+    architecture = _architecture(cfg)
+    if architecture == "SEEM":
+        return list(cfg.MODEL.SEEM.CLASS_NAMES)
+    sets = [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]
+    meta = _metadata(sets[0]) if sets else {}
+    if architecture == "SegmentAnything" or "panoptic" in meta.get("evaluator_type", ""):
+        return []
+    found = list((_category_names(sets[0]) or {}).values() if sets else ()) or list(meta.get("thing_classes", ()))
+    count = _class_count(cfg, architecture)
+    other_model = count not in (None, len(found)) and count == len(tested)  # the config's training set is not its own
+    return [] if other_model else found
+
+
+def _unknown(name: str, names: Mapping[int, str], trained: Sequence[str]) -> list[str]:
+    """Classes that the model does not know; those without objects do no harm if there are others."""
+    unknown = {category: label for category, label in names.items() if label not in trained}
+    path = _metadata(name).get("json_file", "")
+    if unknown and _metadata(name).get("evaluator_type") == "coco" and os.path.isfile(path):
+        objects = {category.id: category.objects for category in read_categories(path)}
+        if any(objects.values()):
+            unknown = {category: label for category, label in unknown.items() if objects.get(category)}
+    return list(unknown.values())
+
+
+def _architecture(cfg: Any) -> str:
+    name = cfg.MODEL.META_ARCHITECTURE
+    return (cfg.MODEL.PEFT.META_ARCHITECTURE if name == "PEFTModel" else name).removeprefix("PD2")
+
+
+def _class_count(cfg: Any, architecture: str) -> int | None:
+    if architecture in ("GeneralizedRCNN", "PanopticFPN"):
+        return cfg.MODEL.ROI_HEADS.NUM_CLASSES
+    if architecture == "RetinaNet":
+        return cfg.MODEL.RETINANET.NUM_CLASSES
+    return cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES if architecture in ("MaskFormer", "MaskDINO") else None
+
+
+def _category_names(name: str) -> dict[int, str] | None:
+    """Name of each category id of a set that is judged by them, in the order of its own class indices."""
+    meta = _metadata(name)
+    indices, labels = meta.get("thing_dataset_id_to_contiguous_id"), meta.get("thing_classes")
+    if meta.get("evaluator_type") not in _BY_CATEGORY:
+        return None
+    if indices and labels and max(indices.values()) < len(labels):
+        return {category: labels[i] for category, i in sorted(indices.items(), key=lambda pair: pair[1])}
+    if meta["evaluator_type"] == "coco" and os.path.isfile(meta.get("json_file", "")):
+        return {category.id: category.name for category in read_categories(meta["json_file"])}
+    return dict(enumerate(labels)) if labels and "json_file" not in meta else None
+
+
+def _metadata(name: str) -> dict[str, Any]:
+    from detectron2.data import MetadataCatalog
+
+    return MetadataCatalog.get(name).as_dict()
+
+
+def _few(names: Sequence[str], limit: int = 5) -> str:
+    return ", ".join(map(repr, names[:limit])) + (", ..." if len(names) > limit else "")

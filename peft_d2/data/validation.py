@@ -1,0 +1,578 @@
+"""Checks of data sets before training: what would crash it, spoil it without a word, or leave nothing to learn.
+
+An *error* would crash training or evaluation, or train on something else than was meant; a *warning* is worth a look.
+Of COCO-format sets the json is read and each image's header, of sets with label images each label.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from peft_d2.data.builtin import remedy
+from peft_d2.data.images import DatasetError, lies_inside, read_header, seems_cut_off
+from peft_d2.data.labels import check_cityscapes, check_labels, unpaired
+from peft_d2.data.shapes import extent, polygon_defect, run_length_defect
+
+_HUGE = 1e6  # px
+_RULES = 3  # raised when the checks change, so that no older verdict is recalled
+_NO_ANNOTATIONS = "no annotations"
+logger = logging.getLogger(__name__)
+Level = Literal["error", "warning"]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One defect of a data set."""
+
+    level: Level
+    kind: str
+    where: str  # "images[id 3 a.png]", "annotations[id 7, image 3]", "categories", ...
+    what: str
+    remedy: str
+
+    def __str__(self) -> str:
+        return f"{self.level}: {self.where}: {self.what}. {self.remedy}"
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What a set is checked for.
+
+    Attributes:
+        open_images: also compare the sizes in the images' headers with the json's.
+        test: the set is not trained on; its json may lack annotations.
+        outside: images may lie outside the image folder.
+        counted: how many predictions of an image and class its evaluation counts.
+        predicted: how many predictions of an image the model gives; 0: not known.
+    """
+
+    open_images: bool = True
+    test: bool = False
+    outside: bool = False
+    counted: int = 100
+    predicted: int = 0
+
+
+def check_coco(
+    json_path: str | Path, image_root: str | Path, rules: Rules | None = None, *, remember: bool = False
+) -> list[Problem]:
+    """All problems of a COCO-format set, errors first.
+
+    Args:
+        json_path: the set's json.
+        image_root: the folder that its file names are relative to.
+        rules: what it is checked for.
+        remember: keep in ``~/.cache/peft_d2`` that a set has no errors, and answer from there for as long as the json
+            and all images are the same by size and time of change.
+    """
+    json_path, image_root, rules = str(json_path), str(image_root), rules or Rules()
+    if not os.path.isfile(json_path):
+        return [Problem("error", "missing json", json_path, "is no file", "Give the path of a COCO-format json.")]
+    if not os.path.isdir(image_root):
+        what = "is a file, not a folder" if os.path.isfile(image_root) else "is no folder"
+        return [Problem("error", "missing folder", image_root, what, "Give the folder of the images, unpacked.")]
+    memory = _Memory((os.path.abspath(json_path), os.path.abspath(image_root), rules), image_root) if remember else None
+    if memory and (problems := memory.recall()) is not None:
+        return problems
+    content = Path(json_path).read_bytes()
+    if content[:2] in (b"PK", b"\x1f\x8b"):
+        return [Problem("error", "not json", json_path, "is an archive", "Unpack it.")]
+    try:
+        data = json.loads(content.decode("utf-8"))  # which Detectron2 reads, without a byte order mark
+    except (ValueError, RecursionError) as error:
+        return [Problem("error", "not json", json_path, f"is not json in UTF-8 ({error})", "Write it again.")]
+    check = _Check(data, Path(image_root), rules)
+    problems = check.run()
+    if memory and all(p.level == "warning" for p in problems):
+        names = [image["file_name"] for image in check.images.values()]
+        memory.keep(problems, [os.path.abspath(json_path), *names])
+    return problems
+
+
+def check_datasets(cfg: Any) -> None:
+    """Check every set that the config trains or tests on; warnings are logged.
+
+    COCO-format sets and label images are checked in full. Of others, files and folders have to be there, and what
+    Detectron2 needs to read them.
+
+    Raises:
+        DatasetError: naming each error (the first of each kind in full) and its remedy.
+    """
+    from detectron2.data import MetadataCatalog
+
+    if not cfg.DATASETS.get("CHECK", True):
+        return
+    for name in dict.fromkeys([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]):
+        meta = MetadataCatalog.get(name).as_dict()
+        kind = meta.get("evaluator_type", "")
+        if kind == "coco" and "panoptic_json" not in meta and meta.get("json_file"):
+            rules = Rules(
+                test=name not in cfg.DATASETS.TRAIN,
+                outside=cfg.DATASETS.get("ALLOW_FILES_OUTSIDE", False),
+                counted=cfg.TEST.get("MAX_DETECTIONS", 100) if name in cfg.DATASETS.TEST else 0,
+                predicted=cfg.TEST.DETECTIONS_PER_IMAGE,
+            )
+            problems = check_coco(meta["json_file"], meta["image_root"], rules, remember=True)
+            problems += _check_tasks(cfg, name, meta["json_file"], problems)
+            _judge(name, meta["json_file"], problems)
+            continue
+        _check_files(name, meta)
+        if kind.startswith("cityscapes"):
+            check_cityscapes(name, meta)
+        elif kind not in ("lvis", "pascal_voc"):
+            _judge(name, meta.get("sem_seg_root") or "label images", _check_labels(cfg, name, meta))
+
+
+def _check_labels(cfg: Any, name: str, meta: Mapping[str, Any]) -> list[Problem]:
+    """Problems of a set with label images; none for others."""
+    from detectron2.data import DatasetCatalog
+
+    from peft_d2.data.mappers import uses_detectron2_mapper
+
+    try:
+        records = DatasetCatalog.get(name)
+    except (AssertionError, OSError, KeyError, ValueError) as error:
+        text = f"cannot be loaded ({type(error).__name__}: {error})"
+        return [Problem("error", "not loaded", name, text, "Check the set's folders and files.")]
+    records = [r for r in records if "sem_seg_file_name" in r or "pan_seg_file_name" in r]
+    if not records:
+        return []
+    classes = list(meta.get("stuff_classes", ()))
+    count = cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES
+    if name in cfg.DATASETS.TRAIN and "pan_seg_file_name" not in records[0] and count != (len(classes) or count):
+        what = f"has {len(classes)} classes, but MODEL.SEM_SEG_HEAD.NUM_CLASSES is {count}"
+        return [Problem("error", "class count", name, what, "Set it.")]
+    ignore = meta.get("ignore_label", cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE)
+    as_grey = uses_detectron2_mapper(cfg)
+    files = [str(path) for r in records for key, path in sorted(r.items()) if key.endswith("file_name")]
+    memory = _Memory((name, classes, ignore, as_grey), "")
+    if (problems := memory.recall(files)) is None:
+        logger.info("data set %r: reading %d label images, once.", name, len(records))
+        problems = [Problem(*row) for row in check_labels(records, classes, ignore, as_grey)]
+        if all(p.level == "warning" for p in problems):
+            memory.keep(problems, files)
+    roots = [str(meta.get(key, "")) for key in ("image_root", "sem_seg_root")]
+    if all(os.path.isdir(root) for root in roots) and "panoptic_root" not in meta:
+        problems = [*problems, *(Problem(*row) for row in unpaired(*roots))]
+    return problems
+
+
+def _judge(name: str, where: str, problems: Sequence[Problem]) -> None:
+    """Log warnings and raise errors."""
+    for line in summary([p for p in problems if p.level == "warning"]):
+        logger.warning("data set %r: %s", name, line)
+    if errors := [p for p in problems if p.level == "error"]:
+        lines = "\n  ".join(summary(errors))
+        hint = remedy(name) if errors[0].kind in ("missing json", "missing folder") else ""
+        raise DatasetError(
+            f"data set {name!r} ({where}) has {len(errors)} error(s):\n  {lines}\n"
+            f"{hint or 'tools/check_dataset.py lists them all. DATASETS.CHECK False trains all the same.'}"
+        )
+
+
+def _check_tasks(cfg: Any, name: str, json_path: str, problems: Sequence[Problem]) -> list[Problem]:
+    """Masks or keypoints that the config's model needs and the set does not have."""
+    from detectron2.data import MetadataCatalog
+
+    from peft_d2.data.mappers import trains_on_masks
+
+    found = []
+    no_masks = any(p.kind == "no masks" for p in problems)
+    if no_masks and name in cfg.DATASETS.TRAIN and trains_on_masks(cfg):
+        found.append(Problem("error", "masks needed", json_path, "has boxes alone, but the model is trained on masks",
+                             "Use a box detector (Detectron2's: MODEL.MASK_ON False), or add masks."))  # fmt: skip
+    if not cfg.MODEL.KEYPOINT_ON or any(p.level == "error" for p in problems):
+        return found
+    from peft_d2.data.coco_json import load_coco
+
+    if name in cfg.DATASETS.TRAIN and not MetadataCatalog.get(name).get("keypoint_names"):
+        load_coco(name, json_path, "/", outside=True)  # which reads the names of the keypoints
+    names = MetadataCatalog.get(name).get("keypoint_names", ())
+    count, sigmas = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS, len(cfg.TEST.KEYPOINT_OKS_SIGMAS) or 17
+    for wrong, what, advice in (
+        (name in cfg.DATASETS.TRAIN and not names, "the json's categories do not name their keypoints",
+         'Give the category "keypoints": [name, ...], or the set\'s metadata keypoint_names and keypoint_flip_map.'),
+        (names and len(names) != count, f"has {len(names)} keypoints, but MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS is "
+         f"{count}", "Set it."),
+        (name in cfg.DATASETS.TEST and sigmas != count, f"the model has {count} keypoints, and there are {sigmas} "
+         "TEST.KEYPOINT_OKS_SIGMAS (COCO's own are 17)", "Give one for each keypoint."),
+    ):  # fmt: skip
+        if wrong:
+            found.append(Problem("error", "keypoints", json_path, what, advice))
+    return found
+
+
+def _check_files(name: str, meta: Mapping[str, Any]) -> None:
+    """Refuse a set whose files or folders are not there."""
+    keys = ["image_root", "image_dir", "gt_dir", "panoptic_root", "panoptic_json", "sem_seg_root"]
+    for key in [*keys, "json_file"] if meta.get("evaluator_type") == "lvis" else keys:
+        path = meta.get(key)
+        if isinstance(path, str) and "://" not in path and not os.path.exists(path):
+            hint = remedy(name) or (
+                "Detectron2 looks for it below DETECTRON2_DATASETS, as it was when Detectron2 was imported; "
+                "tools/prepare_cityscapes.py and its like write what is not published."
+            )
+            raise DatasetError(f"data set {name!r}: {key} {path!r} does not exist. {hint}")
+
+
+def summary(problems: Iterable[Problem], per_kind: int = 3) -> list[str]:
+    """One line per problem, the first ``per_kind`` of each kind, and how many more there are."""
+    counts: Counter[str] = Counter()
+    lines = []
+    for problem in problems:
+        counts[problem.kind] += 1
+        if counts[problem.kind] <= per_kind:
+            lines.append(str(problem))
+    lines += [f"... and {n - per_kind} more of the kind {kind!r}" for kind, n in counts.items() if n > per_kind]
+    return lines
+
+
+class _Memory:
+    """File that remembers the warnings of a set without errors, and the state of the set's files.
+
+    Args:
+        key: what tells this check from others.
+        folder: that the names of the set's files are relative to.
+    """
+
+    def __init__(self, key: Any, folder: str) -> None:
+        self.folder = folder
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        name = hashlib.sha256(repr((key, _RULES)).encode()).hexdigest()
+        self.path = cache / "peft_d2" / "checks" / f"{name}.json"
+
+    def keep(self, problems: Sequence[Problem], names: Sequence[str]) -> None:
+        """Remember them for the files as they are."""
+        try:
+            state = {"problems": [asdict(p) for p in problems], "names": names, "state": self._state(names)}
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.write_text(json.dumps(state))
+        except OSError as error:
+            logger.debug("the result of the check is not kept: %s", error)
+
+    def recall(self, names: Sequence[str] | None = None) -> list[Problem] | None:
+        """The problems, None where nothing is known of the files (of these ``names``) as they are."""
+        try:
+            kept = json.loads(self.path.read_text())
+            if names in (None, kept["names"]) and kept["state"] == self._state(kept["names"]):
+                return [Problem(**entry) for entry in kept["problems"]]
+        except (OSError, ValueError, TypeError, KeyError):
+            pass
+        return None
+
+    def _state(self, names: Sequence[str]) -> str:
+        """Checksum of each file's size and time of change."""
+        with ThreadPoolExecutor(max_workers=8) as pool:  # on network drives each answer takes its time
+            found = pool.map(_file_state, (os.path.join(self.folder, name) for name in names), chunksize=256)
+            return hashlib.sha256("\n".join(found).encode()).hexdigest()
+
+
+def _file_state(path: str) -> str:
+    stat = os.stat(path)
+    return f"{stat.st_size} {stat.st_mtime_ns} {stat.st_ino}"
+
+
+class _Check:
+    """One pass over a json."""
+
+    def __init__(self, data: Any, image_root: Path, rules: Rules) -> None:
+        self.data, self.image_root, self.rules = data, image_root, rules
+        self.problems: list[Problem] = []
+        self.images: dict[Any, dict[str, Any]] = {}
+        self.objects = _Objects()
+
+    def add(self, level: Level, kind: str, where: str, what: str, remedy: str) -> None:
+        """Note a problem."""
+        self.problems.append(Problem(level, kind, where, what, remedy))
+
+    def run(self) -> list[Problem]:
+        """All problems, errors first; where a list is missing nothing else is looked at."""
+        for key in ("images", "annotations", "categories"):
+            if key == "annotations" and self.rules.test and isinstance(self.data, dict) and key not in self.data:
+                self.add("warning", _NO_ANNOTATIONS, key, "is missing", "Predictions are written, nothing is measured.")
+                self.data["annotations"] = []
+            if not isinstance(self.data, dict) or not isinstance(self.data.get(key), list):
+                self.add("error", "layout", key, "is missing or no list", "A COCO-format json has three lists.")
+                return self.problems
+        self._categories()
+        self._images()
+        self._annotations()
+        self.problems += [Problem(*row) for row in self.objects.problems(self.rules)]
+        return sorted(self.problems, key=lambda p: p.level != "error")
+
+    def _entries(self, key: str, needed: dict[str, type | tuple[type, ...]]) -> Iterable[dict[str, Any]]:
+        """The entries of a list that have what is needed."""
+        for position, entry in enumerate(self.data[key]):
+            lacking = [k for k, t in needed.items() if not isinstance(entry, dict) or not isinstance(entry.get(k), t)]
+            if lacking:
+                where = f"{key}[{position}]"
+                self.add("error", "incomplete entry", where, f"lacks a usable {', '.join(lacking)}", "Add it.")
+            else:
+                yield entry
+
+    def _duplicates(self, key: str, ids: list[Any]) -> None:
+        for value, count in Counter(ids).items():
+            if count > 1:
+                self.add("error", f"duplicate id in {key}", f"{key}[id {value}]", f"the id is used {count} times",
+                         "Every id must be unique in its list.")  # fmt: skip
+
+    def _categories(self) -> None:
+        entries = list(self._entries("categories", {"id": int, "name": str}))
+        self._duplicates("categories", [c["id"] for c in entries])
+        for name, count in Counter(c["name"] for c in entries).items():
+            if count > 1:
+                self.add("error", "duplicate name", f"categories[{name}]", f"{count} categories have this name",
+                         "Classes go by their names: merge them or rename one.")  # fmt: skip
+        if not entries:
+            self.add("error", "no categories", "categories", "is empty", "List at least one {id, name}.")
+        self.category_names = {c["id"]: c["name"] for c in entries}
+
+    def _images(self) -> None:
+        needed: dict[str, Any] = {"id": (int, str), "file_name": str, "height": int, "width": int}
+        entries = list(self._entries("images", needed))
+        self.images = {i["id"]: i for i in entries}
+        self._duplicates("images", [i["id"] for i in entries])
+        for name, count in Counter(i["file_name"] for i in entries).items():
+            if count > 1:
+                self.add("warning", "duplicate file", f"images[{name}]", f"{count} images are this file",
+                         "Merge their annotations.")  # fmt: skip
+        if not entries:
+            self.add("error", "no images", "images", "is empty", "List at least one image.")
+        with ThreadPoolExecutor(max_workers=8) as pool:
+            for image, defect in zip(entries, pool.map(self._file_defect, entries, chunksize=64), strict=True):
+                if defect:
+                    self.add(defect[0], defect[1], f"images[id {image['id']} {image['file_name']}]", *defect[2:])
+
+    def _file_defect(self, image: dict[str, Any]) -> tuple[Level, str, str, str] | None:
+        """(level, kind, what is wrong, remedy) of an image's file, None when nothing is."""
+        given, name = (image["width"], image["height"]), image["file_name"]
+        if min(given) < 1:
+            return "error", "image size", f"the json gives {given[0]} x {given[1]} px", "Correct the json."
+        path = self.image_root / name
+        if not self.rules.outside and not lies_inside(self.image_root, str(path)):
+            advice = "Put it there, or, if that is meant, set DATASETS.ALLOW_FILES_OUTSIDE True."
+            return "error", "outside the folder", f"the file lies outside {self.image_root}", advice
+        if not path.is_file():
+            if "\\" in name:
+                return (
+                    "error",
+                    "backslashes",
+                    f"{path} is no file: its name has backslashes, as on Windows",
+                    ("Write / in place of them in the json."),
+                )
+            return "error", "missing file", f"{path} is no file", "Correct the json or put the file there."
+        if not self.rules.open_images:
+            return None
+        try:
+            found, defect, advice = read_header(path)
+        except OSError as error:
+            defect, advice = f"cannot be read ({error.strerror})", "Let it be read."
+        if defect:
+            return "error", "unreadable file", f"{path}: {defect}", advice
+        if found != given:
+            what = f"the file is {found[0]} x {found[1]} px, the json says {given[0]} x {given[1]}"
+            return "error", "sizes disagree", what, "Correct the json or the file."
+        if seems_cut_off(path):
+            return "warning", "cut off", f"{path} has no end: it may have been copied in part", "Copy it again."
+        return None
+
+    def _annotations(self) -> None:
+        needed: dict[str, Any] = {"id": (int, str), "image_id": (int, str), "category_id": int}
+        entries = list(self._entries("annotations", needed))
+        self._duplicates("annotations", [a["id"] for a in entries])
+        per_category = Counter(a["category_id"] for a in entries)
+        masked = any(a.get("segmentation") for a in entries)
+        for annotation in entries:
+            self._annotation(annotation, masked)
+            if masked and annotation.get("segmentation") is None:
+                self.add("error", "mask missing", _annotation(annotation), "has no segmentation, others have one",
+                         "Give every object a mask or none.")  # fmt: skip
+        if entries and not masked:
+            self.add("warning", "no masks", "annotations", "none has a segmentation", "Only boxes can be trained on.")
+        for category, name in self.category_names.items():
+            if not per_category[category] and not self._unannotated:
+                self.add("warning", "empty class", f"categories[id {category} {name}]", "no object is of this class",
+                         "It is never learnt, and its AP is nan.")  # fmt: skip
+        if not entries and not self._unannotated:
+            self.add("warning", _NO_ANNOTATIONS, "annotations", "is empty", "There is nothing to learn or to measure.")
+
+    @property
+    def _unannotated(self) -> bool:
+        return any(p.kind == _NO_ANNOTATIONS for p in self.problems)
+
+    def _annotation(self, annotation: dict[str, Any], masked: bool) -> None:
+        where = _annotation(annotation)
+        if annotation["category_id"] not in self.category_names:
+            self.add("error", "unknown category", where, f"category_id {annotation['category_id']} is not listed",
+                     f"Expected one of {_few(self.category_names)}.")  # fmt: skip
+        image = self.images.get(annotation["image_id"])
+        if image is None:
+            self.add("error", "unknown image", where, f"image_id {annotation['image_id']!r} is not listed",
+                     "Add the image or remove the annotation.")  # fmt: skip
+            return
+        size = image["height"], image["width"]
+        usable = self._box(annotation, where, *size)
+        self._flags(annotation, where)
+        segmentation = annotation.get("segmentation")
+        if isinstance(segmentation, dict):
+            if defect := run_length_defect(segmentation, *size):
+                self.add("error", "run lengths", where, defect, "Encode the mask again from the image's own size.")
+                usable = False
+        elif isinstance(segmentation, list) and (segmentation or masked):
+            for level, defect in polygon_defect(segmentation, *size):
+                self.add(level, "polygon", where, defect, "Correct the polygon or remove the annotation.")
+                usable = usable and level == "warning"
+        elif segmentation:
+            self.add("error", "segmentation", where, f"is a {type(segmentation).__name__}",
+                     "Expected polygons (lists of coordinates) or run lengths (size and counts).")  # fmt: skip
+            usable = False
+        if usable:
+            self.objects.add(annotation, *size)
+
+    def _flags(self, annotation: dict[str, Any], where: str) -> None:
+        for key in ("iscrowd", "ignore"):
+            if annotation.get(key, 0) not in (0, 1):
+                self.add("error", "flag", where, f"{key} is {annotation[key]!r}", "Expected 0 or 1, as numbers.")
+        if annotation.get("ignore", 0) == 1:
+            self.add("error", "flag", where, "ignore is 1, which Detectron2 does not support",
+                     "Set iscrowd instead, or remove the annotation.")  # fmt: skip
+        area = annotation.get("area", 0)
+        if not isinstance(area, (int, float)) or not 0 <= area < float("inf"):
+            self.add("error", "area", where, f"area is {area!r}", "Give it in px, or leave it out.")
+            annotation.pop("area")
+
+    def _box(self, annotation: dict[str, Any], where: str, height: int, width: int) -> bool:
+        """Whether an annotation's box is four numbers; what is wrong with it is noted."""
+        box = annotation.get("bbox")
+        if not isinstance(box, list) or len(box) != 4 or not all(isinstance(v, (int, float)) for v in box):
+            self.add("error", "box", where, f"bbox is {box!r}", "Expected four numbers [x, y, width, height].")
+            return False
+        x, y, w, h = box
+        if not np.isfinite(box).all() or max(map(abs, box)) > _HUGE:
+            self.add("error", "box", where, f"bbox {box} is not finite or huge", "Correct the box.")
+            return False
+        if w <= 0 or h <= 0:
+            self.add("warning", "degenerate box", where, f"bbox {box} has no area", "Correct the box.")
+        elif x < -1 or y < -1 or x + w > width + 1 or y + h > height + 1:
+            self.add("warning", "box outside", where, f"bbox {box} leaves the image of {width} x {height} px",
+                     "Clip it.")  # fmt: skip
+        return True
+
+
+class _Objects:
+    """What the objects of a set have in common: consistent nonsense, which no single annotation shows."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self.per_image: Counter[Any] = Counter()
+        self.per_class: Counter[tuple[Any, int]] = Counter()
+
+    def add(self, annotation: Mapping[str, Any], height: int, width: int) -> None:
+        """Count an annotation whose box and segmentation are well-formed, of an image of (height, width)."""
+        counts, box = self.counts, annotation["bbox"]
+        counts["all"] += 1
+        crowd = bool(annotation.get("iscrowd", 0))
+        if not crowd:
+            self.per_image[annotation["image_id"]] += 1
+            self.per_class[annotation["image_id"], annotation["category_id"]] += 1
+        corners = (box[0], box[1], box[0] + box[2], box[1] + box[3])
+        segmentation = annotation.get("segmentation")
+        shape, mask_area = extent(segmentation) if segmentation else (corners, box[2] * box[3])
+        within = min(width, shape[2]) - max(0, shape[0]), min(height, shape[3]) - max(0, shape[1])
+        seen = {
+            "crowds": crowd,
+            "boxes in 0..1": max(box) <= 1 and min(box) >= 0 and min(height, width) > 4,
+            "polygons in 0..1": bool(segmentation) and max(shape) <= 1 and min(shape) >= 0 and min(height, width) > 4,
+            "learnable": not crowd and min(within) >= 1,
+            "corners": not segmentation and _is_corners(box, height, width),
+            "leaves": not segmentation and (corners[2] > width + 1 or corners[3] > height + 1),
+        }
+        if segmentation and not seen["boxes in 0..1"] and not seen["polygons in 0..1"] and _iou(corners, shape) < 0.5:
+            swapped = (shape[1], shape[0], shape[3], shape[2])
+            seen["masks disagree"] = True
+            seen["masks agree as corners"] = _iou(box, shape) > 0.7
+            seen["masks agree if swapped"] = _iou(corners, swapped) > 0.7
+        area = annotation.get("area")
+        if area is not None and mask_area >= 4 and not mask_area / 4 <= area <= 4 * mask_area:
+            seen["areas disagree"] = True
+            seen["areas are 0"] = area == 0
+        counts.update(key for key, value in seen.items() if value)
+
+    def problems(self, rules: Rules) -> Iterable[tuple[Level, str, str, str, str]]:
+        """(level, kind, where, what, remedy) of each thing that many objects have in common."""
+        counts = self.counts
+        total, where = counts["all"], "annotations"
+        if total and not counts["learnable"]:
+            causes = [f"{counts[key]} {key}" for key in ("crowds", "polygons in 0..1", "boxes in 0..1") if counts[key]]
+            why = f": {', '.join(causes)}" if causes else ", as none lies in its image"
+            advice = "Coordinates are px of the image, and iscrowd 1 marks groups that are not trained on."
+            yield "error", "nothing to learn", where, f"none of {total} objects can be learnt{why}", advice
+        if 2 * counts["crowds"] > total:
+            what = f"{counts['crowds']} of {total} objects have iscrowd 1, and are neither trained on nor counted"
+            yield "warning", "crowds", where, what, "Set iscrowd 0 for single objects."
+        for key, name in (("polygons in 0..1", "polygons"), ("boxes in 0..1", "boxes (bbox)")):
+            if counts[key]:
+                what = f"{counts[key]} of {total} objects have {name} within 0..1, as if normalised by the image's size"
+                yield "warning", key, where, what, "Multiply them by its width and height: COCO's format counts px."
+        as_corners = counts["masks agree as corners"]
+        if not counts["masks disagree"] and counts["corners"] == total and 10 * counts["leaves"] >= total > 0:
+            as_corners = total
+        if as_corners:
+            what = f"{as_corners} of {total} boxes seem to be x0, y0, x1, y1"
+            yield "warning", "boxes as corners", where, what, "COCO's format has x, y, width, height."
+        if counts["masks agree if swapped"] > as_corners:
+            what = f"{counts['masks agree if swapped']} of {total} masks fit their boxes if x and y are swapped"
+            yield "warning", "swapped axes", where, what, "COCO's format has x before y in both."
+        elif counts["masks disagree"] > as_corners:
+            what = f"{counts['masks disagree']} of {total} objects have a bbox and a segmentation that disagree"
+            yield "warning", "boxes and masks", where, what, "Scale both to px of the image, or compute bbox anew."
+        if counts["areas disagree"]:
+            zero = f", {counts['areas are 0']} of them an area of 0" if counts["areas are 0"] else ""
+            what = f"{counts['areas disagree']} of {total} objects have an area that is not that of their shape{zero}"
+            advice = "Small, medium and large objects go by it, and LVIS drops objects of area 0: leave it out."
+            yield "warning", "areas", where, what, advice
+        most = max(self.per_class.values(), default=0)
+        if rules.counted and most > rules.counted:
+            many = len({image for (image, _), count in self.per_class.items() if count > rules.counted})
+            what = f"{many} image(s) have more than {rules.counted} objects of a class (up to {most}), and COCO's "
+            what += f"figures count the best {rules.counted} predictions of each image and class"
+            yield "warning", "many objects", where, what, f"Set TEST.MAX_DETECTIONS {most} to count all."
+        most = max(self.per_image.values(), default=0)
+        if rules.counted and 0 < rules.predicted < most:
+            many = sum(count > rules.predicted for count in self.per_image.values())
+            what = f"{many} image(s) have more than {rules.predicted} objects (up to {most}), and the model gives "
+            what += f"{rules.predicted} predictions an image"
+            yield "warning", "few predictions", where, what, f"Set TEST.DETECTIONS_PER_IMAGE {most} or more."
+
+
+def _is_corners(box: Sequence[float], height: int, width: int) -> bool:
+    return box[0] < box[2] <= width + 1 and box[1] < box[3] <= height + 1
+
+
+def _iou(one: Sequence[float], other: Sequence[float]) -> float:
+    """Of two boxes x0, y0, x1, y1."""
+    width = min(one[2], other[2]) - max(one[0], other[0])
+    height = min(one[3], other[3]) - max(one[1], other[1])
+    shared = max(width, 0) * max(height, 0)
+    union = sum((b[2] - b[0]) * (b[3] - b[1]) for b in (one, other)) - shared
+    return shared / union if union > 0 else 1.0
+
+
+def _annotation(annotation: dict[str, Any]) -> str:
+    return f"annotations[id {annotation['id']}, image {annotation['image_id']}]"
+
+
+def _few(values: Iterable[Any], limit: int = 12) -> str:
+    rows = sorted(values)
+    return ", ".join(map(str, rows[:limit])) + (", ..." if len(rows) > limit else "")
