@@ -29,8 +29,7 @@ def check_input(cfg: Any) -> None:
     """Apply ``INPUT.MAX_PIXELS`` and refuse an ``INPUT.FORMAT`` that cannot be trained and evaluated with.
 
     Raises:
-        DatasetError: another format than BGR, RGB and L; ``MODEL.PIXEL_MEAN`` or ``PIXEL_STD`` of another length; grey
-            images for one of this project's backbones, which take three channels.
+        DatasetError: another format than BGR, RGB and L; ``MODEL.PIXEL_MEAN`` or ``PIXEL_STD`` of another length.
     """
     limit = cfg.INPUT.get("MAX_PIXELS", 0)
     if limit:
@@ -43,15 +42,6 @@ def check_input(cfg: Any) -> None:
             raise DatasetError(
                 f"MODEL.{key} has {len(cfg.MODEL[key])} value(s), but INPUT.FORMAT {name!r} has {_CHANNELS[name]} "
                 "channel(s): one value a channel is expected."
-            )
-    if _CHANNELS[name] != 3:
-        from detectron2.modeling import BACKBONE_REGISTRY
-
-        backbone = cfg.MODEL.BACKBONE.NAME
-        if backbone in BACKBONE_REGISTRY and BACKBONE_REGISTRY.get(backbone).__module__.startswith("peft_d2."):
-            raise DatasetError(
-                f"INPUT.FORMAT {name!r} gives one channel, but the backbone {backbone!r} takes three. Set INPUT.FORMAT "
-                "RGB: grey images are read as three equal channels."
             )
 
 
