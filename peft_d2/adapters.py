@@ -54,6 +54,16 @@ def save_adapter(
         InjectionError: the model is a wrapper around one that has none.
         peft_d2.storage.StorageError: the folder holds other files, or the disk is full; what was there before stays.
     """
+    adapter_file.write(folder, **_stored(model, metrics, name))
+
+
+def adapter_contents(model: nn.Module, metrics: Mapping[str, Any] | None = None) -> dict[str, bytes]:
+    """The files that `save_adapter` writes, by name: for a caller that stores more beside them."""
+    return adapter_file.contents(**_stored(model, metrics, None))
+
+
+def _stored(model: nn.Module, metrics: Mapping[str, Any] | None, name: str | None) -> dict[str, Any]:
+    """What an adapter's files hold, as `adapter_file.write` takes it."""
     model = _root(model)
     injection = peft.get_injection(model)
     if injection is None:
@@ -61,15 +71,14 @@ def save_adapter(
     name = name or injection.active
     _warn_of_strays(model)
     tensors = peft.adapter_state_dict(model, name)
-    adapter_file.write(
-        folder,
-        tensors,
-        methods=injection.adapters[name].methods,
-        train=injection.adapters[name].train,
-        base=_base_fingerprint(model, tensors),
-        metrics=metrics,
-        scales=_scales(model, name),
-    )
+    return {
+        "tensors": tensors,
+        "methods": injection.adapters[name].methods,
+        "train": injection.adapters[name].train,
+        "base": _base_fingerprint(model, tensors),
+        "metrics": metrics,
+        "scales": _scales(model, name),
+    }
 
 
 def load_adapter(

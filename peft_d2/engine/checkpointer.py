@@ -1,29 +1,35 @@
 """Checkpoints: an adapter folder and its training state, or Detectron2's file where no PEFT is in play.
 
-A checkpoint appears under its name only when it is whole. Nothing that is read is unpickled freely.
+A checkpoint appears under its name only when it is whole. Nothing that is read is unpickled freely. Each carries the
+mark of its run and its iteration, so that a run goes on from the newest of its own.
 """
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import re
+import secrets
 import shutil
-import zipfile
 from pathlib import Path
 from typing import Any
 
-import torch
 from detectron2.checkpoint import DetectionCheckpointer
-from torch import nn
+from torch import Tensor, nn
 
 from peft_d2 import adapters, peft
-from peft_d2.storage import CheckpointError, adapter_file, atomic, base_weights
+from peft_d2.engine.errors import ConfigError
+from peft_d2.storage import CheckpointError, adapter_file, atomic, base_weights, strict_json, torch_file
+from peft_d2.storage.checkpoint import SYSTEM_ERRORS, CheckpointDamaged, read_file
 
-TRAINING_STATE = "training_state.pth"
-_CHECKPOINT_FILES = (*adapter_file.FILES, TRAINING_STATE)
+TRAINING_STATE, STATE_RECORD = "training_state.pth", "training_state.json"
+_CHECKPOINT_FILES = (*adapter_file.FILES, TRAINING_STATE, STATE_RECORD)
 LAST = "last_checkpoint"
-_NAME = re.compile(r"(adapter|model)_(\d{7}|final)(\.pth)?")
+_NAME = re.compile(r"(adapter|model)_(\d{7,10}|final)(\.pth)?")
+_RECORD = {"format": "peft_d2-training-state", "format_version": 1}
+_MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")  # of an optimizer's state: of a parameter's shape
+_SURELY = 10**10  # no run has so many iterations
 logger = logging.getLogger(__name__)
 
 
@@ -52,6 +58,12 @@ class Checkpointer(DetectionCheckpointer):
         self.metrics: dict[str, float] = {}  # of the last evaluation, stored with an adapter
         self._keep = keep
         self._allow_other_base = allow_other_base
+        # The mark of this run: a number that grows from run to run in a folder, 0 of one that a version without marks
+        # began, and random digits.
+        self._run = ""
+        self._own: list[str] = []  # names of this run's checkpoints, oldest first
+        self._resumed = False
+        self._said: set[str] = set()
 
     @property
     def prefix(self) -> str:
@@ -66,18 +78,25 @@ class Checkpointer(DetectionCheckpointer):
         """
         if not self.save_dir or not self.save_to_disk:
             return
-        state = {key: item.state_dict() for key, item in self.checkpointables.items()} | extra
+        if not self._run:
+            earlier = max((_number(run or "") for _, run, _ in self._found()), default=0)
+            self._run = f"{earlier + 1:04d}-{secrets.token_hex(4)}"
+        state = {key: item.state_dict() for key, item in self.checkpointables.items()} | extra | {"run": self._run}
+        basename = name if self.prefix == "adapter" else f"{name}.pth"
+        target = Path(self.save_dir, basename)
         if self.prefix == "adapter":
-            basename = name
-            with atomic.folder(Path(self.save_dir, basename), _CHECKPOINT_FILES) as folder:
-                adapters.save_adapter(self.model, folder, metrics=self.metrics)
-                torch.save(state, folder / TRAINING_STATE)
+            files = adapters.adapter_contents(self.model, metrics=self.metrics)
+            with atomic.folder(target, _CHECKPOINT_FILES) as folder:
+                count, digest = torch_file.write(state, folder / TRAINING_STATE)
+                record = {**_RECORD, "run": self._run, "bytes": count, "sha256": digest, "adapter": _tie(files)}
+                for filename, data in {**files, STATE_RECORD: strict_json.signed(record)}.items():
+                    (folder / filename).write_bytes(data)
         else:
-            basename = f"{name}.pth"
-            with atomic.file(Path(self.save_dir, basename)) as path:
-                torch.save({"model": self.model.state_dict(), **state}, path)
+            with atomic.file(target) as path:
+                torch_file.write({"model": _dense(self.model.state_dict()), **state}, path)
         self.tag_last_checkpoint(basename)
         logger.info("Saved checkpoint %s", os.path.join(self.save_dir, basename))
+        self._own = [*(own for own in self._own if own != basename), basename]
         self._thin_out()
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
@@ -99,46 +118,53 @@ class Checkpointer(DetectionCheckpointer):
 
     def has_checkpoint(self) -> bool:
         """Whether there is a whole checkpoint to resume from."""
-        return bool(self.get_checkpoint_file())
+        return self._resumed or bool(self.get_checkpoint_file())
 
     def get_checkpoint_file(self) -> str:
         """Path of the newest whole checkpoint of this kind of run, empty when there is none."""
-        for path in self._candidates():
-            defect = _defect(path)
-            if not defect:
-                return str(path)
-            logger.warning("Checkpoint %s is passed over: %s", path, defect)
-        return ""
+        return self._newest()[0]
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
         """Continue the newest whole checkpoint of ``save_dir`` where ``resume`` asks for it and there is one.
 
         Otherwise, and for the base under an adapter in any case, load the weights at ``path``.
+
+        Raises:
+            CheckpointError: the checkpoint is of a run of another kind, or does not fit this one.
         """
-        newest = self.get_checkpoint_file() if resume else ""
+        newest, state = self._newest() if resume else ("", {})
         if not newest:
             return self.load(path)
         logger.info("Resuming from %s", newest)
         if os.path.isdir(newest):
             self.load(path)
             adapters.load_adapter(self.model, newest, allow_other_base=self._allow_other_base)
-            state = _read(Path(newest, TRAINING_STATE))
-        else:
-            state = _read(Path(newest))
-            self.model.load_state_dict(state.pop("model"))
-        for key, item in self.checkpointables.items():
-            if key not in state:
-                raise CheckpointError(f"{newest} holds no {key!r}: it cannot be resumed. Start without --resume.")
-            item.load_state_dict(state.pop(key))
+        try:
+            if not os.path.isdir(newest):
+                self.model.load_state_dict(state.pop("model"))
+            for key, item in self.checkpointables.items():
+                if key not in state:
+                    raise CheckpointError(f"{newest} holds no {key!r}: it cannot be resumed. Start without --resume.")
+                _require_same_sizes(getattr(item, "optimizer", None), state[key])
+                item.load_state_dict(state.pop(key))
+        except (CheckpointError, ConfigError, OSError, MemoryError):
+            raise
+        except Exception as error:  # a state_dict of another model or optimizer fails in many ways
+            told = " ".join(str(error).split())[:600]
+            raise CheckpointError(
+                f"{newest} does not fit this run ({type(error).__name__}: {told}). Resume with the config it was "
+                "trained with, or start without --resume in another OUTPUT_DIR."
+            ) from error
+        self._resumed = True
+        self._run = state.pop("run", f"0000-{secrets.token_hex(4)}")
+        marks = self._found()
+        self._own = [found.name for found, run, _ in sorted(marks, key=lambda mark: mark[2]) if run in (self._run, "")]
         return state
 
     def _local_path(self, path: str) -> str:
         """The file behind a path or URL, downloaded where that is needed."""
         if os.path.isdir(path):
-            raise CheckpointError(
-                f"MODEL.WEIGHTS {path!r} is a folder. It takes a model's weights; an adapter folder goes into "
-                "MODEL.PEFT.WEIGHTS."
-            )
+            return path  # the reader says what kind of folder it is
         try:
             # "?matching_heuristics=True" behind a path is a zoo's hint.
             local = self.path_manager.get_local_path(path.partition("?")[0])
@@ -167,57 +193,239 @@ class Checkpointer(DetectionCheckpointer):
                 f"Add {frozen[0].rpartition('.')[0]!r} and its like to MODEL.PEFT.TRAIN."
             )
 
-    def _candidates(self) -> list[Path]:
-        """Checkpoints, the one to try first in front.
+    def _found(self) -> list[tuple[Path, str | None, int]]:
+        """Checkpoints of this kind of run: path, mark of the run, iteration.
 
-        ``last_checkpoint`` decides, except that a checkpoint that was completed after it was written comes before:
-        the process may have been killed between the two. What an older run left behind is thus never preferred.
+        The mark is "" of one that an earlier version wrote, and None of one that cannot be read.
         """
-        root = Path(self.save_dir)
-        if not root.is_dir():
-            return []
-        atomic.recover(root / LAST)
-        tag = root / LAST
-        tagged = tag.read_text().strip() if tag.is_file() else ""
-        tag_time = tag.stat().st_mtime_ns if tag.is_file() else 0
-        suffix = "" if self.prefix == "adapter" else ".pth"
         found = []
-        for path in root.iterdir():
-            name = _NAME.fullmatch(path.name)
-            if name is None or name[1] != self.prefix or (name[3] or "") != suffix:
-                continue
-            marker = path / TRAINING_STATE if path.is_dir() else path
-            time = marker.stat().st_mtime_ns if marker.is_file() else 0
-            rank = 2 if time > tag_time else int(path.name == tagged)
-            found.append((rank, time, name[2], path))
-        return [path for *_, path in sorted(found, reverse=True)]
+        for path, kind in self._named():
+            if kind == self.prefix:
+                number = _NAME.fullmatch(path.name)[2]  # type: ignore[index]
+                iteration = _SURELY if number == "final" else int(number)
+                try:
+                    state = read_file(path / TRAINING_STATE if path.is_dir() else path, values=False)
+                    run, told = state.get("run", ""), _iterations(state)
+                    run = run if run == "" or re.fullmatch(r"\d{1,9}-[0-9a-f]{8}", run) else None
+                    found.append((path, run, told[0] if told and type(told[0]) is int else iteration))
+                except (CheckpointError, OSError, AttributeError, TypeError):
+                    found.append((path, None, iteration))
+        return found
+
+    def _named(self) -> list[tuple[Path, str]]:
+        """What is named as a checkpoint, and its kind: "adapter" or "model"."""
+        try:
+            names = [(path, _NAME.fullmatch(path.name)) for path in sorted(Path(self.save_dir).iterdir())]
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        except OSError as error:
+            raise CheckpointError(f"OUTPUT_DIR {self.save_dir} cannot be read: {error.strerror or error}") from error
+        return [(p, name[1]) for p, name in names if name and (name[3] or "") == {"model": ".pth"}.get(name[1], "")]
+
+    def _candidates(self) -> list[Path]:
+        """Checkpoints of one run, the one to try first in front, the others by iteration downwards.
+
+        ``last_checkpoint`` decides, except that a checkpoint of a later iteration, or of a later run, that was
+        completed after it was written comes before: the process may have been killed between the two. What an older
+        run left behind is thus never preferred.
+        """
+        tag = Path(self.save_dir, LAST)
+        tagged, written = "", 0
+        if tag.is_file():
+            tagged, written = tag.read_bytes()[:300].decode(errors="replace").strip(), tag.stat().st_mtime_ns
+            if _NAME.fullmatch(tagged):
+                atomic.recover(tag.with_name(tagged), only_put_back=True)
+        found = self._found()
+        newest = max((run for _, run, _ in found if run is not None), key=_number, default="")
+        # What cannot be read is taken for this run's, so that it is tried, and a line says why it is passed over.
+        rows = [(path, newest if run is None else run, iteration) for path, run, iteration in found]
+        ages = {path: (_number(run), iteration, path.name == tagged) for path, run, iteration in rows}
+        named = next((path for path in ages if path.name == tagged), None)
+        later = [path for path in ages if named is None or (ages[path] > ages[named] and _time(path) > written)]
+        first = max(later, key=ages.__getitem__, default=named)
+        if first is None:
+            return []
+        if tagged and first is not named:
+            logger.info("%s names %r; going on from %s, which is newer or still there.", LAST, tagged[:80], first.name)
+        runs = {path: run if _number(run) else "" for path, run, _ in rows}
+        own = [path for path in ages if runs[path] == runs[first] and ages[path] <= ages[first]]
+        own += [
+            path for path in ages if ages[first][0] < _number(newest) == ages[path][0]
+        ]  # if the named one is damaged
+        return sorted(own, key=lambda path: (runs[path] == runs[first], ages[path]), reverse=True)
+
+    def _newest(self) -> tuple[str, dict[str, Any]]:
+        """The newest whole checkpoint and its content, its adapter apart; what is damaged is passed over, with a line.
+
+        Raises:
+            CheckpointError: the folder's checkpoints are of another kind of run, or this process cannot read them.
+        """
+        candidates = self._candidates()
+        for path in candidates:
+            try:
+                return str(path), _read(path)
+            except CheckpointDamaged as error:
+                self._say(f"Checkpoint {path} is passed over: {error.defect}")
+        if candidates:
+            self._say(f"No whole checkpoint is left in {self.save_dir}.")
+        elif others := [path for path, _ in self._named()]:
+            this = "trains an adapter" if self.prefix == "adapter" else "has no MODEL.PEFT (is --peft-config missing?)"
+            raise CheckpointError(
+                f"{self.save_dir} holds checkpoints of another kind of run ({others[-1].name}), and this one {this}. "
+                "Give the config of that run, or another OUTPUT_DIR."
+            )
+        return "", {}
+
+    def _say(self, line: str) -> None:
+        """Warn once."""
+        if line not in self._said:
+            logger.warning("%s", line)
+        self._said.add(line)
 
     def _thin_out(self) -> None:
+        """Delete this run's oldest periodic checkpoints."""
         if self._keep <= 0:
             return
-        periodic = re.compile(rf"{self.prefix}_\d{{7}}(\.pth)?")
-        found = sorted(p for p in Path(self.save_dir).iterdir() if periodic.fullmatch(p.name))
-        for path in found[: -self._keep]:
+        for name in [name for name in self._own if "final" not in name][: -self._keep]:
+            self._own.remove(name)
+            path = Path(self.save_dir, name)
             if not path.is_dir():
-                path.unlink()
+                path.unlink(missing_ok=True)
             elif (other := atomic.foreign_entry(path, _CHECKPOINT_FILES)) is None:
                 shutil.rmtree(path)
             else:
                 logger.warning("Checkpoint %s is kept: it holds %r, which is not part of one.", path, other)
 
 
-def _defect(path: Path) -> str:
-    """Why a checkpoint cannot be resumed from, in words; empty when it is whole."""
-    try:
-        if path.is_dir():
-            adapter_file.read(path)
-            path = path / TRAINING_STATE
-        with zipfile.ZipFile(path) as archive:
-            broken = archive.testzip()
-        return f"{path.name} is damaged at {broken}" if broken else ""
-    except (adapter_file.AdapterFileError, OSError, zipfile.BadZipFile) as error:
-        return str(error)
+def _number(run: str) -> int:
+    """The number in the mark of a run; 0 of one without a mark."""
+    return int(run.partition("-")[0] or 0)
+
+
+def _time(path: Path) -> int:
+    """When a checkpoint was completed."""
+    file = path / TRAINING_STATE if path.is_dir() else path
+    return file.stat().st_mtime_ns if file.is_file() else 0
+
+
+def _tie(files: dict[str, bytes]) -> str:
+    """What ties a training state to its adapter: the sha256 of the adapter's record, which covers all of it."""
+    return hashlib.sha256(files[adapter_file.RECORD]).hexdigest()
+
+
+def _dense(state: dict[str, Any]) -> dict[str, Any]:
+    """The tensors of a state dict, those that are larger than their storage (expanded ones) copied."""
+    for name, value in state.items():
+        if isinstance(value, Tensor) and 0 in value.stride() and value.numel() > 1:
+            state[name] = value.contiguous()
+    return state
+
+
+def _iterations(state: Any) -> list[Any]:
+    """Every place in which a training state tells its iteration."""
+    parts = [state, state.get("trainer")]
+    return [part["iteration"] for part in parts if isinstance(part, dict) and "iteration" in part]
 
 
 def _read(path: Path) -> dict[str, Any]:
-    return torch.load(path, map_location="cpu", weights_only=True)
+    """Read a checkpoint and prove it whole: its adapter, its training state, and that they belong together.
+
+    Raises:
+        CheckpointDamaged: it is not as it was saved.
+        CheckpointError: this process cannot read it.
+    """
+    if not path.is_dir():
+        state = read_file(path)
+    else:
+        try:
+            adapter_file.read(path)
+        except adapter_file.AdapterFileError as error:
+            if isinstance(error.__cause__, OSError) and error.__cause__.errno in SYSTEM_ERRORS:
+                raise CheckpointError(str(error)) from error
+            raise CheckpointDamaged(str(error)) from error
+        recorded = _check_record(path)
+        state = read_file(path / TRAINING_STATE)
+        if isinstance(state, dict) and "run" in state and recorded is None:
+            raise CheckpointDamaged(f"{STATE_RECORD} is missing")
+    if defect := _defect(path, state):
+        raise CheckpointDamaged(f"its training state is not one of a run: {defect}")
+    return state
+
+
+def _check_record(folder: Path) -> dict[str, Any] | None:
+    """Compare a training state with its record; None for one of an earlier version, which wrote no record."""
+    path, file = folder / STATE_RECORD, folder / TRAINING_STATE
+    try:
+        if not file.is_file() or file.is_symlink():
+            raise CheckpointDamaged(f"{TRAINING_STATE} is missing or no regular file")
+        if not os.path.lexists(path):
+            return None
+        data = path.read_bytes() if path.is_file() and path.stat().st_size < strict_json.MAX_BYTES else b""
+        record = strict_json.loads(data)
+        if not strict_json.is_signed(data, record) or any(record.get(key) != _RECORD[key] for key in _RECORD):
+            raise CheckpointDamaged(f"{STATE_RECORD} was damaged or edited, or is of another version")
+        if file.stat().st_size != record.get("bytes") or _sha256(file) != record.get("sha256"):
+            raise CheckpointDamaged(f"{TRAINING_STATE} is not the one that was saved: it was damaged or replaced")
+        if _tie({adapter_file.RECORD: (folder / adapter_file.RECORD).read_bytes()}) != record.get("adapter"):
+            raise CheckpointDamaged(f"{TRAINING_STATE} was saved beside another adapter")
+    except strict_json.JSONDefect as error:
+        raise CheckpointDamaged(f"{STATE_RECORD}: {error}") from error
+    except OSError as error:
+        kind = CheckpointError if error.errno in SYSTEM_ERRORS else CheckpointDamaged
+        raise kind(f"{folder} cannot be read: {error.strerror or error}") from error
+    return record
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while chunk := stream.read(2**22):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _defect(path: Path, state: Any) -> str:
+    """What is wrong with the content of a training state, in words; empty where nothing is."""
+    if not isinstance(state, dict):
+        return f"it is a {type(state).__name__}"
+    if not path.is_dir() and not isinstance(state.get("model"), dict):
+        return "it holds no model"
+    told = _iterations(state)
+    if any(type(iteration) is not int or not 0 <= iteration < _SURELY for iteration in told):
+        return f"its iteration is {str(told[0])[:40] if isinstance(told[0], (int, str, float)) else type(told[0])}"
+    number = _NAME.fullmatch(path.name)[2]  # type: ignore[index]
+    if len({*told, *([int(number)] if number != "final" else [])}) > 1:
+        return f"it is of iteration {told[0]}"
+    trainer = state.get("trainer")
+    if trainer is None:
+        return ""
+    if not isinstance(trainer, dict) or type(trainer.get("seed", 0)) is not int or trainer.get("seed", 0) < 0:
+        return "its seed is no number"
+    groups = trainer.get("optimizer", {"param_groups": [], "state": {}})
+    if not isinstance(groups, dict) or not isinstance(groups.get("param_groups"), list):
+        return "it holds no optimizer"
+    return "" if isinstance(groups.get("state"), dict) else "it holds no optimizer"
+
+
+def _require_same_sizes(optimizer: Any, state: Any) -> None:
+    """Refuse the state of an optimizer of other parameters.
+
+    Raises:
+        ValueError: with the two sizes.
+    """
+    stored = state.get("optimizer") if isinstance(state, dict) else None
+    if optimizer is None or not isinstance(stored, dict):
+        return
+    counts = [[len(group["params"]) for group in groups] for groups in (stored["param_groups"], optimizer.param_groups)]
+    if sum(counts[0]) != sum(counts[1]):
+        raise ValueError(f"its optimizer has {sum(counts[0])} parameters, this run's has {sum(counts[1])}")
+    if counts[0] != counts[1]:
+        return  # the optimizer itself says so
+    own = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    indices = [index for group in stored["param_groups"] for index in group["params"]]
+    for index, parameter in zip(indices, own, strict=True):
+        for key, value in stored["state"].get(index, {}).items():
+            if key in _MOMENTS and isinstance(value, Tensor) and value.shape != parameter.shape:
+                raise ValueError(
+                    f"its optimizer has a parameter of shape {tuple(value.shape)}, {tuple(parameter.shape)} here"
+                )

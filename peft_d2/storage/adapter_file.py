@@ -10,11 +10,13 @@ Every byte of the folder is covered by a checksum, so a flipped bit anywhere is 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import errno
 import hashlib
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from torch import Tensor
 
 from peft_d2.storage import adapter_config, atomic, strict_json, tensor_file
 from peft_d2.storage.base_fingerprint import Fingerprint
+from peft_d2.storage.checkpoint import newest_in_run
 
 FORMAT = "peft_d2-adapter"
 FORMAT_VERSION = 1
@@ -29,6 +32,9 @@ TENSORS, CONFIG, RECORD = "adapter_model.safetensors", "adapter_config.json", "p
 FILES = (TENSORS, CONFIG, RECORD)
 MARK = "peft_d2"  # in the tensors' header: tells our folder that lost its record from one of Hugging Face's
 
+_ATTEMPTS = 3
+_MAX_DEPTH = 100
+_OF_THE_SYSTEM = "correct the path, its permissions, or the limits of this process; the files themselves may be whole"
 _DAMAGED = "copy the folder again from where it was saved, or use an earlier checkpoint"
 _KEYS = {"base", "checksum", "files", "format", "format_version", "methods", "metrics", "peft_d2_version", "train"}
 
@@ -86,11 +92,51 @@ def write(
         scales: path of a LoRA -> factor on B A x; with it the folder is one that Hugging Face `peft` reads.
 
     Raises:
-        StorageError: the folder holds something else than an adapter, or the disk is full; what was there stays.
+        StorageError: the folder holds something else than an adapter, or cannot be stored; what was there stays.
         ValueError: a tensor name or a value cannot be stored.
     """
+    data = contents(tensors, methods=methods, train=train, base=base, metrics=metrics, scales=scales)
     with atomic.folder(folder, FILES) as temporary:
-        write_into(temporary, tensors, methods=methods, train=train, base=base, metrics=metrics, scales=scales)
+        for name, content in data.items():
+            (temporary / name).write_bytes(content)
+
+
+def contents(
+    tensors: Mapping[str, Tensor],
+    *,
+    methods: Sequence[Mapping[str, Any]],
+    train: Sequence[str],
+    base: Fingerprint,
+    metrics: Mapping[str, Any] | None = None,
+    scales: Mapping[str, float] | None = None,
+) -> dict[str, bytes]:
+    """The three files of `write`, for a caller that stores more beside them.
+
+    Raises:
+        ValueError: a tensor name or a value cannot be stored.
+    """
+    require_storable(tensors)
+    plain = [_plain(dict(method), "a method") for method in methods]
+    config = adapter_config.describe(tensors, base.tensors, scales or {})
+    adapter_config.scales(tensors, config)  # what could not be read is not written
+    data = {
+        TENSORS: tensor_file.dumps(adapter_config.to_file(tensors), {MARK: str(FORMAT_VERSION)}),
+        CONFIG: strict_json.dumps(config),
+    }
+    record = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "peft_d2_version": _own_version(),
+        "methods": plain,
+        "train": list(train),
+        "base": base.to_json(),
+        "metrics": _plain(dict(metrics or {}), "the metrics"),
+        "files": {name: {"bytes": len(content), "sha256": _sha256(content)} for name, content in data.items()},
+    }
+    try:
+        return {**data, RECORD: strict_json.signed(record)}
+    except strict_json.JSONDefect as error:
+        raise ValueError(f"methods or metrics cannot be stored: {error}") from None
 
 
 def require_storable(names: Iterable[str]) -> None:
@@ -107,48 +153,45 @@ def require_storable(names: Iterable[str]) -> None:
             )
 
 
-def write_into(
-    folder: Path,
-    tensors: Mapping[str, Tensor],
-    *,
-    methods: Sequence[Mapping[str, Any]],
-    train: Sequence[str],
-    base: Fingerprint,
-    metrics: Mapping[str, Any] | None = None,
-    scales: Mapping[str, float] | None = None,
-) -> None:
-    """As `write`, into a folder that exists; for a caller that stores more beside it inside one `atomic.folder`."""
-    require_storable(tensors)
-    plain = [_plain(dict(method), "a method") for method in methods]
-    contents = {
-        TENSORS: tensor_file.dumps(adapter_config.to_file(tensors), {MARK: str(FORMAT_VERSION)}),
-        CONFIG: strict_json.dumps(adapter_config.describe(tensors, base.tensors, scales or {})),
-    }
-    record = {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
-        "peft_d2_version": _own_version(),
-        "methods": plain,
-        "train": list(train),
-        "base": base.to_json(),
-        "metrics": _plain(dict(metrics or {}), "the metrics"),
-        "files": {name: {"bytes": len(data), "sha256": _sha256(data)} for name, data in contents.items()},
-    }
-    contents[RECORD] = strict_json.dumps({**record, "checksum": _sha256(strict_json.dumps(record))})
-    for name, data in contents.items():
-        (folder / name).write_bytes(data)
-
-
 def read(folder: str | os.PathLike[str]) -> AdapterFile:
-    """Read and verify an adapter folder written by `write`.
+    """Read and verify an adapter folder written by `write`. One that is replaced meanwhile is read again.
 
     Raises:
         AdapterFileError: anything about it is not as it was written.
     """
+    if not os.fspath(folder):
+        raise AdapterFileError("", "the path of the adapter folder is empty", "name the folder")
     root = Path(folder)
-    atomic.recover(root)
-    if not root.is_dir():
-        raise AdapterFileError(root, "there is no such adapter folder", "correct MODEL.PEFT.WEIGHTS or the path given")
+    for attempt in range(_ATTEMPTS):
+        before = _identity(root)
+        try:
+            return _read(root)
+        except AdapterFileError:
+            if _identity(root) == before or attempt + 1 == _ATTEMPTS:
+                raise
+    raise AssertionError
+
+
+def _identity(root: Path) -> Any:
+    """What changes when the folder is replaced."""
+    try:
+        found = (root / RECORD).stat()
+    except (OSError, ValueError):
+        return None
+    return found.st_ino, found.st_mtime_ns, found.st_size
+
+
+def _read(root: Path) -> AdapterFile:
+    with _accessible(root):
+        if not root.exists():
+            atomic.recover(root, only_put_back=True)
+        if root.is_file():
+            raise AdapterFileError(root, "it is a file, not an adapter folder", "give the folder that holds it")
+        if not root.is_dir():
+            remedy = "correct MODEL.PEFT.WEIGHTS or the path given"
+            raise AdapterFileError(root, "there is no such adapter folder", remedy)
+        if not any(os.path.lexists(root / name) for name in FILES) and (inside := newest_in_run(root)):
+            raise AdapterFileError(root, "it is the folder of a run, not of an adapter", f"give {inside}")
     record = _read_record(root)
     files = record["files"]
     config_data = _read_member(root, CONFIG, files[CONFIG])
@@ -174,6 +217,7 @@ def _read_record(root: Path) -> dict[str, Any]:
     try:
         data = _bounded(path, strict_json.MAX_BYTES)
         record = strict_json.loads(data)
+        is_whole = strict_json.is_signed(data, record)
     except strict_json.JSONDefect as error:
         raise AdapterFileError(path, str(error), _DAMAGED) from None
     if record.get("format") == FORMAT and record.get("format_version") != FORMAT_VERSION:
@@ -183,8 +227,7 @@ def _read_record(root: Path) -> dict[str, Any]:
             "install a peft_d2 that reads that version, or save the adapter again; if the number looks odd, "
             + _DAMAGED,
         )
-    unsigned = {key: value for key, value in record.items() if key != "checksum"}
-    if record.get("checksum") != _sha256(strict_json.dumps(unsigned)) or data != strict_json.dumps(record):
+    if not is_whole:
         raise AdapterFileError(path, "its checksum does not match: it was damaged or edited", _DAMAGED)
     if record.get("format") != FORMAT or set(record) != _KEYS or not _has_types(record):
         raise AdapterFileError(path, "it is not the record of a peft_d2 adapter", "save the adapter again")
@@ -222,21 +265,31 @@ def _read_member(root: Path, name: str, entry: Mapping[str, Any]) -> bytes:
 
 def _bounded(path: Path, limit: int) -> bytes:
     """The bytes of a regular file of the folder; never more than `limit`, nor than there are."""
-    if path.is_symlink() or (path.exists() and not path.is_file()):
-        raise AdapterFileError(path, "it is a link or no regular file", "put the file itself into the folder")
-    try:
+    with _accessible(path):
+        if path.is_symlink() or (path.exists() and not path.is_file()):
+            raise AdapterFileError(path, "it is a link or no regular file", "put the file itself into the folder")
+        if not path.exists():
+            remedy = _DAMAGED
+            if path.name == RECORD:
+                remedy += "; a folder written by Hugging Face peft is read by peft_d2.storage.huggingface.read"
+            raise AdapterFileError(path, "the file is missing", remedy)
         size = path.stat().st_size
         if size > limit:
             raise AdapterFileError(path, f"it has {size} bytes instead of {limit}", _DAMAGED)
         with path.open("rb") as stream:
             return stream.read(size)
-    except FileNotFoundError:
-        remedy = _DAMAGED
-        if path.name == RECORD:
-            remedy += "; a folder written by Hugging Face peft is read by peft_d2.storage.huggingface.read"
-        raise AdapterFileError(path, "the file is missing", remedy) from None
+
+
+@contextlib.contextmanager
+def _accessible(path: Path) -> Iterator[None]:
+    """Say what the system says about a path that cannot be read."""
+    try:
+        yield
+    except MemoryError as error:
+        raise AdapterFileError(path, "it does not fit into the memory of this process", _OF_THE_SYSTEM) from error
     except OSError as error:
-        raise AdapterFileError(path, f"it cannot be read ({error.strerror or error})", _DAMAGED) from error
+        remedy = _DAMAGED if error.errno == errno.EIO else _OF_THE_SYSTEM
+        raise AdapterFileError(str(path)[:400], f"it cannot be read ({error.strerror or error})", remedy) from error
 
 
 def _named_as_in_model(path: Path, data: bytes) -> dict[str, Tensor]:
@@ -252,12 +305,14 @@ def _named_as_in_model(path: Path, data: bytes) -> dict[str, Tensor]:
         raise AdapterFileError(path, str(error), "save the adapter again") from None
 
 
-def _plain(value: Any, where: str) -> Any:
+def _plain(value: Any, where: str, depth: int = 0) -> Any:
     """A copy of plain JSON values; numbers that JSON cannot hold (the AP of an absent class is NaN) become null."""
+    if depth > _MAX_DEPTH:
+        raise ValueError(f"{where} are nested more than {_MAX_DEPTH} deep, or hold themselves")
     if isinstance(value, Mapping):
-        return {str(key): _plain(entry, where) for key, entry in value.items()}
+        return {str(key): _plain(entry, where, depth + 1) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(entry, where) for entry in value]
+        return [_plain(entry, where, depth + 1) for entry in value]
     if value is None or isinstance(value, (str, bool, int)):
         return value
     item = getattr(value, "item", None)  # NumPy and torch scalars

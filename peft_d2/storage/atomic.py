@@ -1,8 +1,9 @@
 """Files and folders that are either the old one or the new one, whole, whenever the process is killed.
 
-Everything is written to a hidden sibling of the target (`.<name>.<host>-<pid>-<random>.tmp`), flushed to the disk,
-and renamed. A reader that lists a directory can therefore ignore names that begin with a dot, and what it sees under
-its own name is complete.
+Everything is written to a hidden sibling of the target (`.<name>.<random>.tmp`), flushed to the disk, and renamed. A
+reader that lists a directory can therefore ignore names that begin with a dot, and what it sees under its own name is
+complete. A writer holds a lock (flock) on its temporary as long as it lives: the next writer of the same name removes
+what it can lock, so nothing of a live one, on any machine. Readers remove nothing.
 """
 
 from __future__ import annotations
@@ -11,59 +12,58 @@ import contextlib
 import ctypes
 import errno
 import fnmatch
+import hashlib
 import os
-import platform
 import re
 import secrets
 import shutil
-import time
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
+try:
+    import fcntl
+except ImportError:  # no Unix: temporaries are not locked, and those of killed writers stay
+    fcntl = None  # type: ignore[assignment]
+
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _NO_DIRECTORY_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EPERM}
-_TORCH_WRITE_SIGNS = ("inline_container", "PytorchStreamWriter", "iostream error", "file write failed")
-_RENAME_EXCHANGE = 2
-_AT_FDCWD = -100
-_FOREIGN_STALE_SECONDS = 24 * 3600
-# Temporaries that this process is writing now. A restarted container often has the process number of the killed one.
-_LIVE: set[str] = set()
+_TORCH_WRITE_SIGNS = ("PytorchStreamWriter", "unexpected pos", "iostream error", "file write failed")
+_RENAME_EXCHANGE, _AT_FDCWD = 2, -100
+_MAX_NAME = 230  # bytes; file systems allow 255
 
 
 class StorageError(OSError):
     """Something could not be stored; what was stored before under that name is untouched."""
 
 
+class NotAFolderError(StorageError, NotADirectoryError):
+    """A folder is to be written where a file is."""
+
+
 @contextlib.contextmanager
 def file(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary path to write to; on leaving, it replaces `path` in one step.
+    """Yield the path of an empty temporary file to write to; on leaving, it replaces `path` in one step.
 
     Args:
         path: the file to create or replace; missing parent directories are made.
 
     Raises:
-        StorageError: the disk is full or a quota or size limit is reached, or `path` is empty; the old file stays.
+        StorageError: it cannot be stored (no space, no permission, an empty or impossible name...); the old file stays.
     """
     target = _target(path)
-    with explained(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        recover(target)
-        temporary = _sibling(target, "tmp")
-        try:
-            yield temporary
+    with explained(target), _temporary(target, is_folder=False) as temporary:
+        yield temporary
+        with _own_steps(target):
             _sync(temporary)
             os.replace(temporary, target)
             _sync(target.parent)
-        finally:
-            temporary.unlink(missing_ok=True)
-            _LIVE.discard(temporary.name)
 
 
 def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
     """Write `data` to `path` in one step.
 
     Raises:
-        StorageError: the disk is full or a quota or size limit is reached; the old file stays.
+        StorageError: it cannot be stored; the old file stays.
     """
     with file(path) as temporary:
         temporary.write_bytes(data)
@@ -74,39 +74,24 @@ def folder(path: str | os.PathLike[str], replaces: Collection[str]) -> Iterator[
     """Yield an empty temporary folder to fill; on leaving, it replaces the folder `path` as a whole.
 
     Args:
-        path: the folder to create or replace; missing parent directories are made. A folder that an outer `folder` has
-            just yielded is filled as it is.
+        path: the folder to create or replace; missing parent directories are made.
         replaces: names, or globs, of the files that a folder written by this caller consists of. A folder that holds
             anything else is somebody's and is never replaced.
 
     Raises:
-        StorageError: the folder holds something else, `path` is empty, the disk is full, or a quota or size limit is
-            reached; the old folder stays.
-        NotADirectoryError: `path` exists and is a file.
+        StorageError: the folder holds something else, or cannot be stored; the old folder stays.
+        NotAFolderError: `path` exists and is a file.
     """
     target = _target(path)
-    if target.name in _LIVE:  # inside another `folder` of this process, which will sync and rename it
-        yield target
-        return
-    with explained(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        recover(target)
-        if target.exists() and not target.is_dir():
-            raise NotADirectoryError(
-                f"{target} is a file, but a folder is to be written there: move it or choose another name"
-            )
-        require_own(target, replaces)
-        temporary = _sibling(target, "tmp")
-        temporary.mkdir()
-        try:
-            yield temporary
-            _sync_tree(temporary)
+    with explained(target), _temporary(target, is_folder=True, replaces=replaces) as temporary:
+        yield temporary
+        with _own_steps(target):
+            for directory, _, names in os.walk(temporary):
+                for name in [*names, ""]:
+                    _sync(Path(directory, name))
             require_own(target, replaces)  # somebody may have put a file there meanwhile
             _replace_folder(temporary, target)
             _sync(target.parent)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-            _LIVE.discard(temporary.name)
 
 
 def foreign_entry(path: Path, own: Collection[str]) -> str | None:
@@ -132,26 +117,74 @@ def require_own(path: Path, own: Collection[str]) -> None:
         )
 
 
-def recover(path: str | os.PathLike[str]) -> None:
+def recover(path: str | os.PathLike[str], only_put_back: bool = False) -> None:
     """Undo what a killed writer of `path` left behind.
 
-    Temporaries of dead processes are deleted. Where the file system cannot exchange two folders in one step, a kill
-    between the two renames leaves the old folder under a hidden name: it is put back.
+    Where the file system cannot exchange two folders in one step, a kill between the two renames leaves the old folder
+    under a hidden name: it is put back. Temporaries of dead writers are deleted unless `only_put_back`.
     """
     target = _target(path)
-    pattern = re.compile(re.escape(f".{target.name}.") + r"(?P<host>.*)-(?P<pid>\d+)-[0-9a-f]{8}\.(?P<kind>tmp|old)")
-    if not target.parent.is_dir():
-        return
-    for entry in os.scandir(target.parent):
+    pattern = re.compile(re.escape(f".{_short(target)}.") + r"[0-9a-f]{8}\.(tmp|old)")
+    for entry in os.scandir(target.parent) if target.parent.is_dir() else ():
         found = pattern.fullmatch(entry.name)
-        if found is None or not _is_stale(entry, found["host"], int(found["pid"])):
+        if found is None or (only_put_back and found[1] == "tmp") or (lock := _lock(Path(entry.path))) in (None, -1):
             continue
-        if found["kind"] == "old" and not target.exists():
-            os.rename(entry.path, target)
-        elif entry.is_dir(follow_symlinks=False):
-            shutil.rmtree(entry.path, ignore_errors=True)
-        else:
-            Path(entry.path).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            if found[1] == "old" and not target.exists():
+                os.rename(entry.path, target)
+            elif not only_put_back:
+                _remove(Path(entry.path))
+        _unlock(lock)
+
+
+@contextlib.contextmanager
+def explained(target: Path) -> Iterator[None]:
+    """Turn "no space" in its several forms into one StorageError that names the target and the remedy.
+
+    Raises:
+        StorageError: the disk is full or a quota or size limit is reached while something is written to `target`.
+    """
+    try:
+        yield
+    except StorageError:
+        raise
+    except OSError as error:
+        if error.errno not in _DISK_FULL:
+            raise
+        raise _refusal(target, error) from error
+    except RuntimeError as error:
+        # torch.save to a path reports a failed write as a RuntimeError of its C++ stream writer.
+        if not any(sign in str(error) for sign in _TORCH_WRITE_SIGNS) or "Reader" in str(error):
+            raise
+        raise _refusal(target, OSError(errno.ENOSPC, "the write failed, most likely for lack of space")) from error
+
+
+@contextlib.contextmanager
+def _own_steps(target: Path) -> Iterator[None]:
+    """As `explained`, where every OSError is one of storing `target`."""
+    try:
+        yield
+    except StorageError:
+        raise
+    except OSError as error:
+        raise _refusal(target, error) from error
+
+
+def _refusal(target: Path, error: OSError) -> StorageError:
+    kept, free = "nothing was stored under that name", ""
+    with contextlib.suppress(OSError):
+        kept = "what was stored there before is kept" if target.exists() else kept
+        free = f" ({shutil.disk_usage(target.parent).free / 2**20:.0f} MiB free there)"
+    remedy = "Choose another place, or correct its name or permissions"
+    if error.errno in _DISK_FULL:
+        remedy = "Free some space or write to another disk, then run again"
+        elsewhere = Path(os.fsdecode(error.filename)) if error.filename is not None else target
+        if not elsewhere.is_relative_to(target.parent):
+            free, remedy = f" at {elsewhere}", f"Free some space there: {elsewhere.parent} is full"
+    else:
+        free = ""
+    reason = error.strerror or str(error)
+    return StorageError(error.errno or errno.EIO, f"cannot store {str(target)[:400]}: {reason}{free}; {kept}. {remedy}")
 
 
 def _target(path: str | os.PathLike[str]) -> Path:
@@ -160,48 +193,84 @@ def _target(path: str | os.PathLike[str]) -> Path:
     return Path(os.path.realpath(path))
 
 
-def _host() -> str:
-    return re.sub(r"[^A-Za-z0-9_]", "_", platform.node())[:32] or "host"
+def _short(target: Path) -> str:
+    name = os.fsencode(target.name)
+    return target.name if len(name) <= _MAX_NAME else hashlib.sha256(name).hexdigest()
 
 
-def _sibling(target: Path, kind: str) -> Path:
-    name = f".{target.name}.{_host()}-{os.getpid()}-{secrets.token_hex(4)}.{kind}"
-    _LIVE.add(name)
-    return target.with_name(name)
-
-
-def _is_stale(entry: os.DirEntry[str], host: str, pid: int) -> bool:
-    """A temporary is stale when its writer is dead; a writer on another machine is given a day."""
-    if host != _host():
-        with contextlib.suppress(FileNotFoundError):
-            return time.time() - entry.stat(follow_symlinks=False).st_mtime > _FOREIGN_STALE_SECONDS
-        return False
-    if pid == os.getpid():
-        return entry.name not in _LIVE
+@contextlib.contextmanager
+def _temporary(target: Path, is_folder: bool, replaces: Collection[str] = ()) -> Iterator[Path]:
+    """A locked, empty file or folder beside the target, removed on leaving where it still has that name."""
+    lock = None
+    with _own_steps(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        recover(target)
+        if is_folder and target.exists() and not target.is_dir():
+            reason = f"{target} is a file, but a folder is to be written there: move it or choose another name"
+            raise NotAFolderError(errno.ENOTDIR, reason)
+        if not is_folder and target.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "it is a folder, but a file is to be written there")
+        require_own(target, replaces)
+        for _ in range(100):  # a cleaner may take it before it is locked
+            temporary = target.with_name(f".{_short(target)}.{secrets.token_hex(4)}.tmp")
+            temporary.mkdir() if is_folder else temporary.touch(exist_ok=False)
+            lock = _lock(temporary)
+            if lock is not None:
+                break
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:
-        return False
-    return False
+        yield temporary
+    finally:
+        _remove(temporary)
+        _unlock(lock)
+
+
+def _lock(path: Path) -> int | None:
+    """A descriptor that locks a file or folder while it is open; None where another has it; -1 where nothing can."""
+    if fcntl is None:
+        return -1
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.samestat(os.fstat(descriptor), os.lstat(path)):
+            return descriptor
+        taken = True
+    except OSError as error:
+        taken = error.errno in (errno.EAGAIN, errno.EACCES, errno.ENOENT)
+    os.close(descriptor)
+    return None if taken else -1
+
+
+def _unlock(lock: int | None) -> None:
+    if lock is not None and lock >= 0:
+        os.close(lock)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 def _replace_folder(new: Path, target: Path) -> None:
     if not target.exists():
         os.rename(new, target)
-    elif _exchange(new, target):
-        shutil.rmtree(new, ignore_errors=True)
-    else:
-        old = _sibling(target, "old")
+    elif not _exchange(new, target):  # after an exchange, the old folder is removed under the temporary's name
+        old = new.with_suffix(".old")
+        lock = _lock(target)
         os.rename(target, old)
         try:
             os.rename(new, target)
         except OSError:
             os.rename(old, target)
             raise
-        shutil.rmtree(old, ignore_errors=True)
-        _LIVE.discard(old.name)
+        finally:
+            _unlock(lock)
+        _remove(old)
 
 
 def _exchange(first: Path, second: Path) -> bool:
@@ -223,42 +292,3 @@ def _sync(path: Path) -> None:
             raise
     finally:
         os.close(descriptor)
-
-
-def _sync_tree(root: Path) -> None:
-    for directory, _, names in os.walk(root):
-        for name in names:
-            _sync(Path(directory, name))
-        _sync(Path(directory))
-
-
-@contextlib.contextmanager
-def explained(target: Path) -> Iterator[None]:
-    """Turn "no space" in its several forms into one StorageError that names the target and the remedy.
-
-    Raises:
-        StorageError: the disk is full or a quota or size limit is reached while something is written to `target`.
-    """
-    try:
-        yield
-    except StorageError:
-        raise
-    except OSError as error:
-        if error.errno not in _DISK_FULL:
-            raise
-        raise _full(target, os.strerror(error.errno), error.errno) from error
-    except RuntimeError as error:
-        # torch.save reports a failed write as a RuntimeError of its C++ stream writer.
-        if not any(sign in str(error) for sign in _TORCH_WRITE_SIGNS):
-            raise
-        raise _full(target, "the write failed, most likely no space left on device", errno.ENOSPC) from error
-
-
-def _full(target: Path, reason: str, code: int) -> StorageError:
-    free = ""
-    with contextlib.suppress(OSError):
-        free = f" ({shutil.disk_usage(target.parent).free / 2**20:.0f} MiB free there)"
-    kept = "what was stored there before is kept" if target.exists() else "nothing was stored under that name"
-    return StorageError(
-        code, f"cannot store {target}: {reason}{free}; {kept}. Free some space or write to another disk, then run again"
-    )

@@ -2,28 +2,38 @@
 
 from __future__ import annotations
 
-import argparse
-import contextlib
 import dataclasses
+import errno
 import os
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor
 
-from peft_d2.storage import restricted_pickle, tensor_file
+from peft_d2.storage import adapter_config, tensor_file, torch_file
 
 # Where training programs put the state dict inside the file.
 _NESTS = ("model", "state_dict", "model_state", "model_state_dict", "blobs", "module")
-_ZIP, _PICKLE = b"PK\x03\x04", b"\x80"
+_REMEDY = "Download or copy it again; if it is meant to hold more than tensors, save its state dict alone and use that"
+_GIVE_ADAPTER = "MODEL.WEIGHTS takes the weights of a whole model; an adapter's folder goes into MODEL.PEFT.WEIGHTS"
+SYSTEM_ERRORS = {errno.EMFILE, errno.ENFILE, errno.EACCES, errno.EPERM, errno.ENOMEM}
 
 
 class CheckpointError(ValueError):
     """A checkpoint cannot be read, or does not fit the model."""
+
+
+class CheckpointDamaged(CheckpointError):
+    """A checkpoint is not as it was written; another one may be.
+
+    Attributes:
+        defect: what is wrong, in words.
+    """
+
+    def __init__(self, defect: str, message: str = "") -> None:
+        self.defect = defect
+        super().__init__(message or defect)
 
 
 @dataclasses.dataclass
@@ -44,72 +54,69 @@ class Checkpoint:
 def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """Read `.pkl` (Detectron2's zoo and Caffe2), `.pth`, `.pt`, `.bin` (torch), or `.safetensors`.
 
-    Nothing in the file is executed: pickles go through a reader that knows arrays and containers alone, torch files
-    through `weights_only`. A state dict under "model", "state_dict" and the like is taken out, a "module." before
-    every name removed.
+    Nothing in the file is executed: see `torch_file`. A state dict under "model", "state_dict" and the like is taken
+    out; names are as in the file (`load_base` finds prefixes).
 
     Raises:
-        CheckpointError: the file is missing, cut short, damaged, holds no tensors, or wants to run code.
+        CheckpointError: the file is missing, cut short, damaged, holds no tensors, is an adapter, or wants to run code.
+    """
+    content = read_file(path)
+    if isinstance(content, Checkpoint):
+        return content
+    return _unpacked(content, str(path))
+
+
+def read_file(path: str | os.PathLike[str], values: bool = True) -> Any:
+    """The content of a file: a `Checkpoint` of a `.safetensors`, else the object that was saved.
+
+    Args:
+        path: the file.
+        values: False leaves the tensors of a torch file on the meta device.
+
+    Raises:
+        CheckpointDamaged: it is not as it was written, or holds more than weights.
+        CheckpointError: it is missing, or this process cannot read it.
     """
     file = Path(path)
-    if not file.is_file():
-        raise CheckpointError(f"there is no checkpoint {file}: correct MODEL.WEIGHTS, or download the file first")
     try:
-        content = _read(file)
-    except (restricted_pickle.PickleRefused, tensor_file.TensorFileDefect) as error:
-        raise CheckpointError(f"cannot read the checkpoint {file}: {error}. {_REMEDY}") from error
+        if file.is_dir():
+            raise CheckpointError(f"{file} is a folder{_kind_of_folder(file)}. {_GIVE_ADAPTER}")
+        if not file.exists():
+            raise CheckpointError(f"there is no checkpoint {file}: correct MODEL.WEIGHTS, or download the file first")
+        if not file.is_file():
+            raise CheckpointError(f"{file} is no regular file, so it cannot be a checkpoint")
+        if file.suffix != ".safetensors":
+            return torch_file.read(file, values)
+        state, metadata = tensor_file.read(file)
+    except (torch_file.Refused, tensor_file.TensorFileDefect) as error:
+        raise CheckpointDamaged(str(error), f"cannot read the checkpoint {file}: {error}. {_REMEDY}") from error
+    except MemoryError as error:
+        size = file.stat().st_size / 2**20
+        raise CheckpointError(
+            f"cannot read the checkpoint {file}: its {size:.0f} MiB do not fit into this process's memory ({error})"
+        ) from error
     except OSError as error:
-        raise CheckpointError(f"cannot read the checkpoint {file}: {error.strerror or error}") from error
-    return _unpacked(content, str(file))
+        message = f"cannot read the checkpoint {str(file)[:300]}: {error.strerror or error}"
+        raise CheckpointError(message) if error.errno in SYSTEM_ERRORS else CheckpointDamaged(message) from error
+    if any(name.startswith(adapter_config.PREFIX) for name in state):
+        raise CheckpointError(f"{file} is the file of an adapter. {_GIVE_ADAPTER}")
+    return Checkpoint(state, dict(metadata), str(file))
 
 
-_REMEDY = "Download or copy it again; if it is meant to hold more than tensors, save its state dict alone and use that"
+def _kind_of_folder(folder: Path) -> str:
+    if (folder / "adapter_config.json").is_file():
+        return ", an adapter's"
+    if found := newest_in_run(folder):
+        return f", that of a run: give {found}"
+    return ""
 
 
-def _read(file: Path) -> Any:
-    with file.open("rb") as stream:
-        start = stream.read(4)
-        stream.seek(0)
-        if file.suffix == ".safetensors":
-            return tensor_file.read(file)[0]
-        if not start:
-            raise restricted_pickle.PickleRefused("it is empty")
-        if file.suffix == ".pkl" and start != _ZIP:
-            return restricted_pickle.load(stream, file.stat().st_size)
-    if start == _ZIP:
-        _check_archive(file)
-    elif start[:1] != _PICKLE:
-        # torch would also try tar archives here, whose reader could be made to run code before torch 2.6.
-        raise restricted_pickle.PickleRefused("it is neither a torch file nor a pickle, or its beginning is damaged")
-    return _torch_load(file)
-
-
-def _torch_load(file: Path) -> Any:
-    # Many published files carry the training program's options; a Namespace only holds attributes.
-    allow = getattr(torch.serialization, "safe_globals", None)
-    with allow([argparse.Namespace]) if allow else contextlib.nullcontext():
-        try:
-            return torch.load(file, map_location="cpu", weights_only=True)
-        except OSError:
-            raise
-        except Exception as error:  # damaged files fail in torch's reader in many ways
-            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-            raise restricted_pickle.PickleRefused(f"torch's safe reader refuses it ({reason[:300]})") from None
-
-
-def _check_archive(file: Path) -> None:
-    """A torch file is a zip of stored members. Compressed ones could unpack to any size; code has no place there."""
-    try:
-        with zipfile.ZipFile(file) as archive:
-            members = archive.infolist()
-    except (zipfile.BadZipFile, ValueError, OSError, NotImplementedError) as error:
-        raise restricted_pickle.PickleRefused(f"it is cut short or damaged ({error})") from None
-    if any(member.compress_type != zipfile.ZIP_STORED for member in members):
-        raise restricted_pickle.PickleRefused("it holds compressed members, which torch never writes")
-    if sum(member.file_size for member in members) > file.stat().st_size:
-        raise restricted_pickle.PickleRefused("its members claim more bytes than the file has")
-    if any(member.filename.endswith(("constants.pkl", ".py")) for member in members):
-        raise restricted_pickle.PickleRefused("it is a TorchScript program, not weights")
+def newest_in_run(folder: Path) -> str:
+    """The checkpoint that stands for the run in a folder, "" where it is none's: for messages."""
+    names = [f"{kind}_final{suffix}" for kind, suffix in (("adapter", ""), ("model", ".pth"))]
+    found = [folder / name for name in names] + sorted(folder.glob("adapter_[0-9]*"), reverse=True)
+    found += sorted(folder.glob("model_[0-9]*.pth"), reverse=True)
+    return next((str(path) for path in found if path.exists()), "")
 
 
 def _unpacked(content: Any, path: str) -> Checkpoint:
@@ -119,11 +126,16 @@ def _unpacked(content: Any, path: str) -> Checkpoint:
     inner = next((content[key] for key in _NESTS if isinstance(content.get(key), Mapping)), content)
     if isinstance(inner.get("model"), Mapping):  # {"model": {"model": ...}}, as some trainers nest it
         inner = inner["model"]
-    state = {name: _tensor(value, f"{path}: {name}") for name, value in inner.items() if _is_array(value)}
-    state = {name: value for name, value in state.items() if isinstance(name, str)}
+    state = {}
+    for name, value in inner.items():
+        tensor = torch_file.as_tensor(value) if isinstance(name, str) else None
+        if tensor is not None:
+            state[name] = tensor.detach()
     if not state:
-        found = ", ".join(sorted(map(str, content))[:8])
+        found = ", ".join(sorted(str(key)[:80] for key in content)[:8])
         raise CheckpointError(f"the checkpoint {path} holds no tensors (found: {found or 'nothing'}). {_REMEDY}")
+    if any(name.startswith(adapter_config.PREFIX) for name in state):
+        raise CheckpointError(f"{path} is the file of an adapter. {_GIVE_ADAPTER}")
     if "__author__" not in metadata and _is_caffe2(inner, state):
         metadata.update({"__author__": "Caffe2", "matching_heuristics": True})
         state = {name: value for name, value in state.items() if not name.endswith("_momentum")}
@@ -132,17 +144,5 @@ def _unpacked(content: Any, path: str) -> Checkpoint:
     return Checkpoint(state, metadata, path)
 
 
-def _is_array(value: Any) -> bool:
-    return isinstance(value, Tensor) or (isinstance(value, np.ndarray) and value.dtype.kind in "biufc")
-
-
 def _is_caffe2(inner: Mapping[str, Any], state: Mapping[str, Tensor]) -> bool:
-    return all("." not in name for name in inner) and any(name.endswith(("_w", "_b")) for name in state)
-
-
-def _tensor(value: Any, where: str) -> Tensor:
-    if isinstance(value, np.ndarray):
-        return torch.from_numpy(value)
-    if value.layout is torch.strided and value.numel() * value.element_size() > value.untyped_storage().nbytes():
-        raise CheckpointError(f"cannot read {where}: the tensor of shape {tuple(value.shape)} is larger than its data")
-    return value.detach()
+    return all("." not in str(name) for name in inner) and any(name.endswith(("_w", "_b")) for name in state)

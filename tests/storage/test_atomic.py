@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import re
 import resource
@@ -42,15 +41,6 @@ def test_a_folder_is_replaced_as_a_whole(tmp_path: Path) -> None:
             assert temporary.parent == target.parent and temporary != target
         assert sorted(str(p.relative_to(target)) for p in target.rglob("*") if p.is_file()) == sorted(names)
     assert not hidden(target.parent)
-
-
-def test_a_folder_inside_a_folder_is_one(tmp_path: Path) -> None:
-    with atomic.folder(tmp_path / "a", ANY) as outer:
-        with atomic.folder(outer, ANY) as inner:
-            assert inner == outer
-            (inner / "x").write_text("x")
-        (outer / "y").write_text("y")
-    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["x", "y"]
 
 
 @pytest.mark.parametrize(
@@ -119,34 +109,85 @@ def test_a_link_keeps_pointing_where_it_did(tmp_path: Path) -> None:
     assert (tmp_path / "link").is_symlink() and (tmp_path / "disk" / "x").exists()
 
 
-def sibling_of_dead_process(target: Path, kind: str) -> Path:
-    process = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
-    return target.with_name(f".{target.name}.{atomic._host()}-{int(process.stdout)}-0123abcd.{kind}")
+LOCK = """
+import fcntl, os, sys
+descriptor = os.open(sys.argv[1], os.O_RDONLY)
+fcntl.flock(descriptor, fcntl.LOCK_EX)
+print("locked", flush=True)
+sys.stdin.read()
+"""
 
 
 def test_temporaries_of_dead_writers_are_removed_and_of_live_ones_kept(tmp_path: Path) -> None:
+    """A live writer holds a lock, whatever its number and host; a reader removes nothing at all."""
     target = tmp_path / "adapter"
-    dead, foreign = sibling_of_dead_process(target, "tmp"), tmp_path / ".adapter.elsewhere-1-0123abcd.tmp"
-    alive = target.with_name(f".adapter.{atomic._host()}-{os.getppid()}-0123abcd.tmp")
-    reused = target.with_name(f".adapter.{atomic._host()}-{os.getpid()}-0123abcd.tmp")  # our number, not our file
-    other = tmp_path / ".adapter_2.x-1-0123abcd.tmp"
-    for path in (dead, foreign, alive, reused, other):
+    dead, alive = tmp_path / ".adapter.0123abcd.tmp", tmp_path / ".adapter.1123abcd.tmp"
+    others = [tmp_path / ".adapter_2.0123abcd.tmp", tmp_path / ".adapter.notes.tmp"]
+    for path in (dead, alive, *others):
         path.mkdir()
-    with atomic.folder(target, ANY) as temporary:
-        (temporary / "x").write_text("x")
-    assert sorted(hidden(tmp_path)) == sorted(path.name for path in (alive, foreign, other))
-    os.utime(foreign, (0, 0))
+    command = [sys.executable, "-c", LOCK, str(alive)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as writer:
+        assert writer.stdout is not None and writer.stdout.readline() == b"locked\n"
+        atomic.recover(target, only_put_back=True)
+        assert len(hidden(tmp_path)) == 4
+        with atomic.folder(target, ANY) as temporary:
+            (temporary / "x").write_text("x")
+        assert sorted(hidden(tmp_path)) == sorted(path.name for path in (alive, *others))
+        writer.kill()
     atomic.recover(target)
-    assert not foreign.exists()
+    assert sorted(hidden(tmp_path)) == sorted(path.name for path in others)
+
+
+def test_what_this_process_is_writing_is_not_cleaned_away(tmp_path: Path) -> None:
+    """By another writer of the same name, of this process or another."""
+    with atomic.folder(tmp_path / "adapter", ANY) as first:
+        with atomic.folder(tmp_path / "adapter", ANY) as second:
+            (second / "x").write_text("second")
+        (first / "x").write_text("first")
+    assert (tmp_path / "adapter" / "x").read_text() == "first" and not hidden(tmp_path)
 
 
 def test_the_old_folder_comes_back_after_a_kill_between_two_renames(tmp_path: Path) -> None:
     target = tmp_path / "adapter"
-    with atomic.folder(target, ANY) as temporary:
-        (temporary / "x").write_text("old")
-    target.rename(sibling_of_dead_process(target, "old"))
-    atomic.recover(target)
-    assert (target / "x").read_text() == "old" and not hidden(tmp_path)
+    for only_put_back in (False, True):
+        with atomic.folder(target, ANY) as temporary:
+            (temporary / "x").write_text("old")
+        target.rename(tmp_path / ".adapter.0123abcd.old")
+        atomic.recover(target, only_put_back)
+        assert (target / "x").read_text() == "old" and not hidden(tmp_path)
+
+
+@pytest.mark.parametrize("length", [200, 240, 255])
+def test_long_names_are_stored(tmp_path: Path, length: int) -> None:
+    name = "n" * length
+    for _ in range(2):
+        atomic.write_bytes(tmp_path / name, b"x")
+        with atomic.folder(tmp_path / "f" / name, ANY) as temporary:
+            (temporary / "x").write_text("x")
+    assert (tmp_path / name).read_bytes() == b"x" and (tmp_path / "f" / name / "x").exists()
+    assert not hidden(tmp_path) and not hidden(tmp_path / "f")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("n" * 300, "File name too long"), ("file/x", "Not a directory|File exists"), ("folder", "it is a folder")],
+    ids=["long", "below a file", "a folder"],
+)
+def test_places_that_cannot_hold_a_file_are_named(tmp_path: Path, name: str, message: str) -> None:
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(StorageError, match=rf"cannot store .*({message})") as caught:
+        atomic.write_bytes(tmp_path / name, b"x")
+    assert "space" not in str(caught.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
+
+
+def test_a_full_place_elsewhere_is_not_called_the_targets(tmp_path: Path) -> None:
+    error = OSError(28, "No space left on device", "/dev/shm/torch_1")
+    with pytest.raises(StorageError, match=r"at /dev/shm/torch_1.*/dev/shm is full"), atomic.explained(tmp_path / "x"):
+        raise error
+    with pytest.raises(RuntimeError), atomic.explained(tmp_path / "x"):
+        raise RuntimeError("PytorchStreamReader failed reading zip archive: [enforce fail at inline_container.cc:1]")
 
 
 def test_folders_are_replaced_where_they_cannot_be_exchanged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
