@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from typing import Any
+
 import pytest
 import torch
 
 from peft_d2.storage import base_fingerprint
-from peft_d2.storage.base_fingerprint import difference, fingerprint
+from peft_d2.storage.base_fingerprint import Fingerprint, difference, fingerprint
 
 STATE = {
     "stem.weight": torch.linspace(-1, 1, 24).reshape(2, 3, 4),
@@ -56,6 +59,39 @@ def test_what_is_trained_counts_by_shape_alone() -> None:
     assert not difference(expected, found) and not difference(found, expected)
     assert expected.weights == fingerprint(trained, trained=["head.weight"]).weights
     assert difference(expected, fingerprint({**trained, "head.weight": torch.zeros(4, 2)}))
+
+
+def test_a_memo_changes_nothing_but_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every change of a value is seen, that of a bit as that of an order, and by ways that torch does not count."""
+    state = {**STATE, "large": torch.randn(5000), "half": torch.randn(33).half(), "view": torch.arange(9.0)[1:],
+             "flags": torch.tensor([True, False])}  # fmt: skip
+    memo: dict[str, Any] = {}
+    assert fingerprint(state, memo=memo) == fingerprint(state)
+    hashed: list[torch.Tensor] = []
+    original = base_fingerprint._hash
+    monkeypatch.setattr(base_fingerprint, "_hash", lambda tensor: hashed.append(tensor) or original(tensor))
+    assert fingerprint({name: value.clone() for name, value in state.items()}, memo=memo) == fingerprint(state)
+    assert len(hashed) == len(state), "of those without a memo alone"
+    state["large"].data[4999] += 1e-6
+    state["view"].numpy()[0] = 5
+    state["flags"].data.logical_not_()
+    state["half"][[3, 30]] = state["half"][[30, 3]]
+    assert fingerprint(state, memo=memo) == fingerprint(state)
+    state["large"] = state["large"].flip(0)
+    assert fingerprint(state, memo=memo) == fingerprint(state)
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
+def test_another_dtype_is_named(kind: torch.dtype) -> None:
+    base = {"a.weight": torch.randn(40), "b.weight": torch.ones(3)}
+    rounded = {name: value.to(kind) for name, value in base.items()}
+    stored = Fingerprint.from_json(json.loads(json.dumps(fingerprint(rounded).to_json())))
+    name = str(kind).removeprefix("torch.")
+    assert f"that were float32 when the adapter was saved are {name} here" in difference(fingerprint(base), stored)
+    assert f"that were {name} when the adapter was saved are float32 here" in difference(stored, fingerprint(base))
+    assert not difference(stored, fingerprint(rounded)) and not difference(
+        fingerprint({"b": torch.ones(3)}), fingerprint({"b": torch.ones(3).to(kind)})
+    )
 
 
 def test_large_tensors_are_hashed_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
