@@ -128,8 +128,8 @@ def difference(expected: Fingerprint, found: Fingerprint) -> str:
     if rounded:
         here, there = (base.halves.get(rounded[0], "float32") for base in (found, expected))
         return (
-            f"same structure, other dtype: {len(rounded)} tensors that were {there} when the adapter was saved are {here} "
-            f"here, so their values are rounded differently: {_some(rounded)}"
+            f"same structure, other dtype: {len(rounded)} tensors that were {there} when the adapter was saved are "
+            f"{here} here, so their values are rounded differently: {_some(rounded)}"
         )
     if changed:
         compared = sum(bool(value[n] and other_value[n]) for n in common)
@@ -157,8 +157,8 @@ def _sums(tensor: Tensor) -> Any:
     raw = (torch.view_as_real(raw).reshape(-1) if raw.is_complex() else raw).view(torch.uint8)
     whole = len(raw) // _ROW * _ROW
     words = raw[:whole] if raw.storage_offset() % 8 == 0 else raw[:whole].clone()
-    digest = hashlib.sha256(words.view(torch.int64).view(-1, _ROW // 8).sum(1).cpu().numpy())
-    digest.update(raw[whole:].cpu().numpy())
+    digest = hashlib.sha256(words.view(torch.int64).view(-1, _ROW // 8).sum(1).cpu().numpy().data)
+    digest.update(raw[whole:].cpu().numpy().data)
     return tensor.dtype, tuple(tensor.shape), digest.digest()
 
 

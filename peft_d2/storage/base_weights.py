@@ -47,6 +47,9 @@ _COMPUTED = (
 # What a detector adds to a published backbone below the backbone's own name: Swin's output norms.
 _ADDED_TO_BACKBONE = ("norm[0-9].weight", "norm[0-9].bias")
 
+# What training programs put before every name: wrappers of torch, lightning modules, self-distillation.
+_WRAPPERS = ("module", "_orig_mod", "model", "student", "net", "network", "ema", "model_ema", "ema_model", "teacher",
+             "detector", "_forward_module", "online")  # fmt: skip
 _BACKBONES = ("backbone.bottom_up.", "backbone.net.", "backbone.")
 _NAMED = 20
 
@@ -62,6 +65,7 @@ class LoadReport:
         initial: tensors that the file lacks and that rightly keep their initial values.
         unexpected: names in the file that the model has no use for.
         backbone: the prefix of the only part that the file covers ("backbone."), or "" for a file of the whole model.
+        removed: what was taken away before the names in the file ("student."), or "".
     """
 
     path: str
@@ -70,6 +74,7 @@ class LoadReport:
     initial: list[str]
     unexpected: list[str]
     backbone: str
+    removed: str = ""
 
     def __str__(self) -> str:
         lines = [f"base weights {self.path}: {len(self.loaded)} tensors loaded"]
@@ -77,6 +82,8 @@ class LoadReport:
             lines[0] += f"; the file holds a backbone alone ({self.backbone}*), all else keeps its initial values"
         elif self.initial:
             lines.append(f"  not in the file, initial values kept: {_some(self.initial)}")
+        if self.removed:
+            lines.append(f"  of the file's names, those with {self.removed!r} before them are used, without it")
         if self.reinitialised:
             heads = [f"{name} {old} -> {new}" for name, old, new in self.reinitialised]
             lines.append(f"  another class count, initial values kept: {_some(heads)}")
@@ -110,7 +117,8 @@ def load_base(
         checkpoint = read_checkpoint(checkpoint)
     injected, aliases = injected_names(model), _aliases(model)
     own = {name: value for name, value in model.state_dict().items() if name not in injected}
-    state, prefix = _named_as_in_model(model, checkpoint, own)
+    state, removed = _unwrapped(model, checkpoint, own)
+    state, prefix = _named_as_in_model(model, Checkpoint(state, checkpoint.metadata, checkpoint.path), own)
     matched, heads, misshaped = _compared(state, own, resizable, aliases)
     backbone = prefix or _only_part(state, own)
     missing = sorted(name for name in own if not any(alias in state for alias in aliases.get(name, [name])))
@@ -122,11 +130,12 @@ def load_base(
         required = [n for n in missing if not _any(n, _COMPUTED)]
     unexpected = sorted(n for n in state if n not in own and not _any(n, _COMPUTED))
     if required or misshaped or not matched:
-        raise CheckpointError(_refusal(checkpoint.path, required, misshaped, unexpected, own, bool(matched)))
+        raise CheckpointError(_refusal(checkpoint, required, misshaped, unexpected, own, bool(matched)))
+    _require_finite(model, matched, checkpoint.path)
     lost = model.load_state_dict(matched, strict=False).unexpected_keys
     if lost:
         raise CheckpointError(f"the model's own loading hooks lost tensors of {checkpoint.path}: {_some(sorted(lost))}")
-    report = LoadReport(checkpoint.path, sorted(matched), heads, missing, unexpected, backbone)
+    report = LoadReport(checkpoint.path, sorted(matched), heads, missing, unexpected, backbone, removed)
     (logger or logging.getLogger(__name__)).info("%s", report)
     return report
 
@@ -142,6 +151,55 @@ def injected_names(model: nn.Module) -> set[str]:
         if hasattr(module, "peft_parameters") and isinstance(module._modules.get("peft"), nn.Module)
         for local in module.peft.state_dict()
     }
+
+
+def _unwrapped(model: nn.Module, checkpoint: Checkpoint, own: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str]:
+    """The file's tensors without what a training program put before the names, and what that was.
+
+    That is what stands before all names, or one of the usual words before some. Of several ("student." and "teacher.")
+    the one is taken under which most names are the model's, the first of the list above where they are equal. Names
+    that are the model's as they are stay.
+    """
+    state = checkpoint.state
+    split = [name.split(".") for name in state]
+    shared = len(os.path.commonprefix([parts[:-1] for parts in split]))
+    prefixes = {""}
+    for parts in split:
+        count = next((i for i, part in enumerate(parts) if i >= shared and part not in _WRAPPERS), len(parts) - 1)
+        prefixes.update(".".join([*parts[:i], ""]) for i in range(1, count + 1))
+    if len(prefixes) == 1:
+        return dict(state), ""
+
+    def stripped(prefix: str) -> dict[str, Tensor]:
+        return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+
+    def fits(prefix: str) -> tuple[int, list[int]]:
+        inner = Checkpoint(stripped(prefix), checkpoint.metadata, checkpoint.path)
+        renamed, _ = _named_as_in_model(model, inner, own)
+        order = [-_WRAPPERS.index(part) if part in _WRAPPERS else -99 for part in prefix.split(".")[:-1]]
+        return sum(name in own and value.shape == own[name].shape for name, value in renamed.items()), order
+
+    best = max(sorted(prefixes, key=len), key=fits)
+    return (stripped(best), best) if fits(best)[0] > fits("")[0] else (dict(state), "")
+
+
+def _require_finite(model: nn.Module, matched: Mapping[str, Tensor], path: str) -> None:
+    """Refuse NaN and infinity, before they become losses and the images are blamed.
+
+    Raises:
+        CheckpointError: with the file, the tensor and the count. Infinity in a buffer, as masks have it, is allowed.
+    """
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    for name, value in matched.items():
+        if not (value.is_floating_point() or value.is_complex()) or value.is_meta:
+            continue
+        value = value.float() if value.element_size() == 1 else value
+        wrong = (~value.isfinite()) if name in parameters else value.isnan()
+        if wrong.any():
+            raise CheckpointError(
+                f"the checkpoint {path} holds NaN or infinity: {int(wrong.sum())} of {value.numel()} values of {name}. "
+                "Nothing was loaded. It comes from a training that diverged, or is damaged: use an earlier one"
+            )
 
 
 def _named_as_in_model(
@@ -203,22 +261,23 @@ def _aliases(model: nn.Module) -> dict[str, list[str]]:
 
 
 def _refusal(
-    path: str,
+    checkpoint: Checkpoint,
     missing: list[str],
     misshaped: list[str],
     unexpected: list[str],
     own: Mapping[str, Tensor],
     any_match: bool,
 ) -> str:
-    lines = [f"the checkpoint {path} does not fit the model; nothing was loaded"]
+    lines = [f"the checkpoint {checkpoint.path} does not fit the model; nothing was loaded"]
     if not any_match and not misshaped:
-        lines[0] = f"the checkpoint {path} has no tensor of the model; nothing was loaded"
+        lines[0] = f"the checkpoint {checkpoint.path} has no tensor of the model; nothing was loaded"
         lines.append(f"  the model has: {_some(sorted(own), 5)}")
+        lines.append(f"  the file has: {_some(sorted(checkpoint.state), 5)}")
     elif missing:
         lines.append(f"  {len(missing)} tensors of the model are not in the file: {_some(missing)}")
     if misshaped:
         lines.append(f"  {len(misshaped)} have another shape (file -> model): {_some(misshaped)}")
-    if unexpected:
+    if unexpected and (any_match or misshaped):
         lines.append(f"  {len(unexpected)} tensors of the file are not in the model: {_some(unexpected)}")
     lines.append(
         "  use the config that belongs to this file (backbone, depth, queries), or the file that belongs to this config"

@@ -55,7 +55,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """Read `.pkl` (Detectron2's zoo and Caffe2), `.pth`, `.pt`, `.bin` (torch), or `.safetensors`.
 
     Nothing in the file is executed: see `torch_file`. A state dict under "model", "state_dict" and the like is taken
-    out; names are as in the file (`load_base` finds prefixes).
+    out, a "module." before every name removed; `load_base` knows more such prefixes.
 
     Raises:
         CheckpointError: the file is missing, cut short, damaged, holds no tensors, is an adapter, or wants to run code.

@@ -25,7 +25,7 @@ _SAVE_AGAIN = "save it again with peft's save_pretrained"
 def is_huggingface(folder: str | os.PathLike[str]) -> bool:
     """Whether a folder was written by Hugging Face peft: it has its two files, and not the marks of ours."""
     root = Path(folder)
-    if (root / RECORD).exists() or not (root / CONFIG).is_file() or not (root / TENSORS).is_file():
+    if os.path.lexists(root / RECORD) or not all(os.path.isfile(root / name) for name in (CONFIG, TENSORS)):
         return False
     try:
         return MARK not in tensor_file.read(root / TENSORS)[1]

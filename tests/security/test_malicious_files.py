@@ -15,6 +15,7 @@ import struct
 import subprocess
 import sys
 import tarfile
+import time
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -223,6 +224,107 @@ def test_zip_tricks_are_refused(canary: Path, tmp_path: Path) -> None:
     ):
         with pytest.raises(CheckpointError, match=message):
             read_checkpoint(tmp_path / f"{name}.pth")
+
+
+def zipped(program: bytes, **members: bytes) -> bytes:
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w") as archive:
+        archive.writestr("archive/data.pkl", program)
+        for name, data in members.items():
+            archive.writestr(f"archive/data/{name[1:]}", data)
+    return stream.getvalue()
+
+
+def tensor(count: int, stored: int, stride: int = 1, key: str = "0", kind: str = "FloatStorage") -> bytes:
+    """A pickle of one tensor, as torch writes it."""
+    storage = b"(" + text("storage") + global_("torch", kind) + text(key) + text("cpu") + integer(stored) + b"tQ"
+    size, step = b"(" + integer(count) + b"t", b"(" + integer(stride) + b"t"
+    rest = b"\x89" + global_("collections", "OrderedDict") + b")R"
+    call = global_("torch._utils", "_rebuild_tensor_v2") + b"(" + storage + b"K\x00" + size + step + rest + b"tR"
+    return b"\x80\x02}" + text("w") + call + b"s."
+
+
+def integer(value: int) -> bytes:
+    data = value.to_bytes(9, "little")
+    return b"\x8a" + bytes([len(data)]) + data
+
+
+ONE = struct.pack("<f", 1.0)
+ARCHIVES: dict[str, bytes] = {
+    "2**35 numbers on one": zipped(tensor(2**35, 1, stride=0), _0=ONE),
+    "2**35 numbers of one that are not there": zipped(tensor(2**35, 2**35), _0=ONE),
+    "numbers beyond the end": zipped(tensor(2, 2, stride=7), _0=ONE * 2),
+    "storage larger than its member": zipped(tensor(2, 2), _0=ONE),
+    "storage of another type": zipped(tensor(1, 1, kind="DoubleStorage"), _0=ONE),
+    "no such member": zipped(tensor(1, 1, key="1"), _0=ONE),
+    "member elsewhere": zipped(tensor(1, 1, key="../../x"), _0=ONE),
+    "an archive behind a tar": bytes(512) + zipped(tensor(1, 1), _0=ONE),
+    "an archive behind another": zipped(tensor(1, 1), _0=ONE) + zipped(tensor(1, 1), _0=ONE * 2),
+    "an archive behind the signature of one": b"PK\x03\x04" + bytes(508) + zipped(tensor(1, 1), _0=ONE),
+    "no archive of torch's": zipped(b"\x80\x02}.").replace(b"data.pkl", b"data.txt"),
+    "a program in the archive": zipped(opcodes(global_("os", "system"), b"(", text("true"), b"tR")),
+}  # fmt: skip
+
+
+def test_the_archive_that_the_attacks_are_made_from_is_read(tmp_path: Path) -> None:
+    (tmp_path / "good.pth").write_bytes(zipped(tensor(2, 2), _0=ONE * 2))
+    assert read_checkpoint(tmp_path / "good.pth").state["w"].tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".pkl"])
+@pytest.mark.parametrize("attack", ARCHIVES)
+def test_hostile_archives_are_refused(attack: str, suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"evil{suffix}"
+    path.write_bytes(ARCHIVES[attack])
+    with pytest.raises(CheckpointError, match=rf"evil\{suffix}") as caught:
+        read_checkpoint(path)
+    assert "weights_only" not in str(caught.value)
+
+
+def test_a_tar_with_an_archive_appended_is_refused(canary: Path, tmp_path: Path) -> None:
+    """Torch before 2.6 unpickled it; the first member's name may even be the signature of an archive."""
+    for name in ("pickle", "PK\x03\x04"):
+        with tarfile.open(tmp_path / "evil.pth", "w") as archive:
+            data = EXECUTING["os.system"](canary)
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+        with (tmp_path / "evil.pth").open("ab") as stream:
+            stream.write(zipped(tensor(1, 1), _0=ONE))
+        with pytest.raises(CheckpointError, match=r"evil\.pth"):
+            read_checkpoint(tmp_path / "evil.pth")
+
+
+def shared(kind: str) -> bytes:
+    """Containers that hold the one before many times over: small in a file, vast when they are walked or hashed."""
+    level = {
+        "dicts": b"}" + b"".join(b"X\x01\x00\x00\x00%ch\x00" % (97 + i) for i in range(2)).join([b"(", b"u"]),
+        "tuples as keys": b"h\x00h\x00\x86",
+        "wide dicts": b"}(" + b"".join(integer(i) + b"h\x00" for i in range(300)) + b"u",
+    }[kind]
+    start = {"dicts": b"}q\x00", "tuples as keys": b")q\x00", "wide dicts": b"}q\x00"}[kind]
+    end = b"}h\x00K\x01s" if kind == "tuples as keys" else b""
+    return b"\x80\x02" + start + (level + b"q\x00") * 60 + end + b"."
+
+
+@pytest.mark.parametrize("kind", ["dicts", "tuples as keys", "wide dicts"])
+@pytest.mark.parametrize("form", ["pickle", "archive"])
+def test_shared_containers_take_no_time(kind: str, form: str, tmp_path: Path) -> None:
+    (tmp_path / "evil.pkl").write_bytes(shared(kind) if form == "pickle" else zipped(shared(kind)))
+    start = time.process_time()
+    with pytest.raises(CheckpointError, match=r"evil\.pkl"):
+        read_checkpoint(tmp_path / "evil.pkl")
+    assert time.process_time() - start < 2
+
+
+def test_arrays_that_share_their_bytes_take_no_memory(tmp_path: Path) -> None:
+    raw = b"B" + struct.pack("<I", 2**20) + bytes(2**20) + b"q\x01"
+    kind = global_("numpy", "dtype") + text("u1").join([b"(", b"tR"]) + b"q\x02"
+    one = global_("numpy.core.numeric", "_frombuffer") + b"(h\x01h\x02" + integer(2**20) + b"\x85" + text("C") + b"tR"
+    many = b"".join(integer(number) + one for number in range(5000))
+    (tmp_path / "evil.pkl").write_bytes(b"\x80\x02" + raw + kind + b"}(" + many + b"u.")
+    with pytest.raises(CheckpointError, match="claim more bytes than the file has"):
+        read_checkpoint(tmp_path / "evil.pkl")
 
 
 def test_a_scripted_model_is_refused(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import argparse
 import collections
 import logging
 import pickle
+import random
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from peft_d2 import adapters, peft
 from peft_d2.storage import CheckpointError, load_base, read_checkpoint
 
 STATE = {
@@ -165,6 +167,112 @@ def test_a_whole_file_is_loaded(tmp_path: Path, caplog: pytest.LogCaptureFixture
     assert all(torch.equal(value, source.state_dict()[name]) for name, value in model.state_dict().items())
     assert not report.unexpected and not report.initial and not report.reinitialised and not report.backbone
     assert "9 tensors loaded" not in caplog.text and f"{len(model.state_dict())} tensors loaded" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "prefix",
+    [
+        "model.",
+        "module.",
+        "_orig_mod.",
+        "student.",
+        "ema.",
+        "net.",
+        "module.model.",
+        "_orig_mod.module.",
+        "segmentor.x.",
+    ],
+)
+@pytest.mark.parametrize("part", ["whole", "backbone"])
+def test_what_a_training_program_put_before_the_names_is_removed(tmp_path: Path, prefix: str, part: str) -> None:
+    source, model = Model(), Model()
+    inner = source.state_dict() if part == "whole" else source.backbone.state_dict()
+    report = load_base(model, saved(tmp_path, prefixed(prefix, inner)))
+    assert torch.equal(model.backbone.stem.weight, source.backbone.stem.weight)
+    assert report.backbone == ("" if part == "whole" else "backbone.") and not report.unexpected
+    assert prefix == "module." or repr(prefix.removeprefix("module.")) in str(report)
+
+
+def test_of_several_networks_in_a_file_the_students_is_taken(tmp_path: Path) -> None:
+    student, teacher, model = Model(), Model(), Model()
+    state = {**prefixed("teacher.", teacher.state_dict()), **prefixed("student.", student.state_dict())}
+    report = load_base(model, saved(tmp_path, state))
+    assert torch.equal(model.backbone.stem.weight, student.backbone.stem.weight) and report.removed == "student."
+    load_base(model, saved(tmp_path, prefixed("teacher.", teacher.state_dict()) | {"student.x": torch.ones(1)}))
+    assert torch.equal(model.backbone.stem.weight, teacher.backbone.stem.weight)
+
+
+def test_a_models_own_child_of_such_a_name_is_none(tmp_path: Path) -> None:
+    source, model = (nn.ModuleDict({"model": Backbone(), "stem": nn.Linear(2, 4)}) for _ in range(2))
+    assert load_base(model, saved(tmp_path, source.state_dict())).removed == ""
+    assert torch.equal(model["model"].stem.weight, source["model"].stem.weight)
+
+
+def test_names_that_have_nothing_in_common_are_shown_of_both_sides(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"(?s)the model has: .*backbone.*the file has: decoder\.y, encoder\.x"):
+        load_base(Model(), saved(tmp_path, {"encoder.x": torch.ones(1), "decoder.y": torch.ones(1)}))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("kind", [torch.float32, torch.float16, torch.bfloat16])
+def test_values_that_are_not_finite_are_named(tmp_path: Path, value: float, kind: torch.dtype) -> None:
+    model, state = Model(), {name: v.to(kind) for name, v in Model().state_dict().items()}
+    state["backbone.stem.weight"][1, 1] = value
+    before = model.backbone.stem.bias.detach().clone()
+    with pytest.raises(
+        CheckpointError, match=r"base\.pth holds NaN or infinity: 1 of 8 values of backbone\.stem\.weight"
+    ):
+        load_base(model, saved(tmp_path, state))
+    assert torch.equal(model.backbone.stem.bias, before)
+    state = {**Model().state_dict(), "criterion.empty_weight": torch.full((81,), value)}
+    if value == value:  # masks of attention hold infinity
+        load_base(model, saved(tmp_path, state))
+    else:
+        with pytest.raises(CheckpointError, match=r"81 of 81 values of criterion\.empty_weight"):
+            load_base(model, saved(tmp_path, state))
+
+
+def test_an_adapter_or_a_folder_as_base_weights_is_told(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(2, 2))
+    base, run = saved(tmp_path, model.state_dict()), tmp_path / "run"
+    peft.inject(model, [{"NAME": "lora", "TARGETS": ["0"], "RANK": 1}])
+    adapters.save_adapter(model, run / "adapter_final")
+    told = r"adapter.*MODEL\.PEFT\.WEIGHTS"
+    for path in (run / "adapter_final", run / "adapter_final" / "adapter_model.safetensors"):
+        with pytest.raises(CheckpointError, match=told):
+            load_base(model, path)
+    with pytest.raises(CheckpointError, match=rf"that of a run: give {run}/adapter_final"):
+        load_base(model, run)
+    with pytest.raises(
+        adapters.AdapterFileError, match=rf"folder of a run, not of an adapter.*give {run}/adapter_final"
+    ):
+        adapters.load_adapter(model, run)
+    for wrong, message in ((base, "it is a file, not"), ("", "empty"), ("n" * 300, "File name too long")):
+        with pytest.raises(adapters.AdapterFileError, match=message):
+            adapters.load_adapter(model, wrong)
+    with pytest.raises(CheckpointError, match="File name too long"):
+        load_base(model, "n" * 300)
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".pkl", ".bin"])
+def test_every_flipped_bit_of_a_base_is_found_or_harmless(tmp_path: Path, suffix: str) -> None:
+    """200 bits of a file of torch: each is refused by name, or nothing else is loaded."""
+    state = {name: torch.randn(7, 5) for name in "abcd"}
+    path, chance = tmp_path / f"x{suffix}", random.Random(0)
+    torch.save({"model": state}, path)
+    whole, harmless = path.read_bytes(), 0
+    for _ in range(200):
+        data = bytearray(whole)
+        data[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
+        path.write_bytes(data)
+        try:
+            found = read_checkpoint(path).state
+        except CheckpointError as error:
+            assert path.name in str(error)
+            continue
+        harmless += 1
+        assert found.keys() == state.keys() and all(torch.equal(found[name], state[name]) for name in state)
+    assert harmless < 150
 
 
 def test_one_of_two_names_of_a_tensor_is_enough(tmp_path: Path) -> None:
