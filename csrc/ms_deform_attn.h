@@ -52,10 +52,12 @@ struct Gradients {
   void* reference;  // (N, Q, M, L, 2|4) in the accumulation type, one part a head; null when not asked for
 };
 
-// Whether a level of height x width pixels from row `start` on lies within s rows; no sum or product can overflow.
+// Whether a level of height x width pixels from row `start` on lies within s rows; no sum or product can overflow. Levels
+// follow one another: each should also begin where the one before ends, the first at row 0, and the last should end at row s.
 PEFT_D2_INLINE bool level_fits(int64_t height, int64_t width, int64_t start, int64_t s) {
-  if (height < 0 || width < 0 || start < 0 || height > s || width > s || start > s) return false;
-  return width == 0 || height <= (s - start) / width;
+  constexpr int64_t most = 0x7fffffff;
+  const bool sound = height >= 0 && height <= most && width >= 0 && width <= most && start >= 0 && start <= s;
+  return sound && height * width <= s - start;
 }
 
 // One axis of a query's frame on one level.

@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <array>
+#include <initializer_list>
 #include <limits>
 #include <optional>
 
@@ -33,6 +34,13 @@ inline Types types_of(const Tensor& value, const Tensor& points) {
 
 inline ScalarType accumulation_type(const Tensor& value) {
   return value.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+// Whether the product of sizes is at most `limit`; computed without overflow. An empty dimension counts as one, so that
+// products of some of the sizes are as safe.
+inline bool product_within(int64_t limit, std::initializer_list<int64_t> sizes) {
+  for (const int64_t size : sizes) limit /= std::max<int64_t>(size, 1);
+  return limit > 0;
 }
 
 // torch's own looks its operator up by name, even where there is nothing to do.
@@ -75,6 +83,7 @@ struct Inputs {
     p.queries = points.size(1), p.levels = points.size(3), p.points = points.size(4);
     const bool fits = points.size(0) == p.n && points.size(2) == p.heads && points.size(5) == 2;
     STD_TORCH_CHECK(fits, "ms_deform_attn: points should be (N, Q, M, L, P, 2) with value's N and M");
+    check_sizes();
     STD_TORCH_CHECK(
         weights.numel() == p.n * p.queries * p.heads * p.levels * p.points &&
             weights.scalar_type() == points.scalar_type(),
@@ -83,12 +92,7 @@ struct Inputs {
         spatial_shapes.numel() == 2 * p.levels && level_start_index.numel() == p.levels &&
             spatial_shapes.scalar_type() == ScalarType::Long && level_start_index.scalar_type() == ScalarType::Long,
         "ms_deform_attn: spatial_shapes should be int64 (L, 2) and level_start_index int64 (L,), with points' L");
-    STD_TORCH_CHECK(
-        p.s <= std::numeric_limits<int32_t>::max(), "ms_deform_attn: value has ", p.s, " rows; at most 2^31 - 1 are possible");
-    STD_TORCH_CHECK(
-        p.heads * p.channels <= std::numeric_limits<int32_t>::max() &&
-            p.levels * p.points <= std::numeric_limits<int32_t>::max() / 64,
-        "ms_deform_attn: M * D and L * P should be smaller");
+    for (const Tensor* tensor : {&spatial_shapes, &level_start_index, &points, &weights}) check_device(*tensor);
     if (reference_) set_reference(*reference_);
     p.spatial_shapes = static_cast<const int64_t*>(spatial_shapes.data_ptr());
     p.level_start_index = static_cast<const int64_t*>(level_start_index.data_ptr());
@@ -96,6 +100,9 @@ struct Inputs {
     p.raw = points.data_ptr();
     p.weights = weights.data_ptr();
   }
+
+  // Without points or rows to sample every result is zero, and no kernel runs.
+  bool empty() const { return value.numel() == 0 || points.numel() == 0; }
 
   Tensor new_output() const {
     const Problem& p = problem;
@@ -111,8 +118,29 @@ struct Inputs {
   }
 
  private:
+  // What 32-bit rows, levels and strides, and 64-bit offsets in bytes, can count.
+  void check_sizes() const {
+    const Problem& p = problem;
+    constexpr int64_t rows = std::numeric_limits<int32_t>::max(), bytes = std::numeric_limits<int64_t>::max() / 16;
+    STD_TORCH_CHECK(
+        p.s <= rows && p.queries <= rows, "ms_deform_attn: value has S = ", p.s, " rows and points have Q = ", p.queries,
+        " queries; at most 2^31 - 1 are possible");
+    const bool fit = product_within(rows, {p.heads, p.channels}) && product_within(rows / 64, {p.levels, p.points}) &&
+                     product_within(bytes, {p.n, p.s, p.heads, p.channels}) &&
+                     product_within(bytes, {p.n, p.queries, p.heads, p.channels}) &&
+                     product_within(bytes, {p.n, p.queries, p.heads, p.levels, p.points, 4});
+    STD_TORCH_CHECK(fit, "ms_deform_attn: the tensors are too large; M * D and L * P should be smaller");
+  }
+
+  void check_device(const Tensor& tensor) const {
+    STD_TORCH_CHECK(
+        tensor.is_cpu() == value.is_cpu() && tensor.get_device_index() == value.get_device_index(),
+        "ms_deform_attn: all tensors should be on value's device");
+  }
+
   void set_reference(const Tensor& tensor) {
     reference = as_contiguous(tensor);
+    check_device(*reference);
     Problem& p = problem;
     p.reference_size = tensor.dim() == 4 ? tensor.size(3) : 0;
     STD_TORCH_CHECK(

@@ -31,19 +31,19 @@ const Kernels& kernels_for(Types types) {
 
 // Wrong levels would read outside value.
 void check_levels(const Problem& p) {
-  int64_t rows = 0;
+  int64_t end = 0;
   for (int64_t level = 0; level < p.levels; ++level) {
     const int64_t height = p.spatial_shapes[2 * level], width = p.spatial_shapes[2 * level + 1];
     const int64_t start = p.level_start_index[level];
     STD_TORCH_CHECK(
-        level_fits(height, width, start, p.s),
-        "ms_deform_attn: level ", level, " is ", height, " x ", width, " from row ", start, " on, but value has S = ", p.s,
-        " rows; spatial_shapes and level_start_index should lie within them");
-    rows += height * width;
+        level_fits(height, width, start, p.s) && start == end,
+        "ms_deform_attn: level ", level, " is ", height, " x ", width, " in spatial_shapes and begins at row ", start,
+        " in level_start_index; it should begin at row ", end, " and lie within value's S = ", p.s, " rows");
+    end += height * width;
   }
   STD_TORCH_CHECK(
-      rows == p.s, "ms_deform_attn: the levels of spatial_shapes have ", rows, " pixels; value should have as many rows, not ",
-      p.s);
+      end == p.s, "ms_deform_attn: the levels of spatial_shapes have ", end, " pixels; they should fill value's S = ", p.s,
+      " rows");
 }
 
 // Packing reads and writes each row once more, which pays when rows are visited several times. A thread then holds two
@@ -70,6 +70,7 @@ Tensor forward(
   const Problem& p = inputs.problem;
   check_levels(p);
   Tensor output = inputs.new_output();
+  if (inputs.empty()) return torch::stable::zero_(output);
   const Kernels& kernels = kernels_for(inputs.types);
   const int64_t work = std::max<int64_t>(1, p.heads * p.levels * p.points * (p.channels + 32));
   parallel(
@@ -100,11 +101,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
   const Gradients gradients{
       grad.data_ptr(), grad_value.data_ptr(), grad_points.data_ptr(), grad_weights.data_ptr(),
       with_reference ? grad_reference.data_ptr() : nullptr};
-  const Kernels& kernels = kernels_for(inputs.types);
-  parallel(
-      p.n * p.heads, 1, kernels.scratch_bytes(inputs.types, p, true), [&](void* scratch, int64_t begin, int64_t end) {
-        kernels.backward(inputs.types, p, gradients, scratch, begin, end);
-      });
+  if (inputs.empty()) {
+    for (Tensor* tensor : {&grad_value, &grad_points, &grad_weights, &grad_reference}) torch::stable::zero_(*tensor);
+  } else {
+    const Kernels& kernels = kernels_for(inputs.types);
+    parallel(
+        p.n * p.heads, 1, kernels.scratch_bytes(inputs.types, p, true), [&](void* scratch, int64_t begin, int64_t end) {
+          kernels.backward(inputs.types, p, gradients, scratch, begin, end);
+        });
+  }
   if (with_reference) {
     const int64_t heads = 2;
     grad_reference = torch::stable::sum(grad_reference, torch::headeronly::IntHeaderOnlyArrayRef(&heads, 1));

@@ -125,8 +125,8 @@ __global__ void __launch_bounds__(128) backward_kernel(Problem p, Plan plan, Out
     const int64_t n = part / p.heads, head = part % p.heads, first = n * p.s * plan.stride + head * channels;
     const T* value = static_cast<const T*>(p.value) + first;
     A* grad_value = to.value ? to.value + first : nullptr;
-    for (int tile = int(blockIdx.x); tile < tiles; tile += int(gridDim.x)) {
-      const int64_t within = query_of(p, plan, levels, tile, group);
+    for (unsigned tile = blockIdx.x; tile < unsigned(tiles); tile += gridDim.x) {  // the sum may pass 2^31
+      const int64_t within = query_of(p, plan, levels, int(tile), group);
       const bool active = within >= 0;
       const int count = active ? plan.count : 0;
       const int64_t query = n * p.queries + (active ? within : 0), item = query * p.heads + head;

@@ -26,8 +26,8 @@ __global__ void __launch_bounds__(256) forward_kernel(Problem p, Plan plan, T* o
   for (int64_t part = blockIdx.y; part < plan.heads; part += gridDim.y) {
     const int64_t n = part / p.heads, head = part % p.heads;
     const T* value = static_cast<const T*>(p.value) + n * p.s * plan.stride + head * channels;
-    for (int tile = int(blockIdx.x); tile < tiles; tile += int(gridDim.x)) {
-      const int64_t within = query_of(p, plan, levels, tile, group);
+    for (unsigned tile = blockIdx.x; tile < unsigned(tiles); tile += gridDim.x) {  // the sum may pass 2^31
+      const int64_t within = query_of(p, plan, levels, int(tile), group);
       const bool active = within >= 0;
       const int64_t query = n * p.queries + (active ? within : 0), item = query * p.heads + head;
       const Attention<A, C> attention(p, plan, item, active, lane, mask);

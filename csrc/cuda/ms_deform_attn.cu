@@ -49,7 +49,7 @@ Tensor forward(
   const Inputs inputs(value, spatial_shapes, level_start_index, reference_points, points, weights);
   const Problem& p = inputs.problem;
   Tensor output = inputs.new_output();
-  if (output.numel() == 0) return output;
+  if (inputs.empty() || output.numel() == 0) return torch::stable::zero_(output);
   visit(inputs.types, [&](auto pair) {
     using T = typename decltype(pair)::Value;
     using C = typename decltype(pair)::Coordinate;
@@ -97,7 +97,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
   Tensor grad_reference = inputs.new_reference_gradient(with_reference);
   std::optional<Tensor> attention;
   if (deterministic) attention = new_tensor(inputs.weights, inputs.weights.sizes(), accumulation_type(value));
-  if (grad.numel() > 0) {
+  if (inputs.empty()) {
+    for (Tensor* tensor : {&grad_points, &grad_weights, &grad_reference}) torch::stable::zero_(*tensor);
+  } else {
     visit(inputs.types, [&](auto pair) {
       using T = typename decltype(pair)::Value;
       using C = typename decltype(pair)::Coordinate;

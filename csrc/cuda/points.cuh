@@ -38,13 +38,15 @@ PEFT_D2_DEVICE A group_max(A x, const Plan& plan, unsigned mask) {
   return x;
 }
 
-// Copies the levels into shared memory and stops the kernel when they do not fit value.
+// Copies the levels into shared memory and stops the kernel where they do not fill value's rows one after the other.
 PEFT_D2_DEVICE const Level* load_levels(const Problem& p, unsigned char* memory) {
   Level* levels = reinterpret_cast<Level*>(memory);
   for (int64_t i = threadIdx.x; i < p.levels; i += blockDim.x) {
     const int64_t height = p.spatial_shapes[2 * i], width = p.spatial_shapes[2 * i + 1], start = p.level_start_index[i];
-    if (!level_fits(height, width, start, p.s)) {
-      printf("ms_deform_attn: level %d lies outside value; check spatial_shapes and level_start_index\n", int(i));
+    const int64_t next = i + 1 < p.levels ? p.level_start_index[i + 1] : p.s;
+    if (!level_fits(height, width, start, p.s) || start + height * width != next || (i == 0 && start != 0)) {
+      printf("ms_deform_attn: level %d does not lie between its neighbours in value's rows; ", int(i));
+      printf("check spatial_shapes and level_start_index\n");
       __trap();
     }
     levels[i] = Level{int(height), int(width), int(start), 0};
@@ -53,9 +55,12 @@ PEFT_D2_DEVICE const Level* load_levels(const Problem& p, unsigned char* memory)
   return levels;
 }
 
+// a / b rounded up; the sum of both may be too large.
+PEFT_D2_DEVICE int quotient_up(int a, int b) { return a / b + (a % b != 0); }
+
 // Like rows of value, tiles are fewer than 2^31.
 PEFT_D2_DEVICE int tiles_of(const Level& level, int tile_width, int tile_height) {
-  return (level.width + tile_width - 1) / tile_width * ((level.height + tile_height - 1) / tile_height);
+  return quotient_up(level.width, tile_width) * quotient_up(level.height, tile_height);
 }
 
 PEFT_D2_DEVICE int tile_count(const Plan& plan, const Level* levels) {
@@ -74,10 +79,10 @@ PEFT_D2_DEVICE int64_t query_of(const Problem& p, const Plan& plan, const Level*
   const int width = plan.tile_width, height = plan.groups / plan.tile_width;
   int i = 0;
   for (int tiles; (tiles = tiles_of(levels[i], width, height)) <= tile; ++i) tile -= tiles;
-  const int across = (levels[i].width + width - 1) / width;
-  const int x = tile % across * width + group % width;
-  const int y = tile / across * height + group / width;
-  return x < levels[i].width && y < levels[i].height ? levels[i].start + int64_t(y) * levels[i].width + x : -1;
+  const int across = quotient_up(levels[i].width, width);
+  const unsigned x = unsigned(tile % across * width) + group % width, y = unsigned(tile / across * height) + group / width;
+  const bool inside = x < unsigned(levels[i].width) && y < unsigned(levels[i].height);
+  return inside ? levels[i].start + int64_t(y) * levels[i].width + x : -1;
 }
 
 // The rows of a point's corners. A corner outside its level has row -1, and no other row is negative.

@@ -13,7 +13,7 @@ import os
 import torch
 from torch import Tensor
 
-from peft_d2.ops import checks, library, reference
+from peft_d2.ops import arguments, library, reference
 
 __all__ = ["backends", "default_backend", "ms_deform_attn", "ms_deform_attn_fused"]
 
@@ -81,7 +81,7 @@ def ms_deform_attn(
     Args:
         value: (N, S, M, D): S rows, the pixels of all levels one level after the other, of M heads with D channels.
         spatial_shapes: (L, 2), each level's (H, W).
-        level_start_index: (L,), the row where each level begins.
+        level_start_index: (L,), the row where each level begins: where the one before ends.
         sampling_locations: (N, Q, M, L, P, 2) as (x, y) in units of the level's width and height.
         attention_weights: (N, Q, M, L, P).
         backend: a name of :func:`backends`, or None for the default: the compiled operator where it is built.
@@ -90,12 +90,15 @@ def ms_deform_attn(
         (N, Q, M*D) in value's type. A point outside its level contributes nothing.
 
     Raises:
-        ValueError: an argument does not fit the others.
+        ValueError: an argument does not fit the others. Where reading the levels would wait for a GPU, or cannot be
+            done while torch traces, the compiled operator itself refuses wrong ones with a RuntimeError.
         RuntimeError: the backend asked for is not available.
     """
-    checks.check(value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
     levels = (value, spatial_shapes, level_start_index)
-    if _uses_library(value.device.type, backend):
+    arguments.check(*levels, None, sampling_locations, attention_weights, fused=False)
+    compiled = _uses_library(value.device.type, backend)
+    arguments.check_levels(*levels, compiled)
+    if compiled:
         return library.ms_deform_attn(*levels, None, sampling_locations, attention_weights)
     return reference.ms_deform_attn(*levels, sampling_locations, attention_weights)
 
@@ -121,9 +124,10 @@ def ms_deform_attn_fused(
         (N, Q, M*D) in value's type.
 
     Raises:
-        ValueError: an argument does not fit the others.
-        RuntimeError: the backend asked for is not available.
+        ValueError, RuntimeError: as :func:`ms_deform_attn` does.
     """
-    checks.check_fused(value, spatial_shapes, level_start_index, reference_points, sampling_offsets, attention_logits)
-    run = library.ms_deform_attn if _uses_library(value.device.type, backend) else reference.ms_deform_attn_fused
-    return run(value, spatial_shapes, level_start_index, reference_points, sampling_offsets, attention_logits)
+    inputs = (value, spatial_shapes, level_start_index, reference_points, sampling_offsets, attention_logits)
+    arguments.check(*inputs, fused=True)
+    compiled = _uses_library(value.device.type, backend)
+    arguments.check_levels(*inputs[:3], compiled)
+    return library.ms_deform_attn(*inputs) if compiled else reference.ms_deform_attn_fused(*inputs)

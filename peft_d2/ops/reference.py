@@ -9,8 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peft_d2.ops import checks
-
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """The type that sums are kept in: float64 for float64, float32 for everything else."""
@@ -32,8 +30,8 @@ def sampling_locations_from_offsets(
     """
     centre = reference_points[:, :, None, :, None, :2]
     if reference_points.shape[-1] == 2:
-        width_height = spatial_shapes.flip(-1).to(sampling_offsets.dtype)[None, None, None, :, None, :]
-        return centre + sampling_offsets / width_height
+        width_height = spatial_shapes.flip(-1).clamp(min=1).to(sampling_offsets.dtype)
+        return centre + sampling_offsets / width_height[None, None, None, :, None, :]
     n_points = sampling_offsets.shape[-2]
     return centre + sampling_offsets / n_points * reference_points[:, :, None, :, None, 2:] * 0.5
 
@@ -45,25 +43,42 @@ def ms_deform_attn(
     sampling_locations: Tensor,
     attention_weights: Tensor,
 ) -> Tensor:
-    """The operator by ``grid_sample``; arguments and result as in :func:`peft_d2.ops.ms_deform_attn`."""
-    n, _, heads, channels = value.shape
-    _, queries, _, levels, points, _ = sampling_locations.shape
-    dtype = accumulation_dtype(value.dtype)
-    grids = 2 * sampling_locations.to(dtype) - 1
-    if n == 0 or queries == 0:
-        # grid_sample refuses empty batches; this keeps the result attached to the graph.
-        return (grids.sum() * 0 + attention_weights.sum() * 0 + value.sum() * 0).to(value.dtype) + value.new_zeros(
-            n, queries, heads * channels
-        )
-    sampled = []
-    for level, (height, width, start) in enumerate(checks.levels_within(spatial_shapes, level_start_index, value)):
-        rows = value[:, start : start + height * width].to(dtype)
-        image = rows.permute(0, 2, 3, 1).reshape(n * heads, channels, height, width)
-        grid = grids[:, :, :, level].transpose(1, 2).flatten(0, 1)
-        sampled.append(F.grid_sample(image, grid, mode="bilinear", padding_mode="zeros", align_corners=False))
-    weights = attention_weights.to(dtype).transpose(1, 2).reshape(n * heads, 1, queries, levels * points)
-    output = (torch.stack(sampled, dim=-2).flatten(-2) * weights).sum(-1)
-    return output.view(n, heads * channels, queries).transpose(1, 2).contiguous().to(value.dtype)
+    """The operator as one weighted sum of rows of value; arguments and result as in :func:`peft_d2.ops.ms_deform_attn`.
+
+    No shape depends on the numbers in a tensor, so that it can be exported.
+    """
+    n, rows, heads, channels = value.shape
+    queries, dtype = sampling_locations.shape[1], accumulation_dtype(value.dtype)
+    if value.numel() == 0 or sampling_locations.numel() == 0:
+        # Nothing to sample: zeros, which stay attached to the graph.
+        parts = [x.flatten()[:0].to(value.dtype) for x in (value, sampling_locations, attention_weights)]
+        return value.new_zeros(n, queries, heads * channels) + torch.cat(parts).sum()
+
+    shapes, starts = (x.to(value.device, torch.int64) for x in (spatial_shapes, level_start_index))
+    # The two pixels next to a point along each axis and their weights; the last axis is (lower, upper).
+    size = shapes.flip(-1)[:, None]  # (L, 1, 2) as (W, H)
+    pixel = sampling_locations.to(dtype) * size - 0.5
+    touches = ((pixel > -1) & (pixel < size)).all(-1, keepdim=True)
+    pixel = torch.where(touches, pixel, 0.0)
+    lower = pixel.floor()
+    fraction = pixel - lower
+    neighbour = torch.stack([lower, lower + 1], -1).long()
+    inside = (neighbour >= 0) & (neighbour < size[..., None]) & touches[..., None]
+    (x, y), (x_inside, y_inside) = neighbour.unbind(-2), inside.unbind(-2)
+    x_weight, y_weight = torch.stack([1 - fraction, fraction], -1).unbind(-2)
+
+    # The four corners as rows of (N * S * M, D). Those outside read one more row, of zeros.
+    corner_inside = y_inside[..., :, None] & x_inside[..., None, :]
+    row = starts.view(-1, 1, 1, 1) + y[..., :, None] * shapes[:, 1].view(-1, 1, 1, 1) + x[..., None, :]
+    batch, head = (torch.arange(count, device=value.device) for count in (n, heads))
+    row = (row + batch.view(-1, *[1] * 6) * rows) * heads + head.view(-1, 1, 1, 1, 1)
+    row = torch.where(corner_inside, row, n * rows * heads)
+    weight = attention_weights.to(dtype)[..., None, None] * y_weight[..., :, None] * x_weight[..., None, :]
+    weight = torch.where(corner_inside, weight, 0.0)
+    table = torch.cat([value.to(dtype).reshape(-1, channels), value.new_zeros(1, channels, dtype=dtype)])
+    row, weight = (x.flatten(3).flatten(0, 2) for x in (row, weight))  # (N * Q * M, L * P * 4)
+    output = F.embedding_bag(row, table, mode="sum", per_sample_weights=weight)
+    return output.view(n, queries, heads * channels).to(value.dtype)
 
 
 def ms_deform_attn_fused(

@@ -25,6 +25,21 @@ DTYPES = [
     (torch.float16, torch.float32, 2e-3),
 ]
 
+# Levels that do not fill value's 48 rows one after the other: (H, W) of each, the row where each begins, what is said.
+BAD_LEVELS = {
+    "larger": ([[6, 8], [2, 2], [5, 4]], [0, 48, 52], "have 72 pixels; they should fill value's S = 48 rows"),
+    "fewer pixels": ([[5, 7], [1, 1], [4, 2]], [0, 35, 36], "have 44 pixels"),
+    "beyond value": ([[5, 7], [1, 1], [4, 3]], [40, 75, 76], "level 0 .* begins at row 40 .* should begin at row 0"),
+    "overlapping": ([[5, 7], [1, 1], [4, 3]], [0, 0, 36], "level 1 .* should begin at row 35"),
+    "swapped": ([[5, 7], [1, 1], [4, 3]], [13, 12, 0], "level 0"),
+    "a gap": ([[5, 7], [1, 1], [4, 2]], [0, 35, 40], "level 2"),
+    "negative sizes": ([[-5, -7], [1, 1], [4, 3]], [0, 35, 36], "level 0 is -5 x -7"),
+    "an empty level of no size": ([[5, 7], [0, 2**40], [13, 1]], [0, 35, 35], "level 1 is 0 x"),
+    "one negative size": ([[-5, 7], [1, 83], [0, 3]], [0, -35, 48], "level 0 is -5 x 7"),
+    "sum beyond 64 bits": ([[48, 1], [0, 1], [0, 1]], [2**63 - 48, 0, 0], "level 0"),
+    "product beyond 64 bits": ([[2**32, 2**32], [5, 7], [13, 1]], [0, 0, 35], "level 0"),
+}
+
 
 @dataclass
 class Case:

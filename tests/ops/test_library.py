@@ -10,7 +10,7 @@ import sys
 
 import pytest
 import torch
-from op_cases import random_case
+from op_cases import BAD_LEVELS, Case, random_case
 
 from peft_d2 import ops
 from peft_d2.models.layers.ms_deform_attn import MSDeformAttn
@@ -149,17 +149,17 @@ def test_unknown_backend_in_the_environment_is_an_error(monkeypatch) -> None:
         ),
         ("weights", lambda x: x[..., :5], "attention_logits is .* should be .* (N, Q, M, L*P) = (2, 5, 3, 6)"),
         ("points", lambda x: x.to("meta"), "sampling_offsets is on meta; it should be on value's cpu"),
-        ("spatial_shapes", lambda x: x + 1, "levels? .*should"),
-        ("level_start_index", lambda x: x + 40, "level.*should"),
+        ("spatial_shapes", lambda x: x.to(torch.complex64), "spatial_shapes is torch.complex64 .* integer tensor"),
+        ("level_start_index", lambda x: x > 0, "level_start_index is torch.bool .* integer tensor (L,)"),
+        ("reference", lambda x: None, "reference_points is NoneType"),
     ],
 )
 @pytest.mark.parametrize("backend", ["cpu", "torch"])
 def test_errors_name_the_argument(name, change, message, backend) -> None:
     case = random_case()
-    setattr(case, name, change(getattr(case, name)))
-    pattern = re.escape(message).replace(r"\.\*", ".*").replace(r"levels\?", "levels?")
-    with pytest.raises((ValueError, RuntimeError), match=pattern):
-        case.run(backend)
+    arguments = vars(case) | {name: change(getattr(case, name))}
+    with pytest.raises(ValueError, match=re.escape(message).replace(r"\.\*", ".*")):
+        ops.ms_deform_attn_fused(*arguments.values(), backend=backend)
 
 
 @pytest.mark.parametrize(
@@ -171,27 +171,119 @@ def test_wrong_backends(backend, message) -> None:
         random_case().run(backend)
 
 
-@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+@pytest.mark.parametrize("reference", [0, 4])
+@pytest.mark.parametrize("fault", BAD_LEVELS)
+def test_levels_that_do_not_fill_value_are_refused(fault, reference, backend) -> None:
+    case = random_case(reference=reference, dtype=torch.float32)
+    shapes, starts, message = BAD_LEVELS[fault]
+    case.spatial_shapes, case.level_start_index = torch.tensor(shapes), torch.tensor(starts)
+    with pytest.raises(ValueError, match=f"ms_deform_attn: .*{message}"):
+        case.run(backend)
+    # The operator itself, which programs that were traced call without these checks, refuses the same.
+    arguments = (case.value, case.spatial_shapes, case.level_start_index, case.reference, case.points, case.weights)
+    with pytest.raises(RuntimeError, match="ms_deform_attn: .*level"):
+        torch.ops.peft_d2.ms_deform_attn(*arguments)
+    with pytest.raises(RuntimeError, match="ms_deform_attn: .*level"):
+        torch.ops.peft_d2.ms_deform_attn_backward(torch.ones(2, 5, 24), *arguments, True, False)
+
+
 @pytest.mark.parametrize(
-    ("shapes", "start"),
+    "sizes",
     [
-        ([[20000, 1]], 2**63 - 20000),  # start + height * width is 2**63, which is negative in 64 bits
-        ([[1, 20000]], 2**63 - 20000),
-        ([[20000, 1]], 1),
-        ([[20000, 1]], -1),
-        ([[2**32, 2**32]], 0),  # the product is 0 in 64 bits
-        ([[2**63 - 1, 1]], 0),
-        ([[0, 2**62]], 0),
+        {"n": 0, "heads": 2**31, "channels": 2**31},
+        {"rows": 0, "heads": 2**31, "channels": 2},
+        {"queries": 2**40, "points": 0},
+        {"queries": 0, "levels": 0, "points": 2**40},
+        {"n": 0, "queries": 2**31, "rows": 0},
+        {"n": 2**31, "queries": 0, "rows": 2**28, "heads": 4, "channels": 0},
+        {"n": 2**31, "rows": 0, "queries": 2**28, "heads": 4, "points": 0},
     ],
 )
-def test_levels_whose_arithmetic_overflows_are_refused(shapes, start, backward) -> None:
-    value = torch.randn(1, 20000, 1, 4)
-    levels = torch.tensor(shapes), torch.tensor([start])
-    points, weights = torch.rand(1, 2, 1, 1, 1, 2), torch.rand(1, 2, 1, 1, 1)
-    with pytest.raises(RuntimeError, match="level"):
-        if backward:
-            torch.ops.peft_d2.ms_deform_attn_backward(
-                torch.ones(1, 2, 4), value, *levels, None, points, weights, False, False
-            )
-        else:
-            torch.ops.peft_d2.ms_deform_attn(value, *levels, None, points, weights)
+def test_sizes_whose_products_overflow_are_refused(sizes) -> None:
+    """Tensors without numbers may have any other size."""
+    given = {"n": 1, "rows": 1, "heads": 1, "channels": 1, "queries": 1, "levels": 1, "points": 1} | sizes
+    n, rows, heads, channels, queries, levels, points = given.values()
+    value = torch.empty(n, rows, heads, channels)
+    locations = torch.empty(n, queries, heads, levels, points, 2)
+    weights = torch.empty(n, queries, heads, levels, points)
+    shapes = torch.tensor([[rows, 1]] * levels, dtype=torch.int64).reshape(levels, 2)
+    starts = torch.zeros(levels, dtype=torch.int64)
+    with pytest.raises(RuntimeError, match="too large|at most 2.31"):
+        torch.ops.peft_d2.ms_deform_attn(value, shapes, starts, None, locations, weights)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+@pytest.mark.parametrize("reference", [0, 2, 4])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"points": 0},
+        {"channels": 0},
+        {"heads": 0},
+        {"n": 0},
+        {"levels": ()},
+        {"levels": ((0, 3), (2, 0))},
+        {"levels": ((0, 3), (4, 2), (0, 0))},
+    ],
+)
+def test_nothing_to_sample_gives_zeros(sizes, reference, backend) -> None:
+    """An empty level among others changes nothing."""
+    levels, number = sizes.get("levels", ((5, 7), (1, 1))), len(sizes.get("levels", ((5, 7), (1, 1))))
+    rows = sum(height * width for height, width in levels)
+    n, heads, channels, points = (sizes.get(k, v) for k, v in (("n", 2), ("heads", 3), ("channels", 4), ("points", 2)))
+    shapes = torch.tensor(levels, dtype=torch.int64).reshape(-1, 2)
+    starts = shapes.prod(1).cumsum(0) - shapes.prod(1)
+    tensors = {
+        "value": torch.randn(n, rows, heads, channels),
+        "reference": torch.rand(n, 5, number, reference) if reference else None,
+        "points": torch.randn(n, 5, heads, number, points, 2),
+        "weights": torch.rand(n, 5, heads, number * points) if reference else torch.rand(n, 5, heads, number, points),
+    }
+    case = Case(tensors["value"], shapes, starts, tensors["reference"], tensors["points"], tensors["weights"])
+    found = case.run_with_gradients(torch.randn(n, 5, heads * channels), backend)
+    for name in case.leaves():
+        assert found[name].shape == tensors[name].shape
+        assert found[name].isfinite().all()
+    if levels == ((0, 3), (4, 2), (0, 0)):
+        kept = Case(
+            tensors["value"],
+            shapes[1:2],
+            starts[1:2],
+            None if reference == 0 else tensors["reference"][:, :, 1:2],
+            tensors["points"][:, :, :, 1:2],
+            tensors["weights"].view(n, 5, heads, number, points)[:, :, :, 1:2],
+        )
+        if reference == 0:
+            torch.testing.assert_close(found["output"], kept.run("cpu"))
+        assert not found["points"][:, :, :, [0, 2]].any()
+    else:
+        assert not any(x.any() for x in found.values())
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("reference", [0, 2, 4])
+def test_the_pure_torch_twin_exports_exactly(reference, strict) -> None:
+    class Attention(torch.nn.Module):
+        def forward(self, *arguments: torch.Tensor) -> torch.Tensor:
+            function = ops.ms_deform_attn_fused if reference else ops.ms_deform_attn
+            return function(*arguments, backend="torch")
+
+    case, other = random_case(reference=reference), random_case(reference=reference, seed=1)
+    exported = torch.export.export(Attention(), tuple(case.arguments), strict=strict).module()
+    # The levels are an input: another split of as many rows into as many levels.
+    other.spatial_shapes = torch.tensor([[3, 5], [8, 4], [1, 1]])
+    other.level_start_index = torch.tensor([0, 15, 47])
+    for again in (case, other):
+        assert torch.equal(exported(*again.arguments), again.run("torch"))
+
+
+def test_the_pure_torch_twin_compiles_without_graph_breaks() -> None:
+    case = random_case(reference=4)
+    leaves, grad = list(case.leaves().values()), torch.randn(2, 5, 24, dtype=torch.float64)
+    compiled = torch.compile(
+        lambda *x: ops.ms_deform_attn_fused(*x, backend="torch"), fullgraph=True, backend="aot_eager"
+    )
+    found = torch.autograd.grad(compiled(*case.arguments), leaves, grad)
+    for a, b in zip(found, torch.autograd.grad(case.run("torch"), leaves, grad), strict=True):
+        torch.testing.assert_close(a, b)
