@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from peft_d2 import peft
+from peft_d2.peft.lora import LowRank
+from peft_d2.peft.runtime import walk
 from peft_d2.storage import adapter_file, atomic, huggingface
 from peft_d2.storage.adapter_file import AdapterFile, AdapterFileError
 from peft_d2.storage.base_fingerprint import Fingerprint, difference, fingerprint
@@ -78,6 +80,7 @@ def _stored(model: nn.Module, metrics: Mapping[str, Any] | None, name: str | Non
         "base": _base_fingerprint(model, tensors),
         "metrics": metrics,
         "scales": _scales(model, name),
+        "modules": [(path, module) for path, module, _ in walk(model)],
     }
 
 
@@ -108,7 +111,11 @@ def load_adapter(
     """
     model = _root(model)
     is_theirs = huggingface.is_huggingface(folder)
-    content = huggingface.read(folder) if is_theirs else adapter_file.read(folder)
+    if is_theirs:
+        with _base_of(model):
+            content = huggingface.read(folder, model)
+    else:
+        content = adapter_file.read(folder)
     if content.base is not None:
         found = _base_fingerprint(model, content.tensors, values=not base_follows)
         _refuse_other_base(difference(content.base, found), folder, allow_other_base)
@@ -216,12 +223,16 @@ def _base_fingerprint(model: nn.Module, tensors: Collection[str], values: bool =
         tensors: names of an adapter's tensors; the values of those that are the base's, trained in full, do not count.
         values: False hashes no values at all.
     """
-    injection = peft.get_injection(model)
-    # Where everything is trained there is no other base to show, and no value of it counts.
-    hidden = injection is not None and not any("*" in record.train for record in injection.adapters.values())
-    with peft.disabled(model) if hidden else contextlib.nullcontext():
+    with _base_of(model):
         state = {key: value for key, value in peft.base_state_dict(model).items() if isinstance(value, Tensor)}
         return fingerprint(state, trained=_with_aliases(model, state, tensors) if values else state)
+
+
+def _base_of(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
+    """Within the block the model is its base, where one is kept: where everything is trained there is no other."""
+    injection = peft.get_injection(model)
+    hidden = injection is not None and not any("*" in record.train for record in injection.adapters.values())
+    return peft.disabled(model) if hidden else contextlib.nullcontext()
 
 
 def _with_aliases(model: nn.Module, state: Mapping[str, Tensor], names: Collection[str]) -> set[str]:
@@ -235,13 +246,14 @@ def _all_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
 
 
 def _scales(model: nn.Module, name: str) -> dict[str, float]:
-    """Path of each module whose whole weight has one LoRA -> the factor on its branch."""
+    """Path of each pair of LoRA factors, as in the file -> the factor on its branch."""
     scales = {}
     for path, module in model.named_modules():
-        stored: Any = getattr(module, "peft", {}) if isinstance(module, peft.Specialised) else {}
-        for part in stored[name].values() if name in stored else ():
-            if hasattr(part, "scale") and any(local == "lora_a" for local, _ in part.named_parameters(recurse=False)):
-                scales[path] = float(part.scale)
+        if isinstance(module, peft.Specialised) and name in getattr(module, "peft", ()):
+            for part in module.peft_parts(name).values():
+                for local, factors in part.named_modules():
+                    if isinstance(factors, LowRank):
+                        scales[f"{path}.{local}" if local else path] = float(factors.scale)
     return scales
 
 

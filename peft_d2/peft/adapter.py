@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .low_rank import match_dtype
+from .lora.factors import match_dtype
 from .method import Method, MethodError, Placement, Site, expect
 from .specialise import Part, Specialised, base_class
 from .width import OutputOptions, Width, check_width, map_first_tensor, output_width

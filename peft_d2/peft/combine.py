@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .inject import add_adapter
-from .low_rank import LowRank
+from .lora.factors import LowRank
 from .report import Report
 from .runtime import InjectionError, Runtime, get_runtime, known_adapter
 

@@ -1,134 +1,200 @@
-"""LoRA on nn.Conv2d and on Detectron2's Conv2d, whose norm and activation come after the low-rank branch.
+"""Conv-LoRA: LoRA whose low-rank map goes through a convolution that a gate chooses, each at a scale of its own.
 
-The factors are a convolution A (r, in / groups, kh, kw) with the base's stride, padding and dilation, and a 1x1
-convolution B (out, r, 1, 1): ``W = W0 + s B A``, as in loralib and Hugging Face PEFT (Hu et al. 2022, equation 3, on
-the unfolded kernel).
+Zhong et al., "Convolution Meets LoRA: Parameter Efficient Finetuning for Segment Anything Model", ICLR 2024, arXiv
+2401.17868, section 3.2, as the authors run it: with h = A x, laid out as an image, ``out = W0 x + s B (h + E_i(h))``.
+Expert i of M enlarges h by i (bicubic), applies a 3 x 3 convolution and GELU, and shrinks the result again. i is the
+expert with the highest logit of the gate, ``mean(h) G``, per image (or window), in training with noise.
 
-Two forms compute the same: a thin branch beside the frozen convolution, or one convolution with the changed weight. The
-branch saves the weight's gradient, but goes over input and output once more; small kernels gain nothing by it.
+The choice has no gradient from the task. What trains the gate is the load's balance, lambda times the squared
+coefficient of variation of the expected choices (Shazeer et al., "Outrageously Large Neural Networks", ICLR 2017,
+appendix A, whose importance term is constant for one expert). Its gradient is added in the backward pass; the logged
+losses do not show it, and a loss scale (fp16) leaves it behind. B is zero at the start: the start is the pretrained
+layer. The function of x is not linear, so no weight can hold it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .low_rank import LoraOptions, LowRank, match_dtype
-from .specialise import Specialised
+from .grid import GRIDS, TokenGrid
+from .lora.factors import match_dtype
+from .method import Method, Options, Placement, Site, expect
+from .specialise import Part, Specialised, base_class
+
+_LETTERS = ("q", "k", "v")
+_LEAST_NOISE = 1e-2
 
 
-def is_normed_conv(base: type[nn.Module], module: nn.Module) -> bool:
-    """Whether this is Detectron2's Conv2d (convolution, optional norm, optional activation), told by its shape."""
-    return (
-        base.__name__ == "Conv2d"
-        and base.__mro__[1] is nn.Conv2d
-        and hasattr(module, "norm")
-        and hasattr(module, "activation")
-    )
+@dataclass(frozen=True)
+class ConvLoraOptions(Options):
+    """``PARTS`` are q, k, v of a fused nn.Linear, each with experts of its own; empty for a layer that is one weight.
 
-
-def _has_no_branch(module: nn.Conv2d) -> bool:
-    """Grouped kernels and padding other than zeros have no small branch on the input: the weight is changed instead."""
-    return module.groups > 1 or module.padding_mode != "zeros"
-
-
-def _branch_is_dearer(weight: Tensor, rank: int) -> bool:
-    """Whether a training step takes longer with the branch than with the changed weight, per pixel of output.
-
-    In multiplications of a dense convolution, as measured on CPUs: the weight's gradient costs one each and forming the
-    weight two fifths more; the branch's three thin convolutions are 2.5 times slower, and each channel passed over
-    once more costs 150.
+    ``EXPERTS`` is M; ``BALANCE`` is lambda; ``ALPHA`` unset means s = 1; ``GRID`` says how tokens (N, L, C) lie in the
+    image, see :class:`~peft_d2.peft.grid.TokenGrid`.
     """
-    out, inputs, *_ = weight.shape
-    thin = 3 * rank * (weight[0].numel() + out)
-    return 1.4 * weight.numel() < 2.5 * thin + 150 * (inputs + out)
+
+    rank: int = 3
+    alpha: float | None = None
+    dropout: float = 0.0
+    experts: int = 8
+    balance: float = 0.01
+    parts: list[str] = field(default_factory=list)
+    grid: str = "auto"
+
+    def check(self) -> None:
+        super().check()
+        for key in ("rank", "experts"):
+            expect(getattr(self, key) > 0, key.upper(), getattr(self, key), "a positive integer")
+        expect(self.alpha is None or self.alpha > 0, "ALPHA", self.alpha, "a positive number")
+        expect(0 <= self.dropout < 1, "DROPOUT", self.dropout, "a probability below 1")
+        expect(self.balance >= 0, "BALANCE", self.balance, "0 or more")
+        expect(set(self.parts) <= set(_LETTERS), "PARTS", self.parts, f"a list out of {', '.join(_LETTERS)}")
+        expect(self.grid in GRIDS, "GRID", self.grid, f"one of {', '.join(GRIDS)}")
 
 
-def conv_problem(module: nn.Conv2d, options: LoraOptions) -> str:
-    """Which option does not work on this convolution; empty when all do."""
-    if options.parts or options.cobot:
-        return f"{'PARTS' if options.parts else 'COBOT'} does not apply to a convolution"
-    if options.dropout and _has_no_branch(module):
-        return "DROPOUT needs a branch on the input, which groups or padding_mode rule out here"
-    return ""
+class AddGradient(torch.autograd.Function):
+    """``x`` as it is; the backward pass also goes through ``loss`` (), as if it were added to the model's loss."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, loss: Tensor) -> Tensor:
+        ctx.dtype = loss.dtype
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        return gradient, torch.ones((), dtype=ctx.dtype, device=gradient.device)
 
 
-class ConvLowRank(LowRank):
-    """Low-rank factors of one convolution kernel."""
+class NoisyGate(nn.Module):
+    """Chooses one of M experts per map by its mean (r,); both matrices (r, M) are zero at the start."""
 
-    def __init__(self, module: nn.Conv2d, options: LoraOptions, name: str, tensor_options: Mapping[str, Any]) -> None:
-        super().__init__(module.weight, options, name, tensor_options)
-        same_dtype = module.weight.dtype == self.lora_a.dtype  # a half-precision weight would swallow small changes
-        may = same_dtype and not self.dropout
-        cheaper = may and _branch_is_dearer(module.weight, self.lora_a.shape[0])
-        self.in_weight_space = _has_no_branch(module) or cheaper
-        self.geometry: dict[str, Any] = {
-            "stride": module.stride,
-            "padding": module.padding,
-            "dilation": module.dilation,
-        }
+    def __init__(self, rank: int, experts: int, made: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.choice = nn.Parameter(torch.zeros(rank, experts, **made))
+        self.noise = nn.Parameter(torch.zeros(rank, experts, **made))
 
-    def branch(self, x: Tensor) -> Tensor:
-        """s B A x for x (N, in, H, W) -> (N, out, H', W')."""
-        x = F.dropout(match_dtype(x, self.lora_a), self.dropout, self.training)
-        y = F.conv2d(F.conv2d(x, self.lora_a, **self.geometry) * self.scale, self.lora_b)
-        if self.lora_a_start is not None and self.lora_b_start is not None:
-            y = y - F.conv2d(F.conv2d(x, self.lora_a_start, **self.geometry) * self.scale, self.lora_b_start)
-        return y
-
-    def forward(  # type: ignore[override]
-        self,
-        x: Tensor,
-        convolve: Callable[[Tensor, Tensor, Tensor | None], Tensor],
-        weight: Tensor,
-        bias: Tensor | None,
-    ) -> Tensor:
-        """The adapted convolution of x (N, in, H, W); ``convolve(x, weight, bias)`` is the base's own."""
-        if self.in_weight_space:
-            return convolve(x, self.effective(weight), bias)
-        out = convolve(x, weight, bias)
-        if self.lora_magnitude is None:
-            return out + self.branch(x).to(out.dtype)
-        gain = self.gain(weight).view(-1, 1, 1)
-        plain = out if bias is None else out - bias.view(-1, 1, 1)
-        return out + ((gain - 1) * plain + gain * self.branch(x)).to(out.dtype)
+    def forward(self, h: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Maps (N, r, H, W) -> indices (N,), and in training the probability that each is chosen (N, M)."""
+        mean = h.mean(dim=(2, 3)).to(self.choice.dtype)
+        clean = mean @ self.choice
+        if not self.training or clean.shape[1] == 1:
+            return clean.argmax(1), None
+        deviation = F.softplus(mean @ self.noise) + _LEAST_NOISE
+        noisy = clean + torch.randn_like(clean) * deviation
+        best, second = noisy.topk(2, dim=1).values.split(1, dim=1)
+        rival = torch.where(noisy == best, second, best)  # what each must exceed with its noise drawn again
+        chances = torch.special.ndtr((clean - rival) / deviation)
+        return noisy.argmax(1), chances
 
 
-class LoraConvMixin(Specialised):
-    """nn.Conv2d with the branch: (N, in, H, W) -> (N, out, H', W')."""
+def imbalance(chances: Tensor) -> Tensor:
+    """Squared coefficient of variation of the expected number of maps per expert, for chances (N, M)."""
+    load = chances.float().sum(0)
+    return load.var() / (load.mean().square() + 1e-10)
 
-    layer = 1
-    weight: Tensor
-    bias: Tensor | None
+
+class ConvExperts(nn.Module):
+    """s B (h + E_i(h)) with h = A x, for one weight (out, in): (N, H, W, in) -> (N, H, W, out), zero at the start."""
+
+    def __init__(self, weight: Tensor, options: ConvLoraOptions, made: Mapping[str, Any]) -> None:
+        super().__init__()
+        out, inputs = weight.shape
+        rank = options.rank
+        self.conv_lora_down = nn.Parameter(torch.empty(rank, inputs, **made))
+        self.conv_lora_up = nn.Parameter(torch.zeros(out, rank, **made))
+        nn.init.kaiming_uniform_(self.conv_lora_down, a=math.sqrt(5))
+        self.gate = NoisyGate(rank, options.experts, made)
+        self.experts = nn.ModuleList(nn.Conv2d(rank, rank, 3, padding=1, **made) for _ in range(options.experts))
+        for expert in self.experts:
+            nn.init.zeros_(expert.bias)  # type: ignore[arg-type]
+        self.scale = (options.alpha or rank) / rank
+        self.dropout = options.dropout
+        self.balance = options.balance
 
     def forward(self, x: Tensor) -> Tensor:
-        part = self.peft_weight_part("lora")
-        if part is None:
-            return super().forward(x)
-        return part(x, self._conv_forward, self.weight, self.bias)
+        """(N, H, W, in) -> (N, H, W, out); each of the N maps goes through the expert that the gate chooses for it."""
+        x = F.dropout(match_dtype(x, self.conv_lora_down), self.dropout, self.training)
+        h = F.linear(x, self.conv_lora_down).permute(0, 3, 1, 2)
+        chosen, chances = self.gate(h)
+        mixed = h.clone()
+        for number, expert in enumerate(self.experts):
+            rows = (chosen == number).nonzero()[:, 0]
+            if len(rows):
+                mixed = mixed.index_add(0, rows, self._at_scale(expert, h[rows], number + 1).to(h.dtype))
+        out = F.linear(mixed.permute(0, 2, 3, 1), self.conv_lora_up) * self.scale
+        if self.training:  # experts without a map get gradients of zero: processes of a parallel run need the same ones
+            out = out + 0.0 * sum(p.sum() for p in self.parameters()).to(out.dtype)  # type: ignore[union-attr]
+        if chances is not None and self.balance and torch.is_grad_enabled():
+            out = AddGradient.apply(out, self.balance * imbalance(chances))
+        return out
+
+    @staticmethod
+    def _at_scale(expert: nn.Module, h: Tensor, scale: int) -> Tensor:
+        if scale == 1:
+            return F.gelu(expert(h))
+        large = F.interpolate(h, scale_factor=scale, mode="bicubic", align_corners=False)
+        return F.interpolate(F.gelu(expert(large)), size=h.shape[2:], mode="bicubic", align_corners=False)
 
 
-class LoraNormedConvMixin(Specialised):
-    """Detectron2's Conv2d with the branch before norm and activation, so that merging is exact."""
+class ConvLoraPart(Part):
+    """The experts of a layer, ``whole``, or of some of q, k, v, under their letters."""
 
-    layer = 1
-    weight: Tensor
-    bias: Tensor | None
-    norm: Callable[[Tensor], Tensor] | None
-    activation: Callable[[Tensor], Tensor] | None
+    def __init__(self, site: Site, options: ConvLoraOptions) -> None:
+        super().__init__()
+        weight = site.module.get_parameter("weight")
+        rows = dict(zip(_LETTERS, weight.chunk(3), strict=True)) if options.parts else {"whole": weight}
+        self.letters = tuple(letter for letter in rows if letter in options.parts or not options.parts)
+        for letter in self.letters:
+            self.add_module(letter, ConvExperts(rows[letter], options, site.tensor_options()))
+        self.grid = TokenGrid(site, options.grid)
+
+    def forward(self, x: Tensor, out: Tensor) -> Tensor:
+        """The adapted output for the layer's input (N, L, in) or (N, H, W, in) and output."""
+        spread = x if x.dim() == 4 else x.unflatten(1, self.grid.size(x))
+        blocks = list(out.chunk(3, dim=-1)) if self.letters != ("whole",) else [out]
+        for letter in self.letters:
+            index = 0 if letter == "whole" else _LETTERS.index(letter)
+            branch = getattr(self, letter)(spread).to(out.dtype)
+            blocks[index] = blocks[index] + branch.reshape(blocks[index].shape)
+        return torch.cat(blocks, dim=-1)
+
+
+class ConvLoraMixin(Specialised):
+    """nn.Linear on tokens of an image, whose output gets the branch."""
+
+    layer = 2
 
     def forward(self, x: Tensor) -> Tensor:
-        part = self.peft_weight_part("lora")
-        if part is None:
-            return super().forward(x)
-        x = part(x, self._plain_conv, self.weight, self.bias)
-        if self.norm is not None:
-            x = self.norm(x)
-        return x if self.activation is None else self.activation(x)
+        out = super().forward(x)
+        part = self.peft_part(ConvLora.name)
+        return out if part is None else part(x, out)
 
-    def _plain_conv(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        geometry: Any = (self.stride, self.padding, self.dilation, self.groups)
-        return F.conv2d(x, weight, bias, *geometry)
+
+class ConvLora(Method):
+    """``{NAME: conv_lora, TARGETS: [attn.qkv], PARTS: [q, k, v], RANK: 3, EXPERTS: 8, BALANCE: 0.01, GRID: auto}``."""
+
+    name = "conv_lora"
+    options_class = ConvLoraOptions
+    options: ConvLoraOptions
+
+    def refusal(self, site: Site) -> str:
+        """Anything but an nn.Linear that is called by itself; with ``PARTS``, one that is no fused qkv."""
+        base = base_class(site.module)
+        if base is not nn.Linear:
+            return f"{base.__qualname__} is no nn.Linear (exact type)"
+        if isinstance(site.parent, nn.MultiheadAttention):
+            return "nn.MultiheadAttention reads its weights without calling it"
+        out, inputs = site.module.get_parameter("weight").shape
+        if self.options.parts and out != 3 * inputs:
+            return f"PARTS needs a fused qkv, d -> 3 d; this is {inputs} -> {out}"
+        return ""
+
+    def place(self, sites: Sequence[Site]) -> list[Placement]:
+        return [Placement(site, ConvLoraMixin, ConvLoraPart(site, self.options)) for site in sites]

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from .adapter import Adapter
 from .adaptformer import AdaptFormer
-from .bitfit import BitFit
-from .conv_experts import ConvLora
-from .huggingface_tuner import HuggingFaceTuner
-from .last_blocks import LastBlocks
+from .conv_lora import ConvLora
+from .huggingface import HuggingFaceTuner
 from .lora import Lora
 from .method import Method
 from .mona import Mona
-from .norm_tuning import NormTuning
+from .selective import BitFit, LastBlocks, NormTuning
 
 _ALL: tuple[type[Method], ...] = (
     *(Adapter, AdaptFormer, BitFit, ConvLora, LastBlocks, Lora, Mona, NormTuning, HuggingFaceTuner),

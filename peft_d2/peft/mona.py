@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from .adapter import never_called
 from .grid import GRIDS, TokenGrid
-from .low_rank import match_dtype
+from .lora.factors import match_dtype
 from .method import Method, Placement, Site, expect
 from .specialise import Part, Specialised
 from .width import OutputOptions, Width, check_width, map_first_tensor, output_width

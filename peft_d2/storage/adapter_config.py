@@ -1,8 +1,7 @@
 """`adapter_config.json` and the names of tensors, as Hugging Face `peft` has them.
 
-A LoRA is described as `peft` describes it, so `PeftModel.from_pretrained(model, folder)` reads a folder of ours as it
-is. What `peft` does not have is stored under the same scheme of names with `peft_type` PEFT_D2, which `peft` refuses by
-that name.
+A folder says `peft_type` LORA only where `PeftModel.from_pretrained(model, folder)` computes what our model computes.
+Everything else is stored under the same scheme of names with `peft_type` PEFT_D2, which `peft` refuses by that name.
 """
 
 from __future__ import annotations
@@ -10,21 +9,35 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 PREFIX = "base_model.model."
 LORA, OWN = "LORA", "PEFT_D2"
 A, B, MAGNITUDE = ".lora_a", ".lora_b", ".lora_magnitude"
+EMBEDDING_A, EMBEDDING_B = ".lora_embedding_a", ".lora_embedding_b"
 NAME = re.compile(r"[\w\-]+(\.[\w\-]+)*")
-_SUFFIXES = {A: ".lora_A.weight", B: ".lora_B.weight", MAGNITUDE: ".lora_magnitude_vector"}
+SUFFIXES = {
+    A: ".lora_A.weight",
+    B: ".lora_B.weight",
+    MAGNITUDE: ".lora_magnitude_vector",
+    EMBEDDING_A: ".lora_embedding_A",
+    EMBEDDING_B: ".lora_embedding_B",
+}
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+# What `peft` adds below a module that it adapts; its `modules_to_save` are compared with these names, too.
+_LAYER_NAMES = [".base_layer", ".lora_embedding_A", ".lora_embedding_B"]
+_LAYER_NAMES += [f".{name}{end}" for name in ("lora_dropout", "lora_A", "lora_B") for end in ("", ".default")]
+_LAYER_NAMES += [".lora_magnitude_vector", ".lora_magnitude_vector.default"]
+
+Modules = Sequence[tuple[str, nn.Module]]
 
 
 def file_name(name: str) -> str:
     """Name in the file of a tensor of the model: "fc.lora_a" -> "base_model.model.fc.lora_A.weight"."""
-    for own, theirs in _SUFFIXES.items():
+    for own, theirs in SUFFIXES.items():
         if name.endswith(own):
             return PREFIX + name.removesuffix(own) + theirs
     return PREFIX + name
@@ -35,7 +48,7 @@ def model_name(name: str) -> str | None:
     if not name.startswith(PREFIX):
         return None
     name = name.removeprefix(PREFIX)
-    for own, theirs in _SUFFIXES.items():
+    for own, theirs in SUFFIXES.items():
         if name.endswith(theirs):
             return name.removesuffix(theirs) + own
         if name.endswith(own):
@@ -47,8 +60,10 @@ def to_file(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors of the model as they are stored: `peft` keeps DoRA's magnitude of a convolution as (1, out, 1, 1)."""
     stored = {}
     for name, value in tensors.items():
-        if name.endswith(MAGNITUDE) and (spatial := tensors[name.removesuffix(MAGNITUDE) + A].ndim - 2):
-            value = value.reshape(1, -1, *[1] * spatial)
+        if name.endswith(MAGNITUDE):
+            a = tensors.get(name.removesuffix(MAGNITUDE) + A)
+            if a is not None and a.ndim > 2:
+                value = value.reshape(1, -1, *[1] * (a.ndim - 2))
         stored[file_name(name)] = value
     return stored
 
@@ -74,10 +89,10 @@ def lora_ranks(tensors: Mapping[str, Tensor]) -> dict[str, int]:
     Raises:
         ValueError: a factor is missing, or the two disagree.
     """
-    paths = sorted({name.removesuffix(s) for s in _SUFFIXES for name in tensors if name.endswith(s)})
+    paths = sorted({name.removesuffix(s) for s in SUFFIXES for name in tensors if name.endswith(s)})
     ranks = {}
     for path in paths:
-        a, b = tensors.get(path + A), tensors.get(path + B)
+        a, b = (tensors.get(path + plain, tensors.get(path + other)) for plain, other in _FACTORS)
         if a is None or b is None:
             raise ValueError(f"the LoRA of {path} has only one of its two factors")
         if a.ndim < 2 or b.ndim < 2 or a.shape[0] != b.shape[1]:
@@ -88,22 +103,39 @@ def lora_ranks(tensors: Mapping[str, Tensor]) -> dict[str, int]:
     return ranks
 
 
-def describe(tensors: Mapping[str, Tensor], base: Collection[str], scales: Mapping[str, float]) -> dict[str, Any]:
+_FACTORS = ((A, EMBEDDING_A), (B, EMBEDDING_B))
+
+
+def describe(
+    tensors: Mapping[str, Tensor], base: Collection[str], scales: Mapping[str, float], modules: Modules = ()
+) -> dict[str, Any]:
     """The content of `adapter_config.json`.
 
     Args:
         tensors: injected tensors and those trained in full, by name in the model.
         base: names of the base model's tensors.
         scales: path of a LoRA -> factor on B A x (alpha / r, or alpha / sqrt(r) with rsLoRA).
+        modules: (name, module) of the whole base model, shared modules under each of their names. Empty: whether
+            `peft` finds the same modules and computes the same in them is not checked.
     """
     injected = {name for name in tensors if name not in base}
-    full = sorted({name.rpartition(".")[0] or name for name in tensors if name in base})
+    full = {name for name in tensors if name in base}
     ranks = lora_ranks(tensors)
-    expressible = injected == {path + s for path in ranks for s in _SUFFIXES if path + s in tensors}
     dora = [path for path in ranks if path + MAGNITUDE in tensors]
-    if not ranks or not expressible or set(ranks) - set(scales) or len(dora) not in (0, len(ranks)):
+    plain = injected == {path + s for path in ranks for s in SUFFIXES if path + s in tensors}
+    saved = _saved_modules(full, base, list(ranks), modules)
+    targets = _targets(list(ranks), saved or [], modules)
+    if not ranks or not plain or set(ranks) - set(scales) or len(dora) not in (0, len(ranks)) or not targets:
+        saved = None
+    by_name = dict(modules)
+    for path in ranks if modules else ():
+        if path not in by_name or difference_to_peft(path, by_name) or _in_encoder_layer(path, by_name):
+            saved = None
+    if saved is None:
         places = sorted({name.rpartition(".")[0] for name in injected})
-        return {"peft_type": OWN, "target_modules": places, "modules_to_save": full or None, "inference_mode": True}
+        owners = sorted({name.rpartition(".")[0] or name for name in full})
+        own = {"peft_type": OWN, "target_modules": places, "modules_to_save": owners or None, "inference_mode": True}
+        return {**own, "lora_scales": {path: float(value) for path, value in scales.items()}}
     alphas = {path: _number(scales[path] * rank) for path, rank in ranks.items()}
     rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
     return {
@@ -111,7 +143,7 @@ def describe(tensors: Mapping[str, Tensor], base: Collection[str], scales: Mappi
         "task_type": None,
         "base_model_name_or_path": None,
         "inference_mode": True,
-        "target_modules": sorted(ranks),
+        "target_modules": targets,
         "r": rank,
         "lora_alpha": alpha,
         "rank_pattern": {_exactly(path): value for path, value in ranks.items() if value != rank},
@@ -122,8 +154,77 @@ def describe(tensors: Mapping[str, Tensor], base: Collection[str], scales: Mappi
         "init_lora_weights": True,
         "use_rslora": False,
         "use_dora": bool(dora),
-        "modules_to_save": full or None,
+        "modules_to_save": saved or None,
     }
+
+
+def _saved_modules(
+    full: Collection[str], base: Collection[str], targets: Sequence[str], modules: Modules
+) -> list[str] | None:
+    """The modules that hold exactly the tensors in ``full``; None where `modules_to_save` would hit others, too.
+
+    `peft` copies each module whose name ends with an entry, with all that is in it, which unties what is shared.
+    """
+    owners = sorted({name.rpartition(".")[0] for name in full})
+    if any(not owner or any(n.startswith(f"{owner}.") and n not in full for n in base) for owner in owners):
+        return None
+    outer = [owner for owner in owners if not any(owner.startswith(f"{other}.") for other in owners)]
+    if not modules or not outer:
+        return outer
+    by_name = dict(modules)
+    names = [*by_name, *(f"{path}{end}" for path in targets for end in _LAYER_NAMES)]
+    hit = {name for name in names if name.endswith(tuple(outer))}
+    inside = [by_name[name] for name in by_name if f"{name}.".startswith(tuple(f"{owner}." for owner in outer))]
+    shared = shared_ids(modules)
+    tied = any(id(module) in shared or any(id(t) in shared for t in _own(module)) for module in inside)
+    return None if tied or hit != set(outer) or any(isinstance(by_name[n], _CONTAINERS) for n in outer) else outer
+
+
+def shared_ids(modules: Modules) -> set[int]:
+    """`id` of every module and tensor that has several owners or names; `peft` separates them as it copies one."""
+    count = Counter(id(module) for _, module in modules)
+    for module in {id(module): module for _, module in modules}.values():
+        count.update(id(tensor) for tensor in _own(module))
+    return {key for key, number in count.items() if number > 1}
+
+
+def _own(module: nn.Module) -> list[Tensor]:
+    return [value for value in (*module._parameters.values(), *module._buffers.values()) if value is not None]
+
+
+def _targets(paths: Sequence[str], saved: Sequence[str], modules: Modules) -> list[str] | str | None:
+    """`target_modules` that choose exactly ``paths``: the list, or where its suffixes hit more a regular expression.
+
+    None where `peft` would leave one out, because it is in one of `modules_to_save`.
+    """
+    if any(re.match(rf"(^|.*\.){module}($|\..*)", path) for module in saved for path in paths):
+        return None
+    wanted = sorted(paths)
+    hit = {name for name, _ in modules if any(f".{name}".endswith(f".{path}") for path in wanted)}
+    return wanted if hit <= set(wanted) else "|".join(map(re.escape, wanted))
+
+
+def difference_to_peft(path: str, modules: Mapping[str, nn.Module]) -> str:
+    """Why `peft`'s layer for the module computes something else than ours; empty when it does not."""
+    module = modules[path]
+    if sum(other is module for other in modules.values()) > 1:
+        return "it is shared under several names, and peft adapts it under the first alone"
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        if getattr(module, "norm", None) is not None or getattr(module, "activation", None) is not None:
+            return "peft adds its branch after the norm and the activation of this layer, ours before them"
+        if module.groups > 1:
+            return "peft's branch of a grouped convolution mixes all groups, ours changes the grouped weight"
+        dilated = any(d > 1 < k for d, k in zip(module.dilation, module.kernel_size, strict=True))
+        if dilated or module.padding_mode != "zeros":
+            return "peft's branch of a convolution knows neither dilation nor padding modes"
+        return ""
+    return "" if isinstance(module, nn.Linear | nn.Embedding) else f"peft has no such layer for {type(module).__name__}"
+
+
+def _in_encoder_layer(path: str, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether torch's fast path of nn.TransformerEncoderLayer passes `peft`'s layer by in eval mode."""
+    parents = (modules[path[:end]] for end, letter in enumerate(path) if letter == ".")
+    return any(isinstance(parent, nn.TransformerEncoderLayer) for parent in parents)
 
 
 def check(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
@@ -139,23 +240,31 @@ def check(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
         raise ValueError(f"adapter_config.json has peft_type {config.get('peft_type')!r}; known are {LORA} and {OWN}")
     for path, rank in ranks.items():
         described = by_pattern(config, "rank_pattern", path, config.get("r"))
-        if described != rank:
-            raise ValueError(f"the LoRA of {path} has rank {rank}, and adapter_config.json says {described!r}")
+        if type(described) is not int or described != rank:
+            raise ValueError(
+                f"the LoRA of {path} has rank {rank}, and adapter_config.json says {described!r} (r, rank_pattern)"
+            )
 
 
 def scales(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, float]:
-    """Path of each LoRA that a description of `peft`'s form covers -> factor on B A x.
+    """Path of each LoRA -> factor on B A x.
 
     Raises:
         ValueError: an alpha is missing or no positive number.
     """
+    result: dict[str, float] = {}
     if config.get("peft_type") != LORA:
-        return {}
-    result = {}
+        stored = config.get("lora_scales") or {}  # not there in folders written before 0.2
+        if not isinstance(stored, Mapping) or not all(isinstance(value, float) for value in stored.values()):
+            raise ValueError("adapter_config.json: lora_scales are not numbers")
+        return dict(stored)
     for path, rank in lora_ranks(tensors).items():
         alpha = by_pattern(config, "alpha_pattern", path, config.get("lora_alpha"))
-        if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not alpha > 0:
-            raise ValueError(f"adapter_config.json: lora_alpha of {path} is {alpha!r}, not a positive number")
+        if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 < alpha < math.inf:
+            raise ValueError(
+                f"adapter_config.json: lora_alpha of {path} is {alpha!r}, not a positive number "
+                "(lora_alpha, alpha_pattern)"
+            )
         result[path] = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
     return result
 
@@ -173,13 +282,21 @@ def by_pattern(config: Mapping[str, Any], key: str, path: str, default: Any) -> 
     if _exactly(path) in patterns:
         return patterns[_exactly(path)]
     for pattern, value in patterns.items():
-        try:
-            found = re.match(rf"(.*\.)?({pattern})$", path)
-        except re.error as error:
-            raise ValueError(f"adapter_config.json: {pattern!r} in {key} is no regular expression ({error})") from None
-        if found:
+        if expression(rf"(.*\.)?({pattern})$", key).match(path):
             return value
     return default
+
+
+def expression(pattern: str, key: str) -> re.Pattern[str]:
+    """A regular expression of the field ``key``, compiled.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        return re.compile(pattern)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ValueError(f"adapter_config.json: {pattern[:80]!r} in {key} is no regular expression ({error})") from None
 
 
 def _exactly(path: str) -> str:

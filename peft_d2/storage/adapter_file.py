@@ -79,6 +79,7 @@ def write(
     base: Fingerprint,
     metrics: Mapping[str, Any] | None = None,
     scales: Mapping[str, float] | None = None,
+    modules: adapter_config.Modules = (),
 ) -> None:
     """Write an adapter folder, replacing an earlier adapter there as a whole.
 
@@ -90,12 +91,13 @@ def write(
         base: fingerprint of the base model.
         metrics: what was measured; numbers, texts, lists, dicts.
         scales: path of a LoRA -> factor on B A x; with it the folder is one that Hugging Face `peft` reads.
+        modules: (name, module) of the base model: the folder says so only where `peft` computes the same.
 
     Raises:
         StorageError: the folder holds something else than an adapter, or cannot be stored; what was there stays.
         ValueError: a tensor name or a value cannot be stored.
     """
-    data = contents(tensors, methods=methods, train=train, base=base, metrics=metrics, scales=scales)
+    data = contents(tensors, methods=methods, train=train, base=base, metrics=metrics, scales=scales, modules=modules)
     with atomic.folder(folder, FILES) as temporary:
         for name, content in data.items():
             (temporary / name).write_bytes(content)
@@ -109,6 +111,7 @@ def contents(
     base: Fingerprint,
     metrics: Mapping[str, Any] | None = None,
     scales: Mapping[str, float] | None = None,
+    modules: adapter_config.Modules = (),
 ) -> dict[str, bytes]:
     """The three files of `write`, for a caller that stores more beside them.
 
@@ -117,7 +120,7 @@ def contents(
     """
     require_storable(tensors)
     plain = [_plain(dict(method), "a method") for method in methods]
-    config = adapter_config.describe(tensors, base.tensors, scales or {})
+    config = adapter_config.describe(tensors, base.tensors, scales or {}, modules)
     adapter_config.scales(tensors, config)  # what could not be read is not written
     data = {
         TENSORS: tensor_file.dumps(adapter_config.to_file(tensors), {MARK: str(FORMAT_VERSION)}),

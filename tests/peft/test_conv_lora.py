@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from peft_d2 import peft
-from peft_d2.peft.conv_experts import NoisyGate, imbalance
+from peft_d2.peft.conv_lora import NoisyGate, imbalance
 
 ENTRY = {"NAME": "conv_lora", "TARGETS": ["qkv"], "PARTS": ["q", "v"], "RANK": 3, "EXPERTS": 4, "GRID": "square"}
 

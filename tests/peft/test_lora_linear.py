@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from peft_d2 import peft
-from peft_d2.peft import low_rank, packed_lora
-from peft_d2.peft.low_rank_linear import low_rank_linear, saves_passes
+from peft_d2.peft.lora import linear
+from peft_d2.peft.lora.linear import low_rank_linear, saves_passes
 
 
 @settings(max_examples=25, deadline=None)
@@ -72,11 +72,8 @@ def test_equals_the_branch(
     runs = []
     for chosen in (True, False):
         used: list[Tensor] = []
-        for module in (low_rank, packed_lora):
-            monkeypatch.setattr(module, "saves_passes", lambda *_, chosen=chosen: chosen)
-            monkeypatch.setattr(
-                module, "low_rank_linear", lambda *x, used=used: used.append(x[0]) or low_rank_linear(*x)
-            )
+        monkeypatch.setattr(linear, "saves_passes", lambda *_, chosen=chosen: chosen)
+        monkeypatch.setattr(linear, "low_rank_linear", lambda *x, used=used: used.append(x[0]) or low_rank_linear(*x))
         x = torch.randn(2, 7, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
         model.zero_grad()
         out = model["m"](x)
@@ -88,7 +85,7 @@ def test_equals_the_branch(
 
 @pytest.mark.parametrize("entry", [{"DORA": True}, {"INIT": "pissa"}, {"DROPOUT": 0.5}], ids=str)
 def test_what_needs_the_branch_keeps_it(entry: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(low_rank, "low_rank_linear", lambda *_: pytest.fail("used in spite of the entry"))
+    monkeypatch.setattr(linear, "low_rank_linear", lambda *_: pytest.fail("used in spite of the entry"))
     for parts in ([], ["q"]):
         model = nn.ModuleDict({"m": nn.Linear(4, 12)})
         peft.inject(model, [{"NAME": "lora", "TARGETS": ["m"], "RANK": 2, "PARTS": parts, **entry}])

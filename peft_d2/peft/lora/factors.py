@@ -1,0 +1,226 @@
+"""LoRA's options, and the low-rank factors of one weight, whatever its module is.
+
+- LoRA: Hu et al., ICLR 2022, arXiv 2106.09685, equation 3: ``W = W0 + s B A`` with ``s = alpha / r``.
+- rsLoRA: Kalajdzievski 2023, arXiv 2312.03732: ``s = alpha / sqrt(r)``.
+- DoRA: Liu et al., ICML 2024, arXiv 2402.09353, equation 5 and section 4.3:
+  ``W = m (W0 + s B A) / ||W0 + s B A||``, one norm per output, constant in the gradient; m starts as ``||W0||``.
+- PiSSA: Meng et al., NeurIPS 2024, arXiv 2404.02948, equations 2 to 4: A and B start as the r principal singular
+  directions of W0, and the residual is frozen. Here W0 itself stays and the start is subtracted:
+  ``W = W0 + s (B A - B0 A0)``, the same function.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..cobot import CobotOptions, CobotPlace
+from ..match import first_match
+from ..method import MethodError, expect
+from ..specialise import Part
+
+INITS = ("default", "gaussian", "xavier", "pissa")
+PARTS = ("q", "k", "v", "out")
+
+
+@dataclass(frozen=True)
+class LoraOptions(CobotOptions):
+    """Keys of LoRA.
+
+    ``ALPHA``: unset means alpha = rank (scale 1).
+    ``INIT``: default (A Kaiming-uniform, B zero), gaussian (A normal / r, B zero), pissa, or xavier (both
+    Xavier-normal, as SAM-COBOT's authors do: the only one that does not start as the pretrained model).
+    ``PARTS``: which of q, k, v, out of an nn.MultiheadAttention (default q and v), or of q, k, v of a fused nn.Linear.
+    ``RANK_PATTERN`` and ``ALPHA_PATTERN``: module-name pattern -> value; the first match counts.
+    """
+
+    rank: int = 8
+    alpha: float | None = None
+    dropout: float = 0.0
+    init: str = "default"
+    rslora: bool = False
+    dora: bool = False
+    parts: list[str] = field(default_factory=list)
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+
+    def check(self) -> None:
+        super().check()
+        for rank in (self.rank, *self.rank_pattern.values()):
+            expect(type(rank) is int and rank > 0, "RANK", rank, "a positive integer")
+            self.check_width("RANK", rank)
+        for alpha in (*(() if self.alpha is None else (self.alpha,)), *self.alpha_pattern.values()):
+            number = isinstance(alpha, int | float) and not isinstance(alpha, bool)
+            expect(number and 0 < alpha < math.inf, "ALPHA", alpha, "a positive number")
+        expect(0 <= self.dropout < 1, "DROPOUT", self.dropout, "a probability below 1")
+        expect(self.init in INITS, "INIT", self.init, f"one of {', '.join(INITS)}")
+        expect(set(self.parts) <= set(PARTS), "PARTS", self.parts, f"a list out of {', '.join(PARTS)}")
+        expect(not (self.dora and self.cobot), "DORA", self.dora, "false together with COBOT")
+        expect(not (self.cobot and self.init == "pissa"), "INIT", self.init, "another start together with COBOT")
+
+    def rank_and_scale(self, name: str) -> tuple[int, float]:
+        """Rank and the factor s of the module called ``name``."""
+        rank = first_match(self.rank_pattern, name) or self.rank
+        alpha = first_match(self.alpha_pattern, name) or self.alpha or rank
+        return rank, alpha / (math.sqrt(rank) if self.rslora else rank)
+
+
+class LowRank(Part):
+    """Factors ``lora_a`` (r, in, ...) and ``lora_b`` (out, r, 1...) of one weight (out, in, ...).
+
+    DoRA adds ``lora_magnitude`` (out,); PiSSA the constant ``lora_a_start`` and ``lora_b_start``; COBOT a step between
+    A and B. A subclass for a module that stores its weight in another order says so in :meth:`ordered`.
+    """
+
+    names: ClassVar[tuple[str, str]] = ("lora_a", "lora_b")
+    lora_a: nn.Parameter
+    lora_b: nn.Parameter
+    lora_magnitude: nn.Parameter | None
+    lora_a_start: Tensor | None
+    lora_b_start: Tensor | None
+
+    def __init__(
+        self,
+        weight: Tensor,
+        options: LoraOptions,
+        name: str,
+        tensor_options: Mapping[str, Any],
+        cobot: CobotPlace | None = None,
+    ) -> None:
+        super().__init__()
+        rank, self.scale = options.rank_and_scale(name)
+        self.dropout = options.dropout
+        self.init = options.init
+        out, inputs, *kernel = self.ordered(weight).shape
+        if self.init == "pissa" and rank > min(out, math.prod((inputs, *kernel))):
+            raise MethodError(
+                f"{name}: RANK {rank} exceeds the weight's {tuple(weight.shape)}; INIT pissa needs a smaller one"
+            )
+        shapes = (rank, inputs, *kernel), (out, rank, *[1] * len(kernel))
+        for local, shape in zip(self.names, shapes, strict=True):
+            self.register_parameter(local, nn.Parameter(torch.empty(shape, **tensor_options)))
+            start = torch.empty(shape, **tensor_options) if self.init == "pissa" else None
+            self.register_buffer(f"lora_{local[-1]}_start", start)
+        self.cobot = cobot
+        magnitude = nn.Parameter(torch.empty(out, **tensor_options)) if options.dora else None
+        self.register_parameter("lora_magnitude", magnitude)
+        self.reset(weight)
+
+    def ordered(self, weight: Tensor) -> Tensor:
+        """The module's weight as (out, in, ...)."""
+        return weight
+
+    def as_stored(self, weight: Tensor) -> Tensor:
+        """Reverse of :meth:`ordered`."""
+        return weight
+
+    @torch.no_grad()
+    def reset(self, weight: Tensor) -> None:
+        """Start values; ``weight`` is the base weight, which PiSSA and DoRA start from."""
+        a, b = self.lora_a, self.lora_b
+        if self.lora_a_start is not None and self.lora_b_start is not None:
+            first = principal_factors(self.ordered(weight).double(), len(a), self.scale)
+            for value, start, factor in zip((a, b), (self.lora_a_start, self.lora_b_start), first, strict=True):
+                value.copy_(factor)
+                start.copy_(value)
+        else:
+            self._reset_factors(a, b)
+        if self.lora_magnitude is not None:
+            self.lora_magnitude.copy_(_row_norm(self.ordered(weight).to(a.dtype)))
+
+    def _reset_factors(self, a: Tensor, b: Tensor) -> None:
+        if self.init == "xavier":
+            nn.init.xavier_normal_(a)
+            nn.init.xavier_normal_(b)
+            return
+        if self.init == "gaussian":
+            nn.init.normal_(a, std=1 / len(a))
+        else:
+            nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+        nn.init.zeros_(b)
+
+    def depends_on_base(self) -> bool:
+        """Whether the start values come from the base weight."""
+        return self.init == "pissa" or self.lora_magnitude is not None
+
+    def untrained(self) -> bool:
+        """Whether the factors still are what :meth:`reset` makes them."""
+        a, b = self.lora_a, self.lora_b
+        if self.lora_a_start is None or self.lora_b_start is None:
+            return not bool(a.detach().any()) or not bool(b.detach().any())
+        return torch.equal(a, self.lora_a_start) and torch.equal(b, self.lora_b_start)
+
+    def follow(self, weight: Tensor) -> None:
+        """Start anew from ``weight`` if nothing was trained and the start depends on it."""
+        if self.depends_on_base() and self.untrained():
+            self.reset(weight)
+
+    def base_changed(self, module: nn.Module) -> None:
+        self.follow(module.get_parameter("weight"))
+
+    def delta(self) -> Tensor:
+        """s B A as a tensor (out, in, ...), in the factors' dtype."""
+        a, b = self.lora_a, self.lora_b
+        flat = a.flatten(1) if self.cobot is None else self.cobot.matrix() @ a.flatten(1)
+        product = b.flatten(1) @ flat
+        if self.lora_a_start is not None and self.lora_b_start is not None:
+            product = product - self.lora_b_start.flatten(1) @ self.lora_a_start.flatten(1)
+        return self.scale * product.view(b.shape[0], *a.shape[1:])
+
+    def effective(self, weight: Tensor) -> Tensor:
+        """The weight that gives the adapted output, in the order and dtype of ``weight``."""
+        delta = self.delta()
+        changed = self.ordered(weight).to(torch.promote_types(weight.dtype, delta.dtype)) + delta
+        if self.lora_magnitude is not None:
+            gain = self.lora_magnitude / _row_norm(changed).detach()
+            changed = changed * gain.view(-1, *[1] * (changed.dim() - 1))
+        return self.as_stored(changed).to(weight.dtype)
+
+    def effective_weights(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {"weight": self.effective(weights["weight"])}
+
+    def gain(self, weight: Tensor) -> Tensor:
+        """DoRA's m / ||W0 + s B A|| (out,); exactly one at the start."""
+        assert self.lora_magnitude is not None
+        changed = self.ordered(weight).to(self.lora_magnitude.dtype) + self.delta()
+        return self.lora_magnitude / _row_norm(changed.detach())
+
+    def input(self, x: Tensor) -> Tensor:
+        """What A is applied to: the module's input in the factors' dtype, with DROPOUT."""
+        return F.dropout(match_dtype(x, self.lora_a), self.dropout, self.training)
+
+    def rescaled(self, out: Tensor, branch: Tensor, weight: Tensor, bias: Tensor | None, channel: int = -1) -> Tensor:
+        """The base's output plus s B A x, in DoRA times m / ||W0 + s B A||; axis ``channel`` has the outputs."""
+        if self.lora_magnitude is None:
+            return out + branch.to(out.dtype)
+        shape = [1] * (-channel - 1)
+        gain = self.gain(weight).view(-1, *shape)
+        plain = out if bias is None else out - bias.view(-1, *shape)
+        return out + ((gain - 1) * plain + gain * branch).to(out.dtype)
+
+
+def principal_factors(weight: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor]:
+    """PiSSA's start (Meng et al. 2024, equations 2 and 3): A (r, in, ...) and B (out, r, 1...) of W (out, in, ...).
+
+    ``s B A`` is the part of W in its r first singular directions.
+    """
+    u, s, v = torch.linalg.svd(weight.detach().flatten(1), full_matrices=False)
+    root = (s[:rank] / scale).sqrt()
+    a, b = root[:, None] * v[:rank], u[:, :rank] * root
+    kernel = [1] * (weight.dim() - 2)
+    return a.view(-1, *weight.shape[1:]), b.view(len(weight), -1, *kernel)
+
+
+def match_dtype(x: Tensor, parameter: Tensor) -> Tensor:
+    """``x`` in the parameter's dtype; under autocast the operators convert by themselves."""
+    return x if torch.is_autocast_enabled(x.device.type) else x.to(parameter.dtype)
+
+
+def _row_norm(weight: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(weight.flatten(1), dim=1)
