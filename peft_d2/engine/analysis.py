@@ -264,12 +264,10 @@ class Case:
         self._clock = CLOCKS[args.clock]
 
     def _classes(self) -> int:
-        from peft_d2.engine.classes import class_count_keys
+        from peft_d2.engine.checks import class_count_key
+        from peft_d2.engine.config import leaves
 
-        value: Any = self.cfg
-        for part in class_count_keys(self.cfg)[0].split("."):
-            value = value[part]
-        return int(value)
+        return int(dict(leaves(self.cfg))[class_count_key(self.cfg)])
 
     def step(self) -> float:
         """Seconds of a training step as the trainer takes it."""

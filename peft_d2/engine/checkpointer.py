@@ -287,14 +287,29 @@ class Checkpointer(DetectionCheckpointer):
         if self._keep <= 0:
             return
         for name in [name for name in self._own if "final" not in name][: -self._keep]:
-            self._own.remove(name)
-            path = Path(self.save_dir, name)
-            if not path.is_dir():
-                path.unlink(missing_ok=True)
-            elif (other := atomic.foreign_entry(path, _CHECKPOINT_FILES)) is None:
-                shutil.rmtree(path)
-            else:
-                logger.warning("Checkpoint %s is kept: it holds %r, which is not part of one.", path, other)
+            self._delete(name)
+
+    def remove(self, name: str) -> None:
+        """Delete this run's checkpoint ``name`` and point ``last_checkpoint`` at the one before it."""
+        if not self.save_dir or not self.save_to_disk:
+            return
+        basename = name if self.prefix == "adapter" else f"{name}.pth"
+        others = [other for other in self._own if other != basename]
+        if others:
+            self.tag_last_checkpoint(others[-1])
+        else:
+            Path(self.save_dir, LAST).unlink(missing_ok=True)
+        self._delete(basename)
+
+    def _delete(self, basename: str) -> None:
+        self._own.remove(basename)
+        path = Path(self.save_dir, basename)
+        if not path.is_dir():
+            path.unlink(missing_ok=True)
+        elif (other := atomic.foreign_entry(path, _CHECKPOINT_FILES)) is None:
+            shutil.rmtree(path)
+        else:
+            logger.warning("Checkpoint %s is kept: it holds %r, which is not part of one.", path, other)
 
 
 def _number(run: str) -> int:
@@ -414,7 +429,7 @@ def _require_same_sizes(optimizer: Any, state: Any) -> None:
         ValueError: with the two sizes.
     """
     stored = state.get("optimizer") if isinstance(state, dict) else None
-    if optimizer is None or not isinstance(stored, dict):
+    if optimizer is None or not isinstance(stored, dict) or "parameters" in state:  # our trainer goes by their names
         return
     counts = [[len(group["params"]) for group in groups] for groups in (stored["param_groups"], optimizer.param_groups)]
     if sum(counts[0]) != sum(counts[1]):

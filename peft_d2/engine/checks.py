@@ -1,20 +1,43 @@
-"""What can be told of a config before anything is built: that its numbers, names and folders make sense."""
+"""What a config says before anything is built: its numbers, names and folders make sense, its class count fits."""
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import fcntl
+import logging
+import math
 import os
+import platform
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import nn
 
 from peft_d2 import evaluation
-from peft_d2.engine.classes import check_class_count
-from peft_d2.engine.config import leaves
+from peft_d2.engine.config import base_architecture, leaves
 from peft_d2.engine.errors import ConfigError
 
+logger = logging.getLogger(__name__)
+
+_DEFAULT_COUNT = "MODEL.SEM_SEG_HEAD.NUM_CLASSES"
+_CLASS_COUNTS = {
+    "GeneralizedRCNN": "MODEL.ROI_HEADS.NUM_CLASSES",
+    "RetinaNet": "MODEL.RETINANET.NUM_CLASSES",
+    "PanopticFPN": "MODEL.ROI_HEADS.NUM_CLASSES",
+}
+_CLASS_COUNTS |= dict.fromkeys(("PD2MaskFormer", "MaskFormer", "PD2MaskDINO", "MaskDINO"), _DEFAULT_COUNT)
+_RATES = (
+    *("BASE_LR", "WEIGHT_DECAY", "WEIGHT_DECAY_NORM", "WEIGHT_DECAY_EMBED", "MOMENTUM", "GAMMA", "WARMUP_FACTOR"),
+    *("BACKBONE_MULTIPLIER", "BIAS_LR_FACTOR", "POLY_LR_POWER", "POLY_LR_CONSTANT_ENDING"),
+)
+_FINITE = (*(f"SOLVER.{name}" for name in _RATES), "MODEL.PEFT.LR_FACTOR", "MODEL.PEFT.TRAIN_LR_FACTOR")
+_COUNTS = {
+    **dict.fromkeys(("SOLVER.MAX_ITER", "SOLVER.CHECKPOINT_PERIOD", "SOLVER.ACCUMULATE"), (1, 2**31 - 1)),
+    **dict.fromkeys(("SOLVER.WARMUP_ITERS", "SOLVER.REFERENCE_IMS", "SOLVER.CHECKPOINTS_TO_KEEP"), (0, 2**31 - 1)),
+    "DATALOADER.NUM_WORKERS": (0, 1024),
+}
 _RESNET_BUILDERS = {"build_resnet_backbone", "build_resnet_fpn_backbone", "build_retinanet_resnet_fpn_backbone"}
 _RESNETS = [18, 34, 50, 101, 152]
 _RESNET_MAPS = ["stem", "res2", "res3", "res4", "res5"]
@@ -31,15 +54,11 @@ def check_run(cfg: Any, evaluate: bool) -> None:
         ConfigError: no, unknown or defective data sets, or such that nothing can evaluate; impossible numbers; a folder
             that cannot be written.
     """
+    _check_numbers(cfg)
     _check_names(cfg, "TEST" if evaluate else "TRAIN")
     if not evaluate:
         check_batch(cfg)
         check_class_count(cfg)
-        for key in ("MAX_ITER", "CHECKPOINT_PERIOD"):
-            if cfg.SOLVER[key] < 1:
-                raise ConfigError(f"SOLVER.{key} is {cfg.SOLVER[key]}; expected 1 or more.")
-        if cfg.SOLVER.BASE_LR < 0:
-            raise ConfigError(f"SOLVER.BASE_LR is {cfg.SOLVER.BASE_LR}; expected 0 or more.")
     try:
         evaluation.check_augmentation(cfg)
         evaluation.check_evaluators(cfg)
@@ -47,6 +66,19 @@ def check_run(cfg: Any, evaluate: bool) -> None:
         raise ConfigError(str(error)) from error
     _check_annotations(cfg)
     _check_writable(cfg.OUTPUT_DIR)
+
+
+def _check_numbers(cfg: Any) -> None:
+    known = dict(leaves(cfg))
+    for key in _FINITE:
+        value = known[key]
+        if value is not None and not 0 <= value < math.inf:  # BIAS_LR_FACTOR may be None
+            raise ConfigError(f"{key} is {value}; expected a number of 0 or more.")
+    for key, (least, most) in _COUNTS.items():
+        if not least <= known[key] <= most:
+            raise ConfigError(f"{key} is {known[key]}; expected {least} or more, and no more than {most}.")
+    if cfg.SEED >= 2**63:
+        raise ConfigError(f"SEED is {cfg.SEED}; expected less than 2**63, or -1 to draw one.")
 
 
 def check_batch(cfg: Any) -> None:
@@ -147,6 +179,102 @@ def _check_writable(folder: str) -> None:
         raise ConfigError(f"OUTPUT_DIR {folder!r} cannot be written to. Choose another folder.")
 
 
+@contextlib.contextmanager
+def run_lock(folder: str) -> Iterator[None]:
+    """Keep other trainings out of ``OUTPUT_DIR`` until the block is left or this process ends, however it does.
+
+    A POSIX lock belongs to the process: taking it again in the same one is free, and workers do not inherit it.
+
+    Raises:
+        ConfigError: another process trains there.
+    """
+    path = os.path.join(folder, ".lock")
+    try:
+        os.makedirs(folder, exist_ok=True)
+        stream = open(path, "a+")  # noqa: SIM115  closed below
+    except OSError as error:
+        raise ConfigError(f"OUTPUT_DIR {folder!r} cannot be written to: {error.strerror}.") from error
+    with stream:
+        try:
+            fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            stream.seek(0)
+            raise ConfigError(
+                f"OUTPUT_DIR {folder!r} is in use by another training ({stream.read() or 'of unknown number'}). Wait "
+                "for its end, or choose another OUTPUT_DIR."
+            ) from error
+        except OSError as error:
+            logger.info("%s: this file system knows no locks (%s). Start no second run there.", folder, error.strerror)
+        stream.truncate(0)
+        stream.write(f"process {os.getpid()} on {platform.node()}")
+        stream.flush()
+        yield
+
+
 def _near(name: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, sorted(known), n=3, cutoff=0.4)
     return f"; the nearest names are {near}" if near else ""
+
+
+def class_count_key(cfg: Any) -> str:
+    """The config key that holds the number of thing classes of this config's model."""
+    return _CLASS_COUNTS.get(base_architecture(cfg), _DEFAULT_COUNT)
+
+
+def apply_class_count(cfg: Any, explicit: Mapping[str, int] | None = None) -> None:
+    """Set the model's class count to that of the data sets in ``DATASETS.REGISTER``, with one line.
+
+    Args:
+        cfg: changed in place. Sets that Detectron2 registers itself leave it as it is; those of
+            :mod:`peft_d2.data.builtin` set it where they are instances whose classes are known.
+        explicit: keys that the user wrote himself, see :class:`peft_d2.engine.config.LoadedConfig`.
+
+    Raises:
+        ConfigError: a count contradicts the json, and was written where the data set was named or later. A count that
+            came with a config's own data sets says nothing about those that replace them on the command line.
+    """
+    from peft_d2.data import class_names
+    from peft_d2.data.builtin import COCO_SETS
+
+    own = {entry["NAME"] for entry in cfg.DATASETS.REGISTER if "NAME" in entry} | COCO_SETS.keys()
+    split = "TRAIN" if cfg.DATASETS.TRAIN else "TEST"
+    used = list(cfg.DATASETS[split])
+    if not used or used[0] not in own:
+        return
+    names = class_names(cfg)
+    if not names:  # a built-in set whose json is not there yet
+        return
+    explicit = explicit or {}
+    named_at = max(explicit.get(f"DATASETS.{key}", 0) for key in (split, "REGISTER"))
+    key = class_count_key(cfg)
+    count = dict(leaves(cfg)).get(key)
+    if count in (None, len(names)):
+        return
+    if explicit.get(key, -1) >= named_at:
+        raise ConfigError(
+            f"{key} is {count} but the json of data set {used[0]!r} lists {len(names)} categories "
+            f"({_some(names)}). Leave the key out, or correct it or the json."
+        )
+    logger.info("%s: %d -> %d, the categories of data set %r.", key, count, len(names), used[0])
+    cfg.merge_from_list([key, len(names)])
+
+
+def check_class_count(cfg: Any) -> None:
+    """Refuse a model with fewer classes than a registered training set has: it would learn the others as nothing.
+
+    Raises:
+        ConfigError: for Mask2Former, Mask DINO and Detectron2's detectors; of other models nobody knows.
+    """
+    from detectron2.data import MetadataCatalog
+
+    if (key := _CLASS_COUNTS.get(base_architecture(cfg))) is None:
+        return
+    count = dict(leaves(cfg))[key]
+    for name in cfg.DATASETS.TRAIN:
+        classes = list(MetadataCatalog.get(name).get("thing_classes", []))
+        if count < len(classes):
+            raise ConfigError(f"{key} is {count}, but data set {name!r} has {len(classes)} ({_some(classes)}).")
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")

@@ -1,9 +1,16 @@
-"""The config: ``MODEL.PEFT`` and its companions, and reading files and ``KEY VALUE`` pairs with clear errors."""
+"""The config: ``MODEL.PEFT`` and its companions, and reading files and ``KEY VALUE`` pairs with clear errors.
+
+Files are read here, not by Detectron2, whose reader falls back to one that executes ``!!python`` tags. Published files
+use a single such tag, to write down a list of image sizes; that arithmetic is computed, every other tag is refused.
+"""
 
 from __future__ import annotations
 
+import ast
 import difflib
 import logging
+import operator
+import os
 import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,10 +22,15 @@ import torch
 import yaml
 
 from peft_d2.compat import require_detectron2
-from peft_d2.engine.config_file import BASE_KEY, read_top, read_tree
 from peft_d2.engine.errors import ConfigError
 
 PEFT_ARCHITECTURE = "PEFTModel"
+BASE_KEY = "_BASE_"
+_MAX_VALUES, _MAX_DEPTH, _MAX_SIZES = 100_000, 50, 10_000
+_OPERATORS = {
+    **{ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul},
+    **{ast.Div: operator.truediv, ast.FloorDiv: operator.floordiv},
+}
 logger = logging.getLogger(__name__)
 
 
@@ -69,15 +81,9 @@ def add_config(cfg: Any) -> None:
     _defaults(cfg.MODEL, PEFT=CfgNode())
     _defaults(
         cfg.MODEL.PEFT,
-        META_ARCHITECTURE="",
-        WEIGHTS="",
-        METHODS=[],
-        TRAIN=[],
-        LR_FACTOR=1.0,
-        TRAIN_LR_FACTOR=1.0,
-        LR_FACTORS=[],
-        ALLOW_OTHER_BASE=False,
-        PROVE_LIVE=True,
+        **{"META_ARCHITECTURE": "", "WEIGHTS": "", "METHODS": [], "TRAIN": []},
+        **{"LR_FACTOR": 1.0, "TRAIN_LR_FACTOR": 1.0, "LR_FACTORS": []},
+        **{"ALLOW_OTHER_BASE": False, "PROVE_LIVE": True},
     )
 
 
@@ -120,17 +126,12 @@ def load_config(config_file: str, peft_config: str = "", opts: Sequence[str] = (
         _merge_file(loaded, peft_config, 1)
     batch = cfg.SOLVER.IMS_PER_BATCH
     _merge_pairs(loaded, opts)
-    _follow_batch(loaded, batch)
+    explicit, solver = loaded.explicit, cfg.SOLVER
+    if explicit.get("SOLVER.IMS_PER_BATCH") == 2 and explicit.get("SOLVER.BASE_LR") != 2 and not solver.REFERENCE_IMS:
+        solver.REFERENCE_IMS = batch  # the files' rate follows the batch size given beside them
     _switch_peft_on(cfg, model)
     resolve_device(cfg)
     return loaded
-
-
-def _follow_batch(loaded: LoadedConfig, batch: int) -> None:
-    """Let the files' rate follow a batch size given beside them, unless a rate or ``REFERENCE_IMS`` is given too."""
-    solver, explicit = loaded.cfg.SOLVER, loaded.explicit
-    if explicit.get("SOLVER.IMS_PER_BATCH") == 2 and explicit.get("SOLVER.BASE_LR") != 2 and not solver.REFERENCE_IMS:
-        solver.REFERENCE_IMS = batch
 
 
 def _switch_peft_on(cfg: Any, model: str) -> None:
@@ -168,9 +169,20 @@ def resolve_device(cfg: Any) -> None:
         logger.warning("MODEL.DEVICE is %r but torch sees no CUDA device here: running on the CPU.", requested)
 
 
+def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(key with dots, value) of everything in a config or a part of one."""
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
 def _merge_file(loaded: LoadedConfig, path: str, level: int) -> None:
     cfg = loaded.cfg
     tree = read_tree(path)
+    for key, value in leaves(tree):
+        _refuse_repeated_keys(f"{path}: {key}", value)
     if tree.setdefault("VERSION", cfg.VERSION) == cfg.VERSION:  # older ones are renamed by Detectron2 while merging
         _refuse_unknown_keys(tree, cfg, path)
     with tempfile.TemporaryDirectory() as folder:
@@ -179,7 +191,7 @@ def _merge_file(loaded: LoadedConfig, path: str, level: int) -> None:
         plain.write_text(yaml.safe_dump(tree))
         try:
             cfg.merge_from_file(str(plain), allow_unsafe=False)
-        except (AssertionError, KeyError, ValueError) as error:
+        except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
             raise ConfigError(f"{path}: {error}") from error
     top = read_top(path)
     top.pop(BASE_KEY, None)
@@ -197,13 +209,34 @@ def _merge_pairs(loaded: LoadedConfig, opts: Sequence[str]) -> None:
     for key, value in zip(opts[::2], opts[1::2], strict=True):
         if key not in known:
             raise ConfigError(_unknown_key("command line", key, set(known)))
+        _refuse_repeated_keys(f"command line: {key}", value)
         if isinstance(known[key], float) and re.fullmatch(r"[+-]?\d+", str(value)):
             value = f"{value}.0"  # a rate of 1 is one of 1.0
         try:
             loaded.cfg.merge_from_list([key, value])
-        except (AssertionError, KeyError, ValueError) as error:
-            raise ConfigError(f"command line: {key} {value}: {error}") from error
+        except (AssertionError, KeyError, TypeError, ValueError) as error:
+            raise ConfigError(f"command line: {key} {_short(value)}: {error}") from error
+        except (RecursionError, MemoryError) as error:  # Python's parser, on brackets in thousands
+            raise ConfigError(f"command line: {key} {_short(value)}: is nested too deeply.") from error
         loaded.explicit[key] = 2
+
+
+def _short(value: Any) -> str:
+    return text if len(text := str(value)) <= 80 else f"{text[:77]}..."
+
+
+def _refuse_repeated_keys(where: str, value: Any) -> None:
+    """Detectron2 evaluates texts as Python, where of a key that is given twice the last value would win."""
+    if not isinstance(value, str) or "{" not in value:
+        return
+    try:
+        nodes = list(ast.walk(ast.parse(value.strip(), mode="eval")))
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return  # no Python, or none that will be evaluated
+    for node in nodes:
+        keys = [key.value for key in node.keys if isinstance(key, ast.Constant)] if isinstance(node, ast.Dict) else []
+        if repeated := [key for key in keys if keys.count(key) > 1]:
+            raise ConfigError(f"{where}: the key {repeated[0]!r} is given twice in one entry. Leave one of them out.")
 
 
 def _refuse_unknown_keys(tree: Mapping[str, Any], cfg: Any, path: str) -> None:
@@ -235,10 +268,146 @@ def _new_keys_allowed(cfg: Any, key: str) -> bool:
     return node.is_new_allowed()
 
 
-def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(key with dots, value) of everything in a config or a part of one."""
-    for key, value in tree.items():
-        if isinstance(value, Mapping) and value:
-            yield from leaves(value, f"{prefix}{key}.")
+def read_tree(path: str, above: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The file's content merged over that of its base files; ``above`` are those that it is a base of.
+
+    Raises:
+        ConfigError: a file that cannot be read, is no yaml mapping, names a key twice, holds code or aliases that grow
+            without bound, or is its own base.
+    """
+    if os.path.realpath(path) in above:
+        raise ConfigError(f"{path}: is its own {BASE_KEY}, directly or through others.")
+    if len(above) > _MAX_DEPTH:
+        raise ConfigError(f"{path}: is the end of a chain of more than {_MAX_DEPTH} files by {BASE_KEY}.")
+    tree = read_top(path)
+    bases = tree.pop(BASE_KEY, [])
+    merged: dict[str, Any] = {}
+    for base in bases if isinstance(bases, list) else [bases]:
+        beside = os.path.join(os.path.dirname(path), os.path.expanduser(str(base)))
+        _merge_trees(read_tree(beside, (*above, os.path.realpath(path))), merged, path)
+    _merge_trees(tree, merged, path)
+    return merged
+
+
+def read_top(path: str) -> dict[str, Any]:
+    """The content of the file alone; raises as :func:`read_tree`."""
+    if not os.path.isfile(path):
+        raise ConfigError(f"config file {path!r} does not exist. {_moved(path) or 'Give the path of a yaml file.'}")
+    try:
+        with open(path, encoding="utf-8") as stream:
+            tree = yaml.load(stream, Loader=_ConfigLoader)  # noqa: S506  a SafeLoader
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}).") from error
+    except RecursionError as error:
+        raise ConfigError(f"{path}: is nested too deeply for a config.") from error
+    except (yaml.YAMLError, ValueError) as error:
+        raise ConfigError(f"{path}: {' '.join(str(error).split())}") from error
+    if tree is not None and not isinstance(tree, dict):
+        raise ConfigError(f"{path}: a config file holds KEY: VALUE pairs, this one a {type(tree).__name__}.")
+    return tree or {}
+
+
+def _moved(path: str) -> str:
+    """Where a file is now that had its model in its name, as in ``peft/lora_mask_dino.yaml``; "" for others."""
+    folder, words = Path(path).parent, set(re.split("[_.]", Path(path).name))
+    candidates = []
+    for file in folder.glob("*/**/*.yaml") if folder.name == "peft" else ():
+        known = set(re.split("[_./]", file.relative_to(folder).as_posix()))
+        if words <= known:
+            candidates.append((len(known - words - {"ablations"}), str(file)))
+    return f"It is {min(candidates)[1]} now: each model has a folder of its own." if candidates else ""
+
+
+def _merge_trees(new: Mapping[str, Any], into: dict[str, Any], path: str) -> None:
+    for key, value in new.items():
+        if isinstance(value, dict) and key in into:
+            if not isinstance(into[key], dict):
+                raise ConfigError(f"{path}: {key} is a group of keys here and a single value in the base file.")
+            _merge_trees(value, into[key], path)
         else:
-            yield f"{prefix}{key}", value
+            into[key] = value
+
+
+class _ConfigLoader(yaml.SafeLoader):
+    """Plain yaml, each key once and of bounded size, and the one tag that published configs use."""
+
+    def get_single_node(self) -> Any:
+        """The document's root, checked before anything is made of it."""
+        node = super().get_single_node()
+        if node is not None:
+            _extent(node, {})
+        return node
+
+
+def _extent(node: yaml.Node, known: dict[int, tuple[int, int] | None]) -> tuple[int, int]:
+    """How many values a node stands for, aliases written out, and how deep they are nested.
+
+    Raises:
+        yaml.YAMLError: more than a config can need; an alias of what it is part of; a key that is given twice.
+    """
+    if id(node) in known:
+        if (done := known[id(node)]) is None:
+            raise _refused(node, "is part of itself")
+        return done
+    known[id(node)] = None
+    children: list[yaml.Node] = []
+    if isinstance(node, yaml.MappingNode):
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if repeated := [key for key in keys if keys.count(key) > 1]:
+            raise _refused(node, f"the key {repeated[0]!r} is given twice in this group")
+        children = [part for pair in node.value for part in pair]
+    elif isinstance(node, yaml.SequenceNode):
+        children = list(node.value)
+    extents = [_extent(child, known) for child in children]
+    count, depth = 1 + sum(n for n, _ in extents), 1 + max((d for _, d in extents), default=0)
+    if count > _MAX_VALUES or depth > _MAX_DEPTH:
+        raise _refused(node, f"holds more than {_MAX_VALUES:,} values, aliases written out, or {_MAX_DEPTH} levels")
+    known[id(node)] = count, depth
+    return count, depth
+
+
+def _refused(node: yaml.Node, why: str) -> yaml.YAMLError:
+    return yaml.constructor.ConstructorError(None, None, why, node.start_mark)
+
+
+def _sizes(loader: yaml.SafeLoader, node: yaml.Node) -> list[float]:
+    """``[<arithmetic of x> for x in range(...)]``, the form in which published files list sizes."""
+    items = node.value if isinstance(node, yaml.SequenceNode) else []
+    text = str(items[0].value) if len(items) == 1 and isinstance(items[0], yaml.ScalarNode) else ""
+    try:
+        expression = ast.parse(text, mode="eval").body
+        if not isinstance(expression, ast.ListComp) or len(expression.generators) != 1:
+            raise ValueError("not a list comprehension")
+        (loop,) = expression.generators
+        call = loop.iter
+        if loop.ifs or loop.is_async or not isinstance(loop.target, ast.Name) or not _is_call(call, "range"):
+            raise ValueError("not a plain loop over range")
+        numbers = range(*(int(_number(argument, {})) for argument in call.args))  # type: ignore[attr-defined]
+        if len(numbers) > _MAX_SIZES:
+            raise ValueError(f"more than {_MAX_SIZES} items")
+        return [_number(expression.elt, {loop.target.id: x}) for x in numbers]
+    except (SyntaxError, ValueError, TypeError, RecursionError, ZeroDivisionError, OverflowError) as error:
+        why = f"{text[:80]!r} is more than arithmetic over a range ({error}); code in config files is not run"
+        raise _refused(node, why) from error
+
+
+def _number(node: ast.expr, names: Mapping[str, int]) -> float:
+    if isinstance(node, ast.Constant) and type(node.value) in (int, float):
+        return node.value  # type: ignore[return-value]
+    if isinstance(node, ast.Name) and node.id in names:
+        return names[node.id]
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+        return -_number(node.operand, names)
+    if isinstance(node, ast.BinOp) and type(node.op) in _OPERATORS:
+        return _OPERATORS[type(node.op)](_number(node.left, names), _number(node.right, names))
+    if _is_call(node, "int"):
+        (argument,) = node.args  # type: ignore[attr-defined]
+        return int(_number(argument, names))
+    raise ValueError(f"{ast.unparse(node)[:40]!r} is not allowed")
+
+
+def _is_call(node: ast.expr, name: str) -> bool:
+    return isinstance(node, ast.Call) and not node.keywords and isinstance(node.func, ast.Name) and node.func.id == name
+
+
+_ConfigLoader.add_constructor("tag:yaml.org,2002:python/object/apply:eval", _sizes)

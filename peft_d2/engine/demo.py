@@ -45,7 +45,7 @@ def picture(args: argparse.Namespace) -> list[Path]:
         ConfigError: an input that does not exist or is no image, an output that cannot be written, or boxes for a
             model that takes none, or none for one that does.
     """
-    from peft_d2.engine.progress import Bar, on_terminal
+    from peft_d2.engine.hooks import Bar, on_terminal
 
     images = find_images(args.input)
     targets = _targets(images, Path(args.output))

@@ -1,22 +1,55 @@
-"""Hooks of a run: the frozen weights are proved unchanged, and a preempted job saves and leaves in order."""
+"""Hooks of a run: seeds, proofs before and after it, saving on a signal, writers, a bar on a terminal."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import random
 import signal
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from detectron2.engine import HookBase
 from detectron2.engine.hooks import PeriodicWriter
 from detectron2.utils import comm
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from peft_d2 import peft
 from peft_d2.engine.step import unwrapped
-from peft_d2.engine.tracking import Tracker
 
 logger = logging.getLogger(__name__)
+
+
+def choose_seed(seed: int) -> int:
+    """``seed`` itself, or where it is negative a random one that all ranks agree on."""
+    if seed >= 0:
+        return seed
+    return int(comm.all_gather(random.SystemRandom().randrange(2**31))[0])
+
+
+def seed_everything(seed: int, rank: int, iteration: int) -> None:
+    """Seed Python, NumPy and torch from all three numbers."""
+    words = np.random.SeedSequence((seed, rank, iteration)).generate_state(3, np.uint64)
+    random.seed(int(words[0]))
+    np.random.seed(int(words[1]) % 2**32)
+    torch.manual_seed(int(words[2]) % 2**63)
+
+
+class SeedEachStep(HookBase):
+    """Seeds before each step from the config's seed, this rank and the step's number.
+
+    Nothing needs to be stored: a resumed run draws what it would have drawn, and an evaluation in between changes
+    nothing.
+    """
+
+    def before_step(self) -> None:
+        """Seed."""
+        seed_everything(self.trainer.cfg.SEED, comm.get_rank(), self.trainer.iter)
 
 
 class FrozenWeights(HookBase):
@@ -43,9 +76,10 @@ class FrozenWeights(HookBase):
 
 
 class ProveLive(HookBase):
-    """Proves on the first image, before the first step, that each injected part changes the output.
+    """Proves on the first image, before a run's first step, that each injected part changes the output.
 
-    A detector that finds nothing yet cannot show that in eval mode; that is said, and no reason to stop.
+    A detector that finds nothing yet cannot show that in eval mode; that is said, and no reason to stop. Nor is what a
+    resumed run shows on another image: its parts were proved when it was started, so that it only warns.
     """
 
     def before_train(self) -> None:
@@ -56,8 +90,7 @@ class ProveLive(HookBase):
         """
         step = self.trainer._trainer
         model = unwrapped(step.model)
-        # All processes take the same image: their forward passes meet, where losses are divided by joined counts, and
-        # must be equally many.
+        # All processes take the same image, so that their forward passes are equally many.
         image = comm.all_gather(self.trainer.loader.first()[0])[0]
         predictions: list[Any] = []
 
@@ -71,27 +104,46 @@ class ProveLive(HookBase):
                 predictions.extend(output)
             return output
 
-        _refuse_dead(_dead_everywhere(peft.dead_parts(model, forward, training=True)), "train")
+        in_training = self._refuse(_dead_everywhere(peft.dead_parts(model, forward, training=True)), "train")
         dead = _dead_everywhere(peft.dead_parts(model, forward, training=False))
         if dead and not any(len(found.get("instances", "?")) for found in predictions):
             logger.info(
                 "The model finds nothing on the first image yet: %d parts are not proved in eval mode.", len(dead)
             )
-        else:
-            _refuse_dead(dead, "eval")
+        elif not self._refuse(dead, "eval") and not in_training:
             logger.info("Each injected part changes the output, in train and in eval mode.")
+
+    def _refuse(self, names: list[str], mode: str) -> bool:
+        """Whether there are any, in a resumed run, with a warning; a fresh one stops."""
+        if not names:
+            return False
+        where = f"in {mode} mode these injected parts cannot change the output: {', '.join(names)}."
+        if self.trainer.start_iter > 0:
+            logger.warning(
+                "On the first image of the resumed run, %s They could when it was started, so it goes on.", where
+            )
+            return True
+        raise peft.DeadPartError(
+            f"{where} The model does not call these modules, or reads their weights directly: choose a module around "
+            "them. MODEL.PEFT.PROVE_LIVE False trains all the same."
+        )
+
+
+def _dead_everywhere(names: list[str]) -> list[str]:
+    """Those of ``names`` that all processes found, so that all go on or all stop."""
+    found = comm.all_gather(names)
+    return [name for name in names if all(name in others for others in found)]
 
 
 class SaveOnSignal(HookBase):
     """On SIGTERM finish the step, save, and leave with exit code 0; ``--resume`` goes on from there."""
 
     def __init__(self) -> None:
-        self._requested = False
         self._previous: Any = None
         self._process = 0
 
     def before_train(self) -> None:
-        """Listen."""
+        """Take the signal over."""
         self._process = os.getpid()
         try:
             self._previous = signal.signal(signal.SIGTERM, self._request)
@@ -102,7 +154,7 @@ class SaveOnSignal(HookBase):
         if os.getpid() != self._process:  # a fork, of a pool say, inherits the handler: it would never end
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
-        self._requested = True
+        self.trainer._trainer.stop_requested = True  # the step tells all processes: all leave after the same one
 
     def after_step(self) -> None:
         """Save and leave where the signal has come.
@@ -110,10 +162,8 @@ class SaveOnSignal(HookBase):
         Raises:
             SystemExit: with code 0.
         """
-        if not self._any_rank():
-            return
         trainer = self.trainer
-        if trainer.iter + 1 < trainer.max_iter:
+        if trainer._trainer.stop and trainer.iter + 1 < trainer.max_iter:
             trainer.checkpointer.save(f"{trainer.checkpointer.prefix}_{trainer.iter:07d}", iteration=trainer.iter)
             comm.synchronize()
             logger.info("SIGTERM: saved after iteration %d; run again with --resume.", trainer.iter)
@@ -124,26 +174,27 @@ class SaveOnSignal(HookBase):
         if self._previous is not None:
             signal.signal(signal.SIGTERM, self._previous)
 
-    def _any_rank(self) -> bool:
-        """Whether the signal reached any rank: all must leave after the same step."""
-        if comm.get_world_size() == 1:
-            return self._requested
-        flag = torch.tensor(float(self._requested), device=next(self.trainer.model.parameters()).device)
-        torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
-        return bool(flag)
-
 
 class Writers(PeriodicWriter):
-    """Detectron2's; services begin with the training; what cannot be written at its end does not hide why it ended."""
+    """Detectron2's; files and services begin with the training; what cannot be written at its end is no reason to fail.
+
+    Args:
+        build: makes the writers, each of which opens its file.
+    """
+
+    def __init__(self, build: Callable[[], list[Any]]) -> None:
+        super().__init__([], period=20)
+        self._build = build
 
     def before_train(self) -> None:
-        """Let the services open their runs.
+        """Make the writers, let the services open their runs.
 
         Raises:
             ConfigError: one of them cannot.
         """
+        self._writers = self._build()
         for writer in self._writers:
-            if isinstance(writer, Tracker):
+            if hasattr(writer, "start"):
                 writer.start()
 
     def after_train(self) -> None:
@@ -154,16 +205,56 @@ class Writers(PeriodicWriter):
             logger.error("The figures of the last iterations could not be written: %s", error.strerror or error)
 
 
-def _dead_everywhere(names: list[str]) -> list[str]:
-    """Those of ``names`` that all processes found, so that all go on or all stop."""
-    found = comm.all_gather(names)
-    return [name for name in names if all(name in others for others in found)]
+def on_terminal() -> bool:
+    """Whether this process may draw a bar; elsewhere Detectron2's plain lines are all there is."""
+    return comm.is_main_process() and sys.stderr.isatty()
 
 
-def _refuse_dead(names: list[str], mode: str) -> None:
-    if names:
-        raise peft.DeadPartError(
-            f"in {mode} mode these injected parts cannot change the output: {', '.join(names)}. The model does not "
-            "call these modules, or reads their weights directly: choose a module around them. "
-            "MODEL.PEFT.PROVE_LIVE False trains all the same."
-        )
+class Bar:
+    """A loader with a bar around its iteration."""
+
+    def __init__(self, loader: Iterable[Any], title: str) -> None:
+        self._loader, self._title = loader, title
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loader, name)
+
+    def __len__(self) -> int:
+        return len(self._loader)  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[Any]:
+        with _redirected():
+            yield from tqdm(self._loader, desc=self._title, total=len(self), leave=False, dynamic_ncols=True)
+
+
+class TrainingBar(HookBase):
+    """A bar over the run's iterations with the current loss; log lines pass above it."""
+
+    def __init__(self) -> None:
+        self._stack = contextlib.ExitStack()
+
+    def before_train(self) -> None:
+        """Draw the bar, at the iteration where the run starts."""
+        self._stack.enter_context(_redirected())
+        bar = tqdm(total=self.trainer.max_iter, initial=self.trainer.start_iter, desc="training", dynamic_ncols=True)
+        self._bar = self._stack.enter_context(bar)
+
+    def after_step(self) -> None:
+        """Advance it by one, with the total loss where one is recorded."""
+        with contextlib.suppress(KeyError):
+            self._bar.set_postfix(loss=f"{self.trainer.storage.history('total_loss').latest():.3f}", refresh=False)
+        self._bar.update()
+
+    def after_train(self) -> None:
+        """Leave the bar as it is and give the loggers their streams back."""
+        self._stack.close()
+
+
+def _redirected() -> contextlib.AbstractContextManager[Any]:
+    """Let the loggers that write to the terminal do so above the bar; tqdm would add a handler to any other."""
+    loggers = [logging.getLogger(name) for name in ("", "detectron2", "fvcore", "peft_d2")]
+    return logging_redirect_tqdm([log for log in loggers if any(_writes_to_console(h) for h in log.handlers)])
+
+
+def _writes_to_console(handler: logging.Handler) -> bool:
+    return isinstance(handler, logging.StreamHandler) and handler.stream in (sys.stdout, sys.stderr)

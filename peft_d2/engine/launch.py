@@ -1,25 +1,51 @@
-"""The training program: command line, set-up, one process or several."""
+"""The training program: command line, logs, one process or several."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import inspect
 import logging
 import logging.handlers
 import os
+import re
+import signal
+import socket
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 
-from peft_d2.compat import Detectron2Missing, require_detectron2
-from peft_d2.engine import processes
-from peft_d2.engine.checks import check_run
+from peft_d2.compat import (
+    Detectron2Missing,
+    create_local_process_group,
+    forget_process_groups,
+    require_detectron2,
+)
+from peft_d2.engine.checks import apply_class_count, check_run, run_lock
 from peft_d2.engine.config import PEFT_ARCHITECTURE, LoadedConfig, load_config
-from peft_d2.engine.errors import ConfigError, LossNotFinite, WorkerDied, message_of, named
+from peft_d2.engine.errors import (
+    ConfigError,
+    EvaluationFailed,
+    LimitReached,
+    LossNotFinite,
+    WorkerDied,
+    message_of,
+    named,
+)
 
+FILE_ONLY = {"file_only": True}  # logger.info(..., extra=FILE_ONLY): into the log's file, not to the terminal
+_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_TIMEOUT = timedelta(minutes=30)
+_GRACE = 20.0  # seconds that the others have to end by themselves, once a process has failed
+_START = "spawn"
+_CONTROL = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]|[\x00-\x08\x0b-\x1f\x7f\x80-\x9f]")
 logger = logging.getLogger(__name__)
 
 
@@ -45,39 +71,7 @@ def main(arguments: list[str] | None = None) -> Any:
     """Run ``tools/train_net.py``: parse, launch the processes, train or evaluate."""
     args = training_parser().parse_args(arguments)
     logging.raiseExceptions = False  # on a full disk each line of the log would become a traceback on the console
-    return one_line_errors(lambda: processes.launch(run, (args,), layout(args), expected_errors()))
-
-
-def layout(args: argparse.Namespace) -> processes.Layout:
-    """The processes that a command line, or torchrun's environment, asks for.
-
-    Raises:
-        ConfigError: GPUs that are not there, or CPU processes for a run on the GPU.
-    """
-    for name in ("num_gpus", "num_processes", "num_machines", "machine_rank"):
-        if getattr(args, name) < 0:
-            raise ConfigError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected 0 or more.")
-    several = args.num_gpus > 1 or args.num_processes > 1 or args.num_machines > 1
-    if not several and not processes.under_torchrun():
-        return processes.Layout()
-    with _silent():  # each process will say it again
-        on_cpu = load_config(args.config_file, args.peft_config, args.opts).cfg.MODEL.DEVICE.startswith("cpu")
-    if processes.under_torchrun():
-        if several:
-            raise ConfigError("torchrun started this process: leave --num-gpus, --num-processes, --num-machines out.")
-        return processes.torchrun_layout(on_cpu)
-    if args.num_processes and not on_cpu:
-        raise ConfigError("--num-processes is for the CPU; on GPUs give --num-gpus, or append MODEL.DEVICE cpu.")
-    found = torch.cuda.device_count()
-    if on_cpu and args.num_gpus > 1:
-        raise ConfigError(
-            f"--num-gpus {args.num_gpus}, but torch sees {found} CUDA devices here and MODEL.DEVICE is cpu. "
-            f"Several processes on the CPU: --num-processes {args.num_gpus}."
-        )
-    if not on_cpu and args.num_gpus > found:
-        raise ConfigError(f"--num-gpus {args.num_gpus}, but torch sees {found} CUDA devices here.")
-    count = max(args.num_processes, 1) if on_cpu else args.num_gpus
-    return processes.Layout(count, args.num_machines, args.machine_rank, args.dist_url, on_cpu)
+    return one_line_errors(lambda: launch(run, (args,), layout(args)))
 
 
 def run(args: argparse.Namespace) -> Any:
@@ -87,22 +81,40 @@ def run(args: argparse.Namespace) -> Any:
     from peft_d2.engine.trainer import Trainer
     from peft_d2.storage import atomic
 
-    cfg = setup(args)
-    with atomic.explained(Path(cfg.OUTPUT_DIR)), _failures_named():
+    with contextlib.ExitStack() as stack:
+        with _lines_held_back() as release:
+            cfg = prepare_config(args)
+            check_run(cfg, args.eval_only)
+            if comm.is_main_process() and not args.eval_only:
+                stack.enter_context(run_lock(cfg.OUTPUT_DIR))
+            start_logs(cfg, args)
+            release()
+        stack.enter_context(atomic.explained(Path(cfg.OUTPUT_DIR)))
+        stack.enter_context(_failures_named())
         if args.eval_only:
             return evaluate(cfg, args.resume)
+        torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK
         trainer = Trainer(cfg)
         trainer.resume_or_load(resume=args.resume)
-        if args.resume and comm.is_main_process():
-            atomic.write_bytes(Path(cfg.OUTPUT_DIR, "config.yaml"), cfg.dump().encode())
         return trainer.train()
 
 
 def evaluate(cfg: Any, resume: bool = False) -> Any:
     """Evaluate the config's model on its test sets; ``resume`` takes the newest checkpoint of ``OUTPUT_DIR``."""
-    from peft_d2.engine.checkpointer import Checkpointer
-    from peft_d2.engine.trainer import Trainer
+    from detectron2.utils import comm
 
+    from peft_d2.engine.checkpointer import Checkpointer
+    from peft_d2.engine.hooks import seed_everything
+    from peft_d2.engine.trainer import Trainer
+    from peft_d2.storage import atomic
+
+    config = Path(cfg.OUTPUT_DIR, "config.yaml")
+    if config.exists():
+        logger.info("%s is kept: it belongs to the training.", config)
+    elif comm.is_main_process():
+        atomic.write_bytes(config, cfg.dump().encode())
+    if cfg.SEED >= 0:  # a base without weights is the training's
+        seed_everything(cfg.SEED, 0, 0)
     model = Trainer.build_model(cfg)
     checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, allow_other_base=cfg.MODEL.PEFT.ALLOW_OTHER_BASE)
     resumed = resume and checkpointer.has_checkpoint()
@@ -123,30 +135,13 @@ def warn_of_untrained(cfg: Any) -> None:
         )
 
 
-def setup(args: argparse.Namespace) -> Any:
-    """Config, data sets, class counts and loggers, in this order; returns the frozen config.
+def prepare_config(args: argparse.Namespace) -> Any:
+    """The frozen config of a command line, data sets registered and class counts settled.
 
     Raises:
         ConfigError: anything that the user can put right.
     """
-    from detectron2.engine import default_setup
-    from detectron2.utils import comm
-    from detectron2.utils.logger import setup_logger
-
-    with _lines_held_back() as release:
-        cfg = prepare_config(args)
-        check_run(cfg, args.eval_only)
-        with _config_kept(cfg.OUTPUT_DIR) if args.eval_only or args.resume else contextlib.nullcontext():
-            default_setup(cfg, args)
-        setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="peft_d2")
-        release()
-    return cfg
-
-
-def prepare_config(args: argparse.Namespace) -> Any:
-    """The frozen config of a command line, data sets registered and class counts settled."""
     from peft_d2.data import register_from_config
-    from peft_d2.engine.classes import apply_class_count
     from peft_d2.engine.factory import register
 
     try:
@@ -160,21 +155,6 @@ def prepare_config(args: argparse.Namespace) -> Any:
         raise ConfigError(str(error)) from error
     loaded.cfg.freeze()
     return loaded.cfg
-
-
-@contextlib.contextmanager
-def _config_kept(folder: str) -> Iterator[None]:
-    """Leave the config of a run in ``folder`` as it is: Detectron2 writes that of an evaluation over it, too."""
-    from detectron2.utils import comm
-
-    from peft_d2.storage import atomic
-
-    path = Path(folder, "config.yaml")
-    before = path.read_bytes() if path.is_file() else None
-    yield
-    if before is not None and comm.is_main_process():
-        atomic.write_bytes(path, before)
-        logger.info("%s is kept: it belongs to the training.", path)
 
 
 def _take_own_data(loaded: LoadedConfig, args: argparse.Namespace) -> None:
@@ -201,12 +181,9 @@ def _make_paths_absolute(cfg: Any) -> None:
         else entry
         for entry in cfg.DATASETS.REGISTER
     ]
-    for node in (cfg.MODEL, cfg.MODEL.PEFT):
-        node.WEIGHTS = _absolute(node.WEIGHTS)
     for node, key in (
-        (cfg.MODEL.SEEM, "CLASS_VECTORS"),
-        (cfg.MODEL.TEXT, "PRETRAINED_TOKENIZER"),
-        (cfg.MODEL.SAM, "FEATURE_CACHE"),
+        *((cfg.MODEL, "WEIGHTS"), (cfg.MODEL.PEFT, "WEIGHTS"), (cfg.MODEL.SEEM, "CLASS_VECTORS")),
+        *((cfg.MODEL.TEXT, "PRETRAINED_TOKENIZER"), (cfg.MODEL.SAM, "FEATURE_CACHE")),
         (cfg.INPUT.PROMPTS, "DETECTIONS"),
     ):
         node[key] = _absolute(node[key])
@@ -217,6 +194,33 @@ def _absolute(path: Any) -> Any:
         return path
     found = os.path.abspath(os.path.expanduser(path))
     return found if os.path.exists(found) else path
+
+
+def start_logs(cfg: Any, args: argparse.Namespace) -> None:
+    """Log to the terminal and to ``OUTPUT_DIR/log.txt``; environment, arguments and config go to the file alone."""
+    from detectron2.utils import comm
+    from detectron2.utils.collect_env import collect_env_info
+    from detectron2.utils.logger import setup_logger
+
+    for name in ("fvcore", "detectron2", "peft_d2"):
+        for handler in setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name=name).handlers:
+            handler.addFilter(_without_control_codes)
+            if type(handler.formatter) is not logging.Formatter:  # Detectron2's coloured one is the terminal's
+                handler.addFilter(_for_the_terminal)
+    logger.info("Environment info:\n%s", collect_env_info(), extra=FILE_ONLY)
+    logger.info("Process %d of %d; arguments: %s", comm.get_rank(), comm.get_world_size(), args, extra=FILE_ONLY)
+    logger.info("Running with full config:\n%s", cfg.dump(), extra=FILE_ONLY)
+
+
+def _for_the_terminal(record: logging.LogRecord) -> bool:
+    return not getattr(record, "file_only", False)
+
+
+def _without_control_codes(record: logging.LogRecord) -> bool:
+    """Class and file names may hold codes that colour or clear a terminal, and tables of Detectron2 do."""
+    if _CONTROL.search(text := record.getMessage()):
+        record.msg, record.args = _CONTROL.sub("", text), ()
+    return True
 
 
 @contextlib.contextmanager
@@ -240,40 +244,30 @@ def _lines_held_back() -> Iterator[Callable[[], None]]:
         package.removeHandler(memory)
         package.setLevel(level if memory.buffer else logging.DEBUG)
         for record in memory.buffer:
-            print(record.getMessage(), file=sys.stderr)
+            print(_CONTROL.sub("", record.getMessage()), file=sys.stderr)
 
 
 @contextlib.contextmanager
 def _failures_named() -> Iterator[None]:
-    """Where a message says all there is to say, let Detectron2's loop log it without a traceback."""
+    """Where a message says all there is to say, the log's file gets that line instead of a traceback."""
     loop, expected = logging.getLogger("detectron2.engine.train_loop"), expected_errors()
 
     def shorten(record: logging.LogRecord) -> bool:
         error = record.exc_info[1] if record.exc_info else None
-        if isinstance(error, Exception) and isinstance(error := named(error), expected):
-            record.msg, record.args, record.exc_info = "Training stops: %s", (message_of(error),), None
-        return True
+        return not (isinstance(error, Exception) and isinstance(named(error), expected))
 
     loop.addFilter(shorten)
     try:
         yield
     except Exception as error:
-        if (told := named(error)) is error:
+        told = named(error)
+        if isinstance(told, expected):
+            logger.error("%s", message_of(told), extra=FILE_ONLY)
+        if told is error:
             raise
         raise told from error
     finally:
         loop.removeFilter(shorten)
-
-
-@contextlib.contextmanager
-def _silent() -> Iterator[None]:
-    """Without log lines below errors."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(before)
 
 
 def expected_errors() -> tuple[type[Exception], ...]:
@@ -281,27 +275,206 @@ def expected_errors() -> tuple[type[Exception], ...]:
     from peft_d2 import peft, storage
     from peft_d2.data.validation import DatasetError
 
-    return (
-        *(ConfigError, DatasetError, LossNotFinite, WorkerDied, Detectron2Missing, peft.PeftError),
-        *(storage.CheckpointError, storage.AdapterFileError, storage.StorageError),
-        *_errors_of_models(),
-    )
-
-
-def _errors_of_models() -> tuple[type[Exception], ...]:
+    found: list[type[Exception]] = [ConfigError, DatasetError, LossNotFinite, EvaluationFailed, WorkerDied]
+    found += [LimitReached, Detectron2Missing, peft.PeftError]
+    found += [storage.CheckpointError, storage.AdapterFileError, storage.StorageError]
     try:
         from peft_d2.models.checks import ModelConfigError
         from peft_d2.models.seem.class_prompts import TokenizerError
         from peft_d2.models.seem.class_vectors import ClassVectorsError
     except Detectron2Missing:  # is what there is to say
-        return ()
-    return ClassVectorsError, ModelConfigError, TokenizerError
+        return tuple(found)
+    return (*found, ClassVectorsError, ModelConfigError, TokenizerError)
 
 
 def one_line_errors(function: Callable[[], Any]) -> Any:
     """Call ``function``; what the user can put right ends the program with one line instead of a traceback."""
     try:
         return function()
-    except expected_errors() as error:
-        print(f"error: {message_of(error)}", file=sys.stderr)
+    except Exception as error:
+        told = named(error)
+        if not isinstance(told, expected_errors()):
+            raise
+        print(f"error: {_CONTROL.sub('', message_of(told))}", file=sys.stderr)
         raise SystemExit(1) from error
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Who takes part in a run.
+
+    Attributes:
+        processes: on each machine.
+        machines, machine_rank: how many machines, and which this one is.
+        url: where the processes meet, ``tcp://HOST:PORT``; ``auto`` on one machine, ``env://`` under torchrun.
+        on_cpu: gloo instead of NCCL.
+    """
+
+    processes: int = 1
+    machines: int = 1
+    machine_rank: int = 0
+    url: str = "auto"
+    on_cpu: bool = False
+
+    @property
+    def world(self) -> int:
+        """Processes on all machines."""
+        return self.processes * self.machines
+
+
+def layout(args: argparse.Namespace) -> Layout:
+    """The processes that a command line, or torchrun's environment, asks for.
+
+    Raises:
+        ConfigError: GPUs that are not there, or CPU processes for a run on the GPU.
+    """
+    for name in ("num_gpus", "num_processes", "num_machines", "machine_rank"):
+        if getattr(args, name) < 0:
+            raise ConfigError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected 0 or more.")
+    several = args.num_gpus > 1 or args.num_processes > 1 or args.num_machines > 1
+    if not several and not under_torchrun():
+        return Layout()
+    if under_torchrun() and several:
+        raise ConfigError("torchrun started this process: leave --num-gpus, --num-processes, --num-machines out.")
+    logging.disable(logging.WARNING)  # each process will say it again
+    try:
+        on_cpu = load_config(args.config_file, args.peft_config, args.opts).cfg.MODEL.DEVICE.startswith("cpu")
+    finally:
+        logging.disable(logging.NOTSET)
+    if under_torchrun():
+        world, rank, local = (int(os.environ[name]) for name in ("WORLD_SIZE", "RANK", "LOCAL_WORLD_SIZE"))
+        return Layout(local, world // local, rank // local, "env://", on_cpu)
+    if args.num_processes and not on_cpu:
+        raise ConfigError("--num-processes is for the CPU; on GPUs give --num-gpus, or append MODEL.DEVICE cpu.")
+    if args.num_gpus > (0 if on_cpu else torch.cuda.device_count()) and args.num_gpus > 1:
+        advice = "MODEL.DEVICE is cpu. Several processes on the CPU: --num-processes" if on_cpu else "at most"
+        number = args.num_gpus if on_cpu else torch.cuda.device_count()
+        raise ConfigError(
+            f"--num-gpus {args.num_gpus}, but torch sees {torch.cuda.device_count()} CUDA devices here; "
+            f"{advice} {number}."
+        )
+    count = max(args.num_processes, 1) if on_cpu else args.num_gpus
+    return Layout(count, args.num_machines, args.machine_rank, args.dist_url, on_cpu)
+
+
+def under_torchrun() -> bool:
+    """Whether the environment is that of a process which torchrun started."""
+    return all(name in os.environ for name in _TORCHRUN)
+
+
+def launch(function: Callable[..., Any], args: tuple[Any, ...], layout: Layout) -> Any:
+    """Call ``function(*args)`` in each process of ``layout``; under torchrun this process is one of them.
+
+    Detectron2's own ``launch`` knows NCCL alone and waits without end for processes that hang after another's failure.
+
+    Args:
+        function: of a module's top level, where processes are to be started.
+        args: picklable.
+        layout: the processes.
+
+    Returns:
+        What the function returns where it runs in this process, None where it ran in others.
+
+    Raises:
+        ConfigError: the processes cannot meet.
+        SystemExit: a process failed; what the user can put right has been printed, once for all processes.
+    """
+    if layout.world == 1:
+        return function(*args)
+    if under_torchrun():
+        with _group(layout, int(os.environ["LOCAL_RANK"])):
+            return function(*args)
+    if layout.url == "auto":
+        if layout.machines > 1:
+            raise ConfigError(
+                "--num-machines > 1 needs --dist-url tcp://HOST:PORT, an address of machine 0 that all can reach."
+            )
+        layout = Layout(layout.processes, url=f"tcp://127.0.0.1:{_free_port()}", on_cpu=layout.on_cpu)
+    messages = mp.get_context(_START).SimpleQueue()
+    parts = (function, args, layout, messages)
+    context: Any = mp.start_processes(_process, parts, layout.processes, join=False, start_method=_START)
+    # torch 2.4 knows no grace period: it ends the others at once.
+    grace = {"grace_period": _GRACE} if "grace_period" in inspect.signature(context.join).parameters else {}
+    with _sigterm_passed_on(context.processes):
+        try:
+            while not context.join(**grace):
+                pass
+        except (mp.ProcessExitedException, mp.ProcessRaisedException) as error:
+            _report(error, messages, context.processes)
+            raise SystemExit(1) from error
+    return None
+
+
+def _report(error: Exception, messages: Any, processes: list[Any]) -> None:
+    """Print why processes failed, each reason once; of what nobody expected, the traceback."""
+    reasons = set()
+    while not messages.empty():
+        reasons.add(messages.get())
+    rank, number = next(((i, -p.exitcode) for i, p in enumerate(processes) if (p.exitcode or 0) < 0), (0, 0))
+    if not reasons and not number:
+        raise error
+    reasons = reasons or {
+        f"process {rank} of this run was ended by {signal.Signals(number).name}, and the others with it. Where "
+        "nobody did that, the machine may be out of memory. The last checkpoint is good: run again with --resume."
+    }
+    for reason in sorted(reasons):
+        print(f"error: {_CONTROL.sub('', reason)}", file=sys.stderr)
+
+
+def _process(rank: int, function: Callable[..., Any], args: tuple[Any, ...], layout: Layout, messages: Any) -> None:
+    try:
+        with _group(layout, rank):
+            function(*args)
+    except expected_errors() as error:
+        messages.put(message_of(error))
+        raise SystemExit(1) from error
+
+
+@contextlib.contextmanager
+def _group(layout: Layout, local_rank: int) -> Iterator[None]:
+    """Be one process of the group; after an error it is left as it is, as the others may not come to take leave."""
+    if layout.on_cpu:
+        if "OMP_NUM_THREADS" not in os.environ:  # or each process would take all cores
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // layout.processes))
+    elif layout.processes > torch.cuda.device_count():
+        raise ConfigError(
+            f"{layout.processes} processes, but torch sees {torch.cuda.device_count()} CUDA devices here."
+        )
+    else:
+        torch.cuda.set_device(local_rank)
+    rank = layout.machine_rank * layout.processes + local_rank
+    backend = "gloo" if layout.on_cpu else "nccl"
+    try:
+        dist.init_process_group(backend, init_method=layout.url, world_size=layout.world, rank=rank, timeout=_TIMEOUT)
+    except (dist.DistNetworkError, dist.DistStoreError, ValueError) as error:
+        raise ConfigError(f"the {layout.world} processes cannot meet at {layout.url}: {error}") from error
+    create_local_process_group(layout.processes)
+    yield
+    forget_process_groups()
+    dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _sigterm_passed_on(processes: list[Any]) -> Iterator[None]:
+    """A SIGTERM for this process is one for those that it started: they save and leave in order."""
+
+    def pass_on(number: int, frame: Any) -> None:
+        for process in processes:
+            if process.is_alive():
+                os.kill(process.pid, number)
+
+    try:
+        previous = signal.signal(signal.SIGTERM, pass_on)
+    except ValueError:  # signals belong to the main thread
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from peft_d2.engine.errors import ConfigError
+from peft_d2.storage import CheckpointError
 
 logger = logging.getLogger(__name__)
 
@@ -34,8 +35,8 @@ _POSITION_TABLES = ("relative_position_bias_table", "absolute_pos_embed")
 def scale_learning_rate(cfg: Any) -> None:
     """Scale ``SOLVER.BASE_LR`` linearly from ``REFERENCE_IMS`` to ``IMS_PER_BATCH`` images, with one line.
 
-    Source: Goyal et al., Accurate, Large Minibatch SGD, 2017, section 2.1. ``REFERENCE_IMS`` then becomes the batch
-    in use, so that a second call changes nothing.
+    Source: Goyal et al., Accurate, Large Minibatch SGD, 2017, section 2.1. ``REFERENCE_IMS`` then becomes 0: a
+    second call changes nothing, and a config that is written now says what runs.
     """
     reference, batch = cfg.SOLVER.REFERENCE_IMS, cfg.SOLVER.IMS_PER_BATCH
     if reference in (0, batch):
@@ -44,7 +45,7 @@ def scale_learning_rate(cfg: Any) -> None:
     cfg.defrost()
     old = cfg.SOLVER.BASE_LR
     cfg.SOLVER.BASE_LR = old * batch / reference
-    cfg.SOLVER.REFERENCE_IMS = batch
+    cfg.SOLVER.REFERENCE_IMS = 0
     if frozen:
         cfg.freeze()
     logger.info(
@@ -232,3 +233,70 @@ def _warmup_poly(cfg: Any, optimizer: torch.optim.Optimizer) -> Any:
             return warm * decay
 
     return LRMultiplier(optimizer, multiplier=WarmupPoly(), max_iter=solver.MAX_ITER)
+
+
+def parameter_names(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[str]:
+    """Names of an optimizer's parameters, in the order in which its ``state_dict`` numbers them."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return [names.get(id(parameter), "?") for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer, saved: dict[str, Any], names: list[str], saved_names: list[str] | None
+) -> None:
+    """Take over the moments of a saved optimizer, by the parameters' names; rates, decay and momentum stay as they are.
+
+    Args:
+        optimizer: as the config of today builds it.
+        saved: another one's ``state_dict``.
+        names, saved_names: of both one's parameters, see :func:`parameter_names`. Checkpoints of earlier releases have
+            none: their parameters are those of ``optimizer`` where the groups are as large.
+
+    Raises:
+        CheckpointError: other parameters are trained, or by another kind of optimizer.
+    """
+    current = optimizer.state_dict()
+    sizes = [[len(group["params"]) for group in state["param_groups"]] for state in (saved, current)]
+    kinds = [{"betas", "momentum"} & state["param_groups"][0].keys() for state in (saved, current)]
+    if kinds[0] != kinds[1]:
+        raise CheckpointError(
+            f"the run was started with an optimizer that has {' and '.join(kinds[0]) or 'no moments'}, and "
+            "SOLVER.OPTIMIZER names another kind now: it cannot go on from the other's state. Leave it as it was, or "
+            "start a new run from the weights."
+        )
+    if saved_names is None:
+        if sizes[0] != sizes[1]:
+            raise CheckpointError(
+                "the checkpoint is of an earlier release, whose state follows the grouping of the learning rates: it "
+                "resumes with the rates' factors and weight decays that it was started with"
+            )
+        saved_names = names
+    if len(saved_names) != sum(sizes[0]) or sorted(saved_names) != sorted(names):
+        odd = sorted(set(saved_names) ^ set(names))
+        raise CheckpointError(
+            f"the run trained {len(saved_names)} parameters and this config trains {len(names)} ({odd[:3]}...). Resume "
+            "with what it trained, or start a new run from its weights."
+        )
+    by_name = {name: saved["state"].get(number) for number, name in enumerate(saved_names)}
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for name, parameter in zip(names, parameters, strict=True):
+        for value in (by_name[name] or {}).values():
+            if isinstance(value, torch.Tensor) and value.dim() and value.shape != parameter.shape:
+                shapes = f"{tuple(value.shape)} for {name}, which is {tuple(parameter.shape)}"
+                raise CheckpointError(f"the checkpoint's optimizer holds tensors {shapes}: it is of another model")
+    state = {number: by_name[name] for number, name in enumerate(names) if by_name[name] is not None}
+    optimizer.load_state_dict({**current, "state": state})
+
+
+def restore_scheduler(scheduler: Any, saved: dict[str, Any], optimizer: torch.optim.Optimizer) -> None:
+    """Go on with the schedule at the saved step; Detectron2's own follow today's rates, others go on as they were."""
+    from detectron2.solver import LRMultiplier
+
+    if not isinstance(scheduler, LRMultiplier):
+        scheduler.load_state_dict(saved)
+        rates = saved.get("_last_lr", [])
+    else:
+        scheduler.last_epoch = int(saved["last_epoch"])
+        rates = scheduler._last_lr = scheduler.get_lr()
+    for group, rate in zip(optimizer.param_groups, rates, strict=False):
+        group["lr"] = rate

@@ -1,4 +1,4 @@
-"""One training step: forward under the chosen precision, guard, backward, guard, update."""
+"""One training step: forward under the chosen precision, backward, one look at all figures, update."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from typing import Any
 
-import numpy as np
 import torch
+import torch.distributed as dist
 from detectron2.engine import SimpleTrainer
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from peft_d2.engine.errors import ConfigError, LossNotFinite
-from peft_d2.models.layers.joined_batch import joined_batch
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_GATHER_EVERY = 20  # steps; Detectron2's writers write as often
 
 
 def amp_dtype(cfg: Any) -> torch.dtype | None:
@@ -83,12 +83,18 @@ class LazyLoader:
 class TrainStep(SimpleTrainer):
     """Detectron2's inner trainer with mixed precision and a step that is never taken on a bad loss or gradient.
 
+    The host waits for the device once a step, when it reads all losses and the norm of the gradients together.
+
     Args:
         model: on its device, wrapped for several processes or not.
         data_loader: gives lists of samples.
         optimizer: of what is trained.
         dtype: half precision of the forward pass; None is float32.
         pieces: parts of a batch that are computed one after another, their gradients added up.
+
+    Attributes:
+        stop_requested: set where this process ought to stop.
+        stop: after a step, whether any process ought to.
     """
 
     def __init__(
@@ -104,6 +110,8 @@ class TrainStep(SimpleTrainer):
         self.pieces = pieces
         self.device_type = next(model.parameters()).device.type
         self.grad_scaler = torch.amp.GradScaler(self.device_type, enabled=dtype == torch.float16)
+        self.stop_requested = self.stop = False
+        self._recorded = False
 
     def run_step(self) -> None:
         """One step; raises :class:`LossNotFinite`, on every rank at once, before anything is updated."""
@@ -112,9 +120,15 @@ class TrainStep(SimpleTrainer):
         data_time = time.perf_counter() - start
         self.optimizer.zero_grad(set_to_none=True)
         losses = self._backward(data)
-        if not self.grad_scaler.is_enabled():  # the scaler itself leaves out a step whose gradients overflow
-            self._require_finite_gradients(losses, data)
-        self._record(losses, data_time)
+        own = torch.stack([loss.float() for loss in losses.values()])
+        joint = torch.stack([own.sum(), self._gradient_norm(own), own.new_tensor(float(self.stop_requested))])
+        if comm.get_world_size() > 1:
+            dist.all_reduce(joint)
+        *values, total, norm, stop = torch.cat([own, joint]).tolist()  # here the host waits for the device
+        self.stop = stop > 0
+        if not math.isfinite(total + norm):
+            self._refuse(dict(zip(losses, values, strict=True)), data)
+        self._record(dict(zip(losses, values, strict=True)), total / comm.get_world_size(), data_time)
         self.grad_scaler.step(self.optimizer)
         self.grad_scaler.update()
 
@@ -122,28 +136,40 @@ class TrainStep(SimpleTrainer):
         """Add up the gradients of the batch's pieces; returns the losses of the whole."""
         size = len(data) // self.pieces
         pieces = [data[i * size : (i + 1) * size] for i in range(self.pieces)]
-        head = getattr(unwrapped(self.model), "sem_seg_head", None)
-        joined = joined_batch(pieces, getattr(head, "ignore_value", 255)) if self.pieces > 1 else nullcontext()
+        if self.pieces > 1 or comm.get_world_size() > 1:
+            self._tell_objects(pieces)
         means: dict[str, Tensor] = {}
-        with joined:
-            for number, piece in enumerate(pieces, 1):
-                with self._gradients_kept_local() if number < self.pieces else nullcontext():
-                    losses = self._forward(piece)
-                    self._require_finite(losses, piece)
-                    total = torch.stack([loss.float() for loss in losses.values()]).sum() / self.pieces
-                    self.grad_scaler.scale(total).backward()
-                for name, loss in losses.items():
-                    means[name] = means.get(name, torch.zeros_like(loss)) + loss.detach() / self.pieces
+        for number, piece in enumerate(pieces, 1):
+            with self._gradients_kept_local() if number < self.pieces else nullcontext():
+                with self.precision():
+                    losses = self.model(piece)
+                losses = {"total_loss": losses} if isinstance(losses, Tensor) else losses
+                total = torch.stack([loss.float() for loss in losses.values()]).sum() / self.pieces
+                self.grad_scaler.scale(total).backward()
+            for name, loss in losses.items():
+                means[name] = means.get(name, 0) + loss.detach() / self.pieces
         return means
+
+    def _tell_objects(self, pieces: list[list[dict[str, Any]]]) -> None:
+        """Let each piece say how many objects every image of the whole batch holds, by piece, on all processes.
+
+        A model whose losses are means over objects says with ``count_objects`` that it wants to know.
+        """
+        count = getattr(unwrapped(self.model), "count_objects", None)
+        if count is None:
+            return
+        objects = [count(piece) for piece in pieces]
+        if comm.get_world_size() > 1:
+            row = torch.tensor(objects)
+            rows = [torch.empty_like(row) for _ in range(comm.get_world_size())]
+            dist.all_gather(rows, row, group=comm._get_global_gloo_group())  # on CPUs: no device is waited for
+            objects = torch.cat(rows).tolist()
+        for piece in pieces:
+            piece[0] = {**piece[0], "batch_objects": objects}
 
     def _gradients_kept_local(self) -> contextlib.AbstractContextManager[Any]:
         """Without exchange between processes: the last piece's exchange covers those before it."""
         return self.model.no_sync() if isinstance(self.model, DistributedDataParallel) else nullcontext()
-
-    def _forward(self, data: Any) -> dict[str, Tensor]:
-        with self.precision():
-            losses = self.model(data)
-        return {"total_loss": losses} if isinstance(losses, Tensor) else losses
 
     def precision(self) -> contextlib.AbstractContextManager[Any]:
         """The context that a forward pass runs in."""
@@ -151,56 +177,45 @@ class TrainStep(SimpleTrainer):
             return nullcontext()
         return torch.autocast(self.device_type, dtype=self.dtype)
 
-    def _require_finite(self, losses: Mapping[str, Tensor], data: Any) -> None:
-        values = torch.stack([loss.detach().float() for loss in losses.values()])
-        if _all_ranks(bool(torch.isfinite(values).all()), values.device):
-            return
-        bad = {name: float(v) for name, v in zip(losses, values, strict=True) if not math.isfinite(v)}
-        self._stop(f"loss is not finite ({bad})", data, bool(bad))
-
-    def _require_finite_gradients(self, losses: Mapping[str, Tensor], data: Any) -> None:
+    def _gradient_norm(self, losses: Tensor) -> Tensor:
+        """A sum of norms that is finite where all gradients are; 0 under fp16, whose scaler leaves such steps out."""
         gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
-        norm = torch.stack([norm.float() for norm in torch._foreach_norm(gradients)]).sum()
-        if _all_ranks(bool(torch.isfinite(norm)), norm.device):
-            return
-        shown = {name: round(float(loss.detach()), 4) for name, loss in losses.items()}
-        self._stop(f"losses are finite ({shown}) but their gradients are not", data, not bool(torch.isfinite(norm)))
+        if self.grad_scaler.is_enabled() or not gradients:
+            return losses.new_zeros(())
+        return torch.stack([norm.float() for norm in torch._foreach_norm(gradients)]).sum()
 
-    def _stop(self, what: str, data: Any, here: bool) -> None:
+    def _refuse(self, losses: Mapping[str, float], data: Any) -> None:
         """Raise on every rank, naming what is bad on those where it is."""
-        notes = comm.all_gather(f"{what}; images: {_images(data)}" if here else "")
-        found = "; ".join(f"rank {rank}: {note}" if len(notes) > 1 else note for rank, note in enumerate(notes) if note)
+        bad = {name: value for name, value in losses.items() if not math.isfinite(value)}
+        shown = {name: round(value, 4) for name, value in losses.items()}
+        what = f"loss is not finite ({bad})" if bad else f"losses are finite ({shown}) but their gradients are not"
+        notes = list(enumerate(comm.all_gather((bool(bad), f"{what}; images: {_images(data)}"))))
+        # Where one rank's loss is bad, the exchange has spread its gradients to the others.
+        chosen = [item for item in notes if item[1][0]] or notes
+        found = "; ".join(f"rank {rank}: {note}" if len(notes) > 1 else note for rank, (_, note) in chosen)
         raise LossNotFinite(
             f"iteration {self.iter}: {found}. The step was not applied and the last checkpoint is good. "
             "Look at these images and their annotations, lower SOLVER.BASE_LR, or switch SOLVER.AMP off."
         )
 
-    def _record(self, losses: Mapping[str, Tensor], data_time: float) -> None:
-        values = torch.stack([loss.detach().float() for loss in losses.values()]).tolist()  # waits for a GPU once
-        row = dict(zip(losses, values, strict=True)) | {"data_time": data_time}
-        rows = comm.gather(row)
+    def _record(self, losses: dict[str, float], total: float, data_time: float) -> None:
+        """Put the figures into Detectron2's storage; those of other processes but the total every so many steps."""
+        rows = []
+        if comm.get_world_size() == 1 or not self._recorded or (self.iter + 1) % _GATHER_EVERY == 0:
+            rows, self._recorded = comm.gather({**losses, "data_time": data_time}), True
         if not comm.is_main_process():
             return
         storage = get_event_storage()
-        storage.put_scalar("data_time", max(r.pop("data_time") for r in rows))
-        means = {name: float(np.mean([r[name] for r in rows])) for name in rows[0]}
-        storage.put_scalar("total_loss", sum(means.values()))
-        if len(means) > 1:
-            storage.put_scalars(**means)
+        storage.put_scalar("total_loss", total)
+        if rows:
+            storage.put_scalar("data_time", max(row.pop("data_time") for row in rows))
+            if len(rows[0]) > 1:
+                storage.put_scalars(**{name: sum(row[name] for row in rows) / len(rows) for name in rows[0]})
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The model inside DistributedDataParallel, or the model itself."""
     return model.module if isinstance(model, DistributedDataParallel) else model
-
-
-def _all_ranks(flag: bool, device: torch.device) -> bool:
-    """Whether ``flag`` holds on every rank."""
-    if comm.get_world_size() == 1:
-        return flag
-    everywhere = torch.tensor(float(flag), device=device)
-    torch.distributed.all_reduce(everywhere, op=torch.distributed.ReduceOp.MIN)
-    return bool(everywhere)
 
 
 def _images(data: Any) -> str:

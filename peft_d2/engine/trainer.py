@@ -11,11 +11,12 @@ import os
 import weakref
 from collections import OrderedDict
 from collections.abc import Iterable
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from detectron2.engine import DefaultTrainer, HookBase, create_ddp_model, hooks
 from detectron2.engine.train_loop import TrainerBase
 from detectron2.evaluation.testing import flatten_results_dict
@@ -25,17 +26,26 @@ from torch import nn
 from peft_d2 import data, evaluation, peft
 from peft_d2.engine import optimizer as optimization
 from peft_d2.engine.checkpointer import Checkpointer
-from peft_d2.engine.checks import build_model, check_batch
-from peft_d2.engine.config import resolve_device
-from peft_d2.engine.hooks import FrozenWeights, ProveLive, SaveOnSignal, Writers
-from peft_d2.engine.progress import Bar, TrainingBar, on_terminal
-from peft_d2.engine.seeds import SeedEachStep, choose_seed, seed_everything
+from peft_d2.engine.checks import build_model, check_batch, run_lock
+from peft_d2.engine.config import leaves, read_top, resolve_device
+from peft_d2.engine.errors import EvaluationFailed, message_of
+from peft_d2.engine.hooks import (
+    Bar,
+    FrozenWeights,
+    ProveLive,
+    SaveOnSignal,
+    SeedEachStep,
+    TrainingBar,
+    Writers,
+    choose_seed,
+    on_terminal,
+    seed_everything,
+)
 from peft_d2.engine.step import LazyLoader, TrainStep, amp_dtype, unwrapped
-from peft_d2.engine.tracking import build_trackers
 from peft_d2.models.sam import feature_cache
-from peft_d2.storage import atomic
+from peft_d2.storage import CheckpointError, atomic
 
-REPORT_FILE = "peft_report.json"
+CONFIG_FILE, REPORT_FILE = "config.yaml", "peft_report.json"
 logger = logging.getLogger(__name__)
 
 
@@ -59,6 +69,7 @@ class Trainer(DefaultTrainer):
             "Batches of %d images: %d process(es) with %d each, in %d piece(s) of %d.",
             *(batch, world, batch // world, cfg.SOLVER.ACCUMULATE, batch // world // cfg.SOLVER.ACCUMULATE),
         )
+        self._seed_is_drawn = cfg.SEED < 0
         cfg.SEED = choose_seed(cfg.SEED)
         self.cfg = cfg
         self.start_iter = 0
@@ -81,6 +92,12 @@ class Trainer(DefaultTrainer):
             allow_other_base=cfg.MODEL.PEFT.ALLOW_OTHER_BASE,
             trainer=weakref.proxy(self),
         )
+        if self.checkpointer.prefix == "adapter" and not cfg.MODEL.WEIGHTS:
+            logger.warning(
+                "MODEL.WEIGHTS is empty: the base is random (SEED %d). The adapter will fit no model but one that this "
+                "config builds with that SEED.",
+                cfg.SEED,
+            )
         self.register_hooks(self.build_hooks())
 
     def _build_loader(self) -> Iterable[Any]:
@@ -97,7 +114,7 @@ class Trainer(DefaultTrainer):
         """The config's model, on its device; its structure goes to the log, as Detectron2 does it."""
         model = build_model(cfg)
         feature_cache.attach(cfg, model)
-        logger.info("Model:\n%s", model)
+        logger.info("Model:\n%s", model, extra={"file_only": True})
         return model
 
     @classmethod
@@ -160,24 +177,29 @@ class Trainer(DefaultTrainer):
     def build_hooks(self) -> list[HookBase | None]:
         """Detectron2's hooks in their order, the checkpointer writing our files, and ours around them."""
         cfg, main = self.cfg, comm.is_main_process()
+        self._trackers: list[Any] = []
+        if cfg.TRACKING.WITH and main:
+            from peft_d2.engine.tracking import build_trackers
+
+            self._trackers = build_trackers(cfg, lambda: self.start_iter > 0)
         prefix = self.checkpointer.prefix
         saver = hooks.PeriodicCheckpointer(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD, file_prefix=prefix)
         return [
             hooks.IterationTimer(),
-            SeedEachStep(cfg.SEED),
+            SeedEachStep(),
             hooks.LRScheduler(),
             ProveLive() if prefix == "adapter" and cfg.MODEL.PEFT.PROVE_LIVE else None,
             FrozenWeights() if prefix == "adapter" else None,
             saver if main else None,
             SaveOnSignal(),  # before an evaluation, which may take longer than a preempted job has
             hooks.EvalHook(cfg.TEST.EVAL_PERIOD, self._evaluate) if cfg.DATASETS.TEST else None,
-            Writers(self.build_writers(), period=20) if main else None,
+            Writers(self.build_writers) if main else None,
             TrainingBar() if on_terminal() else None,
         ]
 
     def build_writers(self) -> list[Any]:
         """Detectron2's console, ``metrics.json`` and TensorBoard, and what ``TRACKING.WITH`` names."""
-        return [*super().build_writers(), *build_trackers(self.cfg, lambda: self.start_iter > 0)]
+        return [*super().build_writers(), *self._trackers]
 
     def run_step(self) -> None:
         """One step of the inner trainer."""
@@ -186,22 +208,68 @@ class Trainer(DefaultTrainer):
         self._step_failed = False
 
     def _evaluate(self) -> Any:
+        """Evaluate; the training is saved before, as an evaluation may fail, or be killed, in ways of its own.
+
+        Raises:
+            EvaluationFailed: whatever went wrong, ``exit()`` in an evaluator's code included.
+        """
         if self._step_failed:  # Detectron2 evaluates in after_train, also when the last step raised
             return {}
         last = self.iter + 1 >= self.max_iter
-        self._last_eval_results = (self.test_all if last else self.test)(self.cfg, self.model)
+        name = f"{self.checkpointer.prefix}_{self.iter:07d}"
+        extra = not last and (self.iter + 1) % self.cfg.SOLVER.CHECKPOINT_PERIOD != 0  # else it has just been saved
+        if extra:
+            self.checkpointer.save(name, iteration=self.iter)
+        try:
+            self._last_eval_results = (self.test_all if last else self.test)(self.cfg, self.model)
+        except (Exception, SystemExit) as error:
+            when = f"{min(self.iter + 1, self.max_iter)} of {self.max_iter} iterations"
+            raise EvaluationFailed(
+                f"the evaluation after {when} failed: {_reason(error)}. What was trained is saved in "
+                f"{self.cfg.OUTPUT_DIR}: put this right and run again with --resume."
+            ) from error
+        if extra:
+            self.checkpointer.remove(name)
         flat = flatten_results_dict(self._last_eval_results)
         self.checkpointer.metrics = {k: float(v) for k, v in flat.items() if math.isfinite(v)}
         if last and self.checkpointer.prefix == "adapter":
             self.checkpointer.save("adapter_final")  # once more, now that its figures are known
         return self._last_eval_results
 
+    def resume_or_load(self, resume: bool = True) -> None:
+        """Load the base's weights, and where ``resume`` says so, go on from the newest checkpoint.
+
+        One rule: weights, the optimizer's moments, the iteration and a seed that was drawn come from the checkpoint;
+        every setting is the config's of today. What cannot follow a changed setting is refused.
+
+        Raises:
+            CheckpointError: the folder's checkpoints, or their optimizers, are of another kind of run.
+        """
+        config = Path(self.cfg.OUTPUT_DIR, CONFIG_FILE)
+        before = dict(leaves(read_top(str(config)))) if resume and config.is_file() else {}
+        self.checkpointer.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=resume)
+        if self.start_iter == 0:
+            return
+        logger.info(
+            "Resuming after %d iterations: weights, the optimizer's moments and the place in the data are the "
+            "checkpoint's, all settings are those of the config now.",
+            self.start_iter,
+        )
+        for key, value in leaves(yaml.safe_load(self.cfg.dump())):
+            if (old := before.get(key, value)) != value and key not in ("OUTPUT_DIR", "SOLVER.REFERENCE_IMS"):
+                logger.info("Changed, and in effect from now on: %s %s -> %s", key, old, value)
+
     def train(self) -> OrderedDict[str, Any] | None:
         """Run the training; returns the last evaluation's results. However it ends, its data loaders' processes do."""
-        if comm.is_main_process():
-            atomic.write_bytes(Path(self.cfg.OUTPUT_DIR, REPORT_FILE), json.dumps(self.report, indent=1).encode())
         seed_everything(self.cfg.SEED, comm.get_rank(), self.max_iter)
-        with data.workers_ended(), closing(self.loader):
+        with ExitStack() as stack:
+            if comm.is_main_process():
+                folder = self.cfg.OUTPUT_DIR
+                stack.enter_context(run_lock(folder))
+                atomic.write_bytes(Path(folder, CONFIG_FILE), self.cfg.dump().encode())
+                atomic.write_bytes(Path(folder, REPORT_FILE), json.dumps(self.report, indent=1).encode())
+            stack.enter_context(data.workers_ended())
+            stack.enter_context(closing(self.loader))
             super().train()
         return getattr(self, "_last_eval_results", None)
 
@@ -211,20 +279,49 @@ class Trainer(DefaultTrainer):
             "iteration": min(self.iter, self.max_iter - 1),
             "seed": self.cfg.SEED,
             "optimizer": self.optimizer.state_dict(),
+            "parameters": optimization.parameter_names(self.optimizer, unwrapped(self.model)),
             "scheduler": self.scheduler.state_dict(),
             "grad_scaler": self._trainer.grad_scaler.state_dict(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what :meth:`state_dict` gave, the seed of the first start included."""
-        self.iter = state_dict["iteration"]
-        self.optimizer.load_state_dict(state_dict["optimizer"])
-        self.scheduler.load_state_dict(state_dict["scheduler"])
-        self._trainer.grad_scaler.load_state_dict(state_dict["grad_scaler"])
-        self.cfg.SEED = state_dict["seed"]
-        for hook in self._hooks:
-            if isinstance(hook, SeedEachStep):
-                hook.seed = self.cfg.SEED
+        """Go on from what :meth:`state_dict` gave; see :meth:`resume_or_load` for what is taken from it.
+
+        Raises:
+            CheckpointError: it is none, or of a run with other trained parameters, another optimizer, more iterations.
+        """
+        try:
+            iteration, seed = state_dict["iteration"], state_dict["seed"]
+            if type(iteration) is not int or type(seed) is not int or iteration < 0 or not 0 <= seed < 2**63:
+                raise ValueError(f"iteration {iteration!r} and seed {seed!r}")
+            if iteration >= self.max_iter:
+                raise CheckpointError(
+                    f"the checkpoint has taken {iteration + 1} iterations and SOLVER.MAX_ITER is {self.max_iter}: "
+                    "nothing is left to train. Raise it, or run without --resume in another OUTPUT_DIR."
+                )
+            names = optimization.parameter_names(self.optimizer, unwrapped(self.model))
+            optimization.restore_optimizer(self.optimizer, state_dict["optimizer"], names, state_dict.get("parameters"))
+            optimization.restore_scheduler(self.scheduler, state_dict["scheduler"], self.optimizer)
+            if state_dict["grad_scaler"]:  # empty where it was not in use
+                self._trainer.grad_scaler.load_state_dict(state_dict["grad_scaler"])
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            if isinstance(error, CheckpointError):
+                raise
+            raise CheckpointError(
+                f"the checkpoint's training state cannot be used ({type(error).__name__}: {error}). Delete this "
+                "checkpoint to resume from the one before it, or start without --resume."
+            ) from error
+        self.iter, self.start_iter = iteration, iteration + 1
+        if self._seed_is_drawn:
+            self.cfg.SEED = seed
+
+
+def _reason(error: BaseException) -> str:
+    """One line on an error that somebody else's code raised."""
+    if isinstance(error, SystemExit):
+        return f"the evaluator ended the program ({error.code}); its own message stands above"
+    text = " ".join(message_of(error).split())
+    return text.rstrip(".") if type(error).__module__.startswith("peft_d2") else f"{type(error).__name__}: {text}"
 
 
 def _distributed(model: nn.Module) -> nn.Module:

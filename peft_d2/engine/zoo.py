@@ -16,8 +16,7 @@ from typing import Any
 
 from torch import nn
 
-from peft_d2.engine.config import base_architecture, load_config
-from peft_d2.engine.config_file import read_tree
+from peft_d2.engine.config import base_architecture, load_config, read_tree
 from peft_d2.engine.errors import ConfigError
 from peft_d2.engine.launch import one_line_errors
 from peft_d2.engine.targets import build_without_weights

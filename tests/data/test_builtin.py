@@ -173,7 +173,7 @@ PAPERS = sorted(str(p.relative_to(CONFIGS)) for p in CONFIGS.glob("*/paper/*.yam
 
 
 def test_every_config_names_sets_that_there_are():
-    from peft_d2.engine.config_file import read_tree
+    from peft_d2.engine.config import read_tree
 
     found = {}
     for path in CONFIGS.rglob("*.yaml"):

@@ -13,7 +13,7 @@ pytest.importorskip("detectron2")
 
 import peft_d2  # noqa: E402
 from peft_d2.data import toy  # noqa: E402
-from peft_d2.engine.classes import apply_class_count  # noqa: E402
+from peft_d2.engine.checks import apply_class_count  # noqa: E402
 from peft_d2.engine.config import load_config  # noqa: E402
 
 TINY = Path(__file__).with_name("tiny.yaml")

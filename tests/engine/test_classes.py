@@ -9,7 +9,7 @@ import pytest
 
 import peft_d2
 from peft_d2.data import toy
-from peft_d2.engine.classes import apply_class_count
+from peft_d2.engine.checks import apply_class_count
 from peft_d2.engine.config import load_config
 from peft_d2.engine.errors import ConfigError
 

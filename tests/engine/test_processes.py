@@ -16,7 +16,7 @@ from detectron2.engine import HookBase
 from detectron2.utils import comm
 
 import peft_d2
-from peft_d2.engine import launch, processes
+from peft_d2.engine import launch
 from peft_d2.engine.errors import ConfigError
 from peft_d2.engine.trainer import Trainer
 from peft_d2.models.layers import matcher, points
@@ -132,9 +132,9 @@ def test_two_processes_equal_one_and_stop_together(
     common = (*BATCH, "MODEL.WEIGHTS", weights_of(config), *WITHOUT_CHANCE)
     one = steps_of(make_cfg(*common, "SOLVER.MAX_ITER", 1, peft=True, config=config, output=tmp_path / "one"))
     cfg = make_cfg(*common, peft=True, config=config, output=tmp_path / "two")
-    layout = processes.Layout(2, on_cpu=True)
+    layout = launch.Layout(2, on_cpu=True)
     with pytest.raises(SystemExit) as left:
-        processes.launch(one_of_two, (cfg, str(tmp_path)), layout, launch.expected_errors())
+        launch.launch(one_of_two, (cfg, str(tmp_path)), layout)
     assert left.value.code == 1
     error = capfd.readouterr().err
     assert error.count("error: iteration 1: rank 1: loss is not finite") == 1, error
@@ -166,13 +166,13 @@ def test_layouts_that_cannot_be(given: dict[str, int], message: str) -> None:
 
 def test_layouts(monkeypatch: pytest.MonkeyPatch) -> None:
     assert launch.layout(arguments()).world == launch.layout(arguments(num_gpus=0)).world == 1
-    assert launch.layout(arguments(num_processes=3)) == processes.Layout(3, on_cpu=True)
+    assert launch.layout(arguments(num_processes=3)) == launch.Layout(3, on_cpu=True)
     with pytest.raises(ConfigError, match="--dist-url"):
-        processes.launch(print, (), launch.layout(arguments(num_machines=2)))
+        launch.launch(print, (), launch.layout(arguments(num_machines=2)))
     found = {"RANK": 3, "WORLD_SIZE": 4, "LOCAL_RANK": 1, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": 1, "MASTER_ADDR": "a"}
     for name, value in found.items():
         monkeypatch.setenv(name, str(value))
-    assert launch.layout(arguments()) == processes.Layout(2, 2, 1, "env://", on_cpu=True)
+    assert launch.layout(arguments()) == launch.Layout(2, 2, 1, "env://", on_cpu=True)
     with pytest.raises(ConfigError, match="torchrun started this process"):
         launch.layout(arguments(num_processes=2))
 
@@ -194,15 +194,15 @@ def test_torchrun(toy_set: Any, base_weights: Path, tmp_path: Path) -> None:
 
 MACHINE = """
 import sys
-from peft_d2.engine import launch, processes
-processes._START = "fork"
+from peft_d2.engine import launch
+launch._START = "fork"
 launch.main(sys.argv[1:])
 """
 
 
 def test_two_machines(toy_set: Any, base_weights: Path, tmp_path: Path) -> None:
     """Detectron2's arguments, on one machine that plays both; each prints how batch and learning rate are split."""
-    url = f"tcp://127.0.0.1:{processes._free_port()}"
+    url = f"tcp://127.0.0.1:{launch._free_port()}"
     own = ["--train-json", toy_set.json, "--train-images", toy_set.images, "--config-file", TINY]
     opts = ["OUTPUT_DIR", tmp_path, "MODEL.WEIGHTS", base_weights, "SOLVER.MAX_ITER", 1, "SOLVER.IMS_PER_BATCH", 8]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from peft_d2.engine.progress import Bar, on_terminal
+from peft_d2.engine.hooks import Bar, on_terminal
 from peft_d2.engine.trainer import Trainer
 
 

@@ -11,7 +11,7 @@ import torch
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 
-from peft_d2.engine import launch, processes
+from peft_d2.engine import launch
 from peft_d2.engine.errors import LossNotFinite
 from peft_d2.engine.trainer import Trainer
 
@@ -71,9 +71,9 @@ def bad_losses(world: World, quick: bool = False) -> list[Result]:
 
 
 def _launch(cfg: Any, what: str, ranks: int) -> None:
-    processes._START = "fork"  # type: ignore[attr-defined]
-    layout = processes.Layout(ranks, on_cpu=True)
-    launch.one_line_errors(lambda: processes.launch(_train, (cfg, what), layout, launch.expected_errors()))
+    launch._START = "fork"  # type: ignore[attr-defined]
+    layout = launch.Layout(ranks, on_cpu=True)
+    launch.one_line_errors(lambda: launch.launch(_train, (cfg, what), layout))
 
 
 def _train(cfg: Any, what: str) -> None:

@@ -16,7 +16,7 @@ import torch
 
 import peft_d2
 from peft_d2.data import toy
-from peft_d2.engine.classes import apply_class_count
+from peft_d2.engine.checks import apply_class_count
 from peft_d2.engine.config import load_config
 
 CONFIG = Path(__file__).parents[1] / "engine" / "tiny.yaml"

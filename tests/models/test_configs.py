@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from detectron2.config import CfgNode, get_cfg
 
-from peft_d2.engine.config_file import read_tree
+from peft_d2.engine.config import read_tree
 from peft_d2.engine.errors import ConfigError
 from peft_d2.models import add_models_config
 

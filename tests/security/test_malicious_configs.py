@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("detectron2")
 
-from peft_d2.engine.config_file import read_tree  # noqa: E402
+from peft_d2.engine.config import read_tree  # noqa: E402
 from peft_d2.engine.errors import ConfigError  # noqa: E402
 
 YAML = {

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peft_d2.models.layers.joined_batch import average_class_weight, average_count
+from peft_d2.models.layers.joined_batch import average_class_weight, average_count, objects_of_all
 from peft_d2.models.layers.matcher import HungarianMatcher, Match
 from peft_d2.models.layers.points import sample_points, uncertain_points
 from peft_d2.models.layers.targets import Target
@@ -62,27 +62,34 @@ class SetCriterion(nn.Module):
         self.oversample_ratio = oversample_ratio
         self.importance_sample_ratio = importance_sample_ratio
 
-    def forward(self, outputs: dict, targets: Sequence[Target]) -> dict[str, Tensor]:
+    def forward(
+        self, outputs: dict, targets: Sequence[Target], objects: Sequence[Sequence[int]] | None = None
+    ) -> dict[str, Tensor]:
         """Losses, not weighted.
 
         Args:
             outputs: ``pred_logits`` (N, Q, K + 1), ``pred_masks`` (N, Q, H, W), ``aux_outputs``: a list of such dicts.
             targets: one per image.
+            objects: how many each image of the whole batch has, by the parts whose losses are averaged; where it is
+                not known, ``targets`` and those of the other workers are the batch.
 
         Returns:
             ``loss_ce``, ``loss_mask``, ``loss_dice`` of the last layer, and with ``_0``, ``_1``... of the others.
         """
-        count = average_count(targets, outputs["pred_masks"].device)
+        objects = objects or objects_of_all(targets)
         with torch.autocast(outputs["pred_masks"].device.type, enabled=False):
-            return self.matched_losses(outputs, targets, count)
+            return self.matched_losses(outputs, targets, objects)
 
-    def matched_losses(self, outputs: dict, targets: Sequence[Target], count: float) -> dict[str, Tensor]:
-        """The losses of all predictions; ``count`` divides those of masks."""
+    def matched_losses(
+        self, outputs: dict, targets: Sequence[Target], objects: Sequence[Sequence[int]]
+    ) -> dict[str, Tensor]:
+        """The losses of all predictions, divided by what the average part of the batch holds."""
+        count = average_count(objects)
         predictions = self.supervised(outputs)
         matches = self.matcher(list(predictions.values()), targets)
         losses = {}
         for (suffix, prediction), pairs in zip(predictions.items(), matches, strict=True):
-            values = self.layer_losses(prediction, targets, pairs, count)
+            values = self.layer_losses(prediction, targets, pairs, count, objects)
             losses.update({name + suffix: value for name, value in values.items()})
         return losses
 
@@ -93,19 +100,30 @@ class SetCriterion(nn.Module):
         return {"": outputs, **wanted}
 
     def layer_losses(
-        self, prediction: dict[str, Tensor], targets: Sequence[Target], matches: Sequence[Match], count: float
+        self,
+        prediction: dict[str, Tensor],
+        targets: Sequence[Target],
+        matches: Sequence[Match],
+        count: float,
+        objects: Sequence[Sequence[int]] | None = None,
     ) -> dict[str, Tensor]:
-        """The losses of one decoder layer; ``count`` divides the mask losses."""
+        """The losses of one decoder layer; ``count`` divides the mask losses, ``objects`` the class loss."""
         return {
-            "loss_ce": self.class_loss(prediction["pred_logits"].float(), targets, matches),
+            "loss_ce": self.class_loss(prediction["pred_logits"].float(), targets, matches, objects),
             **self.mask_losses(prediction["pred_masks"], targets, matches, count),
         }
 
-    def class_loss(self, logits: Tensor, targets: Sequence[Target], matches: Sequence[Match]) -> Tensor:
+    def class_loss(
+        self,
+        logits: Tensor,
+        targets: Sequence[Target],
+        matches: Sequence[Match],
+        objects: Sequence[Sequence[int]] | None = None,
+    ) -> Tensor:
         """Cross-entropy over all queries, divided by the summed class weights; unmatched queries are no-object."""
         labels = self.wanted_labels(logits, targets, matches)
         total = F.cross_entropy(logits.transpose(1, 2), labels, self.empty_weight, reduction="sum")
-        return total / average_class_weight(targets, logits, self.no_object_weight)
+        return total / average_class_weight(objects or objects_of_all(targets), logits.shape[1], self.no_object_weight)
 
     def wanted_labels(self, logits: Tensor, targets: Sequence[Target], matches: Sequence[Match]) -> Tensor:
         """Each query's class (N, Q) int64; ``num_classes`` where it is matched with nothing."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from peft_d2.models.checks import ModelConfigError, expect_at_least, expect_pixels, expect_share
 from peft_d2.models.layers.criterion import SetCriterion
+from peft_d2.models.layers.joined_batch import count_objects
 from peft_d2.models.layers.pixels import normalised
 from peft_d2.models.layers.postprocess import Canvas
 from peft_d2.models.layers.targets import Target, prepare_targets
@@ -139,7 +140,8 @@ class MaskClassifier(nn.Module):
         if self.training:
             targets = self.targets(batched_inputs, batch)
             weights = self.criterion.weight_dict
-            losses = self.criterion(self.predict(features, targets), targets)
+            objects = batched_inputs[0].get("batch_objects")
+            losses = self.criterion(self.predict(features, targets), targets, objects)
             return {name: weights[name] * value for name, value in losses.items() if name in weights}
         outputs = self.predict(features)
         padded = (batch.tensor.shape[-2], batch.tensor.shape[-1])
@@ -150,6 +152,10 @@ class MaskClassifier(nn.Module):
                 prediction = {name: value[i] for name, value in outputs.items() if name.startswith("pred_")}
                 results.append(self.inference(prediction, Canvas(padded, tuple(size), wanted, self.bicubic_results)))
         return results
+
+    def count_objects(self, batched_inputs: list[dict[str, Any]]) -> list[int]:
+        """How many objects each image holds: what a trainer of several processes or pieces tells all of them."""
+        return [count_objects(item, self.sem_seg_head.ignore_value) for item in batched_inputs]
 
     def predict(self, features: dict[str, Tensor], targets: list[Target] | None = None) -> dict[str, Any]:
         """What the head predicts; ``targets`` in training."""

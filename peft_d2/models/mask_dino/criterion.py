@@ -14,6 +14,7 @@ from torch import Tensor
 
 from peft_d2.models.layers.boxes import generalized_iou, to_corners
 from peft_d2.models.layers.criterion import SetCriterion
+from peft_d2.models.layers.joined_batch import average_count
 from peft_d2.models.layers.matcher import Match
 from peft_d2.models.layers.targets import Target
 from peft_d2.models.mask_dino.denoising import DenoisingQueries
@@ -43,7 +44,9 @@ class BoxMaskCriterion(SetCriterion):
         self.softmax_classes = softmax_classes
         self.box_classes = box_classes
 
-    def forward(self, outputs: dict, targets: Sequence[Target]) -> dict[str, Tensor]:
+    def forward(
+        self, outputs: dict, targets: Sequence[Target], objects: Sequence[Sequence[int]] | None = None
+    ) -> dict[str, Tensor]:
         """Losses, not weighted.
 
         Args:
@@ -51,15 +54,18 @@ class BoxMaskCriterion(SetCriterion):
                 ``interm_outputs``: the encoder's prediction; ``denoising``: what :meth:`denoising_losses` takes, None
                 where there is nothing to restore.
             targets: one per image, with boxes.
+            objects: see :class:`SetCriterion`.
         """
-        return super().forward(outputs, targets)
+        return super().forward(outputs, targets, objects)
 
-    def matched_losses(self, outputs: dict, targets: Sequence[Target], count: float) -> dict[str, Tensor]:
-        """The losses of all predictions, denoising included; ``count`` divides all but the cross-entropy of classes."""
-        losses = super().matched_losses(outputs, targets, count)
+    def matched_losses(
+        self, outputs: dict, targets: Sequence[Target], objects: Sequence[Sequence[int]]
+    ) -> dict[str, Tensor]:
+        """The losses of all predictions, denoising included."""
+        losses = super().matched_losses(outputs, targets, objects)
         if outputs.get("denoising") is not None:
             queries, predictions = outputs["denoising"]
-            losses.update(self.denoising_losses(queries, predictions, targets, count))
+            losses.update(self.denoising_losses(queries, predictions, targets, average_count(objects)))
         else:  # every worker has the same losses, whatever its images hold
             zero = outputs["pred_logits"].sum() * 0.0
             losses.update({name: zero for name in self.weight_dict if "_dn" in name})
@@ -85,7 +91,7 @@ class BoxMaskCriterion(SetCriterion):
             queries: who restores what.
             predictions: of these queries, by layer, the last layer last.
             targets: one per image.
-            count: as in :meth:`matched_losses`.
+            count: of objects in the average part of the batch; divides all but the cross-entropy of classes.
         """
         matches = queries.matches(targets)
         names = ["_dn", *(f"_dn_{i}" for i in range(len(predictions) - 1))]
@@ -98,19 +104,30 @@ class BoxMaskCriterion(SetCriterion):
         return losses
 
     def layer_losses(
-        self, prediction: dict[str, Tensor], targets: Sequence[Target], matches: Sequence[Match], count: float
+        self,
+        prediction: dict[str, Tensor],
+        targets: Sequence[Target],
+        matches: Sequence[Match],
+        count: float,
+        objects: Sequence[Sequence[int]] | None = None,
     ) -> dict[str, Tensor]:
-        """The losses of one layer; ``count`` as in :meth:`matched_losses`."""
-        losses = super().layer_losses(prediction, targets, matches, count)
+        """The losses of one layer; ``count`` as in :meth:`denoising_losses`."""
+        losses = super().layer_losses(prediction, targets, matches, count, objects)
         losses.update(self.box_losses(prediction["pred_boxes"].float(), targets, matches, count))
         if not self.softmax_classes:
             losses["loss_ce"] = losses["loss_ce"] / count
         return losses
 
-    def class_loss(self, logits: Tensor, targets: Sequence[Target], matches: Sequence[Match]) -> Tensor:
+    def class_loss(
+        self,
+        logits: Tensor,
+        targets: Sequence[Target],
+        matches: Sequence[Match],
+        objects: Sequence[Sequence[int]] | None = None,
+    ) -> Tensor:
         """Summed focal loss, or the cross-entropy of :class:`SetCriterion`."""
         if self.softmax_classes:
-            return super().class_loss(logits, targets, matches)
+            return super().class_loss(logits, targets, matches, objects)
         wanted = F.one_hot(self.wanted_labels(logits, targets, matches), self.num_classes + 1)[..., :-1]
         return focal_loss(logits, wanted.to(logits.dtype))
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from peft_d2.models.backbones.sam_vit import ImageEncoder, encoder_settings
 from peft_d2.models.checks import expect, expect_at_least, expect_pixels
 from peft_d2.models.layers.criterion import dice_loss, mask_loss
-from peft_d2.models.layers.joined_batch import average_count
+from peft_d2.models.layers.joined_batch import average_count, count_objects, objects_of_all
 from peft_d2.models.layers.pixels import normalised
 from peft_d2.models.layers.postprocess import Canvas, mask_boxes
 from peft_d2.models.layers.targets import Target
@@ -156,6 +156,10 @@ class SegmentAnything(nn.Module):
         pixels = normalised(image, self.pixel_mean, self.pixel_std, name)
         return F.pad(pixels, (0, self.image_size - width, 0, self.image_size - height))
 
+    def count_objects(self, batched_inputs: list[dict[str, Any]]) -> list[int]:
+        """How many objects each image holds: what a trainer of several processes or pieces tells all of them."""
+        return [count_objects(item) for item in batched_inputs]
+
     def decode(self, embedding: Tensor, prompts: Prompts, multimask: bool = False) -> tuple[Tensor, Tensor]:
         """Logits (N, K, 4 G, 4 G) on the padded image and expected IoU (N, K) for one embedding (1, C, G, G)."""
         tokens, dense = self.prompt_encoder(prompts.points, prompts.boxes, prompts.masks)
@@ -165,7 +169,7 @@ class SegmentAnything(nn.Module):
         """The weighted losses, means over all objects of the batch."""
         totals = {name: embeddings.new_zeros((), dtype=torch.float32) for name, w in self.weights.items() if w}
         targets = [_target(item["instances"], self.device) for item in batched_inputs]
-        count = average_count(targets, self.device)
+        count = average_count(batched_inputs[0].get("batch_objects") or objects_of_all(targets))
         for embedding, item, target in zip(embeddings, batched_inputs, targets, strict=True):
             labels = target.masks
             size = (item["image"].shape[-2], item["image"].shape[-1])
