@@ -289,7 +289,7 @@ def test_bad_input_is_one_line(run: Callable[..., str], data: toy.ToySet, tmp_pa
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-@pytest.mark.parametrize(("what", "message"), [("annotations", "no image with annotations"), ("masks", "has boxes alone")])
+@pytest.mark.parametrize(("what", "message"), [("annotations", "no image with annotations"), ("masks", "boxes alone")])
 def test_nothing_to_learn_from(
     run: Callable[..., str], data: toy.ToySet, tmp_path: Path, what: str, message: str, workers: int
 ) -> None:
