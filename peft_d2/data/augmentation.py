@@ -69,8 +69,6 @@ class SSDColour(T.Augmentation):
 
     def __init__(self, image_format: str = "BGR") -> None:
         super().__init__()
-        if image_format not in ("BGR", "RGB"):
-            raise DatasetError(f"INPUT.COLOR_AUG_SSD works on INPUT.FORMAT BGR or RGB, not {image_format!r}.")
         self.image_format = image_format
 
     def get_transform(self, image: np.ndarray) -> Transform:

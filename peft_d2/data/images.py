@@ -37,6 +37,8 @@ def check_input(cfg: Any) -> None:
     name = cfg.INPUT.FORMAT
     if name not in _CHANNELS:
         raise DatasetError(f"INPUT.FORMAT {name!r} is not supported. Expected one of {list(_CHANNELS)}.")
+    if cfg.INPUT.get("COLOR_AUG_SSD", False) and _CHANNELS[name] != 3:
+        raise DatasetError(f"INPUT.COLOR_AUG_SSD works on INPUT.FORMAT BGR or RGB, not {name!r}.")
     for key in ("PIXEL_MEAN", "PIXEL_STD"):
         if len(cfg.MODEL[key]) != _CHANNELS[name]:
             raise DatasetError(

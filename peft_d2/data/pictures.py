@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageOps
 
-from peft_d2.data.images import as_rgb
+from peft_d2.data.images import as_rgb, image_size
 from peft_d2.data.segmentation import segmentation_to_mask
 
 
@@ -72,7 +72,12 @@ def pixel_statistics(paths: Sequence[str | Path], limit: int = 1000) -> tuple[li
 
 
 def read_rgb(path: str | Path) -> np.ndarray:
-    """(H, W, 3) uint8 image, turned as its EXIF says."""
+    """(H, W, 3) uint8 image, turned as its EXIF says.
+
+    Raises:
+        DatasetError: the file is no image, or would not be read right.
+    """
+    image_size(path)
     with Image.open(path) as opened:
         return np.asarray(ImageOps.exif_transpose(opened).convert("RGB"))
 

@@ -10,6 +10,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from peft_d2.data.coco_json import read_json
+from peft_d2.data.images import path_inside
+from peft_d2.data.pictures import read_rgb
 from peft_d2.data.segmentation import mask_box, mask_to_compressed_rle, segmentation_to_mask
 
 
@@ -48,10 +51,13 @@ def tile_coco(
         overlap: least overlap of neighbouring tiles in px of the source.
         min_area: cut-off parts of objects below this area, in px of the source, are dropped; whole objects stay.
 
+    Raises:
+        OSError, ValueError: a file that is missing, cannot be read, or lies outside the image folder.
+
     Returns:
         The path of the new json. Its images carry ``tile: {image_id, x, y, scale}``, its masks are run lengths.
     """
-    source = json.loads(Path(json_path).read_text())
+    source = read_json(json_path)
     output = Path(output)
     (output / "images").mkdir(parents=True, exist_ok=True)
     by_image: dict[Any, list[dict[str, Any]]] = {}
@@ -59,8 +65,7 @@ def tile_coco(
         by_image.setdefault(annotation["image_id"], []).append(annotation)
     result: dict[str, Any] = {"images": [], "annotations": [], "categories": source["categories"]}
     for record in source["images"]:
-        with Image.open(Path(image_root) / record["file_name"]) as opened:
-            picture = opened.convert("RGB")
+        picture = Image.fromarray(read_rgb(path_inside(image_root, record["file_name"])))
         tiles = _cut_image(picture, record, output, tile, scale, overlap, first_id=len(result["images"]) + 1)
         result["images"] += tiles
         for annotation in by_image.get(record["id"], []):
@@ -85,7 +90,8 @@ def _cut_image(
         for x in tile_starts(picture.width, tile, overlap):
             box = (x, y, min(x + tile, picture.width), min(y + tile, picture.height))
             enlarged = enlarge(picture.crop(box), scale)
-            name = f"{record['id']}_{x}_{y}.png"
+            stem = record["id"] if isinstance(record["id"], int) else f"{first_id}t"  # text might be no file name
+            name = f"{stem}_{x}_{y}.png"
             enlarged.save(output / "images" / name)
             tiles.append(
                 {

@@ -198,11 +198,14 @@ def _check_tasks(cfg: Any, name: str, json_path: str, problems: Sequence[Problem
 
     if name in cfg.DATASETS.TRAIN and not MetadataCatalog.get(name).get("keypoint_names"):
         load_coco(name, json_path, "/", outside=True)  # which reads the names of the keypoints
-    names = MetadataCatalog.get(name).get("keypoint_names", ())
+    names, pairs = (MetadataCatalog.get(name).get(key, ()) for key in ("keypoint_names", "keypoint_flip_map"))
     count, sigmas = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS, len(cfg.TEST.KEYPOINT_OKS_SIGMAS) or 17
     for wrong, what, advice in (
         (name in cfg.DATASETS.TRAIN and not names, "the json's categories do not name their keypoints",
          'Give the category "keypoints": [name, ...], or the set\'s metadata keypoint_names and keypoint_flip_map.'),
+        (name in cfg.DATASETS.TRAIN and names and not pairs and cfg.INPUT.RANDOM_FLIP != "none",
+         "no keypoint has left or right in its name, so that mirrored images would be learnt wrong",
+         "Set INPUT.RANDOM_FLIP none, or the set's metadata keypoint_flip_map."),
         (names and len(names) != count, f"has {len(names)} keypoints, but MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS is "
          f"{count}", "Set it."),
         (name in cfg.DATASETS.TEST and sigmas != count, f"the model has {count} keypoints, and there are {sigmas} "

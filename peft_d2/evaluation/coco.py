@@ -68,8 +68,9 @@ class FastCOCOEvaluator(COCOEvaluator):
         results = list(itertools.chain.from_iterable(p["instances"] for p in predictions))
         tasks = self._tasks or self._tasks_from_predictions(results)
         own = self._metadata.get("thing_dataset_id_to_contiguous_id")
+        own = own or {category: i for i, category in enumerate(sorted(self._coco_api.cats))}  # not loaded yet
         if "keypoints" in tasks and self._do_evaluation:
-            if self._classes is not None and own is not None:  # Detectron2 takes the data set's own order
+            if self._classes is not None:  # Detectron2 takes the data set's own order
                 for prediction in predictions:
                     found = restore_category_ids(prediction["instances"], self._classes, subset=True)
                     prediction["instances"] = [{**r, "category_id": own[r["category_id"]]} for r in found]
