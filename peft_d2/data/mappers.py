@@ -160,7 +160,7 @@ class _Mapper:
         return F.pad(pixels, (0, -width % self.size_divisibility, 0, -height % self.size_divisibility), value=value)
 
     def _image(self, image: np.ndarray) -> torch.Tensor:
-        return self._pad(torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))), _IMAGE_PADDING)
+        return self._pad(torch.from_numpy(np.array(image.transpose(2, 0, 1), order="C")), _IMAGE_PADDING)
 
     def _instances(self, masks: Sequence[np.ndarray], classes: Sequence[int], shape: tuple[int, int]) -> Instances:
         """Instances of the objects of which something is left; ``shape`` is the unpadded (H, W)."""

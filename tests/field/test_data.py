@@ -6,6 +6,7 @@ import contextlib
 import copy
 import io
 import json
+import re
 import struct
 import uuid
 from pathlib import Path
@@ -210,10 +211,8 @@ def test_what_cannot_be_paired_is_refused_before_the_first_step(own, tool, tmp_p
     options += ["--val-json", val.json, "--val-images", val.images, "--name", uuid.uuid4().hex]
     code, text = tool("train_net", *options, "OUTPUT_DIR", tmp_path / "run")
     assert code == 1 and "error: " in text and "Traceback" not in text
-    import re
-
     assert re.search(said, text), text
-    assert not list((tmp_path / "run").glob("*.pth")) if (tmp_path / "run").exists() else True
+    assert not list(tmp_path.rglob("*.pth"))
 
 
 # ---------------------------------------------------------------------------------- consistent nonsense (A11)
@@ -252,7 +251,7 @@ NONSENSE = {  # change, kind of the problem that names the cause, whether it is 
                                                              for p in a["segmentation"]])), "swapped axes", ""),
     "boxes of another scale": (_each(lambda a: a.update(bbox=[2 * v for v in a["bbox"]])), "boxes and masks", ""),
     "masks of another image": (_each(lambda a: a.update(
-        segmentation=[[v + 1000 for v in p] for p in a["segmentation"]])), "polygon", "nothing to learn"),
+        segmentation=[[v + 1000 for v in p] for p in a["segmentation"]])), "boxes and masks", "nothing to learn"),
 }  # fmt: skip
 
 
@@ -421,8 +420,9 @@ def test_images_are_read_right_or_refused_by_name(own, tool, tmp_path, name):
     assert said in defect and bool(said) == bool(defect) == bool(remedy)
     code, text = tool("check_dataset", "--json", made.json, "--images", made.images)
     assert code == bool(said) and (not said or f"{path}: {defect}. {remedy}\n" in text)
-    code, text = tool("demo", "--config-file", TINY, "--input", path, "--output", tmp_path / "out")
-    assert code == bool(said) and ("Traceback" not in text)
+    if name in ("five bands", "1 as PNG"):
+        code, text = tool("demo", "--config-file", TINY, "--input", path, "--output", tmp_path / "out")
+        assert code == bool(said) and said in text and "Traceback" not in text
 
 
 GREY = ["INPUT.FORMAT", "L", "MODEL.PIXEL_MEAN", "[120.0]", "MODEL.PIXEL_STD", "[60.0]", "INPUT.COLOR_AUG_SSD", "False"]
@@ -547,11 +547,13 @@ def test_a_training_set_needs_annotations(own, tool, tmp_path):
 
 
 RCNN = [
-    "MODEL.WEIGHTS", "", "MODEL.DEVICE", "cpu", "MODEL.RESNETS.DEPTH", 18, "MODEL.RESNETS.RES2_OUT_CHANNELS", 64,
+    "MODEL.WEIGHTS", "", "MODEL.DEVICE", "cpu", "MODEL.RESNETS.NORM", "GN", "MODEL.RESNETS.DEPTH", 18,
+    "MODEL.RESNETS.RES2_OUT_CHANNELS", 64,
     "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", 8, "MODEL.ROI_BOX_HEAD.FC_DIM", 32, "INPUT.MIN_SIZE_TRAIN", "(64,)",
     "INPUT.MIN_SIZE_TEST", 64, "SOLVER.IMS_PER_BATCH", 2, "SOLVER.BASE_LR", 1e-6, "TEST.DETECTIONS_PER_IMAGE", 20,
     "SEED", 1,
 ]  # fmt: skip
+SMALL = ["MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS", 3, "MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS", "(8,)"]
 FASTER = model_zoo.get_config_file("COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml")
 MASK = model_zoo.get_config_file("COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml")
 KEYPOINT = model_zoo.get_config_file("COCO-Keypoints/keypoint_rcnn_R_50_FPN_1x.yaml")
@@ -605,13 +607,12 @@ KEYPOINTS = {
 @pytest.mark.parametrize("name", KEYPOINTS)
 def test_keypoints_train_as_in_detectron2_or_are_refused(own, tool, tmp_path, name):
     names, opts, said = KEYPOINTS[name]
-    options = _run(own, tmp_path / "run", *RCNN, "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS", 3, *opts, config=KEYPOINT)
+    options = _run(own, tmp_path / "run", *RCNN, *SMALL, *opts, config=KEYPOINT)
     for split in ("train", "val"):
         _with_keypoints(Own(tmp_path / split, seed=split == "val"), names)
     code, text = tool("train_net", *options)
     assert (code, "Traceback" in text) == (bool(said), False) and said in text, text
-    if not said:
-        assert "Evaluation results for keypoints" in text or "keypoints" in text
+    assert ("Evaluation results for keypoints" in text) is (not said)
 
 
 def test_no_advice_is_given_twice(own, tool):
