@@ -108,7 +108,7 @@ def build_model(cfg: Any) -> nn.Module:
     """
     from detectron2 import modeling
 
-    from peft_d2.models.layers.decoder_registry import TRANSFORMER_DECODER_REGISTRY
+    from peft_d2.models.registration import TRANSFORMER_DECODER_REGISTRY
 
     _check_resnet(cfg)
     try:

@@ -23,7 +23,7 @@ from peft_d2.engine.errors import ConfigError  # noqa: E402
 from peft_d2.engine.launch import one_line_errors, prepare_config, training_parser  # noqa: E402
 from peft_d2.engine.optimizer import build_optimizer  # noqa: E402
 from peft_d2.engine.trainer import Trainer  # noqa: E402
-from peft_d2.models.sam.prompts import read_prompts  # noqa: E402
+from peft_d2.models.sam.prompt_encoder import read_prompts  # noqa: E402
 
 from ..tiny_sam import SAM_TINY  # noqa: E402
 

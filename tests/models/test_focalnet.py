@@ -21,8 +21,8 @@ KINDS = {"focal": "PD2FocalNet", "focal_dw": "PD2DepthwiseFocalNet"}
 TINY: dict[str, Any] = {
     "embed_dim": 8,
     "depths": [1, 2, 1, 1],
-    "levels": [2, 1, 1, 1],
-    "windows": [3, 3, 3, 3],
+    "focal_levels": [2, 1, 1, 1],
+    "focal_windows": [3, 3, 3, 3],
     "out_features": ["res2", "res3", "res4", "res5"],
 }
 both_kinds = pytest.mark.parametrize("kind", [FocalNet, DepthwiseFocalNet])
@@ -66,8 +66,11 @@ def test_outputs_are_the_published_ones(golden: Any, filler: ModuleType, name: s
     same_shapes(model, recipe)
 
 
+EVERY = dict.fromkeys(("use_postln", "use_layerscale", "scaling_modulator", "use_postln_in_modulation"), True)
+
+
 @both_kinds
-@pytest.mark.parametrize("options", [{}, {"post_norm": True, "layer_scale": True, "scaled": True, "norm": True}])
+@pytest.mark.parametrize("options", [{}, EVERY])
 @pytest.mark.parametrize("size", [(50, 71), (4, 4)])
 def test_any_image_size_and_every_option(kind: type[FocalNet], options: dict, size: tuple[int, int]) -> None:
     outputs = kind(**TINY, **options)(torch.randn(1, 3, *size))
@@ -117,13 +120,13 @@ def test_stochastic_depth_drops_whole_halves_and_keeps_the_mean(depthwise: bool,
 
 
 def test_stochastic_depth_grows_from_the_first_block_to_the_last() -> None:
-    blocks = [m for m in FocalNet(**TINY, drop_path=0.4).modules() if isinstance(m, FocalBlock)]
+    blocks = [m for m in FocalNet(**TINY, drop_path_rate=0.4).modules() if isinstance(m, FocalBlock)]
     assert [block.drop_path.p for block in blocks] == pytest.approx([0, 0.1, 0.2, 0.3, 0.4])
 
 
 @both_kinds
 def test_checkpointing_changes_memory_alone(kind: type[FocalNet]) -> None:
-    options: dict[str, Any] = {"drop_path": 0.3, "post_norm": True, "layer_scale": True}
+    options: dict[str, Any] = {"drop_path_rate": 0.3, "use_postln": True, "use_layerscale": True}
     plain, saving = kind(**TINY, **options), kind(**TINY, **options, use_checkpoint=True)
     saving.load_state_dict(plain.state_dict())
     gradients = []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from types import MethodType
 
@@ -10,9 +12,9 @@ from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY, SEM_SEG_H
 from fvcore.common.registry import Registry
 
 from peft_d2.models import register
-from peft_d2.models.layers.decoder_registry import TRANSFORMER_DECODER_REGISTRY
 from peft_d2.models.mask2former.model import MaskFormer
 from peft_d2.models.mask2former.pixel_decoder import MSDeformAttnPixelDecoder
+from peft_d2.models.registration import TRANSFORMER_DECODER_REGISTRY
 
 OFFICIAL = [(META_ARCH_REGISTRY, "MaskFormer"), (SEM_SEG_HEADS_REGISTRY, "MaskFormerHead")]
 OFFICIAL += [(BACKBONE_REGISTRY, "D2SwinTransformer")]
@@ -86,6 +88,31 @@ def test_the_official_package_may_replace_a_part_alone() -> None:
     SEM_SEG_HEADS_REGISTRY.register()(type("MSDeformAttnPixelDecoder", (Official,), {}))
     assert issubclass(SEM_SEG_HEADS_REGISTRY.get("MSDeformAttnPixelDecoder"), Official)
     assert SEM_SEG_HEADS_REGISTRY.get("MaskFormerHead") is SEM_SEG_HEADS_REGISTRY.get("PD2MaskFormerHead")
+
+
+def test_every_name_is_there_in_a_new_process() -> None:
+    """Whatever else is imported: our config files and the published ones name these."""
+    code = """
+import peft_d2
+peft_d2.register(upstream_names=True)
+from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY, SEM_SEG_HEADS_REGISTRY
+from peft_d2.models.registration import TRANSFORMER_DECODER_REGISTRY
+for registry in (BACKBONE_REGISTRY, META_ARCH_REGISTRY, SEM_SEG_HEADS_REGISTRY, TRANSFORMER_DECODER_REGISTRY):
+    print(*(name for name, model in registry if model.__module__.startswith("peft_d2")))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    upstream = {
+        "D2ViT",
+        "GeneralizedSEEM",
+        "SEEMDecoder",
+        "TransformerEncoderPixelDecoder",
+        "davit",
+        "focal",
+        "focal_dw",
+    }
+    own = {name for name in done.stdout.split() if name.startswith("PD2")}
+    assert set(done.stdout.split()) - own == LENT | upstream | {"PEFTModel"}
+    assert len(own) == 19 and {"PD2FPN", "PD2SegmentAnything", "PD2SAMViT"} < own
 
 
 def test_own_names_alone_leave_upstream_names_free() -> None:

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 import peft_d2
 from peft_d2.data.augmentation import LongestSide
 from peft_d2.models.layers.postprocess import Canvas
-from peft_d2.models.layers.relative_attention import RelativePositionAttention, decomposed_bias, relative_rows
-from peft_d2.models.sam.prompts import Prompts
+from peft_d2.models.sam.image_encoder import RelativePositionAttention, decomposed_bias, relative_rows
+from peft_d2.models.sam.prompt_encoder import Prompts
 
 from .conftest import GOLDENS, ROOT
 

@@ -15,12 +15,12 @@ from peft_d2 import peft
 from peft_d2.engine.config import load_config
 from peft_d2.engine.targets import build_without_weights
 from peft_d2.models import register
-from peft_d2.models.backbones.seem_vit import SEEMViT
+from peft_d2.models.backbones.sam_vit import SEEMViT
 from peft_d2.models.seem.class_prompts import TokenizerError
 from peft_d2.models.seem.class_vectors import ClassVectors, ClassVectorsError
 from peft_d2.storage import base_weights
 
-from .conftest import GOLDENS, ROOT
+from .conftest import GOLDENS, ROOT, make_config
 from .test_golden import TOLERANCE, assert_instances, recorded, rows
 from .test_text_encoder import folder as tokenizer  # noqa: F401  a fixture
 from .test_training import sample, step
@@ -167,8 +167,10 @@ def test_outputs(outputs: dict[str, Any]) -> None:
 
 def test_segment_anythings_encoder_as_a_backbone(filler: Any) -> None:
     """Levels as published: each from the last map by itself, at its own stride and width."""
-    sizes = {"image_size": 64, "patch": 16, "dim": 32, "depth": 2, "n_heads": 2, "mlp_ratio": 2.0, "window": 3}
-    backbone = SEEMViT(**sizes, global_blocks=[1], out_features=["res3", "res5"])
+    sizes = {"IMAGE_SIZE": 64, "EMBED_DIM": 32, "DEPTH": 2, "NUM_HEADS": 2, "MLP_RATIO": 2.0, "WINDOW_SIZE": 3}
+    keys = {f"MODEL.SAM.{key}": value for key, value in sizes.items()}
+    cfg = make_config(overrides={**keys, "MODEL.SAM.GLOBAL_BLOCKS": [1], "MODEL.SAM.OUT_FEATURES": ["res3", "res5"]})
+    backbone = SEEMViT(cfg)
     filler.fill(backbone)
     with torch.no_grad():
         maps = backbone(torch.randn(1, 3, 64, 96))
@@ -176,7 +178,7 @@ def test_segment_anythings_encoder_as_a_backbone(filler: Any) -> None:
     assert {name: (s.channels, s.stride) for name, s in shapes.items()} == {"res3": (256, 8), "res5": (1024, 32)}
     assert {name: value.shape for name, value in maps.items()} == {"res3": (1, 256, 8, 12), "res5": (1, 1024, 2, 3)}
     with pytest.raises(ValueError, match=r"OUT_FEATURES is \['res6'\]; it should be some of"):
-        SEEMViT(**sizes, global_blocks=[], out_features=["res6"])
+        SEEMViT(make_config(overrides={**keys, "MODEL.SAM.GLOBAL_BLOCKS": [1], "MODEL.SAM.OUT_FEATURES": ["res6"]}))
 
 
 def test_every_parameter_learns_but_the_text_encoder(small_seem: Any) -> None:

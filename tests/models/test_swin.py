@@ -13,8 +13,8 @@ from peft_d2.models.layers.windows import from_windows, to_windows
 TINY: dict[str, Any] = {
     "embed_dim": 12,
     "depths": [2, 2, 2, 2],
-    "n_heads": [2, 2, 3, 4],
-    "window": 4,
+    "num_heads": [2, 2, 3, 4],
+    "window_size": 4,
     "out_features": ["res2", "res3", "res4", "res5"],
     "mlp_ratio": 2.0,
 }
@@ -70,8 +70,8 @@ def test_a_shifted_block_sees_across_window_borders_but_not_across_the_image() -
 
 
 def test_checkpointing_changes_memory_alone() -> None:
-    plain = SwinTransformer(**TINY, drop_path=0.2)
-    saving = SwinTransformer(**TINY, drop_path=0.2, use_checkpoint=True)
+    plain = SwinTransformer(**TINY, drop_path_rate=0.2)
+    saving = SwinTransformer(**TINY, drop_path_rate=0.2, use_checkpoint=True)
     saving.load_state_dict(plain.state_dict())
     gradients = []
     for model in (plain, saving):
@@ -85,7 +85,7 @@ def test_checkpointing_changes_memory_alone() -> None:
 
 
 def test_absolute_position_is_stretched_to_the_image() -> None:
-    model = SwinTransformer(**TINY, absolute_position=True, pretrain_size=32)
+    model = SwinTransformer(**TINY, ape=True, pretrain_img_size=32)
     assert model.absolute_pos_embed.shape == (1, 12, 8, 8)
     image = torch.zeros(1, 3, 64, 48)
     before = model(image)["res2"]

@@ -11,22 +11,22 @@ from detectron2.layers import ShapeSpec
 from torch import Tensor, nn
 
 from peft_d2.models.layers.transformer import TransformerEncoder, TransformerEncoderLayer
-from peft_d2.models.mask2former.transformer_fpn import TransformerEncoderPixelDecoder
+from peft_d2.models.mask2former.pixel_decoder import TransformerEncoderPixelDecoder
 
+from .conftest import make_config
 from .test_training import sample, step
 
 CHANNELS = {"res2": 4, "res3": 6, "res4": 8, "res5": 10}
 SIZES = {"res2": (13, 21), "res3": (7, 11), "res4": (4, 6), "res5": (2, 3)}
 SHAPES = {name: ShapeSpec(channels=c, stride=4 * 2**i) for i, (name, c) in enumerate(CHANNELS.items())}
-OPTIONS: dict[str, Any] = {
-    "conv_dim": 32,
-    "mask_dim": 12,
-    "norm": "GN",
-    "n_layers": 2,
-    "n_heads": 4,
-    "dim_feedforward": 24,
-    "dropout": 0.0,
-}
+
+
+def pixel_decoder() -> TransformerEncoderPixelDecoder:
+    head = {"IN_FEATURES": list(SIZES), "CONVS_DIM": 32, "MASK_DIM": 12, "NORM": "GN", "TRANSFORMER_ENC_LAYERS": 2}
+    keys = {f"MODEL.SEM_SEG_HEAD.{key}": value for key, value in head.items()}
+    former = {"NHEADS": 4, "DIM_FEEDFORWARD": 24, "DROPOUT": 0.0}
+    keys |= {f"MODEL.MASK_FORMER.{key}": value for key, value in former.items()}
+    return TransformerEncoderPixelDecoder(make_config(overrides=keys), SHAPES).eval()
 
 
 @torch.no_grad()
@@ -62,7 +62,7 @@ def test_position_goes_into_queries_and_keys_alone(pre_norm: bool) -> None:
 @torch.no_grad()
 def test_pyramid() -> None:
     """Each level: the lateral map plus the level above at its nearest pixel, through the level's convolution."""
-    decoder = TransformerEncoderPixelDecoder(SHAPES, **OPTIONS).eval()
+    decoder = pixel_decoder()
     features = {name: torch.randn(2, CHANNELS[name], *SIZES[name]) for name in SIZES}
     masks, encoded, maps = decoder.forward_features(dict(reversed(features.items())))
     assert encoded.shape == (2, 32, 2, 3)
@@ -83,7 +83,7 @@ def test_pyramid() -> None:
 
 @torch.no_grad()
 def test_encoder_sees_the_whole_map_and_its_places() -> None:
-    decoder = TransformerEncoderPixelDecoder(SHAPES, **OPTIONS).eval()
+    decoder = pixel_decoder()
     features = {name: torch.ones(1, CHANNELS[name], *SIZES[name]) for name in SIZES}
 
     def encoded() -> Tensor:

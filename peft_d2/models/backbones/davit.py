@@ -9,14 +9,26 @@ from operator import mul
 from typing import Any
 
 from detectron2.config import CfgNode, configurable
-from detectron2.layers import ShapeSpec
+from detectron2.modeling import BACKBONE_REGISTRY
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
-from peft_d2.models.backbones.stages import StagedBackbone, drop_path_rates, image_channels, init_linear
+from peft_d2.models.backbones.stages import PatchEmbed, StagedBackbone, drop_path_rates, init_linear
 from peft_d2.models.checks import expect_heads, expect_lengths
-from peft_d2.models.layers.recompute import run_block
+from peft_d2.models.layers.transformer import FeedForward, run_block
 from peft_d2.models.layers.windows import from_windows, pad_bottom_right, to_windows
+from peft_d2.models.registration import entry
+
+# What SEEM's published yaml files set; the defaults are its DaViT-d3.
+KEYS = """
+MODEL:
+  BACKBONE:
+    DAVIT:
+      {DROP_PATH_RATE: 0.3, PATCH_SIZE: [7, 2, 2, 2], PATCH_STRIDE: [4, 2, 2, 2], PATCH_PADDING: [3, 0, 0, 0],
+       PATCH_PRENORM: [false, true, true, true], DIM_EMBED: [128, 256, 512, 1024], NUM_HEADS: [4, 8, 16, 32],
+       NUM_GROUPS: [4, 8, 16, 32], DEPTHS: [1, 1, 9, 1], WINDOW_SIZE: 7, CONV_AT_ATTN: true, CONV_AT_FFN: true,
+       OUT_FEATURES: [res2, res3, res4, res5], OUT_INDICES: [0, 1, 2, 3], ENABLE_CHECKPOINT: false}
+"""
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -71,21 +83,6 @@ class DepthwiseConvolution(nn.Module):
         return self.dw(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
-class FeedForward(nn.Module):
-    """Linear, GELU, linear."""
-
-    def __init__(self, dim: int, hidden: int) -> None:
-        super().__init__()
-        self.dim = dim
-        self.net = nn.Sequential(
-            OrderedDict(fc1=nn.Linear(dim, hidden), act=nn.GELU(), fc2=nn.Linear(hidden, dim)),
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., dim) -> (..., dim)."""
-        return self.net(x)
-
-
 class Residual(nn.Module):
     """x + drop_path(fn(norm(x))), without the norm where ``norm`` is None."""
 
@@ -101,81 +98,41 @@ class Residual(nn.Module):
 
 
 def attention_block(
-    name: str,
-    attention: nn.Module,
-    dim: int,
-    mlp_ratio: float,
-    drop_path: float,
-    conv_at_attn: bool = True,
-    conv_at_ffn: bool = True,
+    name: str, attention: nn.Module, dim: int, mlp_ratio: float, drop_path: float, convolutions: tuple[bool, bool]
 ) -> nn.Sequential:
-    """Attention, called ``name``, and a feed-forward network; a depthwise convolution (a position code) before each.
+    """Attention, called ``name``, and a feed-forward network: maps (N, H, W, C) to the same.
 
-    Maps (N, H, W, C) to the same.
+    ``convolutions``: whether there is a depthwise convolution (a position code) before each.
     """
     parts: OrderedDict[str, nn.Module] = OrderedDict()
-    if conv_at_attn:
+    if convolutions[0]:
         parts["conv1"] = Residual(None, DepthwiseConvolution(dim))
     parts[name] = Residual(nn.LayerNorm(dim), attention, drop_path)
-    if conv_at_ffn:
+    if convolutions[1]:
         parts["conv2"] = Residual(None, DepthwiseConvolution(dim))
-    parts["ffn"] = Residual(nn.LayerNorm(dim), FeedForward(dim, int(dim * mlp_ratio)), drop_path)
+    feed_forward = nn.Sequential(OrderedDict(net=FeedForward(dim, int(dim * mlp_ratio))))
+    parts["ffn"] = Residual(nn.LayerNorm(dim), feed_forward, drop_path)
     return nn.Sequential(parts)
 
 
-def _pair(
-    dim: int,
-    n_heads: int,
-    n_groups: int,
-    window: int,
-    qkv_bias: bool,
-    drop_paths: tuple[float, float],
-    options: dict[str, Any],
-) -> nn.Sequential:
-    windows, channels = WindowAttention(dim, n_heads, window, qkv_bias), ChannelAttention(dim, n_groups, qkv_bias)
-    return nn.Sequential(
-        OrderedDict(
-            spatial_block=attention_block("window_attn", windows, dim, drop_path=drop_paths[0], **options),
-            channel_block=attention_block("channel_attn", channels, dim, drop_path=drop_paths[1], **options),
-        )
-    )
-
-
-class ConvEmbed(nn.Module):
-    """A strided convolution with a LayerNorm over the channels before (``pre_norm``) or after it."""
-
-    def __init__(
-        self, in_channels: int, dim: int, kernel: int, stride: int, padding: int, pre_norm: bool = False
-    ) -> None:
-        super().__init__()
-        self.pre_norm = pre_norm
-        self.proj = nn.Conv2d(in_channels, dim, kernel, stride, padding)
-        self.norm = nn.LayerNorm(in_channels if pre_norm else dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, H, W, in_channels) -> (N, H', W', dim)."""
-        x = self.norm(x) if self.pre_norm else x
-        x = self.proj(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        return x if self.pre_norm else self.norm(x)
-
-
+@entry(BACKBONE_REGISTRY, "PD2DaViT", upstream="davit", keys=KEYS)
 class DaViT(StagedBackbone):
     """Four stages of blocks that attend first within windows, then among channels, named ``res2`` to ``res5``.
 
     Sides of images should be multiples of ``size_divisibility``: steps without padding drop an odd row or column.
 
     Args:
-        dims, depths: channels of the stages, and pairs of blocks in them.
-        n_heads, n_groups: heads of the window attention and groups of the channel attention, per stage.
-        kernels, strides, paddings, pre_norms: of the convolution before each stage.
+        dim_embed, depths: channels of the stages, and pairs of blocks in them.
+        num_heads, num_groups: heads of the window attention and groups of the channel attention, per stage.
+        patch_size, patch_stride, patch_padding, patch_prenorm: of the convolution before each stage.
         out_features: which stages are given out.
         in_channels: of the image.
-        window: side of the windows.
-        mlp_ratio: hidden channels of the feed-forward networks over ``dims``.
+        window_size: side of the windows.
+        mlp_ratio: hidden channels of the feed-forward networks over ``dim_embed``.
         qkv_bias: whether q, k and v have a bias.
-        drop_path: stochastic depth of the last block, growing linearly from 0.
+        drop_path_rate: stochastic depth of the last block, growing linearly from 0.
         conv_at_attn, conv_at_ffn: whether there are convolutions before attention and feed-forward networks.
-        use_checkpoint: recompute each pair of blocks in the backward pass instead of keeping its activations.
+        enable_checkpoint: recompute each pair of blocks in the backward pass instead of keeping its activations.
     """
 
     config_node = "MODEL.BACKBONE.DAVIT"
@@ -184,77 +141,74 @@ class DaViT(StagedBackbone):
     def __init__(
         self,
         *,
-        dims: Sequence[int],
+        dim_embed: Sequence[int],
         depths: Sequence[int],
-        n_heads: Sequence[int],
-        n_groups: Sequence[int],
-        kernels: Sequence[int],
-        strides: Sequence[int],
-        paddings: Sequence[int],
-        pre_norms: Sequence[bool],
-        out_features: Sequence[str],
+        num_heads: Sequence[int],
+        num_groups: Sequence[int],
+        patch_size: Sequence[int],
+        patch_stride: Sequence[int],
+        patch_padding: Sequence[int],
+        patch_prenorm: Sequence[bool],
+        out_features: Sequence[str] = ("res2", "res3", "res4", "res5"),
         in_channels: int = 3,
-        window: int = 7,
+        window_size: int = 7,
         mlp_ratio: float = 4.0,
         qkv_bias: bool = True,
-        drop_path: float = 0.0,
+        drop_path_rate: float = 0.0,
         conv_at_attn: bool = True,
         conv_at_ffn: bool = True,
-        use_checkpoint: bool = False,
+        enable_checkpoint: bool = False,
     ) -> None:
         super().__init__()
-        self.use_checkpoint = use_checkpoint
-        sizes = zip([in_channels, *dims], dims, kernels, strides, paddings, pre_norms, strict=False)
-        self.convs = nn.ModuleList(ConvEmbed(*size) for size in sizes)
-        options = {"mlp_ratio": mlp_ratio, "conv_at_attn": conv_at_attn, "conv_at_ffn": conv_at_ffn}
-        rates = drop_path_rates([2 * depth for depth in depths], drop_path)
-        self.blocks = nn.ModuleList(
-            nn.Sequential(
-                *(
-                    _pair(dim, heads, groups, window, qkv_bias, pair, options)
-                    for pair in zip(paths[::2], paths[1::2], strict=True)
+        self.use_checkpoint = enable_checkpoint
+        norms = ["before" if before else "after" for before in patch_prenorm]
+        sizes = zip([in_channels, *dim_embed], dim_embed, patch_stride, patch_size, patch_padding, norms, strict=False)
+        self.convs = nn.ModuleList(
+            PatchEmbed(inner, dim, stride, kernel, padding, norm, whole=False)
+            for inner, dim, stride, kernel, padding, norm in sizes
+        )
+        convolutions = conv_at_attn, conv_at_ffn
+
+        def pair(dim: int, heads: int, groups: int, rates: Sequence[float]) -> nn.Sequential:
+            windows = WindowAttention(dim, heads, window_size, qkv_bias)
+            channels = ChannelAttention(dim, groups, qkv_bias)
+            return nn.Sequential(
+                OrderedDict(
+                    spatial_block=attention_block("window_attn", windows, dim, mlp_ratio, rates[0], convolutions),
+                    channel_block=attention_block("channel_attn", channels, dim, mlp_ratio, rates[1], convolutions),
                 )
             )
-            for dim, heads, groups, paths in zip(dims, n_heads, n_groups, rates, strict=True)
+
+        stages = zip(
+            dim_embed, num_heads, num_groups, drop_path_rates([2 * d for d in depths], drop_path_rate), strict=True
         )
-        self._name_stages(dims, list(accumulate(strides, mul)), out_features)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(*(pair(dim, heads, groups, rates[i : i + 2]) for i in range(0, len(rates), 2)))
+            for dim, heads, groups, rates in stages
+        )
+        self._name_stages(dim_embed, list(accumulate(patch_stride, mul)), out_features)
         self.apply(init_linear)
 
     @classmethod
-    def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec | None = None) -> dict[str, Any]:
-        """Arguments from ``MODEL.BACKBONE.DAVIT``.
-
-        Raises:
-            ModelConfigError: a list has another length than ``DIM_EMBED``, or channels cannot be shared out.
-        """
-        davit = cfg.MODEL.BACKBONE.DAVIT
-        lists = {
-            "dims": "DIM_EMBED",
-            "depths": "DEPTHS",
-            "n_heads": "NUM_HEADS",
-            "n_groups": "NUM_GROUPS",
-            "kernels": "PATCH_SIZE",
-            "strides": "PATCH_STRIDE",
-            "paddings": "PATCH_PADDING",
-            "pre_norms": "PATCH_PRENORM",
-        }
+    def check(cls, node: CfgNode) -> None:
+        """See :meth:`StagedBackbone.check`."""
         path = cls.config_node
-        expect_lengths(path, davit, *lists.values())
-        for stage, channels in enumerate(davit.DIM_EMBED):
+        per_stage = (
+            "DEPTHS",
+            "NUM_HEADS",
+            "NUM_GROUPS",
+            "PATCH_SIZE",
+            "PATCH_STRIDE",
+            "PATCH_PADDING",
+            "PATCH_PRENORM",
+        )
+        expect_lengths(path, node, "DIM_EMBED", *per_stage)
+        for stage, channels in enumerate(node.DIM_EMBED):
             for key in ("NUM_HEADS", "NUM_GROUPS"):
-                expect_heads(f"{path}.DIM_EMBED[{stage}]", channels, f"{path}.{key}[{stage}]", davit[key][stage])
-        return {argument: davit[key] for argument, key in lists.items()} | {
-            "in_channels": image_channels(cfg, cls),
-            "out_features": davit.OUT_FEATURES,
-            "window": davit.WINDOW_SIZE,
-            "drop_path": davit.DROP_PATH_RATE,
-            "conv_at_attn": davit.CONV_AT_ATTN,
-            "conv_at_ffn": davit.CONV_AT_FFN,
-            "use_checkpoint": davit.ENABLE_CHECKPOINT,
-        }
+                expect_heads(f"{path}.DIM_EMBED[{stage}]", channels, f"{path}.{key}[{stage}]", node[key][stage])
 
     def forward(self, image: Tensor) -> dict[str, Tensor]:
-        """(N, 3, H, W) -> the maps (N, C_l, H_l, W_l) of ``out_features`` by name."""
+        """(N, C, H, W) -> the maps (N, C_l, H_l, W_l) of ``out_features`` by name."""
         x = image.permute(0, 2, 3, 1)
         outputs = {}
         stages: Any = self.blocks

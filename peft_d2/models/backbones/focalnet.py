@@ -6,22 +6,33 @@ and that of its Focal-T, with depthwise convolutions before either half of a blo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from detectron2.config import CfgNode, configurable
-from detectron2.layers import ShapeSpec
+from detectron2.modeling import BACKBONE_REGISTRY
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
-from peft_d2.models.backbones.stages import PatchEmbed, StagedBackbone, drop_path_rates, image_channels, init_linear
+from peft_d2.models.backbones.stages import PatchEmbed, StagedBackbone, drop_path_rates, init_linear
 from peft_d2.models.checks import ModelConfigError, expect_lengths
-from peft_d2.models.layers.perceptron import Mlp
-from peft_d2.models.layers.recompute import run_block
+from peft_d2.models.layers.transformer import FeedForward, run_block
+from peft_d2.models.registration import entry
 
 _KERNEL_STEP = 2  # a level's kernel is wider by this than that of the level before
 _LAYER_SCALE = 1e-4
+# What SEEM's published yaml files set; the defaults are its Focal-T.
+KEYS = """
+MODEL:
+  BACKBONE:
+    FOCAL:
+      {PRETRAIN_IMG_SIZE: 224, PATCH_SIZE: 4, EMBED_DIM: 96, DEPTHS: [2, 2, 6, 2], FOCAL_LEVELS: [3, 3, 3, 3],
+       FOCAL_WINDOWS: [3, 3, 3, 3], DROP_PATH_RATE: 0.3, MLP_RATIO: 4.0, DROP_RATE: 0.0, PATCH_NORM: true,
+       USE_CONV_EMBED: true, SCALING_MODULATOR: true, USE_CHECKPOINT: false, USE_POSTLN: true,
+       USE_POSTLN_IN_MODULATION: false, USE_LAYERSCALE: true, OUT_FEATURES: [res2, res3, res4, res5],
+       OUT_INDICES: [0, 1, 2, 3]}
+"""
 
 
 class FocalModulation(nn.Module):
@@ -80,7 +91,7 @@ class FocalBlock(nn.Module):
         layer_scale: learned gains per channel of what the halves give.
         mlp_ratio: hidden channels of the MLP over ``dim``.
         drop, drop_path: dropout, and stochastic depth of this block.
-        options: of the modulation.
+        scaled, norm: of the modulation.
     """
 
     gamma_1: Tensor | None
@@ -91,14 +102,15 @@ class FocalBlock(nn.Module):
         dim: int,
         levels: int,
         window: int,
-        *,
-        depthwise: bool,
-        post_norm: bool,
-        layer_scale: bool,
-        mlp_ratio: float,
-        drop: float,
         drop_path: float,
-        **options: Any,
+        *,
+        depthwise: bool = False,
+        post_norm: bool = False,
+        layer_scale: bool = False,
+        mlp_ratio: float = 4.0,
+        drop: float = 0.0,
+        scaled: bool = False,
+        norm: bool = False,
     ) -> None:
         super().__init__()
         self.depthwise = depthwise
@@ -107,11 +119,11 @@ class FocalBlock(nn.Module):
             self.register_parameter(name, nn.Parameter(torch.full((dim,), _LAYER_SCALE)) if layer_scale else None)
         self.dw1 = _depthwise(dim) if depthwise else None
         self.norm1 = nn.LayerNorm(dim)
-        self.modulation = FocalModulation(dim, levels, window, drop, **options)
+        self.modulation = FocalModulation(dim, levels, window, drop, scaled, norm)
         self.dw2 = _depthwise(dim) if depthwise else None
         self.drop_path = StochasticDepth(drop_path, mode="row")
         self.norm2 = nn.LayerNorm(dim)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop)
+        self.mlp = FeedForward(dim, int(dim * mlp_ratio), drop=drop)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, H, W, C) -> the same."""
@@ -137,12 +149,10 @@ def _depthwise(dim: int) -> nn.Conv2d:
 class FocalStage(nn.Module):
     """Blocks at one resolution, and the step to the next."""
 
-    def __init__(
-        self, dim: int, drop_paths: Sequence[float], downsample: nn.Module | None, use_checkpoint: bool, **options: Any
-    ) -> None:
+    def __init__(self, blocks: Iterable[FocalBlock], downsample: PatchEmbed | None, use_checkpoint: bool) -> None:
         super().__init__()
         self.use_checkpoint = use_checkpoint
-        self.blocks = nn.ModuleList(FocalBlock(dim, drop_path=drop_path, **options) for drop_path in drop_paths)
+        self.blocks = nn.ModuleList(blocks)
         self.downsample = downsample
 
     def forward(self, x: Tensor) -> Tensor:
@@ -152,23 +162,23 @@ class FocalStage(nn.Module):
         return x
 
 
+@entry(BACKBONE_REGISTRY, "PD2FocalNet", upstream="focal", keys=KEYS)
 class FocalNet(StagedBackbone):
     """Four stages at strides 4, 8, 16 and 32, named ``res2`` to ``res5``, each with a norm of its own on its output.
 
     Images may have any size, as every stage pads.
 
     Args:
-        in_channels: of the image.
         embed_dim: channels of the first stage; they double with each.
-        depths, levels, windows: blocks, focal levels and first focal kernel per stage.
+        depths, focal_levels, focal_windows: blocks, focal levels and first focal kernel per stage.
         out_features: which stages are given out.
-        normed_stages: numbers of the stages that have an output norm; all by default.
-        patch: stride of the first stage.
-        patch_norm: a norm after the stem.
-        conv_embed: overlapping convolutions between the stages instead of patches side by side.
-        drop, drop_path: dropout, and stochastic depth of the last block, growing linearly from 0.
+        out_indices: numbers of the stages that have an output norm; all by default.
+        in_channels: of the image.
+        patch_size, patch_norm: stride of the first stage; a norm after the stem.
+        use_conv_embed: overlapping convolutions between the stages instead of patches side by side.
+        drop_rate, drop_path_rate: dropout, and stochastic depth of the last block, growing linearly from 0.
+        use_postln, use_layerscale, scaling_modulator, use_postln_in_modulation: see :class:`FocalBlock`.
         use_checkpoint: recompute each block in the backward pass instead of keeping its activations.
-        options: ``mlp_ratio``, ``post_norm``, ``layer_scale``, ``scaled`` and ``norm`` of the blocks.
     """
 
     config_node = "MODEL.BACKBONE.FOCAL"
@@ -181,86 +191,58 @@ class FocalNet(StagedBackbone):
         *,
         embed_dim: int,
         depths: Sequence[int],
-        levels: Sequence[int],
-        windows: Sequence[int],
-        out_features: Sequence[str],
+        focal_levels: Sequence[int],
+        focal_windows: Sequence[int],
+        out_features: Sequence[str] = ("res2", "res3", "res4", "res5"),
+        out_indices: Sequence[int] | None = None,
         in_channels: int = 3,
-        normed_stages: Sequence[int] | None = None,
-        patch: int = 4,
+        patch_size: int = 4,
         patch_norm: bool = True,
-        conv_embed: bool = True,
-        drop: float = 0.0,
-        drop_path: float = 0.0,
+        use_conv_embed: bool = True,
+        mlp_ratio: float = 4.0,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        use_postln: bool = False,
+        use_layerscale: bool = False,
+        scaling_modulator: bool = False,
+        use_postln_in_modulation: bool = False,
         use_checkpoint: bool = False,
-        **options: Any,
     ) -> None:
         super().__init__()
         dims = [embed_dim * 2**i for i in range(len(depths))]
-        stem = (7, self._STEM_PADDING) if conv_embed else (patch, 0)
-        step = (3, 1) if conv_embed else (2, 0)
-        self.patch_embed = PatchEmbed(in_channels, embed_dim, patch, *stem, norm=patch_norm)
-        self.pos_drop = nn.Dropout(drop)
-        options = {"mlp_ratio": 4.0, "post_norm": False, "layer_scale": False, **options}
-        options |= {"depthwise": self.depthwise, "drop": drop}
-        self.layers = nn.ModuleList(
-            FocalStage(
-                dim,
-                rates,
-                PatchEmbed(dim, 2 * dim, 2, *step) if i + 1 < len(dims) else None,
-                use_checkpoint,
-                levels=levels[i],
-                window=windows[i],
-                **options,
-            )
-            for i, (dim, rates) in enumerate(zip(dims, drop_path_rates(depths, drop_path), strict=True))
-        )
-        self._name_stages(dims, [patch * 2**i for i in range(len(dims))], out_features)
-        for i in range(len(dims)) if normed_stages is None else normed_stages:
+        stem = (7, self._STEM_PADDING) if use_conv_embed else (patch_size, 0)
+        step = (3, 1) if use_conv_embed else (2, 0)
+        self.patch_embed = PatchEmbed(in_channels, embed_dim, patch_size, *stem, norm="after" if patch_norm else "")
+        self.pos_drop = nn.Dropout(drop_rate)
+        options: dict[str, Any] = {"mlp_ratio": mlp_ratio, "drop": drop_rate, "depthwise": self.depthwise}
+        options |= {"post_norm": use_postln, "layer_scale": use_layerscale}
+        options |= {"scaled": scaling_modulator, "norm": use_postln_in_modulation}
+        self.layers = nn.ModuleList()
+        for i, (dim, rates) in enumerate(zip(dims, drop_path_rates(depths, drop_path_rate), strict=True)):
+            downsample = PatchEmbed(dim, 2 * dim, 2, *step) if i + 1 < len(dims) else None
+            blocks = [FocalBlock(dim, focal_levels[i], focal_windows[i], rate, **options) for rate in rates]
+            self.layers.append(FocalStage(blocks, downsample, use_checkpoint))
+        self._name_stages(dims, [patch_size * 2**i for i in range(len(dims))], out_features)
+        for i in range(len(dims)) if out_indices is None else out_indices:
             self.add_module(f"norm{i}", nn.LayerNorm(dims[i]))
-        if bare := [name for i, name in enumerate(self._stage_names) if name in out_features and not self._norm(i)]:
+        bare = [f"res{i + 2}" for i in range(len(dims)) if not hasattr(self, f"norm{i}")]
+        if bare := [name for name in bare if name in out_features]:
             raise ModelConfigError(
                 f"{self.config_node}.OUT_INDICES leaves out {bare} of OUT_FEATURES; add their numbers"
             )
         self.apply(init_linear)
 
     @classmethod
-    def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec | None = None) -> dict[str, Any]:
-        """Arguments from ``MODEL.BACKBONE.FOCAL``.
-
-        Raises:
-            ModelConfigError: a list has another length than ``DEPTHS``.
-        """
-        focal = cfg.MODEL.BACKBONE.FOCAL
-        expect_lengths(cls.config_node, focal, "DEPTHS", "FOCAL_LEVELS", "FOCAL_WINDOWS")
-        return {
-            "in_channels": image_channels(cfg, cls),
-            "embed_dim": focal.EMBED_DIM,
-            "depths": focal.DEPTHS,
-            "levels": focal.FOCAL_LEVELS,
-            "windows": focal.FOCAL_WINDOWS,
-            "out_features": focal.OUT_FEATURES,
-            "normed_stages": focal.OUT_INDICES,
-            "patch": focal.PATCH_SIZE,
-            "patch_norm": focal.PATCH_NORM,
-            "conv_embed": focal.USE_CONV_EMBED,
-            "drop": focal.DROP_RATE,
-            "drop_path": focal.DROP_PATH_RATE,
-            "use_checkpoint": focal.USE_CHECKPOINT,
-            "mlp_ratio": focal.MLP_RATIO,
-            "post_norm": focal.USE_POSTLN,
-            "layer_scale": focal.USE_LAYERSCALE,
-            "scaled": focal.SCALING_MODULATOR,
-            "norm": focal.USE_POSTLN_IN_MODULATION,
-        }
+    def check(cls, node: CfgNode) -> None:
+        """See :meth:`StagedBackbone.check`."""
+        expect_lengths(cls.config_node, node, "DEPTHS", "FOCAL_LEVELS", "FOCAL_WINDOWS")
 
     def forward(self, image: Tensor) -> dict[str, Tensor]:
-        """(N, 3, H, W) -> the maps (N, C_l, H_l, W_l) of ``out_features`` by name."""
+        """(N, C, H, W) -> the maps (N, C_l, H_l, W_l) of ``out_features`` by name."""
         return self._run_stages(self.pos_drop(self.patch_embed(image.permute(0, 2, 3, 1))))
 
-    def _norm(self, stage: int) -> bool:
-        return hasattr(self, f"norm{stage}")
 
-
+@entry(BACKBONE_REGISTRY, "PD2DepthwiseFocalNet", upstream="focal_dw")
 class DepthwiseFocalNet(FocalNet):
     """The other kind: depthwise convolutions in the blocks, norms after the sums, and a centred stem."""
 

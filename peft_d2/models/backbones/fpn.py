@@ -8,10 +8,19 @@ from detectron2.modeling import BACKBONE_REGISTRY, FPN, Backbone
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
 
 from peft_d2.models.checks import expect, expect_some_of
+from peft_d2.models.registration import entry
 
 _TOP_BLOCKS = ("pool", "p6p7", "")
+KEYS = """
+MODEL:
+  FPN:
+    # PD2FPN: the backbone under Detectron2's pyramid, and what makes the coarsest maps ("pool", "p6p7" or "").
+    BOTTOM_UP: ""
+    TOP_BLOCK: pool
+"""
 
 
+@entry(BACKBONE_REGISTRY, "PD2FPN", keys=KEYS)
 def build_fpn(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
     """The pyramid that ``MODEL.FPN`` describes, on its ``BOTTOM_UP``; maps are named ``p2`` and so on by their stride.
 

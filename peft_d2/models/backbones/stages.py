@@ -1,12 +1,15 @@
-"""What backbones of several stages share: the names of their maps and stochastic depth."""
+"""What hierarchical backbones share: maps named by stage, their config, patch embedding, stochastic depth rates."""
 
 from __future__ import annotations
 
+import functools
+import inspect
 import logging
 from collections.abc import Sequence
 from typing import Any
 
 from detectron2.config import CfgNode
+from detectron2.layers import ShapeSpec
 from detectron2.modeling import Backbone
 from torch import Tensor, nn
 
@@ -31,55 +34,81 @@ def init_linear(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-def image_channels(cfg: CfgNode, backbone: type[nn.Module]) -> int:
-    """Channels of the images, one for each of ``MODEL.PIXEL_MEAN``; says what ``backbone`` does not follow."""
-    frozen = cfg.MODEL.BACKBONE.FREEZE_AT
-    if frozen > 0:
+def note_freeze_at(cfg: CfgNode, backbone: str) -> None:
+    """Say that ``backbone`` does not follow ``MODEL.BACKBONE.FREEZE_AT``, where it asks for something."""
+    if cfg.MODEL.BACKBONE.FREEZE_AT > 0:
         _logger.info(
             "MODEL.BACKBONE.FREEZE_AT is %d, which %s does not follow (Detectron2's ResNets do): none of its stages is "
             "frozen by it. MODEL.PEFT.TRAIN says what learns.",
-            frozen,
-            backbone.__name__,
+            cfg.MODEL.BACKBONE.FREEZE_AT,
+            backbone,
         )
-    return len(cfg.MODEL.PIXEL_MEAN)
 
 
 class PatchEmbed(nn.Module):
-    """A strided convolution and, if ``norm``, a LayerNorm over the channels.
+    """A strided convolution and, if wanted, a LayerNorm over the channels.
 
     Args:
         in_channels, dim: channels in and out.
-        stride: of the convolution; maps are padded to its multiples, at the bottom and on the right.
+        stride: of the convolution.
         kernel, padding: of the convolution; by default it cuts patches side by side.
-        norm: whether there is one.
+        norm: "before" or "after" the convolution, or "".
+        whole: maps are padded to multiples of the stride, at the bottom and on the right.
     """
 
     def __init__(
-        self, in_channels: int, dim: int, stride: int, kernel: int | None = None, padding: int = 0, norm: bool = True
+        self,
+        in_channels: int,
+        dim: int,
+        stride: int,
+        kernel: int | None = None,
+        padding: int = 0,
+        norm: str = "after",
+        whole: bool = True,
     ) -> None:
         super().__init__()
-        self.stride = stride
+        self.stride, self.place, self.whole = stride, norm, whole
         self.proj = nn.Conv2d(in_channels, dim, kernel or stride, stride, padding)
-        self.norm = nn.LayerNorm(dim) if norm else None
+        self.norm = nn.LayerNorm(in_channels if norm == "before" else dim) if norm else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, H, W, in_channels) -> (N, ceil(H / stride), ceil(W / stride), dim)."""
-        x = self.proj(pad_bottom_right(x, self.stride).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        return x if self.norm is None else self.norm(x)
+        """(N, H, W, in_channels) -> (N, H', W', dim)."""
+        if self.norm is not None and self.place == "before":
+            x = self.norm(x)
+        x = pad_bottom_right(x, self.stride) if self.whole else x
+        x = self.proj(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return self.norm(x) if self.norm is not None and self.place == "after" else x
 
 
 class StagedBackbone(Backbone):
-    """A backbone whose stages give the maps ``res2``, ``res3`` and so on."""
+    """A backbone whose stages give the maps ``res2``, ``res3`` and so on.
 
-    config_node: str  # its part of the config, for messages
+    Constructors take the keys of the config node in lower case, and the images' ``in_channels``.
+    """
+
+    config_node: str  # its place in the config
     _stage_names: list[str]
 
-    def _name_stages(self, channels: Sequence[int], strides: Sequence[int], out_features: Sequence[str]) -> None:
-        """Say what comes out.
+    @classmethod
+    def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec | None = None) -> dict[str, Any]:
+        """The constructor's arguments, with as many ``in_channels`` as ``MODEL.PIXEL_MEAN`` has.
 
-        Args:
-            channels, strides: of each stage.
-            out_features: the maps to give out.
+        Raises:
+            ModelConfigError: values that are out of range or do not go together.
+        """
+        node = functools.reduce(lambda parent, key: parent[key], cls.config_node.split("."), cfg)
+        cls.check(node)
+        note_freeze_at(cfg, cls.__name__)
+        keys = {name: name.upper() for name in inspect.signature(cls.__init__).parameters}
+        arguments = {name: node[key] for name, key in keys.items() if key in node}
+        return {"in_channels": len(cfg.MODEL.PIXEL_MEAN), **arguments}
+
+    @classmethod
+    def check(cls, node: CfgNode) -> None:
+        """Raise a :class:`ModelConfigError` where the config node holds what cannot be built."""
+
+    def _name_stages(self, channels: Sequence[int], strides: Sequence[int], out_features: Sequence[str]) -> None:
+        """Say what comes out: the maps ``out_features`` of stages with these channels and strides.
 
         Raises:
             ModelConfigError: ``out_features`` is empty or has a name that is none of a stage.
@@ -100,7 +129,7 @@ class StagedBackbone(Backbone):
         for i, (name, stage) in enumerate(zip(self._stage_names, stages, strict=True)):
             x = stage(x)
             if name in self._out_features:
-                outputs[name] = getattr(self, f"norm{i}")(x).permute(0, 3, 1, 2).contiguous()
+                outputs[name] = self.get_submodule(f"norm{i}")(x).permute(0, 3, 1, 2).contiguous()
             if stage.downsample is not None:
                 x = stage.downsample(x)
         return outputs

@@ -8,17 +8,24 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable
-from detectron2.layers import ShapeSpec
+from detectron2.modeling import BACKBONE_REGISTRY
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
-from peft_d2.models.backbones.stages import PatchEmbed, StagedBackbone, drop_path_rates, image_channels, init_linear
+from peft_d2.models.backbones.stages import PatchEmbed, StagedBackbone, drop_path_rates, init_linear
 from peft_d2.models.checks import expect_at_least, expect_heads, expect_lengths
-from peft_d2.models.layers.perceptron import Mlp
-from peft_d2.models.layers.recompute import run_block
+from peft_d2.models.layers.transformer import FeedForward, run_block
 from peft_d2.models.layers.windows import from_windows, pad_bottom_right, to_windows
+from peft_d2.models.registration import entry
 
 _SHIFT_PENALTY = -100.0  # added between pixels that are neighbours only by the cyclic shift
+KEYS = """
+MODEL:
+  SWIN:
+    {PRETRAIN_IMG_SIZE: 224, PATCH_SIZE: 4, EMBED_DIM: 96, DEPTHS: [2, 2, 6, 2], NUM_HEADS: [3, 6, 12, 24],
+     WINDOW_SIZE: 7, MLP_RATIO: 4.0, QKV_BIAS: true, QK_SCALE: null, DROP_RATE: 0.0, ATTN_DROP_RATE: 0.0,
+     DROP_PATH_RATE: 0.3, APE: false, PATCH_NORM: true, OUT_FEATURES: [res2, res3, res4, res5], USE_CHECKPOINT: false}
+"""
 
 
 def shift_mask(height: int, width: int, window: int, shift: int, device: torch.device) -> Tensor:
@@ -37,15 +44,9 @@ def shift_mask(height: int, width: int, window: int, shift: int, device: torch.d
 
 
 class WindowAttention(nn.Module):
-    """Multi-head self-attention within windows, with a learned bias per relative place (equation 4).
+    """Multi-head self-attention within windows of side ``window``, with a learned bias per relative place (equation 4).
 
-    Args:
-        dim: channels.
-        window: side of a window in pixels.
-        n_heads: attention heads.
-        qkv_bias: whether q, k and v have a bias.
-        qk_scale: replaces 1 / sqrt(channels of a head).
-        attn_drop, proj_drop: dropout of attention weights and of the result.
+    ``qk_scale`` replaces 1 / sqrt(channels of a head); dropout is of attention weights and of the result.
     """
 
     relative_position_index: Tensor
@@ -55,10 +56,10 @@ class WindowAttention(nn.Module):
         dim: int,
         window: int,
         n_heads: int,
+        proj_drop: float = 0.0,
         qkv_bias: bool = True,
         qk_scale: float | None = None,
         attn_drop: float = 0.0,
-        proj_drop: float = 0.0,
     ) -> None:
         super().__init__()
         self.n_heads = n_heads
@@ -94,19 +95,19 @@ class SwinBlock(nn.Module):
         n_heads: int,
         window: int,
         shift: int,
-        mlp_ratio: float,
-        drop: float,
         drop_path: float,
+        mlp_ratio: float = 4.0,
+        drop: float = 0.0,
         **attention_options: Any,
     ) -> None:
         super().__init__()
         self.window = window
         self.shift = shift
         self.norm1 = nn.LayerNorm(dim)
-        self.attn = WindowAttention(dim, window, n_heads, proj_drop=drop, **attention_options)
+        self.attn = WindowAttention(dim, window, n_heads, drop, **attention_options)
         self.drop_path = StochasticDepth(drop_path, mode="row")
         self.norm2 = nn.LayerNorm(dim)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop)
+        self.mlp = FeedForward(dim, int(dim * mlp_ratio), drop=drop)
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """x (N, H, W, C); mask as of :func:`shift_mask`, used by shifted blocks."""
@@ -142,24 +143,12 @@ class PatchMerging(nn.Module):
 class SwinStage(nn.Module):
     """Blocks at one resolution, every second one shifted by half a window, and the merging before the next stage."""
 
-    def __init__(
-        self,
-        dim: int,
-        n_heads: int,
-        window: int,
-        drop_paths: Sequence[float],
-        merge: bool,
-        use_checkpoint: bool,
-        **block_options: Any,
-    ) -> None:
+    def __init__(self, blocks: Sequence[SwinBlock], merge: PatchMerging | None, use_checkpoint: bool) -> None:
         super().__init__()
-        self.window = window
+        self.window = blocks[0].window
         self.use_checkpoint = use_checkpoint
-        self.blocks = nn.ModuleList(
-            SwinBlock(dim, n_heads, window, window // 2 * (i % 2), drop_path=drop_path, **block_options)
-            for i, drop_path in enumerate(drop_paths)
-        )
-        self.downsample = PatchMerging(dim) if merge else None
+        self.blocks = nn.ModuleList(blocks)
+        self.downsample = merge
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, H, W, C) -> the same, before merging."""
@@ -170,23 +159,23 @@ class SwinStage(nn.Module):
         return x
 
 
+@entry(BACKBONE_REGISTRY, "PD2SwinTransformer", upstream="D2SwinTransformer", keys=KEYS)
 class SwinTransformer(StagedBackbone):
     """Four stages at strides 4, 8, 16 and 32, named ``res2`` to ``res5``, each with a norm of its own on its output.
 
     Images may have any size, as every stage pads.
 
     Args:
-        in_channels: of the image.
         embed_dim: channels of the first stage; they double with each.
-        depths, n_heads: blocks and attention heads per stage.
-        window: side of the attention windows.
+        depths, num_heads: blocks and attention heads per stage.
+        window_size, patch_size: side of the attention windows; stride of the first stage.
         out_features: which stages are given out.
-        patch: stride of the first stage.
-        pretrain_size: image size that the absolute position embedding belongs to; it is interpolated to others.
-        absolute_position, patch_norm: whether to have them.
-        drop, drop_path: dropout, and stochastic depth of the last block, growing linearly from 0.
+        in_channels: of the image.
+        ape, patch_norm: whether there are an absolute position embedding, made for images of ``pretrain_img_size`` and
+            interpolated to others, and a norm after the first convolution.
+        drop_rate, attn_drop_rate: dropout.
+        drop_path_rate: stochastic depth of the last block, growing linearly from 0.
         use_checkpoint: recompute each block in the backward pass instead of keeping its activations.
-        options: ``mlp_ratio``, ``qkv_bias``, ``qk_scale`` and ``attn_drop`` of the blocks.
     """
 
     config_node = "MODEL.SWIN"
@@ -197,75 +186,62 @@ class SwinTransformer(StagedBackbone):
         *,
         embed_dim: int,
         depths: Sequence[int],
-        n_heads: Sequence[int],
-        window: int,
-        out_features: Sequence[str],
+        num_heads: Sequence[int],
+        window_size: int,
+        out_features: Sequence[str] = ("res2", "res3", "res4", "res5"),
         in_channels: int = 3,
-        patch: int = 4,
-        pretrain_size: int = 224,
-        absolute_position: bool = False,
+        patch_size: int = 4,
+        pretrain_img_size: int = 224,
+        ape: bool = False,
         patch_norm: bool = True,
-        drop: float = 0.0,
-        drop_path: float = 0.0,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        qk_scale: float | None = None,
+        drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
         use_checkpoint: bool = False,
-        **options: Any,
     ) -> None:
         super().__init__()
-        self.patch_embed = PatchEmbed(in_channels, embed_dim, patch, norm=patch_norm)
-        if absolute_position:
-            side = pretrain_size // patch
+        self.patch_embed = PatchEmbed(in_channels, embed_dim, patch_size, norm="after" if patch_norm else "")
+        if ape:
+            side = pretrain_img_size // patch_size
             self.absolute_pos_embed = nn.Parameter(torch.empty(1, embed_dim, side, side))
             nn.init.trunc_normal_(self.absolute_pos_embed, std=0.02)
-        self.pos_drop = nn.Dropout(drop)
-        drop_paths = drop_path_rates(depths, drop_path)
+        self.pos_drop = nn.Dropout(drop_rate)
         dims = [embed_dim * 2**i for i in range(len(depths))]
-        last = len(depths) - 1
-        self.layers = nn.ModuleList(
-            SwinStage(dims[i], n_heads[i], window, drop_paths[i], i < last, use_checkpoint, drop=drop, **options)
-            for i in range(len(depths))
-        )
+        options: dict[str, Any] = {"mlp_ratio": mlp_ratio, "drop": drop_rate, "attn_drop": attn_drop_rate}
+        options |= {"qkv_bias": qkv_bias, "qk_scale": qk_scale}
+        self.layers = nn.ModuleList()
+        for i, (dim, heads, rates) in enumerate(
+            zip(dims, num_heads, drop_path_rates(depths, drop_path_rate), strict=True)
+        ):
+            shifts = [window_size // 2 * (block % 2) for block in range(len(rates))]
+            blocks = [
+                SwinBlock(dim, heads, window_size, shift, rate, **options)
+                for shift, rate in zip(shifts, rates, strict=True)
+            ]
+            merge = PatchMerging(dim) if i + 1 < len(dims) else None
+            self.layers.append(SwinStage(blocks, merge, use_checkpoint))
         for i, dim in enumerate(dims):
             self.add_module(f"norm{i}", nn.LayerNorm(dim))
-        self._name_stages(dims, [patch * 2**i for i in range(len(dims))], out_features)
+        self._name_stages(dims, [patch_size * 2**i for i in range(len(dims))], out_features)
         self.apply(init_linear)
 
     @classmethod
-    def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec | None = None) -> dict[str, Any]:
-        """Arguments from ``MODEL.SWIN``.
-
-        Raises:
-            ModelConfigError: values that are out of range or do not go together.
-        """
-        swin, path = cfg.MODEL.SWIN, cls.config_node
-        expect_at_least(path, swin, EMBED_DIM=1, WINDOW_SIZE=1, PATCH_SIZE=1)
-        expect_lengths(path, swin, "DEPTHS", "NUM_HEADS")
-        for stage, heads in enumerate(swin.NUM_HEADS):
-            key = f"{path}.EMBED_DIM * {2**stage}"
-            expect_heads(key, swin.EMBED_DIM * 2**stage, f"{path}.NUM_HEADS[{stage}]", heads)
-        return {
-            "in_channels": image_channels(cfg, cls),
-            "embed_dim": swin.EMBED_DIM,
-            "depths": swin.DEPTHS,
-            "n_heads": swin.NUM_HEADS,
-            "window": swin.WINDOW_SIZE,
-            "out_features": swin.OUT_FEATURES,
-            "patch": swin.PATCH_SIZE,
-            "pretrain_size": swin.PRETRAIN_IMG_SIZE,
-            "absolute_position": swin.APE,
-            "patch_norm": swin.PATCH_NORM,
-            "drop": swin.DROP_RATE,
-            "drop_path": swin.DROP_PATH_RATE,
-            "use_checkpoint": swin.USE_CHECKPOINT,
-            "mlp_ratio": swin.MLP_RATIO,
-            "qkv_bias": swin.QKV_BIAS,
-            "qk_scale": swin.QK_SCALE,
-            "attn_drop": swin.ATTN_DROP_RATE,
-        }
+    def check(cls, node: CfgNode) -> None:
+        """See :meth:`StagedBackbone.check`."""
+        path = cls.config_node
+        expect_at_least(path, node, EMBED_DIM=1, WINDOW_SIZE=1, PATCH_SIZE=1)
+        expect_lengths(path, node, "DEPTHS", "NUM_HEADS")
+        for stage, heads in enumerate(node.NUM_HEADS):
+            channels = f"{path}.EMBED_DIM * {2**stage}"
+            expect_heads(channels, node.EMBED_DIM * 2**stage, f"{path}.NUM_HEADS[{stage}]", heads)
 
     def forward(self, image: Tensor) -> dict[str, Tensor]:
-        """(N, 3, H, W) -> the maps (N, C_l, H_l, W_l) of ``out_features`` by name."""
+        """(N, C, H, W) -> the maps (N, C_l, H_l, W_l) of ``out_features`` by name."""
         x = self.patch_embed(image.permute(0, 2, 3, 1))
         if hasattr(self, "absolute_pos_embed"):
-            place = F.interpolate(self.absolute_pos_embed, size=x.shape[1:3], mode="bicubic")
-            x = x + place.permute(0, 2, 3, 1)
+            position = F.interpolate(self.absolute_pos_embed, size=x.shape[1:3], mode="bicubic")
+            x = x + position.permute(0, 2, 3, 1)
         return self._run_stages(self.pos_drop(x))

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from detectron2.config import CfgNode, configurable
+from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
-from detectron2.modeling import Backbone, build_backbone, build_sem_seg_head
+from detectron2.modeling import build_backbone, build_sem_seg_head
 from detectron2.structures import ImageList
 from torch import Tensor, nn
 
@@ -23,96 +23,40 @@ class MaskClassifier(nn.Module):
     """Backbone, head, and the losses or the inference that the config asks for.
 
     A model derives from it: ``config_node`` names its node below ``MODEL``, ``make_criterion`` makes its losses, and
-    ``inference`` its results.
+    ``inference`` its results. ``metadata`` is of the training set: panoptic inference takes the thing classes from it.
 
-    Args:
-        backbone: its maps go to the head.
-        sem_seg_head: gives predictions: a dict with ``pred_logits``, ``pred_masks`` and more.
-        criterion: the losses and their weights (``weight_dict``).
-        metadata: of the data set; panoptic inference takes the thing classes from it.
-        size_divisibility: batches are padded to a multiple of it; negative takes the backbone's.
-        pixel_mean, pixel_std: of the input's channels.
-        semantic_on, instance_on, panoptic_on: which results inference gives.
-        object_mask_threshold, overlap_threshold: see :func:`peft_d2.models.layers.postprocess.panoptic_inference`.
-        resize_semantic_last: see :func:`peft_d2.models.layers.postprocess.semantic_inference`.
-        top_k: instances per image.
+    Raises:
+        ModelConfigError: values that are out of range or do not go together.
     """
 
     config_node: str
     bicubic_results = False  # see :class:`peft_d2.models.layers.postprocess.Canvas`
-    criterion: SetCriterion
     sem_seg_head: Any  # ours, or one registered by someone else
     pixel_mean: Tensor
     pixel_std: Tensor
 
-    @configurable
-    def __init__(
-        self,
-        *,
-        backbone: Backbone,
-        sem_seg_head: nn.Module,
-        criterion: SetCriterion,
-        metadata: Any,
-        size_divisibility: int,
-        pixel_mean: list[float],
-        pixel_std: list[float],
-        semantic_on: bool,
-        instance_on: bool,
-        panoptic_on: bool,
-        object_mask_threshold: float,
-        overlap_threshold: float,
-        resize_semantic_last: bool,
-        top_k: int,
-    ) -> None:
+    def __init__(self, cfg: CfgNode) -> None:
         super().__init__()
-        self.backbone = backbone
-        self.sem_seg_head = sem_seg_head
-        self.criterion = criterion
-        self.metadata = metadata
-        self.size_divisibility = size_divisibility if size_divisibility >= 0 else backbone.size_divisibility
-        self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), persistent=False)
-        self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), persistent=False)
-        self.semantic_on = semantic_on
-        self.instance_on = instance_on
-        self.panoptic_on = panoptic_on
-        self.object_mask_threshold = object_mask_threshold
-        self.overlap_threshold = overlap_threshold
-        self.resize_semantic_last = resize_semantic_last
-        self.top_k = top_k
-
-    @classmethod
-    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
-        """Build the parts; see the config nodes in :mod:`peft_d2.models.config`.
-
-        Raises:
-            ModelConfigError: values that are out of range or do not go together.
-        """
-        node, path = cfg.MODEL[cls.config_node], f"MODEL.{cls.config_node}"
+        node, path = cfg.MODEL[self.config_node], f"MODEL.{self.config_node}"
         expect_pixels(cfg)
         expect_at_least(path, node, TRAIN_NUM_POINTS=1, OVERSAMPLE_RATIO=1.0)
         expect_share(path, node, "IMPORTANCE_SAMPLE_RATIO")
-        backbone = build_backbone(cfg)
-        sem_seg_head = build_sem_seg_head(cfg, backbone.output_shape())
+        self.backbone: Any = build_backbone(cfg)
+        self.sem_seg_head = build_sem_seg_head(cfg, self.backbone.output_shape())
+        self.criterion = self.make_criterion(cfg, self.sem_seg_head.num_classes)
+        self.metadata: Any = MetadataCatalog.get(cfg.DATASETS.TRAIN[0]) if cfg.DATASETS.TRAIN else None
+        divisibility = node.SIZE_DIVISIBILITY
+        self.size_divisibility = divisibility if divisibility >= 0 else self.backbone.size_divisibility
+        self.register_buffer("pixel_mean", torch.tensor(cfg.MODEL.PIXEL_MEAN).view(-1, 1, 1), persistent=False)
+        self.register_buffer("pixel_std", torch.tensor(cfg.MODEL.PIXEL_STD).view(-1, 1, 1), persistent=False)
         test = node.TEST
-        return {
-            "backbone": backbone,
-            "sem_seg_head": sem_seg_head,
-            "criterion": cls.make_criterion(cfg, sem_seg_head.num_classes),
-            "metadata": MetadataCatalog.get(cfg.DATASETS.TRAIN[0]) if cfg.DATASETS.TRAIN else None,
-            "size_divisibility": node.SIZE_DIVISIBILITY,
-            "pixel_mean": cfg.MODEL.PIXEL_MEAN,
-            "pixel_std": cfg.MODEL.PIXEL_STD,
-            "semantic_on": test.SEMANTIC_ON,
-            "instance_on": test.INSTANCE_ON,
-            "panoptic_on": test.PANOPTIC_ON,
-            "object_mask_threshold": test.OBJECT_MASK_THRESHOLD,
-            "overlap_threshold": test.OVERLAP_THRESHOLD,
-            # With the other two tasks on, masks are resized first for all three, as published.
-            "resize_semantic_last": not (
-                test.SEM_SEG_POSTPROCESSING_BEFORE_INFERENCE or test.PANOPTIC_ON or test.INSTANCE_ON
-            ),
-            "top_k": cfg.TEST.DETECTIONS_PER_IMAGE,
-        }
+        self.semantic_on, self.instance_on, self.panoptic_on = test.SEMANTIC_ON, test.INSTANCE_ON, test.PANOPTIC_ON
+        self.object_mask_threshold, self.overlap_threshold = test.OBJECT_MASK_THRESHOLD, test.OVERLAP_THRESHOLD
+        # With the other two tasks on, masks are resized first for all three, as published.
+        self.resize_semantic_last = not (
+            test.SEM_SEG_POSTPROCESSING_BEFORE_INFERENCE or test.PANOPTIC_ON or test.INSTANCE_ON
+        )
+        self.top_k = cfg.TEST.DETECTIONS_PER_IMAGE
 
     @property
     def device(self) -> torch.device:
@@ -169,8 +113,7 @@ class MaskClassifier(nn.Module):
         """Results of one image from its ``pred_logits`` (Q, ...), ``pred_masks`` (Q, h, w) and more."""
         raise NotImplementedError
 
-    @classmethod
-    def make_criterion(cls, cfg: CfgNode, num_classes: int) -> SetCriterion:
+    def make_criterion(self, cfg: CfgNode, num_classes: int) -> SetCriterion:
         """The losses, from the model's config node."""
         raise NotImplementedError
 
@@ -180,18 +123,17 @@ class MaskClassifier(nn.Module):
         ids = getattr(self.metadata, "thing_dataset_id_to_contiguous_id", None)
         return None if ids is None else set(ids.values())
 
-    def known_things(self) -> set[int]:
-        """``thing_classes``, which panoptic inference cannot do without.
+    def known_things(self, key: str = "TEST.PANOPTIC_ON") -> set[int]:
+        """``thing_classes``, which what ``key`` switches on cannot do without.
 
         Raises:
             ModelConfigError: the data set's metadata does not say.
         """
         things = self.thing_classes
         if things is None:
-            name = getattr(self.metadata, "name", "none")
             raise ModelConfigError(
-                f"panoptic inference needs the thing classes, but data set {name!r} (DATASETS.TRAIN) has no "
-                "'thing_dataset_id_to_contiguous_id' in its metadata; register it, or set "
-                f"MODEL.{self.config_node}.TEST.PANOPTIC_ON to False"
+                f"MODEL.{self.config_node}.{key} needs the thing classes, but data set "
+                f"{getattr(self.metadata, 'name', 'none')!r} (DATASETS.TRAIN) has no "
+                "'thing_dataset_id_to_contiguous_id' in its metadata; register it, or set the key to False"
             )
         return things

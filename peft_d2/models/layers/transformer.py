@@ -6,86 +6,88 @@ Sequences come first: (length, N, C). The parts are children of the usual torch 
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
+import fvcore.nn.weight_init as weight_init
+import torch
 import torch.nn.functional as F
+from detectron2.layers import Conv2d
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from peft_d2.models.layers.recompute import run_block
-
-
-def _with(x: Tensor, position: Tensor | None) -> Tensor:
-    return x if position is None else x + position
+from peft_d2.models.layers.ms_deform_attn import MSDeformAttn
 
 
-def xavier_matrices(module: nn.Module) -> None:
-    """Xavier-uniform start for every matrix of ``module``; vectors keep theirs."""
+def run_block(block: nn.Module, *inputs: Any, use_checkpoint: bool) -> Tensor:
+    """``block(*inputs)``; with ``use_checkpoint``, its activations are computed again in the backward pass.
+
+    Not reentrant, so that what is trained inside gets its gradients behind frozen layers, too.
+    Source: Chen et al., Training Deep Nets with Sublinear Memory Cost, arXiv 1604.06174, section 4.
+    """
+    if use_checkpoint and block.training and torch.is_grad_enabled():
+        return checkpoint(block, *inputs, use_reentrant=False)
+    return block(*inputs)
+
+
+def init_transformer(module: nn.Module) -> None:
+    """Start every matrix of ``module`` Xavier-uniform, but deformable attentions as their paper says."""
     for parameter in module.parameters():
         if parameter.dim() > 1:
             nn.init.xavier_uniform_(parameter)
+    for part in module.modules():
+        if isinstance(part, MSDeformAttn):
+            part.reset_parameters()
 
 
-class SelfAttentionLayer(nn.Module):
-    """Self-attention, dropout, residual, norm.
+class AttentionLayer(nn.Module):
+    """Attention, dropout, residual, norm.
 
     Args:
         d_model: channels.
         n_heads: attention heads.
         dropout: probability, on attention weights and on the result.
-        pre_norm: the norm is applied to the input of the attention instead of to the sum.
+        pre_norm: normalise the input of the attention instead of the sum.
+        name: what the attention is called in state dicts.
     """
 
-    def __init__(self, d_model: int, n_heads: int, dropout: float = 0.0, pre_norm: bool = False) -> None:
+    def __init__(
+        self, d_model: int, n_heads: int, dropout: float = 0.0, pre_norm: bool = False, name: str = "self_attn"
+    ) -> None:
         super().__init__()
-        self.self_attn = nn.MultiheadAttention(d_model, n_heads, dropout=dropout)
+        self.add_module(name, nn.MultiheadAttention(d_model, n_heads, dropout=dropout))
         self.norm = nn.LayerNorm(d_model)
         self.dropout = nn.Dropout(dropout)
         self.pre_norm = pre_norm
-        xavier_matrices(self)
-
-    def forward(self, x: Tensor, position: Tensor | None = None, attn_mask: Tensor | None = None) -> Tensor:
-        """x, position: (L, N, C); attn_mask: (L, L) or (N * heads, L, L), True where attending is forbidden."""
-        source = self.norm(x) if self.pre_norm else x
-        place = _with(source, position)
-        attended = self.self_attn(place, place, source, attn_mask=attn_mask, need_weights=False)[0]
-        x = x + self.dropout(attended)
-        return x if self.pre_norm else self.norm(x)
-
-
-class CrossAttentionLayer(nn.Module):
-    """Attention of queries to a memory, dropout, residual, norm. Arguments as in :class:`SelfAttentionLayer`."""
-
-    def __init__(self, d_model: int, n_heads: int, dropout: float = 0.0, pre_norm: bool = False) -> None:
-        super().__init__()
-        self.multihead_attn = nn.MultiheadAttention(d_model, n_heads, dropout=dropout)
-        self.norm = nn.LayerNorm(d_model)
-        self.dropout = nn.Dropout(dropout)
-        self.pre_norm = pre_norm
-        xavier_matrices(self)
+        self.name = name
+        init_transformer(self)
 
     def forward(
         self,
         x: Tensor,
-        key: Tensor,
-        value: Tensor,
-        position: Tensor | None = None,
+        position: Tensor,
+        memory: tuple[Tensor, Tensor] | None = None,
         attn_mask: Tensor | None = None,
     ) -> Tensor:
-        """Attend.
+        """Update the queries.
 
         Args:
             x, position: (Q, N, C) queries and what is added to them for attending.
-            key, value: (S, N, C); the key holds the memory's position code already, as several layers share it.
+            memory: keys and values (S, N, C), positions added already, as several layers share them; None: the queries.
             attn_mask: (N * heads, Q, S), True where attending is forbidden.
+
+        Returns:
+            (Q, N, C).
         """
         source = self.norm(x) if self.pre_norm else x
-        query = _with(source, position)
-        attended = self.multihead_attn(query, key, value, attn_mask=attn_mask, need_weights=False)[0]
+        query = source + position
+        key, value = memory or (query, source)
+        attended = self.get_submodule(self.name)(query, key, value, attn_mask=attn_mask, need_weights=False)[0]
         x = x + self.dropout(attended)
         return x if self.pre_norm else self.norm(x)
 
 
 class FFNLayer(nn.Module):
-    """Linear, ReLU, linear, residual, norm. Arguments as in :class:`SelfAttentionLayer`."""
+    """Linear, ReLU, linear, residual, norm. Arguments as in :class:`AttentionLayer`."""
 
     def __init__(self, d_model: int, d_hidden: int, dropout: float = 0.0, pre_norm: bool = False) -> None:
         super().__init__()
@@ -94,7 +96,7 @@ class FFNLayer(nn.Module):
         self.linear2 = nn.Linear(d_hidden, d_model)
         self.norm = nn.LayerNorm(d_model)
         self.pre_norm = pre_norm
-        xavier_matrices(self)
+        init_transformer(self)
 
     def forward(self, x: Tensor) -> Tensor:
         """(L, N, C) -> (L, N, C)."""
@@ -104,7 +106,7 @@ class FFNLayer(nn.Module):
 
 
 class TransformerEncoderLayer(nn.Module):
-    """Self-attention and a feed-forward network, under DETR's names; arguments as in :class:`SelfAttentionLayer`."""
+    """Self-attention and a feed-forward network, under DETR's names; arguments as in :class:`AttentionLayer`."""
 
     def __init__(self, d_model: int, n_heads: int, d_ffn: int, dropout: float = 0.0, pre_norm: bool = False) -> None:
         super().__init__()
@@ -121,8 +123,8 @@ class TransformerEncoderLayer(nn.Module):
     def forward(self, x: Tensor, position: Tensor | None = None) -> Tensor:
         """x (L, N, C), position broadcastable to it -> (L, N, C)."""
         source = self.norm1(x) if self.pre_norm else x
-        place = _with(source, position)
-        x = x + self.dropout1(self.self_attn(place, place, source, need_weights=False)[0])
+        query = source if position is None else source + position
+        x = x + self.dropout1(self.self_attn(query, query, source, need_weights=False)[0])
         x = x if self.pre_norm else self.norm1(x)
         source = self.norm2(x) if self.pre_norm else x
         x = x + self.dropout2(self.linear2(self.dropout(F.relu(self.linear1(source)))))
@@ -139,9 +141,8 @@ class TransformerEncoder(nn.Module):
         self, n_layers: int, d_model: int, n_heads: int, d_ffn: int, dropout: float = 0.0, pre_norm: bool = False
     ) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(
-            TransformerEncoderLayer(d_model, n_heads, d_ffn, dropout, pre_norm) for _ in range(n_layers)
-        )
+        layers = (TransformerEncoderLayer(d_model, n_heads, d_ffn, dropout, pre_norm) for _ in range(n_layers))
+        self.layers = nn.ModuleList(layers)
         self.norm = nn.LayerNorm(d_model) if pre_norm else None
         self.use_checkpoint = False
 
@@ -165,3 +166,46 @@ class MLP(nn.Module):
         for layer in self.layers[:-1]:
             x = F.relu(layer(x))
         return self.layers[-1](x)
+
+
+class FeedForward(nn.Module):
+    """Linear, activation, linear, as backbones have it.
+
+    Args:
+        dim, hidden: channels in and out, and between.
+        activation: its class.
+        drop: dropout after either layer.
+        names: what the layers are called in state dicts.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        hidden: int,
+        activation: type[nn.Module] = nn.GELU,
+        drop: float = 0.0,
+        names: tuple[str, str] = ("fc1", "fc2"),
+    ) -> None:
+        super().__init__()
+        self.names = names
+        self.add_module(names[0], nn.Linear(dim, hidden))
+        self.act = activation()
+        self.add_module(names[1], nn.Linear(hidden, dim))
+        self.drop = nn.Dropout(drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., dim) -> (..., dim)."""
+        first, second = (self.get_submodule(name) for name in self.names)
+        return self.drop(second(self.drop(self.act(first(x)))))
+
+
+def input_projections(in_channels: int, channels: int, levels: int, enforce: bool) -> nn.ModuleList:
+    """A 1 x 1 convolution per level; an identity, without keys, where the channels fit, unless ``enforce`` is set."""
+    projections: list[nn.Module] = []
+    for _ in range(levels):
+        if in_channels == channels and not enforce:
+            projections.append(nn.Identity())
+        else:
+            projections.append(Conv2d(in_channels, channels, kernel_size=1))
+            weight_init.c2_xavier_fill(projections[-1])
+    return nn.ModuleList(projections)

@@ -5,56 +5,63 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from detectron2.config import CfgNode, configurable
+from detectron2.config import CfgNode
+from detectron2.modeling import META_ARCH_REGISTRY
 from torch import Tensor
 
 from peft_d2.models.layers.criterion import SetCriterion
 from peft_d2.models.layers.mask_classifier import MaskClassifier
 from peft_d2.models.layers.matcher import HungarianMatcher
 from peft_d2.models.layers.postprocess import Canvas, instance_inference, panoptic_inference, semantic_inference
-from peft_d2.models.mask2former.old_keys import upgrade_head
+from peft_d2.models.mask2former.head import upgrade_head
+from peft_d2.models.registration import entry
+
+# What add_maskformer2_config adds, and of add_deeplab_config what published yaml files set. Ours sit under Detectron2's
+# own nodes, as upstream's functions replace MODEL.MASK_FORMER as a whole.
+KEYS = """
+INPUT:
+  {DATASET_MAPPER_NAME: mask_former_semantic, COLOR_AUG_SSD: false, CROP: {SINGLE_CATEGORY_MAX_AREA: 1.0},
+   SIZE_DIVISIBILITY: -1, IMAGE_SIZE: 1024, MIN_SCALE: 0.1, MAX_SCALE: 2.0}
+SOLVER:
+  {OPTIMIZER: ADAMW, WEIGHT_DECAY_EMBED: 0.0, BACKBONE_MULTIPLIER: 0.1, POLY_LR_POWER: 0.9,
+   POLY_LR_CONSTANT_ENDING: 0.0}
+MODEL:
+  RESNETS: {RES4_DILATION: 1, RES5_MULTI_GRID: [1, 2, 4], STEM_TYPE: deeplab}
+  MASK_FORMER:
+    {DEEP_SUPERVISION: true, NO_OBJECT_WEIGHT: 0.1, CLASS_WEIGHT: 1.0, DICE_WEIGHT: 1.0, MASK_WEIGHT: 20.0, NHEADS: 8,
+     DROPOUT: 0.1, DIM_FEEDFORWARD: 2048, ENC_LAYERS: 0, DEC_LAYERS: 6, PRE_NORM: false, HIDDEN_DIM: 256,
+     NUM_OBJECT_QUERIES: 100, TRANSFORMER_IN_FEATURE: res5, ENFORCE_INPUT_PROJ: false, SIZE_DIVISIBILITY: 32,
+     TRANSFORMER_DECODER_NAME: MultiScaleMaskedTransformerDecoder, TRAIN_NUM_POINTS: 12544, OVERSAMPLE_RATIO: 3.0,
+     IMPORTANCE_SAMPLE_RATIO: 0.75, TEST: {SEMANTIC_ON: true, INSTANCE_ON: false, PANOPTIC_ON: false,
+     OBJECT_MASK_THRESHOLD: 0.0, OVERLAP_THRESHOLD: 0.0, SEM_SEG_POSTPROCESSING_BEFORE_INFERENCE: false}}
+  SEM_SEG_HEAD:
+    # Boxes of instances are computed from their masks; False leaves them zero, as the published code does.
+    INSTANCE_BOXES: true
+"""
 
 
+@entry(META_ARCH_REGISTRY, "PD2MaskFormer", upstream="MaskFormer", keys=KEYS)
 class MaskFormer(MaskClassifier):
-    """Mask2Former: see :class:`MaskClassifier`.
-
-    Args:
-        instance_boxes: compute boxes from masks; the published code leaves them zero.
-        parts: of :class:`MaskClassifier`.
-    """
+    """Mask2Former: see :class:`MaskClassifier`."""
 
     config_node = "MASK_FORMER"
 
-    @configurable
-    def __init__(self, *, instance_boxes: bool = True, **parts: Any) -> None:
-        super().__init__(**parts)
-        self.instance_boxes = instance_boxes
-
-    @classmethod
-    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
-        """Build the parts; see the config nodes in :mod:`peft_d2.models.config`."""
-        return {**super().from_config(cfg), "instance_boxes": cfg.MODEL.SEM_SEG_HEAD.INSTANCE_BOXES}
+    def __init__(self, cfg: CfgNode) -> None:
+        super().__init__(cfg)
+        self.instance_boxes = cfg.MODEL.SEM_SEG_HEAD.INSTANCE_BOXES
 
     def inference(self, prediction: dict[str, Tensor], canvas: Canvas) -> dict[str, Any]:
         """Results of one image from ``pred_logits`` (Q, K + 1) and ``pred_masks`` (Q, h, w)."""
-        class_logits, mask_logits = prediction["pred_logits"], prediction["pred_masks"]
+        logits = prediction["pred_logits"], prediction["pred_masks"]
         result: dict[str, Any] = {}
         if self.semantic_on:
-            result["sem_seg"] = semantic_inference(class_logits, mask_logits, canvas, self.resize_semantic_last)
-        if self.panoptic_on:
-            result["panoptic_seg"] = panoptic_inference(
-                class_logits,
-                mask_logits,
-                canvas,
-                self.known_things(),
-                self.object_mask_threshold,
-                self.overlap_threshold,
-            )
+            result["sem_seg"] = semantic_inference(*logits, canvas, self.resize_semantic_last)
+        things = self.known_things() if self.panoptic_on else None
+        if things is not None:
+            thresholds = self.object_mask_threshold, self.overlap_threshold
+            result["panoptic_seg"] = panoptic_inference(*logits, canvas, things, *thresholds)
         if self.instance_on:
-            things = self.known_things() if self.panoptic_on else None
-            result["instances"] = instance_inference(
-                class_logits, mask_logits, canvas, self.top_k, things, self.instance_boxes
-            )
+            result["instances"] = instance_inference(*logits, canvas, self.top_k, things, self.instance_boxes)
         return result
 
     def upgrade_state_dict(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -67,21 +74,16 @@ class MaskFormer(MaskClassifier):
             state = upgrade_backbone(state, "backbone.")
         return upgrade_head(state, "sem_seg_head.")
 
-    @classmethod
-    def make_criterion(cls, cfg: CfgNode, num_classes: int) -> SetCriterion:
+    def make_criterion(self, cfg: CfgNode, num_classes: int) -> SetCriterion:
         """From ``MODEL.MASK_FORMER``; the loss weights are the weights of the matching costs too."""
         former = cfg.MODEL.MASK_FORMER
-        matcher = HungarianMatcher(
-            cost_class=former.CLASS_WEIGHT,
-            cost_mask=former.MASK_WEIGHT,
-            cost_dice=former.DICE_WEIGHT,
-            num_points=former.TRAIN_NUM_POINTS,
-        )
         weights = {"loss_ce": former.CLASS_WEIGHT, "loss_mask": former.MASK_WEIGHT, "loss_dice": former.DICE_WEIGHT}
         auxiliary = range(former.DEC_LAYERS - 1) if former.DEEP_SUPERVISION else ()
         return SetCriterion(
             num_classes,
-            matcher=matcher,
+            matcher=HungarianMatcher(
+                former.CLASS_WEIGHT, former.MASK_WEIGHT, former.DICE_WEIGHT, former.TRAIN_NUM_POINTS
+            ),
             weight_dict={**weights, **{f"{name}_{i}": weight for i in auxiliary for name, weight in weights.items()}},
             no_object_weight=former.NO_OBJECT_WEIGHT,
             num_points=former.TRAIN_NUM_POINTS,

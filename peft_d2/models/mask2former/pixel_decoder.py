@@ -1,126 +1,114 @@
-"""The pixel decoders of Mask2Former and Mask DINO: a deformable encoder over maps, then a pyramid down to stride 4."""
+"""Pixel decoders: an encoder over the backbone's coarse maps, then a pyramid down to the finest.
+
+Mask2Former and Mask DINO encode several maps by deformable attention, MaskFormer and SEEM the coarsest one.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
 from contextlib import nullcontext
-from typing import Any
 
 import fvcore.nn.weight_init as weight_init
 import torch
-import torch.nn.functional as F
-from detectron2.config import CfgNode, configurable
+from detectron2.config import CfgNode
 from detectron2.layers import Conv2d, ShapeSpec
+from detectron2.modeling import SEM_SEG_HEADS_REGISTRY
 from torch import Tensor, nn
 
 from peft_d2.models.checks import expect, expect_at_least, expect_heads, expect_share, expect_some_of
 from peft_d2.models.layers.deformable_encoder import MultiScaleDeformableTransformer
-from peft_d2.models.layers.pyramid import add_lateral, add_output, check_pyramid
+from peft_d2.models.layers.position import SinePosition2d
+from peft_d2.models.layers.pyramid import Pyramid, check_pyramid
+from peft_d2.models.layers.transformer import TransformerEncoder, init_transformer
+from peft_d2.models.registration import entry
 
 _GROUPS = 32  # of the norms behind the projections
+_DECODER_LEVELS = 3
+KEYS = """
+MODEL:
+  SEM_SEG_HEAD:
+    {MASK_DIM: 256, TRANSFORMER_ENC_LAYERS: 0, PIXEL_DECODER_NAME: BasePixelDecoder,
+     DEFORMABLE_TRANSFORMER_ENCODER_IN_FEATURES: [res3, res4, res5], DEFORMABLE_TRANSFORMER_ENCODER_N_POINTS: 4,
+     DEFORMABLE_TRANSFORMER_ENCODER_N_HEADS: 8,
+     # Hidden channels of the encoder: 1024 in the published models, whatever MASK_FORMER says.
+     DIM_FEEDFORWARD: 1024,
+     # True computes the encoder's activations again in the backward pass instead of keeping them.
+     USE_CHECKPOINT: false,
+     # True runs the pixel decoder in the autocast type with SOLVER.AMP; the published models keep it in float32.
+     PIXEL_DECODER_AUTOCAST: false}
+"""
 
 
-class MSDeformAttnPixelDecoder(nn.Module):
+@entry(SEM_SEG_HEADS_REGISTRY, "PD2MSDeformAttnPixelDecoder", upstream="MSDeformAttnPixelDecoder", keys=KEYS)
+class MSDeformAttnPixelDecoder(Pyramid):
     """Deformable encoder and feature pyramid (Cheng et al., CVPR 2022, section 4.1), as Mask2Former configures them.
 
     Args:
+        cfg: ``MODEL.SEM_SEG_HEAD``; NHEADS and DROPOUT are those of the decoder that follows, in ``config_node``.
         input_shape: the backbone's maps by name.
-        encoder_in_features: names of the maps that go through the encoder; the finer ones enter the pyramid.
-        conv_dim: channels of the encoder and the pyramid.
-        mask_dim: channels of the mask features.
-        norm: of the pyramid's convolutions, in Detectron2's spelling.
-        n_layers, n_heads, n_points, dim_feedforward, dropout: of the encoder.
-        common_stride: stride of the mask features.
         decoder_levels: maps that the transformer decoder gets.
         extra_levels: maps that the encoder sees besides, made from the coarsest one, each half the size of the last.
         finest_first: order of the encoder's maps and of those that the transformer decoder gets; else coarsest first.
         least_pyramid_levels: maps that enter the pyramid at least, even where the encoder reaches the common stride.
-        use_checkpoint: compute the encoder's activations again in the backward pass instead of keeping them.
-        autocast: follow the surrounding autocast; otherwise all runs in float32, as the published models did.
+
+    Raises:
+        ModelConfigError: values that are out of range or do not go together.
     """
 
-    config_node = "MASK_FORMER"  # below MODEL: its NHEADS and DROPOUT are the encoder's, too
+    config_node = "MASK_FORMER"
 
-    @configurable
     def __init__(
         self,
+        cfg: CfgNode,
         input_shape: dict[str, ShapeSpec],
-        *,
-        encoder_in_features: Sequence[str],
-        conv_dim: int,
-        mask_dim: int,
-        norm: str,
-        n_layers: int,
-        n_heads: int,
-        n_points: int,
-        dim_feedforward: int,
-        dropout: float,
-        common_stride: int,
-        decoder_levels: int = 3,
+        decoder_levels: int = _DECODER_LEVELS,
         extra_levels: int = 0,
         finest_first: bool = False,
         least_pyramid_levels: int = 0,
-        use_checkpoint: bool = False,
-        autocast: bool = False,
     ) -> None:
         super().__init__()
-        fine_to_coarse = sorted(input_shape, key=lambda name: input_shape[name].stride)
-        encoded = [name for name in fine_to_coarse if name in encoder_in_features]
+        head, node = cfg.MODEL.SEM_SEG_HEAD, cfg.MODEL[self.config_node]
+        self._check(head, node, input_shape)
+        channels = head.CONVS_DIM
+        names = sorted((name for name in input_shape if name in head.IN_FEATURES), key=lambda n: input_shape[n].stride)
+        encoded = [name for name in names if name in head.DEFORMABLE_TRANSFORMER_ENCODER_IN_FEATURES]
         self.encoder_features = encoded if finest_first else encoded[::-1]
         self.finest_first = finest_first
         self.decoder_levels = decoder_levels
-        self.autocast = autocast
-        self.input_proj = nn.ModuleList(
-            _projection(input_shape[name].channels, conv_dim) for name in self.encoder_features
-        )
+        self.autocast = head.PIXEL_DECODER_AUTOCAST
         self.coarsest = encoded[-1]
-        channels = [input_shape[self.coarsest].channels, *[conv_dim] * extra_levels]
-        self.input_proj.extend(_projection(c, conv_dim, halve=True) for c in channels[:extra_levels])
+        self.input_proj = nn.ModuleList(_projection(input_shape[n].channels, channels) for n in self.encoder_features)
+        sources = [input_shape[self.coarsest].channels, *[channels] * extra_levels]
+        self.input_proj.extend(_projection(source, channels, halve=True) for source in sources[:extra_levels])
         self.transformer = MultiScaleDeformableTransformer(
-            conv_dim, dim_feedforward, n_layers, len(self.input_proj), n_heads, n_points, dropout
+            channels,
+            head.DIM_FEEDFORWARD,
+            head.TRANSFORMER_ENC_LAYERS,
+            len(self.input_proj),
+            node.NHEADS,  # as published, not DEFORMABLE_TRANSFORMER_ENCODER_N_HEADS
+            head.DEFORMABLE_TRANSFORMER_ENCODER_N_POINTS,
+            node.DROPOUT,
         )
-        self.transformer.encoder.use_checkpoint = use_checkpoint
-        self.mask_features = Conv2d(conv_dim, mask_dim, kernel_size=1)
+        self.transformer.encoder.use_checkpoint = head.USE_CHECKPOINT
+        self.mask_features = Conv2d(channels, head.MASK_DIM, kernel_size=1)
         weight_init.c2_xavier_fill(self.mask_features)
-
         finest = input_shape[encoded[0]].stride
-        enter = sum(common_stride <= input_shape[name].stride < finest for name in fine_to_coarse)
-        self.pyramid_features = fine_to_coarse[: max(enter, least_pyramid_levels)]
+        enter = sum(head.COMMON_STRIDE <= input_shape[name].stride < finest for name in names)
+        self.pyramid_features = names[: max(enter, least_pyramid_levels)]
         for number, name in enumerate(self.pyramid_features, start=1):
-            add_lateral(self, number, input_shape[name].channels, conv_dim, norm)
-            add_output(self, number, conv_dim, norm)
+            self.add_level(number, channels, head.NORM, input_shape[name].channels)
 
-    @classmethod
-    def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
-        """Arguments from ``MODEL.SEM_SEG_HEAD`` and the config node of the decoder that follows.
-
-        Raises:
-            ModelConfigError: values that are out of range or do not go together.
-        """
-        head, node = cfg.MODEL.SEM_SEG_HEAD, cfg.MODEL[cls.config_node]
-        _check(head, cls.config_node, node, input_shape)
-        return {
-            "input_shape": {name: shape for name, shape in input_shape.items() if name in head.IN_FEATURES},
-            "encoder_in_features": head.DEFORMABLE_TRANSFORMER_ENCODER_IN_FEATURES,
-            "conv_dim": head.CONVS_DIM,
-            "mask_dim": head.MASK_DIM,
-            "norm": head.NORM,
-            "n_layers": head.TRANSFORMER_ENC_LAYERS,
-            # The published models take the decoder's number of heads here, not DEFORMABLE_TRANSFORMER_ENCODER_N_HEADS.
-            "n_heads": node.NHEADS,
-            "n_points": head.DEFORMABLE_TRANSFORMER_ENCODER_N_POINTS,
-            "dim_feedforward": head.DIM_FEEDFORWARD,
-            "dropout": node.DROPOUT,
-            "common_stride": head.COMMON_STRIDE,
-            "use_checkpoint": head.USE_CHECKPOINT,
-            "autocast": head.PIXEL_DECODER_AUTOCAST,
-        }
+    def _check(self, head: CfgNode, node: CfgNode, input_shape: dict[str, ShapeSpec]) -> None:
+        path, encoded = "MODEL.SEM_SEG_HEAD", "DEFORMABLE_TRANSFORMER_ENCODER_IN_FEATURES"
+        check_pyramid(head, input_shape)
+        expect_some_of(f"{path}.{encoded}", head[encoded], head.IN_FEATURES, "which IN_FEATURES names")
+        expect_at_least(path, head, DIM_FEEDFORWARD=1, DEFORMABLE_TRANSFORMER_ENCODER_N_POINTS=1, COMMON_STRIDE=1)
+        groups = head.CONVS_DIM % _GROUPS == 0
+        expect(groups, f"{path}.CONVS_DIM", head.CONVS_DIM, f"a multiple of {_GROUPS}, the groups of its norms")
+        expect_heads(f"{path}.CONVS_DIM", head.CONVS_DIM, f"MODEL.{self.config_node}.NHEADS", node.NHEADS)
+        expect_share(f"MODEL.{self.config_node}", node, "DROPOUT")
 
     def forward_features(self, features: dict[str, Tensor]) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Decode.
-
-        Args:
-            features: the backbone's maps (N, C_l, H_l, W_l) by name.
+        """Encode the backbone's maps (N, C_l, H_l, W_l), and add finer ones to the finest of them.
 
         Returns:
             Mask features (N, mask_dim, H, W) at the common stride, the first encoded map, and the first
@@ -128,13 +116,12 @@ class MSDeformAttnPixelDecoder(nn.Module):
         """
         device_type = features[self.coarsest].device.type
         with nullcontext() if self.autocast else torch.autocast(device_type, enabled=False):
+            if not self.autocast:
+                features = {name: feature.float() for name, feature in features.items()}
             maps = self.transformer(self._encoder_maps(features), self._code_order())
             finest = maps[0] if self.finest_first else maps[-1]
             for number in range(len(self.pyramid_features), 0, -1):
-                lateral, output = getattr(self, f"adapter_{number}"), getattr(self, f"layer_{number}")
-                side = lateral(self._input(features[self.pyramid_features[number - 1]]))
-                coarse = F.interpolate(finest, size=side.shape[-2:], mode="bilinear", align_corners=False)
-                maps.append(output(side + coarse))
+                maps.append(self.merge(number, features[self.pyramid_features[number - 1]], finest, "bilinear"))
                 if not self.finest_first:  # otherwise each level adds the encoder's own map, as published
                     finest = maps[-1]
             return self.mask_features(maps[-1]), maps[0], maps[: self.decoder_levels]
@@ -145,12 +132,9 @@ class MSDeformAttnPixelDecoder(nn.Module):
         """The encoder's input; extra maps are coarsest first in both orders, as published."""
         count = len(self.encoder_features)
         projections = list(self.input_proj)
-        maps = [
-            projection(self._input(features[name]))
-            for name, projection in zip(self.encoder_features, projections[:count], strict=True)
-        ]
+        maps = [project(features[n]) for n, project in zip(self.encoder_features, projections[:count], strict=True)]
         extra: list[Tensor] = []
-        source = self._input(features[self.coarsest])
+        source = features[self.coarsest]
         for projection in projections[count:]:
             source = projection(source)
             extra.insert(0, source)
@@ -164,28 +148,81 @@ class MSDeformAttnPixelDecoder(nn.Module):
             return encoded + [count + i for i in extra]
         return extra + [total - count + i for i in encoded]
 
-    def _input(self, feature: Tensor) -> Tensor:
-        return feature if self.autocast else feature.float()
-
-
-def _check(head: CfgNode, node_name: str, node: CfgNode, input_shape: Collection[str]) -> None:
-    path, encoded = "MODEL.SEM_SEG_HEAD", "DEFORMABLE_TRANSFORMER_ENCODER_IN_FEATURES"
-    check_pyramid(head, input_shape)
-    expect_some_of(f"{path}.{encoded}", head[encoded], head.IN_FEATURES, "which IN_FEATURES names")
-    expect_at_least(path, head, DIM_FEEDFORWARD=1, DEFORMABLE_TRANSFORMER_ENCODER_N_POINTS=1, COMMON_STRIDE=1)
-    groups = head.CONVS_DIM % _GROUPS == 0
-    expect(groups, f"{path}.CONVS_DIM", head.CONVS_DIM, f"a multiple of {_GROUPS}, the groups of its norms")
-    expect_heads(f"{path}.CONVS_DIM", head.CONVS_DIM, f"MODEL.{node_name}.NHEADS", node.NHEADS)
-    expect_share(f"MODEL.{node_name}", node, "DROPOUT")
-
 
 def _projection(in_channels: int, channels: int, halve: bool = False) -> nn.Sequential:
     """Convolution and group norm: 1 x 1, or to half the size."""
-    convolution = (
-        nn.Conv2d(in_channels, channels, kernel_size=3, stride=2, padding=1)
-        if halve
-        else nn.Conv2d(in_channels, channels, kernel_size=1)
-    )
+    kernel, stride, padding = (3, 2, 1) if halve else (1, 1, 0)
+    convolution = nn.Conv2d(in_channels, channels, kernel, stride, padding)
     nn.init.xavier_uniform_(convolution.weight)
     nn.init.zeros_(convolution.get_parameter("bias"))
     return nn.Sequential(convolution, nn.GroupNorm(_GROUPS, channels))
+
+
+class MapTransformer(nn.Module):
+    """A transformer encoder over the pixels of one map, with sine positions."""
+
+    def __init__(self, d_model: int, n_heads: int, d_ffn: int, n_layers: int, dropout: float, pre_norm: bool) -> None:
+        super().__init__()
+        self.encoder = TransformerEncoder(n_layers, d_model, n_heads, d_ffn, dropout, pre_norm)
+        self.position = SinePosition2d(d_model)
+        init_transformer(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> the same."""
+        position = self.position(x.shape[-2], x.shape[-1], x.device)[:, None]
+        encoded = self.encoder(x.flatten(2).permute(2, 0, 1), position)
+        return encoded.permute(1, 2, 0).view(x.shape)
+
+
+@entry(SEM_SEG_HEADS_REGISTRY, "PD2TransformerEncoderPixelDecoder", upstream="TransformerEncoderPixelDecoder")
+class TransformerEncoderPixelDecoder(Pyramid):
+    """Encoder and feature pyramid (Cheng et al., MaskFormer, NeurIPS 2021, section 3.2), as SEEM uses them.
+
+    Padding is not masked. Upsampling is to the nearest pixel. All maps that ``MODEL.SEM_SEG_HEAD`` names enter the
+    pyramid; the encoder has the heads, dropout and hidden channels of ``MODEL.MASK_FORMER``.
+
+    Raises:
+        ModelConfigError: for fewer maps than the transformer decoder takes, and values that are out of range or do not
+            go together.
+    """
+
+    def __init__(self, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> None:
+        super().__init__()
+        head, former = cfg.MODEL.SEM_SEG_HEAD, cfg.MODEL.MASK_FORMER
+        check_pyramid(head, input_shape)
+        names, channels = list(head.IN_FEATURES), head.CONVS_DIM
+        enough = f"{_DECODER_LEVELS} maps or more, which the transformer decoder takes"
+        expect(len(names) >= _DECODER_LEVELS, "MODEL.SEM_SEG_HEAD.IN_FEATURES", names, enough)
+        expect(channels % 4 == 0, "MODEL.SEM_SEG_HEAD.CONVS_DIM", channels, "a multiple of 4")
+        expect_heads("MODEL.SEM_SEG_HEAD.CONVS_DIM", channels, "MODEL.MASK_FORMER.NHEADS", former.NHEADS)
+        expect_share("MODEL.MASK_FORMER", former, "DROPOUT")
+        self.in_features = sorted(names, key=lambda name: input_shape[name].stride)
+        *finer, coarsest = self.in_features
+        for number, name in enumerate(finer, start=1):
+            self.add_level(number, channels, head.NORM, input_shape[name].channels)
+        self.mask_features = Conv2d(channels, head.MASK_DIM, kernel_size=3, padding=1)
+        self.input_proj = Conv2d(input_shape[coarsest].channels, channels, kernel_size=1)
+        for convolution in (self.mask_features, self.input_proj):
+            weight_init.c2_xavier_fill(convolution)
+        layers = head.TRANSFORMER_ENC_LAYERS
+        self.transformer = MapTransformer(
+            channels, former.NHEADS, former.DIM_FEEDFORWARD, layers, former.DROPOUT, former.PRE_NORM
+        )
+        self.transformer.encoder.use_checkpoint = head.USE_CHECKPOINT
+        self.add_level(len(self.in_features), channels, head.NORM)
+
+    def forward_features(self, features: dict[str, Tensor]) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Encode the coarsest of the backbone's maps (N, C_l, H_l, W_l), and add the finer ones to it one by one.
+
+        Returns:
+            Mask features (N, mask_dim, H, W) at the finest map's stride, the encoder's map, and the three coarsest
+            maps (N, conv_dim, H_l, W_l) of the pyramid, coarsest first.
+        """
+        *finer, coarsest = self.in_features
+        encoded = self.transformer(self.input_proj(features[coarsest]))
+        maps = [self.get_submodule(f"layer_{len(self.in_features)}")(encoded)]
+        for number in range(len(finer), 0, -1):
+            maps.append(self.merge(number, features[finer[number - 1]], maps[-1], "nearest"))
+        return self.mask_features(maps[-1]), encoded, maps[:_DECODER_LEVELS]
+
+    forward = forward_features

@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from detectron2.config import CfgNode, configurable
+from detectron2.config import CfgNode
 from torch import Tensor, nn
 
 from peft_d2.models.checks import expect_at_least, expect_width
 from peft_d2.models.layers.position import SinePosition2d
-from peft_d2.models.layers.projection import input_projections
-from peft_d2.models.layers.transformer import MLP, CrossAttentionLayer, FFNLayer, SelfAttentionLayer
+from peft_d2.models.layers.transformer import MLP, AttentionLayer, FFNLayer, input_projections
+from peft_d2.models.registration import TRANSFORMER_DECODER_REGISTRY, entry
 
 _LEVELS = 3
 
@@ -21,75 +21,42 @@ _LEVELS = 3
 class MaskedTransformerDecoder(nn.Module):
     """Queries attend to one scale after the other, each only where it predicts its mask to be.
 
-    A decoder derives from it: it adds ``mask_embed`` and what its :meth:`classifier` needs.
+    ``MODEL.MASK_FORMER`` describes it. A decoder derives from it: it adds what its :meth:`classifier` needs.
 
     Args:
+        cfg: its DEC_LAYERS counts the prediction made from the queries themselves, before any layer.
         in_channels: of the multi-scale features.
-        hidden_dim, n_heads, dim_feedforward: of the layers.
-        num_queries: Q.
-        n_layers: layers; the predictions are one more, as the first is made from the queries themselves.
-        pre_norm: see :class:`peft_d2.models.layers.transformer.SelfAttentionLayer`.
-        enforce_input_projection: project the features even where their channels fit.
+        mask_classification: True, as upstream passes it.
+
+    Raises:
+        ModelConfigError: values that are out of range or do not go together.
     """
 
     mask_embed: nn.Module
 
-    def __init__(
-        self,
-        in_channels: int,
-        mask_classification: bool = True,
-        *,
-        hidden_dim: int,
-        num_queries: int,
-        n_heads: int,
-        dim_feedforward: int,
-        n_layers: int,
-        pre_norm: bool,
-        enforce_input_projection: bool,
-    ) -> None:
+    def __init__(self, cfg: CfgNode, in_channels: int, mask_classification: bool = True) -> None:
         super().__init__()
         if not mask_classification:
             raise ValueError(f"{type(self).__name__}: mask_classification is False; only True is supported")
-        self.num_heads = n_heads
-        self.position = SinePosition2d(hidden_dim)
-        layers = range(n_layers)
-        self.transformer_self_attention_layers = nn.ModuleList(
-            SelfAttentionLayer(hidden_dim, n_heads, pre_norm=pre_norm) for _ in layers
-        )
-        self.transformer_cross_attention_layers = nn.ModuleList(
-            CrossAttentionLayer(hidden_dim, n_heads, pre_norm=pre_norm) for _ in layers
-        )
-        self.transformer_ffn_layers = nn.ModuleList(
-            FFNLayer(hidden_dim, dim_feedforward, pre_norm=pre_norm) for _ in layers
-        )
-        self.decoder_norm = nn.LayerNorm(hidden_dim)
-        self.query_feat = nn.Embedding(num_queries, hidden_dim)
-        self.query_embed = nn.Embedding(num_queries, hidden_dim)
-        self.level_embed = nn.Embedding(_LEVELS, hidden_dim)
-        self.input_proj = input_projections(in_channels, hidden_dim, _LEVELS, enforce_input_projection)
-
-    @classmethod
-    def from_config(cls, cfg: CfgNode, in_channels: int, mask_classification: bool = True) -> dict[str, Any]:
-        """Arguments from ``MODEL.MASK_FORMER``.
-
-        Raises:
-            ModelConfigError: values that are out of range or do not go together.
-        """
         former, path = cfg.MODEL.MASK_FORMER, "MODEL.MASK_FORMER"
         expect_at_least(path, former, DEC_LAYERS=1, NUM_OBJECT_QUERIES=1, DIM_FEEDFORWARD=1)
         expect_width(path, former)
-        return {
-            "in_channels": in_channels,
-            "mask_classification": mask_classification,
-            "hidden_dim": former.HIDDEN_DIM,
-            "num_queries": former.NUM_OBJECT_QUERIES,
-            "n_heads": former.NHEADS,
-            "dim_feedforward": former.DIM_FEEDFORWARD,
-            # DEC_LAYERS counts the prediction made from the queries themselves, before any layer.
-            "n_layers": former.DEC_LAYERS - 1,
-            "pre_norm": former.PRE_NORM,
-            "enforce_input_projection": former.ENFORCE_INPUT_PROJ,
-        }
+        channels, layers = former.HIDDEN_DIM, range(former.DEC_LAYERS - 1)
+        attention = {"d_model": channels, "n_heads": former.NHEADS, "pre_norm": former.PRE_NORM}
+        self.num_heads = former.NHEADS
+        self.position = SinePosition2d(channels)
+        self.transformer_self_attention_layers = nn.ModuleList(AttentionLayer(**attention) for _ in layers)
+        self.transformer_cross_attention_layers = nn.ModuleList(
+            AttentionLayer(**attention, name="multihead_attn") for _ in layers
+        )
+        self.transformer_ffn_layers = nn.ModuleList(
+            FFNLayer(channels, former.DIM_FEEDFORWARD, pre_norm=former.PRE_NORM) for _ in layers
+        )
+        self.decoder_norm = nn.LayerNorm(channels)
+        self.query_feat = nn.Embedding(former.NUM_OBJECT_QUERIES, channels)
+        self.query_embed = nn.Embedding(former.NUM_OBJECT_QUERIES, channels)
+        self.level_embed = nn.Embedding(_LEVELS, channels)
+        self.input_proj = input_projections(in_channels, channels, _LEVELS, former.ENFORCE_INPUT_PROJ)
 
     def forward(self, features: Sequence[Tensor], mask_features: Tensor, mask: Tensor | None = None) -> dict[str, Any]:
         """Predict classes and masks.
@@ -109,7 +76,7 @@ class MaskedTransformerDecoder(nn.Module):
         values = [self._flatten(level, feature) for level, feature in enumerate(features)]
         keys = [value + self.position(*size, value.device)[:, None] for value, size in zip(values, sizes, strict=True)]
         batch = mask_features.shape[0]
-        place = self.query_embed.weight[:, None].expand(-1, batch, -1)
+        position = self.query_embed.weight[:, None].expand(-1, batch, -1)
         x = self.query_feat.weight[:, None].expand(-1, batch, -1)
         classify = self.classifier()
         predictions = [self.predict(x, mask_features, classify)]
@@ -122,8 +89,8 @@ class MaskedTransformerDecoder(nn.Module):
         for number, (cross_attention, self_attention, ffn) in enumerate(layers):
             level = number % _LEVELS
             blocked = self.attention_mask(predictions[-1]["pred_masks"], sizes[level])
-            x = cross_attention(x, keys[level], values[level], place, blocked)
-            x = ffn(self_attention(x, place))
+            x = cross_attention(x, position, (keys[level], values[level]), blocked)
+            x = ffn(self_attention(x, position))
             predictions.append(self.predict(x, mask_features, classify))
         return {**predictions[-1], "aux_outputs": predictions[:-1]}
 
@@ -153,39 +120,22 @@ class MaskedTransformerDecoder(nn.Module):
         return x.permute(2, 0, 1)
 
 
+@entry(
+    TRANSFORMER_DECODER_REGISTRY,
+    "PD2MultiScaleMaskedTransformerDecoder",
+    upstream="MultiScaleMaskedTransformerDecoder",
+)
 class MultiScaleMaskedTransformerDecoder(MaskedTransformerDecoder):
-    """Mask2Former's: one linear layer scores the classes.
-
-    Args:
-        num_classes: K; the classifier has one more output, no-object.
-        mask_dim: channels of the mask features.
-        layers: further arguments, see :class:`MaskedTransformerDecoder`.
-    """
+    """Mask2Former's: one linear layer scores the classes, of which the last is no-object."""
 
     # The published code tells old keys from new ones by this number in a state dict's metadata.
     _version = 2
 
-    @configurable
-    def __init__(
-        self,
-        in_channels: int,
-        mask_classification: bool = True,
-        *,
-        num_classes: int,
-        hidden_dim: int,
-        mask_dim: int,
-        **layers: Any,
-    ) -> None:
-        super().__init__(in_channels, mask_classification, hidden_dim=hidden_dim, **layers)
-        self.class_embed = nn.Linear(hidden_dim, num_classes + 1)
-        self.mask_embed = MLP(hidden_dim, hidden_dim, mask_dim, 3)
-
-    @classmethod
-    def from_config(cls, cfg: CfgNode, in_channels: int, mask_classification: bool = True) -> dict[str, Any]:
-        """Arguments from ``MODEL.MASK_FORMER`` and ``MODEL.SEM_SEG_HEAD``."""
-        head = cfg.MODEL.SEM_SEG_HEAD
-        layers = super().from_config(cfg, in_channels, mask_classification)
-        return {**layers, "num_classes": head.NUM_CLASSES, "mask_dim": head.MASK_DIM}
+    def __init__(self, cfg: CfgNode, in_channels: int, mask_classification: bool = True) -> None:
+        super().__init__(cfg, in_channels, mask_classification)
+        channels, head = cfg.MODEL.MASK_FORMER.HIDDEN_DIM, cfg.MODEL.SEM_SEG_HEAD
+        self.class_embed = nn.Linear(channels, head.NUM_CLASSES + 1)
+        self.mask_embed = MLP(channels, channels, head.MASK_DIM, 3)
 
     def classifier(self) -> Callable[[Tensor], Tensor]:
         """``class_embed``."""

@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peft_d2.models.layers.boxes import inverse_sigmoid
-from peft_d2.models.layers.levels import Levels
+from peft_d2.models.layers.deformable_encoder import Levels
 from peft_d2.models.layers.ms_deform_attn import MSDeformAttn
 from peft_d2.models.layers.position import box_code
-from peft_d2.models.layers.transformer import MLP, xavier_matrices
+from peft_d2.models.layers.transformer import MLP, init_transformer
 
 
 class DeformableDecoderLayer(nn.Module):
@@ -44,7 +44,7 @@ class DeformableDecoderLayer(nn.Module):
     def forward(
         self, x: Tensor, position: Tensor, reference: Tensor, memory: Levels, blocked: Tensor | None = None
     ) -> Tensor:
-        """One layer.
+        """Let the queries see each other, then the maps, each around its box.
 
         Args:
             x, position: (N, Q, C) queries and what is added to them for attending.
@@ -55,8 +55,8 @@ class DeformableDecoderLayer(nn.Module):
         Returns:
             (N, Q, C).
         """
-        place = x + position
-        attended = self.self_attn(place, place, x, attn_mask=blocked, need_weights=False)[0]
+        query = x + position
+        attended = self.self_attn(query, query, x, attn_mask=blocked, need_weights=False)[0]
         x = self.norm2(x + self.dropout2(attended))
         references = reference[:, :, None].expand(-1, -1, len(memory.sizes), -1)
         looked = self.cross_attn(x + position, references, memory.values, memory.shapes, memory.starts)
@@ -85,15 +85,12 @@ class DeformableDecoder(nn.Module):
         self.norm = norm
         self.ref_point_head = MLP(2 * d_model, d_model, d_model, 2)
         self.coordinate_channels = d_model // 2
-        xavier_matrices(self)
-        for module in self.modules():
-            if isinstance(module, MSDeformAttn):
-                module.reset_parameters()
+        init_transformer(self)
 
     def forward(
         self, x: Tensor, box_logits: Tensor, memory: Levels, blocked: Tensor | None = None
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """Refine, in float32 whatever the autocast type: half precision is too coarse for boxes.
+        """Refine the boxes layer by layer, in float32 whatever the autocast type: half precision is too coarse.
 
         Args:
             x: (N, Q, C) content of the queries.

@@ -7,79 +7,99 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from detectron2.config import CfgNode, configurable
+from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
+from detectron2.modeling import META_ARCH_REGISTRY, SEM_SEG_HEADS_REGISTRY
 from detectron2.structures import Boxes, ImageList, Instances
 from torch import Tensor
 
-from peft_d2.models.checks import ModelConfigError
+from peft_d2.models.checks import expect
 from peft_d2.models.layers.boxes import to_corners
 from peft_d2.models.layers.mask_classifier import MaskClassifier
 from peft_d2.models.layers.matcher import BoxMaskMatcher
 from peft_d2.models.layers.postprocess import Canvas, class_maps, paint_segments, ranked_instances
 from peft_d2.models.layers.targets import Target, add_boxes
 from peft_d2.models.mask2former.head import MaskFormerHead
+from peft_d2.models.mask2former.pixel_decoder import MSDeformAttnPixelDecoder
 from peft_d2.models.mask_dino.criterion import BoxMaskCriterion
 from peft_d2.models.mask_dino.transformer_decoder import softmax_classes
+from peft_d2.models.registration import entry
 
 _LABELS = "sem_seg_head.predictor.label_enc.weight"
-logger = logging.getLogger(__name__)
+_FINEST_FIRST = {"low2high": True, "high2low": False}  # the published words tell strides, not resolutions
+_logger = logging.getLogger(__name__)
+
+# What add_maskdino_config adds to Mask2Former's keys. Some do nothing; published yaml files set them all the same.
+KEYS = """
+Default_loading: true
+MODEL:
+  MaskDINO:
+    {LEARN_TGT: false, PANO_BOX_LOSS: false, SEMANTIC_CE_LOSS: false, DEEP_SUPERVISION: true, NO_OBJECT_WEIGHT: 0.1,
+     CLASS_WEIGHT: 4.0, DICE_WEIGHT: 5.0, MASK_WEIGHT: 5.0, BOX_WEIGHT: 5.0, GIOU_WEIGHT: 2.0, COST_CLASS_WEIGHT: 4.0,
+     COST_DICE_WEIGHT: 5.0, COST_MASK_WEIGHT: 5.0, COST_BOX_WEIGHT: 5.0, COST_GIOU_WEIGHT: 2.0, NHEADS: 8, DROPOUT: 0.1,
+     DIM_FEEDFORWARD: 2048, ENC_LAYERS: 0, DEC_LAYERS: 6, INITIAL_PRED: true, PRE_NORM: false, BOX_LOSS: true,
+     HIDDEN_DIM: 256, NUM_OBJECT_QUERIES: 100, ENFORCE_INPUT_PROJ: false, TWO_STAGE: true, INITIALIZE_BOX_TYPE: "no",
+     DN: seg, DN_NOISE_SCALE: 0.4, DN_NUM: 100, PRED_CONV: false, EVAL_FLAG: 1, SIZE_DIVISIBILITY: 32,
+     TRANSFORMER_DECODER_NAME: MaskDINODecoder, TRAIN_NUM_POINTS: 12544, OVERSAMPLE_RATIO: 3.0,
+     IMPORTANCE_SAMPLE_RATIO: 0.75, TEST: {TEST_FOUCUS_ON_BOX: false, SEMANTIC_ON: true, INSTANCE_ON: false,
+     PANOPTIC_ON: false, OBJECT_MASK_THRESHOLD: 0.0, OVERLAP_THRESHOLD: 0.0,
+     SEM_SEG_POSTPROCESSING_BEFORE_INFERENCE: false, PANO_TRANSFORM_EVAL: true, PANO_TEMPERATURE: 0.06}}
+  SEM_SEG_HEAD:
+    {NUM_FEATURE_LEVELS: 3, TOTAL_NUM_FEATURE_LEVELS: 4, FEATURE_ORDER: high2low,
+     # Target boxes are relative to the padded batch, as masks and results are; False: to the image without padding, as
+     # in the published code. Both agree where nothing is padded, as with large-scale jitter.
+     PADDED_BOXES: false}
+"""
 
 
+@entry(SEM_SEG_HEADS_REGISTRY, "PD2MaskDINOEncoder", upstream="MaskDINOEncoder")
+class MaskDINOEncoder(MSDeformAttnPixelDecoder):
+    """Mask2Former's pixel decoder with coarser maps besides, of which the transformer decoder gets all (section 3)."""
+
+    config_node = "MaskDINO"
+
+    def __init__(self, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> None:
+        head, path = cfg.MODEL.SEM_SEG_HEAD, "MODEL.SEM_SEG_HEAD"
+        order, total = head.FEATURE_ORDER, head.TOTAL_NUM_FEATURE_LEVELS
+        expect(order in _FINEST_FIRST, f"{path}.FEATURE_ORDER", order, f"one of {list(_FINEST_FIRST)}")
+        encoded = list(head.DEFORMABLE_TRANSFORMER_ENCODER_IN_FEATURES)
+        enough = (
+            f"{len(encoded)} or more, as many as DEFORMABLE_TRANSFORMER_ENCODER_IN_FEATURES {encoded} and the coarser "
+            "maps besides"
+        )
+        expect(total >= len(encoded), f"{path}.TOTAL_NUM_FEATURE_LEVELS", total, enough)
+        super().__init__(cfg, input_shape, total, total - len(encoded), _FINEST_FIRST[order], least_pyramid_levels=1)
+
+
+@entry(SEM_SEG_HEADS_REGISTRY, "PD2MaskDINOHead", upstream="MaskDINOHead")
 class MaskDINOHead(MaskFormerHead):
-    """Pixel decoder, then transformer decoder, which takes the targets too and gets all of the encoder's maps."""
+    """Pixel decoder, then transformer decoder, which takes ``targets`` too and gets all of the encoder's maps."""
 
-    @classmethod
-    def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
-        """Build both parts from their names in the config."""
-        return cls.parts(cfg, input_shape, cfg.MODEL.MaskDINO.TRANSFORMER_DECODER_NAME)
-
-    def forward(
-        self, features: dict[str, Tensor], mask: Tensor | None = None, targets: list[Target] | None = None
-    ) -> dict[str, Any]:
-        """The backbone's maps by name -> the predictor's outputs."""
-        mask_features, _, multi_scale_features = self.pixel_decoder.forward_features(features)
-        return self.predictor(multi_scale_features, mask_features, mask, targets=targets)
+    config_node = "MaskDINO"
 
 
+@entry(META_ARCH_REGISTRY, "PD2MaskDINO", upstream="MaskDINO", keys=KEYS)
 class MaskDINO(MaskClassifier):
     """Mask DINO: see :class:`MaskClassifier`.
 
-    Args:
+    Attributes:
         softmax_classes: classes compete and the last one is no-object; otherwise each has a sigmoid of its own.
         temperature: of a softmax over the classes' sigmoids, which sharpens semantic and panoptic results; None uses
             the sigmoids as they are.
         focus_on_box: an instance's score is its class's alone, without the quality of its mask.
-        padded_boxes: see :func:`peft_d2.models.layers.targets.add_boxes`.
-        parts: of :class:`MaskClassifier`.
     """
 
     config_node = "MaskDINO"
 
-    @configurable
-    def __init__(
-        self, *, softmax_classes: bool, temperature: float | None, focus_on_box: bool, padded_boxes: bool, **parts: Any
-    ) -> None:
-        super().__init__(**parts)
-        self.softmax_classes = softmax_classes
-        self.temperature = temperature
-        self.focus_on_box = focus_on_box
-        self.padded_boxes = padded_boxes
-
-    @classmethod
-    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
-        """Build the parts; see the config nodes in :mod:`peft_d2.models.config`."""
-        test = cfg.MODEL.MaskDINO.TEST
-        parts = super().from_config(cfg)
-        if cfg.MODEL.MaskDINO.PANO_BOX_LOSS:
-            parts["criterion"].box_classes = _thing_classes(parts["metadata"])
-        return {
-            **parts,
-            "softmax_classes": softmax_classes(cfg),
-            "temperature": test.PANO_TEMPERATURE if test.PANO_TRANSFORM_EVAL else None,
-            "focus_on_box": test.TEST_FOUCUS_ON_BOX,
-            "padded_boxes": cfg.MODEL.SEM_SEG_HEAD.PADDED_BOXES,
-        }
+    def __init__(self, cfg: CfgNode) -> None:
+        super().__init__(cfg)
+        dino = cfg.MODEL.MaskDINO
+        if dino.PANO_BOX_LOSS:
+            self.criterion.box_classes = self.known_things("PANO_BOX_LOSS")  # type: ignore[assignment]
+        self.softmax_classes = softmax_classes(cfg)
+        self.temperature = dino.TEST.PANO_TEMPERATURE if dino.TEST.PANO_TRANSFORM_EVAL else None
+        self.focus_on_box = dino.TEST.TEST_FOUCUS_ON_BOX
+        self.padded_boxes = cfg.MODEL.SEM_SEG_HEAD.PADDED_BOXES
 
     def predict(self, features: dict[str, Tensor], targets: list[Target] | None = None) -> dict[str, Any]:
         """What the head predicts; ``targets`` in training."""
@@ -123,10 +143,8 @@ class MaskDINO(MaskClassifier):
             probability, mask_logits, canvas, self.top_k, things, mask_quality=not self.focus_on_box
         )
         # Boxes are relative to the padded image, the output is its part without padding.
-        height, width = (
-            padded / image * output
-            for padded, image, output in zip(canvas.padded, canvas.image, canvas.output, strict=True)
-        )
+        sizes = zip(canvas.padded, canvas.image, canvas.output, strict=True)
+        height, width = (padded / image * output for padded, image, output in sizes)
         result.pred_boxes = Boxes(to_corners(boxes[queries]) * boxes.new_tensor([width, height, width, height]))
         return result
 
@@ -137,27 +155,19 @@ class MaskDINO(MaskClassifier):
         random ones, which a run that trains few parameters would keep. Past the last one they begin again.
         """
         state = dict(state)
-        found, wanted = state.get(_LABELS), self.get_parameter(_LABELS)
-        if found is not None and len(found) and len(found) != len(wanted) and found.shape[1:] == wanted.shape[1:]:
-            logger.info("%s: the embeddings of %d classes serve %d others.", _LABELS, len(found), len(wanted))
-            state[_LABELS] = found[torch.arange(len(wanted)) % len(found)]
+        stored, wanted = state.get(_LABELS), self.get_parameter(_LABELS)
+        if stored is not None and len(stored) and len(stored) != len(wanted) and stored.shape[1:] == wanted.shape[1:]:
+            _logger.info("%s: the embeddings of %d classes serve %d others.", _LABELS, len(stored), len(wanted))
+            state[_LABELS] = stored[torch.arange(len(wanted)) % len(stored)]
         return state
 
-    @classmethod
-    def make_criterion(cls, cfg: CfgNode, num_classes: int) -> BoxMaskCriterion:
+    def make_criterion(self, cfg: CfgNode, num_classes: int) -> BoxMaskCriterion:
         """From ``MODEL.MaskDINO``; losses and matching costs have weights of their own."""
         dino = cfg.MODEL.MaskDINO
-        matcher = BoxMaskMatcher(
-            cost_class=dino.COST_CLASS_WEIGHT,
-            cost_mask=dino.COST_MASK_WEIGHT,
-            cost_dice=dino.COST_DICE_WEIGHT,
-            cost_box=dino.COST_BOX_WEIGHT,
-            cost_giou=dino.COST_GIOU_WEIGHT,
-            num_points=dino.TRAIN_NUM_POINTS,
-        )
+        costs = {f"cost_{name}": dino[f"COST_{name.upper()}_WEIGHT"] for name in ("class", "mask", "dice", "giou")}
         return BoxMaskCriterion(
             num_classes=num_classes,
-            matcher=matcher,
+            matcher=BoxMaskMatcher(**costs, cost_box=dino.COST_BOX_WEIGHT, num_points=dino.TRAIN_NUM_POINTS),
             weight_dict=loss_weights(dino),
             softmax_classes=softmax_classes(cfg),
             no_object_weight=dino.NO_OBJECT_WEIGHT,
@@ -184,13 +194,3 @@ def loss_weights(dino: CfgNode) -> dict[str, float]:
         denoised = layers if dino.TWO_STAGE else layers[1:]
         weights.update({f"{name}_dn_{i}": weight for i in denoised for name, weight in restored.items()})
     return weights
-
-
-def _thing_classes(metadata: Any) -> set[int]:
-    ids = getattr(metadata, "thing_dataset_id_to_contiguous_id", None)
-    if ids is None:
-        raise ModelConfigError(
-            f"MODEL.MaskDINO.PANO_BOX_LOSS needs the thing classes, but data set {getattr(metadata, 'name', 'none')!r} "
-            "(DATASETS.TRAIN) has no 'thing_dataset_id_to_contiguous_id' in its metadata; register it, or set it False"
-        )
-    return set(ids.values())

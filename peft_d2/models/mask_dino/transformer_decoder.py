@@ -9,139 +9,77 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from detectron2.config import CfgNode, configurable
+from detectron2.config import CfgNode
 from torch import Tensor, nn
 
 from peft_d2.models.checks import ModelConfigError, expect, expect_at_least, expect_width
 from peft_d2.models.layers.boxes import inverse_sigmoid, to_centres
-from peft_d2.models.layers.deformable_encoder import pixel_centres
-from peft_d2.models.layers.levels import Levels
+from peft_d2.models.layers.deformable_encoder import Levels, pixel_centres
 from peft_d2.models.layers.postprocess import mask_boxes
-from peft_d2.models.layers.projection import input_projections
 from peft_d2.models.layers.targets import Target
-from peft_d2.models.layers.transformer import MLP
+from peft_d2.models.layers.transformer import MLP, input_projections
 from peft_d2.models.mask_dino.deformable_decoder import DeformableDecoder
 from peft_d2.models.mask_dino.denoising import DenoisingQueries, denoising_queries
+from peft_d2.models.registration import TRANSFORMER_DECODER_REGISTRY, entry
 
 _DENOISING = ("no", "standard", "seg")
 _BOX_STARTS = ("no", "bitmask", "mask2box")
 _FINEST_PROPOSAL = 0.05  # side of a proposal on the first level, relative to the image; it doubles by level
 
 
+@entry(TRANSFORMER_DECODER_REGISTRY, "PD2MaskDINODecoder", upstream="MaskDINODecoder")
 class MaskDINODecoder(nn.Module):
-    """Predicts classes, masks and boxes.
+    """Predicts classes, masks and boxes, as ``MODEL.MaskDINO`` says.
 
     ``bbox_embed`` is one perceptron under many names, and ``decoder_norm`` the decoder's own ``norm``, as published.
+    With TWO_STAGE, queries start from the encoder's maps (LEARN_TGT: their boxes alone do); otherwise they are learned.
 
     Args:
+        cfg: the published decoder has no dropout, whatever DROPOUT says; that is the encoder's.
         in_channels: of the multi-scale features.
-        num_classes: K.
-        softmax_classes: the classifier has one more output, no-object.
-        hidden_dim, n_heads, dim_feedforward, n_layers, dropout: of the decoder.
-        n_levels: maps that it looks at.
-        num_queries: Q.
-        mask_dim: channels of the mask features.
-        enforce_input_projection: project the features even where their channels fit.
-        two_stage: queries start from the encoder's maps; otherwise they are learned.
-        learned_content: with two stages, only the boxes come from the maps.
+        mask_classification: True, as upstream passes it.
+
+    Attributes:
         box_start: with two stages, boxes start around the masks of the chosen places: ``bitmask``, or ``mask2box``, one
             pixel smaller; ``no``: from the places' own boxes.
         initial_prediction: the queries themselves are supervised, before any layer.
         denoising: ``seg`` restores masks too, ``standard`` boxes and classes alone, ``no`` nothing.
         denoising_count, noise_scale: see :func:`peft_d2.models.mask_dino.denoising.denoising_queries`.
+
+    Raises:
+        ModelConfigError: for values that are unknown, out of range or do not go together.
     """
 
-    @configurable
-    def __init__(
-        self,
-        in_channels: int,
-        mask_classification: bool = True,
-        *,
-        num_classes: int,
-        softmax_classes: bool,
-        hidden_dim: int,
-        n_heads: int,
-        dim_feedforward: int,
-        n_layers: int,
-        dropout: float,
-        n_levels: int,
-        num_queries: int,
-        mask_dim: int,
-        enforce_input_projection: bool,
-        two_stage: bool,
-        learned_content: bool,
-        box_start: str,
-        initial_prediction: bool,
-        denoising: str,
-        denoising_count: int,
-        noise_scale: float,
-    ) -> None:
+    def __init__(self, cfg: CfgNode, in_channels: int, mask_classification: bool = True) -> None:
         super().__init__()
         if not mask_classification:
             raise ValueError("MaskDINODecoder: mask_classification is False; only True is supported")
-        self.num_queries = num_queries
-        self.two_stage = two_stage
-        self.box_start = box_start
-        self.initial_prediction = initial_prediction
-        self.denoising = denoising
-        self.denoising_count = denoising_count
-        self.noise_scale = noise_scale
-        self.query_feat = nn.Embedding(num_queries, hidden_dim) if learned_content or not two_stage else None
-        self.query_embed = None if two_stage else nn.Embedding(num_queries, 4)
-        if two_stage:
-            self.enc_output = nn.Linear(hidden_dim, hidden_dim)
-            self.enc_output_norm = nn.LayerNorm(hidden_dim)
-        self.input_proj = input_projections(in_channels, hidden_dim, n_levels, enforce_input_projection)
-        self.class_embed = nn.Linear(hidden_dim, num_classes + softmax_classes)
-        self.label_enc = nn.Embedding(num_classes, hidden_dim)
-        self.mask_embed = MLP(hidden_dim, hidden_dim, mask_dim, 3)
-        self.decoder_norm = nn.LayerNorm(hidden_dim)
+        dino, head = cfg.MODEL.MaskDINO, cfg.MODEL.SEM_SEG_HEAD
+        _check(dino)
+        channels, levels = dino.HIDDEN_DIM, head.TOTAL_NUM_FEATURE_LEVELS
+        self.num_queries = dino.NUM_OBJECT_QUERIES
+        self.box_start = dino.INITIALIZE_BOX_TYPE
+        self.initial_prediction = dino.INITIAL_PRED
+        self.denoising, self.denoising_count, self.noise_scale = dino.DN, dino.DN_NUM, dino.DN_NOISE_SCALE
+        learned = dino.LEARN_TGT or not dino.TWO_STAGE
+        self.query_feat = nn.Embedding(self.num_queries, channels) if learned else None
+        self.query_embed = None if dino.TWO_STAGE else nn.Embedding(self.num_queries, 4)
+        if dino.TWO_STAGE:
+            self.enc_output = nn.Linear(channels, channels)
+            self.enc_output_norm = nn.LayerNorm(channels)
+        self.input_proj = input_projections(in_channels, channels, levels, dino.ENFORCE_INPUT_PROJ)
+        self.class_embed = nn.Linear(channels, head.NUM_CLASSES + softmax_classes(cfg))
+        self.label_enc = nn.Embedding(head.NUM_CLASSES, channels)
+        self.mask_embed = MLP(channels, channels, head.MASK_DIM, 3)
+        self.decoder_norm = nn.LayerNorm(channels)
+        layers = dino.DEC_LAYERS
         self.decoder = DeformableDecoder(
-            n_layers,
-            hidden_dim,
-            dim_feedforward,
-            self.decoder_norm,
-            dropout=dropout,
-            n_levels=n_levels,
-            n_heads=n_heads,
+            layers, channels, dino.DIM_FEEDFORWARD, self.decoder_norm, n_levels=levels, n_heads=dino.NHEADS
         )
-        self._bbox_embed = MLP(hidden_dim, hidden_dim, 4, 3)
+        self._bbox_embed = MLP(channels, channels, 4, 3)
         nn.init.zeros_(self._bbox_embed.layers[-1].get_parameter("weight"))
         nn.init.zeros_(self._bbox_embed.layers[-1].get_parameter("bias"))
-        self.bbox_embed = self.decoder.bbox_embed = nn.ModuleList([self._bbox_embed] * n_layers)
-
-    @classmethod
-    def from_config(cls, cfg: CfgNode, in_channels: int, mask_classification: bool = True) -> dict[str, Any]:
-        """Arguments from ``MODEL.MaskDINO`` and ``MODEL.SEM_SEG_HEAD``.
-
-        Raises:
-            ModelConfigError: for values that are unknown, out of range or do not go together.
-        """
-        dino = cfg.MODEL.MaskDINO
-        _check(dino)
-        return {
-            "in_channels": in_channels,
-            "mask_classification": mask_classification,
-            "num_classes": cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES,
-            "softmax_classes": softmax_classes(cfg),
-            "hidden_dim": dino.HIDDEN_DIM,
-            # The published decoder has no dropout, whatever DROPOUT says; that is the encoder's.
-            "dropout": 0.0,
-            "n_heads": dino.NHEADS,
-            "dim_feedforward": dino.DIM_FEEDFORWARD,
-            "n_layers": dino.DEC_LAYERS,
-            "n_levels": cfg.MODEL.SEM_SEG_HEAD.TOTAL_NUM_FEATURE_LEVELS,
-            "num_queries": dino.NUM_OBJECT_QUERIES,
-            "mask_dim": cfg.MODEL.SEM_SEG_HEAD.MASK_DIM,
-            "enforce_input_projection": dino.ENFORCE_INPUT_PROJ,
-            "two_stage": dino.TWO_STAGE,
-            "learned_content": dino.LEARN_TGT,
-            "box_start": dino.INITIALIZE_BOX_TYPE,
-            "initial_prediction": dino.INITIAL_PRED,
-            "denoising": dino.DN,
-            "denoising_count": dino.DN_NUM,
-            "noise_scale": dino.DN_NOISE_SCALE,
-        }
+        self.bbox_embed = self.decoder.bbox_embed = nn.ModuleList([self._bbox_embed] * layers)
 
     def forward(
         self,
@@ -150,7 +88,7 @@ class MaskDINODecoder(nn.Module):
         mask: Tensor | None = None,
         targets: Sequence[Target] | None = None,
     ) -> dict[str, Any]:
-        """Predict.
+        """Predict classes, masks and boxes.
 
         Args:
             features: maps (N, C, H_l, W_l) as the pixel decoder gives them; the decoder takes them in reverse.

@@ -3,39 +3,26 @@
 from __future__ import annotations
 
 import torch
+from detectron2.config import CfgNode
 from torch import Tensor, nn
 
-from peft_d2.models.layers.norm import LayerNorm2d
 from peft_d2.models.layers.transformer import MLP
+from peft_d2.models.sam.common import LayerNorm2d
 from peft_d2.models.sam.transformer import TwoWayTransformer
+
+_AMBIGUOUS = 3  # masks for a prompt that could mean several things; one more is for a prompt that cannot
 
 
 class SAMMaskDecoder(nn.Module):
-    """Masks and their expected IoU from an image's embedding and prompts.
+    """Masks and their expected IoU from an image's embedding and prompts, both of OUT_CHANNELS of ``MODEL.SAM``."""
 
-    Args:
-        dim: channels of embedding and prompts.
-        depth, n_heads, mlp_dim: of the two-way transformer.
-        n_ambiguous: masks for a prompt that could mean several things; one more is for a prompt that cannot.
-        iou_depth, iou_hidden: layers and hidden channels of the perceptron that expects the IoU.
-    """
-
-    def __init__(
-        self,
-        *,
-        dim: int,
-        depth: int,
-        n_heads: int,
-        mlp_dim: int,
-        iou_depth: int,
-        iou_hidden: int,
-        n_ambiguous: int = 3,
-    ) -> None:
+    def __init__(self, cfg: CfgNode) -> None:
         super().__init__()
-        n_masks = n_ambiguous + 1
-        self.transformer = TwoWayTransformer(depth, dim, n_heads, mlp_dim)
+        node, masks = cfg.MODEL.SAM, _AMBIGUOUS + 1
+        dim = node.OUT_CHANNELS
+        self.transformer = TwoWayTransformer(node.DECODER_DEPTH, dim, node.DECODER_HEADS, node.DECODER_MLP_DIM)
         self.iou_token = nn.Embedding(1, dim)
-        self.mask_tokens = nn.Embedding(n_masks, dim)
+        self.mask_tokens = nn.Embedding(masks, dim)
         self.output_upscaling = nn.Sequential(
             nn.ConvTranspose2d(dim, dim // 4, kernel_size=2, stride=2),
             LayerNorm2d(dim // 4),
@@ -43,8 +30,8 @@ class SAMMaskDecoder(nn.Module):
             nn.ConvTranspose2d(dim // 4, dim // 8, kernel_size=2, stride=2),
             nn.GELU(),
         )
-        self.output_hypernetworks_mlps = nn.ModuleList(MLP(dim, dim, dim // 8, 3) for _ in range(n_masks))
-        self.iou_prediction_head = MLP(dim, iou_hidden, n_masks, iou_depth)
+        self.output_hypernetworks_mlps = nn.ModuleList(MLP(dim, dim, dim // 8, 3) for _ in range(masks))
+        self.iou_prediction_head = MLP(dim, node.IOU_HEAD_HIDDEN, masks, node.IOU_HEAD_DEPTH)
 
     def forward(
         self, embedding: Tensor, positions: Tensor, tokens: Tensor, dense: Tensor, multimask: bool
@@ -59,13 +46,13 @@ class SAMMaskDecoder(nn.Module):
             multimask: the masks for ambiguous prompts instead of the single one.
 
         Returns:
-            Logits (B, K, 4 G, 4 G) and expected IoU (B, K), K = 1 or ``n_ambiguous``.
+            Logits (B, K, 4 G, 4 G) and expected IoU (B, K), K = 1, or 3 for ambiguous prompts.
         """
         count, grid = len(tokens), embedding.shape[-2:]
         own = torch.cat([self.iou_token.weight, self.mask_tokens.weight]).expand(count, -1, -1)
         pixels = (embedding + dense).flatten(2).transpose(1, 2)
-        where = positions.flatten(2).transpose(1, 2).expand_as(pixels)
-        tokens, pixels = self.transformer(torch.cat([own, tokens], dim=1), pixels, where)
+        pixel_positions = positions.flatten(2).transpose(1, 2).expand_as(pixels)
+        tokens, pixels = self.transformer(torch.cat([own, tokens], dim=1), pixels, pixel_positions)
         upscaled = self.output_upscaling(pixels.transpose(1, 2).unflatten(2, grid))
         # The first token expects the IoU, one token per mask follows.
         chosen = range(1, len(self.output_hypernetworks_mlps)) if multimask else range(1)

@@ -6,39 +6,57 @@ Trained as SAM-COBOT does (Peng et al., CVPR 2024, section 4.1): boxes in, binar
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from detectron2.config import CfgNode, configurable
+from detectron2.config import CfgNode
+from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
 
-from peft_d2.models.backbones.sam_vit import ImageEncoder, encoder_settings
 from peft_d2.models.checks import expect, expect_at_least, expect_pixels
 from peft_d2.models.layers.criterion import dice_loss, mask_loss
 from peft_d2.models.layers.joined_batch import average_count, count_objects, objects_of_all
 from peft_d2.models.layers.pixels import normalised
 from peft_d2.models.layers.postprocess import Canvas, mask_boxes
 from peft_d2.models.layers.targets import Target
+from peft_d2.models.registration import entry
+from peft_d2.models.sam.image_encoder import ImageEncoder
 from peft_d2.models.sam.mask_decoder import SAMMaskDecoder
-from peft_d2.models.sam.prompt_encoder import PromptEncoder
-from peft_d2.models.sam.prompts import PromptError, Prompts, read_prompts
+from peft_d2.models.sam.prompt_encoder import PromptEncoder, PromptError, Prompts, read_prompts
 
 THRESHOLD = 0.0  # of the mask logits
+# The defaults are the published ViT-B.
+KEYS = """
+MODEL:
+  SAM:
+    # Channels and positions of the image encoder, the prompt encoder and the mask decoder:
+    {IMAGE_SIZE: 1024, PATCH_SIZE: 16, EMBED_DIM: 768, DEPTH: 12, NUM_HEADS: 12, MLP_RATIO: 4.0, WINDOW_SIZE: 14,
+     GLOBAL_BLOCKS: [2, 5, 8, 11], OUT_CHANNELS: 256, USE_CHECKPOINT: false, MASK_IN_CHANNELS: 16, DECODER_DEPTH: 2,
+     DECODER_HEADS: 8, DECODER_MLP_DIM: 2048, IOU_HEAD_DEPTH: 3, IOU_HEAD_HIDDEN: 256,
+     # Inference: three masks per prompt, of which the one with the best expected IoU is taken; prompts in one call.
+     MULTIMASK: false, PROMPTS_PER_CALL: 64,
+     # A folder that keeps the embeddings of a frozen image encoder, so that each image is encoded once; "" keeps none.
+     # The published models' take 4 MiB for each image and flip in float32, half of it with SOLVER.AMP.
+     FEATURE_CACHE: "",
+     MASK_WEIGHT: 1.0, DICE_WEIGHT: 1.0, IOU_WEIGHT: 0.0}
+"""
 
 
+@entry(META_ARCH_REGISTRY, "PD2SegmentAnything", keys=KEYS)
 class SegmentAnything(nn.Module):
     """Image encoder, prompt encoder and mask decoder; an image is encoded once for all of its prompts.
 
-    Args:
-        image_encoder, prompt_encoder, mask_decoder: the parts.
-        pixel_mean, pixel_std: of the input's channels.
-        image_size: images are padded to squares of it, px.
+    Attributes:
         multimask: inference predicts masks for ambiguous prompts and takes the one with the best expected IoU.
         prompts_per_call: how many prompts are decoded together in inference.
         weights: of the losses, by name; a weight of 0 leaves a loss out.
+        embed: in place of the image encoder, one that keeps results.
+
+    Raises:
+        ModelConfigError: values that are out of range or do not go together.
     """
 
     pixel_mean: Tensor
@@ -47,39 +65,8 @@ class SegmentAnything(nn.Module):
     # The single mask's loss reaches neither the tokens of the other masks nor, without its loss, the expected IoU.
     has_unused_parameters = True
 
-    @configurable
-    def __init__(
-        self,
-        *,
-        image_encoder: ImageEncoder,
-        prompt_encoder: PromptEncoder,
-        mask_decoder: SAMMaskDecoder,
-        pixel_mean: Sequence[float],
-        pixel_std: Sequence[float],
-        image_size: int,
-        multimask: bool,
-        prompts_per_call: int,
-        weights: dict[str, float],
-    ) -> None:
+    def __init__(self, cfg: CfgNode) -> None:
         super().__init__()
-        self.image_encoder = image_encoder
-        self.prompt_encoder = prompt_encoder
-        self.mask_decoder = mask_decoder
-        self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), persistent=False)
-        self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), persistent=False)
-        self.image_size = image_size
-        self.multimask = multimask
-        self.prompts_per_call = prompts_per_call
-        self.weights = weights
-        self.embed: Callable[[Tensor], Tensor] | None = None  # in place of the encoder, for one that keeps results
-
-    @classmethod
-    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
-        """See ``MODEL.SAM`` in :mod:`peft_d2.models.config`.
-
-        Raises:
-            ModelConfigError: values that are out of range or do not go together.
-        """
         node, path = cfg.MODEL.SAM, "MODEL.SAM"
         expect_pixels(cfg)
         expect_at_least(path, node, DECODER_HEADS=1, DECODER_DEPTH=1, DECODER_MLP_DIM=1, PROMPTS_PER_CALL=1)
@@ -88,26 +75,17 @@ class SegmentAnything(nn.Module):
         shared_out = node.OUT_CHANNELS >= 1 and node.OUT_CHANNELS % shares == 0
         expected = f"a multiple of {shares}, with DECODER_HEADS {node.DECODER_HEADS}"
         expect(shared_out, f"{path}.OUT_CHANNELS", node.OUT_CHANNELS, expected)
-        image_encoder = ImageEncoder(**encoder_settings(cfg), in_channels=len(cfg.MODEL.PIXEL_MEAN))
+        self.image_encoder = ImageEncoder(cfg)
         grid = node.IMAGE_SIZE // node.PATCH_SIZE
-        return {
-            "image_encoder": image_encoder,
-            "prompt_encoder": PromptEncoder(node.OUT_CHANNELS, grid, node.IMAGE_SIZE, node.MASK_IN_CHANNELS),
-            "mask_decoder": SAMMaskDecoder(
-                dim=node.OUT_CHANNELS,
-                depth=node.DECODER_DEPTH,
-                n_heads=node.DECODER_HEADS,
-                mlp_dim=node.DECODER_MLP_DIM,
-                iou_depth=node.IOU_HEAD_DEPTH,
-                iou_hidden=node.IOU_HEAD_HIDDEN,
-            ),
-            "pixel_mean": cfg.MODEL.PIXEL_MEAN,
-            "pixel_std": cfg.MODEL.PIXEL_STD,
-            "image_size": node.IMAGE_SIZE,
-            "multimask": node.MULTIMASK,
-            "prompts_per_call": node.PROMPTS_PER_CALL,
-            "weights": {"loss_mask": node.MASK_WEIGHT, "loss_dice": node.DICE_WEIGHT, "loss_iou": node.IOU_WEIGHT},
-        }
+        self.prompt_encoder = PromptEncoder(node.OUT_CHANNELS, grid, node.IMAGE_SIZE, node.MASK_IN_CHANNELS)
+        self.mask_decoder = SAMMaskDecoder(cfg)
+        self.register_buffer("pixel_mean", torch.tensor(cfg.MODEL.PIXEL_MEAN).view(-1, 1, 1), persistent=False)
+        self.register_buffer("pixel_std", torch.tensor(cfg.MODEL.PIXEL_STD).view(-1, 1, 1), persistent=False)
+        self.image_size = node.IMAGE_SIZE
+        self.multimask = node.MULTIMASK
+        self.prompts_per_call = node.PROMPTS_PER_CALL
+        self.weights = {"loss_mask": node.MASK_WEIGHT, "loss_dice": node.DICE_WEIGHT, "loss_iou": node.IOU_WEIGHT}
+        self.embed: Callable[[Tensor], Tensor] | None = None
 
     @property
     def device(self) -> torch.device:

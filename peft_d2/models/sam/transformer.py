@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peft_d2.models.layers.perceptron import Perceptron
+from peft_d2.models.sam.common import MLPBlock
 
 
 class DownsampledAttention(nn.Module):
@@ -46,7 +46,7 @@ class TwoWayBlock(nn.Module):
         self.norm1 = nn.LayerNorm(dim)
         self.cross_attn_token_to_image = DownsampledAttention(dim, n_heads, downsample)
         self.norm2 = nn.LayerNorm(dim)
-        self.mlp = Perceptron(dim, mlp_dim, nn.ReLU)
+        self.mlp = MLPBlock(dim, mlp_dim, nn.ReLU)
         self.norm3 = nn.LayerNorm(dim)
         self.norm4 = nn.LayerNorm(dim)
         self.cross_attn_image_to_token = DownsampledAttention(dim, n_heads, downsample)

@@ -13,45 +13,27 @@ from peft_d2.storage import CheckpointError
 
 # Prompts of CLIP for ImageNet (Radford et al., ICML 2021, section 3.1.4), put together from their parts: 80 sentences.
 _PHOTOS = (
-    "bad",
-    "low resolution",
-    "cropped",
-    "bright",
-    "dark",
-    "close-up",
-    "black and white",
-    "pixelated",
-    "jpeg corrupted",
-    "blurry",
-    "good",
+    *("bad", "low resolution", "cropped", "bright", "dark", "close-up", "black and white", "pixelated"),
+    *("jpeg corrupted", "blurry", "good"),
 )
 _OBJECTS = ("hard to see", "clean", "dirty", "cool", "large", "nice", "weird", "small")
 _WORKS = (
-    "a sculpture",
-    "a rendering",
-    "a tattoo",
-    "a drawing",
-    "a painting",
-    "a doodle",
-    "a sketch",
-    "a rendition",
-    "graffiti",
-    "art",
-    "itap",  # "I took a picture"
+    *("a sculpture", "a rendering", "a tattoo", "a drawing", "a painting", "a doodle", "a sketch", "a rendition"),
+    *("graffiti", "art", "itap"),  # "I took a picture"
 )
 _KINDS = ("embroidered", "plastic", "origami", "toy", "cartoon", "plushie")
 
 
 def _templates() -> tuple[str, ...]:
-    found = ["{}", "a photo of many {}", "a photo of my {}", "a photo of one {}", "itap of my {}"]
+    templates = ["{}", "a photo of many {}", "a photo of my {}", "a photo of one {}", "itap of my {}"]
     for article in ("a", "the"):
-        found.append(f"a photo of {article} {{}}")
-        found.extend(f"a {photo} photo of {article} {{}}" for photo in _PHOTOS)
-        found.extend(f"a photo of {article} {thing} {{}}" for thing in _OBJECTS)
-        found.extend(f"{work} of {article} {{}}" for work in _WORKS)
-        found.extend(f"{article} {kind} {{}}" for kind in _KINDS)
-        found.append(f"{article} {{}} in a video game")
-    return tuple(f"{template}." for template in found)
+        templates.append(f"a photo of {article} {{}}")
+        templates.extend(f"a {photo} photo of {article} {{}}" for photo in _PHOTOS)
+        templates.extend(f"a photo of {article} {thing} {{}}" for thing in _OBJECTS)
+        templates.extend(f"{work} of {article} {{}}" for work in _WORKS)
+        templates.extend(f"{article} {kind} {{}}" for kind in _KINDS)
+        templates.append(f"{article} {{}} in a video game")
+    return tuple(f"{template}." for template in templates)
 
 
 TEMPLATES = _templates()
@@ -100,7 +82,7 @@ def load_tokenizer(source: str | os.PathLike[str] = CLIP_TOKENIZER, context: int
         "give a folder that holds vocab.json and merges.txt of openai/clip-vit-base-patch32, or read class vectors "
         "from a file that somebody has written with tools/encode_classes.py: they need no tokenizer"
     )
-    if os.path.isdir(source) and not _has_files(source):
+    if os.path.isdir(source) and not _holds_tokenizer(source):
         raise TokenizerError(f"the folder {os.fspath(source)!r} holds no tokenizer: {remedy}")
     try:
         tokenizer: Any = CLIPTokenizer.from_pretrained(os.fspath(source), local_files_only=os.path.isdir(source))
@@ -123,6 +105,6 @@ def load_tokenizer(source: str | os.PathLike[str] = CLIP_TOKENIZER, context: int
     return encode
 
 
-def _has_files(folder: str | os.PathLike[str]) -> bool:
-    there = set(os.listdir(folder))
-    return "tokenizer.json" in there or {"vocab.json", "merges.txt"} <= there
+def _holds_tokenizer(folder: str | os.PathLike[str]) -> bool:
+    files = set(os.listdir(folder))
+    return "tokenizer.json" in files or {"vocab.json", "merges.txt"} <= files

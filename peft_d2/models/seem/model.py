@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
-from detectron2.config import CfgNode, configurable
+from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
+from detectron2.modeling import META_ARCH_REGISTRY
 from torch import Tensor
 
 from peft_d2.models.mask2former.model import MaskFormer
+from peft_d2.models.registration import entry
 from peft_d2.models.seem.class_vectors import ClassVectors, ClassVectorsError
 from peft_d2.models.seem.transformer_decoder import Parked
 from peft_d2.models.seem.vocabulary import Vocabulary
@@ -20,33 +21,25 @@ _PREDICTOR = "sem_seg_head.predictor."
 _logger = logging.getLogger(__name__)
 
 
+@entry(META_ARCH_REGISTRY, "PD2SEEM", upstream="GeneralizedSEEM")
 class SEEM(MaskFormer):
     """Mask2Former's losses and inference, but for the last resize; classes are names, see :meth:`set_classes`.
 
-    Args:
-        parts: of :class:`peft_d2.models.mask2former.model.MaskFormer`; the predictor is a :class:`SEEMDecoder`.
+    ``MODEL.SEEM.CLASS_NAMES`` sets the number of classes, too. The predictor is a :class:`SEEMDecoder`.
     """
 
     bicubic_results = True
 
-    @configurable
-    def __init__(self, **parts: Any) -> None:
-        super().__init__(**parts)
-        # Of the published interactive training; kept so that checkpoints are loaded and written whole.
-        self.register_buffer("dilation_kernel", torch.ones(1, 1, 3, 3))
-
-    @classmethod
-    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
-        """Build the parts; ``MODEL.SEEM.CLASS_NAMES`` sets the number of classes, too."""
-        names = cfg.MODEL.SEEM.CLASS_NAMES
-        if names:
+    def __init__(self, cfg: CfgNode) -> None:
+        if names := cfg.MODEL.SEEM.CLASS_NAMES:
             cfg = cfg.clone()
             cfg.defrost()
             cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES = len(names)
-        parts = super().from_config(cfg)
+        super().__init__(cfg)
         if cfg.DATASETS.TEST:  # inference tells the things from the stuff of the classes that it scores
-            parts["metadata"] = MetadataCatalog.get(cfg.DATASETS.TEST[0])
-        return parts
+            self.metadata = MetadataCatalog.get(cfg.DATASETS.TEST[0])
+        # Of the published interactive training; kept so that checkpoints are loaded and written whole.
+        self.register_buffer("dilation_kernel", torch.ones(1, 1, 3, 3))
 
     @property
     def class_names(self) -> tuple[str, ...]:

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from detectron2.config import CfgNode, configurable
 from torch import Tensor, nn
 
 _EPS = 1e-12  # of the layer norms
@@ -75,36 +74,13 @@ class TextEncoder(nn.Module):
         projection: channels of the vectors.
     """
 
-    @configurable
-    def __init__(
-        self,
-        *,
-        vocabulary: int = 49408,
-        context: int = 77,
-        width: int = 512,
-        n_heads: int = 8,
-        n_layers: int = 12,
-        projection: int = 512,
-    ) -> None:
+    def __init__(self, vocabulary: int, context: int, width: int, n_heads: int, n_layers: int, projection: int) -> None:
         super().__init__()
         self.lang_proj = nn.Parameter(torch.empty(width, projection))
         nn.init.trunc_normal_(self.lang_proj, std=0.02)
         self.logit_scale = nn.Parameter(torch.ones([]))
         self.lang_encoder = TextTransformer(vocabulary, context, width, n_heads, n_layers)
         self._initial_version = self.version
-
-    @classmethod
-    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
-        """Arguments from ``MODEL.TEXT`` and ``MODEL.DIM_PROJ``."""
-        text = cfg.MODEL.TEXT
-        return {
-            "vocabulary": text.VOCABULARY,
-            "context": text.CONTEXT_LENGTH,
-            "width": text.WIDTH,
-            "n_heads": text.HEADS,
-            "n_layers": text.LAYERS,
-            "projection": cfg.MODEL.DIM_PROJ,
-        }
 
     @classmethod
     def from_state(cls, state: Mapping[str, Tensor], n_heads: int | None = None) -> TextEncoder:

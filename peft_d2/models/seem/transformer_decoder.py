@@ -8,18 +8,36 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
-from detectron2.config import CfgNode, configurable
+from detectron2.config import CfgNode
 from torch import Tensor, nn
 
 from peft_d2.models.layers.transformer import MLP
 from peft_d2.models.mask2former.transformer_decoder import MaskedTransformerDecoder
+from peft_d2.models.registration import TRANSFORMER_DECODER_REGISTRY, entry
 from peft_d2.models.seem.text_encoder import TextEncoder
-from peft_d2.models.seem.vocabulary import Vocabulary, vocabularies
+from peft_d2.models.seem.vocabulary import vocabularies
 
 _EPS = 1e-7
+KEYS = """
+MODEL:
+  # SEEM's text encoder, and the channels in which queries and classes are compared.
+  DIM_PROJ: 512
+  TEXT:
+    {PRETRAINED_TOKENIZER: openai/clip-vit-base-patch32, CONTEXT_LENGTH: 77, WIDTH: 512, HEADS: 8, LAYERS: 12,
+     # Tokens of the text encoder; the published code asks the tokenizer.
+     VOCABULARY: 49408}
+  SEEM:
+    # The classes by name; [] takes the data set's: those of TRAIN in training, those of TEST in inference.
+    CLASS_NAMES: []
+    # A file of their vectors; "" computes them with the text encoder of MODEL.WEIGHTS.
+    CLASS_VECTORS: ""
+    # False builds no text encoder; class vectors come from a file then.
+    TEXT_ENCODER: true
+    # Rows of the embeddings of spatial prompts, which are kept and not used; 0 for a model that never had any.
+    SPATIAL_MEMORIES: 32
+"""
 
 
 class LogitScale(nn.Module):
@@ -39,64 +57,37 @@ class Parked(nn.Module):
             self.register_buffer(name, torch.zeros(shape))
 
 
+@entry(TRANSFORMER_DECODER_REGISTRY, "PD2SEEMDecoder", upstream="SEEMDecoder", keys=KEYS)
 class SEEMDecoder(MaskedTransformerDecoder):
     """Class logits are exp(logit_scale) times the cosine of a query's vector with the classes' vectors.
 
-    Args:
-        hidden_dim: channels of the queries.
-        mask_dim: channels of the mask features.
-        vector_dim: channels of the class vectors.
-        lang_encoder: has ``logit_scale``; a text encoder computes class vectors besides, and starts frozen.
-        vocabularies: the classes in training and in inference.
-        spatial_memories: rows of the parked embeddings of spatial prompts; 0 parks none of that branch's tensors.
-        layers: further arguments, see :class:`MaskedTransformerDecoder`.
+    ``lang_encoder`` has ``logit_scale``; a text encoder computes class vectors besides, and starts frozen.
+
+    Raises:
+        ClassVectorsError: see :func:`peft_d2.models.seem.vocabulary.vocabularies`.
+        ModelConfigError: see :class:`MaskedTransformerDecoder`.
     """
 
-    @configurable
-    def __init__(
-        self,
-        in_channels: int,
-        mask_classification: bool = True,
-        *,
-        hidden_dim: int,
-        mask_dim: int,
-        vector_dim: int,
-        lang_encoder: TextEncoder | LogitScale,
-        vocabularies: tuple[Vocabulary, Vocabulary],
-        spatial_memories: int,
-        **layers: Any,
-    ) -> None:
-        super().__init__(in_channels, mask_classification, hidden_dim=hidden_dim, **layers)
-        self.training_vocabulary, self.vocabulary = vocabularies
+    def __init__(self, cfg: CfgNode, in_channels: int, mask_classification: bool = True) -> None:
+        channels, node, text = cfg.MODEL.MASK_FORMER.HIDDEN_DIM, cfg.MODEL.SEEM, cfg.MODEL.TEXT
+        lang_encoder: TextEncoder | LogitScale = LogitScale()
+        if node.TEXT_ENCODER:
+            sizes = (text.VOCABULARY, text.CONTEXT_LENGTH, text.WIDTH, text.HEADS, text.LAYERS)
+            lang_encoder = TextEncoder(*sizes, cfg.MODEL.DIM_PROJ)
+        super().__init__(cfg, in_channels, mask_classification)
+        self.training_vocabulary, self.vocabulary = vocabularies(cfg)
         self.lang_encoder = lang_encoder
-        for name, parameter in lang_encoder.named_parameters():
+        for name, parameter in self.lang_encoder.named_parameters():
             parameter.requires_grad_(name == "logit_scale")
-        self.mask_embed = MLP(hidden_dim, hidden_dim, mask_dim, 3)
-        self.class_embed = nn.Parameter(torch.empty(hidden_dim, vector_dim))
+        self.mask_embed = MLP(channels, channels, cfg.MODEL.SEM_SEG_HEAD.MASK_DIM, 3)
+        self.class_embed = nn.Parameter(torch.empty(channels, cfg.MODEL.DIM_PROJ))
         nn.init.trunc_normal_(self.class_embed, std=0.02)
-        if spatial_memories:
-            matrix, memory = (hidden_dim, hidden_dim), (spatial_memories, hidden_dim)
+        if node.SPATIAL_MEMORIES:
+            matrix, memory = (channels, channels), (node.SPATIAL_MEMORIES, channels)
             self.mask_sptial_embed = Parked(**{str(level): matrix for level in range(3)})  # spelled as published
             self.spatial_embed = Parked(weight=memory)
             self.spatial_featured = Parked(weight=memory)
-            self.pn_indicator = Parked(weight=(2, hidden_dim))
-
-    @classmethod
-    def from_config(cls, cfg: CfgNode, in_channels: int, mask_classification: bool = True) -> dict[str, Any]:
-        """Arguments from ``MODEL.SEEM``, ``MODEL.TEXT``, ``MODEL.MASK_FORMER`` and ``MODEL.SEM_SEG_HEAD``.
-
-        Raises:
-            ClassVectorsError: see :func:`peft_d2.models.seem.vocabulary.vocabularies`.
-        """
-        node = cfg.MODEL.SEEM
-        return {
-            **super().from_config(cfg, in_channels, mask_classification),
-            "mask_dim": cfg.MODEL.SEM_SEG_HEAD.MASK_DIM,
-            "vector_dim": cfg.MODEL.DIM_PROJ,
-            "lang_encoder": TextEncoder(cfg) if node.TEXT_ENCODER else LogitScale(),
-            "vocabularies": vocabularies(cfg),
-            "spatial_memories": node.SPATIAL_MEMORIES,
-        }
+            self.pn_indicator = Parked(weight=(2, channels))
 
     def classifier(self) -> Callable[[Tensor], Tensor]:
         """Compare with the classes' vectors: in training those of a random template each, anew for each pass."""

@@ -1,0 +1,151 @@
+"""The image encoder of Segment Anything (Kirillov et al., ICCV 2023, section 3 and appendix A).
+
+A plain ViT in the manner of ViTDet (Li et al., ECCV 2022): attention within windows, but for a few global blocks.
+Parameter names are the published ones.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from detectron2.config import CfgNode
+from torch import Tensor, nn
+
+from peft_d2.models.backbones.stages import PatchEmbed
+from peft_d2.models.checks import expect, expect_at_least, expect_heads
+from peft_d2.models.layers.transformer import run_block
+from peft_d2.models.layers.windows import from_windows, pad_bottom_right, to_windows
+from peft_d2.models.sam.common import MLPBlock, normed_convolutions
+
+_EPS = 1e-6
+
+
+class ImageEncoder(nn.Module):
+    """Image to embedding, as ``MODEL.SAM`` describes it.
+
+    Args:
+        cfg: images are squares of IMAGE_SIZE px; other sizes interpolate the positions that are made for it.
+        neck: whether the neck to OUT_CHANNELS is there; without it, the last block's channels are given out.
+
+    Raises:
+        ModelConfigError: values that are out of range or do not go together.
+    """
+
+    def __init__(self, cfg: CfgNode, neck: bool = True) -> None:
+        super().__init__()
+        node = cfg.MODEL.SAM
+        _check(node)
+        grid, dim = node.IMAGE_SIZE // node.PATCH_SIZE, node.EMBED_DIM
+        self.patch = node.PATCH_SIZE
+        self.channels = node.OUT_CHANNELS if neck else dim
+        self.use_checkpoint = node.USE_CHECKPOINT
+        self.pos_embed = nn.Parameter(torch.zeros(1, grid, grid, dim))
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        self.patch_embed = PatchEmbed(len(cfg.MODEL.PIXEL_MEAN), dim, node.PATCH_SIZE, norm="")
+        windows = [0 if i in node.GLOBAL_BLOCKS else node.WINDOW_SIZE for i in range(node.DEPTH)]
+        self.blocks = nn.ModuleList(EncoderBlock(dim, node.NUM_HEADS, node.MLP_RATIO, w, grid) for w in windows)
+        self.neck: nn.Module = nn.Sequential(*normed_convolutions(dim, node.OUT_CHANNELS)) if neck else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W), normalised, sides multiples of the patch -> (N, channels, H / patch, W / patch)."""
+        x = self.patch_embed(x.permute(0, 2, 3, 1))
+        x = x + self._positions(x.shape[1], x.shape[2])
+        for block in self.blocks:
+            x = run_block(block, x, use_checkpoint=self.use_checkpoint)
+        return self.neck(x.permute(0, 3, 1, 2))
+
+    def _positions(self, height: int, width: int) -> Tensor:
+        if (height, width) == tuple(self.pos_embed.shape[1:3]):
+            return self.pos_embed
+        resized = F.interpolate(self.pos_embed.permute(0, 3, 1, 2), size=(height, width), mode="bicubic")
+        return resized.permute(0, 2, 3, 1)
+
+
+class EncoderBlock(nn.Module):
+    """Attention and MLP, each pre-normed with a residual; ``window`` 0 attends over the whole map of ``grid`` px."""
+
+    def __init__(self, dim: int, n_heads: int, mlp_ratio: float, window: int, grid: int) -> None:
+        super().__init__()
+        side = window or grid
+        self.norm1 = nn.LayerNorm(dim, eps=_EPS)
+        self.attn = RelativePositionAttention(dim, n_heads, (side, side))
+        self.norm2 = nn.LayerNorm(dim, eps=_EPS)
+        self.mlp = MLPBlock(dim, int(dim * mlp_ratio))
+        self.window = window
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, H, W, C) -> (N, H, W, C)."""
+        x = x + self._attend(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+    def _attend(self, x: Tensor) -> Tensor:
+        height, width = x.shape[1:3]
+        if not self.window:
+            return self.attn(x.flatten(1, 2), (height, width)).unflatten(1, (height, width))
+        # Padded pixels take part: their keys and values are the biases of qkv.
+        padded = pad_bottom_right(x, self.window)
+        windows = self.attn(to_windows(padded, self.window), (self.window, self.window))
+        return from_windows(windows, self.window, *padded.shape[1:3])[:, :height, :width]
+
+
+class RelativePositionAttention(nn.Module):
+    """Multi-head self-attention over all pixels of a map, with a learned term per relative row and column.
+
+    Li et al., "MViTv2", CVPR 2022, equations 4 and 5: ``logits = q k' / sqrt(d) + q . R_h[y - y'] + q . R_w[x - x']``,
+    with the unscaled q.
+
+    Args:
+        dim, n_heads: channels, attention heads.
+        size: (H, W) that the tables of relative positions are made for; other sizes interpolate them.
+    """
+
+    def __init__(self, dim: int, n_heads: int, size: tuple[int, int]) -> None:
+        super().__init__()
+        if dim % n_heads:
+            raise ValueError(f"{dim} channels cannot be shared out among {n_heads} heads; choose a multiple")
+        self.n_heads = n_heads
+        self.rel_pos_h = nn.Parameter(torch.zeros(2 * size[0] - 1, dim // n_heads))
+        self.rel_pos_w = nn.Parameter(torch.zeros(2 * size[1] - 1, dim // n_heads))
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+        """(B, H W, C) -> (B, H W, C) for maps of ``size`` (H, W)."""
+        self.H, self.W = size  # what is injected into qkv may have to know how its tokens lie
+        batch, tokens, channels = x.shape
+        q, k, v = self.qkv(x).view(batch, tokens, 3, self.n_heads, -1).permute(2, 0, 3, 1, 4)
+        bias = decomposed_bias(q, self.rel_pos_h, self.rel_pos_w, size)
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        return self.proj(x.transpose(1, 2).reshape(batch, tokens, channels))
+
+
+def decomposed_bias(q: Tensor, table_h: Tensor, table_w: Tensor, size: tuple[int, int]) -> Tensor:
+    """What is added to the logits: (B, M, T, T) for unscaled q (B, M, T, d) on a map of ``size`` (H, W), T = H W."""
+    height, width = size
+    grid = q.unflatten(2, size)
+    rows = torch.einsum("bmyxd,ykd->bmyxk", grid, relative_rows(table_h, height, height).to(q.dtype))
+    columns = torch.einsum("bmyxd,xkd->bmyxk", grid, relative_rows(table_w, width, width).to(q.dtype))
+    return (rows[..., :, None] + columns[..., None, :]).flatten(4).flatten(2, 3)
+
+
+def relative_rows(table: Tensor, queries: int, keys: int) -> Tensor:
+    """Rows of ``table`` (L, d) for each pair of a query's and a key's coordinate: (queries, keys, d).
+
+    The coarser axis is stretched to the finer one. A table made for another length is interpolated linearly.
+    """
+    needed = 2 * max(queries, keys) - 1
+    if len(table) != needed:
+        table = F.interpolate(table.t()[None].float(), size=needed, mode="linear")[0].t().to(table.dtype)
+    query = torch.arange(queries, device=table.device)[:, None] * max(keys / queries, 1.0)
+    key = torch.arange(keys, device=table.device)[None, :] * max(queries / keys, 1.0)
+    return table[(query - key + (keys - 1) * max(queries / keys, 1.0)).long()]
+
+
+def _check(node: CfgNode) -> None:
+    path = "MODEL.SAM"
+    expect_at_least(path, node, PATCH_SIZE=1, IMAGE_SIZE=1, DEPTH=1, WINDOW_SIZE=1, OUT_CHANNELS=0)
+    whole = node.IMAGE_SIZE % node.PATCH_SIZE == 0
+    expect(whole, f"{path}.IMAGE_SIZE", node.IMAGE_SIZE, f"a multiple of PATCH_SIZE, {node.PATCH_SIZE}")
+    inside = all(0 <= i < node.DEPTH for i in node.GLOBAL_BLOCKS)
+    expect(inside, f"{path}.GLOBAL_BLOCKS", node.GLOBAL_BLOCKS, f"numbers of the {node.DEPTH} blocks, from 0")
+    expect_heads(f"{path}.EMBED_DIM", node.EMBED_DIM, f"{path}.NUM_HEADS", node.NUM_HEADS)
