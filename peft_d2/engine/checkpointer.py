@@ -245,8 +245,10 @@ class Checkpointer(DetectionCheckpointer):
         first = max(later, key=ages.__getitem__, default=named)
         if first is None:
             return []
-        if tagged and first is not named:
-            logger.info("%s names %r; going on from %s, which is newer or still there.", LAST, tagged[:80], first.name)
+        if named is None and _NAME.fullmatch(tagged):
+            self._say(f"Checkpoint {tag.with_name(tagged)} is passed over: {LAST} names it, and it is not there")
+        elif tagged and first is not named:
+            logger.info("%s names %r; going on from %s, which is newer.", LAST, tagged[:80], first.name)
         runs = {path: run if _number(run) else "" for path, run, _ in rows}
         own = [path for path in ages if runs[path] == runs[first] and ages[path] <= ages[first]]
         own += [

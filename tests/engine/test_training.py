@@ -14,13 +14,12 @@ from typing import Any
 import pytest
 import torch
 from detectron2.engine import HookBase
+from fault_campaign.poison import Poison
 
 from peft_d2.engine.checkpointer import Checkpointer
 from peft_d2.engine.errors import LossNotFinite
 from peft_d2.engine.trainer import Trainer
 from peft_d2.peft import DeadPartError
-
-from ..faults.poison import Poison
 
 KINDS = pytest.mark.parametrize("peft", [False, True], ids=["full", "peft"])
 

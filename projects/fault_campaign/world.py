@@ -19,7 +19,7 @@ from peft_d2.data import toy
 from peft_d2.engine.checks import apply_class_count
 from peft_d2.engine.config import load_config
 
-CONFIG = Path(__file__).parents[1] / "engine" / "tiny.yaml"
+CONFIG = Path(__file__).with_name("tiny.yaml")
 LORA = "[{'NAME': 'lora', 'RANK': %d, 'ALPHA': 2, 'TARGETS': ['qkv', 'self_attn.value_proj']}]"
 TRAIN = "['sem_seg_head.predictor.class_embed', 'sem_seg_head.predictor.mask_embed']"
 
@@ -56,8 +56,16 @@ class World:
         torch.manual_seed(11)
         torch.save({"model": self.model().state_dict()}, self.base)
 
-    def cfg(self, output: Path, *opts: Any, peft: bool = True, rank: int = 2, data: toy.ToySet | None = None) -> Any:
-        """A config of the tiny model, trained on the toy set and evaluated on nothing."""
+    def cfg(
+        self,
+        output: Path,
+        *opts: Any,
+        peft: bool = True,
+        rank: int = 2,
+        data: toy.ToySet | None = None,
+        evaluate: bool = False,
+    ) -> Any:
+        """A config of the tiny model, trained on the toy set and, where asked, evaluated on it."""
         pairs = ["OUTPUT_DIR", output, "MODEL.WEIGHTS", getattr(self, "base", ""), "SOLVER.CHECKPOINT_PERIOD", 1]
         if peft:
             pairs += ["MODEL.PEFT.METHODS", LORA % rank, "MODEL.PEFT.TRAIN", TRAIN, "MODEL.PEFT.PROVE_LIVE", False]
@@ -65,7 +73,7 @@ class World:
         data = data or self.data
         name = f"toy_{data.json.parent.name}"
         cfg.DATASETS.REGISTER = [{"NAME": name, "JSON": str(data.json), "IMAGES": str(data.images)}]
-        cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = (name,), ()
+        cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = (name,), (name,) if evaluate else ()
         apply_class_count(cfg)
         return cfg
 

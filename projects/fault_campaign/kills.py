@@ -1,4 +1,4 @@
-"""kill -9 at random moments of training and of saving, and at each system call of a save."""
+"""kill -9 at random moments: of training, of saving, of evaluation, just after a resume, at each call of a save."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from .world import Child, Result, World
 Tell = Callable[..., None]
 _SAVING_CALLS = ("posix", "_io", "torch")  # modules whose C functions reach the file system
 _NEVER = 10**9
+_MOMENTS = ("start", "training", "saving", "call", "evaluation", "resumed", "call")
 
 
 @dataclass
@@ -56,7 +57,7 @@ def _run(world: World, peft: bool, count: int, seed: int) -> Result:
     failure, moment = "", "start"
     for number in range(count + 1):
         at = seen.calls and 1 + (number * 7) % seen.calls  # 7: neighbouring runs look at different parts of a save
-        kind = "end" if number == count else ("start", "training", "saving", "call", "call")[number % 5]
+        kind = "end" if number == count else _MOMENTS[number % len(_MOMENTS)]
         child = _start(world, folder, peft, at if kind == "call" else _NEVER, 2 if kind == "end" else 0)
         resumed = _watch(child, kind, chance, seen)
         child.close()
@@ -86,8 +87,12 @@ def _watch(child: Child, kind: str, chance: random.Random, seen: Seen) -> str:
         if words[0] == "resumed":
             wrong = _compare(int(words[1]), words[2], seen)
             seen.saved = max(seen.saved, int(words[1]))  # whole, though the kill came before its save returned
-            if kind == "training":
-                time.sleep(chance.uniform(0, 0.6))
+            if kind in ("training", "resumed"):
+                time.sleep(chance.uniform(0, 0.6 if kind == "training" else 0.1))
+                child.kill(signal.SIGKILL)
+        elif words[0] == "evaluating":
+            if kind == "evaluation":
+                time.sleep(chance.uniform(0, 0.3))
                 child.kill(signal.SIGKILL)
         elif words[0] == "saving":
             seen.begun = int(words[1])
@@ -132,11 +137,13 @@ def _start(world: World, folder: Path, peft: bool, kill_at: int, steps: int) -> 
     """A process that resumes the run and trains; it kills itself at the C call ``kill_at`` of its first save."""
 
     def train(tell: Tell) -> None:
-        cfg = world.cfg(folder, "SOLVER.MAX_ITER", 100_000, "SOLVER.CHECKPOINTS_TO_KEEP", 3, peft=peft)
+        opts = ("SOLVER.MAX_ITER", 100_000, "SOLVER.CHECKPOINTS_TO_KEEP", 3, "TEST.EVAL_PERIOD", 2)
+        cfg = world.cfg(folder, *opts, peft=peft, evaluate=True)
         trainer = Trainer(cfg)
         trainer.resume_or_load(resume=True)
         tell("resumed", trainer.start_iter - 1, _digest(trainer))
         _watch_saves(trainer, tell, kill_at)
+        _watch_evaluations(trainer, tell)
         if steps:
             trainer.register_hooks([_LeaveAfter(trainer.start_iter + steps)])
         trainer.train()
@@ -212,6 +219,16 @@ def _watch_saves(trainer: Trainer, tell: Tell, kill_at: int) -> None:
         tell("saved", trainer.iter, calls, time.perf_counter() - start)
 
     trainer.checkpointer.save = watched
+
+
+def _watch_evaluations(trainer: Trainer, tell: Tell) -> None:
+    test = trainer.test
+
+    def watched(*arguments: Any) -> Any:
+        tell("evaluating", trainer.iter)
+        return test(*arguments)
+
+    trainer.test = watched  # type: ignore[method-assign]
 
 
 def _reaches_files(function: Any) -> bool:
