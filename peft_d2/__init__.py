@@ -14,13 +14,16 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "add_config": "engine.config",
     "register": "engine.factory",
-    "inject": "peft",
+    "load_base": "adapters",
+    "inject": "adapters",
+    "prove_live": "peft",
+    "save_adapter": "adapters",
+    "load_adapter": "adapters",
+    "save_merged": "adapters",
+    "set_adapter": "peft",
     "merge": "peft",
     "unmerge": "peft",
     "disabled": "peft",
-    "set_adapter": "peft",
-    "save_adapter": "adapters",
-    "load_adapter": "adapters",
     "ms_deform_attn": "ops",
 }
 
@@ -30,20 +33,23 @@ __all__ = [
     "disabled",
     "inject",
     "load_adapter",
+    "load_base",
     "merge",
     "ms_deform_attn",
+    "prove_live",
     "register",
     "save_adapter",
+    "save_merged",
     "set_adapter",
     "unmerge",
 ]
 
 if TYPE_CHECKING:
-    from peft_d2.adapters import load_adapter, save_adapter
+    from peft_d2.adapters import inject, load_adapter, load_base, save_adapter, save_merged
     from peft_d2.engine.config import add_config
     from peft_d2.engine.factory import register
     from peft_d2.ops import ms_deform_attn
-    from peft_d2.peft import disabled, inject, merge, set_adapter, unmerge
+    from peft_d2.peft import disabled, merge, prove_live, set_adapter, unmerge
 
 
 def __getattr__(name: str) -> Any:

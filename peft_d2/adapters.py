@@ -1,42 +1,83 @@
-"""Saving what a model learned and loading it again: where `peft` (what is trained) and `io` (what is stored) meet."""
+"""Saving what a model learned and loading it again: where `peft` (what is trained) and `storage` (what is stored) meet.
+
+The order is: build the model, load its base, inject, load the adapter.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from peft_d2 import peft
+from peft_d2.peft.adapted import walk
 from peft_d2.peft.lora import LowRank
-from peft_d2.peft.runtime import walk
-from peft_d2.storage import adapter_file, atomic, huggingface
+from peft_d2.storage import CheckpointError, LoadReport, adapter_file, atomic, base_weights, huggingface
 from peft_d2.storage.adapter_file import AdapterFile, AdapterFileError
 from peft_d2.storage.base_fingerprint import Fingerprint, difference, fingerprint
 
 logger = logging.getLogger(__name__)
 
-_AWAITED = "_peft_d2_awaited_base"
 _FREE = {"TARGETS", "EXCLUDE", "DROPOUT", "INIT"}  # keys of a method that may differ between the file and the model
 _OTHER_BASE = (
-    "load the base weights that the adapter was trained on; MODEL.PEFT.ALLOW_OTHER_BASE True (allow_other_base=True) "
-    "loads it all the same"
+    "load the base weights that the adapter was trained on, peft_d2.load_base(model, path) or MODEL.WEIGHTS, before "
+    "the adapter; MODEL.PEFT.ALLOW_OTHER_BASE True (allow_other_base=True) loads it all the same"
 )
 
 
-@dataclasses.dataclass
-class _Awaited:
-    """An adapter whose base's weights are still to come, and the hooks that compare them."""
+def load_base(model: nn.Module, path: str | os.PathLike[str]) -> LoadReport:
+    """Load a base's weights: the step before `inject` and `load_adapter`. What is not loaded is named in the log.
 
-    folder: str
-    base: Fingerprint
-    full: list[str]  # names of tensors trained in full
-    hooks: list[Any]
+    Args:
+        model: any module.
+        path: a .pth, .pkl or .safetensors file, or what Detectron2 can fetch (`detectron2://`, `https://`, ...). A
+            `?matching_heuristics=True` behind it, as model zoos have it, is a hint that is not needed.
+
+    Raises:
+        CheckpointError: the file does not exist, is damaged or does not fit. Nothing was loaded.
+        InjectionError: the model has adapters already, on another base than this.
+    """
+    return base_weights.load_base(model, _local_file(os.fspath(path)), logger=logger)
+
+
+def inject(
+    model: nn.Module,
+    methods: Iterable[Mapping[str, Any]] | None = (),
+    train: Iterable[str] | None = (),
+    name: str = "default",
+) -> peft.Report:
+    """As `peft_d2.peft.inject`; refuses besides what no adapter file could hold. See there.
+
+    Raises:
+        InjectionError: the name of a tensor that would be trained cannot be stored. The model is as it was.
+    """
+    report = peft.inject(model, methods, train, name)
+    try:
+        adapter_file.require_storable(peft.adapter_state_dict(model, name))
+    except ValueError as error:
+        peft.remove(model)
+        raise peft.InjectionError(str(error)) from error
+    return report
+
+
+def require_trained(model: nn.Module, report: LoadReport) -> None:
+    """Refuse an injected model of which random parameters would stay random.
+
+    Raises:
+        CheckpointError: a head of another class count is not trained.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    frozen = [name for name, *_ in report.reinitialised if name in parameters and not parameters[name].requires_grad]
+    if frozen:
+        raise CheckpointError(
+            f"a head of another class count starts at random and is not trained: {', '.join(frozen)}. "
+            f"Add {frozen[0].rpartition('.')[0]!r} and its like to MODEL.PEFT.TRAIN."
+        )
 
 
 def save_adapter(
@@ -53,7 +94,7 @@ def save_adapter(
 
     Raises:
         ValueError: the model has no injection.
-        InjectionError: the model is a wrapper around one that has none.
+        InjectionError: the model is a wrapper around one that has none, or what was injected is no longer in it.
         peft_d2.storage.StorageError: the folder holds other files, or the disk is full; what was there before stays.
     """
     adapter_file.write(folder, **_stored(model, metrics, name))
@@ -70,6 +111,7 @@ def _stored(model: nn.Module, metrics: Mapping[str, Any] | None, name: str | Non
     injection = peft.get_injection(model)
     if injection is None:
         raise ValueError("the model has no adapter to save: call peft_d2.inject(model, methods) first")
+    peft.require_intact(model)
     name = name or injection.active
     _warn_of_strays(model)
     tensors = peft.adapter_state_dict(model, name)
@@ -85,29 +127,24 @@ def _stored(model: nn.Module, metrics: Mapping[str, Any] | None, name: str | Non
 
 
 def load_adapter(
-    model: nn.Module,
-    folder: str | os.PathLike[str],
-    name: str = "default",
-    allow_other_base: bool = False,
-    base_follows: bool = False,
+    model: nn.Module, folder: str | os.PathLike[str], name: str = "default", allow_other_base: bool = False
 ) -> AdapterFile:
     """Load an adapter folder, of ours or of Hugging Face `peft`; a model not injected yet is injected as it says.
 
     A model that has no adapter `name` gets one; `peft_d2.set_adapter` makes it the active one.
 
     Args:
-        model: the base model, injected or not.
+        model: the model with its base's weights, injected or not.
         folder: written by `save_adapter` or by `peft`'s `save_pretrained`.
         name: the adapter's name in the model.
         allow_other_base: only warn when the base has other tensors than the adapter was made for.
-        base_follows: the base's weights are loaded later: names and shapes are compared now, values as soon as a state
-            dict of the base was loaded, at the latest in the first forward.
 
     Returns:
         what the file holds: methods, metrics, fingerprint.
 
     Raises:
-        AdapterFileError: the files are missing or damaged, or belong to another base, rank, or method.
+        AdapterFileError: the files are missing or damaged, or belong to another base, rank, or method. The model is
+            as it was.
     """
     model = _root(model)
     is_theirs = huggingface.is_huggingface(folder)
@@ -117,23 +154,30 @@ def load_adapter(
     else:
         content = adapter_file.read(folder)
     if content.base is not None:
-        found = _base_fingerprint(model, content.tensors, values=not base_follows)
-        _refuse_other_base(difference(content.base, found), folder, allow_other_base)
-    was_injected = peft.get_injection(model) is not None
+        differs = difference(content.base, _base_fingerprint(model, content.tensors))
+        _refuse_other_base(differs, folder, allow_other_base)
+    before = peft.get_injection(model)
+    known = set(before.adapters) if before is not None else set()
     try:
-        _inject_as_stored(model, content, name)
+        if before is None:
+            peft.inject(model, content.methods, content.train, name)
+        elif name not in known:
+            peft.add_adapter(model, name, content.methods, content.train)
         _check_methods(model, content, name, compare_entries=not is_theirs)
         peft.load_adapter_state_dict(model, content.tensors, name)
     except (ValueError, KeyError, RuntimeError) as error:
-        if not was_injected and peft.get_injection(model) is not None:
+        now = peft.get_injection(model)
+        if before is None and now is not None:
             peft.remove(model)
+        elif now is not None and name in now.adapters and name not in known:
+            peft.delete_adapter(model, name)
         remedy = (
             "inject the model as the adapter was trained (its peft_d2.json lists the methods), or let the file do it"
         )
         raise AdapterFileError(folder, f"it does not fit the model: {error}", remedy) from error
     if is_theirs:
         logger.info("%s was written by Hugging Face peft: it does not say for which base", folder)
-    _await(model, content if base_follows and not allow_other_base else None, folder)
+    _say_in_effect(model, content, folder, name)
     return content
 
 
@@ -144,13 +188,43 @@ def save_merged(model: nn.Module, path: str | os.PathLike[str]) -> None:
     one afterwards.
 
     Raises:
-        InjectionError: a part is no change of weights (a sequential adapter, say) and cannot be in such a checkpoint.
-        peft_d2.storage.StorageError: the disk is full; what was there before stays.
+        InjectionError: a layer is no change of weights (a sequential adapter, say) and cannot be in such a checkpoint.
+        peft_d2.storage.StorageError: the disk is full; what was there before stays, the model too.
     """
     model = _root(model)
+    injection = peft.get_injection(model)
+    was_merged = injection is not None and injection.merged
+    peft.merge_whole(model)
+    try:
+        with atomic.file(path) as temporary:
+            torch.save({"model": model.state_dict(), "__author__": "peft_d2"}, temporary)
+    except BaseException:
+        if not was_merged:
+            peft.unmerge(model)
+        raise
     peft.remove(model, keep=True)
-    with atomic.file(path) as temporary:
-        torch.save({"model": model.state_dict(), "__author__": "peft_d2"}, temporary)
+
+
+def _local_file(path: str) -> str:
+    """The file behind a path or URL, downloaded where that is needed."""
+    if not path:
+        raise CheckpointError("the path of the base's weights is empty. Give a .pth, .pkl or .safetensors file.")
+    if os.path.isdir(path):
+        return path  # the reader says what kind of folder it is
+    try:
+        from detectron2.utils.file_io import PathManager
+    except ImportError:  # any torch model can be adapted without Detectron2
+        local = path.partition("?")[0]
+    else:
+        try:
+            local = PathManager.get_local_path(path.partition("?")[0])
+        except (OSError, RuntimeError, ValueError) as error:
+            raise CheckpointError(
+                f"weights {path!r} cannot be fetched: {error}. Download them and give the file."
+            ) from error
+    if not os.path.isfile(local):
+        raise CheckpointError(f"weights {path!r} do not exist. Give the path of a .pth, .pkl or .safetensors file.")
+    return local
 
 
 def _root(model: nn.Module) -> nn.Module:
@@ -174,12 +248,16 @@ def _warn_of_strays(model: nn.Module) -> None:
         )
 
 
-def _inject_as_stored(model: nn.Module, content: AdapterFile, name: str) -> None:
+def _say_in_effect(model: nn.Module, content: AdapterFile, folder: str | os.PathLike[str], name: str) -> None:
     injection = peft.get_injection(model)
-    if injection is None:
-        peft.inject(model, content.methods, train=content.train, name=name)
-    elif name not in injection.adapters:
-        peft.add_adapter(model, name, content.methods, content.train)
+    assert injection is not None
+    full = len(injection.adapters[name].full)
+    logger.info(
+        "Adapter %s: %d tensors %s as %r, %d of adapter layers and %d of what is trained in full.",
+        *(folder, len(content.tensors)),
+        "in effect" if injection.active == name else "loaded (set_adapter makes it the active one)",
+        *(name, len(content.tensors) - full, full),
+    )
 
 
 def _check_methods(model: nn.Module, content: AdapterFile, name: str, compare_entries: bool) -> None:
@@ -196,7 +274,8 @@ def _check_methods(model: nn.Module, content: AdapterFile, name: str, compare_en
     if own != stored:
         pairs = [(a, b) for a, b in zip(own, stored, strict=False) if a != b]
         detail = _first_difference(*pairs[0]) if pairs else f"{len(own)} methods instead of {len(stored)}"
-        raise ValueError(f"the model's methods are not the file's ({detail})")
+        names = ", ".join(str(entry.get("NAME")) for entry in content.methods) or "modules trained in full"
+        raise ValueError(f"the model's methods are not the file's, which is an adapter of {names} ({detail})")
 
 
 def _meaning(entry: Mapping[str, Any]) -> dict[str, Any]:
@@ -204,28 +283,35 @@ def _meaning(entry: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _first_difference(found: Mapping[str, Any], expected: Mapping[str, Any]) -> str:
-    key = next(key for key in sorted({*found, *expected}) if found.get(key) != expected.get(key))
+    keys = ["NAME", *sorted({*found, *expected})]
+    key = next(key for key in keys if found.get(key) != expected.get(key))
     return f"{key} is {found.get(key)!r} in the model and {expected.get(key)!r} in the file"
 
 
 def _refuse_other_base(differs: str, folder: str | os.PathLike[str], allowed: bool) -> None:
     if differs and not allowed:
-        raise AdapterFileError(folder, f"it was made for another base ({differs})", _OTHER_BASE)
+        half = "load the adapter on the base as it was trained, then convert both (model.half()); otherwise "
+        raise AdapterFileError(
+            folder, f"it was made for another base ({differs})", (half if "dtype" in differs else "") + _OTHER_BASE
+        )
     if differs:
         logger.warning("Adapter %s was made for another base (%s); loaded because that is allowed", folder, differs)
 
 
-def _base_fingerprint(model: nn.Module, tensors: Collection[str], values: bool = True) -> Fingerprint:
+def _base_fingerprint(model: nn.Module, tensors: Collection[str]) -> Fingerprint:
     """Fingerprint of the base under a model, whatever adapter is active or merged.
 
-    Args:
-        model: injected or not.
-        tensors: names of an adapter's tensors; the values of those that are the base's, trained in full, do not count.
-        values: False hashes no values at all.
+    The values of `tensors`, an adapter's names, do not count where they are the base's, trained in full; nor do those
+    of buffers that count steps.
     """
-    with _base_of(model):
-        state = {key: value for key, value in peft.base_state_dict(model).items() if isinstance(value, Tensor)}
-        return fingerprint(state, trained=_with_aliases(model, state, tensors) if values else state)
+    injected = peft.injected_root(model) is not None
+    state = peft.base_values(model) if injected else {k: v for k, v in model.state_dict().items() if _is_tensor(v)}
+    left_out = _with_aliases(model, state, tensors) | peft.counters(model)
+    return fingerprint(state, trained=left_out, memo=peft.hash_memo(model) if injected else None)
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, Tensor)
 
 
 def _base_of(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
@@ -249,39 +335,8 @@ def _scales(model: nn.Module, name: str) -> dict[str, float]:
     """Path of each pair of LoRA factors, as in the file -> the factor on its branch."""
     scales = {}
     for path, module in model.named_modules():
-        if isinstance(module, peft.Specialised) and name in getattr(module, "peft", ()):
-            for part in module.peft_parts(name).values():
-                for local, factors in part.named_modules():
-                    if isinstance(factors, LowRank):
-                        scales[f"{path}.{local}" if local else path] = float(factors.scale)
+        for layer in module.peft_layers(name).values() if isinstance(module, peft.Adapted) else ():
+            for local, factors in layer.named_modules():
+                if isinstance(factors, LowRank):
+                    scales[f"{path}.{local}" if local else path] = float(factors.scale)
     return scales
-
-
-def _await(model: nn.Module, content: AdapterFile | None, folder: str | os.PathLike[str]) -> None:
-    """Compare the base's values with the file's once they are there; None ends waiting for an earlier adapter."""
-    earlier: _Awaited | None = model.__dict__.pop(_AWAITED, None)
-    for hook in earlier.hooks if earlier is not None else ():
-        hook.remove()
-    if content is None or content.base is None:
-        return
-    hooks = [
-        model.register_load_state_dict_post_hook(_after_loading),
-        model.register_forward_pre_hook(_before_forward),
-    ]
-    full = [name for name in content.tensors if name in content.base.tensors]
-    model.__dict__[_AWAITED] = _Awaited(str(folder), content.base, full, hooks)
-
-
-def _after_loading(model: nn.Module, incompatible: Any) -> None:
-    awaited: _Awaited = model.__dict__[_AWAITED]
-    if all(key.endswith(tuple(awaited.full)) for key in incompatible.missing_keys):  # the whole base is there now
-        _check_awaited(model, awaited)
-
-
-def _before_forward(model: nn.Module, arguments: Any) -> None:
-    _check_awaited(model, model.__dict__[_AWAITED])
-
-
-def _check_awaited(model: nn.Module, awaited: _Awaited) -> None:
-    _refuse_other_base(difference(awaited.base, _base_fingerprint(model, awaited.full)), awaited.folder, False)
-    _await(model, None, awaited.folder)

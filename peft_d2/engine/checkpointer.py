@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from peft_d2 import adapters, peft
 from peft_d2.engine.errors import ConfigError
-from peft_d2.storage import CheckpointError, adapter_file, atomic, base_weights, strict_json, torch_file
+from peft_d2.storage import CheckpointError, adapter_file, atomic, strict_json, torch_file
 from peft_d2.storage.checkpoint import SYSTEM_ERRORS, CheckpointDamaged, read_file
 
 TRAINING_STATE, STATE_RECORD = "training_state.pth", "training_state.json"
@@ -112,8 +112,13 @@ class Checkpointer(DetectionCheckpointer):
         if not path:
             logger.info("MODEL.WEIGHTS is empty: the model keeps its random initial weights.")
             return {}
-        report = base_weights.load_base(self.model, self._local_path(path), logger=logger)
-        self._require_trained(report)
+        injection = peft.get_injection(self.model)
+        if injection is not None and injection.base_file == path:
+            logger.info("The base %s was loaded before its adapter was placed; nothing changes.", path)
+            return {}
+        report = adapters.load_base(self.model, path)
+        if injection is not None:
+            adapters.require_trained(self.model, report)
         return {}
 
     def has_checkpoint(self) -> bool:
@@ -160,38 +165,6 @@ class Checkpointer(DetectionCheckpointer):
         marks = self._found()
         self._own = [found.name for found, run, _ in sorted(marks, key=lambda mark: mark[2]) if run in (self._run, "")]
         return state
-
-    def _local_path(self, path: str) -> str:
-        """The file behind a path or URL, downloaded where that is needed."""
-        if os.path.isdir(path):
-            return path  # the reader says what kind of folder it is
-        try:
-            # "?matching_heuristics=True" behind a path is a zoo's hint.
-            local = self.path_manager.get_local_path(path.partition("?")[0])
-        except (OSError, RuntimeError, ValueError) as error:
-            raise CheckpointError(
-                f"weights {path!r} cannot be fetched: {error}. Download them and give the file."
-            ) from error
-        if not os.path.isfile(local):
-            raise CheckpointError(f"weights {path!r} do not exist. Give the path of a .pth, .pkl or .safetensors file.")
-        return local
-
-    def _require_trained(self, report: base_weights.LoadReport) -> None:
-        """Refuse a model whose random parameters would stay random.
-
-        Raises:
-            CheckpointError: under PEFT, a head of another class count that is not trained.
-        """
-        if self.prefix == "model":
-            return
-        parameters = dict(self.model.named_parameters(remove_duplicate=False))
-        random = [name for name, *_ in report.reinitialised if name in parameters]
-        frozen = [name for name in random if not parameters[name].requires_grad]
-        if frozen:
-            raise CheckpointError(
-                f"a head of another class count starts at random and is not trained: {', '.join(frozen)}. "
-                f"Add {frozen[0].rpartition('.')[0]!r} and its like to MODEL.PEFT.TRAIN."
-            )
 
     def _found(self) -> list[tuple[Path, str | None, int]]:
         """Checkpoints of this kind of run: path, mark of the run, iteration.

@@ -33,13 +33,15 @@ def register(upstream_names: bool = False) -> None:
 
 
 def PEFTModel(cfg: Any) -> nn.Module:  # noqa: N802  the registry knows it by this name
-    """Build ``MODEL.PEFT.META_ARCHITECTURE``, inject ``MODEL.PEFT.METHODS`` and ``TRAIN``, return that model.
+    """Build ``MODEL.PEFT.META_ARCHITECTURE``, load ``MODEL.WEIGHTS``, inject ``MODEL.PEFT.METHODS`` and ``TRAIN``, load
+    the adapter ``MODEL.PEFT.WEIGHTS``, and return that very model.
 
-    With ``MODEL.PEFT.WEIGHTS`` the adapter is loaded too; without ``METHODS`` and ``TRAIN`` the adapter says itself
-    where it goes. The base's weights usually follow later, through any checkpointer: they leave the adapter alone.
+    Without ``METHODS`` and ``TRAIN`` the adapter says itself where it goes. A checkpointer that loads the same base
+    again afterwards, as Detectron2's programs do, changes nothing.
 
     Raises:
-        ConfigError: no or an unknown base architecture, nothing to inject, or a place whose name no file can hold.
+        ConfigError: no or an unknown base architecture, or nothing to inject.
+        CheckpointError: the base's weights do not exist or do not fit.
     """
     from detectron2.modeling import META_ARCH_REGISTRY
 
@@ -50,29 +52,29 @@ def PEFTModel(cfg: Any) -> nn.Module:  # noqa: N802  the registry knows it by th
     base_cfg.defrost()
     base_cfg.MODEL.META_ARCHITECTURE = _base_architecture(node.META_ARCHITECTURE, META_ARCH_REGISTRY)
     base_cfg.freeze()
-    model = META_ARCH_REGISTRY.get(node.META_ARCHITECTURE)(base_cfg)
-    if node.METHODS or node.TRAIN:
-        peft.inject(model, [dict(method) for method in node.METHODS], train=tuple(node.TRAIN))
-        _require_storable(model)
-    elif not node.WEIGHTS:
+    if not (node.METHODS or node.TRAIN or node.WEIGHTS):
         raise ConfigError(
             "MODEL.META_ARCHITECTURE is PEFTModel but MODEL.PEFT.METHODS, TRAIN and WEIGHTS are all empty. "
             "Name a method, modules to train in full, or an adapter folder."
         )
+    model = META_ARCH_REGISTRY.get(node.META_ARCHITECTURE)(base_cfg)
+    report = adapters.load_base(model, cfg.MODEL.WEIGHTS) if cfg.MODEL.WEIGHTS else None
+    if node.METHODS or node.TRAIN:
+        adapters.inject(model, [dict(method) for method in node.METHODS], train=node.TRAIN)
     if node.WEIGHTS:
-        adapters.load_adapter(model, node.WEIGHTS, allow_other_base=node.ALLOW_OTHER_BASE, base_follows=True)
+        adapters.load_adapter(model, node.WEIGHTS, allow_other_base=node.ALLOW_OTHER_BASE)
+    injection = peft.get_injection(model)
+    assert injection is not None
+    injection.base_file = cfg.MODEL.WEIGHTS
+    if report is not None:
+        adapters.require_trained(model, report)
+    elif not node.WEIGHTS:
+        logger.warning(
+            "MODEL.WEIGHTS is empty: the base is random%s. An adapter that is trained on it fits no other base, and is "
+            "worth nothing without it.",
+            f" (SEED {cfg.SEED})" if cfg.SEED >= 0 else " and no SEED fixes it",
+        )
     return model
-
-
-def _require_storable(model: nn.Module) -> None:
-    """Refuse before the training what could not be saved after it."""
-    from peft_d2 import peft
-    from peft_d2.storage import adapter_file
-
-    try:
-        adapter_file.require_storable(peft.adapter_state_dict(model))
-    except ValueError as error:
-        raise ConfigError(f"MODEL.PEFT: {error}.") from error
 
 
 def _base_architecture(name: str, registry: Any) -> str:

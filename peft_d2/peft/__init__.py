@@ -1,51 +1,63 @@
-"""Parameter-efficient fine-tuning of any nn.Module, by in-place specialisation. Knows torch alone."""
+"""Parameter-efficient fine-tuning of any nn.Module, in place. Knows torch alone."""
 
 from __future__ import annotations
 
-from .combine import combine_adapters
-from .errors import PeftError
-from .inject import add_adapter, inject, match_targets
-from .lifecycle import delete_adapter, disabled, merge, remove, set_adapter, unmerge
-from .liveness import DeadPartError, dead_parts, prove_live
-from .match import PatternError
-from .method import MethodError
-from .methods import METHODS
-from .report import Report, make_report
-from .runtime import Injection, InjectionError, get_injection, injected_root, refuse_wrapper
-from .specialise import Specialised, base_class
-from .state import (
+from .adapted import Adapted, AdapterLayer, base_class
+from .checks import dead_parts, prove_live
+from .errors import (
     AdapterStateError,
+    DeadPartError,
+    InjectionError,
+    LivenessError,
+    MethodError,
+    PatternError,
+    PeftError,
+)
+from .inject import add_adapter, inject, match_targets
+from .merge import combine_adapters, delete_adapter, disabled, merge, merge_whole, remove, set_adapter, unmerge
+from .methods import METHODS
+from .record import Injection, get_injection, hash_memo, injected_root, refuse_wrapper
+from .report import Report, make_report
+from .state import (
     TrainedParameter,
     adapter_state_dict,
     base_state_dict,
+    base_values,
+    counters,
     frozen_hash,
     injected_keys,
     load_adapter_state_dict,
+    require_intact,
     trained_parameters,
 )
 
 __all__ = [
     "METHODS",
+    "Adapted",
+    "AdapterLayer",
     "AdapterStateError",
     "DeadPartError",
     "Injection",
     "InjectionError",
+    "LivenessError",
     "MethodError",
     "PatternError",
     "PeftError",
     "Report",
-    "Specialised",
     "TrainedParameter",
     "adapter_state_dict",
     "add_adapter",
     "base_class",
     "base_state_dict",
+    "base_values",
     "combine_adapters",
+    "counters",
     "dead_parts",
     "delete_adapter",
     "disabled",
     "frozen_hash",
     "get_injection",
+    "hash_memo",
     "inject",
     "injected_keys",
     "injected_root",
@@ -53,9 +65,11 @@ __all__ = [
     "make_report",
     "match_targets",
     "merge",
+    "merge_whole",
     "prove_live",
     "refuse_wrapper",
     "remove",
+    "require_intact",
     "set_adapter",
     "trained_parameters",
     "unmerge",

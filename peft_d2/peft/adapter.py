@@ -18,10 +18,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .adapted import AdapterLayer, base_class
+from .errors import MethodError
 from .lora.factors import match_dtype
-from .method import Method, MethodError, Placement, Site, expect
-from .specialise import Part, Specialised, base_class
-from .width import OutputOptions, Width, check_width, map_first_tensor, output_width
+from .method import Method, expect
+from .outputs import OutputOptions, Width, check_width, map_first_tensor, output_width
+from .targets import Target
 
 
 @dataclass(frozen=True)
@@ -60,17 +62,20 @@ def _on_channels(layer: nn.Linear, x: Tensor) -> Tensor:
     return torch.baddbmm(layer.bias[:, None], weight, rows).view(len(rows), layer.out_features, *x.shape[2:])
 
 
-class AdapterChain(Part):
+class AdapterChain(AdapterLayer):
     """n bottlenecks in a chain, ``adapters.0`` to ``adapters.<n-1>``."""
 
-    def __init__(self, site: Site, width: Width, options: AdapterOptions) -> None:
+    def __init__(self, target: Target, width: Width, options: AdapterOptions) -> None:
         super().__init__()
         if width.channels < options.reduction:
-            raise MethodError(f"{site.name}: REDUCTION {options.reduction} exceeds the width {width.channels}")
-        hidden, made = width.channels // options.reduction, site.tensor_options()
+            raise MethodError(f"{target.name}: REDUCTION {options.reduction} exceeds the width {width.channels}")
+        hidden, made = width.channels // options.reduction, target.factory_kwargs()
         self.adapters = nn.ModuleList(Bottleneck(width.channels, hidden, made) for _ in range(options.num))
         self.width = width
-        self.name = site.name
+        self.name = target.name
+
+    def adapted_forward(self, module: Any, forward: Any, *args: Any, **kwargs: Any) -> Any:
+        return map_first_tensor(forward(*args, **kwargs), self, self.name)
 
     def forward(self, s: Tensor) -> Tensor:
         """h_n for the sublayer's output s; same shape and dtype."""
@@ -84,22 +89,12 @@ class AdapterChain(Part):
         return (h.movedim(-1, 1) if moved else h).to(s.dtype)
 
 
-class AdapterMixin(Specialised):
-    """Any module whose output is a tensor or a tuple that begins with one; the chain runs on that tensor."""
-
-    layer = 5
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        out = super().forward(*args, **kwargs)
-        part = self.peft_part(Adapter.name)
-        return out if part is None else map_first_tensor(out, part, self.peft_name)
-
-
-def never_called(site: Site) -> str:
+def never_called(target: Target) -> str:
     """Why torch never runs this module's forward; empty when nothing is known against it."""
-    if isinstance(site.parent, nn.MultiheadAttention):
+    if isinstance(target.parent, nn.MultiheadAttention):
         return "nn.MultiheadAttention reads its weights without calling it; choose the attention itself"
-    container = issubclass(base_class(site.module), nn.ModuleList | nn.ModuleDict | nn.ParameterList | nn.ParameterDict)
+    containers = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+    container = issubclass(base_class(target.module), containers)
     return "it only holds other modules and has no output; choose the modules in it" if container else ""
 
 
@@ -110,9 +105,9 @@ class Adapter(Method):
     options_class = AdapterOptions
     options: AdapterOptions
 
-    def refusal(self, site: Site) -> str:
-        return never_called(site)
+    def refusal(self, target: Target) -> str:
+        return never_called(target)
 
-    def place(self, sites: Sequence[Site]) -> list[Placement]:
+    def make_layers(self, targets: Sequence[Target]) -> list[tuple[Target, AdapterLayer]]:
         options = self.options
-        return [Placement(s, AdapterMixin, AdapterChain(s, output_width(s, options), options)) for s in sites]
+        return [(t, AdapterChain(t, output_width(t, options), options)) for t in targets]

@@ -16,12 +16,14 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .adapted import AdapterLayer
 from .adapter import never_called
 from .cobot import CobotOptions, CobotPlace, orchestrate
+from .errors import MethodError
 from .lora.factors import match_dtype
-from .method import Method, MethodError, Placement, Site, expect
-from .specialise import Part, Specialised
-from .width import OutputOptions, Width, check_width, map_first_tensor, output_width
+from .method import Method, expect
+from .outputs import OutputOptions, Width, check_width, map_first_tensor, output_width
+from .targets import Target
 
 
 @dataclass(frozen=True)
@@ -40,12 +42,12 @@ class AdaptFormerOptions(OutputOptions, CobotOptions):
         expect(0 <= self.dropout < 1, "DROPOUT", self.dropout, "a probability below 1")
 
 
-class AdaptFormerBranch(Part):
+class AdaptFormerBranch(AdapterLayer):
     """s Up(dropout(ReLU(Down(LayerNorm(x))))): (..., d) -> (..., d), zero at the start."""
 
-    def __init__(self, site: Site, width: Width, options: AdaptFormerOptions, cobot: CobotPlace | None) -> None:
+    def __init__(self, target: Target, width: Width, options: AdaptFormerOptions, cobot: CobotPlace | None) -> None:
         super().__init__()
-        made = site.tensor_options()
+        made = target.factory_kwargs()
         self.adaptformer_norm = nn.LayerNorm(width.channels, eps=1e-5, **made)
         self.adaptformer_down = nn.Linear(width.channels, options.bottleneck, **made)
         self.adaptformer_up = nn.Linear(options.bottleneck, width.channels, **made)
@@ -56,7 +58,11 @@ class AdaptFormerBranch(Part):
         self.scale = options.scale
         self.dropout = options.dropout
         self.width = width
-        self.name = site.name
+        self.name = target.name
+
+    def adapted_forward(self, module: Any, forward: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        out, branch = forward(x, *args, **kwargs), self(x)
+        return map_first_tensor(out, lambda y: y + branch.to(y.dtype), self.name)
 
     def forward(self, x: Tensor) -> Tensor:
         """The branch of the block's input x; same shape."""
@@ -71,20 +77,6 @@ class AdaptFormerBranch(Part):
         return h.movedim(-1, 1) if self.width.channels_first else h
 
 
-class AdaptFormerMixin(Specialised):
-    """Any module whose first input is a tensor as wide as its (first) output: the branch is added to that output."""
-
-    layer = 3
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        out = super().forward(x, *args, **kwargs)
-        part = self.peft_part(AdaptFormer.name)
-        if part is None:
-            return out
-        branch = part(x)
-        return map_first_tensor(out, lambda y: y + branch.to(y.dtype), self.peft_name)
-
-
 class AdaptFormer(Method):
     """``{NAME: adaptformer, TARGETS: [mlp], BOTTLENECK: 16, SCALE: 1.0, DROPOUT: 0.1, COBOT: false}``."""
 
@@ -92,21 +84,21 @@ class AdaptFormer(Method):
     options_class = AdaptFormerOptions
     options: AdaptFormerOptions
 
-    def refusal(self, site: Site) -> str:
-        return never_called(site)
+    def refusal(self, target: Target) -> str:
+        return never_called(target)
 
-    def place(self, sites: Sequence[Site]) -> list[Placement]:
+    def make_layers(self, targets: Sequence[Target]) -> list[tuple[Target, AdapterLayer]]:
         """A branch per place; with COBOT all of them share one space.
 
         Raises:
             MethodError: a width that the module does not say, or an attention, which has several inputs.
         """
         options = self.options
-        cobots = orchestrate(options, options.bottleneck, [site.tensor_options() for site in sites])
-        placements = []
-        for site, cobot in zip(sites, cobots, strict=True):
-            width = output_width(site, options)
-            if isinstance(site.module, nn.MultiheadAttention):
-                raise MethodError(f"{site.name}: AdaptFormer runs beside a module with one input, not an attention")
-            placements.append(Placement(site, AdaptFormerMixin, AdaptFormerBranch(site, width, options, cobot)))
-        return placements
+        cobots = orchestrate(options, options.bottleneck, [target.factory_kwargs() for target in targets])
+        layers: list[tuple[Target, AdapterLayer]] = []
+        for target, cobot in zip(targets, cobots, strict=True):
+            width = output_width(target, options)
+            if isinstance(target.module, nn.MultiheadAttention):
+                raise MethodError(f"{target.name}: AdaptFormer runs beside a module with one input, not an attention")
+            layers.append((target, AdaptFormerBranch(target, width, options, cobot)))
+        return layers

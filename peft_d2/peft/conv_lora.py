@@ -23,10 +23,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .grid import GRIDS, TokenGrid
+from .adapted import AdapterLayer, base_class
 from .lora.factors import match_dtype
-from .method import Method, Options, Placement, Site, expect
-from .specialise import Part, Specialised, base_class
+from .method import Method, Options, expect
+from .outputs import GRIDS, TokenGrid
+from .targets import Target
 
 _LETTERS = ("q", "k", "v")
 _LEAST_NOISE = 1e-2
@@ -37,7 +38,7 @@ class ConvLoraOptions(Options):
     """``PARTS`` are q, k, v of a fused nn.Linear, each with experts of its own; empty for a layer that is one weight.
 
     ``EXPERTS`` is M; ``BALANCE`` is lambda; ``ALPHA`` unset means s = 1; ``GRID`` says how tokens (N, L, C) lie in the
-    image, see :class:`~peft_d2.peft.grid.TokenGrid`.
+    image, see :class:`~peft_d2.peft.outputs.TokenGrid`.
     """
 
     rank: int = 3
@@ -143,17 +144,20 @@ class ConvExperts(nn.Module):
         return F.interpolate(F.gelu(expert(large)), size=h.shape[2:], mode="bicubic", align_corners=False)
 
 
-class ConvLoraPart(Part):
+class ConvLoraLayer(AdapterLayer):
     """The experts of a layer, ``whole``, or of some of q, k, v, under their letters."""
 
-    def __init__(self, site: Site, options: ConvLoraOptions) -> None:
+    def __init__(self, target: Target, options: ConvLoraOptions) -> None:
         super().__init__()
-        weight = site.module.get_parameter("weight")
+        weight = target.module.get_parameter("weight")
         rows = dict(zip(_LETTERS, weight.chunk(3), strict=True)) if options.parts else {"whole": weight}
         self.letters = tuple(letter for letter in rows if letter in options.parts or not options.parts)
         for letter in self.letters:
-            self.add_module(letter, ConvExperts(rows[letter], options, site.tensor_options()))
-        self.grid = TokenGrid(site, options.grid)
+            self.add_module(letter, ConvExperts(rows[letter], options, target.factory_kwargs()))
+        self.grid = TokenGrid(target, options.grid)
+
+    def adapted_forward(self, module: Any, forward: Any, x: Tensor) -> Tensor:
+        return self(x, forward(x))
 
     def forward(self, x: Tensor, out: Tensor) -> Tensor:
         """The adapted output for the layer's input (N, L, in) or (N, H, W, in) and output."""
@@ -166,17 +170,6 @@ class ConvLoraPart(Part):
         return torch.cat(blocks, dim=-1)
 
 
-class ConvLoraMixin(Specialised):
-    """nn.Linear on tokens of an image, whose output gets the branch."""
-
-    layer = 2
-
-    def forward(self, x: Tensor) -> Tensor:
-        out = super().forward(x)
-        part = self.peft_part(ConvLora.name)
-        return out if part is None else part(x, out)
-
-
 class ConvLora(Method):
     """``{NAME: conv_lora, TARGETS: [attn.qkv], PARTS: [q, k, v], RANK: 3, EXPERTS: 8, BALANCE: 0.01, GRID: auto}``."""
 
@@ -184,17 +177,17 @@ class ConvLora(Method):
     options_class = ConvLoraOptions
     options: ConvLoraOptions
 
-    def refusal(self, site: Site) -> str:
+    def refusal(self, target: Target) -> str:
         """Anything but an nn.Linear that is called by itself; with ``PARTS``, one that is no fused qkv."""
-        base = base_class(site.module)
+        base = base_class(target.module)
         if base is not nn.Linear:
             return f"{base.__qualname__} is no nn.Linear (exact type)"
-        if isinstance(site.parent, nn.MultiheadAttention):
+        if isinstance(target.parent, nn.MultiheadAttention):
             return "nn.MultiheadAttention reads its weights without calling it"
-        out, inputs = site.module.get_parameter("weight").shape
+        out, inputs = target.module.get_parameter("weight").shape
         if self.options.parts and out != 3 * inputs:
             return f"PARTS needs a fused qkv, d -> 3 d; this is {inputs} -> {out}"
         return ""
 
-    def place(self, sites: Sequence[Site]) -> list[Placement]:
-        return [Placement(site, ConvLoraMixin, ConvLoraPart(site, self.options)) for site in sites]
+    def make_layers(self, targets: Sequence[Target]) -> list[tuple[Target, AdapterLayer]]:
+        return [(target, ConvLoraLayer(target, self.options)) for target in targets]

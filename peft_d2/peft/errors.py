@@ -1,7 +1,30 @@
-"""The root of all errors of this package."""
+"""Errors: what the caller asked for does not fit. The message says what was expected and what to do."""
 
 from __future__ import annotations
 
 
 class PeftError(Exception):
-    """What the caller asked for does not fit; the message says what was expected and what to do."""
+    """The root of them all."""
+
+
+class PatternError(PeftError, ValueError):
+    """A pattern of module names is malformed or matches nothing."""
+
+
+class MethodError(PeftError, ValueError):
+    """A method's entry in the config is wrong, or the method cannot go where it was sent."""
+
+
+class InjectionError(PeftError, RuntimeError):
+    """An operation does not fit the state of the model's adapters."""
+
+
+class AdapterStateError(PeftError, ValueError):
+    """Tensors do not fit the adapter they were given for."""
+
+
+class LivenessError(PeftError, RuntimeError):
+    """Something that should be trained is not reached by a gradient, or has no part in the prediction."""
+
+
+DeadPartError = LivenessError  # its name until 0.1

@@ -15,9 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .adapted import STORE, AdapterLayer, base_class
 from .adapter import never_called
-from .method import Method, MethodError, Options, Placement, Site, _closest, expect
-from .specialise import STORE, Part, Specialised, base_class
+from .errors import MethodError
+from .method import Method, Options, closest, expect
+from .targets import Target
 
 _ADAPTER = "default"  # the only adapter inside one tuner layer; ours are named one level higher
 
@@ -34,14 +36,19 @@ class TunerOptions(Options):
         expect(bool(self.tuner), "TUNER", self.tuner, "the name of a tuner of the peft package, such as ia3")
 
 
-class TunerPart(Part):
+class TunerLayer(AdapterLayer):
     """One tuner layer of ``peft``, whose base layer is a view of the module that holds this part."""
+
+    changes_weights = True
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
         # The view is kept out of the registry: its parameters are the base's, not injected ones.
         layer.__dict__["base_layer"] = layer._modules.pop("base_layer")
         self.hf = layer
+
+    def adapted_forward(self, module: Any, forward: Any, *args: Any, **kwargs: Any) -> Any:
+        return self(*args, **kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.hf(*args, **kwargs)
@@ -59,16 +66,6 @@ class TunerPart(Part):
         return {name: value.data for name, value in layer.base_layer.named_parameters()}
 
 
-class TunerMixin(Specialised):
-    """A module whose forward is computed by a tuner layer around a view of itself."""
-
-    layer = 2
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        part = self.peft_weight_part(HuggingFaceTuner.name)
-        return super().forward(*args, **kwargs) if part is None else part(*args, **kwargs)
-
-
 class HuggingFaceTuner(Method):
     """``{NAME: hf, TUNER: ia3, TARGETS: [...], CONFIG: {...}}``."""
 
@@ -76,16 +73,16 @@ class HuggingFaceTuner(Method):
     options_class = TunerOptions
     options: TunerOptions
 
-    def refusal(self, site: Site) -> str:
-        return never_called(site)
+    def refusal(self, target: Target) -> str:
+        return never_called(target)
 
-    def place(self, sites: Sequence[Site]) -> list[Placement]:
+    def make_layers(self, targets: Sequence[Target]) -> list[tuple[Target, AdapterLayer]]:
         config_class, inject = _peft(self.options.tuner)
-        placements = []
-        for site in sites:
+        layers: list[tuple[Target, AdapterLayer]] = []
+        for target in targets:
             config = _config(config_class, self.options)
-            placements.append(Placement(site, TunerMixin, TunerPart(_tuner_layer(site, config, inject))))
-        return placements
+            layers.append((target, TunerLayer(_tuner_layer(target, config, inject))))
+        return layers
 
 
 def _peft(tuner: str) -> tuple[Any, Any]:
@@ -99,7 +96,7 @@ def _peft(tuner: str) -> tuple[Any, Any]:
         str(kind.value): PEFT_TYPE_TO_CONFIG_MAPPING[kind] for kind in PeftType if kind in PEFT_TYPE_TO_CONFIG_MAPPING
     }
     if tuner.upper() not in known:
-        raise MethodError(f"peft has no tuner {tuner!r}.{_closest(tuner.upper(), list(known))}")
+        raise MethodError(f"peft has no tuner {tuner!r}.{closest(tuner.upper(), list(known))}")
     return known[tuner.upper()], inject_adapter_in_model
 
 
@@ -113,11 +110,11 @@ def _config(config_class: Any, options: TunerOptions) -> Any:
         raise MethodError(f"method 'hf': CONFIG does not fit {config_class.__name__}: {error}") from error
 
 
-def _tuner_layer(site: Site, config: Any, inject: Any) -> nn.Module:
+def _tuner_layer(target: Target, config: Any, inject: Any) -> nn.Module:
     """PEFT's layer around a view of the module: an object of its base class that shares parameters and buffers with
     it.
     """
-    module = site.module
+    module = target.module
     base = base_class(module)
     view = base.__new__(base)
     view.__dict__.update({key: value for key, value in module.__dict__.items() if not key.startswith("peft_")})
@@ -129,12 +126,12 @@ def _tuner_layer(site: Site, config: Any, inject: Any) -> nn.Module:
         inject(config, holder, adapter_name=_ADAPTER)
     except (ValueError, TypeError, AttributeError, NotImplementedError, ImportError) as error:
         raise MethodError(
-            f"peft's {config.peft_type.value} cannot go on {site.name} ({base.__name__}): {error}"
+            f"peft's {config.peft_type.value} cannot go on {target.name} ({base.__name__}): {error}"
         ) from error
     finally:
         for name, value in view.named_parameters():
             value.requires_grad_(flags[name])
     layer = holder.target
     if layer is view or not isinstance(layer, nn.Module) or "base_layer" not in layer._modules:
-        raise MethodError(f"peft's {config.peft_type.value} cannot go on {site.name} ({base.__name__})")
+        raise MethodError(f"peft's {config.peft_type.value} cannot go on {target.name} ({base.__name__})")
     return layer

@@ -1,89 +1,71 @@
-"""Freeze a model, specialise the chosen places in place, and report.
+"""Freeze a model, put adapter layers into its target modules in place, and report.
 
-After ``inject`` the model is the same object with the same base keys; at the start its outputs are the base's. What
-is trained is what the methods put in, and what TRAIN names; nothing else, running statistics of norms included.
+After ``inject`` the model is the same object with the same base keys; in eval mode its outputs are the base's. What is
+trained is what the methods put in, and what TRAIN names; nothing else, running statistics of norms included.
 
-Base weights may be loaded before or after: a state dict without injected keys leaves the injected parts as they are,
-also with ``strict=True``. Parts whose start depends on the base weights (PiSSA, DoRA) follow the loaded ones as long
-as they are untrained.
+The order is: build, load the base, inject, load the adapter. Loading the same base again later changes nothing.
 """
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from .guards import close_fast_paths, freeze_statistics, has_statistics
-from .match import PatternError, is_literal, match, resolve
-from .method import Method, MethodError, Placement, Site, normalised, parse
+from .adapted import (
+    ActiveAdapter,
+    Adapted,
+    AdapterLayer,
+    adapt,
+    adapt_problem,
+    adapted_modules,
+    add_layer,
+    base_class,
+    guard,
+    has_statistics,
+    remove_layers,
+    restore,
+)
+from .errors import InjectionError, MethodError, PatternError, PeftError
+from .method import Method, normalised, parse
 from .methods import METHODS
-from .report import Report, make_report
-from .runtime import (
+from .record import (
+    AdaptedModel,
     AdapterRecord,
     Injection,
-    InjectionError,
-    Place,
-    Runtime,
-    Slot,
+    LayerRecord,
     attach,
-    get_runtime,
+    detach,
+    get_adapted,
+    get_root,
     injected_root,
     refuse_wrapper,
-    walk,
 )
-from .specialise import Specialised, Switch, add_part, base_class, specialise, specialise_problem
-from .state import protect_on_load
+from .report import Report, make_report
+from .state import (
+    after_state_dict,
+    base_values,
+    counters,
+    injected_keys,
+    layer_tensors,
+    start_hashes,
+    take_not_installed,
+    tensor_hash,
+)
+from .targets import ModelIndex, Target, is_literal, match, resolve
 
 EVERYTHING = "*"
+logger = logging.getLogger(__name__)
 
-
-class Index:
-    """All names of a model: modules and parameters, shared ones under each name, injected parts left out."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.modules: dict[str, nn.Module] = {}
-        self.sites: dict[int, Site] = {}
-        self.slots: dict[str, Slot] = {}  # by first name: parameters and persistent buffers
-        self.first_name: dict[str, str] = {}
-        firsts: dict[int, str] = {}
-        for name, module, parent in walk(model):
-            self.modules[name] = module
-            self.sites.setdefault(id(module), Site(name, module, parent))
-            for leaf, tensor in _own_tensors(module):
-                alias = f"{name}.{leaf}" if name else leaf
-                first = firsts.setdefault(id(tensor), alias)
-                self.first_name[alias] = first
-                slot = self.slots.setdefault(first, Slot([], []))
-                slot.names.append(alias)
-                if not any(owner is module and key == leaf for owner, key in slot.owners):
-                    slot.owners.append((module, leaf))
-
-    def module_names(self) -> list[str]:
-        """Names that patterns of places are matched against; the model itself has none."""
-        return [name for name in self.modules if name]
-
-    def parameter_names(self) -> list[str]:
-        """Every name of every parameter."""
-        return [alias for alias, first in self.first_name.items() if isinstance(self.slots[first].get(), nn.Parameter)]
-
-    def tensors_under(self, name: str) -> list[str]:
-        """First names of all parameters and persistent buffers of one module."""
-        prefix = f"{name}." if name else ""
-        return list(dict.fromkeys(first for alias, first in self.first_name.items() if alias.startswith(prefix)))
-
-
-def _own_tensors(module: nn.Module) -> Iterable[tuple[str, Tensor]]:
-    for leaf, parameter in module._parameters.items():
-        if parameter is not None:
-            yield leaf, parameter
-    for leaf, buffer in module._buffers.items():
-        if buffer is not None and leaf not in module._non_persistent_buffers_set:
-            yield leaf, buffer
+Entries = Iterable[Mapping[str, Any]] | None
+Patterns = Iterable[str] | None
 
 
 def match_targets(model: nn.Module, pattern: str) -> list[str]:
@@ -92,161 +74,271 @@ def match_targets(model: nn.Module, pattern: str) -> list[str]:
     Raises:
         PatternError: none.
     """
-    return match(pattern, Index(model).module_names())
+    return match(pattern, ModelIndex.of(model).module_names())
 
 
-def inject(
-    model: nn.Module, methods: Sequence[Mapping[str, Any]] = (), train: Sequence[str] = (), name: str = "default"
-) -> Report:
+def inject(model: nn.Module, methods: Entries = (), train: Patterns = (), name: str = "default") -> Report:
     """Make ``model`` train only what ``methods`` put into it and what ``train`` names. In place; returns the report.
 
     Args:
-        model: any nn.Module; the whole model, as it will be trained.
+        model: any nn.Module; the whole model, as it will be trained, with its base's weights.
         methods: entries such as ``{"NAME": "lora", "TARGETS": ["self_attn.value_proj"], "RANK": 8}``.
         train: patterns of modules or parameters to train in full; ``"*"`` is full fine-tuning, as the base would.
         name: the first adapter's name.
 
     Raises:
-        MethodError: an unknown method, key or value, or a place that a method cannot go on.
+        MethodError: an unknown method, key or value, or a module that a method cannot go on.
         PatternError: a pattern that matches nothing.
         InjectionError: the model or a part of it is injected, it is wrapped or lazy, or nothing would be trained.
     On an error the model is as it was.
     """
     _check_model(model)
-    if not methods and not train:
+    entries, patterns = _listed(methods, "methods", MethodError), _listed(train, "TRAIN", PatternError)
+    if not entries and not patterns:
         raise InjectionError("nothing would be trained: METHODS and TRAIN are both empty")
     _check_adapter_name(name)
-    index = Index(model)
-    parsed, placements, full, full_modules = _plan(index, methods, train)
-    everything = EVERYTHING in train
-    runtime = Runtime(Injection({}, name), Switch(name))
-    runtime.was_trainable = {key: value.requires_grad for key, value in model.named_parameters()}
-    if not everything:
-        for parameter in model.parameters():
+    everything = EVERYTHING in patterns
+    index = ModelIndex.of(model)
+    plan = _Plan(index, entries, patterns)
+    adapted = AdaptedModel(Injection({}, ActiveAdapter(name)), installed=name)
+    adapted.was_trainable = {key: value.requires_grad for key, value in model.named_parameters()}
+    with _undone_on_error(lambda: _undo(model, adapted)):
+        for key in plan.full:
+            adapted.full[key] = index.tensors[key]
+            adapted.original[key] = tensor = adapted.full[key].get()
+            if not everything:
+                adapted.base[key] = _frozen_copy(tensor)
+        adapted.values[name] = dict(adapted.original)
+        for parameter in () if everything else model.parameters():
             parameter.requires_grad_(False)
-    for first in full:
-        slot = runtime.slots[first] = index.slots[first]
-        tensor = slot.get()
-        if not everything:
-            runtime.base[first] = _frozen_copy(tensor)
+        for tensor in () if everything else adapted.original.values():
             _set_trainable(tensor)
-    runtime.values[name] = {first: runtime.slots[first].get() for first in full}
-    runtime.installed = name
-    _apply(runtime, name, placements)
-    runtime.record.adapters[name] = _record(parsed, train, placements, full)
-    if not everything:
-        runtime.statistics = freeze_statistics(model, runtime.switch)
-        _train_statistics(full_modules, name)
-    close_fast_paths(model, runtime.switch)
-    attach(model, runtime)
-    protect_on_load(model)
-    model.train(model.training)
+        _place(model, adapted, name, plan, freeze_statistics=not everything)
+        attach(model, adapted)
+        model._register_load_state_dict_pre_hook(before_load, with_module=True)
+        model._register_state_dict_hook(after_state_dict)
+        adapted.start[name] = start_hashes(adapted, name)
     return make_report(model)
 
 
-def add_adapter(
-    model: nn.Module, name: str, methods: Sequence[Mapping[str, Any]] | None = None, train: Sequence[str] | None = None
-) -> Report:
+def add_adapter(model: nn.Module, name: str, methods: Entries = None, train: Patterns = None) -> Report:
     """Add another adapter, not active yet. Methods and TRAIN are the active adapter's unless given.
 
-    Its injected parts start anew and its fully trained modules start from the base's values.
+    Its layers start anew and its fully trained modules start from the base's values.
 
     Raises:
         InjectionError: the name is taken, the model is merged, or everything is trained (no base values are kept then).
         MethodError, PatternError: as in :func:`inject`.
+    On an error the model is as it was.
     """
-    runtime = get_runtime(model)
-    root = injected_root(model)
-    assert root is not None
+    adapted, root = get_adapted(model), get_root(model)
     _check_adapter_name(name)
-    if name in runtime.record.adapters:
+    if name in adapted.record.adapters:
         raise InjectionError(f"there is an adapter {name!r} already")
-    if runtime.record.merged or not runtime.record.enabled:
-        raise InjectionError("adapters are merged or disabled: call unmerge(model), or leave disabled(model), first")
-    methods = runtime.record.methods if methods is None else methods
-    train = runtime.record.train if train is None else train
-    if any(EVERYTHING in item for item in (train, *(record.train for record in runtime.record.adapters.values()))):
+    adapted.require_plain()
+    entries = adapted.record.methods if methods is None else _listed(methods, "methods", MethodError)
+    patterns = adapted.record.train if train is None else _listed(train, "TRAIN", PatternError)
+    if not entries and not patterns:
+        raise InjectionError("nothing would be trained: METHODS and TRAIN are both empty")
+    if any(EVERYTHING in item for item in (patterns, *(record.train for record in adapted.record.adapters.values()))):
         raise InjectionError("TRAIN '*' trains the base itself; it cannot be one of several adapters")
-    index = Index(root)
-    parsed, placements, full, full_modules = _plan(index, methods, train)
-    own = runtime.values[name] = {}
-    for first in full:
-        slot = runtime.slots.setdefault(first, index.slots[first])
-        own[first] = _frozen_copy(runtime.base.setdefault(first, slot.get()))
-        _set_trainable(own[first])
-    _apply(runtime, name, placements)
-    for parameter in runtime.injected[name]:
-        parameter.requires_grad_(False)
-    runtime.record.adapters[name] = _record(parsed, train, placements, full)
-    runtime.statistics = freeze_statistics(root, runtime.switch)
-    _train_statistics(full_modules, name)
-    close_fast_paths(root, runtime.switch)
-    root.train(root.training)
+    index = ModelIndex.of(root)
+    plan = _Plan(index, entries, patterns)
+    with _undone_on_error(lambda: forget_adapter(root, name)):
+        adapted.values[name] = {}
+        for key in plan.full:
+            if key not in adapted.full:
+                adapted.full[key] = index.tensors[key]
+                adapted.base[key] = adapted.original[key] = adapted.full[key].get()
+            own = adapted.values[name][key] = _frozen_copy(adapted.base[key])
+            _set_trainable(own)
+        _place(root, adapted, name, plan, freeze_statistics=True)
+        for parameter in adapted.injected[name]:
+            parameter.requires_grad_(False)
+        adapted.start[name] = start_hashes(adapted, name)
     return make_report(root, name)
 
 
-_Plan = tuple[list[Method], list[tuple[Method, Placement]], list[str], list[nn.Module]]
+@torch.no_grad()
+def forget_adapter(root: nn.Module, name: str) -> None:
+    """Drop one adapter that is not active, and what nobody else needs."""
+    adapted = get_adapted(root)
+    for module in adapted_modules(root):
+        remove_layers(module, name)
+        if module.peft_trained_by is not None:
+            module.peft_trained_by -= {name}
+    per_adapter: list[dict[str, Any]] = [adapted.modules, adapted.injected, adapted.values, adapted.start]
+    for table in (*per_adapter, adapted.record.adapters):
+        table.pop(name, None)
+    for key in [key for key in adapted.full if not any(key in values for values in adapted.values.values())]:
+        tensor, original = adapted.full.pop(key), adapted.original.pop(key)
+        original.data = adapted.base.pop(key).data
+        tensor.put(original.requires_grad_(False))
+    used = {id(module) for modules in adapted.modules.values() for module in modules}
+    used |= {id(module) for module, _ in adapted.statistics}
+    for module in adapted_modules(root):
+        if id(module) not in used and not any(id(child) in used for child in module.modules()):
+            restore(module)
 
 
-def _plan(index: Index, methods: Sequence[Mapping[str, Any]], train: Sequence[str]) -> _Plan:
-    """Everything that can fail, before anything is changed: methods, their parts, what is trained in full."""
-    if isinstance(methods, Mapping):
-        raise MethodError("expected a list of methods, got one mapping: write [{NAME: ...}]")
-    parsed = [parse(entry, METHODS) for entry in methods]
-    placements: list[tuple[Method, Placement]] = []
-    taken: dict[tuple[int, str], int] = {}
-    full, full_modules = _resolve_train(index, train)
-    for number, method in enumerate(parsed):
-        sites = _sites(index, method)
-        if method.selects:
-            selection = method.select(sites)
-            full += [index.first_name[parameter] for parameter in selection.parameters]
-            for site in selection.modules:
-                full += index.tensors_under(site.name)
-                full_modules += site.module.modules()
-            continue
-        for site in sites:
-            other = taken.setdefault((id(site.module), method.name), number)
-            if other != number:
+def _undo(model: nn.Module, adapted: AdaptedModel) -> None:
+    """Take everything out again: classes, Parameters, flags and modes are those of before the injection."""
+    for key, original in adapted.original.items():
+        adapted.full[key].put(original)
+    norms = {id(module): mode for module, mode in adapted.statistics}
+    for item in adapted_modules(model):
+        restore(item)
+        item.training = norms.get(id(item), item.training)
+    hooks: list[tuple[Any, Any]] = [
+        (model._load_state_dict_pre_hooks, before_load),
+        (model._state_dict_hooks, after_state_dict),
+    ]
+    for table, ours in hooks:
+        for number in [number for number, hook in table.items() if getattr(hook, "hook", hook) is ours]:
+            del table[number]
+    detach(model)
+    for key, parameter in model.named_parameters():
+        parameter.requires_grad_(adapted.was_trainable.get(key, parameter.requires_grad))
+
+
+@torch.no_grad()
+def take_out(model: nn.Module, keep_values: bool) -> None:
+    """Undo an injection that is whole; ``keep_values`` leaves in what was trained in full, else the base comes back."""
+    adapted = get_adapted(model)
+    for key, original in adapted.original.items():
+        now = adapted.full[key].get() if keep_values or key not in adapted.base else adapted.base[key]
+        if now is not original:
+            original.data = original.data.to(now.device, now.dtype)
+            original.data.copy_(now)
+    _undo(model, adapted)
+
+
+@contextlib.contextmanager
+def _undone_on_error(undo: Any) -> Iterator[None]:
+    """Run ``undo`` when the block fails, whatever the reason; what is no error of ours becomes one."""
+    try:
+        yield
+    except BaseException as error:
+        undo()
+        if isinstance(error, PeftError) or not isinstance(error, Exception):
+            raise
+        raise InjectionError(f"the injection failed and was undone: {type(error).__name__}: {error}") from error
+
+
+class _Plan:
+    """All that can be wrong, found before anything is changed: methods, their layers, what is trained in full."""
+
+    def __init__(self, index: ModelIndex, entries: Sequence[Mapping[str, Any]], train: Sequence[str]) -> None:
+        self.methods = [parse(entry, METHODS) for entry in entries]
+        self.train = list(train)
+        self.layers: list[tuple[Method, Target, AdapterLayer]] = []
+        full, self.full_modules = _resolve_train(index, train)
+        taken: dict[tuple[int, str], int] = {}
+        for number, method in enumerate(self.methods):
+            targets = _targets(index, method)
+            if method.selects:
+                selection = method.select(targets)
+                full += [index.first_name[parameter] for parameter in selection.parameters]
+                for target in selection.modules:
+                    full += index.tensors_under(target.name)
+                    self.full_modules += target.module.modules()
+                continue
+            for target in targets:
+                other = taken.setdefault((id(target.module), method.name), number)
+                if other != number:
+                    raise MethodError(
+                        f"{target.name} is chosen by two {method.name!r} entries ({other} and {number}); EXCLUDE it in "
+                        "one"
+                    )
+            self.layers += _layers(method, targets)
+        _refuse_two_changes(self.layers)
+        chosen = set(full)
+        self.full = [first for first in index.tensors if first in chosen]
+        if EVERYTHING not in train:
+            _say_thawed(index, self.full)
+        _refuse_half(index, self.full, EVERYTHING in train)
+
+
+def _layers(method: Method, targets: Sequence[Target]) -> list[tuple[Method, Target, AdapterLayer]]:
+    try:
+        made = method.make_layers(targets)
+    except PeftError:
+        raise
+    except Exception as error:  # out of memory, a package's own error
+        raise MethodError(f"method {method.name!r}: {type(error).__name__}: {error}") from error
+    for target, _ in made:
+        problem = adapt_problem(target.module)
+        if problem:
+            raise MethodError(f"method {method.name!r} cannot go on {target.name}: {problem}")
+    return [(method, target, layer) for target, layer in made]
+
+
+def _refuse_two_changes(layers: Sequence[tuple[Method, Target, AdapterLayer]]) -> None:
+    """Of two layers that compute a module's output from changed weights, the inner one would have no effect."""
+    changing: dict[int, Method] = {}
+    for method, target, layer in layers:
+        if layer.changes_weights:
+            other = changing.setdefault(id(target.module), method)
+            if other is not method:
                 raise MethodError(
-                    f"{site.name} is chosen by two {method.name!r} entries ({other} and {number}); EXCLUDE it in one"
+                    f"{other.name!r} and {method.name!r} both change the weights of {target.name}: EXCLUDE it in one"
                 )
-        for placement in method.place(sites):
-            problem = specialise_problem(placement.site.module)
-            if problem:
-                raise MethodError(f"method {method.name!r} cannot go on {placement.site.name}: {problem}")
-            placements.append((method, placement))
-    chosen = set(full)
-    return parsed, placements, [first for first in index.slots if first in chosen], full_modules
 
 
-def _sites(index: Index, method: Method) -> list[Site]:
-    """The places of one method: patterns resolved, exclusions taken out, redirected, and all of them possible."""
+def _refuse_half(index: ModelIndex, full: Sequence[str], everything: bool) -> None:
+    """Steps of 1e-4 vanish in half precision, and loss scaling refuses its gradients."""
+    for name in full:
+        tensor = index.tensors[name].get()
+        trained = isinstance(tensor, nn.Parameter) and (tensor.requires_grad or not everything)
+        if trained and tensor.dtype in (torch.float16, torch.bfloat16):
+            raise InjectionError(
+                f"{name} is {tensor.dtype}, and what is trained in full must be float32: call model.float() before "
+                "inject (and train under autocast), or .half() after the adapter was loaded for inference"
+            )
+
+
+def _say_thawed(index: ModelIndex, full: Sequence[str]) -> None:
+    parameters = [tensor.get() for tensor in index.tensors.values()]
+    thawed = [name for name in full if _is_frozen(index.tensors[name].get())]
+    if thawed and any(isinstance(value, nn.Parameter) and value.requires_grad for value in parameters):
+        logger.warning(
+            "TRAIN and the methods train %d tensors that the model itself had frozen (as FREEZE_AT does), from %s to "
+            "%s. Name the parts that are to be trained instead, if they should stay frozen.",
+            *(len(thawed), thawed[0], thawed[-1]),
+        )
+
+
+def _is_frozen(tensor: Tensor) -> bool:
+    return isinstance(tensor, nn.Parameter) and not tensor.requires_grad
+
+
+def _targets(index: ModelIndex, method: Method) -> list[Target]:
+    """The modules of one method: patterns resolved, exclusions taken out, redirected, and all of them possible."""
     names = index.module_names()
     excluded = set().union(*resolve(method.options.exclude, names).values())
-    chosen: dict[int, Site] = {}
+    chosen: dict[int, Target] = {}
     for pattern, found in resolve(method.options.targets, names).items():
         refused: dict[str, str] = {}
         for name in found:
-            own = index.sites[id(index.modules[name])]
+            own = index.targets[id(index.modules[name])]
             if name in excluded or own.name in excluded:
                 continue
-            site = method.redirect(own, index.sites)
-            reason = method.refusal(site)
+            target = method.redirect(own, index.targets)
+            reason = method.refusal(target)
             if reason:
                 refused[own.name] = reason
                 continue
-            before = chosen.get(id(site.module))
+            before = chosen.get(id(target.module))
             if before is None:
-                chosen[id(site.module)] = site
+                chosen[id(target.module)] = target
             elif before.parts:
-                parts = tuple(dict.fromkeys(before.parts + site.parts)) if site.parts else ()
-                chosen[id(site.module)] = replace(before, parts=parts)
+                parts = tuple(dict.fromkeys(before.parts + target.parts)) if target.parts else ()
+                chosen[id(target.module)] = replace(before, parts=parts)
         _check_refused(method, pattern, found, refused)
     if not chosen:
         raise MethodError(f"method {method.name!r}: EXCLUDE takes back everything that TARGETS choose")
-    order = {key: position for position, key in enumerate(index.sites)}
-    return sorted(chosen.values(), key=lambda site: order[id(site.module)])
+    order = {key: position for position, key in enumerate(index.targets)}
+    return sorted(chosen.values(), key=lambda target: order[id(target.module)])
 
 
 def _check_refused(method: Method, pattern: str, found: list[str], refused: dict[str, str]) -> None:
@@ -261,12 +353,10 @@ def _check_refused(method: Method, pattern: str, found: list[str], refused: dict
     )
 
 
-def _resolve_train(index: Index, train: Sequence[str]) -> tuple[list[str], list[nn.Module]]:
+def _resolve_train(index: ModelIndex, train: Sequence[str]) -> tuple[list[str], list[nn.Module]]:
     """First names of the tensors that TRAIN chooses, and the modules among them (with all they contain)."""
-    if isinstance(train, str):
-        raise PatternError(f"TRAIN is the string {train!r}: expected a list of patterns, [{train!r}]")
     if EVERYTHING in train:
-        return list(index.slots), list(index.modules.values())
+        return list(index.tensors), list(index.modules.values())
     names = [*index.module_names(), *index.parameter_names()]
     tensors: list[str] = []
     modules: list[nn.Module] = []
@@ -278,43 +368,48 @@ def _resolve_train(index: Index, train: Sequence[str]) -> tuple[list[str], list[
                 modules += index.modules[name].modules()
             else:
                 under.append(index.first_name[name])
-        if not any(isinstance(index.slots[first].get(), nn.Parameter) for first in under):
+        if not any(isinstance(index.tensors[first].get(), nn.Parameter) for first in under):
             raise PatternError(f"TRAIN pattern {pattern!r} matches {found[0]}, which has no parameters")
         tensors += under
     return tensors, modules
 
 
-def _apply(runtime: Runtime, adapter: str, placements: Sequence[tuple[Method, Placement]]) -> None:
-    """Put the parts into their modules."""
-    places: dict[int, Specialised] = {}
-    for method, placement in placements:
-        site = placement.site
-        module = specialise(site.module, placement.mixin, runtime.switch, site.name)
-        placement.part.train(module.training)
-        add_part(module, adapter, method.name, placement.part)
-        places[id(module)] = module
-    runtime.places[adapter] = list(places.values())
-    unique = {id(item): item for module in places.values() for item in module.peft_parameters(adapter).values()}
-    runtime.injected[adapter] = list(unique.values())
+def _place(model: nn.Module, adapted: AdaptedModel, name: str, plan: _Plan, freeze_statistics: bool) -> None:
+    """Put the layers of one adapter into their modules, innermost first, and write its record."""
+    order = list(METHODS)
+    modules: dict[int, Adapted] = {}
+    for method, target, layer in sorted(plan.layers, key=lambda item: order.index(item[0].name)):
+        module = adapt(target.module, adapted.record.running, target.name)
+        layer.train(module.training)
+        add_layer(module, name, method.name, layer)
+    for _, target, _layer in plan.layers:
+        assert isinstance(target.module, Adapted)
+        modules[id(target.module)] = target.module
+    adapted.modules[name] = list(modules.values())
+    unique = {id(item): item for module in modules.values() for item in module.peft_parameters(name).values()}
+    adapted.injected[name] = list(unique.values())
+    adapted.record.adapters[name] = _record(plan)
+    known = {id(module): mode for module, mode in adapted.statistics}
+    if freeze_statistics:
+        modes = {id(module): module.training for module in model.modules() if has_statistics(module)}
+        norms = guard(model, adapted.record.running)
+        adapted.statistics = [(module, known.get(id(module), modes[id(module)])) for module in norms]
+        for inner in plan.full_modules:
+            if isinstance(inner, Adapted) and inner.peft_trained_by is not None:
+                inner.peft_trained_by |= {name}
+        for norm, mode in adapted.statistics:
+            norm.train(mode if id(norm) not in known else norm.training)
 
 
-def _record(
-    parsed: Sequence[Method], train: Sequence[str], placements: Sequence[tuple[Method, Placement]], full: list[str]
-) -> AdapterRecord:
+def _record(plan: _Plan) -> AdapterRecord:
     seen: set[int] = set()
     places = []
-    for method, placement in placements:
-        fresh = [item for item in placement.part.parameters() if id(item) not in seen]
+    for method, target, layer in plan.layers:
+        fresh = [item for item in layer.parameters() if id(item) not in seen]
         seen.update(id(item) for item in fresh)
-        kind = base_class(placement.site.module).__name__
-        places.append(Place(placement.site.name, method.name, kind, sum(item.numel() for item in fresh)))
-    return AdapterRecord([normalised(method) for method in parsed], list(train), places, full)
-
-
-def _train_statistics(modules: Iterable[nn.Module], adapter: str) -> None:
-    for module in modules:
-        if has_statistics(module):
-            module.__dict__["peft_trained_by"] = module.__dict__["peft_trained_by"] | {adapter}
+        kind = base_class(target.module).__name__
+        places.append(LayerRecord(target.name, method.name, kind, sum(item.numel() for item in fresh)))
+    return AdapterRecord([normalised(method) for method in plan.methods], plan.train, places, plan.full)
 
 
 def _frozen_copy(tensor: Tensor) -> Tensor:
@@ -327,21 +422,34 @@ def _set_trainable(tensor: Tensor) -> None:
         tensor.requires_grad_(True)
 
 
+def _listed(items: Any, what: str, error: type[PeftError]) -> list[Any]:
+    """Any iterable as a list; None is an empty one."""
+    if items is None:
+        return []
+    if isinstance(items, str | bytes | Mapping) or not isinstance(items, Iterable):
+        example = "[{NAME: ...}]" if isinstance(items, Mapping) else f"[{items!r}]"
+        kind = "one mapping" if isinstance(items, Mapping) else f"{type(items).__name__} {items!r}"
+        raise error(f"{what}: expected a list of {what}, got {kind}: write {example}")
+    return list(items)
+
+
 def _check_model(model: nn.Module) -> None:
     """Refuse a model that cannot be injected as it is."""
+    if not isinstance(model, nn.Module):
+        raise InjectionError(f"expected the model, an nn.Module, got {type(model).__name__}")
     if injected_root(model) is not None:
         raise InjectionError(
             "this model is injected already: add_adapter(model, name) adds another, remove(model) undoes the first"
         )
     refuse_wrapper(model)
     for name, module in model.named_modules():
-        if isinstance(module, Specialised):
+        if isinstance(module, Adapted):
             raise InjectionError(
                 f"{name or 'this module'} was injected as a part of another model: remove that injection, then inject "
                 "the whole model at once"
             )
-        if has_statistics(module) and specialise_problem(module):
-            raise InjectionError(f"the running statistics of {name} cannot be frozen: {specialise_problem(module)}")
+        if has_statistics(module) and adapt_problem(module):
+            raise InjectionError(f"the running statistics of {name} cannot be frozen: {adapt_problem(module)}")
     lazy = [name for name, parameter in model.named_parameters() if is_lazy(parameter)]
     if lazy:
         raise InjectionError(f"{lazy[0]} has no shape yet (a lazy module): run the model once, then inject")
@@ -352,3 +460,95 @@ def _check_adapter_name(name: str) -> None:
         raise InjectionError(
             f"{name!r} cannot name an adapter: expected letters, digits, _ and -, and no attribute of torch modules"
         )
+
+
+@torch.no_grad()
+def before_load(root: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """torch's hook before ``load_state_dict``: the one place where weights meet a model that is injected.
+
+    - A state dict with injected keys was one of such a model, and all of it is loaded.
+    - Without them it is a base's. The base that the adapters are on changes nothing, not what is trained in full
+      either. Another one is taken as long as nothing was trained or loaded: the adapters then start anew on it.
+    - Where adapters only train modules in full, other values of just these are what was trained, and are loaded.
+
+    Raises:
+        InjectionError: these are the weights of another base; or the model is merged.
+    """
+    adapted, index = get_adapted(root), ModelIndex.of(root)
+    base, layers = base_values(root), layer_tensors(root)
+    given = {key: state[prefix + key] for key in base if isinstance(state.get(prefix + key), Tensor)}
+    if given and adapted.record.merged:
+        raise InjectionError("the adapter is merged into the weights: call unmerge(model) before loading others")
+    if any(prefix + key in state for key in injected_keys(root)):
+        return take_not_installed(adapted, state, prefix)
+    if not given:
+        return None
+    if any(value.is_meta for value in base.values()):
+        raise InjectionError(
+            "the model was on the meta device when it was injected, so what is trained has no values: give the model "
+            "its weights first, then inject"
+        )
+    fits = {key for key, value in given.items() if value.shape == base[key].shape}
+    different = [
+        key for key in sorted(fits - counters(root)) if not _is_base(adapted, index, key, given[key], base[key])
+    ]
+    if different:
+        own = {alias for key in adapted.values[adapted.record.active] for alias in adapted.full[key].names}
+        only_trained = own.issuperset(different) and not layers
+        open_to_others = not adapted.record.base_file and _untouched(adapted)
+        if only_trained and (fits - own or not open_to_others):
+            return None
+        if not open_to_others:
+            raise InjectionError(_other_base(adapted, different, len(fits)))
+        _start_anew(root, adapted, index, {key: given[key] for key in fits})
+    else:
+        count = len(adapted.start[adapted.record.active])
+        logger.info(
+            "These weights are the base's, which the model has: all %d tensors of adapter %r stay in effect.",
+            *(count, adapted.record.active),
+        )
+    state.update({prefix + key: index.tensors[index.first_name[key]].get() for key in fits if key in index.first_name})
+    state.update({prefix + key: value for key, value in layers.items()})
+    return None
+
+
+def _is_base(adapted: AdaptedModel, index: ModelIndex, key: str, given: Tensor, base: Tensor) -> bool:
+    """Whether a given tensor is the base's own of that name, in the base's dtype."""
+    same_kind = given.to(base.device, base.dtype)
+    if adapted.base or not adapted.full:
+        equal = same_kind == base
+        return bool(equal.all()) or bool((equal | (same_kind.isnan() & base.isnan())).all())
+    start = adapted.start[adapted.record.active].get(index.first_name.get(key, ""))
+    return start in (tensor_hash(given), tensor_hash(same_kind))
+
+
+def _untouched(adapted: AdaptedModel) -> bool:
+    """Whether nothing was trained or loaded since the injection."""
+    return all(start_hashes(adapted, name) == start for name, start in adapted.start.items())
+
+
+def _start_anew(root: nn.Module, adapted: AdaptedModel, index: ModelIndex, weights: Mapping[str, Tensor]) -> None:
+    """Exchange the base under adapters that are not trained; their layers get new values in the tensors they have."""
+    for key, value in weights.items():
+        first = index.first_name.get(key, key)
+        kept = [adapted.base.get(first), *(values.get(first) for values in adapted.values.values())]
+        for tensor in (index.tensors[first].get(), *kept):
+            if tensor is not None:
+                tensor.copy_(value)
+    for name, record in adapted.record.adapters.items():
+        for method in (parse(entry, METHODS) for entry in record.methods):
+            for _, target, layer in [] if method.selects else _layers(method, _targets(index, method)):
+                target.module.peft_layers(name)[method.name].load_state_dict(layer.state_dict())  # type: ignore[operator]
+        adapted.start[name] = start_hashes(adapted, name)
+    logger.info("The base's weights came after inject, before anything was trained: the adapters start anew on them.")
+
+
+def _other_base(adapted: AdaptedModel, different: Sequence[str], count: int) -> str:
+    more = f" and {len(different) - 4} more" if len(different) > 4 else ""
+    file = f" (from {adapted.record.base_file})" if adapted.record.base_file else ""
+    return (
+        f"these are the weights of another base than the one{file} under adapter {adapted.record.active!r}: "
+        f"{len(different)} of {count} tensors differ, {', '.join(different[:4])}{more}; nothing was loaded. Load the "
+        "base before you inject: peft_d2.load_base(model, path), then inject(model, ...) or load_adapter(model, "
+        "folder); with PEFTModel it is MODEL.WEIGHTS"
+    )

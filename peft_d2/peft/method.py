@@ -1,23 +1,19 @@
-"""What a method is: options with upper-case config keys, the places it can go on, and the parts it puts there."""
+"""What a method is: options with upper-case config keys, the modules it can go on, and the adapter layers it makes."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-import torch
-from torch import nn
+from .adapted import AdapterLayer
+from .errors import MethodError
+from .targets import Target, nearest
 
-from .errors import PeftError
-from .match import nearest
-from .specialise import Part, Specialised
-
-
-class MethodError(PeftError, ValueError):
-    """A method's entry in the config is wrong, or the method cannot go where it was sent."""
+_LARGEST = 2**31
 
 
 @dataclass(frozen=True)
@@ -40,39 +36,11 @@ def expect(condition: bool, key: str, value: object, expected: str) -> None:
 
 
 @dataclass(frozen=True)
-class Site:
-    """One place in a model: a module under its first name, and its parent (None for the model itself)."""
-
-    name: str
-    module: nn.Module
-    parent: nn.Module | None
-    parts: tuple[str, ...] = ()
-
-    def tensor_options(self) -> dict[str, Any]:
-        """Device and dtype for new parameters here: the module's own, in float32 where the base has half precision."""
-        for source in (self.module, self.parent):
-            for value in source.parameters() if source is not None else ():
-                if value.is_floating_point():
-                    half = value.dtype in (torch.float16, torch.bfloat16)
-                    return {"device": value.device, "dtype": torch.float32 if half else value.dtype}
-        return {}
-
-
-@dataclass(frozen=True)
-class Placement:
-    """One part on its way into one module: ``mixin`` is what the module becomes."""
-
-    site: Site
-    mixin: type[Specialised]
-    part: Part
-
-
-@dataclass(frozen=True)
 class Selection:
     """Base parameters by name, and modules that are trained with all they contain."""
 
     parameters: list[str] = field(default_factory=list)
-    modules: list[Site] = field(default_factory=list)
+    modules: list[Target] = field(default_factory=list)
 
 
 class Method:
@@ -85,25 +53,23 @@ class Method:
     def __init__(self, options: Any) -> None:
         self.options = options
 
-    def redirect(self, site: Site, sites: Mapping[int, Site]) -> Site:
-        """The place that really does the work of ``site`` (``sites`` by module id); most methods stay where they
-        are.
-        """
-        return site
+    def redirect(self, target: Target, targets: Mapping[int, Target]) -> Target:
+        """The module that really does the work of ``target`` (``targets`` by module id); for most methods itself."""
+        return target
 
-    def refusal(self, site: Site) -> str:
-        """Why this method cannot go on ``site``; empty when it can."""
+    def refusal(self, target: Target) -> str:
+        """Why this method cannot go on ``target``; empty when it can."""
         return ""
 
-    def place(self, sites: Sequence[Site]) -> list[Placement]:
-        """The parts for all chosen places, in order.
+    def make_layers(self, targets: Sequence[Target]) -> list[tuple[Target, AdapterLayer]]:
+        """The adapter layers of all chosen modules, in order.
 
         Raises:
-            MethodError: a place needs something that the options do not say.
+            MethodError: a module needs something that the options do not say.
         """
         raise NotImplementedError(f"method {self.name!r} injects nothing")
 
-    def select(self, sites: Sequence[Site]) -> Selection:
+    def select(self, targets: Sequence[Target]) -> Selection:
         """The base parameters that a selecting method trains.
 
         Raises:
@@ -124,7 +90,7 @@ def parse(entry: Mapping[str, Any], registry: Mapping[str, type[Method]]) -> Met
         raise MethodError(f"the method {dict(entry)!r} has no NAME: expected one of {', '.join(sorted(registry))}")
     name = entry["NAME"].lower()
     if name not in registry:
-        raise MethodError(f"method NAME {entry['NAME']!r} does not exist.{_closest(name, list(registry))}")
+        raise MethodError(f"method NAME {entry['NAME']!r} does not exist.{closest(name, list(registry))}")
     method = registry[name]
     known = {item.name.upper(): item for item in dataclasses.fields(method.options_class)}
     types = typing.get_type_hints(method.options_class)
@@ -133,7 +99,7 @@ def parse(entry: Mapping[str, Any], registry: Mapping[str, type[Method]]) -> Met
         if key == "NAME":
             continue
         if key not in known:
-            raise MethodError(f"method {name!r} has no key {key!r}.{_closest(str(key).upper(), list(known))}")
+            raise MethodError(f"method {name!r} has no key {key!r}.{closest(str(key).upper(), list(known))}")
         values[key.lower()] = _convert(name, key, value, types[key.lower()])
     options = method.options_class(**values)
     try:
@@ -149,10 +115,10 @@ def normalised(method: Method) -> dict[str, Any]:
     return {"NAME": method.name, **{key.upper(): value for key, value in values.items()}}
 
 
-def _closest(wanted: str, known: list[str]) -> str:
-    found = nearest(wanted, known)
-    near = f" Nearest: {', '.join(found)}." if found else ""
-    return f"{near} Known: {', '.join(sorted(known))}."
+def closest(wanted: str, known: list[str]) -> str:
+    """The end of an error about an unknown name: the known ones, those that resemble it first."""
+    near = nearest(wanted, known)
+    return (f" Nearest: {', '.join(near)}." if near else "") + f" Known: {', '.join(sorted(known))}."
 
 
 def _convert(method: str, key: str, value: Any, hint: Any) -> Any:
@@ -164,10 +130,15 @@ def _convert(method: str, key: str, value: Any, hint: Any) -> Any:
     origin = typing.get_origin(plain) or plain
     if origin is list and isinstance(value, list | tuple) and all(isinstance(item, str) for item in value):
         return list(value)
-    if origin is dict and isinstance(value, Mapping):
-        return dict(value)
+    if origin is dict and isinstance(value, Mapping) and all(isinstance(item, str) for item in value):
+        inner = typing.get_args(plain)[1]
+        return {name: item if inner is Any else _convert(method, key, item, inner) for name, item in value.items()}
     if origin is float and isinstance(value, int | float) and not isinstance(value, bool):
+        if not abs(value) < math.inf or abs(value) > 1e300:
+            raise MethodError(f"method {method!r}: {key} is {value!r}, expected a finite number")
         return float(value)
+    if origin is int and type(value) is int and not -_LARGEST < value < _LARGEST:
+        raise MethodError(f"method {method!r}: {key} is {value!r}, expected a number below 2**31")
     if origin in (int, bool, str) and type(value) is origin:
         return value
     label = {"list": "a list of strings", "dict": "a mapping"}.get(

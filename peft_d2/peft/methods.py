@@ -1,4 +1,4 @@
-"""The methods by their config name."""
+"""The methods by their config name. Their order is the order of adapter layers on one module, innermost first."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from .method import Method
 from .mona import Mona
 from .selective import BitFit, LastBlocks, NormTuning
 
-_ALL: tuple[type[Method], ...] = (
-    *(Adapter, AdaptFormer, BitFit, ConvLora, LastBlocks, Lora, Mona, NormTuning, HuggingFaceTuner),
+_INNERMOST_FIRST: tuple[type[Method], ...] = (
+    *(Lora, HuggingFaceTuner),  # change weights
+    *(ConvLora, AdaptFormer, Mona, Adapter),  # add to an output
+    *(BitFit, NormTuning, LastBlocks),  # train what is there
 )
-METHODS: dict[str, type[Method]] = {method.name: method for method in _ALL}
+METHODS: dict[str, type[Method]] = {method.name: method for method in _INNERMOST_FIRST}

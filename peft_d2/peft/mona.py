@@ -16,19 +16,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .adapted import AdapterLayer
 from .adapter import never_called
-from .grid import GRIDS, TokenGrid
 from .lora.factors import match_dtype
-from .method import Method, Placement, Site, expect
-from .specialise import Part, Specialised
-from .width import OutputOptions, Width, check_width, map_first_tensor, output_width
+from .method import Method, expect
+from .outputs import GRIDS, OutputOptions, TokenGrid, Width, check_width, map_first_tensor, output_width
+from .targets import Target
 
 
 @dataclass(frozen=True)
 class MonaOptions(OutputOptions):
     """``BOTTLENECK`` is the width inside.
 
-    ``GRID`` says how tokens (N, L, C) lie in the image, see :class:`~peft_d2.peft.grid.TokenGrid`. Four-dimensional
+    ``GRID`` says how tokens (N, L, C) lie in the image, see :class:`~peft_d2.peft.outputs.TokenGrid`. Four-dimensional
     outputs need none.
     """
 
@@ -43,12 +43,12 @@ class MonaOptions(OutputOptions):
         expect(self.grid in GRIDS, "GRID", self.grid, f"one of {', '.join(GRIDS)}")
 
 
-class MonaAdapter(Part):
+class MonaAdapter(AdapterLayer):
     """x + up(dropout(GeLU(multi-scale convolutions of down(x0)))); same shape as x."""
 
-    def __init__(self, site: Site, width: Width, options: MonaOptions) -> None:
+    def __init__(self, target: Target, width: Width, options: MonaOptions) -> None:
         super().__init__()
-        made = site.tensor_options()
+        made = target.factory_kwargs()
         channels, inner = width.channels, options.bottleneck
         self.mona_norm = nn.LayerNorm(channels, **made)
         self.mona_gain = nn.Parameter(torch.full((channels,), 1e-6, **made))
@@ -63,8 +63,11 @@ class MonaAdapter(Part):
         nn.init.zeros_(self.mona_up.bias)
         self.dropout = options.dropout
         self.width = width
-        self.name = site.name
-        self.grid = TokenGrid(site, options.grid)
+        self.name = target.name
+        self.grid = TokenGrid(target, options.grid)
+
+    def adapted_forward(self, module: Any, forward: Any, *args: Any, **kwargs: Any) -> Any:
+        return map_first_tensor(forward(*args, **kwargs), self, self.name)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, H, W, C), (N, L, C) that lie as ``GRID`` says, or channels first; same shape and dtype.
@@ -85,17 +88,6 @@ class MonaAdapter(Part):
         return (h.movedim(-1, 1) if self.width.channels_first else h).to(x.dtype)
 
 
-class MonaMixin(Specialised):
-    """Any module whose output is a tensor or a tuple that begins with one, laid out as an image."""
-
-    layer = 4
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        out = super().forward(*args, **kwargs)
-        part = self.peft_part(Mona.name)
-        return out if part is None else map_first_tensor(out, part, self.peft_name)
-
-
 class Mona(Method):
     """``{NAME: mona, TARGETS: [attn, mlp], BOTTLENECK: 64, DROPOUT: 0.1, GRID: auto}``."""
 
@@ -103,9 +95,9 @@ class Mona(Method):
     options_class = MonaOptions
     options: MonaOptions
 
-    def refusal(self, site: Site) -> str:
-        return never_called(site)
+    def refusal(self, target: Target) -> str:
+        return never_called(target)
 
-    def place(self, sites: Sequence[Site]) -> list[Placement]:
+    def make_layers(self, targets: Sequence[Target]) -> list[tuple[Target, AdapterLayer]]:
         options = self.options
-        return [Placement(s, MonaMixin, MonaAdapter(s, output_width(s, options), options)) for s in sites]
+        return [(t, MonaAdapter(t, output_width(t, options), options)) for t in targets]

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from .runtime import Place, get_runtime, injected_root, known_adapter, walk
+from .adapted import walk
+from .record import LayerRecord, get_adapted, get_root
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Report:
 
     adapter: str
     rows: list[ReportRow]
-    places: list[Place]
+    places: list[LayerRecord]
     train: list[str]
 
     @property
@@ -91,17 +92,15 @@ class Report:
 
 def make_report(model: nn.Module, adapter: str | None = None) -> Report:
     """The report of one adapter (the active one unless named)."""
-    runtime = get_runtime(model)
-    root = injected_root(model)
-    assert root is not None
-    name = runtime.record.active if adapter is None else adapter
-    record = known_adapter(runtime, name)
+    adapted, root = get_adapted(model), get_root(model)
+    name = adapted.record.active if adapter is None else adapter
+    record = adapted.adapter(name)
     full = set(record.full)
     total: Counter[str] = Counter()
     injected: Counter[str] = Counter()
     trained: Counter[str] = Counter()
     seen: set[int] = set()
-    own = {id(parameter) for parameter in runtime.injected[name]}
+    own = {id(parameter) for parameter in adapted.injected[name]}
     for path, module, _ in walk(root):
         for leaf, parameter in module.named_parameters(recurse=False):
             if id(parameter) in seen:
@@ -112,7 +111,7 @@ def make_report(model: nn.Module, adapter: str | None = None) -> Report:
             everything = "*" in record.train
             if alias in full and (parameter.requires_grad or not everything):
                 trained[_part(path)] += parameter.numel()
-        if any(module is place for place in runtime.places[name]):
+        if any(module is item for item in adapted.modules[name]):
             for parameter in module.peft_parameters(name).values():  # type: ignore[operator]
                 if id(parameter) in own and id(parameter) not in seen:
                     seen.add(id(parameter))

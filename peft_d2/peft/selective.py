@@ -16,9 +16,10 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from .method import Method, MethodError, Options, Selection, Site, expect
-from .runtime import walk
-from .specialise import base_class
+from .adapted import base_class, walk
+from .errors import MethodError
+from .method import Method, Options, Selection, expect
+from .targets import Target
 
 _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
 
@@ -37,11 +38,11 @@ class BitFit(Method):
     options_class = SelectOptions
     selects = True
 
-    def select(self, sites: Sequence[Site]) -> Selection:
+    def select(self, targets: Sequence[Target]) -> Selection:
         """All biases, fused ones such as ``in_proj_bias`` included; MethodError where there are none."""
-        names = _parameters_where(sites, lambda _, leaf: leaf == "bias" or leaf.endswith("_bias"))
+        names = _parameters_where(targets, lambda _, leaf: leaf == "bias" or leaf.endswith("_bias"))
         if not names:
-            raise MethodError(f"bitfit: there are no biases in {', '.join(site.name for site in sites[:5])}")
+            raise MethodError(f"bitfit: there are no biases in {', '.join(target.name for target in targets[:5])}")
         return Selection(parameters=names)
 
 
@@ -55,13 +56,13 @@ class NormTuning(Method):
     options_class = SelectOptions
     selects = True
 
-    def select(self, sites: Sequence[Site]) -> Selection:
+    def select(self, targets: Sequence[Target]) -> Selection:
         """All parameters of all norms at any depth; MethodError where there are none."""
         names = _parameters_where(
-            sites, lambda module, _: isinstance(module, _NORMS) or "Norm" in base_class(module).__name__
+            targets, lambda module, _: isinstance(module, _NORMS) or "Norm" in base_class(module).__name__
         )
         if not names:
-            raise MethodError(f"norm: no norm has parameters in {', '.join(site.name for site in sites[:5])}")
+            raise MethodError(f"norm: no norm has parameters in {', '.join(target.name for target in targets[:5])}")
         return Selection(parameters=names)
 
 
@@ -84,23 +85,23 @@ class LastBlocks(Method):
     options: LastBlocksOptions
     selects = True
 
-    def select(self, sites: Sequence[Site]) -> Selection:
+    def select(self, targets: Sequence[Target]) -> Selection:
         """The last blocks with all that they contain; MethodError where there are fewer, or one holds nothing."""
-        if len(sites) < self.options.num:
-            raise MethodError(f"last_blocks: NUM is {self.options.num}, but TARGETS choose {len(sites)} blocks")
-        chosen = list(sites[-self.options.num :])
-        empty = [site.name for site in chosen if next(site.module.parameters(), None) is None]
+        if len(targets) < self.options.num:
+            raise MethodError(f"last_blocks: NUM is {self.options.num}, but TARGETS choose {len(targets)} blocks")
+        chosen = list(targets[-self.options.num :])
+        empty = [target.name for target in chosen if next(target.module.parameters(), None) is None]
         if empty:
             raise MethodError(f"last_blocks: {empty[0]} has no parameters; choose the blocks that hold them")
         return Selection(modules=chosen)
 
 
-def _parameters_where(sites: Sequence[Site], wanted: Callable[[nn.Module, str], bool]) -> list[str]:
-    """Names of the parameters in the sites, at any depth, for which ``wanted(owner, own name)``; each name once."""
+def _parameters_where(targets: Sequence[Target], wanted: Callable[[nn.Module, str], bool]) -> list[str]:
+    """Names of the parameters in the targets, at any depth, for which ``wanted(owner, own name)``; each name once."""
     names = {
         f"{path}.{leaf}" if path else leaf: None
-        for site in sites
-        for path, module, _ in walk(site.module, site.name)
+        for target in targets
+        for path, module, _ in walk(target.module, target.name)
         for leaf, _ in module.named_parameters(recurse=False)
         if wanted(module, leaf)
     }

@@ -1,9 +1,12 @@
-"""An adapter as tensors, the base as tensors, and what is trained of both."""
+"""An adapter as tensors, the base as tensors, and what is trained of both.
+
+``state_dict()`` of an injected model holds the base's keys, the adapter layers, and, where an adapter could not be had
+back without them, the values that are not installed now: the base's of what is trained in full, and other adapters'.
+"""
 
 from __future__ import annotations
 
 import hashlib
-import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -11,15 +14,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .errors import PeftError
-from .runtime import InjectionError, Runtime, get_runtime, injected_root, known_adapter, walk
-from .specialise import STORE, Specialised
+from .adapted import STORE, Adapted, walk
+from .errors import AdapterStateError, InjectionError
+from .record import AdaptedModel, get_adapted, get_root, injected_root
 
-logger = logging.getLogger(__name__)
-
-
-class AdapterStateError(PeftError, ValueError):
-    """Tensors do not fit the adapter they were given for."""
+_BASE, _VALUES = f"{STORE}_base.", f"{STORE}_values."  # keys of values that are not installed
 
 
 @dataclass(frozen=True)
@@ -33,12 +32,13 @@ class TrainedParameter:
 
 def trained_parameters(model: nn.Module) -> Iterator[TrainedParameter]:
     """Every parameter that the active adapter trains, each once; after an optimizer step only these have changed."""
-    runtime = get_runtime(model)
-    for name, tensor in _injected(runtime, runtime.record.active).items():
+    adapted = get_adapted(model)
+    active = adapted.record.active
+    for name, tensor in injected_tensors(adapted, active).items():
         if isinstance(tensor, nn.Parameter):
             yield TrainedParameter(name, tensor, "injected")
-    for name in runtime.values[runtime.record.active]:
-        tensor = runtime.slots[name].get()
+    for name in adapted.values[active]:
+        tensor = adapted.full[name].get()
         if isinstance(tensor, nn.Parameter) and tensor.requires_grad:
             yield TrainedParameter(name, tensor, "full")
 
@@ -50,21 +50,20 @@ def adapter_state_dict(model: nn.Module, name: str = "default") -> dict[str, Ten
     Paths are first names in the model; neither a wrapper nor the adapter's name is in them. Tensors are detached, not
     copied.
     """
-    runtime = get_runtime(model)
-    return {key: value.detach() for key, value in _tensors(runtime, name).items()}
+    return {key: value.detach() for key, value in _tensors(get_adapted(model), name).items()}
 
 
 @torch.no_grad()
 def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor], name: str = "default") -> None:
-    """Copy ``state`` into the adapter ``name``. Fully trained values then survive a later loading of base weights.
+    """Copy ``state`` into the adapter ``name``.
 
     Raises:
         AdapterStateError: names or shapes differ; each is listed, and nothing is changed.
-        InjectionError: there is no such adapter, or it is merged.
+        InjectionError: there is no such adapter.
     """
-    runtime = get_runtime(model)
-    own = _tensors(runtime, name)
-    if runtime.record.merged and runtime.record.active == name:
+    adapted = get_adapted(model)
+    own = _tensors(adapted, name)
+    if adapted.record.merged and adapted.record.active == name:
         raise AdapterStateError(f"adapter {name!r} is merged into the weights: call unmerge(model) first")
     problems = [f"missing: {key} {tuple(own[key].shape)}" for key in own if key not in state]
     problems += [f"unexpected: {key} {tuple(state[key].shape)}" for key in state if key not in own]
@@ -74,19 +73,18 @@ def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor], name:
     if problems:
         listed = "\n  ".join(problems[:20]) + (f"\n  ... and {len(problems) - 20} more" if len(problems) > 20 else "")
         raise AdapterStateError(
-            f"the tensors do not fit adapter {name!r} (other methods, ranks, places or classes?):\n  {listed}"
+            f"the tensors do not fit adapter {name!r} (other methods, ranks, target modules or classes?):\n  {listed}"
         )
     for key, value in own.items():
         value.copy_(state[key])
-    runtime.loaded[name] = set(runtime.values[name])
 
 
-def _injected(runtime: Runtime, name: str) -> dict[str, Tensor]:
+def injected_tensors(adapted: AdaptedModel, name: str) -> dict[str, Tensor]:
     """Injected tensors of one adapter by file name, shared ones under their first name."""
-    known_adapter(runtime, name)
+    adapted.adapter(name)
     tensors: dict[str, Tensor] = {}
     seen: set[int] = set()
-    for module in runtime.places[name]:
+    for module in adapted.modules[name]:
         for local, value in module.peft_tensors(name).items():
             if id(value) not in seen:
                 seen.add(id(value))
@@ -94,17 +92,33 @@ def _injected(runtime: Runtime, name: str) -> dict[str, Tensor]:
     return tensors
 
 
-def _tensors(runtime: Runtime, name: str) -> dict[str, Tensor]:
-    tensors = _injected(runtime, name)
+def _tensors(adapted: AdaptedModel, name: str) -> dict[str, Tensor]:
+    tensors = injected_tensors(adapted, name)
     kept = {
         id(module.get_parameter(leaf)): value
-        for module in runtime.places[runtime.record.active]
+        for module in adapted.modules[adapted.record.active]
         for leaf, value in module.peft_backup.items()
     }
-    for key, value in runtime.values[name].items():
-        own = runtime.slots[key].get() if runtime.installed == name else value
+    for key in adapted.values[name]:
+        own = adapted.own_value(name, key)
         tensors[key] = kept.get(id(own), own)  # what was trained, without what is merged into it
     return tensors
+
+
+def start_hashes(adapted: AdaptedModel, name: str) -> dict[str, str]:
+    """Hashes of an adapter's tensors; compared with those of its start they tell whether it was trained or loaded."""
+    return {key: tensor_hash(value) for key, value in _tensors(adapted, name).items()}
+
+
+def tensor_hash(tensor: Tensor) -> str:
+    """sha256 of a tensor's dtype, shape and bytes; empty for one without values (on the meta device)."""
+    if tensor.is_meta:
+        return ""
+    value = tensor.detach()
+    value = (value.int_repr() if value.is_quantized else value).cpu().contiguous()
+    digest = hashlib.sha256(f"{value.dtype} {tuple(value.shape)}".encode())
+    digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -118,87 +132,153 @@ def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
     return {key: value for key, value in root.state_dict().items() if key not in added}
 
 
+def base_values(model: nn.Module) -> dict[str, Tensor]:
+    """Name -> value of the base's tensors, whatever adapter is active or merged; nothing is switched for it.
+
+    Where TRAIN is "*" there are no values of the base any more, and these are the trained ones.
+    """
+    adapted, state = get_adapted(model), base_state_dict(model)
+    for name, value in adapted.base.items():
+        state.update(dict.fromkeys(adapted.full[name].names, value))
+    for path, module, _ in walk(get_root(model)):
+        for leaf, value in module.peft_backup.items() if isinstance(module, Adapted) else ():
+            state[f"{path}.{leaf}" if path else leaf] = value
+    return {key: value for key, value in state.items() if isinstance(value, Tensor)}
+
+
+def is_counter(name: str, tensor: Tensor) -> bool:
+    """Whether a buffer counts steps, or is another single number that training moves: no property of the base."""
+    return not isinstance(tensor, nn.Parameter) and (tensor.numel() == 1 or name.endswith("num_batches_tracked"))
+
+
+def counters(model: nn.Module) -> set[str]:
+    """Names of the base's buffers that :func:`is_counter` takes for counters."""
+    return {name for name, value in model.named_buffers(remove_duplicate=False) if is_counter(name, value)}
+
+
 def injected_keys(model: nn.Module) -> set[str]:
     """Keys of ``model.state_dict()`` that injection added."""
-    keys: set[str] = set()
-    for path, module, _ in walk(model):
-        if isinstance(module, Specialised) and STORE in module._modules:
+    root = injected_root(model)
+    return set() if root is None else {*layer_tensors(root), *_not_installed(get_adapted(root))}
+
+
+def layer_tensors(root: nn.Module) -> dict[str, Tensor]:
+    """All tensors of all adapter layers by their keys in a state dict, shared modules under each of their names."""
+    tensors: dict[str, Tensor] = {}
+    for path, module, _ in walk(root):
+        if isinstance(module, Adapted) and STORE in module._modules:
             prefix = f"{path}.{STORE}." if path else f"{STORE}."
-            keys.update(prefix + key for key in module.peft.state_dict())
-    return keys
+            tensors.update({prefix + key: value for key, value in module.peft.state_dict(keep_vars=True).items()})
+    return tensors
+
+
+def _not_installed(adapted: AdaptedModel) -> dict[str, Tensor]:
+    """Values that are neither in a module's tables nor in its adapter layers, by their keys in a state dict.
+
+    A model whose only adapter trains modules in full and injects nothing has none: its state dict has its base's form.
+    """
+    if adapted.installed is None or (len(adapted.record.adapters) == 1 and not any(adapted.injected.values())):
+        return {}
+    kept = {_BASE + name: value for name, value in adapted.base.items()}
+    for adapter, values in adapted.values.items():
+        if adapter != adapted.installed:
+            kept.update({f"{_VALUES}{adapter}.{name}": value for name, value in values.items()})
+    return kept
+
+
+def after_state_dict(root: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """torch's hook after ``state_dict()``: adds what is not installed, leaves out what is merged into the weights."""
+    adapted = get_adapted(root)
+    for path, module, _parent in walk(root):
+        for method in module.peft_merged if isinstance(module, Adapted) else ():
+            merged = f"{prefix}{path}{'.' if path else ''}{STORE}.{adapted.record.active}.{method}."
+            for key in [key for key in state if key.startswith(merged)]:
+                del state[key]
+    if not adapted.record.merged:
+        state.update({prefix + key: value.detach() for key, value in _not_installed(adapted).items()})
+
+
+@torch.no_grad()
+def take_not_installed(adapted: AdaptedModel, state: dict[str, Any], prefix: str) -> None:
+    """Load what :func:`after_state_dict` added and take it out of ``state``, whichever adapter was active there."""
+    kept: dict[str, dict[str, Tensor]] = {}
+    for key in [key for key in state if key.startswith((prefix + _VALUES, prefix + _BASE))]:
+        adapter, _, name = key.removeprefix(prefix).removeprefix(_VALUES).partition(".")
+        if key.startswith(prefix + _BASE):
+            name, target = key.removeprefix(prefix + _BASE), adapted.base
+            adapter = ""
+        else:
+            target = adapted.values.get(adapter, {})
+        if name in target and state[key].shape == target[name].shape:
+            kept.setdefault(adapter, {})[name] = state.pop(key)
+    base, active = kept.pop("", {}), adapted.record.active
+    for name, value in base.items():
+        adapted.base[name].copy_(value)
+    if active in kept:  # another adapter was active there: its values are under the model's own names
+        other = next((name for name, values in adapted.values.items() if values and name not in kept), None)
+        for name in adapted.values[other] if other is not None else ():
+            aliases = [prefix + alias for alias in adapted.full[name].names if prefix + alias in state]
+            if aliases:
+                adapted.values[other][name].copy_(state[aliases[0]])  # type: ignore[index]
+                state.update(dict.fromkeys(aliases, adapted.base[name]))
+        for name, value in kept.pop(active).items():
+            state.update({prefix + alias: value for alias in adapted.full[name].names})
+    for adapter, values in kept.items():
+        for name, value in values.items():
+            adapted.values[adapter][name].copy_(value)
 
 
 def frozen_hash(model: nn.Module) -> str:
-    """sha256 over names, dtypes, shapes and bytes of everything that the active adapter does not train (buffers
-    included).
+    """sha256 over everything that the active adapter does not train, buffers included and counters left out.
 
     It is the same before and after training, merging and unmerging.
+
+    Raises:
+        InjectionError: a module that was adapted or is trained was replaced since.
     """
-    runtime = get_runtime(model)
-    root = injected_root(model)
-    assert root is not None
-    trained = {
-        alias for name in runtime.record.adapters[runtime.record.active].full for alias in runtime.slots[name].names
-    }
-    backups = {}
-    for path, module, _ in walk(root):
-        if isinstance(module, Specialised):
-            backups.update({f"{path}.{leaf}" if path else leaf: value for leaf, value in module.peft_backup.items()})
+    require_intact(model)
+    adapted, root = get_adapted(model), get_root(model)
+    own = adapted.record.adapters[adapted.record.active].full
+    left_out = {alias for name in own for alias in adapted.full[name].names} | counters(root)
     digest = hashlib.sha256()
-    for key, value in sorted(base_state_dict(root).items()):
-        if key not in trained and isinstance(value, Tensor):
-            value = backups.get(key, value).detach()
-            value = value.int_repr() if value.is_quantized else value
-            digest.update(f"{key} {value.dtype} {tuple(value.shape)}\n".encode())
-            digest.update(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    for key, value in sorted(base_values(root).items()):
+        if key not in left_out:
+            digest.update(f"{key} {tensor_hash(value)}\n".encode())
     return digest.hexdigest()
 
 
-def protect_on_load(model: nn.Module) -> None:
-    """Make ``load_state_dict`` of base weights reach the base: see :func:`_before_load`."""
-    model._register_load_state_dict_pre_hook(_before_load, with_module=True)
+def require_intact(model: nn.Module) -> None:
+    """Raise where something that was injected, is trained or is kept frozen is not in the model any more.
 
-
-def unprotect_on_load(model: nn.Module) -> None:
-    """Undo :func:`protect_on_load`."""
-    hooks = model._load_state_dict_pre_hooks
-    for key in [key for key, hook in hooks.items() if getattr(hook, "hook", None) is _before_load]:
-        del hooks[key]
-
-
-def _before_load(model: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """A state dict without injected keys is the base's. Of tensors that are trained in full it sets the base values,
-    and
-
-    - values that came from an adapter file stay (one line says so);
-    - values that still are the base's follow it, in adapters that are not active too;
-    - values trained since are overwritten, as load_state_dict promises, and the kept base value stays as it was.
+    Raises:
+        InjectionError: naming what was replaced, and the remedy.
     """
-    runtime = get_runtime(model)
-    if any(value.is_meta for value in (*runtime.injected[runtime.record.active], *runtime.base.values())):
+    adapted, root = get_adapted(model), get_root(model)
+    there = {id(module) for module in root.modules()}
+    tables = {id(table) for module in root.modules() for table in (module._parameters, module._buffers)}
+    gone = [f"{m.peft_name} (adapted)" for m in adapted.modules[adapted.record.active] if id(m) not in there]
+    gone += [f"{m.peft_name} (a norm whose statistics are frozen)" for m, _ in adapted.statistics if id(m) not in there]
+    for name, tensor in adapted.full.items():
+        if name in adapted.values[adapted.record.active] and not all(id(t) in tables for t, _ in tensor.places):
+            gone.append(f"{name} (trained in full)")
+    gone += _moved(adapted, root) if not gone else []
+    if gone:
+        more = f" and {len(gone) - 8} more" if len(gone) > 8 else ""
         raise InjectionError(
-            "the model was on the meta device when it was injected, so what is trained has no values: give the model "
-            "its weights first, then inject"
+            f"what was injected is no longer in the model: {', '.join(gone[:8])}{more}. Modules were replaced after "
+            "inject (a new head, SyncBatchNorm, fused or quantised layers): change the model first, then inject it"
         )
-    if not runtime.base or any(prefix + key in state for key in injected_keys(model)):
-        return
-    loaded = runtime.loaded.get(runtime.installed or "", set())
-    kept = []
-    for name, slot in runtime.slots.items():
-        given = next((state[prefix + alias] for alias in slot.names if prefix + alias in state), None)
-        current, base = slot.get(), runtime.base[name]
-        if not isinstance(given, Tensor) or given.shape != base.shape:
-            continue
-        untouched = torch.equal(current, base)
-        if name in loaded or untouched:
-            for adapter, values in runtime.values.items():
-                if adapter != runtime.installed and name in values and torch.equal(values[name], base):
-                    values[name].data.copy_(given)
-            base.data.copy_(given)
-        if name in loaded and not untouched:
-            kept.append(name)
-            state.update({prefix + alias: current for alias in slot.names})
-    if kept:
-        logger.info(
-            "Base weights loaded; %d tensors of adapter %r stay, from %s on.", len(kept), runtime.installed, kept[0]
-        )
+
+
+def _moved(adapted: AdaptedModel, root: nn.Module) -> list[str]:
+    """Adapted modules and tensors that are in the model under other names than before."""
+    modules = dict(root.named_modules(remove_duplicate=False))
+    moved = [m for m in adapted.modules[adapted.record.active] if modules.get(m.peft_name) is not m]
+    found = [f"{module.peft_name} (adapted)" for module in moved]
+    for name, tensor in adapted.full.items():
+        path, _, leaf = name.rpartition(".")
+        owner = modules.get(path)
+        table = owner._parameters if owner is not None and leaf in owner._parameters else getattr(owner, "_buffers", {})
+        if name in adapted.values[adapted.record.active] and table.get(leaf) is not tensor.get():
+            found.append(f"{name} (trained in full)")
+    return found

@@ -1,7 +1,7 @@
 """Loading base weights into a model, every tensor that is not loaded by name.
 
-Works on any nn.Module, before or after injection: tensors that modules report as injected (`peft_parameters()`) are
-no part of a base checkpoint and are never missing.
+Works on any nn.Module. Into an injected model it loads the base that the adapters are on, which changes nothing, and
+refuses any other; injected tensors are no part of a base checkpoint and are never missing.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from peft_d2.peft import injected_keys
 from peft_d2.storage import caffe2_names, torchvision_names
 from peft_d2.storage.checkpoint import Checkpoint, CheckpointError, read_checkpoint
 
@@ -23,7 +24,6 @@ __all__ = [
     "Checkpoint",
     "CheckpointError",
     "LoadReport",
-    "injected_names",
     "load_base",
     "read_checkpoint",
 ]
@@ -115,7 +115,7 @@ def load_base(
     """
     if not isinstance(checkpoint, Checkpoint):
         checkpoint = read_checkpoint(checkpoint)
-    injected, aliases = injected_names(model), _aliases(model)
+    injected, aliases = injected_keys(model), _aliases(model)
     own = {name: value for name, value in model.state_dict().items() if name not in injected}
     state, removed = _unwrapped(model, checkpoint, own)
     state, prefix = _named_as_in_model(model, Checkpoint(state, checkpoint.metadata, checkpoint.path), own)
@@ -138,19 +138,6 @@ def load_base(
     report = LoadReport(checkpoint.path, sorted(matched), heads, missing, unexpected, backbone, removed)
     (logger or logging.getLogger(__name__)).info("%s", report)
     return report
-
-
-def injected_names(model: nn.Module) -> set[str]:
-    """Names, as in `state_dict()`, of all injected tensors, under every alias.
-
-    A module that has `peft_parameters` keeps what was injected, active or not, in its child `peft`.
-    """
-    return {
-        ".".join(filter(None, (path, "peft", local)))
-        for path, module in model.named_modules(remove_duplicate=False)
-        if hasattr(module, "peft_parameters") and isinstance(module._modules.get("peft"), nn.Module)
-        for local in module.peft.state_dict()
-    }
 
 
 def _unwrapped(model: nn.Module, checkpoint: Checkpoint, own: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str]:

@@ -119,20 +119,37 @@ def test_another_base_is_refused(
     state["backbone.patch_embed.proj.weight"][0] += 1e-3
     other = tmp_path / "other.pth"
     torch.save({"model": state}, other)
-    model = build_model(make_cfg("MODEL.PEFT.WEIGHTS", adapter))
+    opts = ("MODEL.PEFT.WEIGHTS", adapter, "MODEL.WEIGHTS", other)
     with pytest.raises(AdapterFileError, match="made for another base.*backbone.patch_embed.proj.weight"):
-        Checkpointer(model).load(str(other))
-        predict(model)
-    allowed = build_model(make_cfg("MODEL.PEFT.WEIGHTS", adapter, "MODEL.PEFT.ALLOW_OTHER_BASE", True))
+        build_model(make_cfg(*opts))
+    allowed = build_model(make_cfg(*opts, "MODEL.PEFT.ALLOW_OTHER_BASE", True))
     Checkpointer(allowed).load(str(other))
     predict(allowed)
 
 
+def test_another_base_is_not_loaded_into_a_model_that_has_one(
+    make_cfg: Callable[..., Any], base_weights: Path, tmp_path: Path
+) -> None:
+    """Also before anything is trained: MODEL.WEIGHTS said which base it is."""
+    state = torch.load(base_weights, weights_only=True)["model"]
+    state["backbone.patch_embed.proj.weight"][0] += 1e-3
+    torch.save({"model": state}, tmp_path / "other.pth")
+    model = build_model(make_cfg("MODEL.WEIGHTS", base_weights, peft=True))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    for load in (DetectionCheckpointer(model).load, Checkpointer(model).load):
+        with pytest.raises(peft.InjectionError, match="another base.*patch_embed.proj.weight.*load_base"):
+            load(str(tmp_path / "other.pth"))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
 def test_no_base_at_all_is_refused(make_cfg: Callable[..., Any], adapter: Path) -> None:
-    model = build_model(make_cfg("MODEL.PEFT.WEIGHTS", adapter))
-    Checkpointer(model).load("")
-    with pytest.raises(AdapterFileError, match="made for another base"):
-        predict(model)
+    with pytest.raises(AdapterFileError, match="made for another base.*load_base"):
+        build_model(make_cfg("MODEL.PEFT.WEIGHTS", adapter))
+
+
+def test_a_random_base_is_said(make_cfg: Callable[..., Any], caplog: pytest.LogCaptureFixture) -> None:
+    build_model(make_cfg("SEED", -1, peft=True))
+    assert "the base is random and no SEED fixes it" in caplog.text
 
 
 def test_truncated_adapter(make_cfg: Callable[..., Any], adapter: Path) -> None:

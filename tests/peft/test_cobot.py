@@ -125,9 +125,9 @@ def test_adaptformer_beside_the_mlp(cobot: bool, golden: Mapping[str, Tensor]) -
     variant = f"adaptformer_cobot.block{INDEX}" if cobot else "adaptformer"
     weights = {name.split(".w.")[1]: value for name, value in golden.items() if name.startswith(f"{variant}.w.")}
     model = vit(48, 192, BLOCKS).eval()
-    peft.inject(model, [{"NAME": "adaptformer", "TARGETS": ["mlp"], "BOTTLENECK": 16, "COBOT": cobot}])
     block = model.blocks[INDEX]
     block.mlp.load_state_dict({name[4:]: value for name, value in weights.items() if name.startswith("mlp.")})
+    peft.inject(model, [{"NAME": "adaptformer", "TARGETS": ["mlp"], "BOTTLENECK": 16, "COBOT": cobot}])
     prefix = f"blocks.{INDEX}.mlp.adaptformer_"
     names = {
         f"{prefix}{ours}.{leaf}": f"{theirs}.{leaf}"

@@ -62,7 +62,7 @@ def test_a_wrong_entry_is_an_error_and_changes_nothing(
     with pytest.raises(error, match=said):
         peft.inject(toy, methods, train)
     assert list(toy.state_dict()) == keys and all(p.requires_grad for p in toy.parameters())
-    assert not any(isinstance(m, peft.Specialised) for m in toy.modules())
+    assert not any(isinstance(m, peft.Adapted) for m in toy.modules())
 
 
 @pytest.mark.parametrize("name", ["", "a.b", "train", "keys"])

@@ -32,7 +32,7 @@ def test_half_precision_bases_get_float_adapters(toy: nn.Module, images: Tensor)
     toy, images = toy.bfloat16(), images.bfloat16()
     with torch.no_grad():
         expected = toy(images)
-        peft.inject(toy, MIXED)
+        peft.inject(toy, MIXED[:3])
         injected = [t.param for t in peft.trained_parameters(toy) if t.kind == "injected"]
         assert injected and all(parameter.dtype is torch.float32 for parameter in injected)
         assert torch.equal(toy(images), expected)

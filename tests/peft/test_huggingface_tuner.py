@@ -93,4 +93,4 @@ def test_a_tuner_that_puts_another_norm_in_the_places(toy: nn.Module, images: Te
 def test_what_a_tuner_refuses(entry: dict[str, Any], said: str, toy: nn.Module) -> None:
     with pytest.raises(peft.MethodError, match=said):
         peft.inject(toy, [{"NAME": "hf", "TARGETS": ["proj"], **entry}])
-    assert not any(isinstance(module, peft.Specialised) for module in toy.modules())
+    assert not any(isinstance(module, peft.Adapted) for module in toy.modules())

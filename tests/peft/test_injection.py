@@ -176,7 +176,7 @@ def test_removing_with_the_changes_kept_is_a_plain_model(toy: nn.Module, images:
         adapted = toy(images)
         peft.remove(toy, keep=True)
         torch.testing.assert_close(toy(images), adapted, rtol=1e-5, atol=1e-5)
-    assert peft.get_injection(toy) is None and not any(isinstance(m, peft.Specialised) for m in toy.modules())
+    assert peft.get_injection(toy) is None and not any(isinstance(m, peft.Adapted) for m in toy.modules())
 
 
 def test_bottlenecks_stay_beside_merged_weights(toy: nn.Module, images: Tensor, disturb: Callable) -> None:

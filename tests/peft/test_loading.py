@@ -48,38 +48,77 @@ def test_pissa_follows_the_base_that_is_loaded_later(toy: nn.Module, images: Ten
         assert torch.equal(value, peft.adapter_state_dict(toy)[name])
 
 
-def test_a_loaded_adapter_survives_base_weights_and_trained_ones_are_overwritten(
-    toy: nn.Module, disturb: Callable
-) -> None:
-    base = copy.deepcopy(toy.state_dict())
-    peft.inject(toy, [], ["head"])
-    disturb(toy)
-    trained = copy.deepcopy(peft.adapter_state_dict(toy))
-    toy.load_state_dict(base)
-    assert torch.equal(toy.head.weight, base["head.weight"])  # type: ignore[union-attr, arg-type]
-    peft.load_adapter_state_dict(toy, trained)
-    toy.load_state_dict(base)
-    assert torch.equal(toy.head.weight, trained["head.weight"])  # type: ignore[union-attr, arg-type]
+TRAINED: dict[str, tuple[list[dict[str, Any]], list[str]]] = {
+    "everything": ([], ["*"]),
+    "heads": ([], ["head", "stem.norm"]),
+    "lora and heads": (LINEAR, ["head"]),
+    "mixed": (MIXED, ["box"]),
+    "norms": ([{"NAME": "norm"}], []),
+}
 
 
-def test_untouched_values_of_every_adapter_follow_the_base(toy: nn.Module, images: Tensor, disturb: Callable) -> None:
-    other = copy.deepcopy(toy)
-    disturb(other.requires_grad_(True))
-    other.requires_grad_(False)
-    peft.inject(toy, [], ["head"], name="a")
-    peft.add_adapter(toy, "b")
-    peft.add_adapter(toy, "c")
-    peft.set_adapter(toy, "c")
+@pytest.mark.parametrize("kind", TRAINED)
+@pytest.mark.parametrize("assign", [False, True])
+def test_the_same_base_again_changes_nothing(kind: str, assign: bool, toy: nn.Module, disturb: Callable) -> None:
+    """What DefaultPredictor and resume_or_load do with a model that was built with its base and its adapter."""
+    base = copy.deepcopy(toy.requires_grad_(True).state_dict())
+    peft.inject(toy, *TRAINED[kind])
     disturb(toy)
-    trained = toy.head.weight.detach().clone()  # type: ignore[union-attr, operator]
-    peft.set_adapter(toy, "a")
-    toy.load_state_dict(other.state_dict())
+    toy.train()(torch.randn(2, 3, 8, 8))  # counters move
+    before, objects = copy.deepcopy(toy.state_dict()), list(map(id, toy.parameters()))
+    peft.load_adapter_state_dict(toy, copy.deepcopy(peft.adapter_state_dict(toy)))
+    for _ in range(2):
+        result = toy.load_state_dict(base, strict=True, assign=assign)
+        assert not result.missing_keys and not result.unexpected_keys
+        assert list(map(id, toy.parameters())) == objects
+        after = toy.state_dict()
+        assert after.keys() == before.keys()
+        assert all(torch.equal(after[key], value) for key, value in before.items())
+
+
+@pytest.mark.parametrize("kind", ["heads", "lora and heads", "mixed", "norms"])
+def test_another_base_is_refused_once_something_was_trained(kind: str, toy: nn.Module, disturb: Callable) -> None:
+    other = copy.deepcopy(toy.state_dict())
+    other["blocks.1.qkv.weight"] += 1e-3
+    peft.inject(toy, *TRAINED[kind])
+    disturb(toy)
+    before = copy.deepcopy(toy.state_dict())
+    with pytest.raises(peft.InjectionError, match=r"another base.*1 of \d+ tensors differ, blocks.1.qkv.*load_base"):
+        toy.load_state_dict(other)
+    assert all(torch.equal(toy.state_dict()[key], value) for key, value in before.items())
+
+
+@pytest.mark.parametrize("kind", TRAINED)
+def test_a_state_dict_of_the_trained_model_is_loaded_whole(kind: str, toy: nn.Module, disturb: Callable) -> None:
+    """As Detectron2's trainer writes and resumes it, whether the base was loaded before or not."""
+    fresh, random = copy.deepcopy(toy), type(toy)().eval()
+    peft.inject(toy, *TRAINED[kind])
+    disturb(toy)
+    for other in (fresh, random):
+        peft.inject(other, *TRAINED[kind])
+        other.load_state_dict(toy.state_dict())
+        own, found = toy.state_dict(), other.state_dict()
+        assert all(torch.equal(found[key], value) for key, value in own.items())
+
+
+def test_values_that_are_not_active_come_back_from_a_state_dict(toy: nn.Module, disturb: Callable) -> None:
+    fresh, outputs = copy.deepcopy(toy), {}
+    x = torch.randn(2, 3, 8, 8)
+    for model in (toy, fresh):
+        peft.inject(model, LINEAR, ["head"], name="a")
+        peft.add_adapter(model, "b", [], ["head", "blocks.0.norm1"])
     with torch.no_grad():
+        base = toy(x)
         for name in ("a", "b"):
             peft.set_adapter(toy, name)
-            assert torch.equal(toy(images), other(images)), name
-        peft.set_adapter(toy, "c")
-        assert torch.equal(toy.head.weight, trained)  # type: ignore[union-attr, arg-type]
+            disturb(toy, 0.1 if name == "a" else 0.3)  # type: ignore[call-arg]
+            outputs[name] = toy(x)
+        fresh.load_state_dict(toy.state_dict())  # b is active there, a is here
+        for name, expected in outputs.items():
+            peft.set_adapter(fresh, name)
+            assert torch.equal(fresh(x), expected)
+        with peft.disabled(fresh):
+            assert torch.equal(fresh(x), base)
 
 
 def test_whole_state_dicts_round_trip_and_half_of_one_is_an_error(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from peft_d2.peft.match import PatternError, match, nearest, resolve
+from peft_d2.peft.targets import PatternError, match, nearest, resolve
 
 NAMES = [
     *[

@@ -15,23 +15,15 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from ..adapted import AdapterLayer, base_class
 from ..cobot import CobotPlace, orchestrate
-from ..match import resolve
-from ..method import Method, MethodError, Placement, Site
-from ..specialise import base_class
-from .attention import AttentionLora, LoraAttentionMixin, attention_weight
-from .conv import (
-    CONVOLUTIONS,
-    TRANSPOSED,
-    ConvLora,
-    LoraConvMixin,
-    LoraNormedConvMixin,
-    LoraTransposedConvMixin,
-    conv_problem,
-    is_normed_conv,
-)
+from ..errors import MethodError
+from ..method import Method
+from ..targets import Target, resolve
+from .attention import AttentionLora, attention_weight
+from .conv import CONVOLUTIONS, ConvLora, conv_problem, is_normed_conv
 from .factors import PARTS, LoraOptions, LowRank
-from .linear import EmbeddingLora, LinearLora, LoraEmbeddingMixin, LoraLinearMixin, PackedLora
+from .linear import EmbeddingLora, LinearLora, PackedLora
 
 __all__ = ["Lora", "LoraOptions", "LowRank"]
 
@@ -45,28 +37,30 @@ class Lora(Method):
     options_class = LoraOptions
     options: LoraOptions
 
-    def redirect(self, site: Site, sites: Mapping[int, Site]) -> Site:
+    def redirect(self, target: Target, targets: Mapping[int, Target]) -> Target:
         """``out_proj`` of an nn.MultiheadAttention is never called: its place is the attention's part ``out``."""
-        if isinstance(site.parent, nn.MultiheadAttention) and site.name.endswith(".out_proj"):
-            return replace(sites[id(site.parent)], parts=("out",))
-        return site
+        if isinstance(target.parent, nn.MultiheadAttention) and target.name.endswith(".out_proj"):
+            return replace(targets[id(target.parent)], parts=("out",))
+        return target
 
-    def refusal(self, site: Site) -> str:
-        base = base_class(site.module)
+    def refusal(self, target: Target) -> str:
+        base = base_class(target.module)
         if base is nn.MultiheadAttention:
             return ""
-        weight = getattr(site.module, "weight", None)
-        if isinstance(weight, Tensor) and "weight" not in site.module._parameters:
+        weight = getattr(target.module, "weight", None)
+        if isinstance(weight, Tensor) and "weight" not in target.module._parameters:
             return "its weight is computed from others (weight_norm, spectral_norm); fold it into one weight first"
         if isinstance(weight, Tensor) and not weight.is_floating_point():
             return f"its weight is stored as {weight.dtype}"
-        if isinstance(site.module, nn.Linear) and base in _LINEAR:
-            return _packed_refusal(site.module, self.options.parts) if self.options.parts else ""
-        if isinstance(site.module, nn.Embedding) and base is nn.Embedding:
-            return "its max_norm rewrites the frozen weight as it reads it" if site.module.max_norm is not None else ""
-        if base in CONVOLUTIONS or is_normed_conv(base, site.module):
+        if isinstance(target.module, nn.Linear) and base in _LINEAR:
+            return _packed_refusal(target.module, self.options.parts) if self.options.parts else ""
+        if isinstance(target.module, nn.Embedding) and base is nn.Embedding:
+            return (
+                "its max_norm rewrites the frozen weight as it reads it" if target.module.max_norm is not None else ""
+            )
+        if base in CONVOLUTIONS or is_normed_conv(base, target.module):
             return ""
-        inside = [name for name, child in site.module.named_modules() if name and base_class(child) in _LINEAR]
+        inside = [name for name, child in target.module.named_modules() if name and base_class(child) in _LINEAR]
         hint = f"; in it are {', '.join(inside[:6])}" if inside else ""
         known = (
             "nn.Linear, nn.Embedding, nn.Conv1d to 3d, nn.ConvTranspose1d to 3d, Detectron2's Conv2d, "
@@ -74,51 +68,49 @@ class Lora(Method):
         )
         return f"{base.__qualname__} is none of {known}{hint}"
 
-    def place(self, sites: Sequence[Site]) -> list[Placement]:
+    def make_layers(self, targets: Sequence[Target]) -> list[tuple[Target, AdapterLayer]]:
         patterns = [*self.options.rank_pattern, *self.options.alpha_pattern]
-        resolve(patterns, [site.name for site in sites], "place of this entry")
-        counts = [len(self._site_parts(site)) or 1 for site in sites]
-        made = [site.tensor_options() for site, count in zip(sites, counts, strict=True) for _ in range(count)]
-        cobots = iter(orchestrate(self.options, self._cobot_rank(sites), made))
-        return [self._place_one(site, list(islice(cobots, count))) for site, count in zip(sites, counts, strict=True)]
+        resolve(patterns, [target.name for target in targets], "place of this entry")
+        counts = [len(self._site_parts(target)) or 1 for target in targets]
+        made = [target.factory_kwargs() for target, count in zip(targets, counts, strict=True) for _ in range(count)]
+        cobots = iter(orchestrate(self.options, self._cobot_rank(targets), made))
+        return [(t, self._layer(t, list(islice(cobots, count)))) for t, count in zip(targets, counts, strict=True)]
 
-    def _cobot_rank(self, sites: Sequence[Site]) -> int:
+    def _cobot_rank(self, targets: Sequence[Target]) -> int:
         """The width of the one space that COBOT's places share."""
-        first, *rest = [self.options.rank_and_scale(site.name)[0] for site in sites]
-        for site, rank in zip(sites[1:], rest, strict=True):
+        first, *rest = [self.options.rank_and_scale(target.name)[0] for target in targets]
+        for target, rank in zip(targets[1:], rest, strict=True):
             if self.options.cobot and rank != first:
-                raise MethodError(f"{site.name}: COBOT shares one space, so every place needs the same RANK")
+                raise MethodError(f"{target.name}: COBOT shares one space, so every place needs the same RANK")
         return first
 
-    def _site_parts(self, site: Site) -> tuple[str, ...]:
-        """q, k, v, out in order, as far as they are wanted at ``site``; empty for a module that is one weight."""
-        wanted = site.parts or tuple(self.options.parts)
-        if isinstance(site.module, nn.MultiheadAttention):
+    def _site_parts(self, target: Target) -> tuple[str, ...]:
+        """q, k, v, out in order, as far as they are wanted at ``target``; empty for a module that is one weight."""
+        wanted = target.parts or tuple(self.options.parts)
+        if isinstance(target.module, nn.MultiheadAttention):
             wanted = wanted or ("q", "v")
         return tuple(part for part in PARTS if part in wanted)
 
-    def _place_one(self, site: Site, cobots: Sequence[CobotPlace | None]) -> Placement:
-        module, options, parts = site.module, self.options, self._site_parts(site)
-        made = (options, site.name, site.tensor_options())
+    def _layer(self, target: Target, cobots: Sequence[CobotPlace | None]) -> AdapterLayer:
+        module, options, parts = target.module, self.options, self._site_parts(target)
+        made = (options, target.name, target.factory_kwargs())
         problem = _option_problem(module, options)
         if problem:
-            raise MethodError(f"{site.name}: {problem}")
+            raise MethodError(f"{target.name}: {problem}")
         if isinstance(module, _ConvNd):
-            normed = is_normed_conv(base_class(module), module)
-            mixin = LoraTransposedConvMixin if base_class(module) in TRANSPOSED else LoraConvMixin
-            return Placement(site, LoraNormedConvMixin if normed else mixin, ConvLora(module, *made))
+            return ConvLora(module, *made)
         if isinstance(module, nn.Embedding):
-            return Placement(site, LoraEmbeddingMixin, EmbeddingLora(module, *made))
+            return EmbeddingLora(module, *made)
         pairs = list(zip(parts, cobots, strict=False))
         if isinstance(module, nn.MultiheadAttention):
             chosen = {part: LinearLora(attention_weight(module, part), *made, cobot) for part, cobot in pairs}
-            return Placement(site, LoraAttentionMixin, AttentionLora(chosen))
+            return AttentionLora(chosen)
         assert isinstance(module, nn.Linear)
         if parts:
             rows = dict(zip(PARTS, module.weight.chunk(3), strict=False))
             chosen = {part: LinearLora(rows[part], *made, cobot) for part, cobot in pairs}
-            return Placement(site, LoraLinearMixin, PackedLora(chosen))
-        return Placement(site, LoraLinearMixin, LinearLora(module.weight, *made, cobots[0]))
+            return PackedLora(chosen)
+        return LinearLora(module.weight, *made, cobots[0])
 
 
 def _packed_refusal(module: nn.Linear, parts: Sequence[str]) -> str:

@@ -6,12 +6,12 @@ of calling modules, so the whole attention is adapted: it computes with ``W0 + s
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..specialise import Specialised
 from .linear import PackedLora
 
 
@@ -37,24 +37,15 @@ class AttentionLora(PackedLora):
                 changed[name] = getattr(self, letter).effective(weights[name])
         return changed
 
-    def base_changed(self, module: nn.Module) -> None:
-        assert isinstance(module, nn.MultiheadAttention)
-        for letter in self.letters:
-            getattr(self, letter).follow(attention_weight(module, letter))
-
     def forward(self, weights: Mapping[str, Tensor | None]) -> dict[str, Tensor | None]:  # type: ignore[override]
         """All weights of the attention by name, the adapted ones changed."""
         there = {name: value for name, value in weights.items() if value is not None}
         return {**weights, **self.effective_weights(there)}
 
-
-class LoraAttentionMixin(Specialised):
-    """nn.MultiheadAttention with adapted projections; inputs and outputs as torch's."""
-
-    layer = 1
-
-    def forward(
+    def adapted_forward(  # type: ignore[override]
         self,
+        module: nn.MultiheadAttention,
+        forward: Callable[..., Any],
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -64,21 +55,17 @@ class LoraAttentionMixin(Specialised):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        part = self.peft_weight_part("lora")
-        if part is None:
-            arguments = (key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
-            return super().forward(query, key, value, *arguments)
-        assert isinstance(self, nn.MultiheadAttention)
-        weights = part(
+        """Inputs and outputs as torch's."""
+        weights = self(
             {
-                "in_proj_weight": self.in_proj_weight,
-                "q_proj_weight": self.q_proj_weight,
-                "k_proj_weight": self.k_proj_weight,
-                "v_proj_weight": self.v_proj_weight,
-                "out_proj.weight": self.out_proj.weight,
+                "in_proj_weight": module.in_proj_weight,
+                "q_proj_weight": module.q_proj_weight,
+                "k_proj_weight": module.k_proj_weight,
+                "v_proj_weight": module.v_proj_weight,
+                "out_proj.weight": module.out_proj.weight,
             }
         )
-        swaps = self.batch_first and query.dim() == 3
+        swaps = module.batch_first and query.dim() == 3
         if swaps:  # the same tensor given twice stays one: torch then projects it in one product
             swapped = {id(x): x.transpose(0, 1) for x in (query, key, value)}
             query, key, value = (swapped[id(x)] for x in (query, key, value))
@@ -86,21 +73,21 @@ class LoraAttentionMixin(Specialised):
             query,
             key,
             value,
-            self.embed_dim,
-            self.num_heads,
+            module.embed_dim,
+            module.num_heads,
             weights["in_proj_weight"],
-            self.in_proj_bias,
-            self.bias_k,
-            self.bias_v,
-            self.add_zero_attn,
-            self.dropout,
+            module.in_proj_bias,
+            module.bias_k,
+            module.bias_v,
+            module.add_zero_attn,
+            module.dropout,
             weights["out_proj.weight"],
-            self.out_proj.bias,
-            self.training,
+            module.out_proj.bias,
+            module.training,
             key_padding_mask,
             need_weights,
             attn_mask,
-            use_separate_proj_weight=self.in_proj_weight is None,
+            use_separate_proj_weight=module.in_proj_weight is None,
             q_proj_weight=weights["q_proj_weight"],
             k_proj_weight=weights["k_proj_weight"],
             v_proj_weight=weights["v_proj_weight"],

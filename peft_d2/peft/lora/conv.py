@@ -17,13 +17,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from ..specialise import Specialised
+from ..adapted import base_class
 from .factors import LoraOptions, LowRank
 
 _CONV: tuple[Callable[..., Tensor], ...] = (F.conv1d, F.conv2d, F.conv3d)
 _TRANSPOSED: tuple[Callable[..., Tensor], ...] = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
-TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
+CONVOLUTIONS = (
+    *(nn.Conv1d, nn.Conv2d, nn.Conv3d),
+    *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+)
 
 
 def is_normed_conv(base: type[nn.Module], module: nn.Module) -> bool:
@@ -69,6 +71,7 @@ class ConvLora(LowRank):
         self.transposed = isinstance(module, _ConvTransposeNd)
         self.groups = module.groups
         super().__init__(module.weight, options, *args)
+        self.normed = is_normed_conv(base_class(module), module)
         self.has_branch = _has_branch(module)
         same_dtype = module.weight.dtype == self.lora_a.dtype  # a half-precision weight would swallow small changes
         cheaper = same_dtype and not self.dropout and _branch_is_dearer(self.ordered(module.weight), len(self.lora_a))
@@ -92,6 +95,18 @@ class ConvLora(LowRank):
             y = y - expand(start, self.lora_b_start)
         return y
 
+    def adapted_forward(
+        self, module: Any, forward: Callable[..., Any], x: Tensor, output_size: list[int] | None = None
+    ) -> Tensor:
+        """The update of Detectron2's convolution comes before its norm and activation, so that merging is exact."""
+        convolve = module._conv_forward if not self.normed else _plain_convolution(module)
+        if self.transposed:
+            convolve = _transposed_convolution(module, x, output_size)
+        out = self(x, convolve, module.weight, module.bias)
+        if self.normed and module.norm is not None:
+            out = module.norm(out)
+        return module.activation(out) if self.normed and module.activation is not None else out
+
     def forward(self, x: Tensor, convolve: Callable[..., Tensor], weight: Tensor, bias: Tensor | None) -> Tensor:
         """The adapted convolution of x (N, in, ...)."""
         if self.in_weight_space and (x.device.type == "cpu" or not self.has_branch):
@@ -100,58 +115,13 @@ class ConvLora(LowRank):
         return self.rescaled(out, self.branch(x, convolve), weight, bias, channel=1 - weight.dim())
 
 
-class LoraConvMixin(Specialised):
-    """nn.Conv1d to 3d with the low-rank update: (N, in, ...) -> (N, out, ...)."""
-
-    layer = 1
-    weight: Tensor
-    bias: Tensor | None
-
-    def forward(self, x: Tensor) -> Tensor:
-        part = self.peft_weight_part("lora")
-        return super().forward(x) if part is None else part(x, self._conv_forward, self.weight, self.bias)
+def _plain_convolution(module: Any) -> Callable[..., Tensor]:
+    geometry = (module.stride, module.padding, module.dilation, module.groups)
+    return lambda x, weight, bias: F.conv2d(x, weight, bias, *geometry)
 
 
-class LoraTransposedConvMixin(Specialised):
-    """nn.ConvTranspose1d to 3d with the low-rank update: (N, in, ...) -> (N, out, ...)."""
-
-    layer = 1
-    weight: Tensor
-    bias: Tensor | None
-
-    def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
-        part = self.peft_weight_part("lora")
-        if part is None:
-            return super().forward(x, output_size)
-        module: Any = self
-        size: Any = (module.stride, module.padding, module.kernel_size, len(module.kernel_size), module.dilation)
-        padding = module._output_padding(x, output_size, *size)
-
-        def convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-            geometry = (module.stride, module.padding, padding, module.groups, module.dilation)
-            return _TRANSPOSED[weight.dim() - 3](x, weight, bias, *geometry)
-
-        return part(x, convolve, self.weight, self.bias)
-
-
-class LoraNormedConvMixin(Specialised):
-    """Detectron2's Conv2d with the update before norm and activation, so that merging is exact."""
-
-    layer = 1
-    weight: Tensor
-    bias: Tensor | None
-    norm: Callable[[Tensor], Tensor] | None
-    activation: Callable[[Tensor], Tensor] | None
-
-    def forward(self, x: Tensor) -> Tensor:
-        part = self.peft_weight_part("lora")
-        if part is None:
-            return super().forward(x)
-        x = part(x, self._plain_conv, self.weight, self.bias)
-        if self.norm is not None:
-            x = self.norm(x)
-        return x if self.activation is None else self.activation(x)
-
-    def _plain_conv(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        geometry: Any = (self.stride, self.padding, self.dilation, self.groups)
-        return F.conv2d(x, weight, bias, *geometry)
+def _transposed_convolution(module: Any, x: Tensor, output_size: list[int] | None) -> Callable[..., Tensor]:
+    size = (module.stride, module.padding, module.kernel_size, len(module.kernel_size), module.dilation)
+    padding = module._output_padding(x, output_size, *size)
+    geometry = (module.stride, module.padding, padding, module.groups, module.dilation)
+    return lambda x, weight, bias: _TRANSPOSED[weight.dim() - 3](x, weight, bias, *geometry)

@@ -20,10 +20,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..adapted import AdapterLayer
 from ..cobot import CobotOptions, CobotPlace
-from ..match import first_match
-from ..method import MethodError, expect
-from ..specialise import Part
+from ..errors import MethodError
+from ..method import expect
+from ..targets import first_match
 
 INITS = ("default", "gaussian", "xavier", "pissa")
 PARTS = ("q", "k", "v", "out")
@@ -71,13 +72,14 @@ class LoraOptions(CobotOptions):
         return rank, alpha / (math.sqrt(rank) if self.rslora else rank)
 
 
-class LowRank(Part):
+class LowRank(AdapterLayer):
     """Factors ``lora_a`` (r, in, ...) and ``lora_b`` (out, r, 1...) of one weight (out, in, ...).
 
     DoRA adds ``lora_magnitude`` (out,); PiSSA the constant ``lora_a_start`` and ``lora_b_start``; COBOT a step between
     A and B. A subclass for a module that stores its weight in another order says so in :meth:`ordered`.
     """
 
+    changes_weights = True
     names: ClassVar[tuple[str, str]] = ("lora_a", "lora_b")
     lora_a: nn.Parameter
     lora_b: nn.Parameter
@@ -144,25 +146,6 @@ class LowRank(Part):
         else:
             nn.init.kaiming_uniform_(a, a=math.sqrt(5))
         nn.init.zeros_(b)
-
-    def depends_on_base(self) -> bool:
-        """Whether the start values come from the base weight."""
-        return self.init == "pissa" or self.lora_magnitude is not None
-
-    def untrained(self) -> bool:
-        """Whether the factors still are what :meth:`reset` makes them."""
-        a, b = self.lora_a, self.lora_b
-        if self.lora_a_start is None or self.lora_b_start is None:
-            return not bool(a.detach().any()) or not bool(b.detach().any())
-        return torch.equal(a, self.lora_a_start) and torch.equal(b, self.lora_b_start)
-
-    def follow(self, weight: Tensor) -> None:
-        """Start anew from ``weight`` if nothing was trained and the start depends on it."""
-        if self.depends_on_base() and self.untrained():
-            self.reset(weight)
-
-    def base_changed(self, module: nn.Module) -> None:
-        self.follow(module.get_parameter("weight"))
 
     def delta(self) -> Tensor:
         """s B A as a tensor (out, in, ...), in the factors' dtype."""

@@ -7,14 +7,14 @@ Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", ICLR 2022, arXi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..specialise import Part, Specialised
+from ..adapted import AdapterLayer
 from .factors import LowRank
 
 
@@ -115,6 +115,9 @@ class LinearLora(LowRank):
             return None
         return (self.lora_a if self.cobot is None else self.cobot.matrix() @ self.lora_a), self.lora_b * self.scale
 
+    def adapted_forward(self, module: Any, forward: Callable[..., Any], x: Tensor) -> Tensor:
+        return self(x, module.weight, module.bias)
+
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The adapted layer: (..., in) -> (..., out)."""
         if saves_passes(x, weight, self.lora_a) and (pair := self.pair()) is not None:
@@ -130,8 +133,10 @@ def _rows(b: Tensor) -> Tensor:
     return b.t().contiguous()
 
 
-class PackedLora(Part):
+class PackedLora(AdapterLayer):
     """Factors of some of q, k, v, each under its letter, for one fused weight (3 d, in) with rows q, then k, then v."""
+
+    changes_weights = True
 
     def __init__(self, factors: Mapping[str, LinearLora]) -> None:
         super().__init__()
@@ -151,11 +156,6 @@ class PackedLora(Part):
     def effective_weights(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {"weight": self.fuse(weights["weight"])}
 
-    def base_changed(self, module: nn.Module) -> None:
-        for letter, block in zip("qkv", module.get_parameter("weight").chunk(3), strict=True):
-            if (factors := self.factors(letter)) is not None:
-                factors.follow(block)
-
     def pair(self) -> tuple[Tensor, Tensor] | None:
         """A (n r, in) and B (3 d, n r) of the n adapted letters as one update of the fused weight, as LinearLora's."""
         down, up = [], []
@@ -168,6 +168,9 @@ class PackedLora(Part):
             up.append(F.pad(pair[1], (0, 0, i * len(pair[1]), (2 - i) * len(pair[1]))))
         return torch.cat(down), torch.cat(up, dim=1)
 
+    def adapted_forward(self, module: Any, forward: Callable[..., Any], x: Tensor) -> Tensor:
+        return self(x, module.weight, module.bias)
+
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The adapted linear layer: (..., in) -> (..., 3 d)."""
         first = getattr(self, self.letters[0])
@@ -179,18 +182,6 @@ class PackedLora(Part):
             if (factors := self.factors(letter)) is not None:
                 blocks[i] = factors.adapted(x, blocks[i], weight.chunk(3)[i], biases[i])
         return torch.cat(blocks, dim=-1)
-
-
-class LoraLinearMixin(Specialised):
-    """nn.Linear with the low-rank update of its weight or of some of q, k, v in it: (..., in) -> (..., out)."""
-
-    layer = 1
-    weight: Tensor
-    bias: Tensor | None
-
-    def forward(self, x: Tensor) -> Tensor:
-        part = self.peft_weight_part("lora")
-        return super().forward(x) if part is None else part(x, self.weight, self.bias)
 
 
 class EmbeddingLora(LowRank):
@@ -237,18 +228,9 @@ class EmbeddingLora(LowRank):
             y = y - F.embedding(x, self.lora_a_start.t()) @ self.lora_b_start.t()
         return y * self.scale
 
+    def adapted_forward(self, module: Any, forward: Callable[..., Any], x: Tensor) -> Tensor:
+        return self(x, forward(x), module.weight)
+
     def forward(self, x: Tensor, out: Tensor, weight: Tensor) -> Tensor:
         """The adapted vectors (..., width) for indices (...), given the base's own."""
         return self.rescaled(out, self.branch(x), weight, None)
-
-
-class LoraEmbeddingMixin(Specialised):
-    """nn.Embedding with the low-rank update: indices (...) -> (..., width)."""
-
-    layer = 1
-    weight: Tensor
-
-    def forward(self, x: Tensor) -> Tensor:
-        part = self.peft_weight_part("lora")
-        out = super().forward(x)
-        return out if part is None else part(x, out, self.weight)

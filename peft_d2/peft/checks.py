@@ -15,15 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import PeftError
-from .runtime import InjectionError, get_runtime, injected_root
-from .specialise import Part
+from .adapted import AdapterLayer
+from .errors import LivenessError
+from .record import get_adapted, get_root
 
 Forward = Callable[[nn.Module], Any]
-
-
-class DeadPartError(PeftError, RuntimeError):
-    """Injected parts do not change the output."""
 
 
 def prove_live(model: nn.Module, forward: Forward) -> None:
@@ -36,7 +32,7 @@ def prove_live(model: nn.Module, forward: Forward) -> None:
             and in eval mode (``model.training`` says which), with and without gradients.
 
     Raises:
-        DeadPartError: naming each part without effect, and the mode.
+        LivenessError: naming each part without effect, and the mode.
     The model, its gradients, modes, buffers and the random state are as before.
     """
     dead: list[str] = []
@@ -45,7 +41,7 @@ def prove_live(model: nn.Module, forward: Forward) -> None:
         dead += [f"{name} ({mode})" for name in dead_parts(model, forward, training)]
     if dead:
         listed = ", ".join(dead[:12]) + (f" and {len(dead) - 12} more" if len(dead) > 12 else "")
-        raise DeadPartError(
+        raise LivenessError(
             f"these injected parts cannot change the output: {listed}. The model does not call these modules, or reads "
             "their weights directly; choose a module around them"
         )
@@ -53,17 +49,13 @@ def prove_live(model: nn.Module, forward: Forward) -> None:
 
 def dead_parts(model: nn.Module, forward: Forward, training: bool) -> list[str]:
     """Places (``path: method``) of the active adapter without effect on the output, in one mode."""
-    runtime = get_runtime(model)
-    if runtime.record.merged or not runtime.record.enabled:
-        raise InjectionError("adapters are merged or disabled: call unmerge(model), or leave disabled(model), first")
+    adapted, root = get_adapted(model), get_root(model)
+    adapted.require_plain()
     parts = {
         f"{module.peft_name}: {method}": part
-        for module in runtime.places[runtime.record.active]
-        for method, part in module.peft_parts(runtime.record.active).items()
-        if isinstance(part, Part)
+        for module in adapted.modules[adapted.record.active]
+        for method, part in module.peft_layers().items()
     }
-    root = injected_root(model)
-    assert root is not None
     with _as_it_was(model, root), torch.random.fork_rng():
         model.train(training)
         touched = _reached_by_gradients(model, forward, parts)
@@ -72,7 +64,7 @@ def dead_parts(model: nn.Module, forward: Forward, training: bool) -> list[str]:
         return [name for name, part in parts.items() if name not in touched and not _changes(model, forward, part)]
 
 
-def _reached_by_gradients(model: nn.Module, forward: Forward, parts: dict[str, Part]) -> set[str]:
+def _reached_by_gradients(model: nn.Module, forward: Forward, parts: dict[str, AdapterLayer]) -> set[str]:
     """Parts of which some parameter has a gradient that is not zero, from one backward pass."""
     model.zero_grad(set_to_none=True)
     torch.manual_seed(0)
@@ -87,7 +79,7 @@ def _reached_by_gradients(model: nn.Module, forward: Forward, parts: dict[str, P
     }
 
 
-def _run_without_gradients(model: nn.Module, forward: Forward, parts: dict[str, Part]) -> set[str]:
+def _run_without_gradients(model: nn.Module, forward: Forward, parts: dict[str, AdapterLayer]) -> set[str]:
     """Parts whose arithmetic runs in a pass without gradients, where torch takes its shortcuts."""
     ran: set[str] = set()
     hooks = [part.register_forward_hook(lambda *_, name=name: ran.add(name)) for name, part in parts.items()]
@@ -101,7 +93,7 @@ def _run_without_gradients(model: nn.Module, forward: Forward, parts: dict[str, 
 
 
 @torch.no_grad()
-def _changes(model: nn.Module, forward: Forward, part: Part) -> bool:
+def _changes(model: nn.Module, forward: Forward, part: AdapterLayer) -> bool:
     """Whether other values in the part give another output, under the same random state."""
     torch.manual_seed(0)
     before = [tensor.clone() for tensor in _tensors(forward(model))]

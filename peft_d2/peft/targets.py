@@ -1,4 +1,4 @@
-"""Patterns that choose places in a model by name.
+"""Patterns of names, and the target modules and tensors of a model that they choose.
 
 A pattern is one of
 
@@ -27,24 +27,27 @@ from __future__ import annotations
 
 import difflib
 import itertools
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TypeVar
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
-from .errors import PeftError
+import torch
+from torch import Tensor, nn
+
+from .adapted import own_tensors, walk
+from .errors import PatternError
 
 REGEX_PREFIX = "re:"
 T = TypeVar("T")
 _WILDCARDS = re.compile(r"[*?\[]")
 _DIGITS = re.compile(r"\d+")
-
-
-class PatternError(PeftError, ValueError):
-    """A pattern is malformed or matches nothing."""
+_MOST_ALTERNATIVES = 10_000
 
 
 def is_literal(pattern: str) -> bool:
-    """Whether a pattern names places outright (a suffix, braces allowed) instead of sweeping over them."""
+    """Whether a pattern names modules outright (a suffix, braces allowed) instead of sweeping over them."""
     return not pattern.startswith(REGEX_PREFIX) and _WILDCARDS.search(pattern) is None
 
 
@@ -120,10 +123,20 @@ def _hint(pattern: str, names: Sequence[str]) -> str:
 
 
 def _regex(pattern: str) -> re.Pattern[str]:
+    return _compiled(pattern[len(REGEX_PREFIX) :], pattern)
+
+
+def _compiled(expression: str, pattern: str) -> re.Pattern[str]:
     try:
-        return re.compile(pattern[len(REGEX_PREFIX) :])
-    except re.error as error:
-        raise PatternError(f"pattern {pattern!r} is not a regular expression: {error}") from error
+        return re.compile(expression)
+    except (re.error, OverflowError) as error:
+        raise PatternError(f"pattern {_short(pattern)} is not a regular expression: {error}") from error
+    except RecursionError as error:
+        raise PatternError(f"pattern {_short(pattern)} is nested too deeply: write it flatter") from error
+
+
+def _short(pattern: str) -> str:
+    return repr(pattern) if len(pattern) <= 200 else f"{pattern[:200]!r}..."
 
 
 def _expand(pattern: str) -> list[tuple[str, tuple[tuple[int, str], ...]]]:
@@ -132,6 +145,8 @@ def _expand(pattern: str) -> list[tuple[str, tuple[tuple[int, str], ...]]]:
     if any("{" in piece or "}" in piece for piece in pieces):
         raise PatternError(f"pattern {pattern!r} has an unbalanced or nested brace")
     groups = [[(number, option) for option in text.split(",")] for number, text in enumerate(pieces[1::2])]
+    if math.prod(map(len, groups)) > _MOST_ALTERNATIVES:
+        raise PatternError(f"pattern {_short(pattern)} stands for more than {_MOST_ALTERNATIVES} names: write several")
     expanded = []
     for chosen in itertools.product(*groups):
         parts = list(pieces)
@@ -163,4 +178,88 @@ def _glob(text: str, pattern: str) -> re.Pattern[str]:
             continue
         out.append("[^.]" if character == "?" else re.escape(character))
         position += 1
-    return re.compile("".join(out))
+    return _compiled("".join(out), pattern)
+
+
+@dataclass(frozen=True)
+class Target:
+    """A module under its first name in the model, and its parent (None for the model itself).
+
+    ``parts`` are those of its projections (q, k, v, out) that a method was redirected to.
+    """
+
+    name: str
+    module: nn.Module
+    parent: nn.Module | None
+    parts: tuple[str, ...] = ()
+
+    def factory_kwargs(self) -> dict[str, Any]:
+        """Device and dtype for new parameters here: the module's own, in float32 where the base has half precision."""
+        for source in (self.module, self.parent):
+            for value in source.parameters() if source is not None else ():
+                if value.is_floating_point():
+                    half = value.dtype in (torch.float16, torch.bfloat16)
+                    return {"device": value.device, "dtype": torch.float32 if half else value.dtype}
+        return {}
+
+
+@dataclass
+class BaseTensor:
+    """A parameter or buffer of the base: all tables (a module's ``_parameters`` or ``_buffers``) that hold it, and all
+    of its names.
+    """
+
+    places: list[tuple[dict[str, Any], str]]
+    names: list[str]
+
+    def get(self) -> Tensor:
+        """The tensor that is installed now."""
+        table, leaf = self.places[0]
+        return table[leaf]
+
+    def put(self, tensor: Tensor) -> None:
+        """Install another tensor under every name, on the device and in the dtype of the one before."""
+        before = self.get()
+        if tensor.device != before.device or tensor.dtype != before.dtype:
+            tensor.data = tensor.data.to(before.device, before.dtype)
+        for table, leaf in self.places:
+            table[leaf] = tensor
+
+
+@dataclass
+class ModelIndex:
+    """All names of a model: modules, and parameters and persistent buffers; adapter layers are left out."""
+
+    modules: dict[str, nn.Module] = field(default_factory=dict)  # shared ones under each of their names
+    targets: dict[int, Target] = field(default_factory=dict)  # by the module's id, under its first name
+    tensors: dict[str, BaseTensor] = field(default_factory=dict)  # by first name
+    first_name: dict[str, str] = field(default_factory=dict)  # of each name of a tensor
+
+    @classmethod
+    def of(cls, model: nn.Module) -> ModelIndex:
+        """Walk ``model`` once."""
+        index, firsts = cls(), dict[int, str]()
+        for name, module, parent in walk(model):
+            index.modules[name] = module
+            index.targets.setdefault(id(module), Target(name, module, parent))
+            for table, leaf, tensor in own_tensors(module):
+                alias = f"{name}.{leaf}" if name else leaf
+                first = index.first_name[alias] = firsts.setdefault(id(tensor), alias)
+                entry = index.tensors.setdefault(first, BaseTensor([], []))
+                entry.names.append(alias)
+                if not any(known is table and key == leaf for known, key in entry.places):
+                    entry.places.append((table, leaf))
+        return index
+
+    def module_names(self) -> list[str]:
+        """Names that patterns of target modules are matched against; the model itself has none."""
+        return [name for name in self.modules if name]
+
+    def parameter_names(self) -> list[str]:
+        """Every name of every parameter."""
+        return [name for name, first in self.first_name.items() if isinstance(self.tensors[first].get(), nn.Parameter)]
+
+    def tensors_under(self, name: str) -> list[str]:
+        """First names of all parameters and persistent buffers of one module."""
+        prefix = f"{name}." if name else ""
+        return list(dict.fromkeys(first for alias, first in self.first_name.items() if alias.startswith(prefix)))

@@ -1,20 +1,24 @@
-"""The width (channels) of a module's output, and the axis it lies on, read off the module before any forward pass.
+"""What methods must know of a module's output: its width, the axis of its channels, where tokens lie in the image.
 
-Parameters must exist before the optimizer does, so nothing waits for the first batch. What cannot be read is asked for.
+Adapter layers must exist before the optimizer does, so nothing waits for the first batch: the width is read off the
+module, and what cannot be read is asked for.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
-from .method import MethodError, Options, Site, expect
-from .runtime import walk
-from .specialise import STORE, base_class
+from .adapted import STORE, base_class, walk
+from .errors import MethodError
+from .method import Options, expect
+from .targets import Target
 
 LAYOUTS = ("auto", "last", "first")
+GRIDS = ("auto", "square")
 _WIDTH_ATTRIBUTES = ("d_model", "embed_dim", "hidden_size", "hidden_dim", "dim", "out_dim")
 _CHANNELS_FIRST = (
     nn.modules.conv._ConvNd,
@@ -49,22 +53,22 @@ class Width:
     channels_first: bool
 
 
-def output_width(site: Site, options: OutputOptions) -> Width:
-    """Width of the output at ``site``; the options override what the module says.
+def output_width(target: Target, options: OutputOptions) -> Width:
+    """Width of the output at ``target``; the options override what the module says.
 
     Raises:
         MethodError: the module does not say, or says two things.
     """
-    found = _of_module(site.module)
-    if not found and site.parent is not None and _is_bare(site.module):
-        found = _of_module(site.parent)  # a dropout or an activation: what its siblings are made for
-    first = _is_channels_first(site.module) if options.layout == "auto" else options.layout == "first"
+    found = _of_module(target.module)
+    if not found and target.parent is not None and _is_bare(target.module):
+        found = _of_module(target.parent)  # a dropout or an activation: what its siblings are made for
+    first = _is_channels_first(target.module) if options.layout == "auto" else options.layout == "first"
     if options.dim is not None:
         return Width(options.dim, first)
     if len(found) != 1:
         says = f"it could be {' or '.join(map(str, sorted(found)))}" if found else "it does not say"
         raise MethodError(
-            f"{site.name} ({base_class(site.module).__name__}): the width of its output is unknown, {says}; set DIM"
+            f"{target.name} ({base_class(target.module).__name__}): the width of its output is unknown, {says}; set DIM"
         )
     return Width(found.pop(), first)
 
@@ -153,3 +157,37 @@ def map_first_tensor(out: Any, change: Any, name: str) -> Any:
         f"{name} returns {type(out).__name__}; an adapter needs a tensor or a tuple that begins with one: "
         "choose a module inside"
     )
+
+
+class TokenGrid:
+    """Height and width of tokens (N, L, C) at one place.
+
+    Args:
+        target: the place; with ``GRID`` auto its module or the one that holds it tells H and W as attributes, as Swin's
+            blocks and the attention of Segment Anything do in each forward pass.
+        grid: one of GRIDS; square takes sqrt(L) x sqrt(L).
+    """
+
+    def __init__(self, target: Target, grid: str) -> None:
+        self.name = target.name
+        self.square = grid == "square"
+        self._owners: list[nn.Module] = [owner for owner in (target.module, target.parent) if owner is not None]
+
+    def size(self, tokens: Tensor) -> tuple[int, int]:
+        """(H, W), H W = L.
+
+        Raises:
+            MethodError: neither the module nor its parent tells one that fits.
+        """
+        length = tokens.shape[1] if tokens.dim() == 3 else 0
+        side = math.isqrt(length)
+        if self.square and length and side * side == length:
+            return side, side
+        for owner in self._owners:
+            height, width = getattr(owner, "H", None), getattr(owner, "W", None)
+            if isinstance(height, int) and isinstance(width, int) and height * width == length:
+                return height, width
+        raise MethodError(
+            f"{self.name}: the image grid of its tokens {tuple(tokens.shape)} is needed, and neither the module nor "
+            "its parent holds H and W that fit; choose a module with four-dimensional tensors, or GRID square if it is"
+        )

@@ -1,0 +1,272 @@
+"""The one place that changes a class: a module keeps its identity, names and weights, and runs its adapter layers.
+
+An adapted module gets one child, ``peft``, that holds the adapter layers of each named adapter, and its ``__class__``
+becomes a subclass of its own class. Nothing is wrapped or replaced, so base keys, shared aliases, pickling,
+``deepcopy``, ``torch.compile`` and ``torch.export`` see an ordinary module. Norms with running statistics are adapted
+too, without a layer: they stay in eval mode unless they are trained.
+
+State-dict names of injected tensors: ``<path>.peft.<adapter>.<method>.<local name>``. Files use
+``<path>.<local name>``: neither the word peft nor the adapter's name is in them.
+"""
+
+from __future__ import annotations
+
+import copyreg
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+STORE = "peft"
+_CLASSES: dict[type[nn.Module], type[Adapted]] = {}
+
+
+@dataclass
+class ActiveAdapter:
+    """What all adapted modules of one model read: which adapter runs, and whether any does."""
+
+    name: str
+    enabled: bool = True
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy that is made within ``disabled`` has its adapters on: nobody would end the block for it."""
+        self.__dict__.update(state, enabled=True)
+
+
+class AdapterLayer(nn.Module):
+    """The tensors that one method adds to one target module for one adapter, and what is computed with them.
+
+    A layer whose whole effect is a change of weights says so (``changes_weights``) and can be merged.
+    """
+
+    changes_weights: ClassVar[bool] = False
+
+    def adapted_forward(self, module: Any, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """The adapted output of ``module``; ``forward`` computes the one without this layer."""
+        raise NotImplementedError
+
+    def effective_weights(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The weights (by name within the base module) that give the adapted output; empty when there are none."""
+        return {}
+
+
+class Adapted(nn.Module):
+    """What adapted modules are besides their own class. It is never instantiated: see :func:`adapt`."""
+
+    peft_base_class: ClassVar[type[nn.Module]]
+    peft: nn.ModuleDict  # adapter name -> method name -> AdapterLayer, innermost first; only where there are any
+    peft_active: ActiveAdapter
+    peft_backup: dict[str, Tensor]  # base weights while merged, bit for bit
+    peft_merged: list[str]  # methods whose layers are in the weights
+    peft_name: str  # the module's first name in the model
+    peft_trained_by: frozenset[str] | None  # of a norm with running statistics: the adapters that train them
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's own, with the active adapter's layers around it."""
+        forward = super().forward
+        if self.peft_merged and self.training and torch.is_grad_enabled():
+            warnings.warn("the adapter is merged into the weights and is not trained; unmerge(model)", stacklevel=4)
+        for layer in self.peft_running():
+            forward = partial(layer.adapted_forward, self, forward)
+        return forward(*args, **kwargs)
+
+    def train(self, mode: bool = True) -> Adapted:
+        """As every module's; frozen running statistics stay in eval mode."""
+        frozen = self.peft_trained_by is not None and self.peft_active.name not in self.peft_trained_by
+        return super().train(mode and not frozen)
+
+    def peft_layers(self, adapter: str | None = None) -> dict[str, Any]:
+        """Method name -> layer of ``adapter``, or of the active one."""
+        name = self.peft_active.name if adapter is None else adapter
+        if STORE not in self._modules or name not in self.peft:
+            return {}
+        return dict(self.peft[name].items())  # type: ignore[operator]
+
+    def peft_running(self) -> list[Any]:
+        """The layers that run now: none while disabled, and none that is merged into the weights."""
+        if not self.peft_active.enabled:
+            return []
+        return [layer for method, layer in self.peft_layers().items() if method not in self.peft_merged]
+
+    def peft_tensors(self, adapter: str | None = None) -> dict[str, Tensor]:
+        """Injected parameters and buffers by local name (``lora_a``), of ``adapter`` or of the active one."""
+        tensors: dict[str, Tensor] = {}
+        for layer in self.peft_layers(adapter).values():
+            own = layer.state_dict(keep_vars=True)
+            assert not tensors.keys() & own.keys(), f"two layers at {self.peft_name} share names"
+            tensors.update(own)
+        return tensors
+
+    def peft_parameters(self, adapter: str | None = None) -> dict[str, nn.Parameter]:
+        """Those of :meth:`peft_tensors` that are trained."""
+        return {name: value for name, value in self.peft_tensors(adapter).items() if isinstance(value, nn.Parameter)}
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        reduced = super().__reduce_ex__(protocol)
+        if not isinstance(reduced, tuple) or reduced[0] is not copyreg.__newobj__:  # type: ignore[attr-defined]
+            raise TypeError(
+                f"{type(self).peft_base_class.__qualname__} pickles itself in its own way and cannot be adapted"
+            )
+        return (_new, (type(self).peft_base_class,), *reduced[2:])
+
+
+class _AdaptedSequential(Adapted):
+    """nn.Sequential runs all of its children; the store of layers is not one of them."""
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        return iter([child for name, child in self._modules.items() if name != STORE and child is not None])
+
+    def __len__(self) -> int:
+        return len(self._modules) - (STORE in self._modules)
+
+
+class _AdaptedEncoderLayer(Adapted):
+    """nn.TransformerEncoderLayer reads raw weights in eval without gradients; not while adapters run inside it."""
+
+    @property
+    def activation_relu_or_gelu(self) -> int:
+        return 0 if _layers_run_inside(self) else self.__dict__.get("activation_relu_or_gelu", 0)
+
+    @activation_relu_or_gelu.setter
+    def activation_relu_or_gelu(self, value: int) -> None:
+        self.__dict__["activation_relu_or_gelu"] = value
+
+
+class _AdaptedEncoder(Adapted):
+    """nn.TransformerEncoder packs padded batches for that fast path; not while adapters run inside it."""
+
+    @property
+    def use_nested_tensor(self) -> bool:
+        return not _layers_run_inside(self) and self.__dict__.get("use_nested_tensor", False)
+
+    @use_nested_tensor.setter
+    def use_nested_tensor(self, value: bool) -> None:
+        self.__dict__["use_nested_tensor"] = value
+
+
+_SPECIAL: dict[type[nn.Module], type[Adapted]] = {
+    nn.Sequential: _AdaptedSequential,
+    nn.TransformerEncoderLayer: _AdaptedEncoderLayer,
+    nn.TransformerEncoder: _AdaptedEncoder,
+}
+
+
+def _layers_run_inside(module: nn.Module) -> bool:
+    return any(isinstance(child, Adapted) and child.peft_running() for child in module.modules())
+
+
+def _adapted_class(base: type[nn.Module]) -> type[Adapted]:
+    if base not in _CLASSES:
+        mixin = next((special for kind, special in _SPECIAL.items() if issubclass(base, kind)), Adapted)
+        fields = {"peft_base_class": base, "__module__": base.__module__, "__doc__": base.__doc__}
+        made: type[Adapted] = type(f"Adapted{base.__name__}", (mixin, base), fields)
+        _CLASSES.setdefault(base, made)
+    return _CLASSES[base]
+
+
+def _new(base: type[nn.Module]) -> nn.Module:
+    """An empty instance, for unpickling and deepcopy."""
+    cls = _adapted_class(base)
+    return cls.__new__(cls)
+
+
+def base_class(module: nn.Module) -> type[nn.Module]:
+    """The class that the module has without adapters."""
+    return module.peft_base_class if isinstance(module, Adapted) else type(module)
+
+
+def adapt_problem(module: nn.Module) -> str:
+    """Why a module cannot be adapted; empty when it can."""
+    kind = base_class(module).__name__
+    if isinstance(module, nn.ModuleList | nn.ModuleDict):
+        return f"{kind} is a container without a forward; choose the modules in it"
+    if isinstance(module, torch.jit.ScriptModule):
+        return f"{kind} is a scripted module, whose class cannot change"
+    if not isinstance(module, Adapted) and hasattr(module, STORE):
+        return f"{kind} already has an attribute {STORE!r}, which adapter layers need"
+    return ""
+
+
+def adapt(module: nn.Module, active: ActiveAdapter, name: str) -> Adapted:
+    """Change the class of ``module`` in place; an adapted one stays as it is.
+
+    Raises:
+        TypeError: the class cannot change, or the module is a container that only holds others.
+    """
+    if not isinstance(module, Adapted):
+        problem = adapt_problem(module)
+        if problem:
+            raise TypeError(f"{name}: {problem}")
+        module.__class__ = _adapted_class(type(module))
+        statistics = frozenset[str]() if has_statistics(module) else None
+        fields = {"peft_active": active, "peft_backup": {}, "peft_merged": [], "peft_name": name}
+        module.__dict__.update(fields, peft_trained_by=statistics)
+    assert isinstance(module, Adapted)
+    return module
+
+
+def restore(module: Adapted) -> None:
+    """Undo :func:`adapt`: the module has its own class again and nothing injected."""
+    module._modules.pop(STORE, None)
+    for name in ("peft_active", "peft_backup", "peft_merged", "peft_name", "peft_trained_by"):
+        module.__dict__.pop(name, None)
+    module.__class__ = module.peft_base_class  # type: ignore[assignment]
+
+
+def add_layer(module: Adapted, adapter: str, method: str, layer: AdapterLayer) -> None:
+    """Store one layer around those that are there."""
+    if STORE not in module._modules:
+        module.add_module(STORE, nn.ModuleDict())
+    if adapter not in module.peft:
+        module.peft[adapter] = nn.ModuleDict()
+    module.peft[adapter][method] = layer  # type: ignore[operator]
+
+
+def remove_layers(module: Adapted, adapter: str) -> None:
+    """Forget all layers of one adapter in one module; the class stays until :func:`restore`."""
+    if STORE in module._modules and adapter in module.peft:
+        del module.peft[adapter]
+        if not len(module.peft):
+            del module._modules[STORE]
+
+
+def has_statistics(module: nn.Module) -> bool:
+    """Whether training a batch would move this module's running statistics (BatchNorm of any make)."""
+    return isinstance(getattr(module, "running_mean", None), Tensor) and hasattr(module, "momentum")
+
+
+def guard(model: nn.Module, active: ActiveAdapter) -> list[Adapted]:
+    """Adapt every norm with running statistics, and torch's encoders around adapted modules; returns the norms."""
+    norms = [adapt(module, active, name) for name, module in model.named_modules() if has_statistics(module)]
+    for name, module in model.named_modules():
+        is_encoder = isinstance(module, nn.TransformerEncoder | nn.TransformerEncoderLayer)
+        if is_encoder and any(isinstance(child, Adapted) for child in module.modules()):
+            adapt(module, active, name)
+    return norms
+
+
+def adapted_modules(model: nn.Module) -> list[Adapted]:
+    """All adapted modules of a model, each once."""
+    return [module for module in model.modules() if isinstance(module, Adapted)]
+
+
+def walk(
+    module: nn.Module, prefix: str = "", parent: nn.Module | None = None
+) -> Iterator[tuple[str, nn.Module, nn.Module | None]]:
+    """(name, module, parent) of a module tree, shared modules under each of their names, adapter layers left out."""
+    yield prefix, module, parent
+    for name, child in module._modules.items():
+        if child is not None and not (name == STORE and isinstance(module, Adapted)):
+            yield from walk(child, f"{prefix}.{name}" if prefix else name, module)
+
+
+def own_tensors(module: nn.Module) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
+    """(table, name in it, tensor) of a module's own parameters and persistent buffers."""
+    for table in (module._parameters, module._buffers):
+        for name, tensor in table.items():
+            if tensor is not None and name not in module._non_persistent_buffers_set:
+                yield table, name, tensor

@@ -1,0 +1,334 @@
+"""What can be done with adapters after the injection: switch, disable, merge, combine, delete, remove.
+
+A combination is a new adapter. ``linear`` adds the weight changes exactly, ``sum_i w_i s_i B_i A_i``, by putting the
+factors side by side (rank = sum of ranks); ``svd`` gives the best approximation of that sum of a chosen rank (Eckart
+and Young 1936). Bottlenecks and other layers that are no change of weights are averaged parameter by parameter
+(Chronopoulou et al., "AdapterSoup", EACL 2023, arXiv 2302.07027), and modules trained in full become
+``base + sum_i w_i (value_i - base)``.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .adapted import STORE, Adapted
+from .errors import InjectionError
+from .inject import add_adapter, forget_adapter, take_out
+from .lora.factors import LowRank
+from .record import AdaptedModel, get_adapted, get_root
+from .report import Report
+
+logger = logging.getLogger(__name__)
+KINDS = ("linear", "svd")
+
+
+def set_adapter(model: nn.Module, name: str) -> None:
+    """Run and train the adapter ``name`` instead of the active one, its fully trained modules included.
+
+    Raises:
+        InjectionError: there is none, or adapters are merged or disabled, or the model is given in a wrapper that
+            exchanges gradients of the parameters that were trained when it was made.
+    """
+    adapted = get_adapted(model)
+    adapted.adapter(name)
+    adapted.require_plain()
+    active = adapted.record.active
+    if name == active:
+        return
+    if type(model).__name__ in ("DistributedDataParallel", "FullyShardedDataParallel"):
+        raise InjectionError(
+            f"a {type(model).__name__} exchanges no gradients of adapter {name!r}: set it in the model itself, "
+            "set_adapter(model.module, ...), and wrap that anew (for inference it needs no wrapper)"
+        )
+    for adapter in (active, name):
+        for parameter in adapted.injected[adapter]:
+            parameter.requires_grad_(adapter == name)
+    adapted.install(name)
+    adapted.record.running.name = name
+    for module, _ in adapted.statistics:
+        module.train(model.training)
+
+
+@contextmanager
+def disabled(model: nn.Module) -> Iterator[nn.Module]:
+    """Within the block the model is the base, bit for bit, fully trained modules included.
+
+    Raises:
+        InjectionError: TRAIN is "*", so no base values were kept.
+    """
+    adapted = get_adapted(model)
+    if adapted.full and not adapted.base:
+        raise InjectionError("TRAIN '*' trains the base itself and keeps no copy of it: it cannot be disabled")
+    if not adapted.record.enabled:
+        yield model
+        return
+    merged = adapted.record.merged
+    if merged:
+        unmerge(model)
+    adapted.record.running.enabled = False
+    adapted.install(None)
+    try:
+        yield model
+    finally:
+        adapted.install(adapted.record.active)
+        adapted.record.running.enabled = True
+        if merged:
+            merge(model)
+
+
+@torch.no_grad()
+def merge(model: nn.Module) -> list[str]:
+    """Write the active adapter's weight changes into the base weights; the originals are kept for :func:`unmerge`.
+
+    Returns:
+        The modules with layers that are no change of weights (adapters, say): these run beside the merged weights.
+
+    Raises:
+        InjectionError: a merged weight also belongs to a module that is not adapted in the same way.
+    """
+    adapted = get_adapted(model)
+    adapted.require_plain()
+    plan = [(module, *_merged_weights(module)) for module in adapted.modules[adapted.record.active]]
+    _refuse_shared(model, plan)
+    for module, changed, methods in plan:
+        module.peft_merged.extend(methods)
+        for name, value in changed.items():
+            weight = module.get_parameter(name)
+            module.peft_backup[name] = weight.detach().clone()
+            weight.data.copy_(value)
+    adapted.record.merged = True
+    left = [module.peft_name for module, _, methods in plan if len(methods) < len(module.peft_layers())]
+    if left:
+        logger.info("Merged; %d modules keep layers that no weight can hold, from %s on.", len(left), left[0])
+    return left
+
+
+@torch.no_grad()
+def unmerge(model: nn.Module) -> None:
+    """Put the base weights back, bit for bit. A model that is not merged stays as it is."""
+    adapted = get_adapted(model)
+    for module in adapted.modules[adapted.record.active]:
+        for name, value in module.peft_backup.items():
+            module.get_parameter(name).data.copy_(value)
+        module.peft_backup.clear()
+        module.peft_merged.clear()
+    adapted.record.merged = False
+
+
+def delete_adapter(model: nn.Module, name: str) -> None:
+    """Forget one adapter and free its tensors; its modules stay adapted as long as others use them.
+
+    Raises:
+        InjectionError: it is active (switch to another one first, or ``remove`` all).
+    """
+    adapted = get_adapted(model)
+    adapted.adapter(name)
+    if name == adapted.record.active:
+        raise InjectionError(f"adapter {name!r} is active: set_adapter(model, another) first, or remove(model)")
+    forget_adapter(get_root(model), name)
+
+
+def remove(model: nn.Module, keep: bool = False) -> nn.Module:
+    """Undo the injection: every module has its own class and its own Parameters again, and nothing injected is left.
+
+    ``keep=True`` leaves the merged weights and the fully trained values in; otherwise the base's values come back.
+
+    Raises:
+        InjectionError: ``keep`` and some layers cannot be merged; they are named. Or it is within ``disabled``.
+    """
+    adapted, root = get_adapted(model), get_root(model)
+    if not adapted.record.enabled:
+        raise InjectionError("adapters are disabled: leave the disabled(model) block first")
+    if keep:
+        merge_whole(model)
+        for module in adapted.modules[adapted.record.active]:
+            module.peft_backup.clear()
+    else:
+        unmerge(model)
+    take_out(root, keep_values=keep)
+    return root
+
+
+def merge_whole(model: nn.Module) -> None:
+    """:func:`merge` where the weights can hold all of the active adapter.
+
+    Raises:
+        InjectionError: they cannot; the layers that are left are named, and the model is as it was.
+    """
+    adapted = get_adapted(model)
+    was_merged = adapted.record.merged
+    if not was_merged:
+        merge(model)
+    left = [
+        f"{module.peft_name} ({method})"
+        for module in adapted.modules[adapted.record.active]
+        for method in module.peft_layers()
+        if method not in module.peft_merged
+    ]
+    if left:
+        if not was_merged:
+            unmerge(model)
+        more = f" and {len(left) - 8} more" if len(left) > 8 else ""
+        raise InjectionError(
+            f"these modules hold layers that no weight can hold: {', '.join(left[:8])}{more}. Keep them as an adapter "
+            "(save_adapter), or train one that only changes weights, such as lora"
+        )
+
+
+def _merged_weights(module: Adapted) -> tuple[dict[str, Tensor], list[str]]:
+    """The weights that all mergeable layers of a module give together, and the methods of those layers."""
+    weights: dict[str, Tensor] = {
+        name: value for name, value in module.named_parameters() if not name.startswith(f"{STORE}.")
+    }
+    changed: dict[str, Tensor] = {}
+    methods = []
+    for method, layer in module.peft_layers().items():
+        update = layer.effective_weights({**weights, **changed})
+        if update:
+            methods.append(method)
+        changed.update(update)
+    return changed, methods
+
+
+def _refuse_shared(model: nn.Module, plan: Sequence[tuple[Adapted, Mapping[str, Tensor], Sequence[str]]]) -> None:
+    """A weight with two owners cannot be merged: the other owner would change too."""
+    owners: dict[int, list[str]] = {}
+    for path, module in model.named_modules():
+        for leaf, parameter in module._parameters.items():
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append(f"{path}.{leaf}" if path else leaf)
+    for module, changed, methods in plan:
+        for name in changed:
+            known = owners[id(module.get_parameter(name))]
+            if len(known) > 1:
+                own = f"{module.peft_name}.{name}"
+                others = " and ".join(other for other in known if other != own)
+                raise InjectionError(
+                    f"{own} also belongs to another module, which merging {'/'.join(methods)} would change too: "
+                    f"{others}. EXCLUDE the module, or untie the weights (a clone for each) before inject"
+                )
+
+
+@torch.no_grad()
+def combine_adapters(
+    model: nn.Module, weights: Mapping[str, float], name: str, kind: str = "linear", rank: int | None = None
+) -> Report:
+    """Add the adapter ``name`` = the weighted sum of those in ``weights``; it is not active.
+
+    Args:
+        weights: adapter name -> weight. The adapters must have the same methods on the same modules; ranks may differ.
+        kind: "linear" or "svd".
+        rank: for svd, the new rank; the largest of the given ones when None.
+
+    Raises:
+        InjectionError: the adapters differ in more than rank, or hold a kind that has no sum (DoRA, COBOT).
+    """
+    adapted = get_adapted(model)
+    if kind not in KINDS or not weights or not all(map(math.isfinite, weights.values())):
+        raise InjectionError(
+            f"cannot combine {dict(weights)} by {kind!r}: expected adapters with finite weights, and one of "
+            f"{', '.join(KINDS)}"
+        )
+    places = [{(p.name, p.method) for p in adapted.adapter(adapter).places} for adapter in weights]
+    records = [adapted.record.adapters[adapter] for adapter in weights]
+    first = records[0]
+    if any(place != places[0] for place in places) or any(record.full != first.full for record in records):
+        raise InjectionError(f"{', '.join(weights)} do not adapt the same places and cannot be combined")
+    sources = [(weight, _low_ranks(adapted, adapter)) for adapter, weight in weights.items()]
+    others = [(weight, _others(adapted, adapter)) for adapter, weight in weights.items()]
+    _refuse(sources, others, kind)
+    largest = [max((item.lora_a.shape[0] for item in found.values()), default=0) for _, found in sources]
+    starts = any(item.lora_a_start is not None for _, found in sources for item in found.values())
+    width = (rank or max(largest)) if kind == "svd" else sum(largest) * (2 if starts else 1)
+    report = add_adapter(model, name, [_entry(entry, width) for entry in first.methods], first.train)
+    for key, target in _low_ranks(adapted, name).items():
+        terms = [(weight, found[key]) for weight, found in sources]
+        b, a = _side_by_side(terms) if kind == "linear" else _truncated(terms, width)
+        target.lora_a.zero_()
+        target.lora_b.zero_()
+        target.lora_a.flatten(1)[: a.shape[0]].copy_(a)
+        target.lora_b.flatten(1)[:, : b.shape[1]].copy_(b / target.scale)
+    for key, value in _others(adapted, name).items():
+        value.copy_(sum(weight * found[key] for weight, found in others))  # type: ignore[arg-type]
+    for key, value in adapted.values[name].items():
+        if value.is_floating_point():
+            base = adapted.base[key]
+            value.copy_(
+                base + sum(weight * (adapted.own_value(adapter, key) - base) for adapter, weight in weights.items())
+            )
+    return report
+
+
+def _low_ranks(adapted: AdaptedModel, adapter: str) -> dict[str, LowRank]:
+    """All LoRA factors of an adapter, by place, method and position in the part."""
+    return {
+        f"{module.peft_name} {method} {path}": item
+        for module in adapted.modules[adapter]
+        for method, part in module.peft_layers(adapter).items()
+        for path, item in part.named_modules()
+        if isinstance(item, LowRank)
+    }
+
+
+def _others(adapted: AdaptedModel, adapter: str) -> dict[str, Tensor]:
+    """All other injected parameters of an adapter."""
+    inside = {id(value) for item in _low_ranks(adapted, adapter).values() for value in item.parameters()}
+    return {
+        f"{module.peft_name}.{local}": value
+        for module in adapted.modules[adapter]
+        for local, value in module.peft_parameters(adapter).items()
+        if id(value) not in inside
+    }
+
+
+_Found = Sequence[tuple[float, Mapping[str, LowRank]]]
+
+
+def _refuse(sources: _Found, others: Sequence[tuple[float, Mapping[str, Tensor]]], kind: str) -> None:
+    """Raise for what has no sum."""
+    for _, found in sources:
+        if found.keys() != sources[0][1].keys():
+            raise InjectionError("the adapters' LoRA is on different parts (PARTS) and cannot be combined")
+        for item in found.values():
+            if item.lora_magnitude is not None or item.cobot is not None:
+                raise InjectionError("DoRA and COBOT are not linear in their weights; such adapters cannot be combined")
+    if kind == "svd" and others[0][1]:
+        raise InjectionError(f"svd is for LoRA alone, but there is {next(iter(others[0][1]))}; combine by 'linear'")
+    for _, values in others:
+        if {key: value.shape for key, value in values.items()} != {k: v.shape for k, v in others[0][1].items()}:
+            raise InjectionError("the adapters' parts differ in size and cannot be averaged")
+
+
+def _entry(entry: Mapping[str, Any], rank: int) -> dict[str, Any]:
+    """A method's entry for the combination: LoRA of the new rank with scale 1, everything else as it was."""
+    if entry["NAME"] != "lora":
+        return dict(entry)
+    plain = {"RANK": rank, "ALPHA": float(rank), "RSLORA": False, "INIT": "default"}
+    return {**entry, **plain, "RANK_PATTERN": {}, "ALPHA_PATTERN": {}}
+
+
+def _side_by_side(terms: Sequence[tuple[float, LowRank]]) -> tuple[Tensor, Tensor]:
+    """B (out, R) and A (R, in) whose product is the weighted sum of the changes."""
+    bs, as_ = [], []
+    for weight, item in terms:
+        bs.append(weight * item.scale * item.lora_b.flatten(1))
+        as_.append(item.lora_a.flatten(1))
+        if item.lora_a_start is not None and item.lora_b_start is not None:
+            bs.append(-weight * item.scale * item.lora_b_start.flatten(1))
+            as_.append(item.lora_a_start.flatten(1))
+    return torch.cat(bs, dim=1), torch.cat(as_)
+
+
+def _truncated(terms: Sequence[tuple[float, LowRank]], rank: int) -> tuple[Tensor, Tensor]:
+    """B (out, R) and A (R, in), R at most ``rank``, whose product is nearest to the weighted sum of the changes."""
+    total = sum((weight * item.delta().flatten(1).double() for weight, item in terms), start=torch.zeros(()))
+    u, s, v = torch.linalg.svd(total, full_matrices=False)
+    root = s[:rank].sqrt()
+    return u[:, :rank] * root, root[:, None] * v[:rank]
