@@ -17,7 +17,7 @@ COCO, LVIS, Cityscapes (``tools/prepare_cityscapes.py``), Pascal VOC and ``ade20
 by Detectron2. Names that Mask2Former's package has as well mean the same there, and stay as they are if it came first.
 
 What could not be verified: WIXray's class names, so they are read from its json (the paper gives their number, 12); and
-which images of NDD20 the papers tested on, so the split is one of this project, see :mod:`peft_d2.data.via`.
+which images of NDD20 the papers tested on, so the split is one of this project, see ``tools/prepare_ndd20.py``.
 """
 
 from __future__ import annotations
@@ -33,8 +33,9 @@ from pathlib import Path
 from typing import Any
 
 from peft_d2.compat import lend_cityscapesscripts
-from peft_d2.data.coco_json import add_coco, load_lvis, read_categories
+from peft_d2.data.coco_json import data_root
 from peft_d2.data.images import path_inside
+from peft_d2.data.records import add_coco, load_lvis, read_categories
 
 logger = logging.getLogger(__name__)
 
@@ -126,11 +127,6 @@ _LVIS = tuple(f"lvis_{version}_{split}" for version in ("v0.5", "v1") for split 
 NAMES = (*COCO_SETS, *_PANOPTIC)
 
 
-def root() -> Path:
-    """The folder of all data sets, as Detectron2 finds it."""
-    return Path(os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets")))
-
-
 def register_builtin(names: Iterable[str] | None = None) -> list[str]:
     """Register those of ``names`` that are built in and not registered yet; None: all that are not registered yet.
 
@@ -164,14 +160,14 @@ def remedy(name: str) -> str:
         tool = "tools/prepare_ade20k.py" if name.startswith("ade20k") else "tools/prepare_coco_panoptic.py"
     else:
         tool = COCO_SETS[name].tool
-    where = f"below DETECTRON2_DATASETS, which is {str(root())!r}"
+    where = f"below DETECTRON2_DATASETS, which is {str(data_root())!r}"
     if tool:
         return f"{tool} writes it from the published files {where}."
     return f"Unpack the published files {where}, so that {COCO_SETS[name].json!r} is there."
 
 
 def _register_instances(name: str, entry: CocoSet) -> None:
-    json_path, images = os.path.abspath(root() / entry.json), os.path.abspath(root() / entry.images)
+    json_path, images = os.path.abspath(data_root() / entry.json), os.path.abspath(data_root() / entry.images)
     if os.path.isfile(json_path):
         categories = read_categories(json_path)
         found = tuple(category.name for category in categories)
@@ -222,7 +218,7 @@ def _register_panoptic(name: str) -> None:
 
     split = _PANOPTIC[name]
     if name.startswith("ade20k"):
-        folder, long = root() / "ADEChallengeData2016", {"train": "training", "val": "validation"}[split]
+        folder, long = data_root() / "ADEChallengeData2016", {"train": "training", "val": "validation"}[split]
         paths = {
             "image_root": folder / "images" / long,
             "panoptic_root": folder / f"ade20k_panoptic_{split}",
@@ -231,7 +227,7 @@ def _register_panoptic(name: str) -> None:
             "json_file": folder / f"ade20k_instance_{split}.json",
         }
     else:
-        folder = root() / "coco"
+        folder = data_root() / "coco"
         paths = {
             "image_root": folder / f"{split}2017",
             "panoptic_root": folder / f"panoptic_{split}2017",

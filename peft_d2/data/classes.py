@@ -8,8 +8,8 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from peft_d2.data.coco_json import read_categories
 from peft_d2.data.images import DatasetError
+from peft_d2.data.records import read_categories
 from peft_d2.data.registration import register_from_config
 
 _BY_CATEGORY = ("coco", "lvis")  # kinds of sets whose predictions are judged by category ids

@@ -1,187 +1,29 @@
-"""COCO's format: register and load a json, and write one (what the converters share)."""
+"""Write jsons in COCO's format; what the converters in tools/ share."""
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import logging
 import os
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from functools import lru_cache, partial
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
+from PIL import Image
 
-from peft_d2.data.images import DatasetError, path_inside
 from peft_d2.data.segmentation import mask_box, mask_to_compressed_rle
 from peft_d2.data.shapes import polygon_area
 from peft_d2.storage import atomic
 
-logger = logging.getLogger(__name__)
 
-
-class Category(NamedTuple):
-    """A class of a json, and how many annotations it has."""
-
-    id: int
-    name: str
-    objects: int
-
-
-def read_categories(json_path: str | Path) -> list[Category]:
-    """Categories of a COCO-format json by id: the order of the contiguous class indices.
-
-    Raises:
-        ValueError: not a COCO-format json, one without categories, or one that lists an id twice.
-    """
-    stat = os.stat(json_path)
-    return list(_read_categories(str(json_path), stat.st_mtime_ns, stat.st_size))
-
-
-@lru_cache(maxsize=64)
-def _read_categories(json_path: str, mtime_ns: int, size: int) -> tuple[Category, ...]:
-    try:
-        data = read_json(json_path)
-        objects = Counter(a.get("category_id") for a in data.get("annotations") or () if isinstance(a, dict))
-        rows = sorted(Category(int(c["id"]), str(c["name"]), objects[c["id"]]) for c in data["categories"])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{json_path}: not a COCO-format json ({type(error).__name__}: {error}). "
-            "Expected an object with images, annotations and categories: [{id, name}, ...]."
-        ) from error
-    ids = [row.id for row in rows]
-    if not rows:
-        raise ValueError(f"{json_path}: lists no categories. Expected at least one {{id, name}}.")
-    if len(set(ids)) < len(ids):
-        raise ValueError(f"{json_path}: lists a category id twice: {ids}.")
-    return tuple(rows)
-
-
-def add_coco(
-    name: str, json_path: str, image_root: str, classes: Sequence[str], contiguous: Mapping[int, int] | None,
-    outside: bool = False,
-) -> None:  # fmt: skip
-    """Put a COCO-format set into Detectron2's catalogs, whether or not its files exist.
-
-    Args:
-        name: not registered yet.
-        json_path, image_root: absolute.
-        classes: their names, none where they are not known yet.
-        contiguous: index of each category id, None where they are not known yet.
-        outside: whether images may lie outside ``image_root``.
-    """
-    from detectron2.data import DatasetCatalog, MetadataCatalog
-
-    DatasetCatalog[name] = partial(load_coco, name, json_path, image_root, outside)
-    known: dict[str, Any] = {"json_file": json_path, "image_root": image_root, "evaluator_type": "coco"}
-    if classes:
-        known["thing_classes"] = list(classes)
-    if contiguous is not None:
-        known["thing_dataset_id_to_contiguous_id"] = dict(contiguous)
-    MetadataCatalog.get(name).set(**known)
-
-
-def load_coco(name: str, json_path: str, image_root: str, outside: bool = False) -> list[dict[str, Any]]:
-    """Detectron2's records of a COCO-format set, by image id; those of a json without annotations have none.
-
-    As Detectron2's own loader, but annotation ids are not looked at, and ids may be anything.
-
-    Args:
-        name: of the set, whose metadata get the classes if they are not known yet.
-        json_path: of the json.
-        image_root: the folder that its file names are relative to.
-        outside: whether images may lie outside that folder.
-
-    Raises:
-        DatasetError: an image outside the folder, or an entry that cannot be used.
-    """
-    from detectron2.data import MetadataCatalog
-
-    meta, categories = MetadataCatalog.get(name), read_categories(json_path)
-    if not meta.get("thing_dataset_id_to_contiguous_id"):
-        meta.thing_classes = [category.name for category in categories]
-        meta.thing_dataset_id_to_contiguous_id = {category.id: i for i, category in enumerate(categories)}
-    data, contiguous = read_json(json_path), meta.thing_dataset_id_to_contiguous_id
-    _set_keypoints(meta, data["categories"])
-    records: dict[Any, dict[str, Any]] = {}
-    try:
-        for image in data["images"]:
-            path = path_inside(image_root, image["file_name"], outside)
-            record = {"file_name": path, "image_id": image["id"], **{k: image[k] for k in ("height", "width")}}
-            records[image["id"]] = record | ({"annotations": []} if "annotations" in data else {})
-        for annotation in data.get("annotations", ()):
-            if annotation["image_id"] in records:
-                records[annotation["image_id"]]["annotations"].append(_object(annotation, contiguous))
-    except (KeyError, TypeError) as error:
-        raise DatasetError(
-            f"{json_path}: an entry lacks {error} or has another form. tools/check_dataset.py says which."
-        ) from error
-    logger.info("%d images in %s.", len(records), json_path)
-    numbered = all(isinstance(image, int) for image in records)
-    return [records[image] for image in sorted(records, key=None if numbered else str)]
-
-
-def _object(annotation: dict[str, Any], contiguous: Mapping[int, int]) -> dict[str, Any]:
-    from detectron2.structures import BoxMode
-
-    found: dict[str, Any] = {key: annotation[key] for key in ("iscrowd", "bbox") if key in annotation}
-    found |= {"bbox_mode": BoxMode.XYWH_ABS, "category_id": contiguous[annotation["category_id"]]}
-    segmentation = annotation.get("segmentation")
-    if isinstance(segmentation, dict) and isinstance(segmentation["counts"], list):
-        from pycocotools import mask as coco_mask
-
-        segmentation = coco_mask.frPyObjects(segmentation, *segmentation["size"])
-    if segmentation:
-        found["segmentation"] = segmentation
-    if annotation.get("keypoints"):  # pixel indices in the json, coordinates in training
-        found["keypoints"] = [v if i % 3 == 2 else v + 0.5 for i, v in enumerate(annotation["keypoints"])]
-    return found
-
-
-def _set_keypoints(meta: Any, categories: Sequence[Mapping[str, Any]]) -> None:
-    """Let Detectron2 mirror keypoints whose names begin or end with left and right, as COCO's do."""
-    names = next((list(c["keypoints"]) for c in categories if c.get("keypoints")), [])
-    if not names or meta.get("keypoint_names"):
-        return
-    swapped = {name: name.replace("left", "right") for name in names if "left" in name}
-    meta.keypoint_names = names
-    meta.keypoint_flip_map = [(left, right) for left, right in swapped.items() if right in names]
-
-
-def load_lvis(json_file: str, image_root: str) -> list[dict[str, Any]]:
-    """Detectron2's records of an LVIS json, with ``neg_category_ids`` and ``not_exhaustive_category_ids``.
-
-    Stands in for Detectron2's loader, which needs the package lvis, which lags behind NumPy and OpenCV.
-
-    Args:
-        json_file: of LVIS v0.5 or v1, whose category ids count from 1 without gaps.
-        image_root: the folder that holds ``train2017`` and its like, which ``coco_url`` names.
-
-    Raises:
-        FileNotFoundError, ValueError: no such file, or not an LVIS json.
-    """
-    from detectron2.structures import BoxMode
-
-    data = read_json(json_file)
-    try:
-        objects: dict[Any, list[dict[str, Any]]] = {image["id"]: [] for image in data["images"]}
-        for annotation in data.get("annotations", ()):
-            objects[annotation["image_id"]].append({
-                "bbox": annotation["bbox"], "bbox_mode": BoxMode.XYWH_ABS,
-                "category_id": annotation["category_id"] - 1, "segmentation": annotation["segmentation"],
-            })  # fmt: skip
-        records = []
-        for image in sorted(data["images"], key=lambda entry: entry["id"]):
-            record = {key: image[key] for key in ("height", "width")}
-            record |= {key: image.get(key, []) for key in ("neg_category_ids", "not_exhaustive_category_ids")}
-            path = path_inside(image_root, "/".join(image["coco_url"].split("/")[-2:]))
-            records.append({**record, "file_name": path, "image_id": image["id"], "annotations": objects[image["id"]]})
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{json_file}: not an LVIS json ({type(error).__name__}: {error}).") from error
-    logger.info("%d images in %s.", len(records), json_file)
-    return records
+def data_root() -> Path:
+    """The folder of all published data sets, as Detectron2 finds it."""
+    return Path(os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets")))
 
 
 class CocoJson:
@@ -294,3 +136,63 @@ def require_folder(path: str | Path, holds: str) -> Path:
     packed = next((p for p in (path, *beside) if p.is_file()), None)
     found = f"{packed} is an archive: unpack it there" if packed else "it does not exist"
     raise FileNotFoundError(f"{path}: expected a folder with {holds}; {found}.")
+
+
+def converter_main(
+    description: str, folder: str, convert: Callable[..., Mapping[str, int]], **options: tuple[str, int]
+) -> int:
+    """Run a converter on the command line's arguments.
+
+    Args:
+        description: for ``--help``.
+        folder: of the published files, below the folder of all data sets; ``--source`` names another.
+        convert: takes the source and the options, and returns how many entries each written file has.
+        options: help and default of each; one whose default is 0 is passed on as None where it is not given.
+
+    Returns:
+        The exit code: 0, or 1 after a line that says what is wrong with the source.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--source", default=str(data_root() / folder), help="the unpacked folder, which gets the new files"
+    )
+    for name, (text, default) in options.items():
+        kind = int if default else str
+        parser.add_argument(f"--{name}", help=text, type=kind, default=default or None)
+    arguments = vars(parser.parse_args())
+    logging.basicConfig(format="%(levelname)s: %(message)s")
+    try:
+        counts = convert(arguments.pop("source"), **arguments)
+    except (OSError, ValueError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    for path, count in counts.items():
+        print(f"{path}: {count}")
+    return 0
+
+
+def in_parallel(function: Callable[[Any], Any], items: Iterable[Any], workers: int) -> list[Any]:
+    """The function's results for all items, in order; in several processes where ``workers`` says so."""
+    items = list(items)
+    if workers <= 1:
+        return [function(item) for item in items]
+    with ProcessPoolExecutor(workers) as pool:
+        return list(pool.map(function, items, chunksize=16))
+
+
+def read_label_image(path: Path, channels: int = 1) -> np.ndarray:
+    """(H, W) or (H, W, 3) uint8 label image.
+
+    Raises:
+        FileNotFoundError: it is missing.
+        ValueError: it has another number of channels or bits.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing. Unpack the published archive again.")
+    with Image.open(path) as opened:
+        labels = np.asarray(opened)
+    if labels.dtype != np.uint8 or labels.ndim != (2 if channels == 1 else 3):
+        raise ValueError(
+            f"{path}: a label image of {labels.dtype} {labels.shape}, expected 8 bits, {channels} channel(s)."
+        )
+    return labels[..., :3] if channels == 3 else labels

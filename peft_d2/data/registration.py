@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from peft_d2.data.builtin import register_builtin
-from peft_d2.data.coco_json import add_coco, load_coco, read_categories
 from peft_d2.data.images import check_input
+from peft_d2.data.records import add_coco, load_coco, read_categories
 
 _KEYS = ("NAME", "JSON", "IMAGES")
 _NAME = re.compile(r"[^\s/\\.\-][^\s/\\]*")

@@ -194,7 +194,7 @@ def _check_tasks(cfg: Any, name: str, json_path: str, problems: Sequence[Problem
                              "Use a box detector (Detectron2's: MODEL.MASK_ON False), or add masks."))  # fmt: skip
     if not cfg.MODEL.KEYPOINT_ON or any(p.level == "error" for p in problems):
         return found
-    from peft_d2.data.coco_json import load_coco
+    from peft_d2.data.records import load_coco
 
     if name in cfg.DATASETS.TRAIN and not MetadataCatalog.get(name).get("keypoint_names"):
         load_coco(name, json_path, "/", outside=True)  # which reads the names of the keypoints

@@ -10,13 +10,14 @@ pytest.importorskip("detectron2", reason="needs Detectron2")
 
 from detectron2.config import get_cfg  # noqa: E402
 from detectron2.data import DatasetCatalog, MetadataCatalog  # noqa: E402
+from prepare_ade20k import convert_ade20k  # noqa: E402
+from prepare_coco_panoptic import convert_coco_panoptic  # noqa: E402
+from prepare_ndd20 import convert_ndd20  # noqa: E402
 
 from peft_d2.data import add_data_config, class_names, register_builtin, register_from_config  # noqa: E402
 from peft_d2.data.builtin import COCO_SETS, NAMES, remedy  # noqa: E402
-from peft_d2.data.coco_json import load_lvis  # noqa: E402
-from peft_d2.data.label_images import convert_ade20k, convert_coco_panoptic  # noqa: E402
+from peft_d2.data.records import load_lvis  # noqa: E402
 from peft_d2.data.validation import DatasetError, check_datasets  # noqa: E402
-from peft_d2.data.via import convert_ndd20  # noqa: E402
 
 from . import published  # noqa: E402
 

@@ -7,8 +7,8 @@ import json
 import numpy as np
 import pytest
 from PIL import Image
+from prepare_dsb2018 import convert, read_splits
 
-from peft_d2.data.dsb2018 import convert, read_splits
 from peft_d2.data.segmentation import segmentation_to_mask
 from peft_d2.data.validation import check_coco
 

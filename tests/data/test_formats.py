@@ -20,22 +20,20 @@ from detectron2.data.datasets.cityscapes import load_cityscapes_instances, load_
 from detectron2.data.datasets.cityscapes_panoptic import load_cityscapes_panoptic  # noqa: E402
 from detectron2.data.datasets.coco import load_sem_seg  # noqa: E402
 from detectron2.structures import Boxes, Instances  # noqa: E402
+from prepare_ade20k import convert_ade20k  # noqa: E402
+from prepare_cityscapes import convert_cityscapes  # noqa: E402
+from prepare_coco_panoptic import convert_coco_panoptic  # noqa: E402
+from prepare_ndd20 import convert_ndd20  # noqa: E402
 from pycocotools.coco import COCO  # noqa: E402
 from pycocotools.cocoeval import COCOeval  # noqa: E402
 
 import peft_d2  # noqa: E402
+from peft_d2.compat import require_cityscapes  # noqa: E402
 from peft_d2.data import build_test_loader, register_builtin, toy  # noqa: E402
 from peft_d2.data.builtin import NAMES  # noqa: E402
-from peft_d2.data.coco_json import load_lvis  # noqa: E402
-from peft_d2.data.label_images import (  # noqa: E402
-    convert_ade20k,
-    convert_cityscapes,
-    convert_coco_panoptic,
-    require_cityscapes,
-)
+from peft_d2.data.records import load_lvis  # noqa: E402
 from peft_d2.data.registration import register_coco  # noqa: E402
 from peft_d2.data.segmentation import mask_to_compressed_rle, segmentation_to_mask  # noqa: E402
-from peft_d2.data.via import convert_ndd20  # noqa: E402
 from peft_d2.engine.config import load_config  # noqa: E402
 from peft_d2.engine.trainer import Trainer  # noqa: E402
 from peft_d2.evaluation import build_evaluator  # noqa: E402

@@ -1,0 +1,178 @@
+"""Detectron2's records of sets in COCO's and in LVIS's format."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from peft_d2.data.coco_json import read_json
+from peft_d2.data.images import DatasetError, path_inside
+
+logger = logging.getLogger(__name__)
+
+
+class Category(NamedTuple):
+    """A class of a json, and how many annotations it has."""
+
+    id: int
+    name: str
+    objects: int
+
+
+def read_categories(json_path: str | Path) -> list[Category]:
+    """Categories of a COCO-format json by id: the order of the contiguous class indices.
+
+    Raises:
+        ValueError: not a COCO-format json, one without categories, or one that lists an id twice.
+    """
+    stat = os.stat(json_path)
+    return list(_read_categories(str(json_path), stat.st_mtime_ns, stat.st_size))
+
+
+@lru_cache(maxsize=64)
+def _read_categories(json_path: str, mtime_ns: int, size: int) -> tuple[Category, ...]:
+    try:
+        data = read_json(json_path)
+        objects = Counter(a.get("category_id") for a in data.get("annotations") or () if isinstance(a, dict))
+        rows = sorted(Category(int(c["id"]), str(c["name"]), objects[c["id"]]) for c in data["categories"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{json_path}: not a COCO-format json ({type(error).__name__}: {error}). "
+            "Expected an object with images, annotations and categories: [{id, name}, ...]."
+        ) from error
+    ids = [row.id for row in rows]
+    if not rows:
+        raise ValueError(f"{json_path}: lists no categories. Expected at least one {{id, name}}.")
+    if len(set(ids)) < len(ids):
+        raise ValueError(f"{json_path}: lists a category id twice: {ids}.")
+    return tuple(rows)
+
+
+def add_coco(
+    name: str, json_path: str, image_root: str, classes: Sequence[str], contiguous: Mapping[int, int] | None,
+    outside: bool = False,
+) -> None:  # fmt: skip
+    """Put a COCO-format set into Detectron2's catalogs, whether or not its files exist.
+
+    Args:
+        name: not registered yet.
+        json_path, image_root: absolute.
+        classes: their names, none where they are not known yet.
+        contiguous: index of each category id, None where they are not known yet.
+        outside: whether images may lie outside ``image_root``.
+    """
+    from detectron2.data import DatasetCatalog, MetadataCatalog
+
+    DatasetCatalog[name] = partial(load_coco, name, json_path, image_root, outside)
+    known: dict[str, Any] = {"json_file": json_path, "image_root": image_root, "evaluator_type": "coco"}
+    if classes:
+        known["thing_classes"] = list(classes)
+    if contiguous is not None:
+        known["thing_dataset_id_to_contiguous_id"] = dict(contiguous)
+    MetadataCatalog.get(name).set(**known)
+
+
+def load_coco(name: str, json_path: str, image_root: str, outside: bool = False) -> list[dict[str, Any]]:
+    """Detectron2's records of a COCO-format set, by image id; those of a json without annotations have none.
+
+    As Detectron2's own loader, but annotation ids are not looked at, and ids may be anything.
+
+    Args:
+        name: of the set, whose metadata get the classes if they are not known yet.
+        json_path: of the json.
+        image_root: the folder that its file names are relative to.
+        outside: whether images may lie outside that folder.
+
+    Raises:
+        DatasetError: an image outside the folder, or an entry that cannot be used.
+    """
+    from detectron2.data import MetadataCatalog
+
+    meta, categories = MetadataCatalog.get(name), read_categories(json_path)
+    if not meta.get("thing_dataset_id_to_contiguous_id"):
+        meta.thing_classes = [category.name for category in categories]
+        meta.thing_dataset_id_to_contiguous_id = {category.id: i for i, category in enumerate(categories)}
+    data, contiguous = read_json(json_path), meta.thing_dataset_id_to_contiguous_id
+    _set_keypoints(meta, data["categories"])
+    records: dict[Any, dict[str, Any]] = {}
+    try:
+        for image in data["images"]:
+            path = path_inside(image_root, image["file_name"], outside)
+            record = {"file_name": path, "image_id": image["id"], **{k: image[k] for k in ("height", "width")}}
+            records[image["id"]] = record | ({"annotations": []} if "annotations" in data else {})
+        for annotation in data.get("annotations", ()):
+            if annotation["image_id"] in records:
+                records[annotation["image_id"]]["annotations"].append(_object(annotation, contiguous))
+    except (KeyError, TypeError) as error:
+        raise DatasetError(
+            f"{json_path}: an entry lacks {error} or has another form. tools/check_dataset.py says which."
+        ) from error
+    logger.info("%d images in %s.", len(records), json_path)
+    numbered = all(isinstance(image, int) for image in records)
+    return [records[image] for image in sorted(records, key=None if numbered else str)]
+
+
+def _object(annotation: dict[str, Any], contiguous: Mapping[int, int]) -> dict[str, Any]:
+    from detectron2.structures import BoxMode
+
+    found: dict[str, Any] = {key: annotation[key] for key in ("iscrowd", "bbox") if key in annotation}
+    found |= {"bbox_mode": BoxMode.XYWH_ABS, "category_id": contiguous[annotation["category_id"]]}
+    segmentation = annotation.get("segmentation")
+    if isinstance(segmentation, dict) and isinstance(segmentation["counts"], list):
+        from pycocotools import mask as coco_mask
+
+        segmentation = coco_mask.frPyObjects(segmentation, *segmentation["size"])
+    if segmentation:
+        found["segmentation"] = segmentation
+    if annotation.get("keypoints"):  # pixel indices in the json, coordinates in training
+        found["keypoints"] = [v if i % 3 == 2 else v + 0.5 for i, v in enumerate(annotation["keypoints"])]
+    return found
+
+
+def _set_keypoints(meta: Any, categories: Sequence[Mapping[str, Any]]) -> None:
+    """Let Detectron2 mirror keypoints whose names begin or end with left and right, as COCO's do."""
+    names = next((list(c["keypoints"]) for c in categories if c.get("keypoints")), [])
+    if not names or meta.get("keypoint_names"):
+        return
+    swapped = {name: name.replace("left", "right") for name in names if "left" in name}
+    meta.keypoint_names = names
+    meta.keypoint_flip_map = [(left, right) for left, right in swapped.items() if right in names]
+
+
+def load_lvis(json_file: str, image_root: str) -> list[dict[str, Any]]:
+    """Detectron2's records of an LVIS json, with ``neg_category_ids`` and ``not_exhaustive_category_ids``.
+
+    Stands in for Detectron2's loader, which needs the package lvis, which lags behind NumPy and OpenCV.
+
+    Args:
+        json_file: of LVIS v0.5 or v1, whose category ids count from 1 without gaps.
+        image_root: the folder that holds ``train2017`` and its like, which ``coco_url`` names.
+
+    Raises:
+        FileNotFoundError, ValueError: no such file, or not an LVIS json.
+    """
+    from detectron2.structures import BoxMode
+
+    data = read_json(json_file)
+    try:
+        objects: dict[Any, list[dict[str, Any]]] = {image["id"]: [] for image in data["images"]}
+        for annotation in data.get("annotations", ()):
+            objects[annotation["image_id"]].append({
+                "bbox": annotation["bbox"], "bbox_mode": BoxMode.XYWH_ABS,
+                "category_id": annotation["category_id"] - 1, "segmentation": annotation["segmentation"],
+            })  # fmt: skip
+        records = []
+        for image in sorted(data["images"], key=lambda entry: entry["id"]):
+            record = {key: image[key] for key in ("height", "width")}
+            record |= {key: image.get(key, []) for key in ("neg_category_ids", "not_exhaustive_category_ids")}
+            path = path_inside(image_root, "/".join(image["coco_url"].split("/")[-2:]))
+            records.append({**record, "file_name": path, "image_id": image["id"], "annotations": objects[image["id"]]})
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{json_file}: not an LVIS json ({type(error).__name__}: {error}).") from error
+    logger.info("%d images in %s.", len(records), json_file)
+    return records
