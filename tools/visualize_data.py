@@ -11,7 +11,8 @@ from typing import Any
 
 from PIL import Image
 
-from peft_d2.data import build_train_loader, class_names, workers_ended
+from peft_d2.data.classes import class_names
+from peft_d2.data.loader import build_train_loader, workers_ended
 from peft_d2.data.pictures import picture_of_sample, sheet
 from peft_d2.engine.launch import one_line_errors, prepare_config, training_parser
 

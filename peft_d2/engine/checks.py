@@ -15,9 +15,10 @@ from typing import Any
 
 from torch import nn
 
-from peft_d2 import evaluation
 from peft_d2.engine.config import base_architecture, leaves
 from peft_d2.engine.errors import ConfigError
+from peft_d2.evaluation.augmented import check_augmentation
+from peft_d2.evaluation.build import check_evaluators
 
 logger = logging.getLogger(__name__)
 
@@ -60,8 +61,8 @@ def check_run(cfg: Any, evaluate: bool) -> None:
         check_batch(cfg)
         check_class_count(cfg)
     try:
-        evaluation.check_augmentation(cfg)
-        evaluation.check_evaluators(cfg)
+        check_augmentation(cfg)
+        check_evaluators(cfg)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     _check_annotations(cfg)
@@ -233,8 +234,8 @@ def apply_class_count(cfg: Any, explicit: Mapping[str, int] | None = None) -> No
         ConfigError: a count contradicts the json, and was written where the data set was named or later. A count that
             came with a config's own data sets says nothing about those that replace them on the command line.
     """
-    from peft_d2.data import class_names
     from peft_d2.data.builtin import COCO_SETS
+    from peft_d2.data.classes import class_names
 
     own = {entry["NAME"] for entry in cfg.DATASETS.REGISTER if "NAME" in entry} | COCO_SETS.keys()
     split = "TRAIN" if cfg.DATASETS.TRAIN else "TEST"

@@ -59,7 +59,7 @@ def add_config(cfg: Any) -> None:
     require_detectron2()
     from detectron2.config import CfgNode
 
-    from peft_d2.data import add_data_config
+    from peft_d2.data.config import add_data_config
     from peft_d2.models import add_models_config
 
     solver_was_extended = "OPTIMIZER" in cfg.SOLVER or "PEFT" in cfg.MODEL

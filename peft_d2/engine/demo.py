@@ -122,7 +122,7 @@ class Predictor:
 
         from peft_d2.data.augmentation import LongestSide
         from peft_d2.engine.checkpointer import Checkpointer
-        from peft_d2.evaluation import inference_model
+        from peft_d2.evaluation.tiling import inference_model
         from peft_d2.models.sam.model import SegmentAnything
 
         self.cfg = cfg

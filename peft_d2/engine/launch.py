@@ -141,7 +141,7 @@ def prepare_config(args: argparse.Namespace) -> Any:
     Raises:
         ConfigError: anything that the user can put right.
     """
-    from peft_d2.data import register_from_config
+    from peft_d2.data.registration import register_from_config
     from peft_d2.engine.factory import register
 
     try:

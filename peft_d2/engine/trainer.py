@@ -23,7 +23,8 @@ from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.utils import comm
 from torch import nn
 
-from peft_d2 import data, evaluation, peft
+from peft_d2 import peft
+from peft_d2.data.loader import build_test_loader, build_train_loader, workers_ended
 from peft_d2.engine import optimizer as optimization
 from peft_d2.engine.checkpointer import Checkpointer
 from peft_d2.engine.checks import build_model, check_batch, run_lock
@@ -42,6 +43,9 @@ from peft_d2.engine.hooks import (
     seed_everything,
 )
 from peft_d2.engine.step import LazyLoader, TrainStep, amp_dtype, unwrapped
+from peft_d2.evaluation.augmented import augmented_model
+from peft_d2.evaluation.build import build_evaluator
+from peft_d2.evaluation.tiling import inference_model
 from peft_d2.models.sam import feature_cache
 from peft_d2.storage import CheckpointError, atomic
 
@@ -129,25 +133,25 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_train_loader(cls, cfg: Any, start_iter: int = 0) -> Iterable[Any]:
-        """See :func:`peft_d2.data.build_train_loader`; another may be any iterable, and leave ``start_iter`` out."""
-        return data.build_train_loader(cfg, start_iter)
+        """See :mod:`peft_d2.data.loader`; another may be any iterable, and leave ``start_iter`` out."""
+        return build_train_loader(cfg, start_iter)
 
     @classmethod
     def build_test_loader(cls, cfg: Any, dataset_name: str) -> Any:
-        """See :func:`peft_d2.data.build_test_loader`; on a terminal with a progress bar."""
-        loader = data.build_test_loader(cfg, dataset_name)
+        """See :func:`peft_d2.data.loader.build_test_loader`; on a terminal with a progress bar."""
+        loader = build_test_loader(cfg, dataset_name)
         return Bar(loader, f"evaluating {dataset_name}") if on_terminal() else loader
 
     @classmethod
     def build_evaluator(cls, cfg: Any, dataset_name: str, output_folder: str | None = None) -> Any:
-        """See :func:`peft_d2.evaluation.build_evaluator`; results go to ``OUTPUT_DIR/inference``."""
+        """See :func:`peft_d2.evaluation.build.build_evaluator`; results go to ``OUTPUT_DIR/inference``."""
         folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name)
-        return evaluation.build_evaluator(cfg, dataset_name, folder)
+        return build_evaluator(cfg, dataset_name, folder)
 
     @classmethod
     def test(cls, cfg: Any, model: nn.Module, evaluators: Any = None) -> OrderedDict[str, Any]:
         """Detectron2's evaluation of all test sets; by tiles where ``TEST.TILES`` says so."""
-        return super().test(cfg, evaluation.inference_model(cfg, model), evaluators)
+        return super().test(cfg, inference_model(cfg, model), evaluators)
 
     @classmethod
     def test_augmented(cls, cfg: Any, model: nn.Module) -> dict[str, Any]:
@@ -161,7 +165,7 @@ class Trainer(DefaultTrainer):
         own_size = cfg.clone()
         own_size.defrost()
         own_size.INPUT.MIN_SIZE_TEST = 0
-        found = super().test(own_size, evaluation.augmented_model(cfg, unwrapped(model)), evaluators)
+        found = super().test(own_size, augmented_model(cfg, unwrapped(model)), evaluators)
         if len(names) > 1:
             return {name: {f"{task}_TTA": row for task, row in tasks.items()} for name, tasks in found.items()}
         return {f"{task}_TTA": row for task, row in found.items()}
@@ -268,7 +272,7 @@ class Trainer(DefaultTrainer):
                 stack.enter_context(run_lock(folder))
                 atomic.write_bytes(Path(folder, CONFIG_FILE), self.cfg.dump().encode())
                 atomic.write_bytes(Path(folder, REPORT_FILE), json.dumps(self.report, indent=1).encode())
-            stack.enter_context(data.workers_ended())
+            stack.enter_context(workers_ended())
             stack.enter_context(closing(self.loader))
             super().train()
         return getattr(self, "_last_eval_results", None)

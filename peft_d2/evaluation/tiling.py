@@ -23,7 +23,7 @@ _BATCH = 8  # tiles that go through the model together
 def inference_model(cfg: Any, model: nn.Module) -> nn.Module:
     """The model as it is evaluated: by tiles where ``TEST.TILES.ENABLED``, else as it is.
 
-    The loader of :func:`peft_d2.data.build_test_loader` gives images of their own size in the first case.
+    The loader of :func:`peft_d2.data.loader.build_test_loader` gives images of their own size in the first case.
     """
     tiles = cfg.TEST.get("TILES", None)
     if tiles is None or not tiles.ENABLED or isinstance(model, TiledModel):
@@ -73,7 +73,7 @@ class TiledModel(nn.Module):
         if (height, width) != (record.get("height", height), record.get("width", width)):
             raise ValueError(
                 f"{record.get('file_name', 'an image')}: tiles are cut from images in their own size, but this one was "
-                f"resized to {width} x {height} px. Use peft_d2.data.build_test_loader."
+                f"resized to {width} x {height} px. Use peft_d2.data.loader.build_test_loader."
             )
         boxes = [
             (x, y, min(x + self.size, width), min(y + self.size, height))

@@ -31,7 +31,7 @@ def make_cfg():
     config = pytest.importorskip("detectron2.config", reason="needs Detectron2")
 
     def make(made, name=None):
-        from peft_d2.data import add_data_config
+        from peft_d2.data.config import add_data_config
 
         cfg = config.get_cfg()
         add_data_config(cfg)

@@ -14,9 +14,16 @@ from prepare_ade20k import convert_ade20k  # noqa: E402
 from prepare_coco_panoptic import convert_coco_panoptic  # noqa: E402
 from prepare_ndd20 import convert_ndd20  # noqa: E402
 
-from peft_d2.data import add_data_config, class_names, register_builtin, register_from_config  # noqa: E402
-from peft_d2.data.builtin import COCO_SETS, NAMES, remedy  # noqa: E402
+from peft_d2.data.builtin import (  # noqa: E402
+    COCO_SETS,
+    NAMES,
+    register_builtin,  # noqa: E402
+    remedy,
+)
+from peft_d2.data.classes import class_names  # noqa: E402
+from peft_d2.data.config import add_data_config  # noqa: E402
 from peft_d2.data.records import load_lvis  # noqa: E402
+from peft_d2.data.registration import register_from_config  # noqa: E402
 from peft_d2.data.validation import DatasetError, check_datasets  # noqa: E402
 
 from . import published  # noqa: E402
@@ -211,7 +218,7 @@ def test_the_papers_configs_have_the_classes_of_their_sets(path):
 
 def test_the_papers_recipe_feeds_what_it_says(datasets):
     import peft_d2
-    from peft_d2.data import build_train_loader
+    from peft_d2.data.loader import build_train_loader
     from peft_d2.engine.config import load_config
 
     published.ndd20(datasets / "NDD20")

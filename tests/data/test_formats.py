@@ -29,14 +29,18 @@ from pycocotools.cocoeval import COCOeval  # noqa: E402
 
 import peft_d2  # noqa: E402
 from peft_d2.compat import require_cityscapes  # noqa: E402
-from peft_d2.data import build_test_loader, register_builtin, toy  # noqa: E402
-from peft_d2.data.builtin import NAMES  # noqa: E402
+from peft_d2.data import toy  # noqa: E402
+from peft_d2.data.builtin import (
+    NAMES,  # noqa: E402
+    register_builtin,  # noqa: E402
+)
+from peft_d2.data.loader import build_test_loader  # noqa: E402
 from peft_d2.data.records import load_lvis  # noqa: E402
 from peft_d2.data.registration import register_coco  # noqa: E402
 from peft_d2.data.segmentation import mask_to_compressed_rle, segmentation_to_mask  # noqa: E402
 from peft_d2.engine.config import load_config  # noqa: E402
 from peft_d2.engine.trainer import Trainer  # noqa: E402
-from peft_d2.evaluation import build_evaluator  # noqa: E402
+from peft_d2.evaluation.build import build_evaluator  # noqa: E402
 
 from . import published  # noqa: E402
 

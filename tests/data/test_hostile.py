@@ -13,7 +13,9 @@ pytest.importorskip("detectron2", reason="needs Detectron2")
 
 from detectron2.data import DatasetCatalog, MetadataCatalog  # noqa: E402
 
-from peft_d2.data import build_test_loader, build_train_loader, class_names, toy, workers_ended  # noqa: E402
+from peft_d2.data import toy  # noqa: E402
+from peft_d2.data.classes import class_names  # noqa: E402
+from peft_d2.data.loader import build_test_loader, build_train_loader, workers_ended  # noqa: E402
 from peft_d2.data.pictures import contact_sheet  # noqa: E402
 from peft_d2.data.segmentation import mask_to_compressed_rle  # noqa: E402
 from peft_d2.data.validation import DatasetError, check_coco, check_datasets  # noqa: E402

@@ -14,7 +14,8 @@ pytest.importorskip("detectron2", reason="needs Detectron2")
 
 from detectron2.utils import comm  # noqa: E402
 
-from peft_d2.data import build_test_loader, build_train_loader, toy, workers_ended  # noqa: E402
+from peft_d2.data import toy  # noqa: E402
+from peft_d2.data.loader import build_test_loader, build_train_loader, workers_ended  # noqa: E402
 
 
 def _flat(batches):

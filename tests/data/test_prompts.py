@@ -14,9 +14,10 @@ from detectron2.config import CfgNode  # noqa: E402
 from detectron2.data import DatasetCatalog  # noqa: E402
 from PIL import Image  # noqa: E402
 
-from peft_d2.data import build_test_loader, build_train_loader, register_from_config  # noqa: E402
+from peft_d2.data.loader import build_test_loader, build_train_loader  # noqa: E402
 from peft_d2.data.mappers import build_mapper, build_test_mapper  # noqa: E402
 from peft_d2.data.prompts import prompted_objects, widened  # noqa: E402
+from peft_d2.data.registration import register_from_config  # noqa: E402
 
 SIZE = 128
 

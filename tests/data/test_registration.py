@@ -12,7 +12,9 @@ pytest.importorskip("detectron2", reason="needs Detectron2")
 
 from detectron2.data import DatasetCatalog, MetadataCatalog  # noqa: E402
 
-from peft_d2.data import class_names, register_from_config, toy  # noqa: E402
+from peft_d2.data import toy  # noqa: E402
+from peft_d2.data.classes import class_names  # noqa: E402
+from peft_d2.data.registration import register_from_config  # noqa: E402
 
 
 @pytest.fixture

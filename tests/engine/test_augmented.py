@@ -12,7 +12,7 @@ import torch
 from peft_d2.engine.errors import ConfigError
 from peft_d2.engine.launch import check_run
 from peft_d2.engine.trainer import Trainer
-from peft_d2.evaluation import augmented_model
+from peft_d2.evaluation.augmented import augmented_model
 
 from .test_training import train
 

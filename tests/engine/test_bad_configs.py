@@ -14,7 +14,7 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from torch import nn
 
 import peft_d2
-from peft_d2 import data
+from peft_d2.data.loader import build_train_loader
 from peft_d2.engine import launch
 from peft_d2.engine.checks import build_model, check_run
 from peft_d2.engine.config import load_config
@@ -116,7 +116,7 @@ DATA = [
 @pytest.mark.parametrize(("key", "value", "said"), DATA)
 def test_data_that_cannot_be_fed(make_cfg: Callable[..., Any], key: str, value: str, said: str) -> None:
     with pytest.raises(launch.expected_errors(), match=re.escape(said)) as error:
-        data.build_train_loader(make_cfg(key, value))
+        build_train_loader(make_cfg(key, value))
     assert key in str(error.value)
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 pytest.importorskip("detectron2")
 
-from peft_d2 import data  # noqa: E402
+from peft_d2.data.loader import build_train_loader  # noqa: E402
 from peft_d2.engine.errors import ConfigError  # noqa: E402
 from peft_d2.engine.trainer import Trainer  # noqa: E402
 from peft_d2.models.sam.feature_cache import FeatureCache  # noqa: E402
@@ -85,7 +85,7 @@ def test_a_run_learns_the_same_with_it(sam_cfg: Callable[..., Any], tmp_path: Pa
         seen: list[int] = []
         trainer.model.image_encoder.register_forward_hook(lambda *a, s=seen: s.append(len(a[2])))
         trainer.resume_or_load(resume=False)
-        batch = next(iter(data.build_train_loader(cfg)))
+        batch = next(iter(build_train_loader(cfg)))
         before = loss(trainer.model, batch)
         trainer.train()
         calls.append(sum(seen))

@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader
 
 from peft_d2 import data
 from peft_d2.data.images import DatasetError
+from peft_d2.data.loader import build_train_loader, workers_ended
 from peft_d2.engine.step import LazyLoader
 from peft_d2.engine.trainer import Trainer
 
@@ -42,7 +43,7 @@ class OneNumber(nn.Module):
 
 
 def own(cfg: Any, mapper: Mapper) -> Iterable[Any]:
-    return data.build_train_loader(cfg, mapper=mapper)
+    return build_train_loader(cfg, mapper=mapper)
 
 
 def detectron2s(cfg: Any, mapper: Mapper) -> Iterable[Any]:
@@ -152,7 +153,7 @@ def test_no_worker_outlives_its_training(
     assert all(number == 2 for number in started)
     assert started or how == "the data fails"
     if loader is persistent and how == "it succeeds":
-        with data.workers_ended():
+        with workers_ended():
             assert len(next(iter(kept[0]))) == 2  # it can be used again
 
 

@@ -14,8 +14,10 @@ import torch
 pytest.importorskip("detectron2")
 
 import peft_d2  # noqa: E402
-from peft_d2 import data, peft  # noqa: E402
+from peft_d2 import peft  # noqa: E402
 from peft_d2.data import builtin, toy  # noqa: E402
+from peft_d2.data.loader import build_train_loader  # noqa: E402
+from peft_d2.data.registration import register_from_config  # noqa: E402
 from peft_d2.engine import targets  # noqa: E402
 from peft_d2.engine.checks import check_run  # noqa: E402
 from peft_d2.engine.config import load_config  # noqa: E402
@@ -172,7 +174,7 @@ def test_train_and_evaluate(sam_cfg: Callable[..., Any], tmp_path: Path, recipe:
         ]  # the others enlarge more, and are slower
     trainer = Trainer(cfg)
     trainer.resume_or_load(resume=False)
-    batch = next(iter(data.build_train_loader(cfg)))
+    batch = next(iter(build_train_loader(cfg)))
     before = loss(trainer.model, batch)
     results = trainer.train()
     assert results is not None
@@ -220,7 +222,7 @@ def test_boxes_of_a_detector(sam_cfg: Callable[..., Any], toy_set: toy.ToySet, t
 )
 def test_the_first_evaluation_cannot_fail_after_hours(sam_cfg: Callable[..., Any], opts: Any, said: str) -> None:
     cfg = sam_cfg("decoder", *opts)
-    data.register_from_config(cfg)
+    register_from_config(cfg)
     with pytest.raises(ConfigError, match=said):
         check_run(cfg, evaluate=False)
 
@@ -255,7 +257,7 @@ def test_automatic_mode(make_cfg: Callable[..., Any]) -> None:
     cfg.MODEL.PEFT.META_ARCHITECTURE = "PD2MaskFormer"
     trainer = Trainer(cfg)
     encoder = {n: p.detach().clone() for n, p in trainer.model.backbone.net.named_parameters() if not p.requires_grad}
-    batch = next(iter(data.build_train_loader(cfg)))
+    batch = next(iter(build_train_loader(cfg)))
     before = loss(trainer.model, batch)
     trainer.resume_or_load(resume=False)
     results = trainer.train()
@@ -288,7 +290,7 @@ def test_cobot_on_another_stack_of_blocks(make_cfg: Callable[..., Any], recipe: 
     model = Trainer.build_model(cfg)
     injected = {id(t.param): t.param for t in peft.trained_parameters(model) if t.kind == "injected"}
     assert sum(p.numel() for p in injected.values()) == swin_count(recipe)
-    batch = next(iter(data.build_train_loader(cfg)))
+    batch = next(iter(build_train_loader(cfg)))
     optimizer = torch.optim.AdamW(injected.values(), lr=1e-2)
     torch.manual_seed(4)  # the points where the losses are taken
     before = loss(model, batch)

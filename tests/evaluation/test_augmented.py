@@ -12,8 +12,8 @@ from detectron2.config import get_cfg  # noqa: E402
 from detectron2.structures import Boxes, Instances  # noqa: E402
 from torch import nn  # noqa: E402
 
-from peft_d2.data import add_data_config  # noqa: E402
-from peft_d2.evaluation import AugmentedModel, check_augmentation  # noqa: E402
+from peft_d2.data.config import add_data_config  # noqa: E402
+from peft_d2.evaluation.augmented import AugmentedModel, check_augmentation  # noqa: E402
 from peft_d2.models.layers.postprocess import mask_boxes  # noqa: E402
 
 HEIGHT, WIDTH = 40, 60

@@ -12,8 +12,9 @@ from detectron2.config import get_cfg  # noqa: E402
 from detectron2.structures import Instances  # noqa: E402
 from torch import nn  # noqa: E402
 
-from peft_d2.data import add_data_config, toy  # noqa: E402
-from peft_d2.evaluation import TiledModel, inference_model  # noqa: E402
+from peft_d2.data import toy  # noqa: E402
+from peft_d2.data.config import add_data_config  # noqa: E402
+from peft_d2.evaluation.tiling import TiledModel, inference_model  # noqa: E402
 
 
 class FindsColours(nn.Module):

@@ -11,8 +11,9 @@ pytest.importorskip("detectron2")
 import torch
 
 import peft_d2
-from peft_d2 import data, peft
+from peft_d2 import peft
 from peft_d2.data import toy
+from peft_d2.data.registration import register_from_config
 from peft_d2.engine.checkpointer import Checkpointer
 from peft_d2.engine.config import load_config
 from peft_d2.engine.targets import build_without_weights
@@ -34,7 +35,7 @@ def test_the_packaged_base_finds_the_shapes_of_its_own_domain(tmp_path: Path) ->
     cfg.DATASETS.REGISTER = [{"NAME": "packaged_base_day", "JSON": str(day.json), "IMAGES": str(day.images)}]
     cfg.DATASETS.TEST = ("packaged_base_day",)
     cfg.OUTPUT_DIR = str(tmp_path)
-    data.register_from_config(cfg)
+    register_from_config(cfg)
     model = Trainer.build_model(cfg)
     Checkpointer(model).load(str(BASE))  # an incomplete file is an error
     with torch.no_grad():
