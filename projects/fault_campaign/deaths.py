@@ -121,7 +121,7 @@ def _one_line(child: Child, message: str) -> str:
 def _resumable(world: World, output: Path, expected: int = 0) -> str:
     """What is wrong with going on: from the newest checkpoint that is there, or from ``expected``."""
     expected = expected or 1 + max(int(path.name[8:]) for path in output.glob("adapter_*"))
-    trainer = Trainer(world.cfg(output))
+    trainer = Trainer(world.cfg(output, "SOLVER.MAX_ITER", 100_000))
     trainer.resume_or_load(resume=True)
     return "" if trainer.start_iter == expected else f"it goes on at {trainer.start_iter} instead of {expected}"
 

@@ -52,7 +52,7 @@ def _fill(world: World, output: Path, peft: bool, limited: bool) -> str:
     left = [int(path.name[len(prefix) + 1 :][:7]) for path in output.glob(f"{prefix}_*")]
     if not saved or max(left) < saved[-1]:  # the last line of the log may be lost as well
         return f"{saved[-1:]} was saved, but there are {left[-3:]}"
-    trainer = Trainer(world.cfg(output, peft=peft))
+    trainer = Trainer(world.cfg(output, "SOLVER.MAX_ITER", 1000, peft=peft))
     trainer.resume_or_load(resume=True)
     return "" if trainer.start_iter == max(left) + 1 else f"{left} is there, the run goes on at {trainer.start_iter}"
 

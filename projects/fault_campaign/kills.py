@@ -71,7 +71,7 @@ def _run(world: World, peft: bool, count: int, seed: int) -> Result:
     whole = _uninterrupted(world, peft, seen.saved + 1)
     if whole != seen.digests.get(seen.saved):
         result.failures.append(f"after {count} kills the weights are not those of an uninterrupted run")
-    left = [path.name for path in folder.iterdir() if path.name.startswith(".")]
+    left = [path.name for path in folder.iterdir() if path.suffix in (".tmp", ".old")]
     if left:
         result.failures.append(f"temporaries are left: {left[:3]}")
     return result
