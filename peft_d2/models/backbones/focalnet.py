@@ -6,7 +6,7 @@ and that of its Focal-T, with depthwise convolutions before either half of a blo
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,9 +15,9 @@ from detectron2.modeling import BACKBONE_REGISTRY
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
-from peft_d2.models.backbones.stages import PatchEmbed, StagedBackbone, drop_path_rates, init_linear
+from peft_d2.models.backbones.stages import PatchEmbed, Stage, StagedBackbone, drop_path_rates, init_linear
 from peft_d2.models.checks import ModelConfigError, expect_lengths
-from peft_d2.models.layers.transformer import FeedForward, run_block
+from peft_d2.models.layers.transformer import FeedForward
 from peft_d2.models.registration import entry
 
 _KERNEL_STEP = 2  # a level's kernel is wider by this than that of the level before
@@ -146,22 +146,6 @@ def _depthwise(dim: int) -> nn.Conv2d:
     return nn.Conv2d(dim, dim, kernel_size=3, padding=1, groups=dim)
 
 
-class FocalStage(nn.Module):
-    """Blocks at one resolution, and the step to the next."""
-
-    def __init__(self, blocks: Iterable[FocalBlock], downsample: PatchEmbed | None, use_checkpoint: bool) -> None:
-        super().__init__()
-        self.use_checkpoint = use_checkpoint
-        self.blocks = nn.ModuleList(blocks)
-        self.downsample = downsample
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, H, W, C) -> the same, before the step down."""
-        for block in self.blocks:
-            x = run_block(block, x, use_checkpoint=self.use_checkpoint)
-        return x
-
-
 @entry(BACKBONE_REGISTRY, "PD2FocalNet", upstream="focal", keys=KEYS)
 class FocalNet(StagedBackbone):
     """Four stages at strides 4, 8, 16 and 32, named ``res2`` to ``res5``, each with a norm of its own on its output.
@@ -221,7 +205,7 @@ class FocalNet(StagedBackbone):
         for i, (dim, rates) in enumerate(zip(dims, drop_path_rates(depths, drop_path_rate), strict=True)):
             downsample = PatchEmbed(dim, 2 * dim, 2, *step) if i + 1 < len(dims) else None
             blocks = [FocalBlock(dim, focal_levels[i], focal_windows[i], rate, **options) for rate in rates]
-            self.layers.append(FocalStage(blocks, downsample, use_checkpoint))
+            self.layers.append(Stage(blocks, downsample, use_checkpoint))
         self._name_stages(dims, [patch_size * 2**i for i in range(len(dims))], out_features)
         for i in range(len(dims)) if out_indices is None else out_indices:
             self.add_module(f"norm{i}", nn.LayerNorm(dims[i]))

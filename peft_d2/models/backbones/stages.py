@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from detectron2.config import CfgNode
@@ -14,6 +14,7 @@ from detectron2.modeling import Backbone
 from torch import Tensor, nn
 
 from peft_d2.models.checks import expect_some_of
+from peft_d2.models.layers.transformer import run_block
 from peft_d2.models.layers.windows import pad_bottom_right
 
 _logger = logging.getLogger(__name__)
@@ -78,6 +79,22 @@ class PatchEmbed(nn.Module):
         x = pad_bottom_right(x, self.stride) if self.whole else x
         x = self.proj(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         return self.norm(x) if self.norm is not None and self.place == "after" else x
+
+
+class Stage(nn.Module):
+    """Blocks at one resolution, and the step to the next, which is not taken here."""
+
+    def __init__(self, blocks: Iterable[nn.Module], downsample: nn.Module | None, use_checkpoint: bool) -> None:
+        super().__init__()
+        self.use_checkpoint = use_checkpoint
+        self.blocks = nn.ModuleList(blocks)
+        self.downsample = downsample
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, H, W, C) -> the same."""
+        for block in self.blocks:
+            x = run_block(block, x, use_checkpoint=self.use_checkpoint)
+        return x
 
 
 class StagedBackbone(Backbone):

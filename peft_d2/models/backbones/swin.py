@@ -12,9 +12,9 @@ from detectron2.modeling import BACKBONE_REGISTRY
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
-from peft_d2.models.backbones.stages import PatchEmbed, StagedBackbone, drop_path_rates, init_linear
+from peft_d2.models.backbones.stages import PatchEmbed, Stage, StagedBackbone, drop_path_rates, init_linear
 from peft_d2.models.checks import expect_at_least, expect_heads, expect_lengths
-from peft_d2.models.layers.transformer import FeedForward, run_block
+from peft_d2.models.layers.transformer import FeedForward
 from peft_d2.models.layers.windows import from_windows, pad_bottom_right, to_windows
 from peft_d2.models.registration import entry
 
@@ -109,15 +109,15 @@ class SwinBlock(nn.Module):
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = FeedForward(dim, int(dim * mlp_ratio), drop=drop)
 
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """x (N, H, W, C); mask as of :func:`shift_mask`, used by shifted blocks."""
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, H, W, C) -> the same."""
         height, width = x.shape[1:3]
         inside = pad_bottom_right(self.norm1(x), self.window)
-        padded = inside.shape[1:3]
+        padded, mask = inside.shape[1:3], None
         if self.shift:
             inside = inside.roll((-self.shift, -self.shift), dims=(1, 2))
-        attended = self.attn(to_windows(inside, self.window), mask if self.shift else None)
-        attended = from_windows(attended, self.window, *padded)
+            mask = shift_mask(padded[0], padded[1], self.window, self.shift, x.device)
+        attended = from_windows(self.attn(to_windows(inside, self.window), mask), self.window, *padded)
         if self.shift:
             attended = attended.roll((self.shift, self.shift), dims=(1, 2))
         x = x + self.drop_path(attended[:, :height, :width])
@@ -138,25 +138,6 @@ class PatchMerging(nn.Module):
         # Column by column: (0, 0), (1, 0), (0, 1), (1, 1) as (row, column).
         x = torch.cat([x[:, row::2, column::2] for column in (0, 1) for row in (0, 1)], dim=-1)
         return self.reduction(self.norm(x))
-
-
-class SwinStage(nn.Module):
-    """Blocks at one resolution, every second one shifted by half a window, and the merging before the next stage."""
-
-    def __init__(self, blocks: Sequence[SwinBlock], merge: PatchMerging | None, use_checkpoint: bool) -> None:
-        super().__init__()
-        self.window = blocks[0].window
-        self.use_checkpoint = use_checkpoint
-        self.blocks = nn.ModuleList(blocks)
-        self.downsample = merge
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, H, W, C) -> the same, before merging."""
-        height, width = (length + -length % self.window for length in x.shape[1:3])
-        mask = shift_mask(height, width, self.window, self.window // 2, x.device)
-        for block in self.blocks:
-            x = run_block(block, x, mask, use_checkpoint=self.use_checkpoint)
-        return x
 
 
 @entry(BACKBONE_REGISTRY, "PD2SwinTransformer", upstream="D2SwinTransformer", keys=KEYS)
@@ -213,16 +194,11 @@ class SwinTransformer(StagedBackbone):
         options: dict[str, Any] = {"mlp_ratio": mlp_ratio, "drop": drop_rate, "attn_drop": attn_drop_rate}
         options |= {"qkv_bias": qkv_bias, "qk_scale": qk_scale}
         self.layers = nn.ModuleList()
-        for i, (dim, heads, rates) in enumerate(
-            zip(dims, num_heads, drop_path_rates(depths, drop_path_rate), strict=True)
-        ):
-            shifts = [window_size // 2 * (block % 2) for block in range(len(rates))]
-            blocks = [
-                SwinBlock(dim, heads, window_size, shift, rate, **options)
-                for shift, rate in zip(shifts, rates, strict=True)
-            ]
-            merge = PatchMerging(dim) if i + 1 < len(dims) else None
-            self.layers.append(SwinStage(blocks, merge, use_checkpoint))
+        for i, rates in enumerate(drop_path_rates(depths, drop_path_rate)):
+            shifts = [window_size // 2 * (block % 2) for block in range(len(rates))]  # every second one, by half
+            sizes = dims[i], num_heads[i], window_size
+            blocks = [SwinBlock(*sizes, shift, rate, **options) for shift, rate in zip(shifts, rates, strict=True)]
+            self.layers.append(Stage(blocks, PatchMerging(dims[i]) if i + 1 < len(dims) else None, use_checkpoint))
         for i, dim in enumerate(dims):
             self.add_module(f"norm{i}", nn.LayerNorm(dim))
         self._name_stages(dims, [patch_size * 2**i for i in range(len(dims))], out_features)

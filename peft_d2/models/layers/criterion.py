@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +28,22 @@ def mask_loss(logits: Tensor, labels: Tensor, count: float) -> Tensor:
     return F.binary_cross_entropy_with_logits(logits, labels, reduction="none").mean(1).sum() / count
 
 
+class Matched(NamedTuple):
+    """An image's target, and which of the queries is matched with which of its objects, both on the target's device."""
+
+    target: Target
+    queries: Tensor
+    objects: Tensor
+
+
+def pair_up(targets: Sequence[Target], matches: Sequence[Match]) -> list[Matched]:
+    """Targets with their matches, which the matcher made on the CPU."""
+    return [
+        Matched(target, *(indices.to(target.labels.device) for indices in match))
+        for target, match in zip(targets, matches, strict=True)
+    ]
+
+
 class SetCriterion(nn.Module):
     """Matches each decoder layer's predictions to the targets and computes its losses, in float32.
 
@@ -35,7 +52,8 @@ class SetCriterion(nn.Module):
         matcher: assigns queries to targets.
         weight_dict: loss name -> weight; a loss that is not named is neither computed nor returned.
         no_object_weight: weight of the no-object class in the cross-entropy.
-        num_points, oversample_ratio, importance_sample_ratio: see :func:`peft_d2.models.layers.points.uncertain_points`
+        points: ``count``, ``oversample_ratio`` and ``importance_ratio``, see
+            :func:`peft_d2.models.layers.points.uncertain_points`.
     """
 
     empty_weight: Tensor
@@ -46,9 +64,7 @@ class SetCriterion(nn.Module):
         matcher: HungarianMatcher,
         weight_dict: dict[str, float],
         no_object_weight: float,
-        num_points: int,
-        oversample_ratio: float,
-        importance_sample_ratio: float,
+        points: tuple[int, float, float],
     ) -> None:
         super().__init__()
         self.num_classes = num_classes
@@ -58,9 +74,7 @@ class SetCriterion(nn.Module):
         weight = torch.ones(num_classes + 1)
         weight[-1] = no_object_weight
         self.register_buffer("empty_weight", weight)
-        self.num_points = num_points
-        self.oversample_ratio = oversample_ratio
-        self.importance_sample_ratio = importance_sample_ratio
+        self.points = points
 
     def forward(
         self, outputs: dict, targets: Sequence[Target], objects: Sequence[Sequence[int]] | None = None
@@ -76,20 +90,18 @@ class SetCriterion(nn.Module):
         Returns:
             ``loss_ce``, ``loss_mask``, ``loss_dice`` of the last layer, and with ``_0``, ``_1``... of the others.
         """
-        objects = objects or objects_of_all(targets)
         with torch.autocast(outputs["pred_masks"].device.type, enabled=False):
-            return self.matched_losses(outputs, targets, objects)
+            return self.matched_losses(outputs, targets, objects or objects_of_all(targets))
 
     def matched_losses(
         self, outputs: dict, targets: Sequence[Target], objects: Sequence[Sequence[int]]
     ) -> dict[str, Tensor]:
         """The losses of all predictions, divided by what the average part of the batch holds."""
-        count = average_count(objects)
         predictions = self.supervised(outputs)
         matches = self.matcher(list(predictions.values()), targets)
         losses = {}
-        for (suffix, prediction), pairs in zip(predictions.items(), matches, strict=True):
-            values = self.layer_losses(prediction, targets, pairs, count, objects)
+        for (suffix, prediction), match in zip(predictions.items(), matches, strict=True):
+            values = self.layer_losses(prediction, pair_up(targets, match), average_count(objects), objects)
             losses.update({name + suffix: value for name, value in values.items()})
         return losses
 
@@ -102,65 +114,51 @@ class SetCriterion(nn.Module):
     def layer_losses(
         self,
         prediction: dict[str, Tensor],
-        targets: Sequence[Target],
-        matches: Sequence[Match],
+        matched: Sequence[Matched],
         count: float,
-        objects: Sequence[Sequence[int]] | None = None,
+        objects: Sequence[Sequence[int]] | None,
+        masks: bool = True,
     ) -> dict[str, Tensor]:
-        """The losses of one decoder layer; ``count`` divides the mask losses, ``objects`` the class loss."""
-        return {
-            "loss_ce": self.class_loss(prediction["pred_logits"].float(), targets, matches, objects),
-            **self.mask_losses(prediction["pred_masks"], targets, matches, count),
-        }
+        """The losses of one layer, or of its classes without ``masks``: see :meth:`class_loss`, :meth:`mask_losses`."""
+        losses = {"loss_ce": self.class_loss(prediction["pred_logits"].float(), matched, objects)}
+        return {**losses, **(self.mask_losses(prediction["pred_masks"], matched, count) if masks else {})}
 
-    def class_loss(
-        self,
-        logits: Tensor,
-        targets: Sequence[Target],
-        matches: Sequence[Match],
-        objects: Sequence[Sequence[int]] | None = None,
-    ) -> Tensor:
-        """Cross-entropy over all queries, divided by the summed class weights; unmatched queries are no-object."""
-        labels = self.wanted_labels(logits, targets, matches)
-        total = F.cross_entropy(logits.transpose(1, 2), labels, self.empty_weight, reduction="sum")
-        return total / average_class_weight(objects or objects_of_all(targets), logits.shape[1], self.no_object_weight)
+    def class_loss(self, logits: Tensor, matched: Sequence[Matched], objects: Sequence[Sequence[int]] | None) -> Tensor:
+        """Cross-entropy over all queries, of which unmatched ones are no-object.
 
-    def wanted_labels(self, logits: Tensor, targets: Sequence[Target], matches: Sequence[Match]) -> Tensor:
+        It is divided by the summed class weights of the average part of the batch, or without ``objects`` by those at
+        hand.
+        """
+        logits, labels = logits.transpose(1, 2), self.wanted_labels(logits, matched)
+        if objects is None:
+            return F.cross_entropy(logits, labels, self.empty_weight)
+        total = F.cross_entropy(logits, labels, self.empty_weight, reduction="sum")
+        return total / average_class_weight(objects, labels.shape[1], self.no_object_weight)
+
+    def wanted_labels(self, logits: Tensor, matched: Sequence[Matched]) -> Tensor:
         """Each query's class (N, Q) int64; ``num_classes`` where it is matched with nothing."""
         labels = torch.full(logits.shape[:2], self.num_classes, dtype=torch.int64, device=logits.device)
-        for row, target, (queries, indices) in zip(labels, targets, matches, strict=True):
-            row[queries.to(row.device)] = target.labels[indices.to(row.device)]
+        for row, (target, queries, objects) in zip(labels, matched, strict=True):
+            row[queries] = target.labels[objects]
         return labels
 
-    def mask_losses(
-        self, masks: Tensor, targets: Sequence[Target], matches: Sequence[Match], count: float
-    ) -> dict[str, Tensor]:
-        """Cross-entropy and dice of the matched masks at points chosen by uncertainty.
+    def mask_losses(self, masks: Tensor, matched: Sequence[Matched], count: float) -> dict[str, Tensor]:
+        """Cross-entropy and dice of the matched masks at points chosen by uncertainty, divided by ``count``.
 
         Without any target both are 0 and still depend on ``masks``, so that every worker has the same graph.
         """
-        logits = torch.cat(
-            [m.index_select(0, q.to(m.device)) for m, (q, _) in zip(masks, matches, strict=True)]
-        ).float()
+        logits = torch.cat([m.index_select(0, queries) for m, (_, queries, _) in zip(masks, matched, strict=True)])
+        logits = logits.float()
         if not len(logits):
             return {"loss_mask": logits.sum(), "loss_dice": logits.sum()}
-        points = uncertain_points(logits, self.num_points, self.oversample_ratio, self.importance_sample_ratio)
-        parts = points.split([len(queries) for queries, _ in matches])
+        points = uncertain_points(logits, *self.points)
         labels = [
-            sample_points(_select(target.masks, indices)[:, None], part).squeeze(1)
-            for target, (_, indices), part in zip(targets, matches, parts, strict=True)
+            # Without a copy where every mask is matched: matches are sorted by target.
+            sample_points((t.masks if len(objects) == len(t.masks) else t.masks[objects])[:, None], part).squeeze(1)
+            for (t, _, objects), part in zip(matched, points.split([len(m.queries) for m in matched]), strict=True)
         ]
-        point_labels = torch.cat(labels)
-        point_logits = sample_points(logits[:, None], points).squeeze(1)
-        return {
-            "loss_mask": mask_loss(point_logits, point_labels, count),
-            "loss_dice": dice_loss(point_logits, point_labels, count),
-        }
+        pair = sample_points(logits[:, None], points).squeeze(1), torch.cat(labels)
+        return {"loss_mask": mask_loss(*pair, count), "loss_dice": dice_loss(*pair, count)}
 
     def extra_repr(self) -> str:
-        return f"classes={self.num_classes}, points={self.num_points}, weights={self.weight_dict}"
-
-
-def _select(masks: Tensor, indices: Tensor) -> Tensor:
-    """``masks[indices]``, without a copy where every mask is matched: matches are sorted by target."""
-    return masks if len(indices) == len(masks) else masks[indices.to(masks.device)]
+        return f"classes={self.num_classes}, points={self.points[0]}, weights={self.weight_dict}"

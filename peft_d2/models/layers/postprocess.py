@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import Instances
 from torch import Tensor
 
 CHUNK_VALUES = 2**24  # float32 values that are held at full size at once: 64 MiB
@@ -35,11 +35,12 @@ class Canvas:
 
     def to_padded(self, masks: Tensor) -> Tensor:
         """(M, h, w) -> (M, *padded) float32."""
-        return _resize(masks.float(), self.padded)
+        return F.interpolate(masks[None].float(), size=self.padded, mode="bilinear", align_corners=False)[0]
 
     def crop_and_resize(self, maps: Tensor) -> Tensor:
         """(M, *padded) -> (M, *output)."""
-        return _resize(maps[:, : self.image[0], : self.image[1]], self.output, self.bicubic)
+        inside, mode = maps[None, :, : self.image[0], : self.image[1]], "bicubic" if self.bicubic else "bilinear"
+        return F.interpolate(inside, size=self.output, mode=mode, align_corners=False, antialias=self.bicubic)[0]
 
     def chunks(self, count: int, full_size: bool = True) -> Iterator[slice]:
         """Slices of ``count`` masks that fit into :data:`CHUNK_VALUES` each."""
@@ -48,11 +49,6 @@ class Canvas:
             height, width = max(height, self.output[0]), max(width, self.output[1])
         step = max(1, CHUNK_VALUES // (height * width))
         return (slice(start, min(start + step, count)) for start in range(0, count, step))
-
-
-def _resize(maps: Tensor, size: tuple[int, int], bicubic: bool = False) -> Tensor:
-    mode = "bicubic" if bicubic else "bilinear"
-    return F.interpolate(maps[None], size=size, mode=mode, align_corners=False, antialias=bicubic)[0]
 
 
 def mask_boxes(masks: Tensor) -> Tensor:
@@ -67,34 +63,6 @@ def mask_boxes(masks: Tensor) -> Tensor:
 
 
 def instance_inference(
-    class_logits: Tensor,
-    mask_logits: Tensor,
-    canvas: Canvas,
-    top_k: int,
-    keep_classes: Collection[int] | None = None,
-    boxes: bool = True,
-) -> Instances:
-    """The best (query, class) pairs, sorted by score; a query may appear with several classes.
-
-    Args:
-        class_logits: (Q, K + 1), no-object last.
-        mask_logits: (Q, h, w).
-        canvas: sizes.
-        top_k: pairs; all of them if there are fewer.
-        keep_classes: of the top ones, only these classes stay; None keeps all.
-        boxes: compute boxes from the masks; zeros otherwise.
-
-    Returns:
-        ``pred_masks`` (M, H, W) bool, ``pred_boxes``, ``scores`` (class probability times the mask's mean probability
-        inside itself) and ``pred_classes``.
-    """
-    probability = class_logits.float().softmax(-1)[:, :-1]
-    result, _ = ranked_instances(probability, mask_logits, canvas, top_k, keep_classes)
-    result.pred_boxes = Boxes(mask_boxes(result.pred_masks) if boxes else torch.zeros(len(result), 4))
-    return result
-
-
-def ranked_instances(
     probability: Tensor,
     mask_logits: Tensor,
     canvas: Canvas,
@@ -102,15 +70,17 @@ def ranked_instances(
     keep_classes: Collection[int] | None = None,
     mask_quality: bool = True,
 ) -> tuple[Instances, Tensor]:
-    """:func:`instance_inference` from class probabilities (Q, K), without boxes.
+    """The best (query, class) pairs, sorted by score; a query may appear with several classes.
 
     Args:
-        probability: (Q, K).
-        mask_logits, canvas, top_k, keep_classes: as there.
+        probability: (Q, K) of the classes.
+        mask_logits, canvas: (Q, h, w), and their sizes.
+        top_k: pairs; all of them if there are fewer.
+        keep_classes: of the top ones, only these classes stay; None keeps all.
         mask_quality: the mask's mean probability inside itself is a factor of the score.
 
     Returns:
-        ``pred_masks``, ``scores`` and ``pred_classes``, and the query (M,) of each.
+        ``pred_masks`` (M, H, W) bool, ``scores`` and ``pred_classes``, and the query (M,) of each.
     """
     n_classes = probability.shape[1]
     scores, pairs = probability.flatten().topk(min(top_k, probability.numel()))
@@ -133,19 +103,14 @@ def ranked_instances(
     return result, queries[order]
 
 
-def semantic_inference(class_logits: Tensor, mask_logits: Tensor, canvas: Canvas, resize_last: bool = False) -> Tensor:
+def semantic_inference(probability: Tensor, mask_logits: Tensor, canvas: Canvas, resize_last: bool = False) -> Tensor:
     """Per-class maps (K, H, W): the sum over queries of class probability times mask probability, not normalised.
 
     Args:
-        class_logits, mask_logits, canvas: as in :func:`instance_inference`.
+        probability, mask_logits, canvas: as in :func:`instance_inference`.
         resize_last: sum at the padded size and resize the class maps, which needs less memory for large outputs with
             many queries; otherwise resize the mask logits first.
     """
-    return class_maps(class_logits.float().softmax(-1)[:, :-1], mask_logits, canvas, resize_last)
-
-
-def class_maps(probability: Tensor, mask_logits: Tensor, canvas: Canvas, resize_last: bool = False) -> Tensor:
-    """:func:`semantic_inference` from class probabilities (Q, K)."""
     resize = canvas.to_padded if resize_last else canvas.upsample
     size = canvas.padded if resize_last else canvas.output
     total = torch.zeros(probability.shape[1], *size, device=mask_logits.device)
@@ -156,28 +121,6 @@ def class_maps(probability: Tensor, mask_logits: Tensor, canvas: Canvas, resize_
 
 
 def panoptic_inference(
-    class_logits: Tensor,
-    mask_logits: Tensor,
-    canvas: Canvas,
-    thing_classes: Collection[int],
-    score_threshold: float,
-    overlap_threshold: float,
-) -> tuple[Tensor, list[dict]]:
-    """One segment per pixel (Cheng et al., MaskFormer, NeurIPS 2021, section 3.4).
-
-    A query whose score is above the threshold competes for each pixel with score times mask probability. It is kept if
-    it wins at least ``overlap_threshold`` times as many pixels as have a probability of 0.5 or more, and paints those
-    that it wins with such a probability. Stuff of one class is one segment.
-
-    Returns:
-        (H, W) int32 of segment ids, 0 where there is none, and the segments: ``id``, ``category_id``, ``isthing``.
-    """
-    scores, classes = class_logits.float().softmax(-1).max(-1)
-    keep = (classes != class_logits.shape[-1] - 1) & (scores > score_threshold)
-    return paint_segments(scores[keep], classes[keep], mask_logits[keep], canvas, thing_classes, overlap_threshold)
-
-
-def paint_segments(
     scores: Tensor,
     classes: Tensor,
     mask_logits: Tensor,
@@ -185,7 +128,15 @@ def paint_segments(
     thing_classes: Collection[int],
     overlap_threshold: float,
 ) -> tuple[Tensor, list[dict]]:
-    """:func:`panoptic_inference` from the queries above the threshold: scores (M,), classes (M,), logits (M, h, w)."""
+    """One segment per pixel (Cheng et al., MaskFormer, NeurIPS 2021, section 3.4).
+
+    The queries given, with scores (M,), classes (M,) and logits (M, h, w), compete for each pixel with score times mask
+    probability. A query is kept if it wins at least ``overlap_threshold`` times as many pixels as have a probability of
+    0.5 or more, and paints those that it wins with such a probability. Stuff of one class is one segment.
+
+    Returns:
+        (H, W) int32 of segment ids, 0 where there is none, and the segments: ``id``, ``category_id``, ``isthing``.
+    """
     if not len(scores):
         return torch.zeros(canvas.output, dtype=torch.int32, device=mask_logits.device), []
     winner, painted, areas = _compete(scores, mask_logits, canvas)

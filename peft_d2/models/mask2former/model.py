@@ -5,14 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import META_ARCH_REGISTRY
+from detectron2.structures import Boxes
 from torch import Tensor
 
 from peft_d2.models.layers.criterion import SetCriterion
 from peft_d2.models.layers.mask_classifier import MaskClassifier
 from peft_d2.models.layers.matcher import HungarianMatcher
-from peft_d2.models.layers.postprocess import Canvas, instance_inference, panoptic_inference, semantic_inference
+from peft_d2.models.layers.postprocess import (
+    Canvas,
+    instance_inference,
+    mask_boxes,
+    panoptic_inference,
+    semantic_inference,
+)
 from peft_d2.models.mask2former.head import upgrade_head
 from peft_d2.models.registration import entry
 
@@ -52,16 +60,22 @@ class MaskFormer(MaskClassifier):
 
     def inference(self, prediction: dict[str, Tensor], canvas: Canvas) -> dict[str, Any]:
         """Results of one image from ``pred_logits`` (Q, K + 1) and ``pred_masks`` (Q, h, w)."""
-        logits = prediction["pred_logits"], prediction["pred_masks"]
+        scores, mask_logits = prediction["pred_logits"].float().softmax(-1), prediction["pred_masks"]
+        probability = scores[:, :-1]
         result: dict[str, Any] = {}
         if self.semantic_on:
-            result["sem_seg"] = semantic_inference(*logits, canvas, self.resize_semantic_last)
+            result["sem_seg"] = semantic_inference(probability, mask_logits, canvas, self.resize_semantic_last)
         things = self.known_things() if self.panoptic_on else None
         if things is not None:
-            thresholds = self.object_mask_threshold, self.overlap_threshold
-            result["panoptic_seg"] = panoptic_inference(*logits, canvas, things, *thresholds)
+            best, classes = scores.max(-1)
+            keep = (classes != probability.shape[1]) & (best > self.object_mask_threshold)
+            queries = best[keep], classes[keep], mask_logits[keep]
+            result["panoptic_seg"] = panoptic_inference(*queries, canvas, things, self.overlap_threshold)
         if self.instance_on:
-            result["instances"] = instance_inference(*logits, canvas, self.top_k, things, self.instance_boxes)
+            instances, _ = instance_inference(probability, mask_logits, canvas, self.top_k, things)
+            boxes = mask_boxes(instances.pred_masks) if self.instance_boxes else torch.zeros(len(instances), 4)
+            instances.pred_boxes = Boxes(boxes)
+            result["instances"] = instances
         return result
 
     def upgrade_state_dict(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -86,7 +100,5 @@ class MaskFormer(MaskClassifier):
             ),
             weight_dict={**weights, **{f"{name}_{i}": weight for i in auxiliary for name, weight in weights.items()}},
             no_object_weight=former.NO_OBJECT_WEIGHT,
-            num_points=former.TRAIN_NUM_POINTS,
-            oversample_ratio=former.OVERSAMPLE_RATIO,
-            importance_sample_ratio=former.IMPORTANCE_SAMPLE_RATIO,
+            points=(former.TRAIN_NUM_POINTS, former.OVERSAMPLE_RATIO, former.IMPORTANCE_SAMPLE_RATIO),
         )

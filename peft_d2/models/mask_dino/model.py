@@ -10,14 +10,14 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import META_ARCH_REGISTRY, SEM_SEG_HEADS_REGISTRY
-from detectron2.structures import Boxes, ImageList, Instances
+from detectron2.structures import Boxes, ImageList
 from torch import Tensor
 
 from peft_d2.models.checks import expect
 from peft_d2.models.layers.boxes import to_corners
 from peft_d2.models.layers.mask_classifier import MaskClassifier
 from peft_d2.models.layers.matcher import BoxMaskMatcher
-from peft_d2.models.layers.postprocess import Canvas, class_maps, paint_segments, ranked_instances
+from peft_d2.models.layers.postprocess import Canvas, instance_inference, panoptic_inference, semantic_inference
 from peft_d2.models.layers.targets import Target, add_boxes
 from peft_d2.models.mask2former.head import MaskFormerHead
 from peft_d2.models.mask2former.pixel_decoder import MSDeformAttnPixelDecoder
@@ -114,38 +114,28 @@ class MaskDINO(MaskClassifier):
     def inference(self, prediction: dict[str, Tensor], canvas: Canvas) -> dict[str, Any]:
         """Results of one image from ``pred_logits`` (Q, K), ``pred_masks`` (Q, h, w) and ``pred_boxes`` (Q, 4)."""
         class_logits, mask_logits = prediction["pred_logits"].float(), prediction["pred_masks"]
+        sigmoids = sharpened = class_logits.sigmoid()
+        if self.temperature is not None:  # for results where classes compete
+            sharpened = (sigmoids / self.temperature).softmax(-1)
+        softmax = class_logits.softmax(-1)[:, :-1] if self.softmax_classes else None
         result: dict[str, Any] = {}
         if self.semantic_on:
-            probability = class_logits.softmax(-1)[:, :-1] if self.softmax_classes else self.sharpened(class_logits)
-            result["sem_seg"] = class_maps(probability, mask_logits, canvas, self.resize_semantic_last)
-        if self.panoptic_on:
-            result["panoptic_seg"] = self.panoptic(class_logits, mask_logits, canvas)
-        if self.instance_on:
-            result["instances"] = self.instances(class_logits, mask_logits, prediction["pred_boxes"].float(), canvas)
-        return result
-
-    def sharpened(self, class_logits: Tensor) -> Tensor:
-        """Class probabilities (Q, K) for results where classes compete."""
-        probability = class_logits.sigmoid()
-        return probability if self.temperature is None else (probability / self.temperature).softmax(-1)
-
-    def panoptic(self, class_logits: Tensor, mask_logits: Tensor, canvas: Canvas) -> tuple[Tensor, list[dict]]:
-        """As :func:`peft_d2.models.layers.postprocess.panoptic_inference`; the threshold is that of the sigmoids."""
-        keep = class_logits.sigmoid().amax(-1) > self.object_mask_threshold
-        scores, classes = self.sharpened(class_logits[keep]).max(-1)
-        return paint_segments(scores, classes, mask_logits[keep], canvas, self.known_things(), self.overlap_threshold)
-
-    def instances(self, class_logits: Tensor, mask_logits: Tensor, boxes: Tensor, canvas: Canvas) -> Instances:
-        """As :func:`~peft_d2.models.layers.postprocess.instance_inference`, with the predicted boxes, not clipped."""
+            probability = sharpened if softmax is None else softmax
+            result["sem_seg"] = semantic_inference(probability, mask_logits, canvas, self.resize_semantic_last)
         things = self.known_things() if self.panoptic_on else None
-        probability = class_logits.softmax(-1)[:, :-1] if self.softmax_classes else class_logits.sigmoid()
-        result, queries = ranked_instances(
-            probability, mask_logits, canvas, self.top_k, things, mask_quality=not self.focus_on_box
-        )
-        # Boxes are relative to the padded image, the output is its part without padding.
-        sizes = zip(canvas.padded, canvas.image, canvas.output, strict=True)
-        height, width = (padded / image * output for padded, image, output in sizes)
-        result.pred_boxes = Boxes(to_corners(boxes[queries]) * boxes.new_tensor([width, height, width, height]))
+        if things is not None:
+            keep = sigmoids.amax(-1) > self.object_mask_threshold
+            queries = *sharpened[keep].max(-1), mask_logits[keep]
+            result["panoptic_seg"] = panoptic_inference(*queries, canvas, things, self.overlap_threshold)
+        if self.instance_on:
+            probability, quality = sigmoids if softmax is None else softmax, not self.focus_on_box
+            instances, chosen = instance_inference(probability, mask_logits, canvas, self.top_k, things, quality)
+            # Boxes, which are not clipped, are relative to the padded image, the output is its part without padding.
+            sizes = zip(canvas.padded, canvas.image, canvas.output, strict=True)
+            height, width = (padded / image * output for padded, image, output in sizes)
+            boxes = to_corners(prediction["pred_boxes"].float()[chosen])
+            instances.pred_boxes = Boxes(boxes * boxes.new_tensor([width, height, width, height]))
+            result["instances"] = instances
         return result
 
     def upgrade_state_dict(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -171,9 +161,7 @@ class MaskDINO(MaskClassifier):
             weight_dict=loss_weights(dino),
             softmax_classes=softmax_classes(cfg),
             no_object_weight=dino.NO_OBJECT_WEIGHT,
-            num_points=dino.TRAIN_NUM_POINTS,
-            oversample_ratio=dino.OVERSAMPLE_RATIO,
-            importance_sample_ratio=dino.IMPORTANCE_SAMPLE_RATIO,
+            points=(dino.TRAIN_NUM_POINTS, dino.OVERSAMPLE_RATIO, dino.IMPORTANCE_SAMPLE_RATIO),
         )
 
 

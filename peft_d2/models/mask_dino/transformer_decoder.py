@@ -121,10 +121,7 @@ class MaskDINODecoder(nn.Module):
         return self._training_outputs(predictions, noisy, chosen)
 
     def _training_outputs(
-        self,
-        predictions: list[dict[str, Tensor]],
-        noisy: DenoisingQueries | None,
-        chosen: dict[str, Tensor] | None,
+        self, predictions: list[dict], noisy: DenoisingQueries | None, chosen: dict[str, Tensor] | None
     ) -> dict[str, Any]:
         """What :meth:`forward` gives in training; the denoising queries come first in every prediction."""
         if noisy is None:
