@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "projects"))  # programs whose parts are tested, too
+ROOT = Path(__file__).resolve().parents[1]
+# Tools and projects are programs, not packages: tests import them, and what they are made of, by name.
+sys.path[:0] = [str(ROOT / folder) for folder in ("tools", "projects", "projects/model_zoo", "projects/nuclei")]
 
 
 @pytest.fixture(autouse=True)

@@ -3,9 +3,405 @@
 
     tools/analyze_peft.py --config-file configs/coco/instance/mask2former_swin_t.yaml \
         --peft-config configs/peft/mask2former/lora.yaml configs/peft/mask2former/heads.yaml --json figures.json
+
+Each case lives in a process of its own, so that memory is its own, and the processes take turns step by step. Of the
+rounds the fastest counts: whatever else the machine does can only add to a time.
 """
 
-from peft_d2.engine.analysis import main
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import logging
+import multiprocessing
+import os
+import platform
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peft_d2.engine.checks import build_model
+from peft_d2.engine.errors import ConfigError
+from peft_d2.engine.launch import one_line_errors, prepare_config
+
+FULL = "full fine-tuning"
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+_OBJECTS = 5
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What was measured of one case; times are the shortest of all rounds in seconds, sizes are bytes.
+
+    Attributes:
+        peak_memory: highest resident size of the case's process, or memory allocated on its GPU.
+        saved_bytes, saved_tensors: what autograd keeps between forward and backward, weights not counted.
+        merged_time: of inference with the adapter merged; None where it is no change of weights.
+        twin_time: of a step with deformable attention in plain torch; None where it was not asked for.
+    """
+
+    name: str
+    trainable: int
+    percent: float
+    step_time: float
+    peak_memory: int
+    saved_bytes: int
+    saved_tensors: int
+    file_size: int
+    inference_time: float
+    merged_time: float | None
+    twin_time: float | None
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run ``tools/analyze_peft.py``."""
+    args = analysis_parser().parse_args(arguments)
+    one_line_errors(lambda: analyze(args))
+
+
+def analysis_parser() -> argparse.ArgumentParser:
+    """The arguments of ``tools/analyze_peft.py``."""
+    parser = argparse.ArgumentParser(description="Measure PEFT configs beside full fine-tuning, on random images.")
+    parser.add_argument("--config-file", required=True, metavar="FILE", help="the model's config")
+    parser.add_argument("--peft-config", nargs="*", default=[], metavar="FILE", help="one or more of configs/peft")
+    parser.add_argument("--size", type=int, default=512, help="height and width of the images")
+    parser.add_argument("--batch", type=int, default=1, help="images of a training step; inference takes one")
+    parser.add_argument("--rounds", type=int, default=5, help="how often each is measured, after one to warm up")
+    parser.add_argument(
+        "--clock",
+        choices=tuple(CLOCKS),
+        default="wall",
+        help="cpu counts the processor's seconds, which a busy machine disturbs less (not for GPUs)",
+    )
+    parser.add_argument(
+        "--twin", action="store_true", help="take each step with deformable attention in plain torch, too"
+    )
+    parser.add_argument("--json", default="", metavar="FILE", help="write the figures there, too")
+    parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="config KEY VALUE pairs")
+    return parser
+
+
+def analyze(args: argparse.Namespace) -> list[Figures]:
+    """Measure all cases, print the table, write the json.
+
+    Raises:
+        ConfigError: a config or a number that cannot be; a case whose process ended early.
+    """
+    for name in ("size", "batch", "rounds"):
+        if getattr(args, name) < 1:
+            raise ConfigError(f"--{name} is {getattr(args, name)}; expected 1 or more.")
+    for path in ("", *args.peft_config):  # told here, before any process is started
+        device = _config(path, args).MODEL.DEVICE
+        if args.clock == "cpu" and device != "cpu":
+            raise ConfigError(f"--clock cpu does not see what MODEL.DEVICE {device} does; use --clock wall.")
+    names = [Path(path).stem for path in args.peft_config]
+    if len(set(names)) < len(names):
+        names = list(args.peft_config)
+    with contextlib.ExitStack() as stack:
+        peers = [
+            stack.enter_context(_Peer(name, path, args))
+            for name, path in zip((FULL, *names), ("", *args.peft_config), strict=True)
+        ]
+        for number in range(args.rounds + 1):
+            for whats in (("step",), ("infer", "merged")):  # what is compared follows one another at once
+                for peer in peers:
+                    for what in whats:
+                        peer.measure(what, keep=number > 0)
+            print(f"round {number} of {args.rounds} done", file=sys.stderr, flush=True)
+        figures = [peer.figures() for peer in peers]
+        operator = peers[0].ask("operator")
+    print(table(figures))
+    if args.json:
+        about = {"config": args.config_file, "size": args.size, "batch": args.batch, "rounds": args.rounds}
+        about |= {"torch": torch.__version__, "machine": platform.processor() or platform.machine()}
+        about |= {"threads": torch.get_num_threads(), "clock": args.clock, "opts": args.opts, "operator": operator}
+        Path(args.json).write_text(json.dumps({"run": about, "cases": [asdict(f) for f in figures]}, indent=1) + "\n")
+    return figures
+
+
+def table(figures: Sequence[Figures]) -> str:
+    """The figures as a markdown table; in brackets relative to the first case."""
+    base = figures[0]
+    rows = [
+        ["", "trainable", "%", "step s", "peak MiB", "saved MiB", "saved tensors"]
+        + ["file MB", "inference s", "merged s"],
+        ["---", *["---:"] * 9],
+    ]
+    if base.twin_time is not None:
+        rows[0].append("step with the twin s (of its own)")
+        rows[1].append("---:")
+    for item in figures:
+        merged = "-" if item.merged_time is None else _beside(item.merged_time, base.inference_time, 1, 3)
+        rows.append(
+            [
+                item.name,
+                f"{item.trainable:,}",
+                f"{item.percent:.2f}",
+                _beside(item.step_time, base.step_time, 1, 3),
+                _beside(item.peak_memory, base.peak_memory, 2**20),
+                _beside(item.saved_bytes, base.saved_bytes, 2**20),
+                _beside(item.saved_tensors, base.saved_tensors, 1),
+                _beside(item.file_size, base.file_size, 1e6, 2),
+                _beside(item.inference_time, base.inference_time, 1, 3),
+                merged,
+                *([] if item.twin_time is None else [_beside(item.twin_time, item.step_time, 1, 3)]),
+            ]
+        )
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _beside(value: float, reference: float, unit: float, digits: int = 0) -> str:
+    return f"{value / unit:.{digits}f} ({value / reference:.2f}x)" if reference else f"{value / unit:.{digits}f}"
+
+
+class _Peer:
+    """This side of a case's process, and of another one that runs the operator's twin where that is asked for."""
+
+    def __init__(self, name: str, peft_config: str, args: argparse.Namespace, backend: str = "") -> None:
+        context = multiprocessing.get_context("spawn")
+        self.name = name
+        self.twin = _Peer(f"{name}, twin", peft_config, args, "torch") if args.twin and not backend else None
+        self.times: dict[str, list[float]] = {"step": [], "infer": [], "merged": []}
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, peft_config, args, backend), daemon=True)
+
+    def __enter__(self) -> _Peer:
+        self._process.start()
+        if self.twin is not None:
+            self.twin.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._process.terminate()
+        self._process.join()
+        if self.twin is not None:
+            self.twin.__exit__(*error)
+
+    def ask(self, what: str) -> Any:
+        """What the process answers; an exception of its own is raised here."""
+        self._connection.send(what)
+        while not self._connection.poll(1.0):
+            if not self._process.is_alive():
+                raise ConfigError(f"{self.name}: its process ended early (exit code {self._process.exitcode}).")
+        answer = self._connection.recv()
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def measure(self, what: str, keep: bool) -> None:
+        """Take one time; the first ones only warm up."""
+        seconds = self.ask(what)
+        if keep and seconds is not None:
+            self.times[what].append(seconds)
+        if what == "step" and self.twin is not None:
+            self.twin.measure(what, keep)
+
+    def best(self, what: str) -> float | None:
+        """The shortest time taken of `what`."""
+        return min(self.times[what], default=None)
+
+    def figures(self) -> Figures:
+        return Figures(
+            name=self.name,
+            step_time=self.best("step") or 0.0,
+            inference_time=self.best("infer") or 0.0,
+            merged_time=self.best("merged"),
+            twin_time=None if self.twin is None else self.twin.best("step"),
+            **self.ask("figures"),
+        )
+
+
+def _serve(connection: Connection, peft_config: str, args: argparse.Namespace, backend: str) -> None:
+    """The other side: build the case, then answer one question after another."""
+    logging.disable(logging.WARNING)
+    if backend:
+        os.environ["PEFT_D2_BACKEND"] = backend  # read as the operator is imported, which building a model does
+    case: Case | None = None
+    while True:
+        question = connection.recv()
+        try:
+            case = case or Case(peft_config, args)
+            connection.send(getattr(case, question)())
+        except Exception as error:  # its message is raised in the process that asked
+            connection.send(
+                error if isinstance(error, ConfigError) else ConfigError(f"{type(error).__name__}: {error}")
+            )
+            return
+
+
+def _config(peft_config: str, args: argparse.Namespace) -> Any:
+    opts = [*args.opts, "MODEL.WEIGHTS", "", *([] if peft_config else ["MODEL.PEFT.TRAIN", "['*']"])]
+    return prepare_config(argparse.Namespace(config_file=args.config_file, peft_config=peft_config, opts=opts))
+
+
+class Case:
+    """A config's model under one PEFT config, random weights, random images.
+
+    Args:
+        peft_config: a file, or "" for full fine-tuning.
+        args: see :func:`analysis_parser`.
+    """
+
+    def __init__(self, peft_config: str, args: argparse.Namespace) -> None:
+        from peft_d2 import peft
+        from peft_d2.engine.optimizer import build_optimizer
+        from peft_d2.engine.step import TrainStep, amp_dtype
+
+        self.cfg = _config(peft_config, args)
+        torch.manual_seed(0)
+        self.model = build_model(self.cfg)
+        if peft.get_injection(self.model) is None:
+            raise ConfigError(f"{peft_config}: names no method and nothing to train; expected one of configs/peft.")
+        self.batch = [random_sample(args.size, self._classes()) for _ in range(args.batch)]
+        optimizer = build_optimizer(self.cfg, self.model)
+        self._step = TrainStep(self.model, _forever(self.batch), optimizer, amp_dtype(self.cfg))
+        self._clock = CLOCKS[args.clock]
+
+    def _classes(self) -> int:
+        from peft_d2.engine.checks import class_count_key
+        from peft_d2.engine.config import leaves
+
+        return int(dict(leaves(self.cfg))[class_count_key(self.cfg)])
+
+    def step(self) -> float:
+        """Seconds of a training step as the trainer takes it."""
+        from detectron2.utils.events import EventStorage
+
+        self.model.train()
+        with EventStorage(0) as storage:
+            self._step.storage = storage
+            return self._seconds(self._step.run_step)
+
+    def infer(self) -> float:
+        """Seconds of one image's inference, adapter as it is."""
+        self.model.eval()
+        with torch.no_grad():
+            return self._seconds(lambda: self.model(self.batch[:1]))
+
+    def merged(self) -> float | None:
+        """The same with the adapter merged into the weights; None where that is not possible."""
+        from peft_d2 import peft
+
+        try:
+            peft.merge(self.model)
+        except peft.PeftError:
+            return None
+        try:
+            return self.infer()
+        finally:
+            peft.unmerge(self.model)
+
+    def operator(self) -> str:
+        """The backend of deformable attention."""
+        from peft_d2 import ops
+
+        return ops.default_backend(self.cfg.MODEL.DEVICE.partition(":")[0])
+
+    def figures(self) -> dict[str, Any]:
+        """What is counted, not timed."""
+        from peft_d2 import peft
+
+        if self._on_gpu():
+            peak = torch.cuda.max_memory_allocated()
+        else:
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        report = peft.make_report(self.model)
+        saved = self._saved()
+        return {
+            **{"trainable": report.trainable, "percent": report.percent, "peak_memory": peak},
+            **{"saved_bytes": saved.bytes, "saved_tensors": saved.count, "file_size": self._file_size()},
+        }
+
+    def _saved(self) -> SavedTensors:
+        self.model.train()
+        with SavedTensors(self.model) as saved, self._step.precision():
+            losses = self.model(self.batch)
+        del losses
+        return saved
+
+    def _file_size(self) -> int:
+        from peft_d2.adapters import save_adapter
+
+        with tempfile.TemporaryDirectory() as folder:
+            save_adapter(self.model, Path(folder, "adapter"))
+            return sum(path.stat().st_size for path in Path(folder, "adapter").iterdir())
+
+    def _on_gpu(self) -> bool:
+        return self.cfg.MODEL.DEVICE.startswith("cuda")
+
+    def _seconds(self, function: Callable[[], Any]) -> float:
+        wait = torch.cuda.synchronize if self._on_gpu() else (lambda: None)
+        wait()
+        start = self._clock()
+        function()
+        wait()
+        return self._clock() - start
+
+
+class SavedTensors:
+    """Counts what autograd saves for the backward pass inside a ``with`` block.
+
+    Attributes:
+        count: tensors that are no weight or buffer of the model, each saving counted.
+        bytes: of the storages behind them, each once.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._weights = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+        self._storages: dict[int, int] = {}
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
+        self.count = 0
+
+    @property
+    def bytes(self) -> int:
+        return sum(self._storages.values())
+
+    def _pack(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self._weights:
+            self.count += 1
+            self._storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    def __enter__(self) -> SavedTensors:
+        self._hooks.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._hooks.__exit__(*error)
+
+
+def random_sample(size: int, classes: int) -> dict[str, Any]:
+    """A mapped dict of Detectron2: an image of noise (3, size, size) and rectangular objects."""
+    from detectron2.structures import BitMasks, Boxes, Instances
+
+    corners = torch.rand(_OBJECTS, 2) * size * 0.6
+    boxes = torch.cat([corners, corners + size * 0.3], dim=1)
+    masks = torch.zeros(_OBJECTS, size, size, dtype=torch.bool)
+    for mask, (left, top, right, bottom) in zip(masks, boxes.int().tolist(), strict=True):
+        mask[top:bottom, left:right] = True
+    instances = Instances((size, size))
+    instances.gt_boxes, instances.gt_masks = Boxes(boxes), BitMasks(masks)
+    instances.gt_classes = torch.randint(0, classes, (_OBJECTS,))
+    labels = torch.where(masks.any(0), 1 % classes, 0)
+    image = torch.randint(0, 256, (3, size, size)).float()
+    return {"image": image, "height": size, "width": size, "instances": instances, "sem_seg": labels}
+
+
+def _forever(batch: list[Any]) -> Iterator[list[Any]]:
+    while True:
+        yield batch
+
 
 if __name__ == "__main__":
     main()

@@ -5,18 +5,308 @@ it over trainable parameters.
     tools/compare.py --configs configs/demo/heads.yaml configs/demo/lora.yaml --seeds 1 2 3 --output output/compared \
         --train-json a.json --train-images a/ --val-json b.json --val-images b/ --opts MODEL.WEIGHTS base.pth
 
-Rows are named after the config files. A comparison that was interrupted goes on where it stopped.
+Rows are named after the config files. Each run is an ordinary training of its own in
+<output>/<name>[-seed<n>]; what is compared is read from the files that any run leaves behind. A finished run is kept: a
+comparison that was interrupted goes on where it stopped.
 """
 
-import argparse
-import sys
-from pathlib import Path
+from __future__ import annotations
 
-from peft_d2.engine.comparison import METRICS, Run, compare, plot_curves, plot_tradeoff, table
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from peft_d2.engine.errors import ConfigError
 from peft_d2.engine.launch import one_line_errors
 
 TRAIN_NET = Path(__file__).with_name("train_net.py")
 OWN_DATA = ("train-json", "train-images", "val-json", "val-images", "name")
+RESULT_FILE = "comparison_result.json"
+METRICS = ("segm/AP", "segm/AP50")
+_LABELS = {
+    "segm/AP": "mask AP",
+    "segm/AP50": "AP50",
+    "bbox/AP": "box AP",
+    "masks/mIoU": "mIoU",
+    "masks/mDice": "Dice",
+    "masks/DSC": "DSC",
+}
+
+
+class RunFailed(ConfigError):
+    """A training process ended with an error; the message names its log."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training of a comparison.
+
+    Attributes:
+        name: the row's label; runs of the same name with other seeds are averaged.
+        config: the config file.
+        seed: ``SEED`` of the run.
+        opts: config ``KEY VALUE`` pairs beside those that all runs share.
+    """
+
+    name: str
+    config: str
+    seed: int = 1
+    opts: tuple[str, ...] = ()
+
+
+@dataclass
+class Result:
+    """What one run gave.
+
+    Attributes:
+        metrics: every figure of the last evaluation, e.g. ``segm/AP`` in percent.
+        curves: (steps taken, figure) of every evaluation, for each of them.
+        trainable, total: numbers of parameters.
+        file_bytes: size of the final adapter folder's tensors, or of the final checkpoint.
+        seconds_per_step: median over the run's log lines.
+        peak_bytes: peak resident memory of the process; 0 where the system does not tell.
+    """
+
+    name: str
+    seed: int
+    folder: str
+    metrics: dict[str, float] = field(default_factory=dict)
+    curves: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
+    trainable: int = 0
+    total: int = 0
+    file_bytes: int = 0
+    seconds_per_step: float = 0.0
+    peak_bytes: int = 0
+
+
+def compare(
+    runs: Sequence[Run],
+    output: str | Path,
+    command: Sequence[str],
+    shared_opts: Sequence[str] = (),
+    metrics: Sequence[str] = METRICS,
+) -> list[Result]:
+    """Run every training that has not been run yet and return all results, in the order of ``runs``.
+
+    Args:
+        runs: what to train.
+        output: folder that takes one folder per run.
+        command: the training program, e.g. ``[sys.executable, "tools/train_net.py"]``.
+        shared_opts: config ``KEY VALUE`` pairs for every run.
+        metrics: figures that every run must have; the first is printed as runs end.
+
+    Raises:
+        RunFailed: when a training process fails; finished runs stay.
+    """
+    output = Path(output)
+    several_seeds = len({run.seed for run in runs}) > 1
+    results = []
+    for number, run in enumerate(runs, 1):
+        folder = output / (f"{run.name}-seed{run.seed}" if several_seeds else run.name).replace(" ", "_")
+        kept = folder / RESULT_FILE
+        if kept.exists():
+            print(f"[{number}/{len(runs)}] {folder.name}: already finished, kept", flush=True)
+        else:
+            print(f"[{number}/{len(runs)}] {folder.name}: training, log in {folder / 'log.txt'}", flush=True)
+            peak = _train(run, folder, command, shared_opts)
+            result = read_result(folder, run.name, run.seed, peak, metrics)
+            kept.write_text(json.dumps(asdict(result), indent=1))
+            figure = f"{_label(metrics[0])} {result.metrics[metrics[0]]:.1f}"
+            print(f"    {figure}, {result.seconds_per_step:.2f} s a step", flush=True)
+        results.append(Result(**json.loads(kept.read_text())))
+    return results
+
+
+def _train(run: Run, folder: Path, command: Sequence[str], shared_opts: Sequence[str]) -> int:
+    """Run one training process to its end; returns its peak resident memory in bytes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    arguments = [*command, "--config-file", run.config, "--resume"]
+    arguments += ["OUTPUT_DIR", str(folder), "SEED", str(run.seed), *shared_opts, *run.opts]
+    console = folder / "console.txt"
+    with console.open("w") as stream:
+        process = subprocess.Popen(arguments, stdout=stream, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
+        try:
+            peak = _wait(process)
+        except BaseException:
+            process.terminate()
+            process.wait()
+            raise
+    if process.returncode != 0:
+        tail = "\n".join(console.read_text(errors="replace").splitlines()[-15:])
+        raise RunFailed(f"{run.name}: {' '.join(arguments)} ended with {process.returncode}; see {console}:\n{tail}")
+    return peak
+
+
+def _wait(process: subprocess.Popen[Any]) -> int:
+    if not hasattr(os, "wait4"):
+        process.wait()
+        return 0
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def read_result(folder: Path, name: str, seed: int, peak_bytes: int = 0, metrics: Sequence[str] = METRICS) -> Result:
+    """Collect one run's figures from ``metrics.json``, ``peft_report.json`` and the final files in ``folder``.
+
+    Raises:
+        RunFailed: where the run was not evaluated, or not by all of ``metrics``.
+    """
+    rows = [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines() if line.strip()]
+    evaluations = [row for row in rows if metrics[0] in row]
+    if not evaluations:
+        raise RunFailed(f"{folder}: no {metrics[0]} in metrics.json; set DATASETS.TEST so that the run is evaluated")
+    last = {key: value for key, value in evaluations[-1].items() if "/" in key}
+    if missing := [key for key in metrics if key not in last]:
+        raise RunFailed(f"{folder}: no {', '.join(missing)} in metrics.json, which has {', '.join(last)}")
+    times = [row["time"] for row in rows if "time" in row]
+    report = json.loads((folder / "peft_report.json").read_text())
+    return Result(
+        name=name,
+        seed=seed,
+        folder=str(folder),
+        metrics=last,
+        curves={key: _curve(evaluations, key) for key in last},
+        trainable=report["trainable"],
+        total=report["total"],
+        file_bytes=_final_bytes(folder),
+        seconds_per_step=statistics.median(times) if times else 0.0,
+        peak_bytes=peak_bytes,
+    )
+
+
+def _curve(evaluations: Sequence[dict[str, Any]], metric: str) -> list[tuple[int, float]]:
+    """Steps taken and figure: Detectron2 counts iterations from 0, but the evaluation at the end as ``MAX_ITER``."""
+    *earlier, last = evaluations
+    points = [(row["iteration"] + 1, row[metric]) for row in earlier if metric in row]
+    return [*points, (last["iteration"], last[metric])]
+
+
+def _final_bytes(folder: Path) -> int:
+    for candidate in (folder / "adapter_final" / "adapter_model.safetensors", folder / "model_final.pth"):
+        if candidate.exists():
+            return candidate.stat().st_size
+    return 0
+
+
+def table(results: Sequence[Result], metrics: Sequence[str] = METRICS) -> str:
+    """The results as a Markdown table, a row per name; several seeds as mean ± sample standard deviation."""
+    figures = " | ".join(_label(metric) for metric in metrics)
+    lines = [
+        f"| variant | {figures} | trainable | % | file | s / step | peak memory |",
+        "|---" * (len(metrics) + 6) + "|",
+    ]
+    for name, rows in _by_name(results).items():
+        first = rows[0]
+        figures = " | ".join(_spread([row.metrics[metric] for row in rows]) for metric in metrics)
+        lines.append(
+            f"| {name} | {figures} | {first.trainable:,} "
+            f"| {_share(first):.2f} | {first.file_bytes / 1e6:.2f} MB "
+            f"| {statistics.mean(r.seconds_per_step for r in rows):.3f} "
+            f"| {max(r.peak_bytes for r in rows) / 2**20:.0f} MiB |"
+        )
+    return "\n".join(lines)
+
+
+def side_by_side(models: Mapping[str, Sequence[Result]], metric: str = METRICS[0]) -> str:
+    """One figure of several models as a Markdown table: a row per variant, two columns per model."""
+    columns = {model: _by_name(results) for model, results in models.items()}
+    heads = " | ".join(f"{model}: {_label(metric)} | % trained" for model in columns)
+    lines = [f"| variant | {heads} |", "|---" * (2 * len(columns) + 1) + "|"]
+    for name in dict.fromkeys(name for groups in columns.values() for name in groups):
+        cells = []
+        for groups in columns.values():
+            rows = groups.get(name, [])
+            cells += [_spread([row.metrics[metric] for row in rows]), f"{_share(rows[0]):.2f}"] if rows else ["", ""]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _label(metric: str) -> str:
+    return _LABELS.get(metric, metric)
+
+
+def _by_name(results: Sequence[Result]) -> dict[str, list[Result]]:
+    groups: dict[str, list[Result]] = {}
+    for result in results:
+        groups.setdefault(result.name, []).append(result)
+    return groups
+
+
+def _spread(values: Sequence[float]) -> str:
+    mean = f"{statistics.mean(values):.1f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.1f}"
+
+
+def plot_curves(results: Sequence[Result], path: str | Path, title: str = "", metric: str = METRICS[0]) -> None:
+    """Draw a figure over training steps, a line per name; several seeds as their mean with the range shaded."""
+    with _axes(path, "training steps", metric, title) as axes:
+        for name, rows in _by_name(results).items():
+            steps = [step for step, _ in rows[0].curves[metric]]
+            curves = [[value for _, value in row.curves[metric]] for row in rows]
+            columns = list(zip(*(curve for curve in curves if len(curve) == len(steps)), strict=True))
+            label = f"{name} ({_share(rows[0]):.3g} % trained)"
+            (line,) = axes.plot(steps, [statistics.mean(c) for c in columns], marker="o", markersize=3, label=label)
+            if len(curves) > 1:
+                low, high = [min(c) for c in columns], [max(c) for c in columns]
+                axes.fill_between(steps, low, high, alpha=0.2, color=line.get_color())
+        axes.set_ylim(0, None)
+        axes.legend(fontsize=8)
+
+
+def plot_tradeoff(
+    models: Mapping[str, Sequence[Result]], path: str | Path, title: str = "", metric: str = METRICS[0]
+) -> None:
+    """Draw a figure over the number of trainable parameters, a point per name and a colour per model.
+
+    Several seeds are their mean, with a bar from the least to the greatest.
+    """
+    with _axes(path, "trainable parameters", metric, title) as axes:
+        for model, results in models.items():
+            groups = sorted(_by_name(results).items(), key=lambda item: item[1][0].trainable)
+            values = [[row.metrics[metric] for row in rows] for _, rows in groups]
+            means = [statistics.mean(figures) for figures in values]
+            bars = [
+                [mean - min(figures) for mean, figures in zip(means, values, strict=True)],
+                [max(figures) - mean for mean, figures in zip(means, values, strict=True)],
+            ]
+            counts = [rows[0].trainable for _, rows in groups]
+            axes.errorbar(counts, means, yerr=bars, fmt="o", markersize=4, capsize=2, label=model)
+            for (name, _), count, mean in zip(groups, counts, means, strict=True):
+                axes.annotate(name, (count, mean), textcoords="offset points", xytext=(4, 4), fontsize=7)
+        axes.set_xscale("log")
+        axes.margins(x=0.15)
+        if len(models) > 1:
+            axes.legend(fontsize=8)
+
+
+def _share(result: Result) -> float:
+    return 100 * result.trainable / result.total
+
+
+@contextmanager
+def _axes(path: str | Path, across: str, metric: str, title: str) -> Iterator[Any]:
+    """Axes of a picture that is written when the block ends."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4.2))
+    axes.set(xlabel=across, ylabel=_label(metric), title=title)
+    axes.grid(alpha=0.3)
+    yield axes
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
 
 
 def main() -> None:

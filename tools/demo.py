@@ -1,11 +1,249 @@
 #!/usr/bin/env python
-"""Picture a model's predictions for image files or folders.
+"""Draw a model's predictions on images, and write them as COCO json.
 
-    tools/demo.py --config-file output/config.yaml --input photos/ --output pictures/ \
-        --opts MODEL.WEIGHTS base.pth MODEL.PEFT.WEIGHTS output/adapter_final
+    tools/demo.py --config-file output/lora/config.yaml --input photos --output drawn \
+        --opts MODEL.PEFT.WEIGHTS output/lora/adapter_final
 """
 
-from peft_d2.engine.demo import main
+from __future__ import annotations
+
+import argparse
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pycocotools import mask as coco_mask
+
+from peft_d2.engine.checks import build_model
+from peft_d2.engine.errors import ConfigError
+from peft_d2.engine.launch import one_line_errors, prepare_config, warn_of_untrained
+from peft_d2.storage import atomic
+
+_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif"}
+_SHORT_SIDE = 480
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run ``tools/demo.py``."""
+    args = demo_parser().parse_args(arguments)
+    one_line_errors(lambda: picture(args))
+
+
+def demo_parser() -> argparse.ArgumentParser:
+    """The arguments of ``tools/demo.py``."""
+    parser = argparse.ArgumentParser(description="Draw a model's predictions on images.")
+    parser.add_argument("--config-file", required=True, metavar="FILE", help="e.g. OUTPUT_DIR/config.yaml of a run")
+    parser.add_argument("--peft-config", default="", metavar="FILE", help="one of configs/peft, on top")
+    parser.add_argument("--input", required=True, nargs="+", help="image files or folders of them")
+    parser.add_argument("--output", required=True, metavar="DIR", help="where the pictures go")
+    parser.add_argument("--confidence-threshold", type=float, default=0.5, help="instances below it are not drawn")
+    parser.add_argument("--json", default="", metavar="FILE", help="write the drawn instances there, in COCO format")
+    parser.add_argument("--boxes", default="", metavar="FILE", help="prompts: json of image name to x0 y0 x1 y1, px")
+    parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="config KEY VALUE pairs")
+    return parser
+
+
+def picture(args: argparse.Namespace) -> list[Path]:
+    """Predict on each image, write a picture of the same name, and all instances to ``--json``; returns the paths.
+
+    Raises:
+        ConfigError: an input that does not exist or is no image, an output that cannot be written, or boxes for a
+            model that takes none, or none for one that does.
+    """
+    from peft_d2.engine.hooks import Bar, on_terminal
+
+    output = Path(args.output)
+    images = find_images(args.input, output)
+    targets = _targets(images, output)
+    boxes = read_boxes(args.boxes, images) if args.boxes else None
+    predictor = Predictor(prepare_config(args))
+    if predictor.prompted != (boxes is not None):
+        needs = "takes boxes as prompts: name them with" if predictor.prompted else "takes no prompts: leave out"
+        raise ConfigError(f"the model {needs} --boxes.")
+    found = Predictions(predictor.metadata) if args.json else None
+    for path in Bar(list(images), "images") if on_terminal() else images:
+        image, prediction = predictor(path, boxes[path] if boxes else None)
+        targets[path].parent.mkdir(parents=True, exist_ok=True)
+        count = draw(image, prediction, predictor.metadata, args.confidence_threshold, targets[path])
+        if found is not None:
+            found.add(images[path], image, prediction, args.confidence_threshold)
+        if not on_terminal():
+            print(f"{path}: {count} instances -> {targets[path]}", flush=True)
+    if found is not None:
+        atomic.write_bytes(args.json, json.dumps(found.content).encode())
+    return list(targets.values())
+
+
+class Predictions:
+    """Instances in COCO format: images, categories, and annotations with a ``score``, as annotation tools read them."""
+
+    def __init__(self, metadata: Any) -> None:
+        names = list(metadata.get("thing_classes", []))
+        ids = {index: id_ for id_, index in metadata.get("thing_dataset_id_to_contiguous_id", {}).items()}
+        self._ids = [ids.get(index, index + 1) for index in range(len(names))]
+        categories = [{"id": id_, "name": name} for id_, name in zip(self._ids, names, strict=True)]
+        self.content: dict[str, list[dict[str, Any]]] = {"images": [], "annotations": [], "categories": categories}
+
+    def add(self, name: Path, image: np.ndarray, prediction: dict[str, Any], threshold: float) -> None:
+        """Take up one image's instances from ``threshold`` on; a box's mask, which has no class, is of category 0.
+
+        Raises:
+            ConfigError: the model predicts none.
+        """
+        from peft_d2.evaluation.results import instances_to_results
+
+        if "instances" not in prediction:
+            raise ConfigError("--json takes instances, and this model predicts none. Leave it out.")
+        images, annotations = self.content["images"], self.content["annotations"]
+        size = {"height": image.shape[0], "width": image.shape[1]}
+        images.append({"id": len(images) + 1, "file_name": name.as_posix(), **size})
+        instances = prediction["instances"].to("cpu")
+        instances = instances[instances.scores >= threshold]
+        if classless := not instances.has("pred_classes"):
+            instances.pred_classes = torch.zeros(len(instances), dtype=torch.int64)
+        for row in instances_to_results(instances, len(images)):
+            row["category_id"] = 0 if classless else self._ids[row["category_id"]]
+            area = coco_mask.area(row["segmentation"]) if "segmentation" in row else row["bbox"][2] * row["bbox"][3]
+            annotations.append({"id": len(annotations) + 1, **row, "area": float(area), "iscrowd": 0})
+
+
+def _targets(images: dict[Path, Path], output: Path) -> dict[Path, Path]:
+    """Where each image's picture goes: under its name, with its suffix where two differ in that alone."""
+    stems = Counter(name.with_suffix("") for name in images.values())
+    targets = {}
+    for path, name in images.items():
+        unique = stems[name.with_suffix("")] == 1
+        targets[path] = output / (name.with_suffix(".png") if unique else name.with_name(f"{name.name}.png"))
+    if twice := [target for target, count in Counter(targets.values()).items() if count > 1]:
+        raise ConfigError(f"--input: two images would be drawn to {twice[0]}. Give them one after the other.")
+    inputs = {path.resolve() for path in images}
+    if clash := next((target for target in targets.values() if target.resolve() in inputs), None):
+        raise ConfigError(f"--output {output}: {clash} is one of the images and would be overwritten. Choose another.")
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--output {output} cannot be made: {error.strerror}. Choose another folder.") from error
+    return targets
+
+
+def read_boxes(file: str, images: dict[Path, Path]) -> dict[Path, list[list[float]]]:
+    """The boxes of each image, from a json of ``{"a.png": [[x0, y0, x1, y1], ...], ...}``, or paths below the input.
+
+    Raises:
+        ConfigError: a file that is none of this kind, or an image without an entry.
+    """
+    try:
+        found = json.loads(Path(file).read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"--boxes {file}: cannot be read as json ({error}).") from error
+    chosen = {}
+    for path, name in images.items():
+        boxes = found.get(name.as_posix(), found.get(path.name)) if isinstance(found, dict) else None
+        if not isinstance(boxes, list) or not all(isinstance(box, list) and len(box) == 4 for box in boxes):
+            raise ConfigError(
+                f"--boxes {file}: no boxes for {path.name!r}. Expected {{{path.name!r}: [[x0, y0, x1, y1], ...]}}."
+            )
+        chosen[path] = boxes
+    return chosen
+
+
+def find_images(inputs: list[str], output: Path) -> dict[Path, Path]:
+    """The image files among the inputs and, at any depth, in the folders among them: path -> name below ``output``.
+
+    What was drawn before to an ``output`` inside of such a folder is left out.
+
+    Raises:
+        ConfigError: an input that does not exist, or a folder without images.
+    """
+    found: dict[Path, Path] = {}
+    for item in map(Path, inputs):
+        if item.is_file():
+            found[item] = Path(item.name)
+        elif item.is_dir():
+            inside = [path for path in sorted(item.rglob("*")) if path.suffix.lower() in _SUFFIXES and path.is_file()]
+            nested = output.resolve() != item.resolve() and output.resolve().is_relative_to(item.resolve())
+            inside = [path for path in inside if not (nested and path.resolve().is_relative_to(output.resolve()))]
+            if not inside:
+                raise ConfigError(f"--input {item}: no image in this folder; known are {', '.join(sorted(_SUFFIXES))}.")
+            found |= {path: path.relative_to(item) for path in inside}
+        else:
+            raise ConfigError(f"--input {item}: no such file or folder.")
+    return found
+
+
+class Predictor:
+    """A config's model with its base weights and adapter, for one image file at a time."""
+
+    def __init__(self, cfg: Any) -> None:
+        from detectron2.data import Metadata, MetadataCatalog
+        from detectron2.data import transforms as T
+
+        from peft_d2.data.augmentation import LongestSide
+        from peft_d2.engine.checkpointer import Checkpointer
+        from peft_d2.evaluation.tiling import inference_model
+        from peft_d2.models.sam.model import SegmentAnything
+
+        self.cfg = cfg
+        self.model = build_model(cfg).eval()
+        self.prompted = isinstance(self.model, SegmentAnything)
+        Checkpointer(self.model, allow_other_base=cfg.MODEL.PEFT.ALLOW_OTHER_BASE).load(cfg.MODEL.WEIGHTS)
+        warn_of_untrained(cfg)
+        names = (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)  # the model's classes are those trained on
+        self.metadata = MetadataCatalog.get(names[0] if names else "__unnamed__")
+        scored = list(getattr(self.model, "class_names", ()))  # of a model that is told its classes by name
+        if scored and scored not in (self.metadata.get("stuff_classes"), self.metadata.get("thing_classes")):
+            self.metadata = Metadata(thing_classes=scored, stuff_classes=scored)
+        self.model = inference_model(cfg, self.model)
+        size = 0 if cfg.TEST.TILES.ENABLED else cfg.INPUT.MIN_SIZE_TEST  # tiles are cut from images in their own size
+        self._resize: Any = T.ResizeShortestEdge([size, size], cfg.INPUT.MAX_SIZE_TEST)
+        if self.prompted:
+            self._resize = LongestSide(cfg.MODEL.SAM.IMAGE_SIZE)
+
+    @torch.no_grad()
+    def __call__(self, path: Path, boxes: list[list[float]] | None = None) -> tuple[np.ndarray, dict[str, Any]]:
+        """Returns the image as RGB (H, W, 3) uint8 and the model's output for it, prompted with ``boxes`` (px)."""
+        from peft_d2.data.images import as_rgb, read_image
+
+        try:
+            ordered = read_image(str(path), self.cfg.INPUT.FORMAT)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"--input {path}: is no image that can be read ({error}).") from error
+        image = as_rgb(ordered, self.cfg.INPUT.FORMAT)
+        height, width = image.shape[:2]
+        transform = self._resize.get_transform(ordered)
+        resized = transform.apply_image(ordered)
+        tensor = torch.as_tensor(np.ascontiguousarray(resized.astype("float32").transpose(2, 0, 1)))
+        item = {"image": tensor, "height": height, "width": width, "file_name": str(path)}
+        if boxes is None:
+            return image, self.model([item])[0]
+        item["boxes"] = transform.apply_box(np.array(boxes, dtype=np.float64).reshape(-1, 4))
+        prediction = self.model([item])[0]
+        prediction["instances"].remove("pred_classes")  # a box has none, and would be drawn as the first
+        return image, prediction
+
+
+def draw(image: np.ndarray, prediction: dict[str, Any], metadata: Any, threshold: float, target: Path) -> int:
+    """Draw one prediction, panoptic before instances before semantic; returns the number of instances drawn."""
+    from detectron2.utils.visualizer import ColorMode, Visualizer
+
+    scale = max(1.0, _SHORT_SIDE / min(image.shape[:2]))  # labels are unreadable on a small picture
+    painter = Visualizer(image, metadata, scale=scale, instance_mode=ColorMode.IMAGE)
+    count = 0
+    if prediction.get("panoptic_seg") is not None:
+        segments, info = prediction["panoptic_seg"]
+        canvas, count = painter.draw_panoptic_seg_predictions(segments.to("cpu"), info), len(info)
+    elif "instances" in prediction:
+        instances = prediction["instances"].to("cpu")
+        instances = instances[instances.scores >= threshold]
+        canvas, count = painter.draw_instance_predictions(instances), len(instances)
+    else:
+        canvas = painter.draw_sem_seg(prediction["sem_seg"].argmax(dim=0).to("cpu"))
+    canvas.save(str(target))
+    return count
+
 
 if __name__ == "__main__":
     main()

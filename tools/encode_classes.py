@@ -1,12 +1,84 @@
 #!/usr/bin/env python
-"""Encode class names with SEEM's text encoder, once; training and evaluation then read the file alone.
+"""Encode class names once, for SEEM: a file of their text vectors, by the text encoder in a checkpoint.
 
-tools/encode_classes.py --weights seem_focalt_v1.pt --names cell nucleus --output cells.safetensors
-tools/encode_classes.py --weights seem_focalt_v1.pt --annotations train.json --tokenizer clip/ --output my.safetensors
+tools/encode_classes.py --weights seem.pt --annotations train.json --output classes.safetensors
 """
 
-from peft_d2.engine.class_encoding import encode, encode_parser
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from peft_d2.engine.errors import ConfigError
 from peft_d2.engine.launch import one_line_errors
+from peft_d2.models.seem.class_prompts import CLIP_TOKENIZER, load_tokenizer
+from peft_d2.models.seem.class_vectors import encode_classes
+from peft_d2.models.seem.text_encoder import TextEncoder
+from peft_d2.storage.checkpoint import read_checkpoint
+
+_PROJECTION = "lang_proj"
+
+
+def encode_parser() -> argparse.ArgumentParser:
+    """The arguments of ``tools/encode_classes.py``."""
+    parser = argparse.ArgumentParser(description="Encode class names once, for SEEM: a file of their text vectors.")
+    parser.add_argument("--weights", required=True, metavar="FILE", help="a checkpoint with SEEM's text encoder")
+    classes = parser.add_mutually_exclusive_group(required=True)
+    classes.add_argument("--names", nargs="+", metavar="NAME", help="the classes, in the order of their ids")
+    classes.add_argument("--annotations", metavar="JSON", help="a COCO-format file: its categories, by id")
+    parser.add_argument("--output", required=True, metavar="FILE", help="the file to write (.safetensors)")
+    parser.add_argument(
+        "--tokenizer", default=CLIP_TOKENIZER, help="a folder with vocab.json and merges.txt, or a name on the hub"
+    )
+    parser.add_argument("--heads", type=int, help="attention heads of the encoder; one per 64 channels by default")
+    return parser
+
+
+def encode(args: argparse.Namespace) -> str:
+    """Read the encoder, encode, write; returns the line to print.
+
+    Raises:
+        CheckpointError, TokenizerError, ClassVectorsError, ConfigError, StorageError: what is wrong.
+    """
+    names = args.names or _category_names(args.annotations)
+    encoder = read_text_encoder(args.weights, args.heads)
+    classes = encode_classes(encoder, load_tokenizer(args.tokenizer, encoder.context), names)
+    classes.write(args.output)
+    templates, rows, channels = classes.vectors.shape
+    return f"{args.output}: {rows - 1} classes and the background in {templates} templates, {channels} channels"
+
+
+def read_text_encoder(path: str, n_heads: int | None = None) -> TextEncoder:
+    """The text encoder in a checkpoint of SEEM.
+
+    Raises:
+        CheckpointError: the file cannot be read.
+        ConfigError: it has no text encoder, or several.
+    """
+    state = read_checkpoint(path).state
+    prefixes = [name.removesuffix(_PROJECTION) for name in state if name.split(".")[-1] == _PROJECTION]
+    if len(prefixes) != 1:
+        raise ConfigError(
+            f"{path} has {len(prefixes)} text encoders (tensors named ...{_PROJECTION}); give a checkpoint of SEEM, "
+            "as published or as merged"
+        )
+    inside = {name.removeprefix(prefixes[0]): value for name, value in state.items() if name.startswith(prefixes[0])}
+    try:
+        return TextEncoder.from_state(inside, n_heads)
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def _category_names(path: str) -> list[str]:
+    try:
+        categories = json.loads(Path(path).read_text(encoding="utf-8"))["categories"]
+        return [category["name"] for category in sorted(categories, key=lambda category: category["id"])]
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror or error}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path} is no COCO-format file with named categories ({error!r})") from error
+
 
 if __name__ == "__main__":
     print(one_line_errors(lambda: encode(encode_parser().parse_args())))

@@ -1,10 +1,8 @@
 #!/usr/bin/env python
-"""Write MODEL_ZOO.md: every config with its parameters, what each method trains, and results that were measured.
+"""The command line of earlier releases: runs projects/model_zoo/zoo.py, which has taken its place."""
 
-Results are kept in docs/measured.json. --check tells whether the file is up to date.
-"""
-
-from peft_d2.engine.zoo import main
+import runpy
+from pathlib import Path
 
 if __name__ == "__main__":
-    main()
+    runpy.run_path(str(Path(__file__).parents[1] / "projects" / "model_zoo/zoo.py"), run_name="__main__")

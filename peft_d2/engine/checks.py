@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from peft_d2.engine.config import base_architecture, leaves
@@ -126,6 +127,21 @@ def build_model(cfg: Any) -> nn.Module:
             f"{' and '.join(keys) or 'the config'}: {name!r} is not registered as {kind}"
             f"{_near(name, [known for known, _ in registry]) or '; import the package that defines it'}."
         ) from None
+
+
+def build_without_weights(cfg: Any) -> nn.Module:
+    """Build the config's model on torch's meta device: shapes alone, in a moment. Where a model cannot, on the CPU."""
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.PEFT.WEIGHTS = ""
+    cfg.MODEL.DEVICE = "meta"
+    try:
+        with torch.device("meta"):
+            return build_model(cfg)
+    except (NotImplementedError, RuntimeError) as error:
+        logger.info("The model cannot be built on the meta device (%s): building it on the CPU.", error)
+    cfg.MODEL.DEVICE = "cpu"
+    return build_model(cfg)
 
 
 def _check_resnet(cfg: Any) -> None:

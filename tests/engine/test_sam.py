@@ -13,13 +13,14 @@ import torch
 
 pytest.importorskip("detectron2")
 
+import inspect_targets as targets  # noqa: E402
+
 import peft_d2  # noqa: E402
 from peft_d2 import peft  # noqa: E402
 from peft_d2.data import builtin, toy  # noqa: E402
 from peft_d2.data.loader import build_train_loader  # noqa: E402
 from peft_d2.data.registration import register_from_config  # noqa: E402
-from peft_d2.engine import targets  # noqa: E402
-from peft_d2.engine.checks import check_run  # noqa: E402
+from peft_d2.engine.checks import build_without_weights, check_run  # noqa: E402
 from peft_d2.engine.config import load_config  # noqa: E402
 from peft_d2.engine.errors import ConfigError  # noqa: E402
 from peft_d2.engine.launch import one_line_errors, prepare_config, training_parser  # noqa: E402
@@ -91,7 +92,7 @@ def test_every_config_builds_and_sets_what_the_paper_says(file: str) -> None:
     cfg = load_config(str(CONFIGS / file), str(CONFIGS / "peft" / f"{recipe}.yaml")).cfg
     for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
         assert name in builtin.NAMES or name.startswith("coco_2017_")
-    model = targets.build_without_weights(cfg)
+    model = build_without_weights(cfg)
     if "mask2former" in file:
         sizes = [p.numel() for p in model.backbone.net.parameters() if p.requires_grad]
         assert sum(sizes) == COUNTS["lora_cobot"]
@@ -119,7 +120,7 @@ def test_every_config_builds_and_sets_what_the_paper_says(file: str) -> None:
 
 @pytest.mark.parametrize("file", sorted(path.stem for path in (CONFIGS / "nuclei" / "sam").glob("*.yaml")))
 def test_the_nuclei_study_trains_what_it_says(file: str) -> None:
-    model = targets.build_without_weights(load_config(str(CONFIGS / "nuclei" / "sam" / f"{file}.yaml")).cfg)
+    model = build_without_weights(load_config(str(CONFIGS / "nuclei" / "sam" / f"{file}.yaml")).cfg)
     encoder, decoder, prompts = (
         sum(p.numel() for p in part.parameters() if p.requires_grad)
         for part in (model.image_encoder, model.mask_decoder, model.prompt_encoder)
@@ -137,7 +138,7 @@ def test_counts_of_the_paper(recipe: str) -> None:
     files = {key: str(CONFIGS / path) for key, path in names.items()}
     text = targets.describe(argparse.Namespace(**files, pattern=[], modules=False, opts=[]))
     cfg = load_config(files["config_file"], files["peft_config"]).cfg
-    model = targets.build_without_weights(cfg)
+    model = build_without_weights(cfg)
     encoder = sum(p.numel() for p in model.image_encoder.parameters() if p.requires_grad)
     decoder = sum(p.numel() for p in model.mask_decoder.parameters() if p.requires_grad)
     assert (encoder, decoder) == (COUNTS[recipe], 4_058_340)

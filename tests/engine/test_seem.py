@@ -7,15 +7,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import demo
 import pytest
 import torch
 import torch.nn.functional as F
 from detectron2.data import MetadataCatalog
 from detectron2.modeling import build_model
+from merge_adapter import merge_adapter, merge_parser
 
 from peft_d2 import adapters
-from peft_d2.engine import demo, launch
-from peft_d2.engine.merging import merge_adapter, merge_parser
+from peft_d2.engine import launch
 from peft_d2.models.seem.class_vectors import ClassVectors, ClassVectorsError
 
 from .test_mask_dino import methods_of

@@ -91,7 +91,7 @@ VITDET = """
     from detectron2 import model_zoo
     from detectron2.config import LazyCall as L
     from detectron2.solver.build import get_default_optimizer_params
-    from peft_d2.engine.analysis import random_sample
+    from analyze_peft import random_sample
 
     torch.manual_seed(0)
     model = model_zoo.get_config("common/models/mask_rcnn_vitdet.py").model

@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from inspect_targets import describe, inspect_parser
 from torch import nn
 
 from peft_d2 import peft
 from peft_d2.engine.checkpointer import Checkpointer
+from peft_d2.engine.checks import build_without_weights
 from peft_d2.engine.config import load_config
-from peft_d2.engine.targets import build_without_weights, describe, inspect_parser
 from peft_d2.models import register
 
 from .conftest import R50_DINO, ROOT, SWIN_L_DINO

@@ -10,11 +10,12 @@ import pytest
 import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
+from inspect_targets import describe, inspect_parser
 
 import peft_d2
 from peft_d2 import peft
+from peft_d2.engine.checks import build_without_weights
 from peft_d2.engine.config import load_config
-from peft_d2.engine.targets import build_without_weights, describe, inspect_parser
 from peft_d2.models import register
 
 from .conftest import ROOT

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from encode_classes import read_text_encoder
 from torch import Tensor, nn
 
-from peft_d2.engine.class_encoding import read_text_encoder
 from peft_d2.engine.errors import ConfigError
 from peft_d2.models.seem.class_prompts import TEMPLATES, TokenizerError, load_tokenizer, prompts
 from peft_d2.models.seem.class_vectors import ClassVectors, ClassVectorsError, encode_classes

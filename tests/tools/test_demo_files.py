@@ -15,8 +15,8 @@ from peft_d2 import peft
 from peft_d2.data import toy
 from peft_d2.data.registration import register_from_config
 from peft_d2.engine.checkpointer import Checkpointer
+from peft_d2.engine.checks import build_without_weights
 from peft_d2.engine.config import load_config
-from peft_d2.engine.targets import build_without_weights
 from peft_d2.engine.trainer import Trainer
 
 ROOT = Path(__file__).parents[2]

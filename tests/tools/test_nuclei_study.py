@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import study
+from compare import Result
 from PIL import Image
 
-from peft_d2.engine.comparison import Result
 from peft_d2.engine.errors import ConfigError
-
-TOOL = Path(__file__).resolve().parents[2] / "tools" / "nuclei_study.py"
 
 
 @pytest.fixture
 def tool():
-    spec = importlib.util.spec_from_file_location("nuclei_study", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return study
 
 
 @pytest.fixture

@@ -15,12 +15,13 @@ from PIL import Image
 
 pytest.importorskip("detectron2")
 
+import demo  # noqa: E402
+from merge_adapter import merge_adapter, merge_parser  # noqa: E402
+
 import peft_d2  # noqa: E402
 from peft_d2 import adapters, peft  # noqa: E402
-from peft_d2.engine import demo  # noqa: E402
 from peft_d2.engine.config import load_config  # noqa: E402
 from peft_d2.engine.errors import ConfigError  # noqa: E402
-from peft_d2.engine.merging import merge_adapter, merge_parser  # noqa: E402
 from peft_d2.storage import huggingface  # noqa: E402
 
 from ..tiny_sam import SIZES  # noqa: E402

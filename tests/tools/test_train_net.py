@@ -19,10 +19,12 @@ from PIL import Image
 
 pytest.importorskip("detectron2")
 
+import demo  # noqa: E402
+import inspect_targets  # noqa: E402
 from detectron2.utils.logger import setup_logger  # noqa: E402
 
 from peft_d2.data import toy  # noqa: E402
-from peft_d2.engine import demo, launch, targets  # noqa: E402
+from peft_d2.engine import launch  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "tests" / "engine" / "tiny.yaml"
@@ -54,7 +56,7 @@ def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
     def call(tool: str, *arguments: object, fails: bool = False) -> str:
         _forget_loggers()
         capsys.readouterr()
-        module = {"train_net": launch, "demo": demo, "inspect_targets": targets}[tool]
+        module = {"train_net": launch, "demo": demo, "inspect_targets": inspect_targets}[tool]
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
@@ -232,6 +234,31 @@ def test_demo_inputs_that_need_care(run: Callable[..., str], finished: Path, dat
     assert "would be overwritten" in run("demo", *common, "--output", photos, fails=True)
     (photos / "d.png").write_bytes(b"")
     assert "d.png: is no image that can be read" in run("demo", *common, "--output", tmp_path / "out", fails=True)
+
+
+def test_demo_of_folders_and_its_predictions_as_coco(
+    run: Callable[..., str], finished: Path, data: toy.ToySet, tmp_path: Path
+) -> None:
+    picture = Image.open(sorted(data.images.iterdir())[0]).convert("RGB")
+    for name in ("one/a.png", "one/two/a.gif", "b.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        picture.save(tmp_path / name)
+    common = ("--config-file", finished / "lora" / "config.yaml", "--input", tmp_path, "--confidence-threshold", 0.0)
+    out, weights = tmp_path / "drawn", ("--opts", "MODEL.PEFT.WEIGHTS", finished / "lora" / "adapter_final")
+    for _ in range(2):  # what was drawn is no image of the second time
+        run("demo", *common, "--output", out, "--json", out / "found.json", *weights)
+        drawn = {path.relative_to(out).as_posix() for path in out.rglob("*.png")}
+        assert drawn == {"one/a.png", "one/two/a.png", "b.png"}
+    from pycocotools.coco import COCO
+
+    found = COCO(str(out / "found.json"))
+    assert [image["file_name"] for image in found.dataset["images"]] == ["b.png", "one/a.png", "one/two/a.gif"]
+    assert {category["name"] for category in found.dataset["categories"]} == {
+        category["name"] for category in json.loads(data.json.read_text())["categories"]
+    }
+    first = [found.anns[key] for key in found.getAnnIds(imgIds=1)]
+    assert len(first) == 8 and all(0 <= row["score"] <= 1 and row["category_id"] in found.cats for row in first)
+    assert [found.annToMask(row).sum() for row in first] == [row["area"] for row in first]
 
 
 def test_inspect_targets(run: Callable[..., str], finished: Path) -> None:

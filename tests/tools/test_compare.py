@@ -7,8 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-
-from peft_d2.engine.comparison import (
+from compare import (
     Run,
     RunFailed,
     compare,

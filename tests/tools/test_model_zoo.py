@@ -11,7 +11,8 @@ import pytest
 
 pytest.importorskip("detectron2")
 
-from peft_d2.engine import zoo  # noqa: E402
+import zoo  # noqa: E402
+
 from peft_d2.engine.errors import ConfigError  # noqa: E402
 from peft_d2.engine.factory import register  # noqa: E402
 

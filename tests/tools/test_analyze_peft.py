@@ -6,19 +6,19 @@ import json
 import os
 from pathlib import Path
 
+import analyze_peft as analysis
 import pytest
 import torch
+from analyze_peft import SavedTensors
 from torch import nn
 
 import peft_d2
 from peft_d2 import ops
-from peft_d2.engine import analysis
 from peft_d2.engine.checks import build_model
 from peft_d2.engine.config import load_config
-from peft_d2.engine.saved_tensors import SavedTensors
 
 ROOT = Path(__file__).parents[2]
-TINY = Path(__file__).with_name("tiny.yaml")
+TINY = Path(__file__).parents[1] / "engine" / "tiny.yaml"
 LAST_STAGE = "[{'NAME': 'lora', 'RANK': 2, 'TARGETS': ['backbone.layers.3.blocks.*.attn.qkv']}]"
 DECODER = "[{'NAME': 'lora', 'RANK': 2, 'TARGETS': ['predictor.*.multihead_attn']}]"
 ENCODER = "[{'NAME': 'adapter', 'NUM': 2, 'TARGETS': ['sem_seg_head.pixel_decoder.*.self_attn']}]"

@@ -1,3 +1,4 @@
+#!/usr/bin/env python
 """MODEL_ZOO.md: every config with its parameters, what the methods train of it, and what was measured.
 
 What was measured is in docs/measured.json: ``settings``, name -> a sentence that says how; ``results``, config ->
@@ -16,10 +17,10 @@ from typing import Any
 
 from torch import nn
 
+from peft_d2.engine.checks import build_without_weights
 from peft_d2.engine.config import base_architecture, load_config, read_tree
 from peft_d2.engine.errors import ConfigError
 from peft_d2.engine.launch import one_line_errors
-from peft_d2.engine.targets import build_without_weights
 
 MEASURED = Path("docs", "measured.json")
 ZOO = Path("MODEL_ZOO.md")
@@ -84,9 +85,10 @@ FAMILIES = (
 )
 INTRODUCTION = """# Model zoo
 
-Written by `tools/make_model_zoo.py`; do not edit. Every file of `configs/` that builds a model, with its parameters and
-what a method of `configs/peft` trains of it: trained parameters, their share (added ones in the denominator), and the
-size of the adapter file. A dash: the method does not fit, as the model lacks what it names or has another kind of it.
+Written by `projects/model_zoo/zoo.py`; do not edit. Every file of `configs/` that builds a model, with its parameters
+and what a method of `configs/peft` trains of it: trained parameters, their share (added ones in the denominator), and
+the size of the adapter file. A dash: the method does not fit, as the model lacks what it names or has another kind of
+it.
 
 Any config goes with any method that fits:
 
@@ -249,7 +251,7 @@ def _row(*cells: object) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run ``tools/make_model_zoo.py``."""
+    """Run ``projects/model_zoo/zoo.py``."""
     parser = argparse.ArgumentParser(description="Write MODEL_ZOO.md from configs/ and docs/measured.json.")
     parser.add_argument("--root", default=".", metavar="DIR", help="the repository")
     parser.add_argument("--check", action="store_true", help="write nothing; fail where the file is out of date")
@@ -264,7 +266,7 @@ def _renewed(text: str, book: Zoo, title: str) -> str:
     (family,) = (family for family in FAMILIES if family.title == title)
     before, heading, after = text.partition(f"## {title}\n")
     if not heading:
-        raise ConfigError(f"{ZOO} has no chapter {title!r}. Run tools/make_model_zoo.py without --only.")
+        raise ConfigError(f"{ZOO} has no chapter {title!r}. Run projects/model_zoo/zoo.py without --only.")
     _, following, rest = after.partition("\n## ")
     return before + "\n".join(book.chapter(family)) + following + rest
 
@@ -286,4 +288,8 @@ def write(root: Path, check: bool = False, only: str = "") -> None:
         path.write_text(text, encoding="utf-8")
         print(f"wrote {path}")
     elif not path.exists() or path.read_text(encoding="utf-8") != text:
-        raise ConfigError(f"{path} is out of date. Run tools/make_model_zoo.py.")
+        raise ConfigError(f"{path} is out of date. Run projects/model_zoo/zoo.py.")
+
+
+if __name__ == "__main__":
+    main()

@@ -8,8 +8,7 @@ from xml.etree import ElementTree
 
 import pytest
 from PIL import Image
-
-from peft_d2.engine.curves import main, read_metrics
+from plot_metrics import main, read_metrics
 
 
 def _run(folder: Path, *lines: str) -> Path:
