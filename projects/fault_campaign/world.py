@@ -71,7 +71,7 @@ class World:
             pairs += ["MODEL.PEFT.METHODS", LORA % rank, "MODEL.PEFT.TRAIN", TRAIN, "MODEL.PEFT.PROVE_LIVE", False]
         cfg = load_config(str(CONFIG), opts=[str(item) for item in [*pairs, *opts]]).cfg
         data = data or self.data
-        name = f"toy_{data.json.parent.name}"
+        name = "toy" + str(data.json.parent).replace("/", "_")  # one for each world of a process
         cfg.DATASETS.REGISTER = [{"NAME": name, "JSON": str(data.json), "IMAGES": str(data.images)}]
         cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = (name,), (name,) if evaluate else ()
         apply_class_count(cfg)
