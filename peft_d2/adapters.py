@@ -258,6 +258,10 @@ def _say_in_effect(model: nn.Module, content: AdapterFile, folder: str | os.Path
         "in effect" if injection.active == name else "loaded (set_adapter makes it the active one)",
         *(name, len(content.tensors) - full, full),
     )
+    own = peft.adapter_state_dict(model, name)
+    if changed := [key for key, value in content.tensors.items() if own[key].dtype != value.dtype]:
+        kinds = f"{content.tensors[changed[0]].dtype} in the file and {own[changed[0]].dtype} in the model"
+        logger.warning("%d tensors of %s are %s, from %s on.", len(changed), folder, kinds, changed[0])
 
 
 def _check_methods(model: nn.Module, content: AdapterFile, name: str, compare_entries: bool) -> None:

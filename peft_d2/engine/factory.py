@@ -26,8 +26,10 @@ def register(upstream_names: bool = False) -> None:
     from detectron2.modeling import META_ARCH_REGISTRY
 
     from peft_d2 import models
+    from peft_d2.engine.checkpointer import teach_safetensors
 
     models.register(upstream_names=upstream_names)
+    teach_safetensors()
     if PEFT_ARCHITECTURE not in META_ARCH_REGISTRY:
         META_ARCH_REGISTRY.register(PEFTModel)
 

@@ -16,6 +16,7 @@ from torch import nn
 
 pytest.importorskip("detectron2")
 
+import peft_d2  # noqa: E402
 from peft_d2 import peft  # noqa: E402
 from peft_d2.engine.checkpointer import Checkpointer  # noqa: E402
 from peft_d2.storage import CheckpointError  # noqa: E402
@@ -271,6 +272,22 @@ def test_what_this_process_cannot_read_is_not_called_damaged(
     with pytest.raises(CheckpointError, match="Too many open files") as caught:
         start(is_peft).resume()
     assert "damaged" not in str(caught.value) and "0000007" in str(caught.value)
+
+
+def test_detectron2s_own_checkpointer_reads_safetensors(tmp_path: Path) -> None:
+    """As DefaultPredictor does with MODEL.WEIGHTS; an adapter's file is refused by name."""
+    from detectron2.checkpoint import DetectionCheckpointer
+    from safetensors.torch import save_file
+
+    for _ in range(2):
+        peft_d2.register()
+    source, model = (nn.Sequential(nn.Linear(3, 4)) for _ in range(2))
+    save_file(source.state_dict(), tmp_path / "base.safetensors")
+    DetectionCheckpointer(model).load(str(tmp_path / "base.safetensors"))
+    assert torch.equal(model[0].weight, source[0].weight)
+    save_file({"base_model.model.0.lora_A.weight": torch.ones(1, 3)}, tmp_path / "adapter.safetensors")
+    with pytest.raises(CheckpointError, match=r"adapter.*MODEL\.PEFT\.WEIGHTS"):
+        DetectionCheckpointer(model).load(str(tmp_path / "adapter.safetensors"))
 
 
 def test_a_run_of_an_earlier_version_is_resumed(tmp_path: Path) -> None:
