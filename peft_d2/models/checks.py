@@ -50,13 +50,6 @@ def expect_width(path: str, node: Any) -> None:
     expect_heads(f"{path}.HIDDEN_DIM", node.HIDDEN_DIM, f"{path}.NHEADS", node.NHEADS)
 
 
-def expect_pixels(cfg: Any) -> None:
-    """``MODEL.PIXEL_MEAN`` and ``PIXEL_STD`` are of as many channels, and none is divided by nothing."""
-    mean, std = cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD
-    expect(len(mean) == len(std), "MODEL.PIXEL_MEAN", mean, f"a list as long as PIXEL_STD {std}, one for each channel")
-    expect(all(value > 0 for value in std), "MODEL.PIXEL_STD", std, "above 0 in each channel")
-
-
 def expect_norm(key: str, norm: str) -> None:
     """``norm``, the value of ``key``, is in Detectron2's spelling."""
     try:

@@ -5,9 +5,14 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import sys
+from pathlib import Path
+
 import pytest
 
 from peft_d2.data import toy
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))  # the converters are programs
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))  # the converters are programs
 

@@ -9,17 +9,17 @@ from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.modeling import build_backbone, build_sem_seg_head
 from detectron2.structures import ImageList
-from torch import Tensor, nn
+from torch import Tensor
 
-from peft_d2.models.checks import ModelConfigError, expect_at_least, expect_pixels, expect_share
+from peft_d2.models.checks import ModelConfigError, expect_at_least, expect_share
 from peft_d2.models.layers.criterion import SetCriterion
 from peft_d2.models.layers.joined_batch import count_objects
-from peft_d2.models.layers.pixels import normalised
+from peft_d2.models.layers.pixels import PixelModel
 from peft_d2.models.layers.postprocess import Canvas
 from peft_d2.models.layers.targets import Target, prepare_targets
 
 
-class MaskClassifier(nn.Module):
+class MaskClassifier(PixelModel):
     """Backbone, head, and the losses or the inference that the config asks for.
 
     A model derives from it: ``config_node`` names its node below ``MODEL``, ``make_criterion`` makes its losses, and
@@ -32,13 +32,10 @@ class MaskClassifier(nn.Module):
     config_node: str
     bicubic_results = False  # see :class:`peft_d2.models.layers.postprocess.Canvas`
     sem_seg_head: Any  # ours, or one registered by someone else
-    pixel_mean: Tensor
-    pixel_std: Tensor
 
     def __init__(self, cfg: CfgNode) -> None:
-        super().__init__()
+        super().__init__(cfg)
         node, path = cfg.MODEL[self.config_node], f"MODEL.{self.config_node}"
-        expect_pixels(cfg)
         expect_at_least(path, node, TRAIN_NUM_POINTS=1, OVERSAMPLE_RATIO=1.0)
         expect_share(path, node, "IMPORTANCE_SAMPLE_RATIO")
         self.backbone: Any = build_backbone(cfg)
@@ -47,8 +44,6 @@ class MaskClassifier(nn.Module):
         self.metadata: Any = MetadataCatalog.get(cfg.DATASETS.TRAIN[0]) if cfg.DATASETS.TRAIN else None
         divisibility = node.SIZE_DIVISIBILITY
         self.size_divisibility = divisibility if divisibility >= 0 else self.backbone.size_divisibility
-        self.register_buffer("pixel_mean", torch.tensor(cfg.MODEL.PIXEL_MEAN).view(-1, 1, 1), persistent=False)
-        self.register_buffer("pixel_std", torch.tensor(cfg.MODEL.PIXEL_STD).view(-1, 1, 1), persistent=False)
         test = node.TEST
         self.semantic_on, self.instance_on, self.panoptic_on = test.SEMANTIC_ON, test.INSTANCE_ON, test.PANOPTIC_ON
         self.object_mask_threshold, self.overlap_threshold = test.OBJECT_MASK_THRESHOLD, test.OVERLAP_THRESHOLD
@@ -57,11 +52,6 @@ class MaskClassifier(nn.Module):
             test.SEM_SEG_POSTPROCESSING_BEFORE_INFERENCE or test.PANOPTIC_ON or test.INSTANCE_ON
         )
         self.top_k = cfg.TEST.DETECTIONS_PER_IMAGE
-
-    @property
-    def device(self) -> torch.device:
-        """Where the model is and inputs are taken to."""
-        return self.pixel_mean.device
 
     def forward(self, batched_inputs: list[dict[str, Any]]) -> dict[str, Tensor] | list[dict[str, Any]]:
         """Losses in training, results otherwise.
@@ -75,10 +65,7 @@ class MaskClassifier(nn.Module):
             In training the weighted losses by name. Otherwise a dict per image with ``sem_seg`` (K, H, W),
             ``panoptic_seg`` (ids (H, W), segments) and ``instances``, as far as they are on.
         """
-        images = [
-            normalised(item["image"], self.pixel_mean, self.pixel_std, item.get("file_name", "an image"))
-            for item in batched_inputs
-        ]
+        images = [self.normalised(item["image"], item.get("file_name", "an image")) for item in batched_inputs]
         batch = ImageList.from_tensors(images, self.size_divisibility)
         features = self.backbone(batch.tensor)
         if self.training:

@@ -83,12 +83,9 @@ class HungarianMatcher(nn.Module):
         """
         with torch.autocast(predictions[0]["pred_masks"].device.type, enabled=False):
             costs = [self.costs(predictions, image, target) for image, target in enumerate(targets)]
-        flat = torch.cat([cost.flatten() for cost in costs]).cpu()
-        matches: list[list[Match]] = [[] for _ in predictions]
-        for cost, values in zip(costs, flat.split([cost.numel() for cost in costs]), strict=True):
-            for layer, layer_cost in enumerate(values.view(cost.shape)):
-                matches[layer].append(assign(layer_cost))
-        return matches
+        flat = torch.cat([cost.flatten() for cost in costs]).cpu().split([cost.numel() for cost in costs])
+        by_image = [map(assign, values.view(cost.shape)) for cost, values in zip(costs, flat, strict=True)]
+        return [list(layer) for layer in zip(*by_image, strict=True)]
 
     def costs(self, predictions: Sequence[dict[str, Tensor]], image: int, target: Target) -> Tensor:
         """(layers, Q, T) float32 costs of one image."""

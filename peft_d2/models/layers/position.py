@@ -10,19 +10,13 @@ from torch import Tensor, nn
 _TEMPERATURE = 10000.0
 
 
-def sine_code(place: Tensor, channels: int, temperature: float = _TEMPERATURE) -> Tensor:
-    """Sines and cosines of ``place`` in turn, at wavelengths that grow geometrically.
+def sine_code(place: Tensor, channels: int) -> Tensor:
+    """Sines and cosines of ``place`` in turn: (...) -> (..., channels).
 
-    Args:
-        place: (...), 1 is a full turn of the shortest wavelength.
-        channels: of the code, even.
-        temperature: the wavelengths grow by this factor over the channels.
-
-    Returns:
-        (..., channels).
+    Wavelengths grow geometrically, by a factor of 10,000 over the channels; 1 is a full turn of the shortest.
     """
     pair = torch.arange(channels, dtype=torch.float32, device=place.device) // 2
-    wavelength = temperature ** (2 * pair / channels)
+    wavelength = _TEMPERATURE ** (2 * pair / channels)
     angle = (place * (2 * math.pi))[..., None] / wavelength
     return torch.stack([angle[..., 0::2].sin(), angle[..., 1::2].cos()], dim=-1).flatten(-2)
 
@@ -36,32 +30,25 @@ def box_code(boxes: Tensor, channels: int) -> Tensor:
 
 
 class SinePosition2d(nn.Module):
-    """Fixed sine and cosine codes, y in the first half of the channels and x in the second.
+    """Fixed sine and cosine codes of ``channels``, y in the first half of them and x in the second.
 
     Pixel centres count 1..H and 1..W and are normalised to 2 pi, so that the code depends on the relative place alone
     (Carion et al., End-to-End Object Detection with Transformers, ECCV 2020, appendix A.4).
-
-    Args:
-        channels: channels of the code, a multiple of 4.
-        temperature: base of the geometric progression of wavelengths.
     """
 
-    def __init__(self, channels: int, temperature: float = _TEMPERATURE) -> None:
+    def __init__(self, channels: int) -> None:
         super().__init__()
         if channels % 4:
             raise ValueError(f"SinePosition2d: channels is {channels}; it should be a multiple of 4")
-        self.axis_channels = channels // 2
-        self.temperature = temperature
+        self.channels = channels
 
     def forward(self, height: int, width: int, device: torch.device) -> Tensor:
         """Codes of a map without padding: (height * width, channels) float32, row by row."""
-        rows = self._encode(height, device)[:, None].expand(-1, width, -1)
-        columns = self._encode(width, device)[None].expand(height, -1, -1)
-        return torch.cat([rows, columns], dim=-1).flatten(0, 1)
-
-    def _encode(self, length: int, device: torch.device) -> Tensor:
-        place = torch.arange(1, length + 1, dtype=torch.float32, device=device)
-        return sine_code(place / (length + 1e-6), self.axis_channels, self.temperature)
+        y, x = (
+            sine_code(torch.arange(1, n + 1, dtype=torch.float32, device=device) / (n + 1e-6), self.channels // 2)
+            for n in (height, width)
+        )
+        return torch.cat([y[:, None].expand(-1, width, -1), x.expand(height, -1, -1)], dim=-1).flatten(0, 1)
 
     def extra_repr(self) -> str:
-        return f"channels={2 * self.axis_channels}, temperature={self.temperature:g}"
+        return f"channels={self.channels}"

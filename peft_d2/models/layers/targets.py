@@ -35,18 +35,14 @@ class Target:
 
 def _bitmaps(masks: Any, height: int, width: int) -> Tensor:
     """(T, H, W) of whatever holds an image's masks."""
-    if isinstance(masks, BitMasks):
-        return masks.tensor
-    if isinstance(masks, PolygonMasks):
-        # An instance that a crop left without polygons is an empty mask.
-        bitmaps = [
-            polygons_to_bitmask(polygons, height, width) if len(polygons) else np.zeros((height, width), bool)
-            for polygons in masks.polygons
-        ]
-        return torch.from_numpy(np.stack(bitmaps) if bitmaps else np.zeros((0, height, width), bool))
-    if isinstance(masks, Tensor):
-        return masks
-    raise TypeError(f"gt_masks is {type(masks).__name__}; it should be BitMasks, PolygonMasks or a tensor (T, H, W)")
+    if isinstance(masks, PolygonMasks):  # an instance that a crop left without polygons is an empty mask
+        empty = np.zeros((height, width), bool)
+        bitmaps = [polygons_to_bitmask(p, height, width) if len(p) else empty for p in masks.polygons]
+        return torch.from_numpy(np.stack(bitmaps) if bitmaps else empty[:0].reshape(0, height, width))
+    bitmaps = masks.tensor if isinstance(masks, BitMasks) else masks
+    if not isinstance(bitmaps, Tensor):
+        raise TypeError(f"gt_masks is {type(masks).__name__}; expected BitMasks, PolygonMasks or a tensor (T, H, W)")
+    return bitmaps
 
 
 def _from_sem_seg(sem_seg: Tensor, ignore_value: int) -> tuple[Tensor, Tensor]:

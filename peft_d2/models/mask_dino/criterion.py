@@ -96,7 +96,7 @@ class BoxMaskCriterion(SetCriterion):
         return losses
 
     def class_loss(self, logits: Tensor, matched: Sequence[Matched], objects: Sequence[Sequence[int]] | None) -> Tensor:
-        """Summed focal loss (Lin et al., RetinaNet, ICCV 2017, equation 5), or :class:`SetCriterion`'s cross-entropy."""
+        """Summed focal loss (Lin et al., RetinaNet, ICCV 2017, equation 5), or the cross-entropy of the base class."""
         if self.softmax_classes:
             return super().class_loss(logits, matched, objects)
         wanted = F.one_hot(self.wanted_labels(logits, matched), self.num_classes + 1)[..., :-1]

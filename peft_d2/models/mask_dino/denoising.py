@@ -37,12 +37,9 @@ class DenoisingQueries:
 
     def matches(self, targets: Sequence[Target]) -> list[Match]:
         """Which query restores which target, by image."""
-        pairs = []
-        for target in targets:
-            indices = torch.arange(len(target.labels))
-            queries = torch.cat([indices + group * self.group_size for group in range(self.groups)])
-            pairs.append((queries, indices.repeat(self.groups)))
-        return pairs
+        starts = torch.arange(self.groups)[:, None] * self.group_size
+        objects = [torch.arange(len(target.labels)) for target in targets]
+        return [((starts + indices).flatten(), indices.repeat(self.groups)) for indices in objects]
 
     def blocked(self, matching: int) -> Tensor:
         """(D + matching, D + matching), True where a query must not see another.

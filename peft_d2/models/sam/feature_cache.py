@@ -63,13 +63,13 @@ class FeatureCache:
     def __call__(self, images: Tensor) -> Tensor:
         """The encoder's result for ``images``."""
         paths = [self.folder / key[:2] / f"{key}.safetensors" for key in self._keys(images)]
-        found = [_read(path) for path in paths]
-        missing = [i for i, embedding in enumerate(found) if embedding is None]
+        embeddings = [_read(path) for path in paths]
+        missing = [i for i, embedding in enumerate(embeddings) if embedding is None]
         if missing:
             for i, embedding in zip(missing, self.encoder(images[missing]), strict=True):
-                found[i] = embedding.cpu()
+                embeddings[i] = embedding.cpu()
                 atomic.write_bytes(paths[i], tensor_file.dumps({"embedding": embedding.cpu().contiguous()}))
-        return torch.stack([embedding.to(images.device) for embedding in found if embedding is not None])
+        return torch.stack([embedding.to(images.device) for embedding in embeddings if embedding is not None])
 
     def _keys(self, images: Tensor) -> list[str]:
         device = images.device.type

@@ -14,12 +14,12 @@ import torch.nn.functional as F
 from detectron2.config import CfgNode
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.structures import Boxes, Instances
-from torch import Tensor, nn
+from torch import Tensor
 
-from peft_d2.models.checks import expect, expect_at_least, expect_pixels
+from peft_d2.models.checks import expect, expect_at_least
 from peft_d2.models.layers.criterion import dice_loss, mask_loss
 from peft_d2.models.layers.joined_batch import average_count, count_objects, objects_of_all
-from peft_d2.models.layers.pixels import normalised
+from peft_d2.models.layers.pixels import PixelModel
 from peft_d2.models.layers.postprocess import Canvas, mask_boxes
 from peft_d2.models.layers.targets import Target
 from peft_d2.models.registration import entry
@@ -46,7 +46,7 @@ MODEL:
 
 
 @entry(META_ARCH_REGISTRY, "PD2SegmentAnything", keys=KEYS)
-class SegmentAnything(nn.Module):
+class SegmentAnything(PixelModel):
     """Image encoder, prompt encoder and mask decoder; an image is encoded once for all of its prompts.
 
     Attributes:
@@ -59,16 +59,12 @@ class SegmentAnything(nn.Module):
         ModelConfigError: values that are out of range or do not go together.
     """
 
-    pixel_mean: Tensor
-    pixel_std: Tensor
-
     # The single mask's loss reaches neither the tokens of the other masks nor, without its loss, the expected IoU.
     has_unused_parameters = True
 
     def __init__(self, cfg: CfgNode) -> None:
-        super().__init__()
+        super().__init__(cfg)
         node, path = cfg.MODEL.SAM, "MODEL.SAM"
-        expect_pixels(cfg)
         expect_at_least(path, node, DECODER_HEADS=1, DECODER_DEPTH=1, DECODER_MLP_DIM=1, PROMPTS_PER_CALL=1)
         # Each head has its share of half the channels; masks have an eighth of them.
         shares = math.lcm(2 * node.DECODER_HEADS, 8)
@@ -79,18 +75,11 @@ class SegmentAnything(nn.Module):
         grid = node.IMAGE_SIZE // node.PATCH_SIZE
         self.prompt_encoder = PromptEncoder(node.OUT_CHANNELS, grid, node.IMAGE_SIZE, node.MASK_IN_CHANNELS)
         self.mask_decoder = SAMMaskDecoder(cfg)
-        self.register_buffer("pixel_mean", torch.tensor(cfg.MODEL.PIXEL_MEAN).view(-1, 1, 1), persistent=False)
-        self.register_buffer("pixel_std", torch.tensor(cfg.MODEL.PIXEL_STD).view(-1, 1, 1), persistent=False)
         self.image_size = node.IMAGE_SIZE
         self.multimask = node.MULTIMASK
         self.prompts_per_call = node.PROMPTS_PER_CALL
         self.weights = {"loss_mask": node.MASK_WEIGHT, "loss_dice": node.DICE_WEIGHT, "loss_iou": node.IOU_WEIGHT}
         self.embed: Callable[[Tensor], Tensor] | None = None
-
-    @property
-    def device(self) -> torch.device:
-        """Where the model is and inputs are taken to."""
-        return self.pixel_mean.device
 
     def forward(self, batched_inputs: list[dict[str, Any]]) -> dict[str, Tensor] | list[dict[str, Any]]:
         """Losses in training, masks otherwise.
@@ -108,10 +97,8 @@ class SegmentAnything(nn.Module):
             order, ``scores`` being the expected IoU (times the ``box_scores``). Without any prompt there is one mask;
             with prompts of length 0 there is none.
         """
-        images = torch.stack(
-            [self.preprocess(item["image"], item.get("file_name", "an image")) for item in batched_inputs]
-        )
-        embeddings = (self.embed or self.image_encoder)(images)
+        images = [self.preprocess(item["image"], item.get("file_name", "an image")) for item in batched_inputs]
+        embeddings = (self.embed or self.image_encoder)(torch.stack(images))
         if self.training:
             return self.losses(embeddings, batched_inputs)
         return [
@@ -131,8 +118,7 @@ class SegmentAnything(nn.Module):
                 f"{name}: the image is {width} x {height} px, but the model takes 1 to {self.image_size} px a side. "
                 f"Resize its longer side to {self.image_size} px, e.g. with INPUT.DATASET_MAPPER_NAME sam_prompts."
             )
-        pixels = normalised(image, self.pixel_mean, self.pixel_std, name)
-        return F.pad(pixels, (0, self.image_size - width, 0, self.image_size - height))
+        return F.pad(self.normalised(image, name), (0, self.image_size - width, 0, self.image_size - height))
 
     def count_objects(self, batched_inputs: list[dict[str, Any]]) -> list[int]:
         """How many objects each image holds: what a trainer of several processes or pieces tells all of them."""
@@ -179,16 +165,16 @@ class SegmentAnything(nn.Module):
         whole = Canvas((self.image_size, self.image_size), size, size).to_padded(logits[:, 0])
         pixels = whole[:, : size[0], : size[1]].flatten(1)
         wanted = labels.flatten(1).to(pixels.dtype)
-        found: dict[str, Tensor] = {}
+        losses: dict[str, Tensor] = {}
         if self.weights["loss_mask"]:
-            found["loss_mask"] = mask_loss(pixels, wanted, count)
+            losses["loss_mask"] = mask_loss(pixels, wanted, count)
         if self.weights["loss_dice"]:
-            found["loss_dice"] = dice_loss(pixels, wanted, count)
+            losses["loss_dice"] = dice_loss(pixels, wanted, count)
         if self.weights["loss_iou"]:
             both = ((pixels > THRESHOLD) & labels.flatten(1)).sum(1)
             either = ((pixels > THRESHOLD) | labels.flatten(1)).sum(1)
-            found["loss_iou"] = (quality[:, 0] - both / either.clamp(min=1)).square().sum() / count
-        return found
+            losses["loss_iou"] = (quality[:, 0] - both / either.clamp(min=1)).square().sum() / count
+        return losses
 
     def inference(self, embedding: Tensor, item: dict[str, Any]) -> Instances:
         """One instance per prompt of an image, in the size that the item wants."""

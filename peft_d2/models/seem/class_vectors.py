@@ -113,10 +113,6 @@ class ClassVectors:
             reason = str(error)
         raise ClassVectorsError(f"{os.fspath(path)}: {reason}; write it (again) with tools/encode_classes.py") from None
 
-    def to(self, device: torch.device | str) -> ClassVectors:
-        """The same on another device."""
-        return dataclasses.replace(self, vectors=self.vectors.to(device))
-
 
 @torch.no_grad()
 def encode_classes(
@@ -130,8 +126,7 @@ def encode_classes(
     if not names or not all(name.strip() for name in names):
         raise ClassVectorsError("there is no class to encode, or one without a name")
     texts = [text for name in (*names, BACKGROUND) for text in prompts(name, templates)]
-    device = encoder.lang_proj.device
-    found = []
+    chunks = []
     for start in range(0, len(texts), _TEXTS_PER_CALL):
         ids = tokenizer(texts[start : start + _TEXTS_PER_CALL])
         if ids.max() >= encoder.vocabulary or ids.shape[1] > encoder.context:
@@ -139,8 +134,8 @@ def encode_classes(
                 f"the tokenizer gives up to {ids.shape[1]} tokens with ids up to {int(ids.max())}; the text encoder "
                 f"takes {encoder.context} tokens with ids below {encoder.vocabulary}: they do not belong together"
             )
-        found.append(encoder(ids.to(device)).float().cpu())
-    vectors = torch.cat(found).unflatten(0, (len(names) + 1, len(templates))).transpose(0, 1).contiguous()
+        chunks.append(encoder(ids.to(encoder.lang_proj.device)).float().cpu())
+    vectors = torch.cat(chunks).unflatten(0, (len(names) + 1, len(templates))).transpose(0, 1).contiguous()
     return ClassVectors(tuple(names), vectors, tuple(templates), encoder_fingerprint(encoder))
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -95,20 +94,12 @@ class TextEncoder(nn.Module):
         """
         try:
             vocabulary, width = state["lang_encoder.token_embedding.weight"].shape
-            sizes: dict[str, Any] = {
-                "vocabulary": vocabulary,
-                "context": len(state["lang_encoder.positional_embedding"]),
-                "width": width,
-                "n_heads": n_heads or max(1, width // _HEAD_CHANNELS),
-                "n_layers": len({name.split(".")[2] for name in state if name.startswith("lang_encoder.resblocks.")}),
-                "projection": state["lang_proj"].shape[1],
-            }
-        except (KeyError, ValueError, IndexError) as error:
-            raise ValueError(f"these are not a text encoder's tensors: {error}") from None
-        encoder = cls(**sizes)
-        try:
+            context, projection = len(state["lang_encoder.positional_embedding"]), state["lang_proj"].shape[1]
+            blocks = {name.split(".")[2] for name in state if name.startswith("lang_encoder.resblocks.")}
+            n_heads = n_heads or max(1, width // _HEAD_CHANNELS)
+            encoder = cls(vocabulary, context, width, n_heads, len(blocks), projection)
             encoder.load_state_dict(state)
-        except RuntimeError as error:
+        except (KeyError, ValueError, IndexError, RuntimeError, AssertionError) as error:
             raise ValueError(f"these are not a text encoder's tensors: {error}") from None
         return encoder.eval()
 

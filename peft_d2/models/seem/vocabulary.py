@@ -77,16 +77,17 @@ class Vocabulary:
                 were given, so that it would learn nothing; and what :meth:`vectors` raises.
             TokenizerError: as there.
         """
-        trained = any(p.requires_grad for name, p in encoder.named_parameters() if name != "logit_scale")
-        if trained and self._vectors is not None and self._encoder_version is None:
+        if not any(p.requires_grad for name, p in encoder.named_parameters() if name != "logit_scale"):
+            rows = self.vectors(encoder).sample()
+        elif self._vectors is not None and self._encoder_version is None:
             raise ClassVectorsError(
                 "parts of the text encoder are trained, but the class vectors come from a file, which they do not "
                 "change: leave sem_seg_head.predictor.lang_encoder out of what is trained, or MODEL.SEEM.CLASS_VECTORS "
                 "empty"
             )
-        if trained:
+        else:
             _loaded_version(encoder)
-        rows = self._encoded_anew(encoder) if trained else self.vectors(encoder).sample()
+            rows = self._encoded_anew(encoder)
         if self.labels and len(rows) != self.labels + 1:
             raise ClassVectorsError(
                 f"{self.source} names {len(self.names)} classes and the training data are labelled with {self.labels} "
@@ -151,17 +152,17 @@ def _named_by(cfg: CfgNode, sets: Sequence[str]) -> tuple[tuple[str, ...], str]:
     """Class names of data sets, and which set they are from; none where no metadata has any."""
     test = cfg.MODEL.MASK_FORMER.TEST
     key = "stuff_classes" if test.PANOPTIC_ON or test.SEMANTIC_ON else "thing_classes"
-    found: dict[tuple[str, ...], str] = {}
+    first_set: dict[tuple[str, ...], str] = {}
     for name in sets:
         metadata = MetadataCatalog.get(name)
-        found.setdefault(tuple(metadata.get(key) or metadata.get("thing_classes") or ()), name)
-    if len(found) > 1:
-        one, other, *_ = found.values()
+        first_set.setdefault(tuple(metadata.get(key) or metadata.get("thing_classes") or ()), name)
+    if len(first_set) > 1:
+        one, other, *_ = first_set.values()
         raise ClassVectorsError(
             f"data sets {one!r} and {other!r} have different classes; a model scores one list of them: use one set at "
             "a time, or list in MODEL.SEEM.CLASS_NAMES the classes of both"
         )
-    names, name = next(iter(found.items()), ((), ""))
+    names, name = next(iter(first_set.items()), ((), ""))
     return names, f"data set {name!r}"
 
 
