@@ -8,13 +8,21 @@ python tools/check_dataset.py --name ndd20_train --statistics
 from __future__ import annotations
 
 import argparse
+import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
 
 from peft_d2.data.coco_json import read_json
-from peft_d2.data.pictures import contact_sheet, pixel_statistics
+from peft_d2.data.images import set_pixel_limit
+from peft_d2.data.pictures import overlay, read_rgb, sheet
 from peft_d2.data.registration import coco_files
-from peft_d2.data.validation import check_coco, summary
+from peft_d2.data.segmentation import segmentation_to_mask
+from peft_d2.data.validation import Rules, check_coco, summary
 
 
 def main() -> int:
@@ -25,6 +33,9 @@ def main() -> int:
     parser.add_argument("--sheet", help="write a picture of the first images with their masks to this file")
     parser.add_argument("--sheet-images", type=int, default=24, help="how many images it shows")
     parser.add_argument("--statistics", action="store_true", help="print MODEL.PIXEL_MEAN and PIXEL_STD of the images")
+    parser.add_argument("--test", action="store_true", help="a test set: its annotations may be missing")
+    parser.add_argument("--outside", action="store_true", help="images may lie outside the folder")
+    parser.add_argument("--max-pixels", type=int, default=0, help="of an image, where Pillow's limit is too low")
     parser.add_argument("--per-kind", type=int, default=1_000_000, help="list only so many problems of a kind")
     args = parser.parse_args()
     if bool(args.name) == bool(args.json and args.images):
@@ -33,15 +44,18 @@ def main() -> int:
         json_path, images = coco_files(args.name) if args.name else (args.json, args.images)
     except ValueError as error:
         parser.error(str(error))
-    problems = check_coco(json_path, images)
+    if args.max_pixels:
+        set_pixel_limit(args.max_pixels)
+    problems = check_coco(json_path, images, Rules(test=args.test, outside=args.outside))
     for line in summary(problems, args.per_kind):
         print(line)
     errors = sum(p.level == "error" for p in problems)
     if not errors:
         data = read_json(json_path)
-        busy = len({annotation["image_id"] for annotation in data["annotations"]})
+        annotations = data.get("annotations", [])
+        busy = len({annotation["image_id"] for annotation in annotations})
         print(f"{len(data['images'])} images ({len(data['images']) - busy} without objects), "
-              f"{len(data['annotations'])} objects, {len(data['categories'])} classes")  # fmt: skip
+              f"{len(annotations)} objects, {len(data['categories'])} classes")  # fmt: skip
         if args.statistics:
             mean, std = pixel_statistics([Path(images) / image["file_name"] for image in data["images"]])
             print(f"MODEL.PIXEL_MEAN {mean} MODEL.PIXEL_STD {std}  # INPUT.FORMAT RGB; reversed for BGR")
@@ -54,6 +68,43 @@ def main() -> int:
             print(f"wrote {args.sheet}")
     print(f"{errors} error(s), {len(problems) - errors} warning(s)")
     return 1 if errors else 0
+
+
+def contact_sheet(data: dict[str, Any], image_root: str | Path, images: int = 24, cell: int = 192) -> Image.Image:
+    """The first images of a COCO-format set with their masks in cells of ``cell`` px, six in a row."""
+    order = {c["id"]: i for i, c in enumerate(sorted(data["categories"], key=lambda c: c["id"]))}
+    chosen = data["images"][:images]
+    objects: dict[Any, list[dict[str, Any]]] = {record["id"]: [] for record in chosen}
+    for annotation in data.get("annotations", ()):
+        if annotation["image_id"] in objects and annotation.get("segmentation"):
+            objects[annotation["image_id"]].append(annotation)
+    pictures = []
+    for record in chosen:
+        image = read_rgb(Path(image_root) / record["file_name"])
+        masks = [segmentation_to_mask(a["segmentation"], *image.shape[:2]) for a in objects[record["id"]]]
+        labels = [order[a["category_id"]] for a in objects[record["id"]]]
+        pictures.append(Image.fromarray(overlay(image, masks, labels)))
+    return sheet(pictures, cell)
+
+
+def pixel_statistics(paths: Sequence[str | Path], limit: int = 1000) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of red, green and blue over all pixels, 0 to 255.
+
+    Of more than ``limit`` images, as many are taken, evenly spaced. Each is reduced to about 256 px a side first, as
+    training reduces them: the deviation of single pixels would count their noise.
+    """
+    step = max(1, math.ceil(len(paths) / limit))
+    count, total, squares = 0, np.zeros(3), np.zeros(3)
+    for path in paths[::step]:
+        picture = Image.fromarray(read_rgb(path))
+        picture.thumbnail((256, 256), Image.Resampling.BOX)
+        pixels = np.asarray(picture, dtype=np.float64).reshape(-1, 3)
+        count += len(pixels)
+        total += pixels.sum(axis=0)
+        squares += (pixels**2).sum(axis=0)
+    mean = total / count
+    deviation = np.sqrt(np.maximum(squares / count - mean**2, 0))
+    return [round(float(v), 3) for v in mean], [round(float(v), 3) for v in deviation]
 
 
 if __name__ == "__main__":

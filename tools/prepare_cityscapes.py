@@ -12,8 +12,9 @@ import sys
 import tempfile
 from pathlib import Path
 
+from converting import converter_main, in_parallel, require_folder
+
 from peft_d2.compat import require_cityscapes
-from peft_d2.data.coco_json import converter_main, in_parallel, require_folder
 from peft_d2.storage import atomic
 
 

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from converting import converter_main, in_parallel, read_label_image, require_folder
 from PIL import Image
 
 from peft_d2.data.builtin import panoptic_categories
-from peft_d2.data.coco_json import converter_main, in_parallel, read_json, read_label_image, require_folder
+from peft_d2.data.coco_json import read_json
 from peft_d2.storage import atomic
 
 _UNLABELLED = 255

@@ -21,7 +21,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from peft_d2.data.coco_json import CocoJson, converter_main, read_json, require_folder, split_names
+from converting import converter_main, require_folder, split_names
+
+from peft_d2.data.coco_json import CocoJson, read_json
 from peft_d2.data.images import image_size
 
 logger = logging.getLogger(__name__)

@@ -19,8 +19,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from converting import converter_main, require_folder, split_names
+
 from peft_d2.data.builtin import NWPU_VHR10_CLASSES
-from peft_d2.data.coco_json import CocoJson, converter_main, read_json, require_folder, split_names, write_coco
+from peft_d2.data.coco_json import CocoJson, read_json, write_coco
 from peft_d2.data.images import image_size
 
 _VAL_SHARE = 130 / 650

@@ -7,13 +7,17 @@ python tools/visualize_data.py --config-file configs/... --output fed.png --batc
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from peft_d2.data.classes import class_names
+from peft_d2.data.images import as_rgb
 from peft_d2.data.loader import build_train_loader, workers_ended
-from peft_d2.data.pictures import picture_of_sample, sheet
+from peft_d2.data.pictures import overlay, sheet
+from peft_d2.data.segmentation import segmentation_to_mask
 from peft_d2.engine.launch import one_line_errors, prepare_config, training_parser
 
 
@@ -31,6 +35,23 @@ def main(arguments: list[str] | None = None) -> None:
         pictures = [picture_of_sample(sample, cfg.INPUT.FORMAT, names) for batch in batches for sample in batch]
     sheet([Image.fromarray(p) for p in pictures]).save(args.output)
     print(f"wrote {args.output}")
+
+
+def picture_of_sample(sample: dict[str, Any], image_format: str, names: Sequence[str] = ()) -> np.ndarray:
+    """(H, W, 3) uint8 RGB picture of what a mapper made: image and ``instances`` with masks of any kind."""
+    image = sample["image"].permute(1, 2, 0).numpy()
+    image = as_rgb(image, image_format)
+    instances = sample["instances"]
+    height, width = image.shape[:2]
+    masks: list[np.ndarray] = []
+    if instances.has("gt_masks"):
+        kept = instances.gt_masks
+        if hasattr(kept, "polygons"):
+            masks = [segmentation_to_mask(polygons, height, width) for polygons in kept.polygons]
+        else:
+            masks = list(getattr(kept, "tensor", kept).numpy().astype(bool))
+    labels = instances.gt_classes.tolist()[: len(masks)]
+    return overlay(image, masks, labels, names)
 
 
 if __name__ == "__main__":

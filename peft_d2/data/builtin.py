@@ -33,7 +33,6 @@ from pathlib import Path
 from typing import Any
 
 from peft_d2.compat import lend_cityscapesscripts
-from peft_d2.data.coco_json import data_root
 from peft_d2.data.images import path_inside
 from peft_d2.data.records import add_coco, load_lvis, read_categories
 
@@ -125,6 +124,11 @@ _PANOPTIC = {
 }
 _LVIS = tuple(f"lvis_{version}_{split}" for version in ("v0.5", "v1") for split in ("train", "val"))
 NAMES = (*COCO_SETS, *_PANOPTIC)
+
+
+def data_root() -> Path:
+    """The folder of all published data sets, as Detectron2 finds it."""
+    return Path(os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets")))
 
 
 def register_builtin(names: Iterable[str] | None = None) -> list[str]:

@@ -9,16 +9,16 @@ Every picture depends on (seed, domain, index) alone.
 from __future__ import annotations
 
 import colorsys
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-from peft_d2.data.segmentation import mask_box, mask_to_polygons, mask_to_rle
+from peft_d2.data.coco_json import CocoJson
+from peft_d2.data.segmentation import mask_to_polygons, mask_to_rle
 
 _OVERSAMPLE = 4
 _MIN_VISIBLE = 0.6  # of an object after later ones are painted over it
@@ -72,29 +72,17 @@ def generate(
         raise ValueError(f"toy masks {masks!r}: expected 'polygon' or 'rle'")
     folder = Path(folder)
     (folder / "images").mkdir(parents=True, exist_ok=True)
-    records: list[dict[str, Any]] = []
-    annotations: list[dict[str, Any]] = []
+    coco = CocoJson(enumerate(DOMAINS[domain].classes, 1))
+    form = mask_to_polygons if masks == "polygon" else mask_to_rle
     for index in range(images):
         picture, visible, classes = draw(domain, seed, index, size=size, objects=objects)
         name = f"{index:05d}.png"
         Image.fromarray(picture).save(folder / "images" / name, compress_level=1)
-        records.append({"id": index + 1, "file_name": name, "height": size, "width": size})
+        image_id = coco.add_image(name, (size, size))
         for mask, category in zip(visible, classes, strict=True):
-            annotations.append(
-                {
-                    "id": len(annotations) + 1,
-                    "image_id": index + 1,
-                    "category_id": category + 1,
-                    "iscrowd": 0,
-                    "bbox": mask_box(mask),
-                    "area": int(mask.sum()),
-                    "segmentation": mask_to_polygons(mask) if masks == "polygon" else mask_to_rle(mask),
-                }
-            )
-    categories = [{"id": i + 1, "name": name} for i, name in enumerate(DOMAINS[domain].classes)]
-    path = folder / "annotations.json"
-    path.write_text(json.dumps({"images": records, "annotations": annotations, "categories": categories}))
-    return ToySet(path, folder / "images")
+            coco.add_mask(image_id, category + 1, mask, form(mask))
+    coco.write(folder / "annotations.json")
+    return ToySet(folder / "annotations.json", folder / "images")
 
 
 def draw(

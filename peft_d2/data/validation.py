@@ -22,7 +22,7 @@ import numpy as np
 from peft_d2.data.builtin import remedy
 from peft_d2.data.images import DatasetError, lies_inside, read_header, seems_cut_off
 from peft_d2.data.labels import check_cityscapes, check_labels, unpaired
-from peft_d2.data.shapes import extent, polygon_defect, run_length_defect
+from peft_d2.data.segmentation import extent, polygon_defect, run_length_defect
 
 _HUGE = 1e6  # px
 _RULES = 3  # raised when the checks change, so that no older verdict is recalled

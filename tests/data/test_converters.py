@@ -13,6 +13,7 @@ from PIL import Image
 
 pytest.importorskip("detectron2", reason="the class names of ADE20K are Detectron2's")
 
+from converting import split_names  # noqa: E402
 from prepare_ade20k import convert_ade20k  # noqa: E402
 from prepare_cityscapes import convert_cityscapes  # noqa: E402
 from prepare_coco_panoptic import convert_coco_panoptic  # noqa: E402
@@ -21,7 +22,6 @@ from prepare_nwpu_vhr10 import convert_nwpu_vhr10  # noqa: E402
 from prepare_ssdd import convert_ssdd  # noqa: E402
 
 from peft_d2.data.builtin import NWPU_VHR10_CLASSES  # noqa: E402
-from peft_d2.data.coco_json import split_names  # noqa: E402
 from peft_d2.data.segmentation import segmentation_to_mask  # noqa: E402
 from peft_d2.data.validation import check_coco  # noqa: E402
 

@@ -11,12 +11,12 @@ from PIL import Image, ImageOps
 
 pytest.importorskip("detectron2", reason="needs Detectron2")
 
+from check_dataset import contact_sheet  # noqa: E402
 from detectron2.data import DatasetCatalog, MetadataCatalog  # noqa: E402
 
 from peft_d2.data import toy  # noqa: E402
 from peft_d2.data.classes import class_names  # noqa: E402
 from peft_d2.data.loader import build_test_loader, build_train_loader, workers_ended  # noqa: E402
-from peft_d2.data.pictures import contact_sheet  # noqa: E402
 from peft_d2.data.segmentation import mask_to_compressed_rle  # noqa: E402
 from peft_d2.data.validation import DatasetError, check_coco, check_datasets  # noqa: E402
 

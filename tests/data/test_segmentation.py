@@ -10,13 +10,13 @@ from hypothesis.extra.numpy import arrays
 from pycocotools import mask as coco_mask
 
 from peft_d2.data.segmentation import (
+    decode_counts,
     mask_box,
     mask_to_compressed_rle,
     mask_to_polygons,
     mask_to_rle,
     segmentation_to_mask,
 )
-from peft_d2.data.shapes import decode_counts
 
 MASKS = st.tuples(st.integers(1, 14), st.integers(1, 14)).flatmap(lambda shape: arrays(bool, shape))
 
