@@ -75,6 +75,8 @@ def read_header(path: str | Path) -> tuple[tuple[int, int], str, str]:
             turned = has_exif and opened.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
     except FileNotFoundError:
         raise
+    except PermissionError as error:
+        return (0, 0), f"cannot be read ({error.strerror})", "Let it be read."
     except Image.DecompressionBombError as error:
         return (0, 0), f"is larger than Pillow's limit against decompression bombs ({error})", _too_large()
     except (OSError, SyntaxError, ValueError) as error:

@@ -104,10 +104,7 @@ def _label(as_grey: bool, record: Mapping[str, Any]) -> tuple[tuple[str, str, st
             return None, {}
         if not os.path.isfile(path):
             return ("missing file", path, "is no file", "Put it there or take the image out of the set."), {}
-        try:
-            sizes[key], defect, advice = read_header(path)
-        except OSError as error:
-            defect, advice = f"cannot be read ({error.strerror})", "Let it be read."
+        sizes[key], defect, advice = read_header(path)
         if defect and not (key == "sem_seg_file_name" and sizes[key] != (0, 0)):  # labels may have more than 8 bits
             return ("unreadable file", path, defect, advice), {}
     for key in keys[1:]:

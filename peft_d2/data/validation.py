@@ -11,7 +11,7 @@ import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -295,18 +295,22 @@ class _Check:
         self.images: dict[Any, dict[str, Any]] = {}
         self.objects = _Objects()
 
-    def add(self, level: Level, kind: str, where: str, what: str, remedy: str) -> None:
-        """Note a problem."""
-        self.problems.append(Problem(level, kind, where, what, remedy))
+    def error(self, kind: str, where: str, what: str, advice: str) -> None:
+        """Note what must not stay."""
+        self.problems.append(Problem("error", kind, where, what, advice))
+
+    def warn(self, kind: str, where: str, what: str, advice: str) -> None:
+        """Note what is worth a look."""
+        self.problems.append(Problem("warning", kind, where, what, advice))
 
     def run(self) -> list[Problem]:
         """All problems, errors first; where a list is missing nothing else is looked at."""
         for key in ("images", "annotations", "categories"):
             if key == "annotations" and self.rules.test and isinstance(self.data, dict) and key not in self.data:
-                self.add("warning", _NO_ANNOTATIONS, key, "is missing", "Predictions are written, nothing is measured.")
+                self.warn(_NO_ANNOTATIONS, key, "is missing", "Predictions are written, nothing is measured.")
                 self.data["annotations"] = []
             if not isinstance(self.data, dict) or not isinstance(self.data.get(key), list):
-                self.add("error", "layout", key, "is missing or no list", "A COCO-format json has three lists.")
+                self.error("layout", key, "is missing or no list", "A COCO-format json has three lists.")
                 return self.problems
         self._categories()
         self._images()
@@ -314,163 +318,139 @@ class _Check:
         self.problems += [Problem(*row) for row in self.objects.problems(self.rules)]
         return sorted(self.problems, key=lambda p: p.level != "error")
 
-    def _entries(self, key: str, needed: dict[str, type | tuple[type, ...]]) -> Iterable[dict[str, Any]]:
-        """The entries of a list that have what is needed."""
+    def _entries(self, key: str, needed: dict[str, Any]) -> list[dict[str, Any]]:
+        """The entries of a list that have what is needed; ids that are used twice are noted."""
+        found = []
         for position, entry in enumerate(self.data[key]):
             lacking = [k for k, t in needed.items() if not isinstance(entry, dict) or not isinstance(entry.get(k), t)]
             if lacking:
-                where = f"{key}[{position}]"
-                self.add("error", "incomplete entry", where, f"lacks a usable {', '.join(lacking)}", "Add it.")
+                what = f"lacks a usable {', '.join(lacking)}"
+                self.error("incomplete entry", f"{key}[{position}]", what, "Add it.")
             else:
-                yield entry
-
-    def _duplicates(self, key: str, ids: list[Any]) -> None:
-        for value, count in Counter(ids).items():
-            if count > 1:
-                self.add("error", f"duplicate id in {key}", f"{key}[id {value}]", f"the id is used {count} times",
-                         "Every id must be unique in its list.")  # fmt: skip
+                found.append(entry)
+        for value, count in _repeated(entry["id"] for entry in found):
+            where, what = f"{key}[id {value}]", f"the id is used {count} times"
+            self.error(f"duplicate id in {key}", where, what, "Every id must be unique in its list.")
+        return found
 
     def _categories(self) -> None:
-        entries = list(self._entries("categories", {"id": int, "name": str}))
-        self._duplicates("categories", [c["id"] for c in entries])
-        for name, count in Counter(c["name"] for c in entries).items():
-            if count > 1:
-                self.add("error", "duplicate name", f"categories[{name}]", f"{count} categories have this name",
-                         "Classes go by their names: merge them or rename one.")  # fmt: skip
-        if not entries:
-            self.add("error", "no categories", "categories", "is empty", "List at least one {id, name}.")
+        entries = self._entries("categories", {"id": int, "name": str})
         self.category_names = {c["id"]: c["name"] for c in entries}
+        for name, count in _repeated(c["name"] for c in entries):
+            what, advice = f"{count} categories have this name", "Classes go by their names: merge them or rename one."
+            self.error("duplicate name", f"categories[{name}]", what, advice)
+        if not entries:
+            self.error("no categories", "categories", "is empty", "List at least one {id, name}.")
 
     def _images(self) -> None:
-        needed: dict[str, Any] = {"id": (int, str), "file_name": str, "height": int, "width": int}
-        entries = list(self._entries("images", needed))
+        entries = self._entries("images", {"id": (int, str), "file_name": str, "height": int, "width": int})
         self.images = {i["id"]: i for i in entries}
-        self._duplicates("images", [i["id"] for i in entries])
-        for name, count in Counter(i["file_name"] for i in entries).items():
-            if count > 1:
-                self.add("warning", "duplicate file", f"images[{name}]", f"{count} images are this file",
-                         "Merge their annotations.")  # fmt: skip
+        for name, count in _repeated(i["file_name"] for i in entries):
+            self.warn("duplicate file", f"images[{name}]", f"{count} images are this file", "Merge their annotations.")
         if not entries:
-            self.add("error", "no images", "images", "is empty", "List at least one image.")
+            self.error("no images", "images", "is empty", "List at least one image.")
         with ThreadPoolExecutor(max_workers=8) as pool:
             for image, defect in zip(entries, pool.map(self._file_defect, entries, chunksize=64), strict=True):
                 if defect:
-                    self.add(defect[0], defect[1], f"images[id {image['id']} {image['file_name']}]", *defect[2:])
+                    where = f"images[id {image['id']} {image['file_name']}]"
+                    (self.warn if defect[0] == "cut off" else self.error)(defect[0], where, *defect[1:])
 
-    def _file_defect(self, image: dict[str, Any]) -> tuple[Level, str, str, str] | None:
-        """(level, kind, what is wrong, remedy) of an image's file, None when nothing is."""
+    def _file_defect(self, image: dict[str, Any]) -> tuple[str, str, str] | None:
+        """(kind, what is wrong, remedy) of an image's file, None when nothing is."""
         given, name = (image["width"], image["height"]), image["file_name"]
-        if min(given) < 1:
-            return "error", "image size", f"the json gives {given[0]} x {given[1]} px", "Correct the json."
         path = self.image_root / name
+        if min(given) < 1:
+            return "image size", f"the json gives {given[0]} x {given[1]} px", "Correct the json."
         if not self.rules.outside and not lies_inside(self.image_root, str(path)):
             advice = "Put it there, or, if that is meant, set DATASETS.ALLOW_FILES_OUTSIDE True."
-            return "error", "outside the folder", f"the file lies outside {self.image_root}", advice
+            return "outside the folder", f"the file lies outside {self.image_root}", advice
         if not path.is_file():
             if "\\" in name:
-                return (
-                    "error",
-                    "backslashes",
-                    f"{path} is no file: its name has backslashes, as on Windows",
-                    ("Write / in place of them in the json."),
-                )
-            return "error", "missing file", f"{path} is no file", "Correct the json or put the file there."
+                what = f"{path} is no file: its name has backslashes, as on Windows"
+                return "backslashes", what, "Write / in place of them in the json."
+            return "missing file", f"{path} is no file", "Correct the json or put the file there."
         if not self.rules.open_images:
             return None
-        try:
-            found, defect, advice = read_header(path)
-        except OSError as error:
-            defect, advice = f"cannot be read ({error.strerror})", "Let it be read."
+        found, defect, advice = read_header(path)
         if defect:
-            return "error", "unreadable file", f"{path}: {defect}", advice
+            return "unreadable file", f"{path}: {defect}", advice
         if found != given:
             what = f"the file is {found[0]} x {found[1]} px, the json says {given[0]} x {given[1]}"
-            return "error", "sizes disagree", what, "Correct the json or the file."
+            return "sizes disagree", what, "Correct the json or the file."
         if seems_cut_off(path):
-            return "warning", "cut off", f"{path} has no end: it may have been copied in part", "Copy it again."
+            return "cut off", f"{path} has no end: it may have been copied in part", "Copy it again."
         return None
 
     def _annotations(self) -> None:
-        needed: dict[str, Any] = {"id": (int, str), "image_id": (int, str), "category_id": int}
-        entries = list(self._entries("annotations", needed))
-        self._duplicates("annotations", [a["id"] for a in entries])
-        per_category = Counter(a["category_id"] for a in entries)
+        entries = self._entries("annotations", {"id": (int, str), "image_id": (int, str), "category_id": int})
         masked = any(a.get("segmentation") for a in entries)
         for annotation in entries:
             self._annotation(annotation, masked)
-            if masked and annotation.get("segmentation") is None:
-                self.add("error", "mask missing", _annotation(annotation), "has no segmentation, others have one",
-                         "Give every object a mask or none.")  # fmt: skip
+        if any(p.kind == _NO_ANNOTATIONS for p in self.problems):
+            return
         if entries and not masked:
-            self.add("warning", "no masks", "annotations", "none has a segmentation", "Only boxes can be trained on.")
-        for category, name in self.category_names.items():
-            if not per_category[category] and not self._unannotated:
-                self.add("warning", "empty class", f"categories[id {category} {name}]", "no object is of this class",
-                         "It is never learnt, and its AP is nan.")  # fmt: skip
-        if not entries and not self._unannotated:
-            self.add("warning", _NO_ANNOTATIONS, "annotations", "is empty", "There is nothing to learn or to measure.")
-
-    @property
-    def _unannotated(self) -> bool:
-        return any(p.kind == _NO_ANNOTATIONS for p in self.problems)
+            self.warn("no masks", "annotations", "none has a segmentation", "Only boxes can be trained on.")
+        for category in sorted(self.category_names.keys() - {a["category_id"] for a in entries}):
+            where = f"categories[id {category} {self.category_names[category]}]"
+            self.warn("empty class", where, "no object is of this class", "It is never learnt, and its AP is nan.")
+        if not entries:
+            self.warn(_NO_ANNOTATIONS, "annotations", "is empty", "There is nothing to learn or to measure.")
 
     def _annotation(self, annotation: dict[str, Any], masked: bool) -> None:
-        where = _annotation(annotation)
+        where = f"annotations[id {annotation['id']}, image {annotation['image_id']}]"
         if annotation["category_id"] not in self.category_names:
-            self.add("error", "unknown category", where, f"category_id {annotation['category_id']} is not listed",
-                     f"Expected one of {_few(self.category_names)}.")  # fmt: skip
+            known = ", ".join(map(str, sorted(self.category_names)[:12]))
+            what = f"category_id {annotation['category_id']} is not listed"
+            self.error("unknown category", where, what, f"Expected one of {known}.")
         image = self.images.get(annotation["image_id"])
         if image is None:
-            self.add("error", "unknown image", where, f"image_id {annotation['image_id']!r} is not listed",
-                     "Add the image or remove the annotation.")  # fmt: skip
+            what = f"image_id {annotation['image_id']!r} is not listed"
+            self.error("unknown image", where, what, "Add the image or remove the annotation.")
             return
-        size = image["height"], image["width"]
-        usable = self._box(annotation, where, *size)
+        size, errors = (image["height"], image["width"]), len(self.problems)
+        self._box(annotation, where, *size)
         self._flags(annotation, where)
         segmentation = annotation.get("segmentation")
         if isinstance(segmentation, dict):
             if defect := run_length_defect(segmentation, *size):
-                self.add("error", "run lengths", where, defect, "Encode the mask again from the image's own size.")
-                usable = False
+                self.error("run lengths", where, defect, "Encode the mask again from the image's own size.")
         elif isinstance(segmentation, list) and (segmentation or masked):
             for level, defect in polygon_defect(segmentation, *size):
-                self.add(level, "polygon", where, defect, "Correct the polygon or remove the annotation.")
-                usable = usable and level == "warning"
+                note = self.error if level == "error" else self.warn
+                note("polygon", where, defect, "Correct the polygon or remove the annotation.")
         elif segmentation:
-            self.add("error", "segmentation", where, f"is a {type(segmentation).__name__}",
-                     "Expected polygons (lists of coordinates) or run lengths (size and counts).")  # fmt: skip
-            usable = False
-        if usable:
+            advice = "Expected polygons (lists of coordinates) or run lengths (size and counts)."
+            self.error("segmentation", where, f"is a {type(segmentation).__name__}", advice)
+        elif masked:
+            self.error(
+                "mask missing", where, "has no segmentation, others have one", "Give every object a mask or none."
+            )
+        if all(p.level == "warning" for p in self.problems[errors:]):
             self.objects.add(annotation, *size)
 
     def _flags(self, annotation: dict[str, Any], where: str) -> None:
         for key in ("iscrowd", "ignore"):
             if annotation.get(key, 0) not in (0, 1):
-                self.add("error", "flag", where, f"{key} is {annotation[key]!r}", "Expected 0 or 1, as numbers.")
+                self.error("flag", where, f"{key} is {annotation[key]!r}", "Expected 0 or 1, as numbers.")
         if annotation.get("ignore", 0) == 1:
-            self.add("error", "flag", where, "ignore is 1, which Detectron2 does not support",
-                     "Set iscrowd instead, or remove the annotation.")  # fmt: skip
+            advice = "Set iscrowd instead, or remove the annotation."
+            self.error("flag", where, "ignore is 1, which Detectron2 does not support", advice)
         area = annotation.get("area", 0)
         if not isinstance(area, (int, float)) or not 0 <= area < float("inf"):
-            self.add("error", "area", where, f"area is {area!r}", "Give it in px, or leave it out.")
-            annotation.pop("area")
+            self.error("area", where, f"area is {area!r}", "Give it in px, or leave it out.")
 
-    def _box(self, annotation: dict[str, Any], where: str, height: int, width: int) -> bool:
-        """Whether an annotation's box is four numbers; what is wrong with it is noted."""
+    def _box(self, annotation: dict[str, Any], where: str, height: int, width: int) -> None:
         box = annotation.get("bbox")
         if not isinstance(box, list) or len(box) != 4 or not all(isinstance(v, (int, float)) for v in box):
-            self.add("error", "box", where, f"bbox is {box!r}", "Expected four numbers [x, y, width, height].")
-            return False
+            self.error("box", where, f"bbox is {box!r}", "Expected four numbers [x, y, width, height].")
+            return
         x, y, w, h = box
         if not np.isfinite(box).all() or max(map(abs, box)) > _HUGE:
-            self.add("error", "box", where, f"bbox {box} is not finite or huge", "Correct the box.")
-            return False
-        if w <= 0 or h <= 0:
-            self.add("warning", "degenerate box", where, f"bbox {box} has no area", "Correct the box.")
+            self.error("box", where, f"bbox {box} is not finite or huge", "Correct the box.")
+        elif w <= 0 or h <= 0:
+            self.warn("degenerate box", where, f"bbox {box} has no area", "Correct the box.")
         elif x < -1 or y < -1 or x + w > width + 1 or y + h > height + 1:
-            self.add("warning", "box outside", where, f"bbox {box} leaves the image of {width} x {height} px",
-                     "Clip it.")  # fmt: skip
-        return True
+            self.warn("box outside", where, f"bbox {box} leaves the image of {width} x {height} px", "Clip it.")
 
 
 class _Objects:
@@ -483,84 +463,82 @@ class _Objects:
 
     def add(self, annotation: Mapping[str, Any], height: int, width: int) -> None:
         """Count an annotation whose box and segmentation are well-formed, of an image of (height, width)."""
-        counts, box = self.counts, annotation["bbox"]
-        counts["all"] += 1
-        crowd = bool(annotation.get("iscrowd", 0))
+        box, crowd = annotation["bbox"], bool(annotation.get("iscrowd", 0))
         if not crowd:
             self.per_image[annotation["image_id"]] += 1
             self.per_class[annotation["image_id"], annotation["category_id"]] += 1
         corners = (box[0], box[1], box[0] + box[2], box[1] + box[3])
-        segmentation = annotation.get("segmentation")
-        shape, mask_area = extent(segmentation) if segmentation else (corners, box[2] * box[3])
+        masked, small = bool(annotation.get("segmentation")), min(height, width) <= 4
+        shape, mask_area = extent(annotation["segmentation"]) if masked else (corners, box[2] * box[3])
         within = min(width, shape[2]) - max(0, shape[0]), min(height, shape[3]) - max(0, shape[1])
+        area = annotation.get("area", mask_area)
         seen = {
+            "all": True,
             "crowds": crowd,
-            "boxes in 0..1": max(box) <= 1 and min(box) >= 0 and min(height, width) > 4,
-            "polygons in 0..1": bool(segmentation) and max(shape) <= 1 and min(shape) >= 0 and min(height, width) > 4,
+            "boxes in 0..1": 0 <= min(box) and max(box) <= 1 and not small,
+            "polygons in 0..1": masked and 0 <= min(shape) and max(shape) <= 1 and not small,
             "learnable": not crowd and min(within) >= 1,
-            "corners": not segmentation and _is_corners(box, height, width),
-            "leaves": not segmentation and (corners[2] > width + 1 or corners[3] > height + 1),
+            "corners": not masked and box[0] < box[2] <= width + 1 and box[1] < box[3] <= height + 1,
+            "leaves": not masked and (corners[2] > width + 1 or corners[3] > height + 1),
+            "areas disagree": mask_area >= 4 and not mask_area / 4 <= area <= 4 * mask_area,
         }
-        if segmentation and not seen["boxes in 0..1"] and not seen["polygons in 0..1"] and _iou(corners, shape) < 0.5:
-            swapped = (shape[1], shape[0], shape[3], shape[2])
+        seen["areas are 0"] = seen["areas disagree"] and area == 0
+        if masked and not seen["boxes in 0..1"] and not seen["polygons in 0..1"] and _iou(corners, shape) < 0.5:
             seen["masks disagree"] = True
             seen["masks agree as corners"] = _iou(box, shape) > 0.7
-            seen["masks agree if swapped"] = _iou(corners, swapped) > 0.7
-        area = annotation.get("area")
-        if area is not None and mask_area >= 4 and not mask_area / 4 <= area <= 4 * mask_area:
-            seen["areas disagree"] = True
-            seen["areas are 0"] = area == 0
-        counts.update(key for key, value in seen.items() if value)
+            seen["masks agree if swapped"] = _iou(corners, (shape[1], shape[0], shape[3], shape[2])) > 0.7
+        self.counts.update(key for key, value in seen.items() if value)
 
-    def problems(self, rules: Rules) -> Iterable[tuple[Level, str, str, str, str]]:
+    def problems(self, rules: Rules) -> Iterator[tuple[Level, str, str, str, str]]:
         """(level, kind, where, what, remedy) of each thing that many objects have in common."""
-        counts = self.counts
-        total, where = counts["all"], "annotations"
+        counts, total = self.counts, self.counts["all"]
         if total and not counts["learnable"]:
             causes = [f"{counts[key]} {key}" for key in ("crowds", "polygons in 0..1", "boxes in 0..1") if counts[key]]
-            why = f": {', '.join(causes)}" if causes else ", as none lies in its image"
+            what = f"none of {total} objects can be learnt: {', '.join(causes) or 'none lies in its image'}"
             advice = "Coordinates are px of the image, and iscrowd 1 marks groups that are not trained on."
-            yield "error", "nothing to learn", where, f"none of {total} objects can be learnt{why}", advice
+            yield "error", "nothing to learn", "annotations", what, advice
+        for kind, what, advice in [*self._shapes(total), *self._limits(rules)]:
+            yield "warning", kind, "annotations", what, advice
+
+    def _shapes(self, total: int) -> Iterator[tuple[str, str, str]]:
+        counts, of = self.counts, f"of {total} objects have"
         if 2 * counts["crowds"] > total:
-            what = f"{counts['crowds']} of {total} objects have iscrowd 1, and are neither trained on nor counted"
-            yield "warning", "crowds", where, what, "Set iscrowd 0 for single objects."
-        for key, name in (("polygons in 0..1", "polygons"), ("boxes in 0..1", "boxes (bbox)")):
+            what = f"{counts['crowds']} {of} iscrowd 1, and are neither trained on nor counted"
+            yield "crowds", what, "Set iscrowd 0 for single objects."
+        for key in ("polygons in 0..1", "boxes in 0..1"):
             if counts[key]:
-                what = f"{counts[key]} of {total} objects have {name} within 0..1, as if normalised by the image's size"
-                yield "warning", key, where, what, "Multiply them by its width and height: COCO's format counts px."
-        as_corners = counts["masks agree as corners"]
-        if not counts["masks disagree"] and counts["corners"] == total and 10 * counts["leaves"] >= total > 0:
+                what = f"{counts[key]} {of} {key}, as if normalised by the image's size"
+                yield key, what, "Multiply them by its width and height: COCO's format counts px."
+        as_corners, swapped = counts["masks agree as corners"], counts["masks agree if swapped"]
+        if not counts["masks disagree"] and counts["corners"] == total and 10 * counts["leaves"] >= total:
             as_corners = total
         if as_corners:
-            what = f"{as_corners} of {total} boxes seem to be x0, y0, x1, y1"
-            yield "warning", "boxes as corners", where, what, "COCO's format has x, y, width, height."
-        if counts["masks agree if swapped"] > as_corners:
-            what = f"{counts['masks agree if swapped']} of {total} masks fit their boxes if x and y are swapped"
-            yield "warning", "swapped axes", where, what, "COCO's format has x before y in both."
+            what = f"{as_corners} {of} a bbox that seems to be x0, y0, x1, y1"
+            yield "boxes as corners", what, "COCO's format has x, y, width, height."
+        if swapped > as_corners:
+            what = f"{swapped} {of} masks that fit their boxes if x and y are swapped"
+            yield "swapped axes", what, "COCO's format has x before y in both."
         elif counts["masks disagree"] > as_corners:
-            what = f"{counts['masks disagree']} of {total} objects have a bbox and a segmentation that disagree"
-            yield "warning", "boxes and masks", where, what, "Scale both to px of the image, or compute bbox anew."
+            what = f"{counts['masks disagree']} {of} a bbox and a segmentation that disagree"
+            yield "boxes and masks", what, "Scale both to px of the image, or compute bbox anew."
         if counts["areas disagree"]:
-            zero = f", {counts['areas are 0']} of them an area of 0" if counts["areas are 0"] else ""
-            what = f"{counts['areas disagree']} of {total} objects have an area that is not that of their shape{zero}"
+            zero = f" ({counts['areas are 0']} an area of 0)" if counts["areas are 0"] else ""
+            what = f"{counts['areas disagree']} {of} an area that is not that of their shape{zero}"
             advice = "Small, medium and large objects go by it, and LVIS drops objects of area 0: leave it out."
-            yield "warning", "areas", where, what, advice
+            yield "areas", what, advice
+
+    def _limits(self, rules: Rules) -> Iterator[tuple[str, str, str]]:
         most = max(self.per_class.values(), default=0)
         if rules.counted and most > rules.counted:
             many = len({image for (image, _), count in self.per_class.items() if count > rules.counted})
             what = f"{many} image(s) have more than {rules.counted} objects of a class (up to {most}), and COCO's "
             what += f"figures count the best {rules.counted} predictions of each image and class"
-            yield "warning", "many objects", where, what, f"Set TEST.MAX_DETECTIONS {most} to count all."
+            yield "many objects", what, f"Set TEST.MAX_DETECTIONS {most} to count all."
         most = max(self.per_image.values(), default=0)
         if rules.counted and 0 < rules.predicted < most:
             many = sum(count > rules.predicted for count in self.per_image.values())
             what = f"{many} image(s) have more than {rules.predicted} objects (up to {most}), and the model gives "
-            what += f"{rules.predicted} predictions an image"
-            yield "warning", "few predictions", where, what, f"Set TEST.DETECTIONS_PER_IMAGE {most} or more."
-
-
-def _is_corners(box: Sequence[float], height: int, width: int) -> bool:
-    return box[0] < box[2] <= width + 1 and box[1] < box[3] <= height + 1
+            yield "few predictions", f"{what}{rules.predicted} predictions", f"Set TEST.DETECTIONS_PER_IMAGE {most}."
 
 
 def _iou(one: Sequence[float], other: Sequence[float]) -> float:
@@ -572,10 +550,5 @@ def _iou(one: Sequence[float], other: Sequence[float]) -> float:
     return shared / union if union > 0 else 1.0
 
 
-def _annotation(annotation: dict[str, Any]) -> str:
-    return f"annotations[id {annotation['id']}, image {annotation['image_id']}]"
-
-
-def _few(values: Iterable[Any], limit: int = 12) -> str:
-    rows = sorted(values)
-    return ", ".join(map(str, rows[:limit])) + (", ..." if len(rows) > limit else "")
+def _repeated(values: Iterable[Any]) -> list[tuple[Any, int]]:
+    return [(value, count) for value, count in Counter(values).items() if count > 1]
