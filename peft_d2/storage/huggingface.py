@@ -23,6 +23,7 @@ from peft_d2.storage.adapter_file import read as read_own
 logger = logging.getLogger(__name__)
 
 _MAX_CONFIG_BYTES = 4 * 2**20
+_PICKLE = "adapter_model.bin"
 _SAVE_AGAIN = "save it again with peft's save_pretrained"
 _OUT_PROJ, _TOKENS = ".base_layer.out_proj", ".token_adapter.trainable_tokens_delta"
 _BIAS_OF_B, _PARTS = ".lora_B.bias", ("q", "k", "v", "out")
@@ -59,10 +60,12 @@ _OTHER_BASE = re.compile(r"pissa_niter_\d+|olora|corda|loftq|lora_ga", re.IGNORE
 
 
 def is_huggingface(folder: str | os.PathLike[str]) -> bool:
-    """Whether a folder was written by Hugging Face peft: it has its two files, and not the marks of ours."""
+    """Whether a folder was written by Hugging Face peft: it has its files, and not the marks of ours."""
     root = Path(folder)
-    if os.path.lexists(root / RECORD) or not all(os.path.isfile(root / name) for name in (CONFIG, TENSORS)):
+    if os.path.lexists(root / RECORD) or not os.path.isfile(root / CONFIG):
         return False
+    if not os.path.isfile(root / TENSORS):
+        return os.path.isfile(root / _PICKLE)
     try:
         return MARK not in tensor_file.read(root / TENSORS)[1]
     except (tensor_file.TensorFileDefect, OSError):
@@ -97,7 +100,7 @@ def read(folder: str | os.PathLike[str], model: nn.Module | None = None) -> Adap
     except tensor_file.TensorFileDefect as error:
         raise AdapterFileError(root / TENSORS, str(error), _SAVE_AGAIN) from None
     except OSError as error:
-        remedy = _SAVE_AGAIN + " (safe_serialization=True): adapter_model.bin is a pickle and is not read"
+        remedy = _SAVE_AGAIN + f" (safe_serialization=True): {_PICKLE} is a pickle and is not read"
         raise AdapterFileError(root / TENSORS, error.strerror or str(error), remedy) from error
     try:
         return _Reader({key: value for key, value in config.items() if value is not None}, stored, model).content()
@@ -236,7 +239,7 @@ class _Reader:
             bias = getattr(self._module(path, "lora_bias"), "bias", None)
             if path not in self.scales or not isinstance(bias, Tensor) or bias.shape != added.shape:
                 raise ValueError(f"lora_bias: {path} has no bias that the one of its factors could be added to")
-            trained = self.tensors.get(f"{path}.base_layer.bias", bias.detach())
+            trained = self.tensors.get(f"{path}.base_layer.bias", bias.detach().cpu())
             self.tensors[f"{path}.base_layer.bias"] = trained + self.scales[path] * added.to(trained)
 
     def _set_tokens(self) -> None:
@@ -246,7 +249,7 @@ class _Reader:
             indices = self.config.get("trainable_token_indices")
             if isinstance(indices, dict):
                 indices = next((value for key, value in indices.items() if path.endswith(key)), None)
-            weight = self._module(path, "trainable_token_indices").get_parameter("weight").detach()
+            weight = self._module(path, "trainable_token_indices").get_parameter("weight").detach().cpu()
             fits = isinstance(indices, list) and all(type(i) is int and 0 <= i < len(weight) for i in indices)
             if not fits or rows.shape != (len(indices or ()), *weight.shape[1:]):
                 raise ValueError(f"trainable_token_indices do not fit the rows that are stored for {path}")
@@ -280,7 +283,7 @@ class _Reader:
         """PiSSA subtracts its start from the base, and the start is found anew from the base's weight."""
         from peft_d2.peft.lora.factors import principal_factors
 
-        weight = self._module(path, "PiSSA").get_parameter("weight").detach()
+        weight = self._module(path, "PiSSA").get_parameter("weight").detach().cpu()
         a, b = principal_factors(weight.float(), self.ranks[path], self.scales[path])
         self.tensors |= {f"{path}{A}_start": a, f"{path}{B}_start": b}
 

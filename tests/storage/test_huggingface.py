@@ -222,7 +222,7 @@ def test_damaged_and_pickled_folders_are_named(tmp_path: Path) -> None:
     tensors.unlink()
     shutil.copy(__file__, tmp_path / "hf" / "adapter_model.bin")
     with pytest.raises(AdapterFileError, match="adapter_model.bin is a pickle and is not read"):
-        huggingface.read(tmp_path / "hf")
+        load_adapter(base(), tmp_path / "hf")
     with pytest.raises(AdapterFileError, match="IA3"):
         model = hf.get_peft_model(base(), hf.IA3Config(target_modules=["q_proj"], feedforward_modules=[]))
         model.save_pretrained(tmp_path / "ia3")
