@@ -54,6 +54,11 @@ class AdapterLayer(nn.Module):
         return {}
 
 
+def first_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """The first input of a module, given by its place or by its name."""
+    return args[0] if args else kwargs.get("input", next(iter(kwargs.values())))
+
+
 class Adapted(nn.Module):
     """What adapted modules are besides their own class. It is never instantiated: see :func:`adapt`."""
 

@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .adapted import AdapterLayer
+from .adapted import AdapterLayer, first_input
 from .adapter import never_called
 from .cobot import CobotOptions, CobotPlace, orchestrate
 from .errors import MethodError
@@ -60,8 +60,8 @@ class AdaptFormerBranch(AdapterLayer):
         self.width = width
         self.name = target.name
 
-    def adapted_forward(self, module: Any, forward: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        out, branch = forward(x, *args, **kwargs), self(x)
+    def adapted_forward(self, module: Any, forward: Any, *args: Any, **kwargs: Any) -> Any:
+        out, branch = forward(*args, **kwargs), self(first_input(args, kwargs))
         return map_first_tensor(out, lambda y: y + branch.to(y.dtype), self.name)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .adapted import AdapterLayer, base_class
+from .adapted import AdapterLayer, base_class, first_input
 from .lora.factors import match_dtype
 from .method import Method, Options, expect
 from .outputs import GRIDS, TokenGrid
@@ -156,8 +156,8 @@ class ConvLoraLayer(AdapterLayer):
             self.add_module(letter, ConvExperts(rows[letter], options, target.factory_kwargs()))
         self.grid = TokenGrid(target, options.grid)
 
-    def adapted_forward(self, module: Any, forward: Any, x: Tensor) -> Tensor:
-        return self(x, forward(x))
+    def adapted_forward(self, module: Any, forward: Any, *args: Any, **kwargs: Any) -> Tensor:
+        return self(first_input(args, kwargs), forward(*args, **kwargs))
 
     def forward(self, x: Tensor, out: Tensor) -> Tensor:
         """The adapted output for the layer's input (N, L, in) or (N, H, W, in) and output."""

@@ -121,16 +121,21 @@ def _tuner_layer(target: Target, config: Any, inject: Any) -> nn.Module:
     view.__dict__["_modules"] = {name: child for name, child in module._modules.items() if name != STORE}
     holder = nn.Module()
     holder.add_module("target", view)
-    flags = {name: value.requires_grad for name, value in view.named_parameters()}
+    before = {name: (value, value.requires_grad, value.detach().clone()) for name, value in view.named_parameters()}
     try:
         inject(config, holder, adapter_name=_ADAPTER)
+        changed = [item for item in before.values() if not item[0].is_meta and not torch.equal(item[0], item[2])]
+        for value, _, start in changed:
+            value.data = start
+        if changed:
+            raise ValueError("its start changes the base's weights; choose another one in CONFIG")
     except (ValueError, TypeError, AttributeError, NotImplementedError, ImportError) as error:
         raise MethodError(
             f"peft's {config.peft_type.value} cannot go on {target.name} ({base.__name__}): {error}"
         ) from error
     finally:
-        for name, value in view.named_parameters():
-            value.requires_grad_(flags[name])
+        for value, flag, _ in before.values():
+            value.requires_grad_(flag)
     layer = holder.target
     if layer is view or not isinstance(layer, nn.Module) or "base_layer" not in layer._modules:
         raise MethodError(f"peft's {config.peft_type.value} cannot go on {target.name} ({base.__name__})")

@@ -59,7 +59,7 @@ from .state import (
     take_not_installed,
     tensor_hash,
 )
-from .targets import ModelIndex, Target, is_literal, match, resolve
+from .targets import ModelIndex, Target, is_literal, match, names_outright, resolve
 
 EVERYTHING = "*"
 logger = logging.getLogger(__name__)
@@ -325,6 +325,8 @@ def _targets(index: ModelIndex, method: Method) -> list[Target]:
                 continue
             target = method.redirect(own, index.targets)
             reason = method.refusal(target)
+            if not reason and not names_outright(pattern, name):
+                reason = method.only_by_name(target)
             if reason:
                 refused[own.name] = reason
                 continue

@@ -61,6 +61,10 @@ class Method:
         """Why this method cannot go on ``target``; empty when it can."""
         return ""
 
+    def only_by_name(self, target: Target) -> str:
+        """Why a pattern that ends in a wildcard passes over ``target``; empty when it does not."""
+        return ""
+
     def make_layers(self, targets: Sequence[Target]) -> list[tuple[Target, AdapterLayer]]:
         """The adapter layers of all chosen modules, in order.
 

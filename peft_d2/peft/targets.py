@@ -51,6 +51,13 @@ def is_literal(pattern: str) -> bool:
     return not pattern.startswith(REGEX_PREFIX) and _WILDCARDS.search(pattern) is None
 
 
+def names_outright(pattern: str, name: str) -> bool:
+    """Whether a pattern spells the last level of a module's name, wherever it is, or as an expression all of it."""
+    if pattern.startswith(REGEX_PREFIX):
+        return pattern.removeprefix(REGEX_PREFIX).replace("\\", "") == name
+    return "*" not in pattern.rpartition(".")[2]
+
+
 def resolve(patterns: Sequence[str] | str, names: Iterable[str], what: str = "module") -> dict[str, list[str]]:
     """Which of ``names`` each pattern chooses, in the order of ``names``.
 

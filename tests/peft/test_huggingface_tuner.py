@@ -94,3 +94,13 @@ def test_what_a_tuner_refuses(entry: dict[str, Any], said: str, toy: nn.Module) 
     with pytest.raises(peft.MethodError, match=said):
         peft.inject(toy, [{"NAME": "hf", "TARGETS": ["proj"], **entry}])
     assert not any(isinstance(module, peft.Adapted) for module in toy.modules())
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_a_start_that_changes_the_base_is_refused(start: str) -> None:
+    model = nn.ModuleDict({"m": nn.Linear(8, 8)})
+    before = model["m"].weight.detach().clone()
+    entry = {"NAME": "hf", "TUNER": "lora", "TARGETS": ["m"], "CONFIG": {"init_lora_weights": start, "r": 2}}
+    with pytest.raises(peft.MethodError, match="its start changes the base's weights"):
+        peft.inject(model, [entry])
+    assert torch.equal(model["m"].weight, before) and model["m"].weight.requires_grad

@@ -258,3 +258,28 @@ def test_an_output_size_can_be_given(disturb: Callable) -> None:
         peft.merge(model)
         torch.testing.assert_close(model["m"](x, output_size=size), out)
         peft.unmerge(model)
+
+
+def test_a_pattern_that_ends_in_a_wildcard_reaches_what_it_always_reached() -> None:
+    """Adapters and configs made before LoRA knew these layers mean what they meant."""
+
+    def model() -> nn.Module:
+        made = {"fc": nn.Linear(4, 4), "up": nn.ConvTranspose2d(4, 4, 1), "words": nn.Embedding(3, 4)}
+        return nn.ModuleDict({"m": nn.ModuleDict(made)})
+
+    for targets, places in (
+        (["m.*"], ["m.fc"]), (["m.**"], ["m.fc"]), (["**"], ["m.fc"]), (["re:m.*"], ["m.fc"]),
+        (["m.*", "up"], ["m.fc", "m.up"]), (["*.{up,words}"], ["m.up", "m.words"]), ([r"re:m\.up"], ["m.up"]),
+    ):  # fmt: skip
+        report = peft_d2.inject(model(), [{"NAME": "lora", "TARGETS": targets, "RANK": 2}])
+        assert [place.name for place in report.places] == places
+    with pytest.raises(peft.MethodError, match="passes over ConvTranspose2d; name it outright"):
+        peft_d2.inject(nn.ModuleDict({"m": nn.ModuleDict({"up": nn.ConvTranspose2d(4, 4, 1)})}),
+                       [{"NAME": "lora", "TARGETS": ["m.*"]}])  # fmt: skip
+
+
+@both
+def test_inputs_by_name(layer: str, disturb: Callable) -> None:
+    model, x = adapted(layer)
+    disturb(model)
+    assert torch.equal(model["m"](input=x), model["m"](x))  # type: ignore[index]

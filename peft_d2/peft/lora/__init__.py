@@ -68,6 +68,12 @@ class Lora(Method):
         )
         return f"{base.__qualname__} is none of {known}{hint}"
 
+    def only_by_name(self, target: Target) -> str:
+        """What LoRA could not go on before 0.2, for adapters and configs of then; embeddings are rarely called, too."""
+        base = base_class(target.module)
+        swept = base in (nn.Conv2d, nn.MultiheadAttention, *_LINEAR) or is_normed_conv(base, target.module)
+        return "" if swept else f"a pattern that ends in a wildcard passes over {base.__qualname__}; name it outright"
+
     def make_layers(self, targets: Sequence[Target]) -> list[tuple[Target, AdapterLayer]]:
         patterns = [*self.options.rank_pattern, *self.options.alpha_pattern]
         resolve(patterns, [target.name for target in targets], "place of this entry")

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from ..adapted import base_class
+from ..adapted import base_class, first_input
 from .factors import LoraOptions, LowRank
 
 _CONV: tuple[Callable[..., Tensor], ...] = (F.conv1d, F.conv2d, F.conv3d)
@@ -95,13 +95,12 @@ class ConvLora(LowRank):
             y = y - expand(start, self.lora_b_start)
         return y
 
-    def adapted_forward(
-        self, module: Any, forward: Callable[..., Any], x: Tensor, output_size: list[int] | None = None
-    ) -> Tensor:
+    def adapted_forward(self, module: Any, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
         """The update of Detectron2's convolution comes before its norm and activation, so that merging is exact."""
+        x = first_input(args, kwargs)
         convolve = module._conv_forward if not self.normed else _plain_convolution(module)
         if self.transposed:
-            convolve = _transposed_convolution(module, x, output_size)
+            convolve = _transposed_convolution(module, x, args[1] if len(args) > 1 else kwargs.get("output_size"))
         out = self(x, convolve, module.weight, module.bias)
         if self.normed and module.norm is not None:
             out = module.norm(out)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..adapted import AdapterLayer
+from ..adapted import AdapterLayer, first_input
 from .factors import LowRank
 
 
@@ -115,8 +115,8 @@ class LinearLora(LowRank):
             return None
         return (self.lora_a if self.cobot is None else self.cobot.matrix() @ self.lora_a), self.lora_b * self.scale
 
-    def adapted_forward(self, module: Any, forward: Callable[..., Any], x: Tensor) -> Tensor:
-        return self(x, module.weight, module.bias)
+    def adapted_forward(self, module: Any, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
+        return self(first_input(args, kwargs), module.weight, module.bias)
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The adapted layer: (..., in) -> (..., out)."""
@@ -168,8 +168,8 @@ class PackedLora(AdapterLayer):
             up.append(F.pad(pair[1], (0, 0, i * len(pair[1]), (2 - i) * len(pair[1]))))
         return torch.cat(down), torch.cat(up, dim=1)
 
-    def adapted_forward(self, module: Any, forward: Callable[..., Any], x: Tensor) -> Tensor:
-        return self(x, module.weight, module.bias)
+    def adapted_forward(self, module: Any, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
+        return self(first_input(args, kwargs), module.weight, module.bias)
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The adapted linear layer: (..., in) -> (..., 3 d)."""
@@ -228,8 +228,8 @@ class EmbeddingLora(LowRank):
             y = y - F.embedding(x, self.lora_a_start.t()) @ self.lora_b_start.t()
         return y * self.scale
 
-    def adapted_forward(self, module: Any, forward: Callable[..., Any], x: Tensor) -> Tensor:
-        return self(x, forward(x), module.weight)
+    def adapted_forward(self, module: Any, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
+        return self(first_input(args, kwargs), forward(*args, **kwargs), module.weight)
 
     def forward(self, x: Tensor, out: Tensor, weight: Tensor) -> Tensor:
         """The adapted vectors (..., width) for indices (...), given the base's own."""
