@@ -76,63 +76,42 @@ class FrozenWeights(HookBase):
 
 
 class ProveLive(HookBase):
-    """Proves on the first image, before a run's first step, that each injected part changes the output.
+    """Proves on the first images, before a run's first step, that all that is trained has an effect and a gradient.
 
-    A detector that finds nothing yet cannot show that in eval mode; that is said, and no reason to stop. Nor is what a
-    resumed run shows on another image: its parts were proved when it was started, so that it only warns.
+    What a resumed run shows on other images is no reason to stop: it was proved when it was started, so that it only
+    warns.
     """
 
     def before_train(self) -> None:
-        """Look for dead parts.
+        """Make the passes; see :func:`peft_d2.peft.prove_live`.
 
         Raises:
-            DeadPartError: with their names.
+            LivenessError: with what is not live, and why.
         """
         step = self.trainer._trainer
-        model = unwrapped(step.model)
-        # All processes take the same image, so that their forward passes are equally many.
-        image = comm.all_gather(self.trainer.loader.first()[0])[0]
-        predictions: list[Any] = []
-
-        def forward(model: Any) -> Any:
-            for module in model.modules():
-                if not any(True for _ in module.children()) and not any(True for _ in module.parameters()):
-                    module.eval()  # dropout and stochastic depth would hide a part by chance
+        # All processes take the same images, so that their forward passes are equally many.
+        batches = comm.all_gather(list(self.trainer.loader.first())[:2])
+        images = [image for batch in batches for image in batch][:4]
+        try:
             with step.precision():
-                output = model([dict(image)])
-            if not model.training:
-                predictions.extend(output)
-            return output
-
-        in_training = self._refuse(_dead_everywhere(peft.dead_parts(model, forward, training=True)), "train")
-        dead = _dead_everywhere(peft.dead_parts(model, forward, training=False))
-        if dead and not any(len(found.get("instances", "?")) for found in predictions):
-            logger.info(
-                "The model finds nothing on the first image yet: %d parts are not proved in eval mode.", len(dead)
-            )
-        elif not self._refuse(dead, "eval") and not in_training:
-            logger.info("Each injected part changes the output, in train and in eval mode.")
-
-    def _refuse(self, names: list[str], mode: str) -> bool:
-        """Whether there are any, in a resumed run, with a warning; a fresh one stops."""
-        if not names:
-            return False
-        where = f"in {mode} mode these injected parts cannot change the output: {', '.join(names)}."
-        if self.trainer.start_iter > 0:
+                own, refusal = peft.not_live(unwrapped(step.model), *[[image] for image in images]), None
+        except peft.PeftError as error:  # all processes stop together
+            own, refusal = [], error
+        refusals, everywhere = zip(*comm.all_gather((refusal, own)), strict=True)
+        if any(refusals):
+            raise next(filter(None, refusals))
+        found = [item for item in own if all(item in others for others in everywhere)]
+        faults = [item for item in found if item.is_fault]
+        if faults and self.trainer.start_iter > 0:
             logger.warning(
-                "On the first image of the resumed run, %s They could when it was started, so it goes on.", where
+                "On the first images of the resumed run, %s They could when it was started, so it goes on.",
+                peft.describe(faults),
             )
-            return True
-        raise peft.DeadPartError(
-            f"{where} The model does not call these modules, or reads their weights directly: choose a module around "
-            "them. MODEL.PEFT.PROVE_LIVE False trains all the same."
-        )
-
-
-def _dead_everywhere(names: list[str]) -> list[str]:
-    """Those of ``names`` that all processes found, so that all go on or all stop."""
-    found = comm.all_gather(names)
-    return [name for name in names if all(name in others for others in found)]
+        elif faults:
+            raise peft.LivenessError(f"{peft.describe(faults)} MODEL.PEFT.PROVE_LIVE False trains all the same.")
+        else:
+            rest = f"; {len(found)} parameters have no part in these images' losses" if found else ""
+            logger.info("Each adapter layer takes part, and gradients reach what is trained%s.", rest)
 
 
 class SaveOnSignal(HookBase):

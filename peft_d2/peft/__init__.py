@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .adapted import Adapted, AdapterLayer, base_class
-from .checks import dead_parts, prove_live
+from .checks import NotLive, dead_parts, describe, not_live, prove_live
 from .errors import (
     AdapterStateError,
     DeadPartError,
@@ -41,6 +41,7 @@ __all__ = [
     "InjectionError",
     "LivenessError",
     "MethodError",
+    "NotLive",
     "PatternError",
     "PeftError",
     "Report",
@@ -54,6 +55,7 @@ __all__ = [
     "counters",
     "dead_parts",
     "delete_adapter",
+    "describe",
     "disabled",
     "frozen_hash",
     "get_injection",
@@ -66,6 +68,7 @@ __all__ = [
     "match_targets",
     "merge",
     "merge_whole",
+    "not_live",
     "prove_live",
     "refuse_wrapper",
     "remove",

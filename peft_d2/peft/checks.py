@@ -1,142 +1,302 @@
-"""Proof that each injected part changes the output, in train and in eval mode.
+"""Proof that a gradient reaches what is trained, and that no prediction passes an adapter layer by.
 
-An adapter that torch never runs (a projection whose weight is read without a call, a fast path, a functional block)
-trains nothing and says nothing. Here each part must show itself: one backward pass per mode finds the parts that the
-output depends on, a pass without gradients shows that they run there as well, and whatever is left is changed by hand
-and the outputs are compared.
+A layer that torch never runs (a projection whose weight is read without a call, a fast path) or that no gradient
+reaches (a part under ``torch.no_grad``, a detached output, a reentrant checkpoint behind frozen layers) trains nothing
+and says nothing. Here a real training pass with its backward pass, and a prediction, show for every trained tensor
+whether a gradient arrives, and if not, whether torch was given the tensor at all, and was recording gradients then.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import logging
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from .adapted import AdapterLayer
 from .errors import LivenessError
-from .record import get_adapted, get_root
+from .inject import EVERYTHING, resolve_train
+from .record import AdaptedModel, get_adapted, get_root
+from .state import require_intact, trained_parameters
+from .targets import ModelIndex
 
-Forward = Callable[[nn.Module], Any]
+logger = logging.getLogger(__name__)
+
+PASSED_BY, NOT_RECORDED, NOT_REACHED, UNUSED, ZERO = "passed by", "not recorded", "not reached", "unused", "zero"
+_MEANING = {
+    PASSED_BY: "The model does not call these modules, or reads their weights directly; choose a module around them",
+    NOT_RECORDED: (
+        "They run only while no gradients are recorded: under torch.no_grad, or in a reentrant checkpoint behind "
+        "frozen layers (give it use_reentrant=False). Train something else, or change that"
+    ),
+    NOT_REACHED: (
+        "They run, and no gradient reaches them: the model detaches what they give, or it is in no loss. Train "
+        "something else, or change that"
+    ),
+    UNUSED: "The model has no use for them with this batch; choose other modules, or give a batch that needs them",
+    ZERO: "Their gradient is exactly zero with this batch; give one with objects, or choose other modules",
+}
+_DEPENDS_ON_OBJECTS = (NOT_REACHED, UNUSED, ZERO)
 
 
-def prove_live(model: nn.Module, forward: Forward) -> None:
-    """Prove that every part of the active adapter changes what ``forward(model)`` returns, in train and in eval mode.
+@dataclass(frozen=True)
+class NotLive:
+    """One adapter layer (``path: method``) or parameter that could not be proved live in "train" or "eval" mode."""
+
+    name: str
+    mode: str
+    reason: str
+    is_fault: bool  # False for a parameter of the base that has no part in this batch's losses, as others beside it do
+
+
+def prove_live(model: nn.Module, *batches: Any) -> None:
+    """Prove that a gradient reaches every trained tensor, and that each adapter layer takes part in predictions.
 
     Args:
-        model: an injected model. forward: runs the model on a fixed input, and gives the same result twice under the
-        same random state. Its output may be any
-            nesting of tensors, dicts, lists, tuples and Detectron2's structures. It is called with the model in train
-            and in eval mode (``model.training`` says which), with and without gradients.
+        model: an injected model.
+        batches: what the model is called with, in train and in eval mode: Detectron2's list of dicts, say, with its
+            ground truth. A callable is given the model instead. What one batch has no need of, another may.
 
     Raises:
-        LivenessError: naming each part without effect, and the mode.
+        LivenessError: naming each layer and parameter that is not live, and why.
+        InjectionError: adapters are merged or disabled, or what was injected is no longer in the model.
     The model, its gradients, modes, buffers and the random state are as before.
     """
-    dead: list[str] = []
-    for training in (True, False):
-        mode = "train" if training else "eval"
-        dead += [f"{name} ({mode})" for name in dead_parts(model, forward, training)]
-    if dead:
-        listed = ", ".join(dead[:12]) + (f" and {len(dead) - 12} more" if len(dead) > 12 else "")
-        raise LivenessError(
-            f"these injected parts cannot change the output: {listed}. The model does not call these modules, or reads "
-            "their weights directly; choose a module around them"
+    found = not_live(model, *batches)
+    faults = [item for item in found if item.is_fault]
+    if faults:
+        raise LivenessError(describe(faults))
+    if found:
+        logger.info(
+            "%d parameters that are trained in full have no part in this batch's losses, from %s on.",
+            *(len(found), found[0].name),
         )
 
 
-def dead_parts(model: nn.Module, forward: Forward, training: bool) -> list[str]:
-    """Places (``path: method``) of the active adapter without effect on the output, in one mode."""
+def describe(found: Sequence[NotLive]) -> str:
+    """What is not live, by reason."""
+    lines = []
+    for reason, meaning in _MEANING.items():
+        names = [f"{item.name} ({item.mode})" for item in found if item.reason == reason]
+        if names:
+            more = f" and {len(names) - 12} more" if len(names) > 12 else ""
+            lines.append(f"{', '.join(names[:12])}{more}. {meaning}.")
+    return f"these injected parts cannot change the output, or are trained without effect: {' '.join(lines)}"
+
+
+def dead_parts(model: nn.Module, forward: Callable[[nn.Module], Any], training: bool) -> list[str]:
+    """Layers (``path: method``) of the active adapter that are not live in one mode."""
+    mode = "train" if training else "eval"
+    return [item.name for item in not_live(model, forward) if item.mode == mode and item.is_fault]
+
+
+def not_live(model: nn.Module, *batches: Any) -> list[NotLive]:
+    """What :func:`prove_live` finds, without judging it."""
     adapted, root = get_adapted(model), get_root(model)
     adapted.require_plain()
-    parts = {
-        f"{module.peft_name}: {method}": part
+    require_intact(model)
+    if not batches:
+        raise LivenessError("give at least one batch, as the model is called with in training")
+    layers = {
+        f"{module.peft_name}: {method}": (module, [value for value in layer.parameters() if value.requires_grad])
         for module in adapted.modules[adapted.record.active]
-        for method, part in module.peft_layers().items()
+        for method, layer in module.peft_layers().items()
     }
-    with _as_it_was(model, root), torch.random.fork_rng():
-        model.train(training)
-        touched = _reached_by_gradients(model, forward, parts)
-        if not training:
-            touched &= _run_without_gradients(model, forward, parts)
-        return [name for name, part in parts.items() if name not in touched and not _changes(model, forward, part)]
+    full = {item.name: item.param for item in trained_parameters(model) if item.kind == "full"}
+    with _as_it_was(root), torch.random.fork_rng():
+        seen = _Pass(root)
+        for number, batch in enumerate([*batches, *batches[:1]]):
+            if number and not torch.distributed.is_initialized() and seen.all_live(adapted, full.values()):
+                break  # processes must stay together: their passes may meet
+            seen.train(batch, seed=number)
+        found = [*_of_layers(layers, seen, "train"), *_of_parameters(adapted, root, full, seen)]
+        if not _has_objects(batches):
+            found = [item for item in found if item.reason not in _DEPENDS_ON_OBJECTS]
+        seen = _Pass(root)
+        if not seen.predict(batches[0]):
+            found += _of_layers(layers, seen, "eval")
+    return found
 
 
-def _reached_by_gradients(model: nn.Module, forward: Forward, parts: dict[str, AdapterLayer]) -> set[str]:
-    """Parts of which some parameter has a gradient that is not zero, from one backward pass."""
-    model.zero_grad(set_to_none=True)
-    torch.manual_seed(0)
-    with torch.enable_grad():
-        tensors = [tensor for tensor in _tensors(forward(model)) if tensor.requires_grad]
-        if tensors:
-            sum((tensor * torch.randn_like(tensor)).sum() for tensor in tensors).backward()  # type: ignore[union-attr]
-    return {
-        name
-        for name, part in parts.items()
-        if any(p.grad is not None and bool(p.grad.any()) for p in part.parameters())
-    }
+class _Pass:
+    """What passes through the model show of its tensors, by their ids."""
+
+    def __init__(self, root: nn.Module) -> None:
+        self.root = root
+        self.used: set[int] = set()  # given to some operator
+        self.recorded: set[int] = set()  # while gradients were recorded
+        self.reached: set[int] = set()  # have a gradient
+        self.moved: set[int] = set()  # have one that is not zero
+
+    def train(self, batch: Any, seed: int) -> None:
+        """One forward and backward pass in training mode, without dropout, which would hide a layer by chance."""
+        self.root.train()
+        for module in self.root.modules():
+            if not any(True for _ in module.children()) and not any(True for _ in module.parameters(recurse=False)):
+                module.eval()
+        self.root.zero_grad(set_to_none=True)
+        torch.manual_seed(seed)
+        with torch.enable_grad(), _Uses(self.used, self.recorded):
+            outputs = _tensors(_call(self.root, batch))
+            _require_numbers(self.root, outputs)
+            losses = [_finite_sum(value * torch.randn_like(value)) for value in outputs if value.requires_grad]
+            if losses:
+                torch.stack([loss.double() for loss in losses]).sum().backward()
+        for parameter in self.root.parameters():
+            if parameter.grad is not None:
+                self.reached.add(id(parameter))
+                if bool(parameter.grad.any()):
+                    self.moved.add(id(parameter))
+
+    def predict(self, batch: Any) -> bool:
+        """One pass in eval mode, where torch takes its shortcuts; True for a detector that finds nothing."""
+        self.root.eval()
+        with torch.no_grad(), _Uses(self.used, self.recorded):
+            output = _call(self.root, batch)
+        self.reached = self.moved = self.used
+        return _finds_nothing(output)
+
+    def all_live(self, adapted: AdaptedModel, full: Any) -> bool:
+        """Whether nothing is left to be shown."""
+        injected = adapted.injected[adapted.record.active]
+        return all(id(value) in self.moved or id(value) in self.reached for value in (*injected, *full))
+
+    def reason(self, own: Sequence[Tensor], base: Sequence[Tensor]) -> str:
+        """Why tensors that belong together are not live, "" if they are; ``base`` are those of their target module."""
+        ids = {id(value) for value in own}
+        if not ids <= self.reached:
+            if ids & self.used:
+                return NOT_REACHED if ids & self.recorded else NOT_RECORDED
+            return PASSED_BY if any(id(value) in self.used for value in base) else UNUSED
+        return "" if ids & self.moved or not ids else ZERO
 
 
-def _run_without_gradients(model: nn.Module, forward: Forward, parts: dict[str, AdapterLayer]) -> set[str]:
-    """Parts whose arithmetic runs in a pass without gradients, where torch takes its shortcuts."""
-    ran: set[str] = set()
-    hooks = [part.register_forward_hook(lambda *_, name=name: ran.add(name)) for name, part in parts.items()]
-    try:
-        with torch.no_grad():
-            forward(model)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return ran
+def _of_layers(layers: Mapping[str, Any], seen: _Pass, mode: str) -> list[NotLive]:
+    found = []
+    for name, (module, own) in layers.items():
+        inside = {id(value) for value in own}
+        reason = seen.reason(own, [value for value in module.parameters() if id(value) not in inside])
+        if reason in (NOT_REACHED, NOT_RECORDED) and mode == "eval":
+            reason = ""  # it runs; some of its tensors are for training alone
+        if reason:
+            found.append(NotLive(name, mode, reason, is_fault=True))
+    return found
 
 
-@torch.no_grad()
-def _changes(model: nn.Module, forward: Forward, part: AdapterLayer) -> bool:
-    """Whether other values in the part give another output, under the same random state."""
-    torch.manual_seed(0)
-    before = [tensor.clone() for tensor in _tensors(forward(model))]
-    kept = [parameter.detach().clone() for parameter in part.parameters()]
-    generator = torch.Generator().manual_seed(1)
-    for parameter in part.parameters():
-        noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float32)
-        parameter.add_(noise.to(parameter.device, parameter.dtype))
-    torch.manual_seed(0)
-    after = _tensors(forward(model))
-    for parameter, value in zip(part.parameters(), kept, strict=True):
-        parameter.copy_(value)
-    same = len(before) == len(after)
-    return not (same and all(a.shape == b.shape and torch.equal(a, b) for a, b in zip(before, after, strict=True)))
+def _of_parameters(
+    adapted: AdaptedModel, root: nn.Module, full: Mapping[str, nn.Parameter], seen: _Pass
+) -> list[NotLive]:
+    """Parameters trained in full. Broad patterns take in what a training has no use for; that all of a pattern is cut
+    off from the losses, or runs where no gradients are recorded, is a fault.
+    """
+    reasons = {name: seen.reason([parameter], []) for name, parameter in full.items()}
+    patterns = adapted.record.train
+    faults: set[str] = set()
+    for pattern in patterns if EVERYTHING not in patterns else ():
+        names = [name for name in resolve_train(ModelIndex.of(root), [pattern])[0] if name in reasons]
+        cut = {name for name in names if reasons[name] == NOT_REACHED}
+        faults |= {name for name in names if reasons[name] == NOT_RECORDED}
+        faults |= cut if not any(reasons[name] in ("", ZERO) for name in names) else set()
+    if full and not any(reason in ("", ZERO) for reason in reasons.values()):
+        faults |= {name for name, reason in reasons.items() if reason in (NOT_REACHED, NOT_RECORDED)}
+    return [NotLive(name, "train", reason, is_fault=name in faults) for name, reason in reasons.items() if reason]
+
+
+class _Uses(TorchDispatchMode):
+    """Notes the ids of all parameters that operators are given."""
+
+    def __init__(self, used: set[int], recorded: set[int]) -> None:
+        super().__init__()
+        self.used, self.recorded = used, recorded
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {id(value) for value in tree_leaves((args, kwargs)) if isinstance(value, nn.Parameter)}
+        self.used |= given
+        if torch.is_grad_enabled():
+            self.recorded |= given
+        return func(*args, **(kwargs or {}))
+
+
+def _call(model: nn.Module, batch: Any) -> Any:
+    if callable(batch) and not isinstance(batch, Tensor):
+        return batch(model)
+    if isinstance(batch, list):  # models change the dicts that they are given
+        batch = [dict(sample) if isinstance(sample, Mapping) else sample for sample in batch]
+    return model(*batch) if isinstance(batch, tuple) else model(batch)
+
+
+def _finite_sum(value: Tensor) -> Tensor:
+    return torch.where(value.isfinite(), value, torch.zeros_like(value)).sum().real
+
+
+def _require_numbers(root: nn.Module, outputs: Sequence[Tensor]) -> None:
+    """NaN differs from everything and proves nothing."""
+    if not any(bool(value.isnan().any()) for value in outputs if value.is_floating_point()):
+        return
+    bad = [name for name, value in root.named_parameters() if not bool(value.isfinite().all())]
+    bad += [name for name, value in root.named_buffers() if value.is_floating_point() and bool(value.isnan().any())]
+    cause = f"{', '.join(bad[:6])} hold values that are not finite" if bad else "all weights are finite: see the batch"
+    raise LivenessError(f"the model's output is NaN, so nothing can be proved live; {cause}")
+
+
+def _has_objects(batches: Sequence[Any]) -> bool:
+    """False where the batches are Detectron2's and none has an object: then losses may lack whole heads."""
+    samples = [sample for batch in batches if isinstance(batch, list) for sample in batch]
+    return not samples or any(not isinstance(s, Mapping) or len(s.get("instances", "?")) > 0 for s in samples)
+
+
+def _finds_nothing(output: Any) -> bool:
+    if not isinstance(output, list) or not output:
+        return False
+    return all(isinstance(found, Mapping) and len(found.get("instances", "?")) == 0 for found in output)
 
 
 @contextmanager
-def _as_it_was(model: nn.Module, root: nn.Module) -> Iterator[None]:
-    """Restores modes, gradients and buffers."""
-    modes = [(module, module.training) for module in model.modules()]
-    gradients = [(parameter, parameter.grad) for parameter in root.parameters()]
-    buffers = [(buffer, buffer.detach().clone()) for buffer in root.buffers()]
+def _as_it_was(root: nn.Module) -> Iterator[None]:
+    """Restores modes, gradients, flags, buffers, and Python's and NumPy's random states."""
+    modes = [(module, module.training) for module in root.modules()]
+    parameters = [(parameter, parameter.grad, parameter.requires_grad) for parameter in root.parameters()]
+    buffers = [
+        (module._buffers, name, value, value.detach().clone())
+        for module in root.modules()
+        for name, value in module._buffers.items()
+        if value is not None
+    ]
+    states = random.getstate(), np.random.get_state()
     try:
         yield
     finally:
         for module, mode in modes:
             module.training = mode
-        for parameter, gradient in gradients:
+        for parameter, gradient, flag in parameters:
             parameter.grad = gradient
-        for buffer, value in buffers:
-            if buffer.shape == value.shape:
-                buffer.detach().copy_(value)
+            parameter.requires_grad_(flag)
+        for table, name, value, kept in buffers:
+            table[name] = value
+            if value.shape == kept.shape:
+                value.detach().copy_(kept)
+        random.setstate(states[0])
+        np.random.set_state(states[1])
 
 
 def _tensors(output: Any) -> list[Tensor]:
-    """All floating-point tensors, and others that hold numbers, of any nesting."""
+    """All tensors of any nesting, Detectron2's structures included."""
     if isinstance(output, Tensor):
         return [output]
-    if isinstance(output, dict):
+    if isinstance(output, Mapping):
         return [tensor for key in sorted(output, key=str) for tensor in _tensors(output[key])]
     if isinstance(output, list | tuple):
         return [tensor for item in output for tensor in _tensors(item)]
-    if callable(getattr(output, "get_fields", None)):  # Detectron2's Instances
+    if callable(getattr(output, "get_fields", None)):  # Instances
         return _tensors(output.get_fields())
-    inner = getattr(output, "tensor", None)  # Detectron2's Boxes, BitMasks and the like
+    if hasattr(output, "__dataclass_fields__"):
+        return _tensors(vars(output))
+    inner = getattr(output, "tensor", None)  # Boxes, BitMasks and the like
     return [inner] if isinstance(inner, Tensor) else []

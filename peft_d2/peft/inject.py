@@ -232,7 +232,7 @@ class _Plan:
         self.methods = [parse(entry, METHODS) for entry in entries]
         self.train = list(train)
         self.layers: list[tuple[Method, Target, AdapterLayer]] = []
-        full, self.full_modules = _resolve_train(index, train)
+        full, self.full_modules = resolve_train(index, train)
         taken: dict[tuple[int, str], int] = {}
         for number, method in enumerate(self.methods):
             targets = _targets(index, method)
@@ -355,7 +355,7 @@ def _check_refused(method: Method, pattern: str, found: list[str], refused: dict
     )
 
 
-def _resolve_train(index: ModelIndex, train: Sequence[str]) -> tuple[list[str], list[nn.Module]]:
+def resolve_train(index: ModelIndex, train: Sequence[str]) -> tuple[list[str], list[nn.Module]]:
     """First names of the tensors that TRAIN chooses, and the modules among them (with all they contain)."""
     if EVERYTHING in train:
         return list(index.tensors), list(index.modules.values())

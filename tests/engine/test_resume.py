@@ -18,7 +18,7 @@ from peft_d2.engine.checks import run_lock
 from peft_d2.engine.errors import ConfigError
 from peft_d2.engine.launch import expected_errors
 from peft_d2.engine.trainer import Trainer
-from peft_d2.peft import DeadPartError
+from peft_d2.peft import LivenessError, NotLive
 from peft_d2.storage import AdapterFileError, CheckpointError
 
 from .test_training import StopAfter, assert_equal, train, trained
@@ -174,14 +174,15 @@ def test_a_resumed_run_is_not_stopped_by_the_proof(
     stopped: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The proof depends on the image; a run that passed it once must stay resumable."""
-    monkeypatch.setattr("peft_d2.peft.dead_parts", lambda model, forward, training: ["some.part: lora"])
+    found = [NotLive("some.part: lora", "train", "passed by", is_fault=True)]
+    monkeypatch.setattr("peft_d2.peft.not_live", lambda model, *batches: found)
     fresh = Trainer(stopped())
     fresh.resume_or_load(resume=False)
-    with pytest.raises(DeadPartError, match="some.part"):
+    with pytest.raises(LivenessError, match="some.part"):
         fresh.train()
     trainer = train(stopped("MODEL.PEFT.PROVE_LIVE", True), resume=True)
     assert (trainer.start_iter, trainer.iter) == (3, 6)
-    assert "On the first image of the resumed run, in train mode these injected parts cannot change" in caplog.text
+    assert "On the first images of the resumed run, these injected parts cannot change" in caplog.text
 
 
 HOLD = """

@@ -19,7 +19,7 @@ from fault_campaign.poison import Poison
 from peft_d2.engine.checkpointer import Checkpointer
 from peft_d2.engine.errors import LossNotFinite
 from peft_d2.engine.trainer import Trainer
-from peft_d2.peft import DeadPartError
+from peft_d2.peft import LivenessError
 
 KINDS = pytest.mark.parametrize("peft", [False, True], ids=["full", "peft"])
 
@@ -232,7 +232,7 @@ def test_a_part_without_effect_stops_the_run(
 
     methods = "[{'NAME': 'lora', 'TARGETS': ['unused', 'qkv']}]"
     opts = ("MODEL.META_ARCHITECTURE", "WithUnused", "MODEL.PEFT.METHODS", methods)
-    with pytest.raises(DeadPartError, match="train mode .*: unused: lora. The model"):
+    with pytest.raises(LivenessError, match="unused: lora .train., unused: lora .eval.. The model has no use"):
         train(make_cfg(*opts))
     train(make_cfg(*opts, "MODEL.PEFT.PROVE_LIVE", False))
 
