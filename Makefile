@@ -1,6 +1,8 @@
 # make demo     fine-tune, evaluate and picture a small Mask2Former
 # make test     run the tests
+# make test-fast run those that take no longer than two minutes together
 # make lint     run ruff and mypy
+# make gpu-kit  fill gpu_kit/ with what tools/check_gpu.sh needs on a machine with a GPU and no network
 # make setup    only make the environment that the others need
 #
 # The environment is .venv; PYTHON=python3.12 chooses the interpreter that makes it. Each step of the setup leaves a stamp
@@ -30,7 +32,7 @@ detectron2 := $(STAMPS)/detectron2-$(call checksum,constraints.txt tools/build_d
 package := $(STAMPS)/package-$(call checksum,constraints.txt pyproject.toml setup.py $(operator),$(compilers))
 extras := $(STAMPS)/extras-$(call checksum,constraints.txt pyproject.toml)
 
-.PHONY: demo test lint setup
+.PHONY: demo test test-fast lint gpu-kit setup
 .NOTPARALLEL:
 
 demo: $(package)
@@ -39,10 +41,16 @@ demo: $(package)
 test: $(extras)
 	$(PY) -m pytest $(ARGS)
 
+test-fast: $(extras)
+	$(PY) -m pytest -m "not slow" $(ARGS)
+
 lint: $(extras)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+
+gpu-kit: $(package)
+	PIP_CONSTRAINT=constraints.txt $(PY) tools/make_gpu_kit.py $(ARGS)
 
 setup: $(extras)
 	@echo "The environment $(VENV) is ready. What it has: $(PY) -m peft_d2.doctor"

@@ -100,6 +100,14 @@ def peers(device: str) -> dict[str, Core]:
     else:
         kernels: Core = lambda *x: mmcv.MultiScaleDeformableAttnFunction.apply(*x, 64)  # noqa: E731
         found["mmcv"] = kernels if device == "cuda" else _pure_torch(mmcv.multi_scale_deformable_attn_pytorch)
+    try:
+        import torch_ms_deform_attn
+    except ImportError as error:
+        print(f"torch-ms-deform-attn is left out: {error}")
+    else:
+        found["torch-ms-deform-attn"] = lambda value, *levels_and_points: torch_ms_deform_attn.ms_deform_attn(
+            value, *levels_and_points[:2], *(x.to(value.dtype) for x in levels_and_points[2:])
+        )
     if device == "cpu":
         return found  # the others have no CPU kernels
     try:
@@ -283,7 +291,7 @@ def table(rows: list[Row]) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        ours = next(r for r in rows if r.implementation == "ours" and asdict(r).items() >= _key(row).items())
+        ours = next(r for r in rows if r.implementation == "ours" and asdict(r).items() >= key(row).items())
         ratio = f"{row.forward / ours.forward:.1f}x, {row.forward_backward / ours.forward_backward:.1f}x"
         lines.append(
             f"| {row.case} | {row.dtype} | {row.threads or '-'} | {row.form} | {row.implementation} "
@@ -292,7 +300,8 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def _key(row: Row) -> dict[str, object]:
+def key(row: Row) -> dict[str, object]:
+    """What rows that are compared have in common."""
     return {name: getattr(row, name) for name in ("case", "device", "threads", "dtype", "form")}
 
 
@@ -306,11 +315,11 @@ def plot(rows: list[Row], path: Path) -> None:
     except ImportError:
         print("no plot: matplotlib is not installed")
         return
-    groups = list(dict.fromkeys(tuple(_key(row).values()) for row in rows))
+    groups = list(dict.fromkeys(tuple(key(row).values()) for row in rows))
     names = list(dict.fromkeys(row.implementation for row in rows))
     figure, axes = plt.subplots(figsize=(10, 0.5 + 0.22 * len(groups) * (len(names) + 1)))
     for offset, name in enumerate(names):
-        bars = {tuple(_key(row).values()): row.forward_backward for row in rows if row.implementation == name}
+        bars = {tuple(key(row).values()): row.forward_backward for row in rows if row.implementation == name}
         positions = [i * (len(names) + 1) + offset for i, group in enumerate(groups) if group in bars]
         axes.barh(positions, [bars[group] for group in groups if group in bars], label=name)
     labels = [f"{case}, {kind}, {form}" + (f", {t} threads" if t else "") for case, _, t, kind, form in groups]
@@ -354,15 +363,15 @@ def main() -> None:
     name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
     print(f"torch {torch.__version__}, {name}")
     cores = peers(device)
+    arguments.output.mkdir(parents=True, exist_ok=True)
     rows: list[Row] = []
     for threads in arguments.threads if device == "cpu" else [torch.get_num_threads()]:
         torch.set_num_threads(threads)
         for c, dtype, form in runs_of:
             rows += measure(c, device, dtype, form, arguments.rounds, cores)
+            record = {"torch": torch.__version__, "device": name, "rows": [asdict(row) for row in rows]}
+            (arguments.output / f"{device}.json").write_text(json.dumps(record, indent=1))
     print(table(rows))
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    record = {"torch": torch.__version__, "device": name, "rows": [asdict(row) for row in rows]}
-    (arguments.output / f"{device}.json").write_text(json.dumps(record, indent=1))
     plot(rows, arguments.output / f"{device}.png")
     print(f"written: {arguments.output}/{device}.json and .png")
 

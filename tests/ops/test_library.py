@@ -27,14 +27,15 @@ def layer_and_inputs(numbers: int = 2) -> tuple[MSDeformAttn, tuple[torch.Tensor
 
 
 @pytest.mark.parametrize("reference", [0, 2, 4])
-def test_opcheck(reference) -> None:
-    case = random_case(reference=reference)
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_opcheck(device, reference) -> None:
+    case = Case(*(None if x is None else x.to(device) for x in vars(random_case(reference=reference)).values()))
     for name in ("value", "points", "weights", "reference"):
         if getattr(case, name) is not None:
             getattr(case, name).requires_grad_()
     arguments = (case.value, case.spatial_shapes, case.level_start_index, case.reference, case.points, case.weights)
     torch.library.opcheck(torch.ops.peft_d2.ms_deform_attn.default, arguments)
-    grad_output = torch.randn(2, 5, 24, dtype=torch.float64)
+    grad_output = torch.randn(2, 5, 24, dtype=torch.float64, device=device)
     modes = ("test_schema", "test_autograd_registration", "test_faketensor")  # second derivatives do not exist
     for wanted in (False, True):
         backward = (grad_output, *arguments, wanted, False)

@@ -57,11 +57,13 @@ def test_equals_published_outputs(index, backend) -> None:
 
 @NEEDS_CPU
 @pytest.mark.parametrize("reference", [0, 2, 4])
-def test_gradients_equal_finite_differences(reference) -> None:
+@pytest.mark.parametrize("device", DEVICES)
+def test_gradients_equal_finite_differences(device, reference) -> None:
     case = random_case(levels=((3, 4), (2, 2)), heads=2, channels=3, queries=3, reference=reference)
-    arguments = [x.requires_grad_(x.is_floating_point()) for x in case.arguments]
+    arguments = [x.to(device).requires_grad_(x.is_floating_point()) for x in case.arguments]
     function = ops.ms_deform_attn if reference == 0 else ops.ms_deform_attn_fused
-    assert torch.autograd.gradcheck(lambda *x: function(*x, backend="cpu"), arguments)
+    # Atomics add in any order.
+    assert torch.autograd.gradcheck(lambda *x: function(*x, backend=device), arguments, nondet_tol=1e-12)
 
 
 @NEEDS_CPU
@@ -130,24 +132,41 @@ def test_borders_pixel_centres_and_far_away(x, y, size) -> None:
 @NEEDS_CPU
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("name", ["value", "reference", "points", "weights"])
-def test_non_finite_input_spoils_only_what_it_touches(name, bad) -> None:
-    case = random_case(n=2, dtype=torch.float32)
-    grad_output = gradient_for(case)
-    clean = case.run("cpu")
+@pytest.mark.parametrize("backend", ["cpu", "torch", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_non_finite_input_spoils_only_what_it_touches(backend, name, bad) -> None:
+    device = "cuda" if backend == "cuda" else "cpu"
+    case = Case(*(x.to(device) for x in vars(random_case(n=2, dtype=torch.float32)).values()))
+    grad_output = gradient_for(case).to(device)
+    clean = case.run(backend)
     getattr(case, name)[0, 0].fill_(bad)
-    found = case.run_with_gradients(grad_output, "cpu")["output"]
+    found = case.run_with_gradients(grad_output, backend)["output"]
     assert torch.equal(found[1], clean[1])
 
 
 @NEEDS_CPU
-def test_inputs_need_not_be_contiguous() -> None:
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("backend", ["cpu", "torch", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_point_outside_reads_nothing(backend, bad) -> None:
+    """Neither the value of any pixel nor the point's own weight matters, however bad."""
+    device = "cuda" if backend == "cuda" else "cpu"
+    case = random_case(n=1, reference=0, dtype=torch.float32)
+    case.points.fill_(2.0)
+    case.value.fill_(bad)
+    case = Case(*(None if x is None else x.to(device) for x in vars(case).values()))
+    found = case.run_with_gradients(gradient_for(case).to(device), backend)
+    assert not any(found[name].any() for name in found)
+
+
+@NEEDS_CPU
+@pytest.mark.parametrize("device", DEVICES)
+def test_inputs_need_not_be_contiguous(device) -> None:
     case = random_case(reference=4)
     grad_output = gradient_for(case)
     expected = oracle(case, grad_output)
-    strided = Case(*(x.transpose(0, -1).contiguous().transpose(0, -1) for x in vars(case).values()))
+    strided = Case(*(x.to(device).transpose(0, -1).contiguous().transpose(0, -1) for x in vars(case).values()))
     assert not strided.value.is_contiguous()
-    found = strided.run_with_gradients(grad_output.transpose(0, 2).contiguous().transpose(0, 2), "cpu")
-    assert_same(found, expected, 1e-12)
+    found = strided.run_with_gradients(grad_output.to(device).transpose(0, 2).contiguous().transpose(0, 2), device)
+    assert_same({name: x.cpu() for name, x in found.items()}, expected, 1e-12)
 
 
 @NEEDS_CPU
