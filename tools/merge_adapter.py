@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 
 from peft_d2.engine.checks import build_model
+from peft_d2.engine.config import base_architecture
 from peft_d2.engine.errors import ConfigError
 from peft_d2.engine.launch import one_line_errors, prepare_config
 
@@ -38,7 +39,7 @@ def merge_adapter(args: argparse.Namespace) -> str:
     cfg.defrost()
     if not cfg.MODEL.WEIGHTS:
         raise ConfigError("MODEL.WEIGHTS is empty: append MODEL.WEIGHTS and the base checkpoint to the command.")
-    cfg.MODEL.META_ARCHITECTURE = cfg.MODEL.PEFT.META_ARCHITECTURE or cfg.MODEL.META_ARCHITECTURE
+    cfg.MODEL.META_ARCHITECTURE = base_architecture(cfg)
     cfg.MODEL.DEVICE = "cpu"
     cfg.freeze()
     model = build_model(cfg)

@@ -6,6 +6,7 @@ python tools/visualize_data.py --config-file configs/... --output fed.png --batc
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Sequence
 from typing import Any
@@ -15,7 +16,7 @@ from PIL import Image
 
 from peft_d2.data.classes import class_names
 from peft_d2.data.images import as_rgb
-from peft_d2.data.loader import build_train_loader, workers_ended
+from peft_d2.data.loader import build_train_loader
 from peft_d2.data.pictures import overlay, sheet
 from peft_d2.data.segmentation import segmentation_to_mask
 from peft_d2.engine.launch import one_line_errors, prepare_config, training_parser
@@ -30,8 +31,8 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     cfg: Any = prepare_config(args)
     names = class_names(cfg)
-    with workers_ended():
-        batches = itertools.islice(build_train_loader(cfg, args.start), args.batches)
+    with contextlib.closing(build_train_loader(cfg, args.start)) as loader:
+        batches = itertools.islice(loader, args.batches)
         pictures = [picture_of_sample(sample, cfg.INPUT.FORMAT, names) for batch in batches for sample in batch]
     sheet([Image.fromarray(p) for p in pictures]).save(args.output)
     print(f"wrote {args.output}")

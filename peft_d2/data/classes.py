@@ -11,6 +11,7 @@ from typing import Any
 from peft_d2.data.images import DatasetError
 from peft_d2.data.records import read_categories
 from peft_d2.data.registration import register_from_config
+from peft_d2.engine.config import base_architecture
 
 _BY_CATEGORY = ("coco", "lvis")  # kinds of sets whose predictions are judged by category ids
 logger = logging.getLogger(__name__)
@@ -92,7 +93,7 @@ def check_classes(cfg: Any) -> None:
         kind = _metadata(name).get("evaluator_type")
         if kind in _BY_CATEGORY:
             category_indices(cfg, name)
-        elif cfg.DATASETS.TRAIN and _architecture(cfg) not in ("SEEM", "SegmentAnything"):
+        elif cfg.DATASETS.TRAIN and base_architecture(cfg).removeprefix("PD2") not in ("SEEM", "SegmentAnything"):
             key = "thing_classes" if kind in ("pascal_voc", "cityscapes_instance") else "stuff_classes"
             trained, tested = (_metadata(n).get(key) for n in (cfg.DATASETS.TRAIN[0], name))
             if trained and tested and list(trained) != list(tested):
@@ -104,7 +105,7 @@ def check_classes(cfg: Any) -> None:
 
 def _trained_classes(cfg: Any, tested: Mapping[int, str]) -> list[str]:
     """What the indices of a model's predictions stand for; nothing where that is not known."""
-    architecture = _architecture(cfg)
+    architecture = base_architecture(cfg).removeprefix("PD2")
     if architecture == "SEEM":
         return list(cfg.MODEL.SEEM.CLASS_NAMES)
     sets = [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]
@@ -126,11 +127,6 @@ def _unknown(name: str, names: Mapping[int, str], trained: Sequence[str]) -> lis
         if any(objects.values()):
             unknown = {category: label for category, label in unknown.items() if objects.get(category)}
     return list(unknown.values())
-
-
-def _architecture(cfg: Any) -> str:
-    name = cfg.MODEL.META_ARCHITECTURE
-    return (cfg.MODEL.PEFT.META_ARCHITECTURE if name == "PEFTModel" else name).removeprefix("PD2")
 
 
 def _class_count(cfg: Any, architecture: str) -> int | None:

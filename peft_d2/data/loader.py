@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import gc
 import logging
-import multiprocessing
 import signal
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,7 +14,6 @@ from detectron2.data import DatasetFromList, build_detection_test_loader, get_de
 from detectron2.data.samplers import RepeatFactorTrainingSampler
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset
-from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from peft_d2.data.images import DatasetError, reading
 from peft_d2.data.mappers import build_mapper, build_test_mapper
@@ -26,15 +21,38 @@ from peft_d2.data.order import BatchOrder, Draw, sample_seed
 from peft_d2.data.registration import register_from_config
 
 Mapper = Callable[[dict[str, Any]], "dict[str, Any] | None"]
-_WORKERS_ARE_ENDED: ContextVar[bool] = ContextVar("workers are ended", default=False)
 logger = logging.getLogger(__name__)
 
 
-def build_train_loader(cfg: Any, start_iter: int = 0, mapper: Mapper | None = None) -> DataLoader:
+class TrainLoader(DataLoader):
+    """A loader whose worker processes end when it is closed, even if an error's traceback still holds an iterator."""
+
+    def __iter__(self) -> Any:
+        iterator = super().__iter__()
+        self._running = weakref.WeakSet([*getattr(self, "_running", ()), iterator])
+        return iterator
+
+    def close(self) -> None:
+        """End the workers of all iterators; each ends the sample that it works at."""
+        for iterator in getattr(self, "_running", ()):
+            if hasattr(iterator, "_shutdown_workers"):
+                iterator._shutdown_workers()
+
+
+def build_train_loader(
+    cfg: Any, start_iter: int = 0, mapper: Mapper | None = None, closed: bool = False
+) -> TrainLoader:
     """Endless loader of this rank's batches (lists of samples), beginning with iteration ``start_iter``.
 
     What iteration i sees depends on ``cfg.SEED``, the data set and ``SOLVER.IMS_PER_BATCH`` alone, not on the number
     of workers or ranks. ``SEED: -1`` draws a seed, so that order is not restored on resuming.
+
+    Args:
+        cfg: data sets, batch and workers.
+        start_iter: the first batch's number.
+        mapper: in place of the config's.
+        closed: the caller is sure to call ``close()``: workers go on for a while after a SIGTERM for the whole job, so
+            that a training can end its step.
 
     Raises:
         DatasetError: no image is left to train on; unknown sampler, or mapper, see
@@ -51,11 +69,11 @@ def build_train_loader(cfg: Any, start_iter: int = 0, mapper: Mapper | None = No
         _groups(cfg, records), cfg.SOLVER.IMS_PER_BATCH, seed, repeats=_repeats(cfg, records),
         start=start_iter, rank=comm.get_rank(), world=comm.get_world_size(),
     )  # fmt: skip
-    return DataLoader(
+    return TrainLoader(
         _Samples(DatasetFromList(records, copy=False), mapper or build_mapper(cfg, records), seed),
         batch_sampler=order,
         num_workers=cfg.DATALOADER.NUM_WORKERS,
-        worker_init_fn=_outlive_sigterm if _WORKERS_ARE_ENDED.get() else None,
+        worker_init_fn=_outlive_sigterm if closed else None,
         collate_fn=_as_list,
         generator=torch.Generator().manual_seed(seed),  # or iter() would draw from the training's random numbers
     )
@@ -65,28 +83,6 @@ def build_test_loader(cfg: Any, name: str) -> DataLoader:
     """Loader of one data set in order, one image at a time, dealt out to the ranks."""
     register_from_config(cfg)
     return build_detection_test_loader(cfg, name, mapper=_NamesFiles(build_test_mapper(cfg, name)))
-
-
-@contextmanager
-def workers_ended() -> Iterator[None]:
-    """At its end, by an error too, the processes end that torch's loaders started inside, whoever made the loaders.
-
-    To let go of a loader is not enough: an error's traceback may hold its iterator, and its processes with it. As they
-    are sure to end, those of :func:`build_train_loader` go on after a SIGTERM, so that a training can end its step.
-    """
-    before = weakref.WeakSet(_alive(_MultiProcessingDataLoaderIter))
-    token = _WORKERS_ARE_ENDED.set(True)
-    try:
-        yield
-    finally:
-        _WORKERS_ARE_ENDED.reset(token)
-        loaders = _alive(DataLoader)
-        ended = {iterator for iterator in _alive(_MultiProcessingDataLoaderIter) if iterator not in before}
-        for iterator in ended:
-            iterator._shutdown_workers()  # each ends the sample that it works at
-        for loader in loaders:
-            if loader._iterator in ended:  # of persistent workers: the loader can still be used, with new ones
-                loader._iterator = None
 
 
 def training_records(cfg: Any) -> list[dict[str, Any]]:
@@ -140,15 +136,8 @@ class _Samples(Dataset):
         raise RuntimeError("the mapper refused 1000 images in a row. Check INPUT and the data set.")
 
 
-def _alive(kind: type) -> list[Any]:
-    """All objects of a class, where this process has started others at all."""
-    if not multiprocessing.active_children():
-        return []
-    return [found for found in gc.get_objects() if issubclass(type(found), kind)]
-
-
 def _outlive_sigterm(worker: int) -> None:
-    """Let a worker go on for a while: where a whole job gets the signal, the training needs data to end its step."""
+    """Let a worker go on for a minute after the signal."""
     signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(60))
 
 

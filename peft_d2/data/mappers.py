@@ -32,6 +32,7 @@ from peft_d2.data.images import DatasetError, image_size, read_image, set_pixel_
 from peft_d2.data.labels import read_labels
 from peft_d2.data.prompts import Detections, prompt_detections, prompted_objects, widened
 from peft_d2.data.segmentation import segmentation_to_mask
+from peft_d2.engine.config import base_architecture
 
 MAPPERS = (
     "mask_former_instance",
@@ -362,9 +363,7 @@ def _architecture_module(cfg: Any) -> str:
     """Where the model to be trained is defined, "" when it is not registered (yet)."""
     from detectron2.modeling import META_ARCH_REGISTRY
 
-    name = cfg.MODEL.META_ARCHITECTURE
-    if name == "PEFTModel":
-        name = cfg.MODEL.PEFT.META_ARCHITECTURE
+    name = base_architecture(cfg)
     return META_ARCH_REGISTRY.get(name).__module__ if name in META_ARCH_REGISTRY else ""
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import math
+import multiprocessing
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from typing import Any
@@ -51,6 +53,7 @@ class LazyLoader:
 
     def __init__(self, build: Callable[[], Iterable[Any]]) -> None:
         self._build = build
+        self._loader: Any = None
         self._ahead: list[Any] = []
         self._batches: Iterator[Any] | None = None
 
@@ -61,8 +64,26 @@ class LazyLoader:
         return self._ahead[0]
 
     def close(self) -> None:
-        """Let go of the loader; who asks for another batch gets a new one's."""
-        self._ahead, self._batches = [], None
+        """Close the loader, where it can be, and let go of it; who asks for another batch gets a new one's."""
+        loader, self._ahead, self._batches, self._loader = self._loader, [], None, None
+        if hasattr(loader, "close"):
+            loader.close()
+
+    @contextlib.contextmanager
+    def closed(self) -> Iterator[None]:
+        """Close it at the end; the traceback of an error lets go of what holds another loader's processes."""
+        before = set(multiprocessing.active_children())
+        try:
+            yield
+        except BaseException as error:
+            self.close()
+            cause: BaseException | None = error if set(multiprocessing.active_children()) - before else None
+            while cause is not None:
+                traceback.clear_frames(cause.__traceback__)
+                cause = cause.__context__
+            raise
+        finally:
+            self.close()
 
     def __iter__(self) -> Iterator[Any]:
         return self
@@ -71,7 +92,8 @@ class LazyLoader:
         if self._ahead:
             return self._ahead.pop()
         if self._batches is None:
-            self._batches = iter(self._build())
+            self._loader = self._build()
+            self._batches = iter(self._loader)
         try:
             return next(self._batches)
         except StopIteration:

@@ -11,7 +11,7 @@ import os
 import weakref
 from collections import OrderedDict
 from collections.abc import Iterable
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from detectron2.utils import comm
 from torch import nn
 
 from peft_d2 import peft
-from peft_d2.data.loader import build_test_loader, build_train_loader, workers_ended
+from peft_d2.data.loader import build_test_loader, build_train_loader
 from peft_d2.engine import optimizer as optimization
 from peft_d2.engine.checkpointer import Checkpointer
 from peft_d2.engine.checks import build_model, check_batch, run_lock
@@ -96,12 +96,6 @@ class Trainer(DefaultTrainer):
             allow_other_base=cfg.MODEL.PEFT.ALLOW_OTHER_BASE,
             trainer=weakref.proxy(self),
         )
-        if self.checkpointer.prefix == "adapter" and not cfg.MODEL.WEIGHTS:
-            logger.warning(
-                "MODEL.WEIGHTS is empty: the base is random (SEED %d). The adapter will fit no model but one that this "
-                "config builds with that SEED.",
-                cfg.SEED,
-            )
         self.register_hooks(self.build_hooks())
 
     def _build_loader(self) -> Iterable[Any]:
@@ -134,7 +128,7 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_train_loader(cls, cfg: Any, start_iter: int = 0) -> Iterable[Any]:
         """See :mod:`peft_d2.data.loader`; another may be any iterable, and leave ``start_iter`` out."""
-        return build_train_loader(cfg, start_iter)
+        return build_train_loader(cfg, start_iter, closed=True)
 
     @classmethod
     def build_test_loader(cls, cfg: Any, dataset_name: str) -> Any:
@@ -272,8 +266,7 @@ class Trainer(DefaultTrainer):
                 stack.enter_context(run_lock(folder))
                 atomic.write_bytes(Path(folder, CONFIG_FILE), self.cfg.dump().encode())
                 atomic.write_bytes(Path(folder, REPORT_FILE), json.dumps(self.report, indent=1).encode())
-            stack.enter_context(workers_ended())
-            stack.enter_context(closing(self.loader))
+            stack.enter_context(self.loader.closed())
             super().train()
         return getattr(self, "_last_eval_results", None)
 

@@ -16,6 +16,7 @@ from detectron2.evaluation import (
 
 from peft_d2.data.classes import category_indices, check_classes
 from peft_d2.data.registration import register_from_config
+from peft_d2.engine.config import base_architecture
 from peft_d2.evaluation.cityscapes import CityscapesInstanceEvaluator, CityscapesSemSegEvaluator
 from peft_d2.evaluation.coco import FastCOCOEvaluator
 from peft_d2.evaluation.lvis import FastLVISEvaluator
@@ -67,7 +68,7 @@ def _makers(cfg: Any, name: str, folder: str | None) -> list[Callable[[], Datase
     found: list[Callable[[], DatasetEvaluator]] = []
     if kind in _SEMANTIC and (semantic or kind == "sem_seg"):
         found.append(partial(SemSegEvaluator, name, distributed=True, output_dir=folder))
-    if kind == "coco" and _base_architecture(cfg) == "PD2SegmentAnything" and not cfg.INPUT.PROMPTS.DETECTIONS:
+    if kind == "coco" and base_architecture(cfg) == "PD2SegmentAnything" and not cfg.INPUT.PROMPTS.DETECTIONS:
         found.append(partial(PromptedMaskEvaluator, name))
     if kind in _INSTANCE and (instance or kind == "coco"):
         options = {"kpt_oks_sigmas": tuple(cfg.TEST.KEYPOINT_OKS_SIGMAS), "report": cfg.TEST.get("REPORT", False)}
@@ -94,11 +95,6 @@ def _makers(cfg: Any, name: str, folder: str | None) -> list[Callable[[], Datase
 
 def outputs_node(cfg: Any) -> Any:
     """Where the model's config says which results there are; None for models without such a node."""
-    name = _base_architecture(cfg).removeprefix("PD2")
+    name = base_architecture(cfg).removeprefix("PD2")
     node = {"MaskFormer": "MASK_FORMER", "SEEM": "MASK_FORMER", "MaskDINO": "MaskDINO"}.get(name, "")
     return cfg.MODEL[node].TEST if node in cfg.MODEL else None
-
-
-def _base_architecture(cfg: Any) -> str:
-    name = cfg.MODEL.META_ARCHITECTURE
-    return cfg.MODEL.PEFT.META_ARCHITECTURE if name == "PEFTModel" else name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 
@@ -16,7 +17,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog  # noqa: E402
 
 from peft_d2.data import toy  # noqa: E402
 from peft_d2.data.classes import class_names  # noqa: E402
-from peft_d2.data.loader import build_test_loader, build_train_loader, workers_ended  # noqa: E402
+from peft_d2.data.loader import build_test_loader, build_train_loader  # noqa: E402
 from peft_d2.data.segmentation import mask_to_compressed_rle  # noqa: E402
 from peft_d2.data.validation import DatasetError, check_coco, check_datasets  # noqa: E402
 
@@ -85,8 +86,8 @@ def sample(make_cfg, tmp_path):
         if check:
             check_datasets(cfg)
         load.cfg = cfg
-        with workers_ended():
-            return next(iter(build_train_loader(cfg)))[0]
+        with contextlib.closing(build_train_loader(cfg)) as loader:
+            return next(iter(loader))[0]
 
     yield load
     for catalog in (DatasetCatalog, MetadataCatalog):
@@ -161,7 +162,7 @@ def test_what_breaks_while_training_names_the_file(sample, tmp_path, kind, worke
     last = str(caught.value).strip().splitlines()[-1]  # the lines before are the worker's traceback
     assert str(tmp_path / "b c.png") in last and "DatasetError: DatasetError" not in last
     if kind != "mask":
-        with pytest.raises(DatasetError, match="b c.png"), workers_ended():
+        with pytest.raises(DatasetError, match="b c.png"):
             next(iter(build_test_loader(sample.cfg, sample.cfg.DATASETS.TEST[0])))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextvars
+import contextlib
 import json
 import multiprocessing
 from itertools import islice
@@ -15,7 +15,7 @@ pytest.importorskip("detectron2", reason="needs Detectron2")
 from detectron2.utils import comm  # noqa: E402
 
 from peft_d2.data import toy  # noqa: E402
-from peft_d2.data.loader import build_test_loader, build_train_loader, workers_ended  # noqa: E402
+from peft_d2.data.loader import build_test_loader, build_train_loader  # noqa: E402
 
 
 def _flat(batches):
@@ -125,11 +125,8 @@ def test_a_worker_outlives_sigterm_only_where_it_is_sure_to_be_ended(make_cfg, t
     cfg = make_cfg(toy_set)
     cfg.DATALOADER.NUM_WORKERS = 1
     before = set(multiprocessing.active_children())
-    with workers_ended():
-        if ended:
-            batches = iter(build_train_loader(cfg))
-        else:
-            batches = contextvars.Context().run(lambda: iter(build_train_loader(cfg)))
+    with contextlib.closing(build_train_loader(cfg, closed=ended)) as loader:
+        batches = iter(loader)
         next(batches)
         (worker,) = set(multiprocessing.active_children()) - before
         worker.terminate()

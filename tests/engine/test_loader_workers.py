@@ -17,16 +17,15 @@ from typing import Any
 
 import pytest
 import torch
-from detectron2.data import MapDataset, build_detection_train_loader
+from detectron2.data import build_detection_train_loader
 from detectron2.data.samplers import TrainingSampler
 from detectron2.engine import HookBase
 from detectron2.modeling import META_ARCH_REGISTRY
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from peft_d2 import data
 from peft_d2.data.images import DatasetError
-from peft_d2.data.loader import build_train_loader, workers_ended
+from peft_d2.data.loader import build_train_loader
 from peft_d2.engine.step import LazyLoader
 from peft_d2.engine.trainer import Trainer
 
@@ -55,25 +54,13 @@ def detectron2s(cfg: Any, mapper: Mapper) -> Iterable[Any]:
     )
 
 
-def persistent(cfg: Any, mapper: Mapper) -> Iterable[Any]:
-    records = data.loader.training_records(cfg)
-    return DataLoader(
-        MapDataset(records, mapper),
-        batch_size=2,
-        sampler=TrainingSampler(len(records), seed=0),
-        num_workers=2,
-        collate_fn=list,
-        persistent_workers=True,
-    )
-
-
 def any_iterable(cfg: Any, mapper: Mapper) -> Iterator[Any]:
     for batch in own(cfg, mapper):
         yield batch[::-1]
 
 
 WAITING = "it is interrupted while it waits for data"
-LOADERS = (own, detectron2s, persistent, any_iterable)
+LOADERS = (own, detectron2s, any_iterable)
 
 
 class Ending(HookBase):
@@ -137,11 +124,10 @@ def trainer_of(cfg: Any, build: Callable[[Any], Iterable[Any]], *hooks: HookBase
 def test_no_worker_outlives_its_training(
     make_cfg: Callable[..., Any], loader: Callable[[Any, Mapper], Iterable[Any]], how: str
 ) -> None:
-    started, kept = [], []
+    started = []
 
     def build(cfg: Any) -> Iterator[Any]:
-        kept.append(loader(cfg, partial(mapped, how=how)))
-        for batch in kept[0]:
+        for batch in loader(cfg, partial(mapped, how=how)):
             started.append(len(set(multiprocessing.active_children()) - before))
             yield batch
 
@@ -152,9 +138,6 @@ def test_no_worker_outlives_its_training(
     assert not set(multiprocessing.active_children()) - before, error
     assert all(number == 2 for number in started)
     assert started or how == "the data fails"
-    if loader is persistent and how == "it succeeds":
-        with workers_ended():
-            assert len(next(iter(kept[0]))) == 2  # it can be used again
 
 
 def test_a_closed_loader_is_built_anew() -> None:
