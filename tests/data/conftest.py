@@ -5,9 +5,6 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import sys
-from pathlib import Path
-
 import pytest
 
 from peft_d2.data import toy
