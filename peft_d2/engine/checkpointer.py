@@ -28,7 +28,6 @@ _CHECKPOINT_FILES = (*adapter_file.FILES, TRAINING_STATE, STATE_RECORD)
 LAST = "last_checkpoint"
 _NAME = re.compile(r"(adapter|model)_(\d{7,10}|final)(\.pth)?")
 _RECORD = {"format": "peft_d2-training-state", "format_version": 1}
-_MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")  # of an optimizer's state: of a parameter's shape
 _SURELY = 10**10  # no run has so many iterations
 logger = logging.getLogger(__name__)
 
@@ -150,7 +149,6 @@ class Checkpointer(DetectionCheckpointer):
             for key, item in self.checkpointables.items():
                 if key not in state:
                     raise CheckpointError(f"{newest} holds no {key!r}: it cannot be resumed. Start without --resume.")
-                _require_same_sizes(getattr(item, "optimizer", None), state[key])
                 item.load_state_dict(state.pop(key))
         except (CheckpointError, ConfigError, OSError, MemoryError):
             raise
@@ -329,8 +327,9 @@ def _dense(state: dict[str, Any]) -> dict[str, Any]:
 
 def _iterations(state: Any) -> list[Any]:
     """Every place in which a training state tells its iteration."""
-    parts = [state, state.get("trainer")]
-    return [part["iteration"] for part in parts if isinstance(part, dict) and "iteration" in part]
+    return [
+        part["iteration"] for part in (state, state.get("trainer")) if isinstance(part, dict) and "iteration" in part
+    ]
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -392,46 +391,19 @@ def _sha256(path: Path) -> str:
 
 def _defect(path: Path, state: Any) -> str:
     """What is wrong with the content of a training state, in words; empty where nothing is."""
-    if not isinstance(state, dict):
-        return f"it is a {type(state).__name__}"
-    if not path.is_dir() and not isinstance(state.get("model"), dict):
-        return "it holds no model"
-    told = _iterations(state)
+    if not isinstance(state, dict) or not (path.is_dir() or isinstance(state.get("model"), dict)):
+        return "it holds no model or is no dict"
+    told, number = _iterations(state), _NAME.fullmatch(path.name)[2]  # type: ignore[index]
     if any(type(iteration) is not int or not 0 <= iteration < _SURELY for iteration in told):
-        return f"its iteration is {str(told[0])[:40] if isinstance(told[0], (int, str, float)) else type(told[0])}"
-    number = _NAME.fullmatch(path.name)[2]  # type: ignore[index]
+        return "its iteration is none"
     if len({*told, *([int(number)] if number != "final" else [])}) > 1:
         return f"it is of iteration {told[0]}"
-    trainer = state.get("trainer")
-    if trainer is None:
-        return ""
-    if not isinstance(trainer, dict) or type(trainer.get("seed", 0)) is not int or trainer.get("seed", 0) < 0:
+    trainer = {"seed": 0, "optimizer": {"param_groups": [], "state": {}}}
+    if not isinstance(state.get("trainer", {}), dict):
+        return "it holds no trainer"
+    trainer.update(state.get("trainer", {}))
+    seed, optimizer = trainer["seed"], trainer["optimizer"]
+    if type(seed) is not int or seed < 0:
         return "its seed is no number"
-    groups = trainer.get("optimizer", {"param_groups": [], "state": {}})
-    if not isinstance(groups, dict) or not isinstance(groups.get("param_groups"), list):
-        return "it holds no optimizer"
-    return "" if isinstance(groups.get("state"), dict) else "it holds no optimizer"
-
-
-def _require_same_sizes(optimizer: Any, state: Any) -> None:
-    """Refuse the state of an optimizer of other parameters.
-
-    Raises:
-        ValueError: with the two sizes.
-    """
-    stored = state.get("optimizer") if isinstance(state, dict) else None
-    if optimizer is None or not isinstance(stored, dict) or "parameters" in state:  # our trainer goes by their names
-        return
-    counts = [[len(group["params"]) for group in groups] for groups in (stored["param_groups"], optimizer.param_groups)]
-    if sum(counts[0]) != sum(counts[1]):
-        raise ValueError(f"its optimizer has {sum(counts[0])} parameters, this run's has {sum(counts[1])}")
-    if counts[0] != counts[1]:
-        return  # the optimizer itself says so
-    own = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    indices = [index for group in stored["param_groups"] for index in group["params"]]
-    for index, parameter in zip(indices, own, strict=True):
-        for key, value in stored["state"].get(index, {}).items():
-            if key in _MOMENTS and isinstance(value, Tensor) and value.shape != parameter.shape:
-                raise ValueError(
-                    f"its optimizer has a parameter of shape {tuple(value.shape)}, {tuple(parameter.shape)} here"
-                )
+    parts = (optimizer.get("param_groups"), optimizer.get("state")) if isinstance(optimizer, dict) else ()
+    return "" if [type(part) for part in parts] == [list, dict] else "it holds no optimizer"

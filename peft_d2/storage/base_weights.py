@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from peft_d2.peft import injected_keys
-from peft_d2.storage import caffe2_names, torchvision_names
+from peft_d2.storage import published_names
 from peft_d2.storage.checkpoint import Checkpoint, CheckpointError, read_checkpoint
 
 __all__ = [
@@ -195,11 +195,11 @@ def _named_as_in_model(
     """The file's tensors under the model's names, and the prefix that had to be added."""
     state = dict(checkpoint.state)
     if checkpoint.metadata.get("__author__") == "Caffe2":
-        state = caffe2_names.to_detectron2(state)
-    elif torchvision_names.is_torchvision(state) and not any(name.endswith("layer1.0.conv1.weight") for name in own):
-        if problem := torchvision_names.misfit(model):
+        state = published_names.from_caffe2(state)
+    elif published_names.is_torchvision(state) and not any(name.endswith("layer1.0.conv1.weight") for name in own):
+        if problem := published_names.misfit(model):
             raise CheckpointError(f"{checkpoint.path} is a ResNet of torchvision's make, and {problem}")
-        state = torchvision_names.to_detectron2(state)
+        state = published_names.from_torchvision(state)
     upgrade: Any = getattr(model, "upgrade_state_dict", None)
     if upgrade is not None:
         state = upgrade(state)

@@ -241,7 +241,7 @@ def test_a_state_of_another_size_is_one_error(start: Callable[..., Run]) -> None
     run.step(3)
     fresh = start()
     fresh.trainer.optimizer = torch.optim.AdamW(list(fresh.model.parameters())[:1])
-    with pytest.raises(CheckpointError, match="its optimizer has 4 parameters, this run's has 1"):
+    with pytest.raises(CheckpointError, match="0000003 does not fit this run.*parameter group"):
         fresh.resume()
     (run.folder / "x").mkdir()
     with pytest.raises(ValueError, match="adapter_0000003"):

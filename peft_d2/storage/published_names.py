@@ -1,16 +1,58 @@
-"""ResNet weights of torchvision and timm (``layer1.0.conv1.weight``) under the names of Detectron2's backbones."""
+"""ResNet weights of Caffe2's ImageNet files, of torchvision and of timm, under the names of Detectron2's backbones."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor, nn
 
 _STEM = {"conv1": "stem.conv1", "bn1": "stem.conv1.norm"}
 _NAME = re.compile(
     r"(?:layer(?P<layer>[1-4])\.(?P<block>\d+)\.)?(?P<part>conv\d|bn\d|downsample\.[01])\.(?P<tensor>\w+)"
 )
+_CAFFE2_BRANCHES = {"branch1": "shortcut", "branch2a": "conv1", "branch2b": "conv2", "branch2c": "conv3"}
+_CAFFE2_BLOCK = re.compile(
+    r"res(?P<stage>[2-5])_(?P<block>\d+)_(?P<branch>branch1|branch2[abc])_(?P<kind>w|b|bn_s|bn_b|bn_rm|bn_riv)"
+)
+_CAFFE2_STEM = re.compile(r"(conv1_(?P<conv>w|b)|res_conv1_(?P<norm>bn_s|bn_b|bn_rm|bn_riv))")
+_CAFFE2_KINDS = {
+    "w": "weight",
+    "b": "bias",
+    "bn_s": "norm.weight",
+    "bn_b": "norm.bias",
+    "bn_rm": "norm.running_mean",
+    "bn_riv": "norm.running_var",
+}
+
+
+def from_caffe2(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename Caffe2's ResNet tensors; names of other parts stay as they are.
+
+    Caffe2's affine channels have no statistics; mean 0 and variance 1 are added, as Detectron2's frozen norm expects.
+    """
+    result = {}
+    for name, value in state.items():
+        new = _of_caffe2(name)
+        result[new] = value
+        if new.endswith(".norm.weight"):
+            stem = new.removesuffix("weight")
+            result.setdefault(stem + "running_mean", torch.zeros_like(value))
+            result.setdefault(stem + "running_var", torch.ones_like(value))
+    return result
+
+
+def _of_caffe2(name: str) -> str:
+    block = _CAFFE2_BLOCK.fullmatch(name)
+    if block is not None:
+        return (
+            f"res{block['stage']}.{block['block']}.{_CAFFE2_BRANCHES[block['branch']]}.{_CAFFE2_KINDS[block['kind']]}"
+        )
+    stem = _CAFFE2_STEM.fullmatch(name)
+    if stem is not None:
+        return f"stem.conv1.{_CAFFE2_KINDS[stem['conv'] or stem['norm']]}"
+    return name
 
 
 def is_torchvision(state: Mapping[str, Tensor]) -> bool:
@@ -18,12 +60,12 @@ def is_torchvision(state: Mapping[str, Tensor]) -> bool:
     return {"conv1.weight", "bn1.running_mean", "layer1.0.conv1.weight", "layer4.0.bn2.weight"} <= state.keys()
 
 
-def to_detectron2(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def from_torchvision(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Rename a ResNet's tensors; the classifier's keep their names."""
-    return {_renamed(name): value for name, value in state.items()}
+    return {_of_torchvision(name): value for name, value in state.items()}
 
 
-def _renamed(name: str) -> str:
+def _of_torchvision(name: str) -> str:
     found = _NAME.fullmatch(name)
     if found is None:
         return name
