@@ -29,9 +29,11 @@ from torch import Tensor
 _ENCODING = "latin1"  # Python 2 pickles hold array bytes as text
 _ZIP, _PICKLE = b"PK\x03\x04", b"\x80"
 _OLD_MAGIC = 0x1950A86A20F9469CFC6C  # begins a file of torch before 1.6
+_MOST_CLAIMED = 4  # times the file's bytes: an array may be made of bytes that were made of a text
 _MAX_READS = 10**7  # about two an opcode: a state dict of 10,000 tensors needs 5 % of that
 _ATTACK = "it may be an attack"
 _LARGER = "it holds a tensor that is larger than its data"
+_SIZED = (bytes, tuple, dict)
 _PLAIN = (str, bytes, int, float, type(None))
 
 
@@ -149,9 +151,9 @@ class _Bounded:
         return data
 
     def claim(self, count: int) -> None:
-        """Account for `count` bytes of an array or storage: all of them together are no more than the file has."""
+        """Account for what was made of a part of the file: what is used time and again must not fill the memory."""
         self.claimed += count
-        if self.claimed > self.size:
+        if self.claimed > _MOST_CLAIMED * self.size:
             raise Refused("its arrays claim more bytes than the file has")
 
 
@@ -491,7 +493,10 @@ class _Reader(_Unpickler):
             self.file.claim(target.build(state).nbytes)
         elif isinstance(target, (_DType, _Options)):
             target.build(state)
-        elif not isinstance(target, collections.OrderedDict):  # a state dict's _metadata are not needed
+        elif isinstance(target, collections.OrderedDict) and isinstance(state, dict):
+            if isinstance(state.get("_metadata"), dict):  # versions of a state dict's modules
+                target._metadata = state["_metadata"]  # type: ignore[attr-defined]
+        else:
             raise Refused(f"it sets attributes of an object: {_ATTACK}")
 
     def _reduce(self) -> None:
@@ -500,7 +505,8 @@ class _Reader(_Unpickler):
         if id(function) not in _CALLABLE or not isinstance(arguments, tuple):
             raise Refused(f"it calls something that is not a function of this reader: {_ATTACK}")
         result = function(self, *arguments) if function is _stored else function(*arguments)
-        self.file.claim(result.nbytes if isinstance(result, Array) else 0)
+        made = result.nbytes if isinstance(result, Array) else len(result) if isinstance(result, _SIZED) else 0
+        self.file.claim(made)
         self.stack[-1] = result
 
     def _new(self) -> None:

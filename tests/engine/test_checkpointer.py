@@ -101,6 +101,17 @@ def test_what_was_saved_is_resumed(start: Callable[..., Run], is_peft: bool) -> 
     assert all(torch.equal(a, b) for a, b in zip(fresh.values(), run.values(), strict=True))
 
 
+def test_versions_of_modules_are_resumed(start: Callable[..., Run]) -> None:
+    """Models rename the tensors of checkpoints that earlier versions of their modules wrote."""
+    nn_version, seen = nn.Linear._version, []
+    run, fresh = start(False), start(False)
+    run.model[2]._version = 5
+    run.step(3)
+    fresh.model[2]._register_load_state_dict_pre_hook(lambda state, prefix, metadata, *_: seen.append(metadata))
+    fresh.resume()
+    assert [entry.get("version") for entry in seen] == [5] != [nn_version]
+
+
 @KINDS
 def test_file_times_do_not_decide(start: Callable[..., Run], is_peft: bool) -> None:
     run = start(is_peft)

@@ -321,10 +321,14 @@ def test_arrays_that_share_their_bytes_take_no_memory(tmp_path: Path) -> None:
     raw = b"B" + struct.pack("<I", 2**20) + bytes(2**20) + b"q\x01"
     kind = global_("numpy", "dtype") + text("u1").join([b"(", b"tR"]) + b"q\x02"
     one = global_("numpy.core.numeric", "_frombuffer") + b"(h\x01h\x02" + integer(2**20) + b"\x85" + text("C") + b"tR"
-    many = b"".join(integer(number) + one for number in range(5000))
-    (tmp_path / "evil.pkl").write_bytes(b"\x80\x02" + raw + kind + b"}(" + many + b"u.")
-    with pytest.raises(CheckpointError, match="claim more bytes than the file has"):
-        read_checkpoint(tmp_path / "evil.pkl")
+    text_ = b"X" + struct.pack("<I", 2**20) + b"x" * 2**20 + b"q\x03"
+    encoded = global_("_codecs", "encode") + b"(h\x03" + text("latin1") + b"tR"
+    size = global_("torch", "Size") + b"(h\x03tR"
+    for part in (one, encoded, size):
+        many = b"".join(integer(number) + part for number in range(5000))
+        (tmp_path / "evil.pkl").write_bytes(b"\x80\x02" + raw + text_ + kind + b"}(" + many + b"u.")
+        with pytest.raises(CheckpointError, match="claim more bytes than the file has"):
+            read_checkpoint(tmp_path / "evil.pkl")
 
 
 def test_a_scripted_model_is_refused(tmp_path: Path) -> None:
