@@ -6,6 +6,7 @@ python examples/plain_script.py train.json train_images/ output/ [KEY VALUE ...]
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Any
 
@@ -26,11 +27,12 @@ HEADS = ["roi_heads.box_predictor", "roi_heads.mask_head.predictor"]
 
 
 class Trainer(DefaultTrainer):
-    """Detectron2's, with the model injected before the optimizer is made."""
+    """Detectron2's, with the base's weights loaded and the model injected before the optimizer is made."""
 
     @classmethod
     def build_model(cls, cfg: Any) -> Any:
         model = super().build_model(cfg)
+        DetectionCheckpointer(model).load(cfg.MODEL.WEIGHTS)
         print(peft_d2.inject(model, METHODS, train=HEADS))  # 3
         return model
 
@@ -43,6 +45,7 @@ def main(json_file: str, images: str, output: str, *opts: str) -> Any:
     cfg.MODEL.WEIGHTS = model_zoo.get_checkpoint_url(ZOO)
     cfg.DATASETS.TRAIN, cfg.DATASETS.TEST, cfg.OUTPUT_DIR = ("mine",), (), output
     cfg.merge_from_list(list(opts))
+    os.makedirs(output, exist_ok=True)
     trainer = Trainer(cfg)
     trainer.resume_or_load(resume=False)
     trainer.train()

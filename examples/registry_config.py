@@ -6,6 +6,7 @@ python examples/registry_config.py train.json train_images/ output/ [KEY VALUE .
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Any
 
@@ -32,6 +33,7 @@ def main(json_file: str, images: str, output: str, *opts: str) -> Any:
     cfg.MODEL.WEIGHTS = model_zoo.get_checkpoint_url(ZOO)
     cfg.DATASETS.TRAIN, cfg.DATASETS.TEST, cfg.OUTPUT_DIR = ("mine_too",), (), output
     cfg.merge_from_list(list(opts))
+    os.makedirs(output, exist_ok=True)
     trainer = DefaultTrainer(cfg)
     trainer.resume_or_load(resume=False)
     trainer.train()

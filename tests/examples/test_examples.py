@@ -69,10 +69,10 @@ def test_plain_script(data: toy.ToySet, tmp_path: Path, capsys: pytest.CaptureFi
     weights = tmp_path / "base.pth"
     opts = [item for pair in {**SMALL, "MODEL.WEIGHTS": str(weights)}.items() for item in pair]
     torch.save({"model": zoo_model(opts).state_dict()}, weights)
-    model = main_of("plain_script.py")(str(data.json), str(data.images), str(tmp_path), *opts)
+    model = main_of("plain_script.py")(str(data.json), str(data.images), str(tmp_path / "new" / "run"), *opts)
     assert "lora on" in capsys.readouterr().out
     assert kinds(model) == {"injected", "full"} and moved(model)
-    stored = torch.load(tmp_path / "model_final.pth", weights_only=True)["model"]
+    stored = torch.load(tmp_path / "new" / "run" / "model_final.pth", weights_only=True)["model"]
     found = model.state_dict()
     assert found.keys() == stored.keys()
     assert [name for name, value in found.items() if not torch.equal(value, stored[name])] == []
@@ -81,7 +81,7 @@ def test_plain_script(data: toy.ToySet, tmp_path: Path, capsys: pytest.CaptureFi
 def test_registry_config(data: toy.ToySet, tmp_path: Path) -> None:
     pytest.importorskip("detectron2")
     opts = [item for pair in SMALL.items() for item in pair]
-    model = main_of("registry_config.py")(str(data.json), str(data.images), str(tmp_path), *opts)
+    model = main_of("registry_config.py")(str(data.json), str(data.images), str(tmp_path / "new" / "run"), *opts)
     assert type(model).__name__ == "GeneralizedRCNN"
     assert kinds(model) == {"injected", "full"} and moved(model)
 
