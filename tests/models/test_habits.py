@@ -18,8 +18,8 @@ from peft_d2 import peft
 from peft_d2.data.images import DatasetError
 
 from ..tiny_sam import SIZES
+from .backbones.test_backbones import DAVIT, FOCAL
 from .conftest import CLASSIFIERS, make_config
-from .test_backbones import DAVIT, FOCAL
 from .test_training import sample
 
 FOCAL_NODE, DAVIT_NODE = "MODEL.BACKBONE.FOCAL", "MODEL.BACKBONE.DAVIT"

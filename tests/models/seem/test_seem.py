@@ -20,10 +20,10 @@ from peft_d2.models.seem.class_prompts import TokenizerError
 from peft_d2.models.seem.class_vectors import ClassVectors, ClassVectorsError
 from peft_d2.storage import base_weights
 
-from .conftest import GOLDENS, ROOT, make_config
-from .test_golden import TOLERANCE, assert_instances, recorded, rows
+from ..conftest import GOLDENS, ROOT, make_config
+from ..mask2former.test_golden import TOLERANCE, assert_instances, recorded, rows
+from ..test_training import sample, step
 from .test_text_encoder import folder as tokenizer  # noqa: F401  a fixture
-from .test_training import sample, step
 
 FOCAL_T, FOCAL_L = "seem/focal_t.yaml", "seem/focal_l.yaml"
 WHOLE = {

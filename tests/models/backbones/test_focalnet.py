@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from peft_d2.models import add_models_config, register
 from peft_d2.models.backbones.focalnet import DepthwiseFocalNet, FocalBlock, FocalNet
 
-from .conftest import GOLDENS
+from ..conftest import GOLDENS
 
 KINDS = {"focal": "PD2FocalNet", "focal_dw": "PD2DepthwiseFocalNet"}
 TINY: dict[str, Any] = {

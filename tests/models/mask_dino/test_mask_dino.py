@@ -14,8 +14,8 @@ from peft_d2.engine.checks import build_without_weights
 from peft_d2.engine.config import load_config
 from peft_d2.models import register
 
-from .conftest import GOLDENS, R50_DINO, ROOT, SWIN_L_DINO, build_published
-from .test_golden import TOLERANCE, rows
+from ..conftest import GOLDENS, R50_DINO, ROOT, SWIN_L_DINO, build_published
+from ..mask2former.test_golden import TOLERANCE, rows
 
 WHOLE = {"r50": R50_DINO, "r50_3s": "mask_dino/coco/instance_r50_3s.yaml", "swin_l": SWIN_L_DINO}
 

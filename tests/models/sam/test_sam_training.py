@@ -14,8 +14,8 @@ from torch import Tensor
 from peft_d2 import peft
 from peft_d2.storage import base_weights
 
-from ..tiny_sam import SAM_TINY
-from .conftest import SMALL
+from ...tiny_sam import SAM_TINY
+from ..conftest import SMALL
 
 COBOT_LORA = {"NAME": "lora", "TARGETS": ["image_encoder.*.qkv"], "PARTS": ["q", "v"], "RANK": 4, "COBOT": True}
 COBOT_ADAPTFORMER = {"NAME": "adaptformer", "TARGETS": ["image_encoder.*.mlp"], "BOTTLENECK": 8, "COBOT": True}

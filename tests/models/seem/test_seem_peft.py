@@ -18,9 +18,9 @@ from peft_d2.engine.checks import build_without_weights
 from peft_d2.engine.config import load_config
 from peft_d2.models import register
 
-from .conftest import ROOT
+from ..conftest import ROOT
+from ..test_training import sample, step
 from .test_seem import FOCAL_L, FOCAL_T, SMALL, small_seem  # noqa: F401  small_seem is a fixture
-from .test_training import sample, step
 
 # Of Abou Baker et al., MAKE 6(4), 2024: file of configs/peft, reduction, count, % of Focal-T and of Focal-L.
 TABLE = [

@@ -17,8 +17,8 @@ from peft_d2.engine.checks import build_without_weights
 from peft_d2.engine.config import load_config
 from peft_d2.models import register
 
-from .conftest import R50_DINO, ROOT, SWIN_L_DINO
-from .test_training import sample, step
+from ..conftest import R50_DINO, ROOT, SWIN_L_DINO
+from ..test_training import sample, step
 
 METHODS = {path.stem: path for path in sorted((ROOT / "configs" / "peft" / "mask_dino").rglob("*.yaml"))}
 # Abou Baker et al., MAKE 6(4), 2024, table of trainable parameters: file -> R50's count, % of R50, % of Swin-L.

@@ -17,8 +17,8 @@ import peft_d2
 from peft_d2 import peft
 from peft_d2.models import register
 
-from .conftest import SMALL
-from .test_training import BOXES, sample
+from ..conftest import SMALL
+from ..test_training import BOXES, sample
 
 FOCAL = {"EMBED_DIM": 16, "DEPTHS": [1, 1, 1, 1], "FOCAL_LEVELS": [2, 2, 1, 1]}
 DAVIT = {

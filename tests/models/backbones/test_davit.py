@@ -16,7 +16,7 @@ from torchvision.ops import StochasticDepth
 from peft_d2.models import add_models_config, register
 from peft_d2.models.backbones.davit import ChannelAttention, DaViT, Residual, WindowAttention
 
-from .conftest import GOLDENS
+from ..conftest import GOLDENS
 from .test_focalnet import same_maps, same_shapes
 
 SMALL = {"DIM_EMBED": [8, 8, 16, 16], "NUM_HEADS": [1, 2, 2, 4], "NUM_GROUPS": [2, 1, 4, 2], "DEPTHS": [1, 1, 2, 1]}

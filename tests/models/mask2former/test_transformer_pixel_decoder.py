@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from peft_d2.models.layers.transformer import TransformerEncoder, TransformerEncoderLayer
 from peft_d2.models.mask2former.pixel_decoder import TransformerEncoderPixelDecoder
 
-from .conftest import make_config
-from .test_training import sample, step
+from ..conftest import make_config
+from ..test_training import sample, step
 
 CHANNELS = {"res2": 4, "res3": 6, "res4": 8, "res5": 10}
 SIZES = {"res2": (13, 21), "res3": (7, 11), "res4": (4, 6), "res5": (2, 3)}

@@ -23,7 +23,7 @@ from peft_d2.models.seem.class_vectors import ClassVectors, ClassVectorsError, e
 from peft_d2.models.seem.text_encoder import TextEncoder
 from peft_d2.storage import tensor_file
 
-from .conftest import GOLDENS, ROOT
+from ..conftest import GOLDENS, ROOT
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 MERGES = ["c e", "ce l", "cel l</w>", "p h", "ph o", "pho t", "phot o</w>", "o f</w>", "t h", "th e</w>", "a c", "i n"]

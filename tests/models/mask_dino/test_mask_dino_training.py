@@ -11,7 +11,7 @@ from torch import nn
 from peft_d2.models.layers.targets import Target
 from peft_d2.models.mask_dino import denoising
 
-from .test_training import sample, step
+from ..test_training import sample, step
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "published": {},

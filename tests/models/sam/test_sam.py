@@ -19,7 +19,7 @@ from peft_d2.models.layers.postprocess import Canvas
 from peft_d2.models.sam.image_encoder import RelativePositionAttention, decomposed_bias, relative_rows
 from peft_d2.models.sam.prompt_encoder import Prompts
 
-from .conftest import GOLDENS, ROOT
+from ..conftest import GOLDENS, ROOT
 
 TOLERANCE = 1e-4
 CASES: dict[str, Callable[[dict[str, Tensor]], Prompts]] = {

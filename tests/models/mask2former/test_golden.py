@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from .conftest import GOLDENS
+from ..conftest import GOLDENS
 
 TOLERANCE = 1e-4
 
