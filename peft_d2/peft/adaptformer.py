@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from .adapted import AdapterLayer, first_input
 from .adapter import never_called
-from .cobot import CobotOptions, CobotPlace, orchestrate
+from .cobot import CobotOptions, CobotStep, orchestrate
 from .errors import MethodError
 from .lora.factors import match_dtype
 from .method import Method, expect
@@ -45,7 +45,7 @@ class AdaptFormerOptions(OutputOptions, CobotOptions):
 class AdaptFormerBranch(AdapterLayer):
     """s Up(dropout(ReLU(Down(LayerNorm(x))))): (..., d) -> (..., d), zero at the start."""
 
-    def __init__(self, target: Target, width: Width, options: AdaptFormerOptions, cobot: CobotPlace | None) -> None:
+    def __init__(self, target: Target, width: Width, options: AdaptFormerOptions, cobot: CobotStep | None) -> None:
         super().__init__()
         made = target.factory_kwargs()
         self.adaptformer_norm = nn.LayerNorm(width.channels, eps=1e-5, **made)
@@ -88,7 +88,7 @@ class AdaptFormer(Method):
         return never_called(target)
 
     def make_layers(self, targets: Sequence[Target]) -> list[tuple[Target, AdapterLayer]]:
-        """A branch per place; with COBOT all of them share one space.
+        """A branch for each module; with COBOT all of them share one space.
 
         Raises:
             MethodError: a width that the module does not say, or an attention, which has several inputs.

@@ -1,11 +1,11 @@
 """COBOT: cross-block orchestration of the low-dimensional spaces of a stack of blocks.
 
 Peng et al., "Parameter Efficient Fine-tuning via Cross Block Orchestration for Segment Anything Model", CVPR 2024,
-arXiv 2311.17112. With T places of width V: coefficient sets C (V, T) and a relation matrix S (T, T) shared by all
-places; per place own coefficients gamma (V,) and a quaternion linear layer Q. For ``h = down(x)`` place t computes
+arXiv 2311.17112. With T adapter layers of width V: coefficient sets C (V, T) and a relation matrix S (T, T) shared by
+all of them; per layer own coefficients gamma (V,) and a quaternion linear layer Q. For ``h = down(x)`` layer t computes
 ``h' = Q((C S)[:, t] + gamma_t) * h)`` and goes on from h'. It is switched on by ``COBOT: true`` in the entry of
-``lora`` or ``adaptformer``; T is the number of that entry's places. Its parts can be left out or replaced one by one,
-as in the paper's ablations: see :class:`CobotOptions`.
+``lora`` or ``adaptformer``; T is the number of that entry's adapter layers. What it consists of can be left out or
+replaced one by one, as in the paper's ablations: see :class:`CobotOptions`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class CobotOptions(Options):
     """Keys of COBOT; all but the first are the switches of the paper's ablations.
 
     ``COBOT_COEFFICIENTS``: the sets that scale the space: shared (C S), own (gamma), both of them, or none.
-    ``COBOT_RELATION``: fixed keeps S the identity, so that a place's shared set is its column of C alone.
+    ``COBOT_RELATION``: fixed keeps S the identity, so that a layer's shared set is its column of C alone.
     ``COBOT_MIX``: quaternion (4 (V/4)^2 parameters), linear (a dense V x V, no bias), or none.
     """
 
@@ -59,14 +59,14 @@ class CobotOptions(Options):
 
 
 class CobotSpace(nn.Module):
-    """What all places share: ``coefficients`` (V, T), ones, and ``relation`` (T, T), identity where it is learned."""
+    """What all layers share: ``coefficients`` (V, T), ones, and ``relation`` (T, T), identity where it is learned."""
 
     relation: nn.Parameter | None
 
-    def __init__(self, width: int, places: int, learned: bool, tensor_options: Mapping[str, Any]) -> None:
+    def __init__(self, width: int, layers: int, learned: bool, tensor_options: Mapping[str, Any]) -> None:
         super().__init__()
-        self.coefficients = nn.Parameter(torch.ones(width, places, **tensor_options))
-        relation = nn.Parameter(torch.eye(places, **tensor_options)) if learned else None
+        self.coefficients = nn.Parameter(torch.ones(width, layers, **tensor_options))
+        relation = nn.Parameter(torch.eye(layers, **tensor_options)) if learned else None
         self.register_parameter("relation", relation)
 
     def column(self, index: int) -> Tensor:
@@ -102,8 +102,8 @@ class QuaternionLinear(nn.Module):
         return F.linear(x, self.dense().t())
 
 
-class CobotPlace(nn.Module):
-    """One place: its own ``gamma`` (V,), ones, its layer ``mix``, and the column ``index`` of the shared space."""
+class CobotStep(nn.Module):
+    """One layer's own ``gamma`` (V,), ones, its mixing layer, and its column ``index`` of the shared space."""
 
     gamma: nn.Parameter | None
 
@@ -123,7 +123,7 @@ class CobotPlace(nn.Module):
         self.width = width
 
     def matrix(self) -> Tensor:
-        """The place's linear map (V, V) for column vectors: h' = M h."""
+        """The linear map (V, V) of this layer, for column vectors: h' = M h."""
         some = next(self.parameters())
         return self(torch.eye(self.width, dtype=some.dtype, device=some.device)).t()
 
@@ -137,10 +137,10 @@ class CobotPlace(nn.Module):
         return h if self.mix is None else self.mix(h)
 
 
-def orchestrate(options: CobotOptions, width: int, made: Sequence[Mapping[str, Any]]) -> list[CobotPlace | None]:
-    """One place of width V for each of ``made`` (its device and dtype), with what they share; Nones without COBOT."""
+def orchestrate(options: CobotOptions, width: int, made: Sequence[Mapping[str, Any]]) -> list[CobotStep | None]:
+    """A step of width V for each of ``made`` (its device and dtype), with what they share; Nones without COBOT."""
     if not options.cobot:
         return [None] * len(made)
     shared = options.cobot_coefficients in ("both", "shared")
     space = CobotSpace(width, len(made), options.cobot_relation == "learned", made[0]) if shared else None
-    return [CobotPlace(width, index, space, options, where) for index, where in enumerate(made)]
+    return [CobotStep(width, index, space, options, where) for index, where in enumerate(made)]

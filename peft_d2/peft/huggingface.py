@@ -1,7 +1,7 @@
 """A bridge to the tuners of the optional ``peft`` package (IA3, LoHa, LoKr, OFT, BOFT, ...) that work on plain modules.
 
 The formulas are the tuner's own (https://huggingface.co/docs/peft). Its layer is built around a view of the module
-that shares the module's parameters, and lives among the injected parts: the module keeps its place and its keys, and
+that shares the module's parameters, and is the adapter layer of that module, which keeps its name and its keys;
 freezing, report, files, switching and merging are those of every other method. PEFT 0.13 or newer.
 """
 
@@ -37,7 +37,7 @@ class TunerOptions(Options):
 
 
 class TunerLayer(AdapterLayer):
-    """One tuner layer of ``peft``, whose base layer is a view of the module that holds this part."""
+    """One tuner layer of ``peft``, whose base layer is a view of the adapted module."""
 
     changes_weights = True
 

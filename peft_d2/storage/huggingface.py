@@ -121,7 +121,7 @@ def export(source: str | os.PathLike[str], destination: str | os.PathLike[str]) 
     if kind != adapter_config.LORA:
         raise AdapterFileError(
             source,
-            "it holds methods or places that Hugging Face peft cannot express",
+            "it holds methods or modules that Hugging Face peft cannot express",
             "export one that has only LoRA or DoRA on linear and convolution layers, or merge it into a checkpoint",
         )
     with atomic.folder(destination, (CONFIG, TENSORS)) as temporary:

@@ -13,6 +13,8 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))  # the converters a
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))  # the converters are programs
 
+sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))  # the converters are programs
+
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory, monkeypatch):

@@ -283,3 +283,27 @@ def test_inputs_by_name(layer: str, disturb: Callable) -> None:
     model, x = adapted(layer)
     disturb(model)
     assert torch.equal(model["m"](input=x), model["m"](x))  # type: ignore[index]
+
+
+@pytest.mark.parametrize("kind", ["linear", "svd"])
+@both
+def test_a_weighted_combination(layer: str, kind: str, disturb: Callable) -> None:
+    model, x = adapted(layer)
+    peft.add_adapter(model, "other", [{"NAME": "lora", "TARGETS": ["m"], "RANK": 3, "INIT": "pissa"}])
+    base = model["m"].weight.detach().clone()  # type: ignore[index]
+    changes = {}
+    for name in ("default", "other"):
+        peft_d2.set_adapter(model, name)
+        disturb(model)
+        peft.merge(model)
+        changes[name] = model["m"].weight.detach() - base  # type: ignore[index]
+        peft.unmerge(model)
+    peft.combine_adapters(model, {"default": 0.5, "other": -2.0}, "mix", kind, rank=6)
+    peft_d2.set_adapter(model, "mix")
+    expected = base + 0.5 * changes["default"] - 2 * changes["other"]
+    out = model["m"](x)  # type: ignore[index]
+    peft.merge(model)
+    torch.testing.assert_close(model["m"].weight.data, expected, rtol=1e-9, atol=1e-9)  # type: ignore[index]
+    torch.testing.assert_close(model["m"](x), out, rtol=1e-9, atol=1e-9)  # type: ignore[index]
+    with peft_d2.disabled(model):
+        assert torch.equal(model["m"].weight, base)  # type: ignore[index]

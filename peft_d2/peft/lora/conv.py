@@ -50,16 +50,7 @@ def _branch_is_dearer(weight: Tensor, rank: int) -> bool:
     return 1.4 * weight.numel() < 2.5 * thin + 150 * (inputs + out)
 
 
-def conv_problem(module: _ConvNd, options: LoraOptions) -> str:
-    """Which option does not work on this convolution; empty when all do."""
-    if options.parts or options.cobot:
-        return f"{'PARTS' if options.parts else 'COBOT'} does not apply to a convolution"
-    if options.dropout and not _has_branch(module):
-        return "DROPOUT needs a branch on the input, which groups or padding_mode rule out here"
-    return ""
-
-
-def _has_branch(module: _ConvNd) -> bool:
+def has_branch(module: _ConvNd) -> bool:
     """Grouped kernels and padding other than zeros have no small branch on the input: the weight is changed instead."""
     return module.groups == 1 and module.padding_mode == "zeros"
 
@@ -72,7 +63,7 @@ class ConvLora(LowRank):
         self.groups = module.groups
         super().__init__(module.weight, options, *args)
         self.normed = is_normed_conv(base_class(module), module)
-        self.has_branch = _has_branch(module)
+        self.has_branch = has_branch(module)
         same_dtype = module.weight.dtype == self.lora_a.dtype  # a half-precision weight would swallow small changes
         cheaper = same_dtype and not self.dropout and _branch_is_dearer(self.ordered(module.weight), len(self.lora_a))
         self.in_weight_space = cheaper or not self.has_branch

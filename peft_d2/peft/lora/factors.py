@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..adapted import AdapterLayer
-from ..cobot import CobotOptions, CobotPlace
+from ..cobot import CobotOptions, CobotStep
 from ..errors import MethodError
 from ..method import expect
 from ..targets import first_match
@@ -93,7 +93,7 @@ class LowRank(AdapterLayer):
         options: LoraOptions,
         name: str,
         tensor_options: Mapping[str, Any],
-        cobot: CobotPlace | None = None,
+        cobot: CobotStep | None = None,
     ) -> None:
         super().__init__()
         rank, self.scale = options.rank_and_scale(name)
