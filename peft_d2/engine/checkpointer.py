@@ -175,7 +175,7 @@ class Checkpointer(DetectionCheckpointer):
                 number = _NAME.fullmatch(path.name)[2]  # type: ignore[index]
                 iteration = _SURELY if number == "final" else int(number)
                 try:
-                    state = read_file(path / TRAINING_STATE if path.is_dir() else path, values=False)
+                    state = read_file(path / TRAINING_STATE if os.path.isdir(path) else path, values=False)
                     run, told = state.get("run", ""), _iterations(state)
                     run = run if run == "" or re.fullmatch(r"\d{1,9}-[0-9a-f]{8}", run) else None
                     found.append((path, run, told[0] if told and type(told[0]) is int else iteration))
@@ -202,7 +202,7 @@ class Checkpointer(DetectionCheckpointer):
         """
         tag = Path(self.save_dir, LAST)
         tagged, written = "", 0
-        if tag.is_file():
+        if os.path.isfile(tag):
             tagged, written = tag.read_bytes()[:300].decode(errors="replace").strip(), tag.stat().st_mtime_ns
             if _NAME.fullmatch(tagged):
                 atomic.recover(tag.with_name(tagged), only_put_back=True)
@@ -277,7 +277,7 @@ class Checkpointer(DetectionCheckpointer):
     def _delete(self, basename: str) -> None:
         self._own.remove(basename)
         path = Path(self.save_dir, basename)
-        if not path.is_dir():
+        if not os.path.isdir(path):
             path.unlink(missing_ok=True)
         elif (other := atomic.foreign_entry(path, _CHECKPOINT_FILES)) is None:
             shutil.rmtree(path)
@@ -308,8 +308,8 @@ def _number(run: str) -> int:
 
 def _time(path: Path) -> int:
     """When a checkpoint was completed."""
-    file = path / TRAINING_STATE if path.is_dir() else path
-    return file.stat().st_mtime_ns if file.is_file() else 0
+    file = path / TRAINING_STATE if os.path.isdir(path) else path
+    return file.stat().st_mtime_ns if os.path.isfile(file) else 0
 
 
 def _tie(files: dict[str, bytes]) -> str:
@@ -339,7 +339,7 @@ def _read(path: Path) -> dict[str, Any]:
         CheckpointDamaged: it is not as it was saved.
         CheckpointError: this process cannot read it.
     """
-    if not path.is_dir():
+    if not os.path.isdir(path):
         state = read_file(path)
     else:
         try:
@@ -391,7 +391,7 @@ def _sha256(path: Path) -> str:
 
 def _defect(path: Path, state: Any) -> str:
     """What is wrong with the content of a training state, in words; empty where nothing is."""
-    if not isinstance(state, dict) or not (path.is_dir() or isinstance(state.get("model"), dict)):
+    if not isinstance(state, dict) or not (os.path.isdir(path) or isinstance(state.get("model"), dict)):
         return "it holds no model or is no dict"
     told, number = _iterations(state), _NAME.fullmatch(path.name)[2]  # type: ignore[index]
     if any(type(iteration) is not int or not 0 <= iteration < _SURELY for iteration in told):

@@ -6,7 +6,7 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,15 @@ from torch import nn
 pytest.importorskip("detectron2")
 
 import peft_d2  # noqa: E402
-from peft_d2 import peft  # noqa: E402
+from peft_d2 import adapters, peft  # noqa: E402
 from peft_d2.engine.checkpointer import Checkpointer  # noqa: E402
-from peft_d2.storage import CheckpointError  # noqa: E402
+from peft_d2.storage import (  # noqa: E402
+    AdapterFileError,
+    CheckpointError,
+    StorageError,
+    adapter_file,
+    read_checkpoint,
+)
 
 STORED = Path(__file__).with_name("stored_by_0_1")  # a run of version 0.1, which wrote no record of its states
 
@@ -283,6 +289,66 @@ def test_what_this_process_cannot_read_is_not_called_damaged(
     with pytest.raises(CheckpointError, match="Too many open files") as caught:
         start(is_peft).resume()
     assert "damaged" not in str(caught.value) and "0000007" in str(caught.value)
+
+
+@pytest.fixture
+def nobody() -> Iterator[Callable[[Path], None]]:
+    """`nobody(folder)`: from now on that folder cannot be entered, not even by root."""
+    closed: list[Path] = []
+
+    def close(folder: Path) -> None:
+        closed.append(folder)
+        folder.chmod(0)
+        if os.geteuid() == 0:
+            os.seteuid(65534)
+
+    yield close
+    os.seteuid(os.getuid())
+    for folder in closed:
+        folder.chmod(0o700)
+
+
+@pytest.mark.parametrize("inside", [False, True])
+@KINDS
+def test_folders_that_cannot_be_entered_are_one_error(
+    start: Callable[..., Run], nobody: Callable[[Path], None], is_peft: bool, inside: bool
+) -> None:
+    run = start(is_peft)
+    run.step(3)
+    fresh, base, state = start(is_peft), str(run.base), run.state(3)
+    nobody(run.path(3) if inside and is_peft else run.folder)
+    with pytest.raises(CheckpointError, match="Permission denied") as caught:
+        fresh.checkpointer.resume_or_load(base, resume=True)
+    assert "damaged" not in str(caught.value)
+    with pytest.raises(CheckpointError, match="Permission denied"):
+        read_checkpoint(state)
+    with pytest.raises(StorageError, match=r"(?s)cannot store .*Permission denied"):
+        run.checkpointer.save(f"{run.checkpointer.prefix}_0000003", iteration=3)
+    if is_peft:
+        with pytest.raises(AdapterFileError, match="Permission denied.*the files themselves may be whole"):
+            adapters.load_adapter(fresh.model, run.path(3))
+
+
+def test_an_adapter_that_is_replaced_while_it_is_read_is_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = [Run(tmp_path / str(seed)).model for seed in range(2)]
+    for seed, model in enumerate(models):
+        torch.manual_seed(seed)
+        for value in peft.adapter_state_dict(model).values():
+            value.normal_()
+        adapters.save_adapter(model, tmp_path / f"adapter_{seed}")
+    original, replaced = adapter_file._read_record, []
+
+    def read_record(root: Path) -> Any:
+        record = original(root)
+        if not replaced:
+            replaced.append(adapters.save_adapter(models[1], tmp_path / "adapter_0"))
+        return record
+
+    monkeypatch.setattr(adapter_file, "_read_record", read_record)
+    found = adapter_file.read(tmp_path / "adapter_0").tensors
+    assert replaced and all(torch.equal(found[n], v) for n, v in peft.adapter_state_dict(models[1]).items())
 
 
 def test_detectron2s_own_checkpointer_reads_safetensors(tmp_path: Path) -> None:
