@@ -90,8 +90,8 @@ def unpaired(image_root: str, label_root: str) -> Iterator[Row]:
                                "no image")):  # fmt: skip
         alone = [found[stem] for stem in found.keys() - other.keys()]
         if alone and len(alone) < len(found):
-            where = str(min(alone))
-            yield "warning", "unpaired", where, f"{len(alone)} {what} of the same name, and are left out", "Add them."
+            text = f"{len(alone)} {what} of the same name, and would be left out"
+            yield "warning" if found is images else "error", "unpaired", str(min(alone)), text, "Add or remove them."
 
 
 def _label(as_grey: bool, record: Mapping[str, Any]) -> tuple[tuple[str, str, str, str] | None, Mapping[int, int]]:

@@ -20,6 +20,7 @@ from peft_d2.evaluation.overlaps import Evaluation, run_lengths
 
 REPORT_FILE = "report.html"
 _IMAGES = 6  # of the best, and of the worst
+_LARGEST = 40_000_000  # px of an image that is shown: its masks are drawn at full size
 _WIDTH = 360  # of a picture, px
 _CURVES = 60  # classes whose curves are drawn
 _IOUS = ((0.5, "#2a78d6"), (0.75, "#d97706"), (0.9, "#b0455a"))
@@ -214,6 +215,8 @@ def _pairs(judged: Sequence[_Judged], evaluation: Evaluation, image_root: str | 
     figures = []
     for image in judged:
         record = evaluation.cocoGt.imgs[image.image]
+        if record["height"] * record["width"] > _LARGEST:
+            continue
         try:
             pixels = read_rgb(path_inside(image_root, record["file_name"], outside))
         except (OSError, DatasetError, Image.DecompressionBombError):

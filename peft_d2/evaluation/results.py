@@ -13,8 +13,8 @@ from pycocotools import mask as coco_mask
 _CHUNK = 16  # masks that leave the device at once
 
 
-def encode_masks(masks: torch.Tensor, chunk: int = _CHUNK) -> list[dict[str, Any]]:
-    """Compressed COCO run lengths (counts as str) of (N, H, W) masks on any device."""
+def encode_masks(masks: Any, chunk: int = _CHUNK) -> list[dict[str, Any]]:
+    """Compressed COCO run lengths (counts as str) of (N, H, W) masks, a tensor on any device or what splits as one."""
     encoded: list[dict[str, Any]] = []
     for part in masks.split(chunk):
         # pycocotools reads columns first: a (n, w, h) array in memory is its (h, w, n).

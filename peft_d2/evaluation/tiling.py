@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from detectron2.data import transforms as T
-from detectron2.structures import BitMasks, Instances
+from detectron2.structures import Boxes, Instances
 from PIL import Image
 from torch import nn
 
@@ -17,6 +17,7 @@ from peft_d2.data.augmentation import keep_a_pixel
 from peft_d2.data.tiles import enlarge, tile_starts
 
 Box = tuple[int, int, int, int]  # x0, y0, x1, y1 in px of the whole image, ends exclusive
+_LARGE = 2**29  # bytes of masks that are held at once
 _BATCH = 8  # tiles that go through the model together
 
 
@@ -64,7 +65,10 @@ class TiledModel(nn.Module):
 
     @torch.no_grad()
     def forward(self, batched_inputs: Sequence[dict[str, Any]]) -> list[dict[str, Instances]]:
-        """Detectron2's inference: images in their own size in, ``instances`` of each out (masks on the CPU)."""
+        """Detectron2's inference: images in their own size in, ``instances`` of each out (masks on the CPU).
+
+        Masks of more than half a gigabyte are :class:`CroppedMasks`.
+        """
         return [{"instances": self._whole(record)} for record in batched_inputs]
 
     def _whole(self, record: dict[str, Any]) -> Instances:
@@ -118,6 +122,12 @@ class _Object:
             mine = self.mask[y0 - self.box[1] : y1 - self.box[1], x0 - self.box[0] : x1 - self.box[0]]
             canvas[y0 - box[1] : y1 - box[1], x0 - box[0] : x1 - box[0]] = mine
         return canvas
+
+    def extent(self) -> Box:
+        """The box of the pixels that are the object's."""
+        ys, xs = np.flatnonzero(self.mask.any(axis=1)), np.flatnonzero(self.mask.any(axis=0))
+        x, y = self.box[:2]
+        return (x + int(xs[0]), y + int(ys[0]), x + int(xs[-1]) + 1, y + int(ys[-1]) + 1) if len(ys) else (0, 0, 0, 0)
 
     def join(self, other: _Object) -> None:
         """Extend by ``other`` where no tile of this one looked: where both did, the better score decided."""
@@ -199,11 +209,37 @@ def _parts(output: dict[str, Any], tile: Box) -> list[_Object]:
     return parts
 
 
+class CroppedMasks:
+    """Masks of a large image, each kept on its box: whole ones, all at once, would not fit into memory."""
+
+    def __init__(self, objects: Sequence[_Object], height: int, width: int) -> None:
+        self.objects, self.shape = list(objects), (len(objects), height, width)
+
+    def __len__(self) -> int:
+        return len(self.objects)
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        _, height, width = self.shape
+        return (torch.from_numpy(known.on((0, 0, width, height))) for known in self.objects)
+
+    def __getitem__(self, chosen: Any) -> CroppedMasks:
+        return CroppedMasks([self.objects[i] for i in torch.arange(len(self))[chosen].tolist()], *self.shape[1:])
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.array([mask.numpy() for mask in self], dtype=dtype or bool).reshape(self.shape)
+
+    def split(self, count: int) -> Iterator[torch.Tensor]:
+        """Whole masks (n, H, W), at most ``count`` and half a gigabyte at once."""
+        count = max(1, min(count, _LARGE // (self.shape[1] * self.shape[2])))
+        for first in range(0, len(self), count):
+            yield torch.stack(list(self[first : first + count]))
+
+
 def _instances(objects: Sequence[_Object], height: int, width: int) -> Instances:
-    masks = np.stack([o.on((0, 0, width, height)) for o in objects]) if objects else np.zeros((0, height, width), bool)
-    instances = Instances((height, width))
-    instances.pred_masks = torch.from_numpy(masks)
-    instances.pred_boxes = BitMasks(instances.pred_masks).get_bounding_boxes()
+    instances, masks = Instances((height, width)), CroppedMasks(objects, height, width)
+    large = len(objects) * height * width > _LARGE
+    instances.pred_masks = masks if large else torch.from_numpy(np.asarray(masks))
+    instances.pred_boxes = Boxes(torch.tensor([o.extent() for o in objects], dtype=torch.float32).reshape(-1, 4))
     instances.scores = torch.tensor([o.score for o in objects], dtype=torch.float32)
     instances.pred_classes = torch.tensor([o.label for o in objects], dtype=torch.int64)
     return instances

@@ -11,10 +11,6 @@ from peft_d2.data import toy
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))  # the converters are programs
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))  # the converters are programs
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))  # the converters are programs
-
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory, monkeypatch):

@@ -9,11 +9,13 @@ import torch
 pytest.importorskip("detectron2", reason="needs Detectron2")
 
 from detectron2.config import get_cfg  # noqa: E402
-from detectron2.structures import Instances  # noqa: E402
+from detectron2.structures import BitMasks, Instances  # noqa: E402
 from torch import nn  # noqa: E402
 
 from peft_d2.data import toy  # noqa: E402
 from peft_d2.data.config import add_data_config  # noqa: E402
+from peft_d2.evaluation import tiling  # noqa: E402
+from peft_d2.evaluation.results import instances_to_results  # noqa: E402
 from peft_d2.evaluation.tiling import TiledModel, inference_model  # noqa: E402
 
 
@@ -131,3 +133,21 @@ def test_nothing_found_and_wrong_inputs():
         model([{"image": torch.zeros(3, 70, 80, dtype=torch.uint8), "height": 140, "width": 160}])
     with pytest.raises(ValueError, match="overlap 50"):
         TiledModel(FindsColours(), size=50, scale=1, overlap=50)
+
+
+def test_masks_of_a_large_image_are_kept_cropped(monkeypatch):
+    """The same masks, boxes and results as those of a small one, which are whole."""
+    objects = []
+    for number in range(5):
+        mask = np.zeros((9, 7), dtype=bool)
+        mask[1:8, 2 : 4 + number % 3] = True
+        objects.append(tiling._Object(mask, (10 * number, 4, 10 * number + 7, 13), number % 2, 0.9 - number / 10))
+    whole = tiling._instances(objects, 40, 60)
+    monkeypatch.setattr(tiling, "_LARGE", 40 * 60 * 2)
+    cropped = tiling._instances(objects, 40, 60)
+    assert isinstance(whole.pred_masks, torch.Tensor) and isinstance(cropped.pred_masks, tiling.CroppedMasks)
+    assert torch.equal(whole.pred_boxes.tensor, BitMasks(whole.pred_masks).get_bounding_boxes().tensor)
+    assert [len(part) for part in cropped.pred_masks.split(16)] == [2, 2, 1]
+    assert instances_to_results(cropped, 1) == instances_to_results(whole, 1)
+    chosen = whole.scores > 0.65
+    assert np.array_equal(np.asarray(cropped[chosen].to("cpu").pred_masks), whole[chosen].pred_masks.numpy())

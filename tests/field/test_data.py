@@ -203,6 +203,15 @@ UNPAIRED = {
 }  # fmt: skip
 
 
+def test_a_run_whose_validation_has_other_ids_and_fewer_classes(own, tool, tmp_path):
+    options = _run(own, tmp_path / "run")
+    Own(tmp_path / "val", seed=1).change(lambda d: (_give_ids(d, circle=9, square=2, triangle=5), _keep(d, "square")))
+    code, text = tool("train_net", *options)
+    assert code == 0 and "lacks the class(es) 'circle', 'triangle'" in text, text
+    results = json.loads(next((tmp_path / "run" / "inference").rglob("coco_instances_results.json")).read_text())
+    assert {r["category_id"] for r in results} <= {2}
+
+
 @pytest.mark.parametrize("name", UNPAIRED)
 def test_what_cannot_be_paired_is_refused_before_the_first_step(own, tool, tmp_path, name):
     change, said = UNPAIRED[name]
@@ -341,6 +350,9 @@ def test_label_images_that_are_broken_gone_or_few(tmp_path, caplog):
     path.unlink()
     check_datasets(cfg)
     assert "image(s) have no label image" in caplog.text
+    (tmp_path / "set" / "images" / "3.jpg").unlink()
+    with pytest.raises(DatasetError, match=r"3\.png: 1 label image\(s\) have no image"):
+        check_datasets(cfg)
 
 
 def test_detectron2s_own_models_read_palettes_as_brightness(tmp_path):
