@@ -8,17 +8,18 @@ from itertools import accumulate
 from operator import mul
 from typing import Any
 
-from detectron2.config import CfgNode, configurable
+from detectron2.config import CfgNode
 from detectron2.modeling import BACKBONE_REGISTRY
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
-from peft_d2.models.backbones.stages import PatchEmbed, StagedBackbone, drop_path_rates, init_linear
+from peft_d2.models.backbones.stages import PatchEmbed, StagedBackbone, drop_path_rates
 from peft_d2.models.checks import expect_heads, expect_lengths
 from peft_d2.models.layers.transformer import FeedForward, run_block
 from peft_d2.models.layers.windows import from_windows, pad_bottom_right, to_windows
 from peft_d2.models.registration import entry
 
+_MLP_RATIO = 4
 # What SEEM's published yaml files set; the defaults are its DaViT-d3.
 KEYS = """
 MODEL:
@@ -39,11 +40,11 @@ def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 class WindowAttention(nn.Module):
     """Multi-head self-attention of the pixels within windows (equation 3)."""
 
-    def __init__(self, dim: int, n_heads: int, window: int, qkv_bias: bool) -> None:
+    def __init__(self, dim: int, n_heads: int, window: int) -> None:
         super().__init__()
         self.n_heads = n_heads
         self.window = window
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -59,10 +60,10 @@ class WindowAttention(nn.Module):
 class ChannelAttention(nn.Module):
     """Self-attention of the channels within groups: each channel is a token that all pixels describe (equation 5)."""
 
-    def __init__(self, dim: int, n_groups: int, qkv_bias: bool) -> None:
+    def __init__(self, dim: int, n_groups: int) -> None:
         super().__init__()
         self.n_groups = n_groups
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -97,22 +98,33 @@ class Residual(nn.Module):
         return x + self.drop_path(self.fn(x if self.norm is None else self.norm(x)))
 
 
-def attention_block(
-    name: str, attention: nn.Module, dim: int, mlp_ratio: float, drop_path: float, convolutions: tuple[bool, bool]
-) -> nn.Sequential:
+def attention_block(name: str, attention: nn.Module, dim: int, drop_path: float, node: CfgNode) -> nn.Sequential:
     """Attention, called ``name``, and a feed-forward network: maps (N, H, W, C) to the same.
 
-    ``convolutions``: whether there is a depthwise convolution (a position code) before each.
+    CONV_AT_ATTN and CONV_AT_FFN put a depthwise convolution (a position code) before them.
     """
     parts: OrderedDict[str, nn.Module] = OrderedDict()
-    if convolutions[0]:
+    if node.CONV_AT_ATTN:
         parts["conv1"] = Residual(None, DepthwiseConvolution(dim))
     parts[name] = Residual(nn.LayerNorm(dim), attention, drop_path)
-    if convolutions[1]:
+    if node.CONV_AT_FFN:
         parts["conv2"] = Residual(None, DepthwiseConvolution(dim))
-    feed_forward = nn.Sequential(OrderedDict(net=FeedForward(dim, int(dim * mlp_ratio))))
+    feed_forward = nn.Sequential(OrderedDict(net=FeedForward(dim, _MLP_RATIO * dim)))
     parts["ffn"] = Residual(nn.LayerNorm(dim), feed_forward, drop_path)
     return nn.Sequential(parts)
+
+
+def _pair(node: CfgNode, stage: int, rates: Sequence[float]) -> nn.Sequential:
+    """A block that attends within windows and one that attends among channels."""
+    dim = node.DIM_EMBED[stage]
+    windows = WindowAttention(dim, node.NUM_HEADS[stage], node.WINDOW_SIZE)
+    channels = ChannelAttention(dim, node.NUM_GROUPS[stage])
+    return nn.Sequential(
+        OrderedDict(
+            spatial_block=attention_block("window_attn", windows, dim, rates[0], node),
+            channel_block=attention_block("channel_attn", channels, dim, rates[1], node),
+        )
+    )
 
 
 @entry(BACKBONE_REGISTRY, "PD2DaViT", upstream="davit", keys=KEYS)
@@ -120,92 +132,28 @@ class DaViT(StagedBackbone):
     """Four stages of blocks that attend first within windows, then among channels, named ``res2`` to ``res5``.
 
     Sides of images should be multiples of ``size_divisibility``: steps without padding drop an odd row or column.
-
-    Args:
-        dim_embed, depths: channels of the stages, and pairs of blocks in them.
-        num_heads, num_groups: heads of the window attention and groups of the channel attention, per stage.
-        patch_size, patch_stride, patch_padding, patch_prenorm: of the convolution before each stage.
-        out_features: which stages are given out.
-        in_channels: of the image.
-        window_size: side of the windows.
-        mlp_ratio: hidden channels of the feed-forward networks over ``dim_embed``.
-        qkv_bias: whether q, k and v have a bias.
-        drop_path_rate: stochastic depth of the last block, growing linearly from 0.
-        conv_at_attn, conv_at_ffn: whether there are convolutions before attention and feed-forward networks.
-        enable_checkpoint: recompute each pair of blocks in the backward pass instead of keeping its activations.
+    DEPTHS counts pairs of blocks; their stochastic depth grows linearly from 0 to DROP_PATH_RATE. ENABLE_CHECKPOINT
+    computes pairs again in the backward pass.
     """
 
     config_node = "MODEL.BACKBONE.DAVIT"
 
-    @configurable
-    def __init__(
-        self,
-        *,
-        dim_embed: Sequence[int],
-        depths: Sequence[int],
-        num_heads: Sequence[int],
-        num_groups: Sequence[int],
-        patch_size: Sequence[int],
-        patch_stride: Sequence[int],
-        patch_padding: Sequence[int],
-        patch_prenorm: Sequence[bool],
-        out_features: Sequence[str] = ("res2", "res3", "res4", "res5"),
-        in_channels: int = 3,
-        window_size: int = 7,
-        mlp_ratio: float = 4.0,
-        qkv_bias: bool = True,
-        drop_path_rate: float = 0.0,
-        conv_at_attn: bool = True,
-        conv_at_ffn: bool = True,
-        enable_checkpoint: bool = False,
-    ) -> None:
-        super().__init__()
-        self.use_checkpoint = enable_checkpoint
-        norms = ["before" if before else "after" for before in patch_prenorm]
-        sizes = zip([in_channels, *dim_embed], dim_embed, patch_stride, patch_size, patch_padding, norms, strict=False)
+    def build(self, node: CfgNode, in_channels: int) -> None:
+        """See :meth:`StagedBackbone.build`."""
+        _check(self.config_node, node)
+        self.use_checkpoint = node.ENABLE_CHECKPOINT
+        dims = node.DIM_EMBED
+        norms = ["before" if before else "after" for before in node.PATCH_PRENORM]
+        strides, kernels, paddings = node.PATCH_STRIDE, node.PATCH_SIZE, node.PATCH_PADDING
         self.convs = nn.ModuleList(
-            PatchEmbed(inner, dim, stride, kernel, padding, norm, whole=False)
-            for inner, dim, stride, kernel, padding, norm in sizes
-        )
-        convolutions = conv_at_attn, conv_at_ffn
-
-        def pair(dim: int, heads: int, groups: int, rates: Sequence[float]) -> nn.Sequential:
-            windows = WindowAttention(dim, heads, window_size, qkv_bias)
-            channels = ChannelAttention(dim, groups, qkv_bias)
-            return nn.Sequential(
-                OrderedDict(
-                    spatial_block=attention_block("window_attn", windows, dim, mlp_ratio, rates[0], convolutions),
-                    channel_block=attention_block("channel_attn", channels, dim, mlp_ratio, rates[1], convolutions),
-                )
-            )
-
-        stages = zip(
-            dim_embed, num_heads, num_groups, drop_path_rates([2 * d for d in depths], drop_path_rate), strict=True
+            PatchEmbed(inner, dims[i], strides[i], kernels[i], paddings[i], norms[i], whole=False)
+            for i, inner in enumerate([in_channels, *dims[:-1]])
         )
         self.blocks = nn.ModuleList(
-            nn.Sequential(*(pair(dim, heads, groups, rates[i : i + 2]) for i in range(0, len(rates), 2)))
-            for dim, heads, groups, rates in stages
+            nn.Sequential(*(_pair(node, stage, rates[i : i + 2]) for i in range(0, len(rates), 2)))
+            for stage, rates in enumerate(drop_path_rates([2 * depth for depth in node.DEPTHS], node.DROP_PATH_RATE))
         )
-        self._name_stages(dim_embed, list(accumulate(patch_stride, mul)), out_features)
-        self.apply(init_linear)
-
-    @classmethod
-    def check(cls, node: CfgNode) -> None:
-        """See :meth:`StagedBackbone.check`."""
-        path = cls.config_node
-        per_stage = (
-            "DEPTHS",
-            "NUM_HEADS",
-            "NUM_GROUPS",
-            "PATCH_SIZE",
-            "PATCH_STRIDE",
-            "PATCH_PADDING",
-            "PATCH_PRENORM",
-        )
-        expect_lengths(path, node, "DIM_EMBED", *per_stage)
-        for stage, channels in enumerate(node.DIM_EMBED):
-            for key in ("NUM_HEADS", "NUM_GROUPS"):
-                expect_heads(f"{path}.DIM_EMBED[{stage}]", channels, f"{path}.{key}[{stage}]", node[key][stage])
+        self._name_stages(dims, list(accumulate(node.PATCH_STRIDE, mul)), node.OUT_FEATURES)
 
     def forward(self, image: Tensor) -> dict[str, Tensor]:
         """(N, C, H, W) -> the maps (N, C_l, H_l, W_l) of ``out_features`` by name."""
@@ -219,3 +167,11 @@ class DaViT(StagedBackbone):
             if name in self._out_features:
                 outputs[name] = x.permute(0, 3, 1, 2).contiguous()
         return outputs
+
+
+def _check(path: str, node: CfgNode) -> None:
+    patches = ("PATCH_SIZE", "PATCH_STRIDE", "PATCH_PADDING", "PATCH_PRENORM")
+    expect_lengths(path, node, "DIM_EMBED", "DEPTHS", "NUM_HEADS", "NUM_GROUPS", *patches)
+    for stage, channels in enumerate(node.DIM_EMBED):
+        for key in ("NUM_HEADS", "NUM_GROUPS"):
+            expect_heads(f"{path}.DIM_EMBED[{stage}]", channels, f"{path}.{key}[{stage}]", node[key][stage])

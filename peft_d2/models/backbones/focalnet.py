@@ -6,16 +6,13 @@ and that of its Focal-T, with depthwise convolutions before either half of a blo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 import torch
-from detectron2.config import CfgNode, configurable
+from detectron2.config import CfgNode
 from detectron2.modeling import BACKBONE_REGISTRY
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
-from peft_d2.models.backbones.stages import PatchEmbed, Stage, StagedBackbone, drop_path_rates, init_linear
+from peft_d2.models.backbones.stages import PatchEmbed, Stage, StagedBackbone, drop_path_rates
 from peft_d2.models.checks import ModelConfigError, expect_lengths
 from peft_d2.models.layers.transformer import FeedForward
 from peft_d2.models.registration import entry
@@ -38,32 +35,25 @@ MODEL:
 class FocalModulation(nn.Module):
     """Each pixel's query times a gated sum of its contexts, from near to global (equations 3 to 7).
 
-    Args:
-        dim: channels.
-        levels: depthwise convolutions, one after the other; the mean over the map comes on top.
-        window: kernel of the first.
-        drop: dropout of the result.
-        scaled: divide the sum by the number of contexts.
-        norm: normalise before the last projection.
+    Contexts are ``levels`` depthwise convolutions, one after the other, the first with a kernel of ``window``, and the
+    mean over the map.
     """
 
-    def __init__(
-        self, dim: int, levels: int, window: int, drop: float = 0.0, scaled: bool = False, norm: bool = False
-    ) -> None:
+    def __init__(self, node: CfgNode, dim: int, levels: int, window: int) -> None:
         super().__init__()
         self.dim = dim
-        self.scaled = scaled
+        self.scaled = node.SCALING_MODULATOR
         self.f = nn.Linear(dim, 2 * dim + levels + 1)
         self.h = nn.Conv2d(dim, dim, kernel_size=1)
         self.act = nn.GELU()
         self.proj = nn.Linear(dim, dim)
-        self.proj_drop = nn.Dropout(drop)
+        self.proj_drop = nn.Dropout(node.DROP_RATE)
         kernels = [window + _KERNEL_STEP * level for level in range(levels)]
         self.focal_layers = nn.ModuleList(
             nn.Sequential(nn.Conv2d(dim, dim, kernel, padding=kernel // 2, groups=dim, bias=False), nn.GELU())
             for kernel in kernels
         )
-        self.ln = nn.LayerNorm(dim) if norm else None
+        self.ln = nn.LayerNorm(dim) if node.USE_POSTLN_IN_MODULATION else None
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, H, W, C) -> the same."""
@@ -82,48 +72,31 @@ class FocalModulation(nn.Module):
 
 
 class FocalBlock(nn.Module):
-    """Modulation and MLP, each with layer scale, stochastic depth and a residual.
+    """Modulation and MLP, each with stochastic depth, a residual and, if USE_LAYERSCALE, learned gains per channel.
 
-    Args:
-        dim, levels, window: as in :class:`FocalModulation`.
-        depthwise: a depthwise convolution with a residual before either half, and the post-norm after the sum.
-        post_norm: normalise what a half gives (or, with ``depthwise``, the sum) instead of its input.
-        layer_scale: learned gains per channel of what the halves give.
-        mlp_ratio: hidden channels of the MLP over ``dim``.
-        drop, drop_path: dropout, and stochastic depth of this block.
-        scaled, norm: of the modulation.
+    USE_POSTLN normalises what a half gives instead of its input. ``depthwise``: a depthwise convolution with a residual
+    before either half, and the post-norm after the sum.
     """
 
     gamma_1: Tensor | None
     gamma_2: Tensor | None
 
     def __init__(
-        self,
-        dim: int,
-        levels: int,
-        window: int,
-        drop_path: float,
-        *,
-        depthwise: bool = False,
-        post_norm: bool = False,
-        layer_scale: bool = False,
-        mlp_ratio: float = 4.0,
-        drop: float = 0.0,
-        scaled: bool = False,
-        norm: bool = False,
+        self, node: CfgNode, dim: int, levels: int, window: int, drop_path: float, depthwise: bool = False
     ) -> None:
         super().__init__()
         self.depthwise = depthwise
-        self.post_norm = post_norm
+        self.post_norm = node.USE_POSTLN
         for name in ("gamma_1", "gamma_2"):
-            self.register_parameter(name, nn.Parameter(torch.full((dim,), _LAYER_SCALE)) if layer_scale else None)
+            gain = nn.Parameter(torch.full((dim,), _LAYER_SCALE)) if node.USE_LAYERSCALE else None
+            self.register_parameter(name, gain)
         self.dw1 = _depthwise(dim) if depthwise else None
         self.norm1 = nn.LayerNorm(dim)
-        self.modulation = FocalModulation(dim, levels, window, drop, scaled, norm)
+        self.modulation = FocalModulation(node, dim, levels, window)
         self.dw2 = _depthwise(dim) if depthwise else None
         self.drop_path = StochasticDepth(drop_path, mode="row")
         self.norm2 = nn.LayerNorm(dim)
-        self.mlp = FeedForward(dim, int(dim * mlp_ratio), drop=drop)
+        self.mlp = FeedForward(dim, int(dim * node.MLP_RATIO), drop=node.DROP_RATE)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, H, W, C) -> the same."""
@@ -148,78 +121,39 @@ def _depthwise(dim: int) -> nn.Conv2d:
 
 @entry(BACKBONE_REGISTRY, "PD2FocalNet", upstream="focal", keys=KEYS)
 class FocalNet(StagedBackbone):
-    """Four stages at strides 4, 8, 16 and 32, named ``res2`` to ``res5``, each with a norm of its own on its output.
+    """Four stages at strides 4, 8, 16 and 32, named ``res2`` to ``res5``; those in OUT_INDICES end in a norm.
 
-    Images may have any size, as every stage pads.
-
-    Args:
-        embed_dim: channels of the first stage; they double with each.
-        depths, focal_levels, focal_windows: blocks, focal levels and first focal kernel per stage.
-        out_features: which stages are given out.
-        out_indices: numbers of the stages that have an output norm; all by default.
-        in_channels: of the image.
-        patch_size, patch_norm: stride of the first stage; a norm after the stem.
-        use_conv_embed: overlapping convolutions between the stages instead of patches side by side.
-        drop_rate, drop_path_rate: dropout, and stochastic depth of the last block, growing linearly from 0.
-        use_postln, use_layerscale, scaling_modulator, use_postln_in_modulation: see :class:`FocalBlock`.
-        use_checkpoint: recompute each block in the backward pass instead of keeping its activations.
+    Images may have any size, as every stage pads. Channels double with each stage; the stochastic depth of blocks grows
+    linearly from 0 to DROP_PATH_RATE. USE_CONV_EMBED has overlapping convolutions between the stages instead of patches
+    side by side. USE_CHECKPOINT computes blocks again in the backward pass.
     """
 
     config_node = "MODEL.BACKBONE.FOCAL"
     depthwise = False
     _STEM_PADDING = 2
 
-    @configurable
-    def __init__(
-        self,
-        *,
-        embed_dim: int,
-        depths: Sequence[int],
-        focal_levels: Sequence[int],
-        focal_windows: Sequence[int],
-        out_features: Sequence[str] = ("res2", "res3", "res4", "res5"),
-        out_indices: Sequence[int] | None = None,
-        in_channels: int = 3,
-        patch_size: int = 4,
-        patch_norm: bool = True,
-        use_conv_embed: bool = True,
-        mlp_ratio: float = 4.0,
-        drop_rate: float = 0.0,
-        drop_path_rate: float = 0.0,
-        use_postln: bool = False,
-        use_layerscale: bool = False,
-        scaling_modulator: bool = False,
-        use_postln_in_modulation: bool = False,
-        use_checkpoint: bool = False,
-    ) -> None:
-        super().__init__()
-        dims = [embed_dim * 2**i for i in range(len(depths))]
-        stem = (7, self._STEM_PADDING) if use_conv_embed else (patch_size, 0)
-        step = (3, 1) if use_conv_embed else (2, 0)
-        self.patch_embed = PatchEmbed(in_channels, embed_dim, patch_size, *stem, norm="after" if patch_norm else "")
-        self.pos_drop = nn.Dropout(drop_rate)
-        options: dict[str, Any] = {"mlp_ratio": mlp_ratio, "drop": drop_rate, "depthwise": self.depthwise}
-        options |= {"post_norm": use_postln, "layer_scale": use_layerscale}
-        options |= {"scaled": scaling_modulator, "norm": use_postln_in_modulation}
+    def build(self, node: CfgNode, in_channels: int) -> None:
+        """See :meth:`StagedBackbone.build`."""
+        expect_lengths(self.config_node, node, "DEPTHS", "FOCAL_LEVELS", "FOCAL_WINDOWS")
+        patch, dims = node.PATCH_SIZE, [node.EMBED_DIM * 2**i for i in range(len(node.DEPTHS))]
+        kernel, padding = (7, self._STEM_PADDING) if node.USE_CONV_EMBED else (patch, 0)
+        step = (3, 1) if node.USE_CONV_EMBED else (2, 0)
+        self.patch_embed = PatchEmbed(in_channels, dims[0], patch, kernel, padding, "after" if node.PATCH_NORM else "")
+        self.pos_drop = nn.Dropout(node.DROP_RATE)
         self.layers = nn.ModuleList()
-        for i, (dim, rates) in enumerate(zip(dims, drop_path_rates(depths, drop_path_rate), strict=True)):
+        for i, (dim, rates) in enumerate(zip(dims, drop_path_rates(node.DEPTHS, node.DROP_PATH_RATE), strict=True)):
             downsample = PatchEmbed(dim, 2 * dim, 2, *step) if i + 1 < len(dims) else None
-            blocks = [FocalBlock(dim, focal_levels[i], focal_windows[i], rate, **options) for rate in rates]
-            self.layers.append(Stage(blocks, downsample, use_checkpoint))
-        self._name_stages(dims, [patch_size * 2**i for i in range(len(dims))], out_features)
-        for i in range(len(dims)) if out_indices is None else out_indices:
+            sizes = dim, node.FOCAL_LEVELS[i], node.FOCAL_WINDOWS[i]
+            blocks = [FocalBlock(node, *sizes, rate, self.depthwise) for rate in rates]
+            self.layers.append(Stage(blocks, downsample, node.USE_CHECKPOINT))
+        self._name_stages(dims, [patch * 2**i for i in range(len(dims))], node.OUT_FEATURES)
+        for i in node.OUT_INDICES:
             self.add_module(f"norm{i}", nn.LayerNorm(dims[i]))
-        bare = [f"res{i + 2}" for i in range(len(dims)) if not hasattr(self, f"norm{i}")]
-        if bare := [name for name in bare if name in out_features]:
+        normed = [self._stage_names[i] for i in node.OUT_INDICES]
+        if bare := [name for name in self._out_features if name not in normed]:
             raise ModelConfigError(
                 f"{self.config_node}.OUT_INDICES leaves out {bare} of OUT_FEATURES; add their numbers"
             )
-        self.apply(init_linear)
-
-    @classmethod
-    def check(cls, node: CfgNode) -> None:
-        """See :meth:`StagedBackbone.check`."""
-        expect_lengths(cls.config_node, node, "DEPTHS", "FOCAL_LEVELS", "FOCAL_WINDOWS")
 
     def forward(self, image: Tensor) -> dict[str, Tensor]:
         """(N, C, H, W) -> the maps (N, C_l, H_l, W_l) of ``out_features`` by name."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import logging
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -98,31 +97,25 @@ class Stage(nn.Module):
 
 
 class StagedBackbone(Backbone):
-    """A backbone whose stages give the maps ``res2``, ``res3`` and so on.
+    """A backbone whose stages give the maps ``res2``, ``res3`` and so on; its keys are in ``config_node``.
 
-    Constructors take the keys of the config node in lower case, and the images' ``in_channels``.
+    Raises:
+        ModelConfigError: values that are out of range or do not go together.
     """
 
-    config_node: str  # its place in the config
+    config_node: str
     _stage_names: list[str]
 
-    @classmethod
-    def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec | None = None) -> dict[str, Any]:
-        """The constructor's arguments, with as many ``in_channels`` as ``MODEL.PIXEL_MEAN`` has.
+    def __init__(self, cfg: CfgNode, input_shape: ShapeSpec | None = None) -> None:
+        super().__init__()
+        note_freeze_at(cfg, type(self).__name__)
+        node = functools.reduce(lambda parent, key: parent[key], self.config_node.split("."), cfg)
+        self.build(node, len(cfg.MODEL.PIXEL_MEAN))
+        self.apply(init_linear)
 
-        Raises:
-            ModelConfigError: values that are out of range or do not go together.
-        """
-        node = functools.reduce(lambda parent, key: parent[key], cls.config_node.split("."), cfg)
-        cls.check(node)
-        note_freeze_at(cfg, cls.__name__)
-        keys = {name: name.upper() for name in inspect.signature(cls.__init__).parameters}
-        arguments = {name: node[key] for name, key in keys.items() if key in node}
-        return {"in_channels": len(cfg.MODEL.PIXEL_MEAN), **arguments}
-
-    @classmethod
-    def check(cls, node: CfgNode) -> None:
-        """Raise a :class:`ModelConfigError` where the config node holds what cannot be built."""
+    def build(self, node: CfgNode, in_channels: int) -> None:
+        """Make the layers that the config node describes, for images of ``in_channels``."""
+        raise NotImplementedError
 
     def _name_stages(self, channels: Sequence[int], strides: Sequence[int], out_features: Sequence[str]) -> None:
         """Say what comes out: the maps ``out_features`` of stages with these channels and strides.

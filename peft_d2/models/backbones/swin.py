@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 import torch
 import torch.nn.functional as F
-from detectron2.config import CfgNode, configurable
+from detectron2.config import CfgNode
 from detectron2.modeling import BACKBONE_REGISTRY
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
-from peft_d2.models.backbones.stages import PatchEmbed, Stage, StagedBackbone, drop_path_rates, init_linear
+from peft_d2.models.backbones.stages import PatchEmbed, Stage, StagedBackbone, drop_path_rates
 from peft_d2.models.checks import expect_at_least, expect_heads, expect_lengths
 from peft_d2.models.layers.transformer import FeedForward
 from peft_d2.models.layers.windows import from_windows, pad_bottom_right, to_windows
@@ -44,35 +41,24 @@ def shift_mask(height: int, width: int, window: int, shift: int, device: torch.d
 
 
 class WindowAttention(nn.Module):
-    """Multi-head self-attention within windows of side ``window``, with a learned bias per relative place (equation 4).
-
-    ``qk_scale`` replaces 1 / sqrt(channels of a head); dropout is of attention weights and of the result.
-    """
+    """Multi-head self-attention within windows, with a learned bias per relative place (equation 4)."""
 
     relative_position_index: Tensor
 
-    def __init__(
-        self,
-        dim: int,
-        window: int,
-        n_heads: int,
-        proj_drop: float = 0.0,
-        qkv_bias: bool = True,
-        qk_scale: float | None = None,
-        attn_drop: float = 0.0,
-    ) -> None:
+    def __init__(self, node: CfgNode, dim: int, n_heads: int) -> None:
         super().__init__()
+        window = node.WINDOW_SIZE
         self.n_heads = n_heads
-        self.scale = qk_scale or (dim // n_heads) ** -0.5
+        self.scale = node.QK_SCALE or (dim // n_heads) ** -0.5
         self.relative_position_bias_table = nn.Parameter(torch.empty((2 * window - 1) ** 2, n_heads))
         nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
         y, x = torch.meshgrid(torch.arange(window), torch.arange(window), indexing="ij")
         dy, dx = (c.flatten()[:, None] - c.flatten() + window - 1 for c in (y, x))
         self.register_buffer("relative_position_index", dy * (2 * window - 1) + dx)
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
-        self.attn_drop = nn.Dropout(attn_drop)
+        self.qkv = nn.Linear(dim, 3 * dim, bias=node.QKV_BIAS)
+        self.attn_drop = nn.Dropout(node.ATTN_DROP_RATE)
         self.proj = nn.Linear(dim, dim)
-        self.proj_drop = nn.Dropout(proj_drop)
+        self.proj_drop = nn.Dropout(node.DROP_RATE)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """x (N * windows, T, C); mask (windows, T, T), added to the logits."""
@@ -89,25 +75,15 @@ class WindowAttention(nn.Module):
 class SwinBlock(nn.Module):
     """Window attention and MLP, each pre-normed with a residual; ``shift`` moves the windows cyclically."""
 
-    def __init__(
-        self,
-        dim: int,
-        n_heads: int,
-        window: int,
-        shift: int,
-        drop_path: float,
-        mlp_ratio: float = 4.0,
-        drop: float = 0.0,
-        **attention_options: Any,
-    ) -> None:
+    def __init__(self, node: CfgNode, dim: int, n_heads: int, shift: int, drop_path: float) -> None:
         super().__init__()
-        self.window = window
+        self.window = node.WINDOW_SIZE
         self.shift = shift
         self.norm1 = nn.LayerNorm(dim)
-        self.attn = WindowAttention(dim, window, n_heads, drop, **attention_options)
+        self.attn = WindowAttention(node, dim, n_heads)
         self.drop_path = StochasticDepth(drop_path, mode="row")
         self.norm2 = nn.LayerNorm(dim)
-        self.mlp = FeedForward(dim, int(dim * mlp_ratio), drop=drop)
+        self.mlp = FeedForward(dim, int(dim * node.MLP_RATIO), drop=node.DROP_RATE)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, H, W, C) -> the same."""
@@ -144,75 +120,32 @@ class PatchMerging(nn.Module):
 class SwinTransformer(StagedBackbone):
     """Four stages at strides 4, 8, 16 and 32, named ``res2`` to ``res5``, each with a norm of its own on its output.
 
-    Images may have any size, as every stage pads.
-
-    Args:
-        embed_dim: channels of the first stage; they double with each.
-        depths, num_heads: blocks and attention heads per stage.
-        window_size, patch_size: side of the attention windows; stride of the first stage.
-        out_features: which stages are given out.
-        in_channels: of the image.
-        ape, patch_norm: whether there are an absolute position embedding, made for images of ``pretrain_img_size`` and
-            interpolated to others, and a norm after the first convolution.
-        drop_rate, attn_drop_rate: dropout.
-        drop_path_rate: stochastic depth of the last block, growing linearly from 0.
-        use_checkpoint: recompute each block in the backward pass instead of keeping its activations.
+    Images may have any size, as every stage pads. The absolute position embedding (APE), if it is wanted, is made for
+    images of PRETRAIN_IMG_SIZE and interpolated to others. Channels double with each stage; the stochastic depth of
+    blocks grows linearly from 0 to DROP_PATH_RATE. USE_CHECKPOINT computes blocks again in the backward pass.
     """
 
     config_node = "MODEL.SWIN"
 
-    @configurable
-    def __init__(
-        self,
-        *,
-        embed_dim: int,
-        depths: Sequence[int],
-        num_heads: Sequence[int],
-        window_size: int,
-        out_features: Sequence[str] = ("res2", "res3", "res4", "res5"),
-        in_channels: int = 3,
-        patch_size: int = 4,
-        pretrain_img_size: int = 224,
-        ape: bool = False,
-        patch_norm: bool = True,
-        mlp_ratio: float = 4.0,
-        qkv_bias: bool = True,
-        qk_scale: float | None = None,
-        drop_rate: float = 0.0,
-        attn_drop_rate: float = 0.0,
-        drop_path_rate: float = 0.0,
-        use_checkpoint: bool = False,
-    ) -> None:
-        super().__init__()
-        self.patch_embed = PatchEmbed(in_channels, embed_dim, patch_size, norm="after" if patch_norm else "")
-        if ape:
-            side = pretrain_img_size // patch_size
-            self.absolute_pos_embed = nn.Parameter(torch.empty(1, embed_dim, side, side))
+    def build(self, node: CfgNode, in_channels: int) -> None:
+        """See :meth:`StagedBackbone.build`."""
+        _check(self.config_node, node)
+        patch, dims = node.PATCH_SIZE, [node.EMBED_DIM * 2**i for i in range(len(node.DEPTHS))]
+        self.patch_embed = PatchEmbed(in_channels, dims[0], patch, norm="after" if node.PATCH_NORM else "")
+        if node.APE:
+            side = node.PRETRAIN_IMG_SIZE // patch
+            self.absolute_pos_embed = nn.Parameter(torch.empty(1, dims[0], side, side))
             nn.init.trunc_normal_(self.absolute_pos_embed, std=0.02)
-        self.pos_drop = nn.Dropout(drop_rate)
-        dims = [embed_dim * 2**i for i in range(len(depths))]
-        options: dict[str, Any] = {"mlp_ratio": mlp_ratio, "drop": drop_rate, "attn_drop": attn_drop_rate}
-        options |= {"qkv_bias": qkv_bias, "qk_scale": qk_scale}
+        self.pos_drop = nn.Dropout(node.DROP_RATE)
         self.layers = nn.ModuleList()
-        for i, rates in enumerate(drop_path_rates(depths, drop_path_rate)):
-            shifts = [window_size // 2 * (block % 2) for block in range(len(rates))]  # every second one, by half
-            sizes = dims[i], num_heads[i], window_size
-            blocks = [SwinBlock(*sizes, shift, rate, **options) for shift, rate in zip(shifts, rates, strict=True)]
-            self.layers.append(Stage(blocks, PatchMerging(dims[i]) if i + 1 < len(dims) else None, use_checkpoint))
+        for i, rates in enumerate(drop_path_rates(node.DEPTHS, node.DROP_PATH_RATE)):
+            shifts = [node.WINDOW_SIZE // 2 * (block % 2) for block in range(len(rates))]  # every second one, by half
+            sizes = dims[i], node.NUM_HEADS[i]
+            blocks = [SwinBlock(node, *sizes, shift, rate) for shift, rate in zip(shifts, rates, strict=True)]
+            self.layers.append(Stage(blocks, PatchMerging(dims[i]) if i + 1 < len(dims) else None, node.USE_CHECKPOINT))
         for i, dim in enumerate(dims):
             self.add_module(f"norm{i}", nn.LayerNorm(dim))
-        self._name_stages(dims, [patch_size * 2**i for i in range(len(dims))], out_features)
-        self.apply(init_linear)
-
-    @classmethod
-    def check(cls, node: CfgNode) -> None:
-        """See :meth:`StagedBackbone.check`."""
-        path = cls.config_node
-        expect_at_least(path, node, EMBED_DIM=1, WINDOW_SIZE=1, PATCH_SIZE=1)
-        expect_lengths(path, node, "DEPTHS", "NUM_HEADS")
-        for stage, heads in enumerate(node.NUM_HEADS):
-            channels = f"{path}.EMBED_DIM * {2**stage}"
-            expect_heads(channels, node.EMBED_DIM * 2**stage, f"{path}.NUM_HEADS[{stage}]", heads)
+        self._name_stages(dims, [patch * 2**i for i in range(len(dims))], node.OUT_FEATURES)
 
     def forward(self, image: Tensor) -> dict[str, Tensor]:
         """(N, C, H, W) -> the maps (N, C_l, H_l, W_l) of ``out_features`` by name."""
@@ -221,3 +154,11 @@ class SwinTransformer(StagedBackbone):
             position = F.interpolate(self.absolute_pos_embed, size=x.shape[1:3], mode="bicubic")
             x = x + position.permute(0, 2, 3, 1)
         return self._run_stages(self.pos_drop(x))
+
+
+def _check(path: str, node: CfgNode) -> None:
+    expect_at_least(path, node, EMBED_DIM=1, WINDOW_SIZE=1, PATCH_SIZE=1)
+    expect_lengths(path, node, "DEPTHS", "NUM_HEADS")
+    for stage, heads in enumerate(node.NUM_HEADS):
+        channels = f"{path}.EMBED_DIM * {2**stage}"
+        expect_heads(channels, node.EMBED_DIM * 2**stage, f"{path}.NUM_HEADS[{stage}]", heads)

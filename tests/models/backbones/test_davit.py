@@ -61,7 +61,7 @@ def softmax(logits: np.ndarray) -> np.ndarray:
 
 @torch.no_grad()
 def test_window_attention_is_softmax_attention_inside_each_window() -> None:
-    module = WindowAttention(6, n_heads=2, window=3, qkv_bias=True).double()
+    module = WindowAttention(6, n_heads=2, window=3).double()
     x = torch.randn(2, 4, 5, 6, dtype=torch.float64)
     padded = torch.zeros(2, 6, 6, 6, dtype=torch.float64)
     padded[:, :4, :5] = x
@@ -81,7 +81,7 @@ def test_window_attention_is_softmax_attention_inside_each_window() -> None:
 
 @torch.no_grad()
 def test_channel_attention_is_softmax_attention_among_the_channels_of_a_group() -> None:
-    module = ChannelAttention(6, n_groups=2, qkv_bias=True).double()
+    module = ChannelAttention(6, n_groups=2).double()
     x = torch.randn(2, 4, 5, 6, dtype=torch.float64)
     expected = np.zeros((2, 20, 6))
     for n in range(2):

@@ -18,13 +18,8 @@ from peft_d2.models.backbones.focalnet import DepthwiseFocalNet, FocalBlock, Foc
 from ..conftest import GOLDENS
 
 KINDS = {"focal": "PD2FocalNet", "focal_dw": "PD2DepthwiseFocalNet"}
-TINY: dict[str, Any] = {
-    "embed_dim": 8,
-    "depths": [1, 2, 1, 1],
-    "focal_levels": [2, 1, 1, 1],
-    "focal_windows": [3, 3, 3, 3],
-    "out_features": ["res2", "res3", "res4", "res5"],
-}
+PLAIN = {"USE_POSTLN": False, "USE_LAYERSCALE": False, "SCALING_MODULATOR": False, "DROP_PATH_RATE": 0.0}
+TINY = {**PLAIN, "EMBED_DIM": 8, "DEPTHS": [1, 2, 1, 1], "FOCAL_LEVELS": [2, 1, 1, 1], "FOCAL_WINDOWS": [3, 3, 3, 3]}
 both_kinds = pytest.mark.parametrize("kind", [FocalNet, DepthwiseFocalNet])
 
 
@@ -66,14 +61,14 @@ def test_outputs_are_the_published_ones(golden: Any, filler: ModuleType, name: s
     same_shapes(model, recipe)
 
 
-EVERY = dict.fromkeys(("use_postln", "use_layerscale", "scaling_modulator", "use_postln_in_modulation"), True)
+EVERY = dict.fromkeys(("USE_POSTLN", "USE_LAYERSCALE", "SCALING_MODULATOR", "USE_POSTLN_IN_MODULATION"), True)
 
 
 @both_kinds
 @pytest.mark.parametrize("options", [{}, EVERY])
 @pytest.mark.parametrize("size", [(50, 71), (4, 4)])
 def test_any_image_size_and_every_option(kind: type[FocalNet], options: dict, size: tuple[int, int]) -> None:
-    outputs = kind(**TINY, **options)(torch.randn(1, 3, *size))
+    outputs = kind(config(**{**TINY, **options}))(torch.randn(1, 3, *size))
     height, width = (-(-length // 4) for length in size)
     for i, (name, feature) in enumerate(outputs.items()):
         assert name == f"res{i + 2}" and feature.shape == (1, 8 * 2**i, height, width)
@@ -102,8 +97,8 @@ def test_lists_of_another_length_are_refused() -> None:
 @pytest.mark.parametrize("post_norm", [False, True])
 def test_stochastic_depth_drops_whole_halves_and_keeps_the_mean(depthwise: bool, post_norm: bool) -> None:
     """With two halves that are dropped on their own, an image takes one of four paths; surviving ones are scaled."""
-    options: dict[str, Any] = {"depthwise": depthwise, "post_norm": post_norm, "layer_scale": True}
-    block = FocalBlock(6, 2, 3, **options, mlp_ratio=2.0, drop=0.0, drop_path=0.5).train()
+    node = config(**{**PLAIN, "USE_POSTLN": post_norm, "USE_LAYERSCALE": True, "MLP_RATIO": 2.0}).MODEL.BACKBONE.FOCAL
+    block = FocalBlock(node, 6, 2, 3, 0.5, depthwise).train()
     for parameter in block.parameters():
         nn.init.normal_(parameter, std=0.3)
     images = torch.randn(1, 5, 4, 6).expand(64, -1, -1, -1)
@@ -120,14 +115,14 @@ def test_stochastic_depth_drops_whole_halves_and_keeps_the_mean(depthwise: bool,
 
 
 def test_stochastic_depth_grows_from_the_first_block_to_the_last() -> None:
-    blocks = [m for m in FocalNet(**TINY, drop_path_rate=0.4).modules() if isinstance(m, FocalBlock)]
+    blocks = [m for m in FocalNet(config(**{**TINY, "DROP_PATH_RATE": 0.4})).modules() if isinstance(m, FocalBlock)]
     assert [block.drop_path.p for block in blocks] == pytest.approx([0, 0.1, 0.2, 0.3, 0.4])
 
 
 @both_kinds
 def test_checkpointing_changes_memory_alone(kind: type[FocalNet]) -> None:
-    options: dict[str, Any] = {"drop_path_rate": 0.3, "use_postln": True, "use_layerscale": True}
-    plain, saving = kind(**TINY, **options), kind(**TINY, **options, use_checkpoint=True)
+    options = {**TINY, "DROP_PATH_RATE": 0.3, "USE_POSTLN": True, "USE_LAYERSCALE": True}
+    plain, saving = (kind(config(**{**options, "USE_CHECKPOINT": again})) for again in (False, True))
     saving.load_state_dict(plain.state_dict())
     gradients = []
     image = torch.randn(2, 3, 32, 32)

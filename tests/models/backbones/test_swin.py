@@ -7,22 +7,22 @@ from typing import Any
 import pytest
 import torch
 
-from peft_d2.models.backbones.swin import SwinBlock, SwinTransformer, shift_mask
+from peft_d2.models.backbones.swin import SwinTransformer, shift_mask
 from peft_d2.models.layers.windows import from_windows, to_windows
 
-TINY: dict[str, Any] = {
-    "embed_dim": 12,
-    "depths": [2, 2, 2, 2],
-    "num_heads": [2, 2, 3, 4],
-    "window_size": 4,
-    "out_features": ["res2", "res3", "res4", "res5"],
-    "mlp_ratio": 2.0,
-}
+from ..conftest import make_config
+
+
+def swin(**keys: Any) -> SwinTransformer:
+    """A tiny one, with these keys of ``MODEL.SWIN``."""
+    tiny = {"EMBED_DIM": 12, "DEPTHS": [2, 2, 2, 2], "NUM_HEADS": [2, 2, 3, 4], "WINDOW_SIZE": 4, "MLP_RATIO": 2.0}
+    keys = {**tiny, "DROP_PATH_RATE": 0.0, **keys}
+    return SwinTransformer(make_config(overrides={f"MODEL.SWIN.{key}": value for key, value in keys.items()}))
 
 
 @pytest.mark.parametrize("size", [(64, 64), (50, 71), (4, 4), (33, 200)])
 def test_any_image_size(size: tuple[int, int]) -> None:
-    outputs = SwinTransformer(**TINY)(torch.randn(1, 3, *size))
+    outputs = swin()(torch.randn(1, 3, *size))
     height, width = (-(-length // 4) for length in size)
     for i, (name, feature) in enumerate(outputs.items()):
         assert name == f"res{i + 2}" and feature.shape == (1, 12 * 2**i, height, width)
@@ -30,7 +30,7 @@ def test_any_image_size(size: tuple[int, int]) -> None:
 
 
 def test_output_shape_says_what_comes_out() -> None:
-    model = SwinTransformer(**{**TINY, "out_features": ["res3", "res5"]})
+    model = swin(OUT_FEATURES=["res3", "res5"])
     outputs = model(torch.randn(1, 3, 64, 64))
     shapes = model.output_shape()
     assert list(outputs) == list(shapes) == ["res3", "res5"]
@@ -57,7 +57,8 @@ def test_shift_mask_allows_true_neighbours_only(height: int, width: int, window:
 
 
 def test_a_shifted_block_sees_across_window_borders_but_not_across_the_image() -> None:
-    block = SwinBlock(12, 2, window=4, shift=2, mlp_ratio=2.0, drop=0.0, drop_path=0.0).eval()
+    block = swin().layers[0].blocks[1].eval()
+    assert block.shift == 2
     x = torch.randn(1, 8, 8, 12, requires_grad=True)
     block(x)[0, 3, 3].sum().backward()
     assert x.grad is not None
@@ -70,8 +71,8 @@ def test_a_shifted_block_sees_across_window_borders_but_not_across_the_image() -
 
 
 def test_checkpointing_changes_memory_alone() -> None:
-    plain = SwinTransformer(**TINY, drop_path_rate=0.2)
-    saving = SwinTransformer(**TINY, drop_path_rate=0.2, use_checkpoint=True)
+    plain = swin(DROP_PATH_RATE=0.2)
+    saving = swin(DROP_PATH_RATE=0.2, USE_CHECKPOINT=True)
     saving.load_state_dict(plain.state_dict())
     gradients = []
     for model in (plain, saving):
@@ -85,7 +86,7 @@ def test_checkpointing_changes_memory_alone() -> None:
 
 
 def test_absolute_position_is_stretched_to_the_image() -> None:
-    model = SwinTransformer(**TINY, ape=True, pretrain_img_size=32)
+    model = swin(APE=True, PRETRAIN_IMG_SIZE=32)
     assert model.absolute_pos_embed.shape == (1, 12, 8, 8)
     image = torch.zeros(1, 3, 64, 48)
     before = model(image)["res2"]
