@@ -22,6 +22,7 @@ for _module in (
     "backbones.davit",
     "backbones.sam_vit",
     "backbones.fpn",
+    "backbones.timm",
 ):
     import_module(f"{__name__}.{_module}")
 

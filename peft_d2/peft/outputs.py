@@ -102,14 +102,10 @@ def _of_module(module: nn.Module) -> set[int]:
     norms = {_of_leaf(child) for child in children if isinstance(child, nn.LayerNorm)}
     if norms:
         return {width for width in norms if width is not None}
-    if isinstance(module, nn.Sequential):
-        widths: list[int | None] = [_of_leaf(child) for child in children]
-        known = [width for width in widths if width is not None]
-        return {known[-1]} if known else _last_of(children)
     linears = [child for child in children if isinstance(child, nn.Linear)]
     if linears and linears[0].in_features == linears[-1].out_features:
         return {linears[-1].out_features}  # a perceptron or an attention: in and out are as wide
-    return set()
+    return _last_of(children)  # in the order of running, as nearly all are; the first forward compares
 
 
 def _last_of(children: list[nn.Module]) -> set[int]:

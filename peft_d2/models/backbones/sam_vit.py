@@ -40,7 +40,9 @@ class SAMViT(Backbone):
         channels, names = cfg.MODEL.SAM.PYRAMID_CHANNELS, list(cfg.MODEL.SAM.OUT_FEATURES)
         expect_some_of("MODEL.SAM.OUT_FEATURES", names, _STRIDES, "the pyramid's levels")
         note_freeze_at(cfg, "PD2SAMViT")
-        self.pyramid = nn.ModuleDict({name: _level(self.net.channels, channels, _STRIDES[name]) for name in names})
+        self.pyramid = nn.ModuleDict(
+            {name: pyramid_level(self.net.channels, channels, _STRIDES[name]) for name in names}
+        )
         self._out_features = names
         self._out_feature_channels = dict.fromkeys(names, channels)
         self._out_feature_strides = {name: self.net.patch * _STRIDES[name] // 16 for name in names}
@@ -65,7 +67,7 @@ class SAMViT(Backbone):
         return {f"{prefix}net.{name}": value for name, value in inside.items() if not name.startswith("neck.")}
 
 
-def _level(dim: int, channels: int, stride: int) -> nn.Sequential:
+def pyramid_level(dim: int, channels: int, stride: int) -> nn.Sequential:
     """A map of stride 16 rescaled to ``stride``, then convolutions to ``channels``."""
     rescale: list[nn.Module] = []
     if stride == 4:

