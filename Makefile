@@ -2,6 +2,7 @@
 # make test     run the tests
 # make test-fast run those that take no longer than two minutes together
 # make lint     run ruff and mypy
+# make docs     build the documentation's site in build/site
 # make gpu-kit  fill gpu_kit/ with what tools/check_gpu.sh needs on a machine with a GPU and no network
 # make setup    only make the environment that the others need
 #
@@ -31,8 +32,9 @@ torch := $(STAMPS)/torch-$(call checksum,constraints.txt)
 detectron2 := $(STAMPS)/detectron2-$(call checksum,constraints.txt tools/build_detectron2.py)
 package := $(STAMPS)/package-$(call checksum,constraints.txt pyproject.toml setup.py $(operator),$(compilers))
 extras := $(STAMPS)/extras-$(call checksum,constraints.txt pyproject.toml)
+site := $(STAMPS)/site-$(call checksum,constraints.txt pyproject.toml)
 
-.PHONY: demo test test-fast lint gpu-kit setup
+.PHONY: demo test test-fast lint docs gpu-kit setup
 .NOTPARALLEL:
 
 demo: $(package)
@@ -48,6 +50,9 @@ lint: $(extras)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+
+docs: $(site)
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 
 gpu-kit: $(package)
 	PIP_CONSTRAINT=constraints.txt $(PY) tools/make_gpu_kit.py $(ARGS)
@@ -83,9 +88,16 @@ $(package): | $(detectron2)
 	    [print(f"   operator for {name}:", why or "ready") for name, why in backends().items()]'
 	@touch $@
 
-# The names of the test and lint extras stand in pyproject.toml; the installed package knows them.
+# The names of the extras stand in pyproject.toml; the installed package knows them.
+extra = $$($(PY) -c 'from importlib.metadata import requires; import re; \
+    print(*(r.partition(";")[0].replace(" ", "") for r in requires("peft_d2") if re.search("extra == .($(1))", r)))')
+
 $(extras): | $(package)
 	@echo "== tools for tests and lint"
-	@$(PIP) $$($(PY) -c 'from importlib.metadata import requires; \
-	    print(*(r.partition(";")[0].replace(" ", "") for r in requires("peft_d2") if "extra ==" in r and ("test" in r or "lint" in r)))')
+	@$(PIP) $(call extra,test|lint)
+	@touch $@
+
+$(site): | $(package)
+	@echo "== tools for the documentation"
+	@$(PIP) $(call extra,docs)
 	@touch $@

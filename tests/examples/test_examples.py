@@ -128,3 +128,46 @@ def test_any_model(tmp_path: Path) -> None:
     assert moved(model)
     with torch.no_grad():
         assert torch.equal(model.eval()(images), fresh.eval()(images))
+
+
+def test_a_method_of_ones_own() -> None:
+    from peft_d2.peft.methods import METHODS
+
+    try:
+        model = main_of("extending/my_method.py")()
+        [name] = peft.adapter_state_dict(model)
+        assert name == "0.gain" and peft.adapter_state_dict(model)[name].abs().max() > 0
+        with peft.disabled(model):
+            plain = model(torch.ones(1, 4))
+        assert not torch.equal(plain, model(torch.ones(1, 4)))
+    finally:
+        METHODS.pop("gain")
+
+
+def test_a_backbone_of_ones_own() -> None:
+    config = EXAMPLES.parent / "configs" / "coco" / "instance" / "mask2former_r50.yaml"
+    model = main_of("extending/my_backbone.py")(str(config))
+    assert sum("lora" in name for name in peft.adapter_state_dict(model)) == 8  # A and B of four stages
+    with torch.no_grad():
+        [result] = model.eval()([{"image": torch.zeros(3, 64, 64), "height": 64, "width": 64}])
+    assert result["instances"].image_size == (64, 64)
+
+
+def test_a_data_set_of_ones_own(tmp_path: Path) -> None:
+    import numpy as np
+    from detectron2.data import DatasetCatalog, MetadataCatalog
+    from PIL import Image
+
+    labels = np.zeros((20, 30), dtype=np.uint8)
+    labels[2:8, 3:9], labels[10:15, 12:25] = 1, 2
+    Image.fromarray(labels).save(tmp_path / "a_mask.png")
+    Image.fromarray(np.zeros((20, 30, 3), dtype=np.uint8)).save(tmp_path / "a.png")
+    example = runpy.run_path(str(EXAMPLES / "extending" / "my_dataset.py"))
+    example["register"]("of_ones_own", str(tmp_path))
+    try:
+        [record] = DatasetCatalog.get("of_ones_own")
+        assert [entry["bbox"] for entry in record["annotations"]] == [[3, 2, 9, 8], [12, 10, 25, 15]]
+        assert Path(record["file_name"]).name == "a.png" and (record["height"], record["width"]) == (20, 30)
+    finally:
+        DatasetCatalog.remove("of_ones_own")
+        MetadataCatalog.remove("of_ones_own")

@@ -93,8 +93,9 @@ class TimmBackbone(Backbone):
             names = list(out_features) or [name for name in stage_of if name >= "res2"]
             expect_some_of("MODEL.TIMM.OUT_FEATURES", names, stage_of, "the model's maps, named by their strides")
             self._indices = {name: stage_of[name] for name in names}
-            if hasattr(net, "prune_intermediate_layers"):  # what comes after the last map would never get a gradient
-                net.prune_intermediate_layers(list(self._indices.values()), prune_norm=True, prune_head=True)
+            prune: Any = getattr(net, "prune_intermediate_layers", None)
+            if prune is not None:  # what comes after the last map would never get a gradient
+                prune(list(self._indices.values()), prune_norm=True, prune_head=True)
             self._out_feature_channels = {name: int(stages[i]["num_chs"]) for name, i in self._indices.items()}
             self._out_feature_strides = {name: strides[i] for name, i in self._indices.items()}
         self._out_features = names
@@ -109,7 +110,7 @@ class TimmBackbone(Backbone):
         """The largest stride."""
         return self._size_divisibility
 
-    def forward(self, x: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
         """Maps of images (N, C, H, W), normalised as the constructor says, sides multiples of the largest stride."""
         x = (x.flip(1) if self._flip else x) * self.pixel_scale + self.pixel_shift
         net: Any = self.net
@@ -148,7 +149,7 @@ def build_timm(cfg: CfgNode, input_shape: ShapeSpec | None = None) -> TimmBackbo
 
 def _arguments(text: str) -> dict[str, Any]:
     try:
-        found = yaml.safe_load(text) or {}
+        found: Any = yaml.safe_load(text) or {}
     except yaml.YAMLError:
         found = None
     expect(isinstance(found, dict), "MODEL.TIMM.KWARGS", text, "arguments as YAML, such as '{img_size: 512}'")
@@ -184,7 +185,7 @@ def create_timm_model(name: str, weights: str = "", channels: int = 3, kwargs: M
             overlay["num_classes"] = arguments["num_classes"] = 0  # a file of the network alone
         arguments |= {"pretrained": True, "pretrained_cfg_overlay": overlay}
     try:
-        model = _create(timm, name, arguments)
+        model: Any = _create(timm, name, arguments)
     except (RuntimeError, OSError, ValueError) as error:
         raise ModelConfigError(
             f"MODEL.TIMM.WEIGHTS {weights!r} cannot be loaded into timm's {name}: {error}"
