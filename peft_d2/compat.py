@@ -92,6 +92,9 @@ def require_cityscapes(polygons: bool = False) -> None:
 def lend_cityscapesscripts() -> None:
     """Let Detectron2's main branch find cityscapesscripts, which it imports by the path that it has inside its company.
 
+    Its import statements name modules that nobody can install: entries in ``sys.modules`` are the only way short of
+    copies of its loader and its evaluators.
+
     Does nothing for 0.5 and 0.6, which import it by its name, or where it is not installed.
     """
     from detectron2.data.datasets import cityscapes

@@ -19,10 +19,10 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from tile_dataset import tile_coco
 
 from peft_d2.data.coco_json import CocoJson
 from peft_d2.data.segmentation import mask_to_polygons
-from peft_d2.data.tiles import tile_coco
 
 _ID_LENGTH = 12
 _SPLITS_FILE = Path(__file__).with_name("dsb2018_splits.json")

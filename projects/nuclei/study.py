@@ -17,8 +17,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
 from compare import METRICS, Result, Run, compare, plot_tradeoff, side_by_side, table  # noqa: E402
+from tile_dataset import tile_coco  # noqa: E402
 
-from peft_d2.data.tiles import tile_coco  # noqa: E402
 from peft_d2.engine.errors import ConfigError  # noqa: E402
 from peft_d2.engine.launch import one_line_errors  # noqa: E402
 
