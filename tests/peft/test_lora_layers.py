@@ -307,3 +307,24 @@ def test_a_weighted_combination(layer: str, kind: str, disturb: Callable) -> Non
     torch.testing.assert_close(model["m"](x), out, rtol=1e-9, atol=1e-9)  # type: ignore[index]
     with peft_d2.disabled(model):
         assert torch.equal(model["m"].weight, base)  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    "module",
+    [nn.Linear(4, 6), nn.Conv1d(4, 6, 1), nn.Conv2d(4, 6, 1), nn.ConvTranspose2d(4, 6, 1)],
+    ids=lambda module: type(module).__name__,
+)
+def test_autocast_does_not_swallow_a_small_change(module: Any) -> None:
+    """Added to a weight of ones in bfloat16, a change of a thousandth would be nothing."""
+    peft_d2.inject(nn.ModuleDict({"m": module}), [{"NAME": "lora", "TARGETS": ["m"], "RANK": 2}])
+    signs = torch.tensor([1.0, -1.0, 1.0, -1.0])
+    x = torch.ones(1000, 4) if isinstance(module, nn.Linear) else torch.ones(2, 4, *[8] * (module.weight.dim() - 2))
+    with torch.no_grad():
+        module.bias.zero_()
+        rows = module.weight.flatten(1) if not isinstance(module, nn.ConvTranspose2d) else module.weight[..., 0, 0].t()
+        rows.copy_(signs.expand(6, 4))
+        for value in module.peft_parameters().values():
+            value.fill_(0.02)
+        with torch.autocast("cpu", torch.bfloat16):
+            out = module(x).float()
+    torch.testing.assert_close(out, torch.full_like(out, 4 * 2 * 0.02**2), rtol=0.02, atol=0.0)

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
@@ -99,7 +100,8 @@ class ConvLora(LowRank):
 
     def forward(self, x: Tensor, convolve: Callable[..., Tensor], weight: Tensor, bias: Tensor | None) -> Tensor:
         """The adapted convolution of x (N, in, ...)."""
-        if self.in_weight_space and (x.device.type == "cpu" or not self.has_branch):
+        exact = x.device.type == "cpu" and not torch.is_autocast_enabled("cpu")  # which would swallow small changes
+        if not self.has_branch or (self.in_weight_space and exact):
             return convolve(x, self.effective(weight), bias)
         out = convolve(x, weight, bias)
         return self.rescaled(out, self.branch(x, convolve), weight, bias, channel=1 - weight.dim())
