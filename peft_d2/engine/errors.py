@@ -71,7 +71,7 @@ def _passed(error: Exception, module: str) -> bool:
 
 def _last_line(text: str) -> str:
     lines = text.strip().splitlines()
-    return lines[-1].strip().rstrip(".")[:200] if lines else ""
+    return lines[-1].strip().partition(". ")[0].rstrip(".")[:200] if lines else ""
 
 
 def message_of(error: BaseException) -> str:

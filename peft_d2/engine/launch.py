@@ -12,6 +12,7 @@ import re
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -71,6 +72,7 @@ def main(arguments: list[str] | None = None) -> Any:
     """Run ``tools/train_net.py``: parse, launch the processes, train or evaluate."""
     args = training_parser().parse_args(arguments)
     logging.raiseExceptions = False  # on a full disk each line of the log would become a traceback on the console
+    threading.excepthook = _thread_failed
     return one_line_errors(lambda: launch(run, (args,), layout(args)))
 
 
@@ -210,6 +212,12 @@ def start_logs(cfg: Any, args: argparse.Namespace) -> None:
     logger.info("Environment info:\n%s", collect_env_info(), extra=FILE_ONLY)
     logger.info("Process %d of %d; arguments: %s", comm.get_rank(), comm.get_world_size(), args, extra=FILE_ONLY)
     logger.info("Running with full config:\n%s", cfg.dump(), extra=FILE_ONLY)
+
+
+def _thread_failed(args: Any) -> None:
+    """A thread, TensorBoard's say, meets the limits of the machine as the training does, which says so in one line."""
+    if not isinstance(args.exc_value, Exception) or not isinstance(named(args.exc_value), LimitReached):
+        threading.__excepthook__(args)
 
 
 def _for_the_terminal(record: logging.LogRecord) -> bool:

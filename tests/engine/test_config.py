@@ -140,6 +140,29 @@ def test_other_code_in_that_tag_is_refused(tmp_path: Path, code: str) -> None:
     assert not trace.exists()
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("MODEL.PEFT.METHODS", "[{'NAME': 'lora', 'RANK': 2, 'RANK': 3}]", "'RANK' is given twice"),
+        ("SOLVER.STEPS", "(" * 2000 + ")" * 2000, "nested too deeply|Type mismatch"),
+        ("SOLVER.MAX_ITER", "[[1]]", "MAX_ITER"),
+        ("OUTPUT_DIR", "{'a': 1, 'a': 2}", "'a' is given twice"),
+    ],
+)
+def test_values_that_are_none(tmp_path: Path, key: str, value: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said) as error:
+        load_config("", opts=[key, value])
+    assert len(str(error.value)) < 2_000 or "Type mismatch" in str(error.value)
+    if "twice" in said:  # the same text in a file
+        node, _, leaf = key.rpartition(".")
+        text = f'{leaf}: "{value}"'
+        for part in reversed(node.split(".") if node else []):
+            text = f"{part}: {{{text}}}"
+        (tmp_path / "a.yaml").write_text(text)
+        with pytest.raises(ConfigError, match=f"a.yaml.*{said}"):
+            load_config(str(tmp_path / "a.yaml"))
+
+
 @pytest.mark.parametrize("text", ["- 1", "MODEL: [", "_BASE_: a.yaml", "MODEL: 3"])
 def test_files_that_are_no_config(tmp_path: Path, text: str) -> None:
     (tmp_path / "a.yaml").write_text(text)

@@ -27,6 +27,17 @@ YAML = {
     "tag shorthand": "%TAG !p! tag:yaml.org,2002:python/object/apply:\n---\nX: !p!os.system ['touch {canary}']",
     "key": "? !!python/object/apply:os.system ['touch {canary}']\n: 1",
     "unbounded nesting": "X: " + "[" * 3_000,
+    "nesting that is closed": "X: " + "[" * 200 + "]" * 200,
+    "aliases that grow": "A: &a [1,1,1,1,1,1,1,1,1]\n"
+    + "".join(f"{new}: &{new} [{', '.join(['*' + old] * 9)}]\n" for old, new in zip("abcdefg", "bcdefgh", strict=True)),
+    "merged aliases that grow": "A: &a {{x: 1}}\n"
+    + "".join(f"{n}: &{n}\n  <<: [{', '.join(['*' + o] * 9)}]\n" for o, n in zip("abcdefg", "bcdefgh", strict=True)),
+    "an alias of its own": "X: &x [*x]",
+    "a key given twice": "SOLVER: {{MAX_ITER: 3, MAX_ITER: 4}}",
+    "a group given twice": "SOLVER: {{MAX_ITER: 3}}\nSOLVER: {{BASE_LR: 1.0}}",
+    "a date that is none": "X: 2001-99-99",
+    "a number that is none": "X: !!int many",
+    "a number of 5000 digits": "X: " + "9" * 5_000,
 }
 
 

@@ -261,6 +261,74 @@ def test_demo_of_folders_and_its_predictions_as_coco(
     assert [found.annToMask(row).sum() for row in first] == [row["area"] for row in first]
 
 
+def test_the_terminal_shows_figures_and_the_file_all(
+    finished: Path, run: Callable[..., str], tmp_path: Path, data: toy.ToySet
+) -> None:
+    """Names of classes cannot colour or clear a terminal, either."""
+    content = json.loads(data.json.read_text())
+    content["categories"][0]["name"] = "nuc\x1b[31mleus\x1b[2J"
+    path = tmp_path / "coloured.json"
+    path.write_text(json.dumps(content))
+    own = ("--train-json", path, "--train-images", data.images, "--val-json", path, "--val-images", data.images)
+    opts = ("SOLVER.MAX_ITER", 1, "OUTPUT_DIR", tmp_path / "run", "MODEL.PEFT.METHODS", LORA)
+    console = run("train_net", "--config-file", TINY, *own, "--name", "coloured", *opts)
+    log = (tmp_path / "run" / "log.txt").read_text()
+    for printout in ("Running with full config:", "Model:\nMaskFormer(", "Environment info:"):
+        assert log.count(printout) == 1 and printout not in console
+    assert "What is trained" in console and "\x1b" not in log and "\x1b[31m" not in console and "[2J" not in console
+    assert len(console.splitlines()) < 150
+
+
+def test_an_error_is_said_once_and_last(run: Callable[..., str], finished: Path, tmp_path: Path) -> None:
+    opts = (
+        "OUTPUT_DIR",
+        tmp_path,
+        "SOLVER.BASE_LR",
+        1e30,
+        "SOLVER.CLIP_GRADIENTS.ENABLED",
+        False,
+        "SOLVER.MAX_ITER",
+        50,
+    )
+    config = finished / "lora" / "config.yaml"
+    error = run("train_net", "--config-file", config, *opts, "SOLVER.WARMUP_ITERS", 0, fails=True)
+    assert error.strip().splitlines()[-1].startswith("error: iteration ") and "Traceback" not in error
+    assert (tmp_path / "log.txt").read_text().count("The step was not applied") == 1
+
+
+@pytest.mark.parametrize("limit", ["NOFILE", "AS"])
+def test_a_limit_of_the_system_is_one_line_and_resumable(finished: Path, tmp_path: Path, limit: str) -> None:
+    """Met while the training and its workers run."""
+    resource = pytest.importorskip("resource")
+    config = ("--config-file", finished / "lora" / "config.yaml", "OUTPUT_DIR", tmp_path, "DATASETS.TEST", "()")
+    opts = ("SOLVER.MAX_ITER", 100_000, "SOLVER.CHECKPOINT_PERIOD", 1, "DATALOADER.NUM_WORKERS", 2)
+    command = [sys.executable, ROOT / "tools" / "train_net.py", *config, *opts, "SOLVER.CHECKPOINTS_TO_KEEP", 2]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    with (tmp_path / "console.txt").open("w") as console:
+        training = subprocess.Popen([str(c) for c in command], env=environment, stdout=console, stderr=console)
+        while not (tmp_path / "last_checkpoint").is_file() and training.poll() is None:
+            time.sleep(0.02)
+        now = int(Path(f"/proc/{training.pid}/statm").read_text().split()[0]) * resource.getpagesize()
+        few = {"NOFILE": 8, "AS": now}[limit]
+        children = Path(f"/proc/{training.pid}/task/{training.pid}/children").read_text().split()
+        for process_id in (training.pid, *map(int, children)):
+            resource.prlimit(process_id, getattr(resource, f"RLIMIT_{limit}"), (few, few))
+        try:
+            status = training.wait(timeout=120)
+        except subprocess.TimeoutExpired:
+            training.kill()
+            pytest.skip("the limit was not met")
+    text = (tmp_path / "console.txt").read_text()
+    errors = re.findall("^error: .*", text, re.MULTILINE)
+    assert status == 1 and len(errors) == 1 and text.strip().splitlines()[-1] == errors[0], text[-3000:]
+    assert "train_net.py" not in text and "Exception in thread" not in text, text[-3000:]  # workers' exits are Python's
+    newest = max(int(path.name[8:]) for path in tmp_path.glob("adapter_*") if path.name[8:].isdigit())
+    again = process(
+        "train_net", config[0], config[1], "--resume", *config[2:], *opts[4:], "SOLVER.MAX_ITER", newest + 3
+    )
+    assert f"Starting training from iteration {newest + 1}" in again
+
+
 def test_inspect_targets(run: Callable[..., str], finished: Path) -> None:
     report = run("inspect_targets", "--config-file", finished / "lora" / "config.yaml")
     figures = json.loads((finished / "lora" / "peft_report.json").read_text())
