@@ -271,7 +271,7 @@ def _load_pickle(file: _Bounded, nested: bool) -> Any:
 
 def _empty(count: int) -> Tensor:
     try:
-        return torch.empty(count, dtype=torch.uint8)
+        return torch.empty(count, dtype=torch.uint8, device="cpu")  # within `with torch.device(...)`, too
     except RuntimeError as error:  # what torch says where there is no memory
         raise MemoryError(str(error).partition("\n")[0]) from None
 
@@ -384,7 +384,7 @@ def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *rest: Any) -> Te
     if needed and (needed > count or last >= count):
         raise Refused(_LARGER)
     if not needed:
-        return torch.empty(size, dtype=kind)
+        return torch.empty(size, dtype=kind, device=storage.data.device)
     return storage.data[: count * kind.itemsize].view(kind).as_strided(size, stride, offset)
 
 

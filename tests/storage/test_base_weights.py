@@ -85,6 +85,8 @@ def test_torch_files_are_read(tmp_path: Path, nest: str, legacy: bool) -> None:
     content = {nest: STATE, "iteration": 5, "args": argparse.Namespace(lr=1e-4)} if nest else STATE
     torch.save(content, tmp_path / "x.pth", _use_new_zipfile_serialization=not legacy)
     assert_equal(read_checkpoint(tmp_path / "x.pth").state)
+    with torch.device("meta"):  # as a model is built of which the structure alone is asked
+        assert_equal(read_checkpoint(tmp_path / "x.pth").state)
 
 
 def test_safetensors_are_read(tmp_path: Path) -> None:
