@@ -133,7 +133,7 @@ def build_without_weights(cfg: Any) -> nn.Module:
     """Build the config's model on torch's meta device: shapes alone, in a moment. Where a model cannot, on the CPU."""
     cfg = cfg.clone()
     cfg.defrost()
-    cfg.MODEL.PEFT.WEIGHTS = ""
+    cfg.MODEL.WEIGHTS = cfg.MODEL.PEFT.WEIGHTS = ""
     cfg.MODEL.DEVICE = "meta"
     try:
         with torch.device("meta"):

@@ -494,8 +494,8 @@ def before_load(root: nn.Module, state: dict[str, Any], prefix: str, *_: Any) ->
     different = [
         key for key in sorted(fits - counters(root)) if not _is_base(adapted, index, key, given[key], base[key])
     ]
+    own = {alias for key in adapted.values[adapted.record.active] for alias in adapted.full[key].names}
     if different:
-        own = {alias for key in adapted.values[adapted.record.active] for alias in adapted.full[key].names}
         only_trained = own.issuperset(different) and not layers
         open_to_others = not adapted.record.base_file and _untouched(adapted)
         if only_trained and (fits - own or not open_to_others):
@@ -509,6 +509,7 @@ def before_load(root: nn.Module, state: dict[str, Any], prefix: str, *_: Any) ->
             "These weights are the base's, which the model has: all %d tensors of adapter %r stay in effect.",
             *(count, adapted.record.active),
         )
+        fits |= own  # a head of another class count is not missing either
     state.update({prefix + key: index.tensors[index.first_name[key]].get() for key in fits if key in index.first_name})
     state.update({prefix + key: value for key, value in layers.items()})
     return None
