@@ -125,13 +125,13 @@ def describe(
     plain = injected == {path + s for path in ranks for s in SUFFIXES if path + s in tensors}
     saved = _saved_modules(full, base, list(ranks), modules)
     targets = _targets(list(ranks), saved or [], modules)
-    if not ranks or not plain or set(ranks) - set(scales) or len(dora) not in (0, len(ranks)) or not targets:
-        saved = None
     by_name = dict(modules)
-    for path in ranks if modules else ():
-        if path not in by_name or difference_to_peft(path, by_name) or _in_encoder_layer(path, by_name):
-            saved = None
-    if saved is None:
+    alike = all(
+        path in by_name and not difference_to_peft(path, by_name) and not _in_encoder_layer(path, by_name)
+        for path in (ranks if modules else ())
+    )
+    described = ranks.keys() <= scales.keys() and len(dora) in (0, len(ranks))
+    if not (ranks and plain and described and alike and targets) or saved is None:
         places = sorted({name.rpartition(".")[0] for name in injected})
         owners = sorted({name.rpartition(".")[0] or name for name in full})
         own = {"peft_type": OWN, "target_modules": places, "modules_to_save": owners or None, "inference_mode": True}
@@ -200,7 +200,8 @@ def _targets(paths: Sequence[str], saved: Sequence[str], modules: Modules) -> li
     if any(re.match(rf"(^|.*\.){module}($|\..*)", path) for module in saved for path in paths):
         return None
     wanted = sorted(paths)
-    hit = {name for name, _ in modules if any(f".{name}".endswith(f".{path}") for path in wanted)}
+    ends = tuple(f".{path}" for path in wanted)
+    hit = {name for name, _ in modules if f".{name}".endswith(ends)}
     return wanted if hit <= set(wanted) else "|".join(map(re.escape, wanted))
 
 

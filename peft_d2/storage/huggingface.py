@@ -191,7 +191,7 @@ class _Reader:
             raise ValueError(f"there are factors of {path}, which modules_to_save keeps peft from adapting")
         if excluded and _chosen(excluded, path, "exclude_modules"):
             raise ValueError(f"there are factors of {path}, which exclude_modules takes out")
-        if targets == "all-linear":
+        if isinstance(targets, str) and targets.lower() == "all-linear":
             return
         if not _chosen(targets, path, "target_modules") or not self._in_layers(path):
             raise ValueError(f"there are factors of {path}, which target_modules and layers_to_transform do not choose")
