@@ -5,7 +5,10 @@
     peft_d2.json                the rest: format version, methods, the base's fingerprint, sizes and sha256 of the other
                                 two, metrics, and a checksum of itself
 
-Every byte of the folder is covered by a checksum, so a flipped bit anywhere is found.
+Every byte of the folder is covered by a checksum, so a flipped bit anywhere is found. An adapter is identified by its
+record: it names the sha256 of the tensors' file (so names, types, shapes and values) and description, the methods,
+what is trained in full and the base; the record of a training state names the record's. A file that was exchanged or
+written again, in half precision say, is refused.
 """
 
 from __future__ import annotations
