@@ -35,8 +35,10 @@ PEFT_D2_DEVICE void add_atomically(float* to, const float* numbers) {
   int i = 0;
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 #pragma unroll
-  for (; i + 4 <= VECTOR; i += 4) {
-    atomicAdd(reinterpret_cast<float4*>(to + i), float4{numbers[i], numbers[i + 1], numbers[i + 2], numbers[i + 3]});
+  for (; i + 4 <= VECTOR; i += 4) {  // as atomicAdd(float4*, float4) does, but without asking for the old numbers
+    asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};"
+                 :: "l"(__cvta_generic_to_global(to + i)), "f"(numbers[i]), "f"(numbers[i + 1]), "f"(numbers[i + 2]),
+                    "f"(numbers[i + 3]) : "memory");
   }
 #endif
 #pragma unroll
@@ -98,15 +100,20 @@ PEFT_D2_DEVICE void write_gradients(
   const C* raw = static_cast<const C*>(p.raw) + item * count * 2;
   for (int i = lane; i < plan.levels; i += plan.lanes()) {
     const A size_x = A(levels[i].width), size_y = A(levels[i].height);
-    A sums[4] = {0, 0, 0, 0};
+    A x = 0, y = 0, w = 0, h = 0;
     for (int k = i * plan.points; k < (i + 1) * plan.points; ++k) {
-      sums[0] += points[k].grad_x * size_x;
-      sums[1] += points[k].grad_y * size_y;
-      sums[2] += points[k].grad_x * widen(raw[2 * k]) * box_slope(size_x, A(p.points));
-      sums[3] += points[k].grad_y * widen(raw[2 * k + 1]) * box_slope(size_y, A(p.points));
+      x += points[k].grad_x;
+      y += points[k].grad_y;
+      w += points[k].grad_x * widen(raw[2 * k]);
+      h += points[k].grad_y * widen(raw[2 * k + 1]);
     }
     A* reference = to.reference + (item * plan.levels + i) * p.reference_size;
-    for (int j = 0; j < p.reference_size; ++j) reference[j] = sums[j];
+    reference[0] = x * size_x;
+    reference[1] = y * size_y;
+    if (p.reference_size == 4) {
+      reference[2] = w * box_slope(size_x, A(p.points));
+      reference[3] = h * box_slope(size_y, A(p.points));
+    }
   }
 }
 
@@ -161,6 +168,7 @@ __global__ void __launch_bounds__(128) backward_kernel(Problem p, Plan plan, Out
         gradient.weight = group_sum(gradient.weight, plan, mask);
         gradient.x = group_sum(gradient.x, plan, mask);
         gradient.y = group_sum(gradient.y, plan, mask);
+        __syncwarp(mask);  // all have read the point, which lies in one word with its results
         if (active && lane == 0) {
           points[k].grad_weight = gradient.weight;
           points[k].grad_x = gradient.x;

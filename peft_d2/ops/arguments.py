@@ -20,9 +20,9 @@ def _is_tensor(tensor: object, dtypes: tuple[torch.dtype, ...], dimensions: int)
 
 def check(
     value: Tensor,
-    spatial_shapes: Tensor,
-    level_start_index: Tensor,
-    reference_points: Tensor | None,
+    shapes: Tensor,
+    starts: Tensor,
+    reference: Tensor | None,
     points: Tensor,
     weights: Tensor,
     fused: bool,
@@ -38,11 +38,11 @@ def check(
     """
     if not _is_tensor(value, FLOATING, 4):
         _fail("value", value, "a float32, float64, bfloat16 or float16 tensor (N, S, M, D)")
-    if not _is_tensor(spatial_shapes, INTEGER, 2) or spatial_shapes.shape[1] != 2:
-        _fail("spatial_shapes", spatial_shapes, "an integer tensor (L, 2) of (H, W)")
-    levels = spatial_shapes.shape[0]
-    if not _is_tensor(level_start_index, INTEGER, 1) or level_start_index.shape[0] != levels:
-        _fail("level_start_index", level_start_index, f"an integer tensor (L,) = ({levels},)")
+    if not _is_tensor(shapes, INTEGER, 2) or shapes.shape[1] != 2:
+        _fail("spatial_shapes", shapes, "an integer tensor (L, 2) of (H, W)")
+    levels = shapes.shape[0]
+    if not _is_tensor(starts, INTEGER, 1) or starts.shape[0] != levels:
+        _fail("level_start_index", starts, f"an integer tensor (L,) = ({levels},)")
     points_name, weights_name = (
         ("sampling_offsets", "attention_logits") if fused else ("sampling_locations", "attention_weights")
     )
@@ -56,10 +56,10 @@ def check(
         (weights_name, weights, (n, queries, heads, levels, n_points), "(N, Q, M, L, P)"),
     ]
     if fused:
-        numbers = reference_points.shape[-1] if isinstance(reference_points, Tensor) and reference_points.dim() else 0
+        numbers = reference.shape[-1] if isinstance(reference, Tensor) and reference.dim() else 0
         reference_shape = (n, queries, levels, numbers if numbers in (2, 4) else 2)
         floating[1] = (weights_name, weights, (n, queries, heads, levels * n_points), "(N, Q, M, L*P)")
-        floating.append(("reference_points", reference_points, reference_shape, "(N, Q, L, 2|4)"))
+        floating.append(("reference_points", reference, reference_shape, "(N, Q, L, 2|4)"))
     for name, tensor, shape, axes in floating:
         if not isinstance(tensor, Tensor) or tuple(tensor.shape) != shape or tensor.dtype not in FLOATING:
             _fail(name, tensor, f"a floating-point tensor {axes} = {shape}")

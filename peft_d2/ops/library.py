@@ -6,6 +6,7 @@ The schemas are in csrc/registration.cpp. One operator serves both forms: withou
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -37,30 +38,19 @@ def _load(device: str) -> str:
 
 def _load_all() -> dict[str, str]:
     reasons = {"cpu": _load("cpu")}
-    if torch.version.cuda is None:
-        reasons["cuda"] = f"torch {torch.__version__} has no CUDA; install a CUDA build of torch and this package again"
-    elif reasons["cpu"]:  # which holds the schemas
-        reasons["cuda"] = reasons["cpu"]
-    else:
-        reasons["cuda"] = _load("cuda")
     if not reasons["cpu"]:
         _register()
+    if torch.version.cuda is None:
+        reasons["cuda"] = f"torch {torch.__version__} has no CUDA; install a CUDA build of torch and this package again"
+    else:  # the CPU library holds the schemas
+        reasons["cuda"] = reasons["cpu"] or _load("cuda")
     return reasons
 
 
-def _shape(value: Tensor, points: Tensor) -> tuple[int, int, int]:
-    return value.shape[0], points.shape[1], value.shape[2] * value.shape[3]
-
-
 def _fake_forward(
-    value: Tensor,
-    spatial_shapes: Tensor,
-    level_start_index: Tensor,
-    reference_points: Tensor | None,
-    points: Tensor,
-    weights: Tensor,
+    value: Tensor, shapes: Tensor, starts: Tensor, reference: Tensor | None, points: Tensor, weights: Tensor
 ) -> Tensor:
-    return value.new_empty(_shape(value, points))
+    return value.new_empty(value.shape[0], points.shape[1], value.shape[2] * value.shape[3])
 
 
 def _fake_backward(
@@ -74,14 +64,9 @@ def _fake_backward(
     reference_grad: bool,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dtype = accumulation_dtype(value.dtype)
-    wanted = reference_grad and reference_points is not None
-    return (
-        value.new_empty(value.shape),
-        points.new_empty(points.shape),
-        weights.new_empty(weights.shape),
-        value.new_empty(reference_points.shape if wanted and reference_points is not None else (0,), dtype=dtype),
-    )
+    shape = reference_points.shape if reference_grad and reference_points is not None else (0,)
+    reference = value.new_empty(shape, dtype=accumulation_dtype(value.dtype))
+    return value.new_empty(value.shape), points.new_empty(points.shape), weights.new_empty(weights.shape), reference
 
 
 class _Differentiable(torch.autograd.Function):
@@ -116,55 +101,37 @@ def _double_backward(ctx: Any, *grads: Tensor) -> None:
     )
 
 
-def _autograd() -> torch.library.Library:
-    registration = torch.library.Library("peft_d2", "IMPL")
-    registration.impl("ms_deform_attn", _Differentiable.apply, "Autograd")
-    return registration
-
-
-def _autocast(device: str) -> torch.library.Library:
+def _autocast(device: str, key: str) -> Callable[..., Tensor]:
     """Under autocast value takes autocast's type; locations and the softmax stay as precise as they are."""
-    key = "Autocast" + {"cpu": "CPU", "cuda": "CUDA"}[device]
-    registration = torch.library.Library("peft_d2", "IMPL")
+    keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
 
     def forward(
-        value: Tensor,
-        spatial_shapes: Tensor,
-        level_start_index: Tensor,
-        reference_points: Tensor | None,
-        points: Tensor,
-        weights: Tensor,
+        value: Tensor, shapes: Tensor, starts: Tensor, reference: Tensor | None, points: Tensor, weights: Tensor
     ) -> Tensor:
         dtype = torch.get_autocast_dtype(device)
-        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))):
+        with torch._C._ExcludeDispatchKeyGuard(keys):
             if value.dtype != torch.float64 and value.dtype != dtype:
                 value = value.to(dtype)
                 points, weights = points.float(), weights.float()
-            return torch.ops.peft_d2.ms_deform_attn(
-                value, spatial_shapes, level_start_index, reference_points, points, weights
-            )
+            return torch.ops.peft_d2.ms_deform_attn(value, shapes, starts, reference, points, weights)
 
-    registration.impl("ms_deform_attn", forward, key)
-    return registration
+    return forward
 
 
-_registrations: list[torch.library.Library] = []
+_registration = torch.library.Library("peft_d2", "FRAGMENT")  # ends what it registers when it is collected
 
 
 def _register() -> None:
     torch.library.register_fake("peft_d2::ms_deform_attn", _fake_forward)
     torch.library.register_fake("peft_d2::ms_deform_attn_backward", _fake_backward)
     torch.library.register_autograd("peft_d2::ms_deform_attn_backward", _double_backward)
-    _registrations.extend([_autograd(), *(_autocast(device) for device in ("cpu", "cuda"))])
+    _registration.impl("ms_deform_attn", _Differentiable.apply, "Autograd")
+    for device, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
+        _registration.impl("ms_deform_attn", _autocast(device, key), key)
 
 
 def ms_deform_attn(
-    value: Tensor,
-    spatial_shapes: Tensor,
-    level_start_index: Tensor,
-    reference_points: Tensor | None,
-    points: Tensor,
-    weights: Tensor,
+    value: Tensor, shapes: Tensor, starts: Tensor, reference: Tensor | None, points: Tensor, weights: Tensor
 ) -> Tensor:
     """Bring the arguments to the types that the compiled operator takes, and call it.
 
@@ -172,12 +139,12 @@ def ms_deform_attn(
     offsets and logits may be of value's own type.
     """
     dtype = accumulation_dtype(value.dtype)
-    raw = points.dtype == weights.dtype == value.dtype and reference_points is not None
+    raw = points.dtype == weights.dtype == value.dtype and reference is not None
     return torch.ops.peft_d2.ms_deform_attn(
         value,
-        spatial_shapes.to(value.device, torch.int64),
-        level_start_index.to(value.device, torch.int64),
-        None if reference_points is None else reference_points.to(dtype),
+        shapes.to(value.device, torch.int64),
+        starts.to(value.device, torch.int64),
+        None if reference is None else reference.to(dtype),
         points if raw else points.to(dtype),
         weights if raw else weights.to(dtype),
     )
