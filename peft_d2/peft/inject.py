@@ -315,9 +315,17 @@ def _is_frozen(tensor: Tensor) -> bool:
 def _targets(index: ModelIndex, method: Method) -> list[Target]:
     """The modules of one method: patterns resolved, exclusions taken out, redirected, and all of them possible."""
     names = index.module_names()
-    excluded = set().union(*resolve(method.options.exclude, names).values())
+    try:
+        exclude = resolve(method.options.exclude, names)
+    except PatternError as error:
+        raise PatternError(f"method {method.name!r}, EXCLUDE: {error}") from error
+    excluded = set().union(*exclude.values())
     chosen: dict[int, Target] = {}
-    for pattern, found in resolve(method.options.targets, names).items():
+    wanted = resolve(method.options.targets, names)
+    for pattern, taken_back in exclude.items():
+        if not set(taken_back) & set().union(*wanted.values()):
+            logger.warning("Method %r: EXCLUDE %r takes back none of what TARGETS choose.", method.name, pattern)
+    for pattern, found in wanted.items():
         refused: dict[str, str] = {}
         for name in found:
             own = index.targets[id(index.modules[name])]

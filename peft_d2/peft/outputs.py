@@ -7,6 +7,7 @@ module, and what cannot be read is asked for.
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ from .targets import Target
 LAYOUTS = ("auto", "last", "first")
 GRIDS = ("auto", "square")
 _WIDTH_ATTRIBUTES = ("d_model", "embed_dim", "hidden_size", "hidden_dim", "dim", "out_dim")
+_SIDE = re.compile(r"down|short|skip|^se$|attn|act|drop|pool|peft")  # children beside a block's main path
 _CHANNELS_FIRST = (
     nn.modules.conv._ConvNd,
     nn.modules.batchnorm._NormBase,
@@ -110,7 +112,7 @@ def _of_module(module: nn.Module) -> set[int]:
 
 def _last_of(children: list[nn.Module]) -> set[int]:
     for child in reversed(children):
-        found = _of_module(child)
+        found = _of_module(child) if not isinstance(child, nn.ModuleList) else _last_of(list(child))
         if found:
             return found
     return set()

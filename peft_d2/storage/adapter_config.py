@@ -18,7 +18,7 @@ PREFIX = "base_model.model."
 LORA, OWN = "LORA", "PEFT_D2"
 A, B, MAGNITUDE = ".lora_a", ".lora_b", ".lora_magnitude"
 EMBEDDING_A, EMBEDDING_B = ".lora_embedding_a", ".lora_embedding_b"
-NAME = re.compile(r"[\w\-]+(\.[\w\-]+)*")
+NAME = re.compile(r"[^.\x00-\x1f\x7f-\x9f\u2028\u2029]+(\.[^.\x00-\x1f\x7f-\x9f\u2028\u2029]+)*")
 SUFFIXES = {
     A: ".lora_A.weight",
     B: ".lora_B.weight",

@@ -154,8 +154,8 @@ def require_storable(names: Iterable[str]) -> None:
     for name in names:
         if adapter_config.model_name(adapter_config.file_name(name)) != name or not adapter_config.NAME.fullmatch(name):
             raise ValueError(
-                f"the tensor name {name!r} cannot be stored in an adapter file: names of modules are letters, digits, "
-                "_ and - there. Rename the module, or choose another place"
+                f"the tensor name {name!r} cannot be stored in an adapter file: it holds control characters, or ends "
+                "as the factors of a LoRA do there. Rename the module, or choose another place"
             )
 
 
