@@ -20,36 +20,17 @@ from peft_d2.storage import atomic
 RUNS_FILE = "tracking.json"  # which run of which service belongs to the folder
 
 
-def build_trackers(cfg: Any, resumed: Callable[[], bool]) -> list[EventWriter]:
-    """Writers for the services that ``TRACKING.WITH`` names.
+class Tracker(EventWriter):
+    """Collects what is new since the last time and hands it on, iteration by iteration.
 
     Args:
         cfg: ``TRACKING.PROJECT`` and ``RUN`` say under which names; the rest is set up as the services have it, e.g. by
             ``WANDB_MODE=offline`` or ``MLFLOW_TRACKING_URI``.
         resumed: asked when the training begins; a resumed one goes on with its run.
-
-    Raises:
-        ConfigError: an unknown service, or a package that is not installed.
     """
-    services = {"wandb": (WandbWriter, "wandb"), "mlflow": (MlflowWriter, "mlflow-skinny")}
-    trackers: list[EventWriter] = []
-    for name in cfg.TRACKING.WITH:
-        if name not in services:
-            raise ConfigError(f"TRACKING.WITH names {name!r}; expected some of {sorted(services)}.")
-        kind, package = services[name]
-        if importlib.util.find_spec(name) is None:
-            raise ConfigError(
-                f"TRACKING.WITH names {name!r}, whose package is not installed: pip install {package}, or "
-                f"pip install 'peft_d2[{name}]'."
-            )
-        trackers.append(kind(cfg, resumed))
-    return trackers
-
-
-class Tracker(EventWriter):
-    """Collects what is new since the last time and hands it on, iteration by iteration."""
 
     service: str
+    package: str
 
     def __init__(self, cfg: Any, resumed: Callable[[], bool]) -> None:
         self._folder = Path(cfg.OUTPUT_DIR)
@@ -81,9 +62,8 @@ class Tracker(EventWriter):
         for name, (value, iteration) in get_event_storage().latest_with_smoothing_hint(20).items():
             if iteration > self._last:
                 rows[iteration][name] = value
-        for iteration, row in sorted(rows.items()):
-            self.log(row, iteration)
-            self._last = iteration
+        for self._last, row in sorted(rows.items()):
+            self.log(row, self._last)
 
     def open(self, run: str | None) -> str:
         """Begin a run, or go on with ``run``; returns its id."""
@@ -97,24 +77,16 @@ class Tracker(EventWriter):
 class WandbWriter(Tracker):
     """Weights & Biases."""
 
-    service = "wandb"
+    service = package = "wandb"
 
     def open(self, run: str | None) -> str:
-        """See :meth:`Tracker.open`."""
         import wandb
 
-        self._run = wandb.init(
-            project=self._project,
-            name=self._name,
-            config=self._config,
-            dir=str(self._folder),
-            id=run,
-            resume="allow" if run else None,
-        )
+        names = {"project": self._project, "name": self._name, "dir": str(self._folder)}
+        self._run = wandb.init(**names, config=self._config, id=run, resume="allow" if run else None)
         return self._run.id
 
     def log(self, row: dict[str, float], iteration: int) -> None:
-        """See :meth:`Tracker.log`."""
         self._run.log(row, step=iteration)
 
     def close(self) -> None:
@@ -126,10 +98,9 @@ class WandbWriter(Tracker):
 class MlflowWriter(Tracker):
     """MLflow."""
 
-    service = "mlflow"
+    service, package = "mlflow", "mlflow-skinny"
 
     def open(self, run: str | None) -> str:
-        """See :meth:`Tracker.open`."""
         from mlflow import MlflowClient
 
         self._client = MlflowClient()
@@ -144,7 +115,6 @@ class MlflowWriter(Tracker):
         return self._run
 
     def log(self, row: dict[str, float], iteration: int) -> None:
-        """See :meth:`Tracker.log`."""
         for name, value in row.items():
             self._client.log_metric(self._run, re.sub(r"[^\w\-. /]", "_", name), float(value), step=iteration)
 
@@ -152,3 +122,21 @@ class MlflowWriter(Tracker):
         """Mark the run as ended."""
         if hasattr(self, "_run"):
             self._client.set_terminated(self._run)
+
+
+def build_trackers(cfg: Any, resumed: Callable[[], bool]) -> list[Tracker]:
+    """Writers for the services that ``TRACKING.WITH`` names; arguments as of :class:`Tracker`.
+
+    Raises:
+        ConfigError: an unknown service, or a package that is not installed.
+    """
+    services = {kind.service: kind for kind in (MlflowWriter, WandbWriter)}
+    for name in cfg.TRACKING.WITH:
+        if name not in services:
+            raise ConfigError(f"TRACKING.WITH names {name!r}; expected some of {sorted(services)}.")
+        if importlib.util.find_spec(name) is None:
+            raise ConfigError(
+                f"TRACKING.WITH names {name!r}, whose package is not installed: pip install {services[name].package}, "
+                f"or pip install 'peft_d2[{name}]'."
+            )
+    return [services[name](cfg, resumed) for name in cfg.TRACKING.WITH]
