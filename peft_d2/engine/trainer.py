@@ -77,7 +77,7 @@ class Trainer(DefaultTrainer):
         cfg.SEED = choose_seed(cfg.SEED)
         self.cfg = cfg
         self.start_iter = 0
-        self._step_failed = False
+        self._failed = False
         self.max_iter = cfg.SOLVER.MAX_ITER
         dtype = amp_dtype(cfg)
         if comm.is_main_process():
@@ -199,11 +199,17 @@ class Trainer(DefaultTrainer):
         """Detectron2's console, ``metrics.json`` and TensorBoard, and what ``TRACKING.WITH`` names."""
         return [*super().build_writers(), *self._trackers]
 
+    def before_train(self) -> None:
+        """Detectron2's hooks begin; where one refuses, nothing is evaluated."""
+        self._failed = True
+        super().before_train()
+        self._failed = False
+
     def run_step(self) -> None:
         """One step of the inner trainer."""
-        self._step_failed = True
+        self._failed = True
         super().run_step()
-        self._step_failed = False
+        self._failed = False
 
     def _evaluate(self) -> Any:
         """Evaluate; the training is saved before, as an evaluation may fail, or be killed, in ways of its own.
@@ -211,7 +217,7 @@ class Trainer(DefaultTrainer):
         Raises:
             EvaluationFailed: whatever went wrong, ``exit()`` in an evaluator's code included.
         """
-        if self._step_failed:  # Detectron2 evaluates in after_train, also when the last step raised
+        if self._failed:  # Detectron2 evaluates in after_train, also when the last step raised
             return {}
         last = self.iter + 1 >= self.max_iter
         name = f"{self.checkpointer.prefix}_{self.iter:07d}"
