@@ -67,17 +67,17 @@ class PatchEmbed(nn.Module):
         whole: bool = True,
     ) -> None:
         super().__init__()
-        self.stride, self.place, self.whole = stride, norm, whole
+        self.stride, self.norm_first, self.whole = stride, norm == "before", whole
         self.proj = nn.Conv2d(in_channels, dim, kernel or stride, stride, padding)
         self.norm = nn.LayerNorm(in_channels if norm == "before" else dim) if norm else None
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, H, W, in_channels) -> (N, H', W', dim)."""
-        if self.norm is not None and self.place == "before":
+        if self.norm is not None and self.norm_first:
             x = self.norm(x)
         x = pad_bottom_right(x, self.stride) if self.whole else x
         x = self.proj(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        return self.norm(x) if self.norm is not None and self.place == "after" else x
+        return x if self.norm is None or self.norm_first else self.norm(x)
 
 
 class Stage(nn.Module):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torchvision.ops import box_convert
 
 _EPSILON = 1e-6  # keeps the overlap of boxes without area finite
 
@@ -16,14 +17,12 @@ def inverse_sigmoid(x: Tensor, margin: float = 1e-5) -> Tensor:
 
 def to_corners(boxes: Tensor) -> Tensor:
     """(..., 4) centre and size -> x0, y0, x1, y1."""
-    centre, size = boxes.split(2, dim=-1)
-    return torch.cat([centre - size / 2, centre + size / 2], dim=-1)
+    return box_convert(boxes, "cxcywh", "xyxy")
 
 
 def to_centres(boxes: Tensor) -> Tensor:
     """(..., 4) x0, y0, x1, y1 -> centre and size."""
-    first, last = boxes.split(2, dim=-1)
-    return torch.cat([(first + last) / 2, last - first], dim=-1)
+    return box_convert(boxes, "xyxy", "cxcywh")
 
 
 def generalized_iou(a: Tensor, b: Tensor) -> Tensor:

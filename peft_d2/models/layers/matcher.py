@@ -100,7 +100,7 @@ class HungarianMatcher(nn.Module):
         )
 
     def class_cost(self, logits: Tensor) -> Tensor:
-        """Of every query for every class: (..., classes) -> the same; 1 - probability but for the constant."""
+        """Cost of every query for every class: (..., classes) -> the same; 1 - probability but for the constant."""
         return -logits.softmax(-1)
 
     def extra_repr(self) -> str:

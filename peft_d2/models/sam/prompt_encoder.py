@@ -47,15 +47,16 @@ class Prompts:
 
     def split(self, size: int) -> Iterator[Prompts]:
         """Parts of at most ``size`` prompts, in order; of no prompts, no parts."""
-        if self.boxes is None and self.points is None and self.masks is None:
+        boxes, points, masks = self.boxes, self.points, self.masks
+        if boxes is None and points is None and masks is None:
             yield self
             return
         for start in range(0, len(self), size):
             part = slice(start, start + size)
             yield Prompts(
-                None if self.boxes is None else self.boxes[part],
-                None if self.points is None else (self.points[0][part], self.points[1][part]),
-                None if self.masks is None else self.masks[part],
+                boxes=None if boxes is None else boxes[part],
+                points=None if points is None else (points[0][part], points[1][part]),
+                masks=None if masks is None else masks[part],
             )
 
 
@@ -147,7 +148,7 @@ class FourierPositions(nn.Module):
             return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
     def grid(self, size: tuple[int, int]) -> Tensor:
-        """Of the centres of a map's pixels: (2 n, H, W)."""
+        """Codes of the centres of a map's pixels: (2 n, H, W)."""
         return self(pixel_centres(*size, self.positional_encoding_gaussian_matrix.device)).t().unflatten(1, size)
 
 
@@ -181,7 +182,7 @@ class PromptEncoder(nn.Module):
         self.no_mask_embed = nn.Embedding(1, dim)
 
     def dense_positions(self) -> Tensor:
-        """Of the image's embedding: (1, C, G, G)."""
+        """Codes of the pixels of the image's embedding: (1, C, G, G)."""
         return self.pe_layer.grid((self.grid, self.grid))[None]
 
     def forward(
@@ -211,7 +212,7 @@ class PromptEncoder(nn.Module):
         return torch.cat(tokens, dim=1), dense
 
     def _places(self, coordinates: Tensor) -> Tensor:
-        """Of pixels' centres, as shares of the padded image."""
+        """Codes of pixels' centres, as shares of the padded image."""
         return self.pe_layer((coordinates.float() + 0.5) / self.image_size)
 
     def _embed_points(self, coordinates: Tensor, labels: Tensor, alone: bool) -> Tensor:
