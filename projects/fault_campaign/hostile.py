@@ -209,7 +209,7 @@ def _picture(model: nn.Module) -> Any:
 
 
 _VALUES: list[Any] = [
-    None, True, False, 0, -1, 1, 2, 3, 10**6, 10**30, 0.0, -0.5, 0.5, 1e-320, 1e308, float("nan"), float("inf"), "",
+    None, True, False, 0, -1, 1, 2, 3, 1000, 10**30, 0.0, -0.5, 0.5, 1e-320, 1e308, float("nan"), float("inf"), "",
     "x", "re:[z-a]", "re:" + "(" * 500, "[]", "é" * 300, "gelu", "relu", [], [""], ["x"], ["re:["], [1], [None], [[]],
     {}, {"a": 1}, {1: 2}, (1, 2), (0, 0), [10**9], set(), object(), b"x", range(3), "1e400", "4" * 400, ["fc", "fc"],
     [float("nan")],
