@@ -507,10 +507,10 @@ def installed(name: str) -> bool:
     return subprocess.run([sys.executable, "-c", program], capture_output=True).returncode == 0
 
 
-def build_peers(run: Run, kit: Path) -> None:
+def build_peers(run: Run, kit: Path) -> list[subprocess.Popen]:
     """Start building other operators in the background; `speed` waits for the ends."""
     if run.dry or not kit.exists():
-        return
+        return []
     folder = run.work / "peers"
     folder.mkdir(exist_ok=True)
     jobs = [
@@ -524,11 +524,14 @@ def build_peers(run: Run, kit: Path) -> None:
             text = re.sub(r"\.type\(\)\.is_cuda\(\)", ".is_cuda()", file.read_text())
             file.write_text(re.sub(r"(AT_DISPATCH_\w+\()(\w+)\.type\(\)", r"\1\2.scalar_type()", text))
         jobs.append([sys.executable, __file__, "--build-official", sources, folder])
+    builds = []
     for number, job in enumerate(jobs):
         log = (run.work / f"peer{number}.log").open("w")
         command = ["sh", "-c", '"$@"; echo ended $?', "sh", *map(str, job)]
         environment = {**os.environ, "TORCH_CUDA_ARCH_LIST": "9.0", "MAX_JOBS": "8"}
-        subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
+        options = {"env": environment, "stdout": log, "stderr": subprocess.STDOUT, "start_new_session": True}
+        builds.append(subprocess.Popen(command, cwd=ROOT, **options))
+    return builds
 
 
 def build_official(sources: Path, folder: Path) -> None:
@@ -576,7 +579,7 @@ def run_steps(run: Run, kit: Path, steps: list[str], minutes: float) -> int:
     paths = [str(run.work / "site"), str(ROOT), str(ROOT / "tools"), os.environ.get("PYTHONPATH", "")]
     os.environ["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
     os.environ["PYTHONUNBUFFERED"] = "1"
-    build_peers(run, kit)
+    builds = build_peers(run, kit)
     with (run.output / "log.txt").open("w") as log:
         for step in steps:
             limit = min(STEPS[step][1], end - time.monotonic())
@@ -595,6 +598,9 @@ def run_steps(run: Run, kit: Path, steps: list[str], minutes: float) -> int:
                 os.killpg(process.pid, signal.SIGKILL)
                 run.record(step, "the rest of it", f"cut off after {limit:.0f} s", ok=None)
             (run.output / "results.md").write_text(table(run.output))
+    for process in builds:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
     print(f"\n{table(run.output)}\nwritten: {run.output}")
     rows = [json.loads(line) for line in (run.output / "results.jsonl").read_text().splitlines()]
     return int(any(row["ok"] is False for row in rows))

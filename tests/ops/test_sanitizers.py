@@ -36,6 +36,7 @@ def runtime(name: str) -> str:
 
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.skipif(sys.platform != "linux" or not COMPILER, reason="needs Linux and g++"),
     pytest.mark.skipif(not (ROOT / "csrc").is_dir(), reason="needs a source tree"),
     pytest.mark.skipif(
