@@ -13,20 +13,23 @@ from .errors import (
     PatternError,
     PeftError,
 )
-from .inject import add_adapter, inject, match_targets
+from .inject import Report, add_adapter, inject, make_report, match_targets
 from .merge import combine_adapters, delete_adapter, disabled, merge, merge_whole, remove, set_adapter, unmerge
 from .methods import METHODS
-from .record import Injection, get_injection, hash_memo, injected_root, refuse_wrapper
-from .report import Report, make_report
 from .state import (
+    Injection,
     TrainedParameter,
     adapter_state_dict,
     base_state_dict,
     base_values,
     counters,
     frozen_hash,
+    get_injection,
+    hash_memo,
     injected_keys,
+    injected_root,
     load_adapter_state_dict,
+    refuse_wrapper,
     require_intact,
     trained_parameters,
 )

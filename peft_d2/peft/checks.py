@@ -22,9 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from .errors import LivenessError
-from .inject import EVERYTHING, resolve_train
-from .record import AdaptedModel, get_adapted, get_root
-from .state import require_intact, trained_parameters
+from .methods import EVERYTHING, resolve_train
+from .state import AdaptedModel, get_adapted, get_root, require_intact, trained_parameters
 from .targets import ModelIndex
 
 logger = logging.getLogger(__name__)
@@ -120,7 +119,9 @@ def not_live(model: nn.Module, *batches: Any) -> list[NotLive]:
         if not _has_objects(batches):
             found = [item for item in found if item.reason not in _DEPENDS_ON_OBJECTS]
         seen = _Pass(root)
-        if not seen.predict(batches[0]):
+        if seen.predict(batches[0]):
+            logger.info("The model finds nothing on the first image yet: predictions are not proved.")
+        else:
             found += _of_layers(layers, seen, "eval")
     return found
 

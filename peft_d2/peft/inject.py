@@ -11,8 +11,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,7 +23,6 @@ from torch.nn.parameter import is_lazy
 from .adapted import (
     ActiveAdapter,
     Adapted,
-    AdapterLayer,
     adapt,
     adapt_problem,
     adapted_modules,
@@ -32,36 +32,33 @@ from .adapted import (
     has_statistics,
     remove_layers,
     restore,
+    walk,
 )
 from .errors import InjectionError, MethodError, PatternError, PeftError
-from .method import Method, normalised, parse
-from .methods import METHODS
-from .record import (
+from .method import normalised, parse
+from .methods import EVERYTHING, METHODS, Plan, choose_targets, layers_of, listed
+from .state import (
     AdaptedModel,
     AdapterRecord,
     Injection,
     LayerRecord,
+    after_state_dict,
     attach,
+    base_values,
+    counters,
     detach,
     get_adapted,
     get_root,
-    injected_root,
-    refuse_wrapper,
-)
-from .report import Report, make_report
-from .state import (
-    after_state_dict,
-    base_values,
-    counters,
     injected_keys,
+    injected_root,
     layer_tensors,
+    refuse_wrapper,
     start_hashes,
     take_not_installed,
     tensor_hash,
 )
-from .targets import ModelIndex, Target, is_literal, match, names_outright, resolve
+from .targets import ModelIndex, match
 
-EVERYTHING = "*"
 logger = logging.getLogger(__name__)
 
 Entries = Iterable[Mapping[str, Any]] | None
@@ -93,13 +90,13 @@ def inject(model: nn.Module, methods: Entries = (), train: Patterns = (), name: 
     On an error the model is as it was.
     """
     _check_model(model)
-    entries, patterns = _listed(methods, "methods", MethodError), _listed(train, "TRAIN", PatternError)
+    entries, patterns = listed(methods, "methods", MethodError), listed(train, "TRAIN", PatternError)
     if not entries and not patterns:
         raise InjectionError("nothing would be trained: METHODS and TRAIN are both empty")
     _check_adapter_name(name)
     everything = EVERYTHING in patterns
     index = ModelIndex.of(model)
-    plan = _Plan(index, entries, patterns)
+    plan = Plan(index, entries, patterns)
     adapted = AdaptedModel(Injection({}, ActiveAdapter(name)), installed=name)
     adapted.was_trainable = {key: value.requires_grad for key, value in model.named_parameters()}
     with _undone_on_error(lambda: _undo(model, adapted)):
@@ -136,14 +133,14 @@ def add_adapter(model: nn.Module, name: str, methods: Entries = None, train: Pat
     if name in adapted.record.adapters:
         raise InjectionError(f"there is an adapter {name!r} already")
     adapted.require_plain()
-    entries = adapted.record.methods if methods is None else _listed(methods, "methods", MethodError)
-    patterns = adapted.record.train if train is None else _listed(train, "TRAIN", PatternError)
+    entries = adapted.record.methods if methods is None else listed(methods, "methods", MethodError)
+    patterns = adapted.record.train if train is None else listed(train, "TRAIN", PatternError)
     if not entries and not patterns:
         raise InjectionError("nothing would be trained: METHODS and TRAIN are both empty")
     if any(EVERYTHING in item for item in (patterns, *(record.train for record in adapted.record.adapters.values()))):
         raise InjectionError("TRAIN '*' trains the base itself; it cannot be one of several adapters")
     index = ModelIndex.of(root)
-    plan = _Plan(index, entries, patterns)
+    plan = Plan(index, entries, patterns)
     with _undone_on_error(lambda: forget_adapter(root, name)):
         adapted.values[name] = {}
         for key in plan.full:
@@ -225,166 +222,7 @@ def _undone_on_error(undo: Any) -> Iterator[None]:
         raise InjectionError(f"the injection failed and was undone: {type(error).__name__}: {error}") from error
 
 
-class _Plan:
-    """All that can be wrong, found before anything is changed: methods, their layers, what is trained in full."""
-
-    def __init__(self, index: ModelIndex, entries: Sequence[Mapping[str, Any]], train: Sequence[str]) -> None:
-        self.methods = [parse(entry, METHODS) for entry in entries]
-        self.train = list(train)
-        self.layers: list[tuple[Method, Target, AdapterLayer]] = []
-        full, self.full_modules = resolve_train(index, train)
-        taken: dict[tuple[int, str], int] = {}
-        for number, method in enumerate(self.methods):
-            targets = _targets(index, method)
-            if method.selects:
-                selection = method.select(targets)
-                full += [index.first_name[parameter] for parameter in selection.parameters]
-                for target in selection.modules:
-                    full += index.tensors_under(target.name)
-                    self.full_modules += target.module.modules()
-                continue
-            for target in targets:
-                other = taken.setdefault((id(target.module), method.name), number)
-                if other != number:
-                    raise MethodError(
-                        f"{target.name} is chosen by two {method.name!r} entries ({other} and {number}); EXCLUDE it in "
-                        "one"
-                    )
-            self.layers += _layers(method, targets)
-        _refuse_two_changes(self.layers)
-        chosen = set(full)
-        self.full = [first for first in index.tensors if first in chosen]
-        if EVERYTHING not in train:
-            _say_thawed(index, self.full)
-        _refuse_half(index, self.full, EVERYTHING in train)
-
-
-def _layers(method: Method, targets: Sequence[Target]) -> list[tuple[Method, Target, AdapterLayer]]:
-    try:
-        made = method.make_layers(targets)
-    except PeftError:
-        raise
-    except Exception as error:  # out of memory, a package's own error
-        raise MethodError(f"method {method.name!r}: {type(error).__name__}: {error}") from error
-    for target, _ in made:
-        problem = adapt_problem(target.module)
-        if problem:
-            raise MethodError(f"method {method.name!r} cannot go on {target.name}: {problem}")
-    return [(method, target, layer) for target, layer in made]
-
-
-def _refuse_two_changes(layers: Sequence[tuple[Method, Target, AdapterLayer]]) -> None:
-    """Of two layers that compute a module's output from changed weights, the inner one would have no effect."""
-    changing: dict[int, Method] = {}
-    for method, target, layer in layers:
-        if layer.changes_weights:
-            other = changing.setdefault(id(target.module), method)
-            if other is not method:
-                raise MethodError(
-                    f"{other.name!r} and {method.name!r} both change the weights of {target.name}: EXCLUDE it in one"
-                )
-
-
-def _refuse_half(index: ModelIndex, full: Sequence[str], everything: bool) -> None:
-    """Steps of 1e-4 vanish in half precision, and loss scaling refuses its gradients."""
-    for name in full:
-        tensor = index.tensors[name].get()
-        trained = isinstance(tensor, nn.Parameter) and (tensor.requires_grad or not everything)
-        if trained and tensor.dtype in (torch.float16, torch.bfloat16):
-            raise InjectionError(
-                f"{name} is {tensor.dtype}, and what is trained in full must be float32: call model.float() before "
-                "inject (and train under autocast), or .half() after the adapter was loaded for inference"
-            )
-
-
-def _say_thawed(index: ModelIndex, full: Sequence[str]) -> None:
-    parameters = [tensor.get() for tensor in index.tensors.values()]
-    thawed = [name for name in full if _is_frozen(index.tensors[name].get())]
-    if thawed and any(isinstance(value, nn.Parameter) and value.requires_grad for value in parameters):
-        logger.warning(
-            "TRAIN and the methods train %d tensors that the model itself had frozen (as FREEZE_AT does), from %s to "
-            "%s. Name the parts that are to be trained instead, if they should stay frozen.",
-            *(len(thawed), thawed[0], thawed[-1]),
-        )
-
-
-def _is_frozen(tensor: Tensor) -> bool:
-    return isinstance(tensor, nn.Parameter) and not tensor.requires_grad
-
-
-def _targets(index: ModelIndex, method: Method) -> list[Target]:
-    """The modules of one method: patterns resolved, exclusions taken out, redirected, and all of them possible."""
-    names = index.module_names()
-    try:
-        exclude = resolve(method.options.exclude, names)
-    except PatternError as error:
-        raise PatternError(f"method {method.name!r}, EXCLUDE: {error}") from error
-    excluded = set().union(*exclude.values())
-    chosen: dict[int, Target] = {}
-    wanted = resolve(method.options.targets, names)
-    for pattern, taken_back in exclude.items():
-        if not set(taken_back) & set().union(*wanted.values()):
-            logger.warning("Method %r: EXCLUDE %r takes back none of what TARGETS choose.", method.name, pattern)
-    for pattern, found in wanted.items():
-        refused: dict[str, str] = {}
-        for name in found:
-            own = index.targets[id(index.modules[name])]
-            if name in excluded or own.name in excluded:
-                continue
-            target = method.redirect(own, index.targets)
-            reason = method.refusal(target)
-            if not reason and not names_outright(pattern, name):
-                reason = method.only_by_name(target)
-            if reason:
-                refused[own.name] = reason
-                continue
-            before = chosen.get(id(target.module))
-            if before is None:
-                chosen[id(target.module)] = target
-            elif before.parts:
-                parts = tuple(dict.fromkeys(before.parts + target.parts)) if target.parts else ()
-                chosen[id(target.module)] = replace(before, parts=parts)
-        _check_refused(method, pattern, found, refused)
-    if not chosen:
-        raise MethodError(f"method {method.name!r}: EXCLUDE takes back everything that TARGETS choose")
-    order = {key: position for position, key in enumerate(index.targets)}
-    return sorted(chosen.values(), key=lambda target: order[id(target.module)])
-
-
-def _check_refused(method: Method, pattern: str, found: list[str], refused: dict[str, str]) -> None:
-    """A sweeping pattern may pass over modules that a method cannot go on; a plain name must be possible."""
-    if not refused or (not is_literal(pattern) and len(refused) < len(found)):
-        return
-    name, reason = next(iter(refused.items()))
-    more = f" (and {len(refused) - 1} more)" if len(refused) > 1 else ""
-    deeper = "" if is_literal(pattern) else f"; {pattern.rstrip('*')}** reaches deeper levels"
-    raise MethodError(
-        f"method {method.name!r} cannot go on {name}{more}, which pattern {pattern!r} chooses: {reason}{deeper}"
-    )
-
-
-def resolve_train(index: ModelIndex, train: Sequence[str]) -> tuple[list[str], list[nn.Module]]:
-    """First names of the tensors that TRAIN chooses, and the modules among them (with all they contain)."""
-    if EVERYTHING in train:
-        return list(index.tensors), list(index.modules.values())
-    names = [*index.module_names(), *index.parameter_names()]
-    tensors: list[str] = []
-    modules: list[nn.Module] = []
-    for pattern, found in resolve(train, names, "module or parameter").items():
-        under: list[str] = []
-        for name in found:
-            if name in index.modules:
-                under += index.tensors_under(name)
-                modules += index.modules[name].modules()
-            else:
-                under.append(index.first_name[name])
-        if not any(isinstance(index.tensors[first].get(), nn.Parameter) for first in under):
-            raise PatternError(f"TRAIN pattern {pattern!r} matches {found[0]}, which has no parameters")
-        tensors += under
-    return tensors, modules
-
-
-def _place(model: nn.Module, adapted: AdaptedModel, name: str, plan: _Plan, freeze_statistics: bool) -> None:
+def _place(model: nn.Module, adapted: AdaptedModel, name: str, plan: Plan, freeze_statistics: bool) -> None:
     """Put the layers of one adapter into their modules, innermost first, and write its record."""
     order = list(METHODS)
     modules: dict[int, Adapted] = {}
@@ -411,7 +249,7 @@ def _place(model: nn.Module, adapted: AdaptedModel, name: str, plan: _Plan, free
             norm.train(mode if id(norm) not in known else norm.training)
 
 
-def _record(plan: _Plan) -> AdapterRecord:
+def _record(plan: Plan) -> AdapterRecord:
     seen: set[int] = set()
     places = []
     for method, target, layer in plan.layers:
@@ -430,17 +268,6 @@ def _frozen_copy(tensor: Tensor) -> Tensor:
 def _set_trainable(tensor: Tensor) -> None:
     if isinstance(tensor, nn.Parameter) and (tensor.is_floating_point() or tensor.is_complex()):
         tensor.requires_grad_(True)
-
-
-def _listed(items: Any, what: str, error: type[PeftError]) -> list[Any]:
-    """Any iterable as a list; None is an empty one."""
-    if items is None:
-        return []
-    if isinstance(items, str | bytes | Mapping) or not isinstance(items, Iterable):
-        example = "[{NAME: ...}]" if isinstance(items, Mapping) else f"[{items!r}]"
-        kind = "one mapping" if isinstance(items, Mapping) else f"{type(items).__name__} {items!r}"
-        raise error(f"{what}: expected a list of {what}, got {kind}: write {example}")
-    return list(items)
 
 
 def _check_model(model: nn.Module) -> None:
@@ -548,7 +375,7 @@ def _start_anew(root: nn.Module, adapted: AdaptedModel, index: ModelIndex, weigh
                 tensor.copy_(value)
     for name, record in adapted.record.adapters.items():
         for method in (parse(entry, METHODS) for entry in record.methods):
-            for _, target, layer in [] if method.selects else _layers(method, _targets(index, method)):
+            for _, target, layer in [] if method.selects else layers_of(method, choose_targets(index, method)):
                 target.module.peft_layers(name)[method.name].load_state_dict(layer.state_dict())  # type: ignore[operator]
         adapted.start[name] = start_hashes(adapted, name)
     logger.info("The base's weights came after inject, before anything was trained: the adapters start anew on them.")
@@ -563,3 +390,107 @@ def _other_base(adapted: AdaptedModel, different: Sequence[str], count: int) -> 
         "base before you inject: peft_d2.load_base(model, path), then inject(model, ...) or load_adapter(model, "
         "folder); with PEFTModel it is MODEL.WEIGHTS"
     )
+
+
+@dataclass(frozen=True)
+class ReportRow:
+    """Parameters of one part of the model: ``total`` counts injected ones too."""
+
+    part: str
+    total: int
+    injected: int
+    full: int
+
+    @property
+    def trainable(self) -> int:
+        """Injected and fully trained parameters."""
+        return self.injected + self.full
+
+
+@dataclass(frozen=True)
+class Report:
+    """Parameters by part (shared ones once) and places by method. Percentages have the added parameters in the
+    denominator.
+    """
+
+    adapter: str
+    rows: list[ReportRow]
+    places: list[LayerRecord]
+    train: list[str]
+
+    @property
+    def total(self) -> int:
+        """All parameters of the model with this adapter, the injected ones included."""
+        return sum(row.total for row in self.rows)
+
+    @property
+    def injected(self) -> int:
+        """Parameters that the methods added."""
+        return sum(row.injected for row in self.rows)
+
+    @property
+    def trainable(self) -> int:
+        """Parameters that are trained: injected, and in full."""
+        return sum(row.trainable for row in self.rows)
+
+    @property
+    def percent(self) -> float:
+        """100 x trainable / total."""
+        return 100 * self.trainable / max(1, self.total)
+
+    def __str__(self) -> str:
+        full = sum(row.full for row in self.rows)
+        rows = [*self.rows, ReportRow("all", self.total, self.injected, full)]
+        table = [("part", "parameters", "injected", "in full", "trained %")]
+        for row in rows:
+            share = 100 * row.trainable / max(1, row.total)
+            table.append((row.part, f"{row.total:,}", f"{row.injected:,}", f"{row.full:,}", f"{share:.2f}"))
+        first, *others = [max(map(len, column)) for column in zip(*table, strict=True)]
+        lines = [
+            "  ".join([part.ljust(first), *(cell.rjust(width) for cell, width in zip(cells, others, strict=True))])
+            for part, *cells in table
+        ]
+        rule = "-" * len(lines[0])
+        lines = [lines[0], rule, *lines[1:-1], rule, lines[-1]]
+        for (method, kind), count in Counter((place.method, place.kind) for place in self.places).items():
+            chosen = [place for place in self.places if (place.method, place.kind) == (method, kind)]
+            size = sum(place.parameters for place in chosen)
+            last = f" ... {chosen[-1].name}" if count > 1 else ""
+            lines.append(f"{method} on {count} {kind}: {size:,} parameters, {chosen[0].name}{last}")
+        return "\n".join([*lines, *([f"trained in full: {', '.join(self.train)}"] if self.train else [])])
+
+
+def make_report(model: nn.Module, adapter: str | None = None) -> Report:
+    """The report of one adapter (the active one unless named)."""
+    adapted, root = get_adapted(model), get_root(model)
+    name = adapted.record.active if adapter is None else adapter
+    record = adapted.adapter(name)
+    full = set(record.full)
+    total: Counter[str] = Counter()
+    injected: Counter[str] = Counter()
+    trained: Counter[str] = Counter()
+    seen: set[int] = set()
+    own = {id(parameter) for parameter in adapted.injected[name]}
+    for path, module, _ in walk(root):
+        for leaf, parameter in module.named_parameters(recurse=False):
+            if id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            alias = f"{path}.{leaf}" if path else leaf
+            total[_part(path)] += parameter.numel()
+            everything = "*" in record.train
+            if alias in full and (parameter.requires_grad or not everything):
+                trained[_part(path)] += parameter.numel()
+        if any(module is item for item in adapted.modules[name]):
+            for parameter in module.peft_parameters(name).values():  # type: ignore[operator]
+                if id(parameter) in own and id(parameter) not in seen:
+                    seen.add(id(parameter))
+                    total[_part(path)] += parameter.numel()
+                    injected[_part(path)] += parameter.numel()
+    rows = [ReportRow(part, total[part], injected[part], trained[part]) for part in total]
+    return Report(name, rows, record.places, record.train)
+
+
+def _part(path: str) -> str:
+    """The first two levels of a name."""
+    return ".".join(path.split(".")[:2]) or "(top)"

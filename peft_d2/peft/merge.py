@@ -20,10 +20,9 @@ from torch import Tensor, nn
 
 from .adapted import STORE, Adapted
 from .errors import InjectionError
-from .inject import add_adapter, forget_adapter, take_out
+from .inject import Report, add_adapter, forget_adapter, take_out
 from .lora.factors import LowRank
-from .record import AdaptedModel, get_adapted, get_root
-from .report import Report
+from .state import AdaptedModel, get_adapted, get_root
 
 logger = logging.getLogger(__name__)
 KINDS = ("linear", "svd")
