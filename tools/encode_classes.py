@@ -12,9 +12,8 @@ from pathlib import Path
 
 from peft_d2.engine.errors import ConfigError
 from peft_d2.engine.launch import one_line_errors
-from peft_d2.models.seem.class_prompts import CLIP_TOKENIZER, load_tokenizer
-from peft_d2.models.seem.class_vectors import encode_classes
-from peft_d2.models.seem.text_encoder import TextEncoder
+from peft_d2.models.seem.text_encoder import CLIP_TOKENIZER, TextEncoder, load_tokenizer
+from peft_d2.models.seem.vocabulary import encode_classes
 from peft_d2.storage.checkpoint import read_checkpoint
 
 _PROJECTION = "lang_proj"

@@ -229,7 +229,9 @@ def run_lock(folder: str) -> Iterator[None]:
 
 
 def _near(name: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, sorted(known), n=3, cutoff=0.4)
+    known = sorted(known)
+    near = [other for other in known if other.startswith(name)][:3]
+    near = near or difflib.get_close_matches(name, known, n=3, cutoff=0.4)
     return f"; the nearest names are {near}" if near else ""
 
 

@@ -288,8 +288,8 @@ def expected_errors() -> tuple[type[Exception], ...]:
     found += [storage.CheckpointError, storage.AdapterFileError, storage.StorageError]
     try:
         from peft_d2.models.checks import ModelConfigError
-        from peft_d2.models.seem.class_prompts import TokenizerError
-        from peft_d2.models.seem.class_vectors import ClassVectorsError
+        from peft_d2.models.seem.text_encoder import TokenizerError
+        from peft_d2.models.seem.vocabulary import ClassVectorsError
     except Detectron2Missing:  # is what there is to say
         return tuple(found)
     return (*found, ClassVectorsError, ModelConfigError, TokenizerError)

@@ -57,7 +57,7 @@ BAD: list[tuple[Path, str, Any, str]] = [
     (TINY, f"{FORMER}.TRAIN_NUM_POINTS", 0, AT_LEAST_1),
     (TINY, f"{FORMER}.DROPOUT", 2.0, "is 2.0; it should be between 0 and 1"),
     (TINY, f"{FORMER}.IMPORTANCE_SAMPLE_RATIO", 1.5, "is 1.5; it should be between 0 and 1"),
-    (TINY, "MODEL.BACKBONE.NAME", "PD2Swin", "the nearest names are ['PD2SAMViT', 'PD2SEEMViT', 'PD2SwinTransformer']"),
+    (TINY, "MODEL.BACKBONE.NAME", "PD2Swin", "the nearest names are ['PD2SwinTransformer']"),
     (TINY, "MODEL.META_ARCHITECTURE", "PD2Mask", "is not registered as META_ARCH; the nearest names are"),
     (TINY, "MODEL.PIXEL_MEAN", [1.0], "is [1.0]; it should be a list as long as PIXEL_STD"),
     (TINY, "MODEL.PIXEL_STD", [1.0, 0.0, 1.0], "it should be above 0 in each channel"),

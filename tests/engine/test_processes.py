@@ -19,7 +19,7 @@ import peft_d2
 from peft_d2.engine import launch
 from peft_d2.engine.errors import ConfigError
 from peft_d2.engine.trainer import Trainer
-from peft_d2.models.layers import matcher, points
+from peft_d2.models.layers import criterion
 
 from .conftest import DINO, TINY
 
@@ -68,7 +68,7 @@ class Keep(HookBase):
 
 def steps_of(cfg: Any, poison: bool = False, keep: Keep | None = None) -> list[dict[str, torch.Tensor]]:
     """Losses and gradients of each step of a run without chance."""
-    points.torch = matcher.torch = SamePoints()  # type: ignore[attr-defined]
+    criterion.torch = SamePoints()  # type: ignore[attr-defined]
     try:
         trainer, keep = Trainer(cfg), keep or Keep(poison)
         trainer.register_hooks([keep])
@@ -76,7 +76,7 @@ def steps_of(cfg: Any, poison: bool = False, keep: Keep | None = None) -> list[d
         trainer.train()
         return keep.steps
     finally:
-        points.torch = matcher.torch = torch  # type: ignore[attr-defined]
+        criterion.torch = torch  # type: ignore[attr-defined]
 
 
 def one_of_two(cfg: Any, folder: str) -> None:

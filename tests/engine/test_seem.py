@@ -17,7 +17,7 @@ from merge_adapter import merge_adapter, merge_parser
 
 from peft_d2 import adapters
 from peft_d2.engine import launch
-from peft_d2.models.seem.class_vectors import ClassVectors, ClassVectorsError
+from peft_d2.models.seem.vocabulary import ClassVectors, ClassVectorsError
 
 from .test_mask_dino import methods_of
 from .test_processes import BATCH, assert_same, one_of_two, steps_of

@@ -13,10 +13,16 @@ from detectron2.modeling import BACKBONE_REGISTRY
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
-from peft_d2.models.backbones.stages import PatchEmbed, StagedBackbone, drop_path_rates
+from peft_d2.models.backbones.stages import (
+    PatchEmbed,
+    StagedBackbone,
+    drop_path_rates,
+    from_windows,
+    pad_bottom_right,
+    to_windows,
+)
 from peft_d2.models.checks import expect_heads, expect_lengths
 from peft_d2.models.layers.transformer import FeedForward, run_block
-from peft_d2.models.layers.windows import from_windows, pad_bottom_right, to_windows
 from peft_d2.models.registration import entry
 
 _MLP_RATIO = 4

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch.nn.functional as F
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import Backbone
@@ -14,7 +15,6 @@ from torch import Tensor, nn
 
 from peft_d2.models.checks import expect_some_of
 from peft_d2.models.layers.transformer import run_block
-from peft_d2.models.layers.windows import pad_bottom_right
 
 _logger = logging.getLogger(__name__)
 
@@ -148,3 +148,22 @@ class StagedBackbone(Backbone):
     def size_divisibility(self) -> int:
         """Stride of the last stage."""
         return self._out_feature_strides[self._stage_names[-1]]
+
+
+def pad_bottom_right(x: Tensor, multiple: int) -> Tensor:
+    """Zero-pad maps (N, H, W, C) to multiples of ``multiple``."""
+    height, width = x.shape[1:3]
+    return F.pad(x, (0, 0, 0, -width % multiple, 0, -height % multiple))
+
+
+def to_windows(x: Tensor, window: int) -> Tensor:
+    """(N, H, W, C) -> (N * windows, window * window, C); an image's windows follow each other row by row."""
+    n, height, width, channels = x.shape
+    x = x.view(n, height // window, window, width // window, window, channels)
+    return x.transpose(2, 3).reshape(-1, window * window, channels)
+
+
+def from_windows(x: Tensor, window: int, height: int, width: int) -> Tensor:
+    """The inverse of :func:`to_windows`."""
+    x = x.view(-1, height // window, width // window, window, window, x.shape[-1])
+    return x.transpose(2, 3).reshape(-1, height, width, x.shape[-1])

@@ -9,10 +9,17 @@ from detectron2.modeling import BACKBONE_REGISTRY
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
-from peft_d2.models.backbones.stages import PatchEmbed, Stage, StagedBackbone, drop_path_rates
+from peft_d2.models.backbones.stages import (
+    PatchEmbed,
+    Stage,
+    StagedBackbone,
+    drop_path_rates,
+    from_windows,
+    pad_bottom_right,
+    to_windows,
+)
 from peft_d2.models.checks import expect_at_least, expect_heads, expect_lengths
 from peft_d2.models.layers.transformer import FeedForward
-from peft_d2.models.layers.windows import from_windows, pad_bottom_right, to_windows
 from peft_d2.models.registration import entry
 
 _SHIFT_PENALTY = -100.0  # added between pixels that are neighbours only by the cyclic shift

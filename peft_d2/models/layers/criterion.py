@@ -1,18 +1,76 @@
-"""Losses of mask classification (Cheng et al., Masked-attention Mask Transformer, CVPR 2022, sections 3.3 and 4.1)."""
+"""Matching and losses of mask classification.
+
+Sources: Cheng et al., Mask2Former, CVPR 2022, sections 3.3 and 4.1; Carion et al., DETR, ECCV 2020, section 3.1; losses
+at points: Kirillov et al., PointRend, CVPR 2020, section 3.1.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
-from peft_d2.models.layers.joined_batch import average_class_weight, average_count, objects_of_all
-from peft_d2.models.layers.matcher import HungarianMatcher, Match
-from peft_d2.models.layers.points import sample_points, uncertain_points
-from peft_d2.models.layers.targets import Target
+from peft_d2.models.layers.inputs import Target
+
+Match = tuple[Tensor, Tensor]  # (query indices, target indices), both int64 on the CPU, sorted by target
+Prediction = dict[str, Tensor]  # pred_logits (N, Q, K + 1), pred_masks (N, Q, H, W)
+_FORBIDDEN = 1e6  # replaces a cost that is not finite: far above any real one, small enough to be summed exactly
+
+
+def sample_points(maps: Tensor, points: Tensor) -> Tensor:
+    """Bilinear values (N, C, P) of ``maps`` (N, C, H, W) at ``points`` (N, P, 2), (x, y) in [0, 1]; zero outside."""
+    if maps.shape[0] == 0:  # grid_sample refuses empty batches; this keeps the result attached to the graph
+        return maps.flatten(2)[..., :1].expand(-1, -1, points.shape[1])
+    return F.grid_sample(maps, 2.0 * points[:, :, None] - 1.0, align_corners=False).squeeze(3)
+
+
+def sample_shared_points(masks: Tensor, points: Tensor) -> Tensor:
+    """Values (M, P) of all ``masks`` (M, H, W) at the same ``points`` (P, 2), each of which is worked out once."""
+    if masks.shape[0] == 0:
+        return masks.new_zeros(0, points.shape[0])
+    return sample_points(masks[None], points[None])[0]
+
+
+@torch.no_grad()
+def uncertain_points(logits: Tensor, count: int, oversample_ratio: float, importance_ratio: float) -> Tensor:
+    """Random points (N, P, 2), (x, y) in [0, 1], of which a share lies where the mask is least certain.
+
+    Args:
+        logits: (N, H, W) mask logits; the uncertainty of a point is -|its logit|.
+        count: points per mask, P.
+        oversample_ratio: candidates per point.
+        importance_ratio: share of the P points taken from the candidates by uncertainty; the others are uniform.
+    """
+    n = logits.shape[0]
+    candidates = torch.rand(n, int(count * oversample_ratio), 2, device=logits.device)
+    certainty = sample_points(logits[:, None], candidates).squeeze(1).abs()
+    chosen = int(importance_ratio * count)
+    # The order among the chosen does not matter: every loss sums over them.
+    index = certainty.topk(chosen, dim=1, largest=False, sorted=False).indices
+    points = candidates.gather(1, index[..., None].expand(-1, -1, 2))
+    if chosen == count:
+        return points
+    return torch.cat([points, torch.rand(n, count - chosen, 2, device=logits.device)], dim=1)
+
+
+def mask_cost(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean binary cross-entropy of every prediction with every target: (..., Q, P), (T, P) -> (..., Q, T).
+
+    With s = softplus: -[t log p + (1 - t) log(1 - p)] = s(x) - x t, so one product serves all pairs.
+    """
+    return (F.softplus(logits).sum(-1, keepdim=True) - logits @ labels.T) / labels.shape[1]
+
+
+def dice_cost(logits: Tensor, labels: Tensor) -> Tensor:
+    """1 - (2 |p t| + 1) / (|p| + |t| + 1) of every prediction with every target; shapes as in :func:`mask_cost`."""
+    probability = logits.sigmoid()
+    overlap = 2 * (probability @ labels.T)
+    return 1 - (overlap + 1) / (probability.sum(-1, keepdim=True) + labels.sum(-1) + 1)
 
 
 def dice_loss(logits: Tensor, labels: Tensor, count: float) -> Tensor:
@@ -26,6 +84,71 @@ def dice_loss(logits: Tensor, labels: Tensor, count: float) -> Tensor:
 def mask_loss(logits: Tensor, labels: Tensor, count: float) -> Tensor:
     """Sum over masks of the mean binary cross-entropy, divided by ``count``; logits and labels (M, P)."""
     return F.binary_cross_entropy_with_logits(logits, labels, reduction="none").mean(1).sum() / count
+
+
+def assign(cost: Tensor) -> Match:
+    """The cheapest one-to-one assignment of ``cost`` (Q, T) on the CPU; what is not finite is avoided if possible."""
+    finite = torch.nan_to_num(cost, nan=_FORBIDDEN, posinf=_FORBIDDEN, neginf=_FORBIDDEN)
+    queries, targets = (torch.as_tensor(i, dtype=torch.int64) for i in linear_sum_assignment(finite.numpy()))
+    order = targets.argsort()
+    return queries[order], targets[order]
+
+
+class HungarianMatcher(nn.Module):
+    """Matches by class probability, mask cross-entropy and dice, in float32 whatever the autocast type.
+
+    All predictions of an image (one per decoder layer) are compared with its targets at one random set of
+    ``num_points`` points, and all costs of a batch leave the device in one copy.
+    """
+
+    def __init__(self, cost_class: float, cost_mask: float, cost_dice: float, num_points: int) -> None:
+        super().__init__()
+        self.cost_class, self.cost_mask, self.cost_dice = cost_class, cost_mask, cost_dice
+        self.num_points = num_points
+
+    @torch.no_grad()
+    def forward(self, predictions: Sequence[Prediction], targets: Sequence[Target]) -> list[list[Match]]:
+        """``[layer][image]``: min(Q, T) pairs of every layer's prediction, each matched by itself."""
+        with torch.autocast(predictions[0]["pred_masks"].device.type, enabled=False):
+            costs = [self.costs(predictions, image, target) for image, target in enumerate(targets)]
+        flat = torch.cat([cost.flatten() for cost in costs]).cpu().split([cost.numel() for cost in costs])
+        by_image = [map(assign, values.view(cost.shape)) for cost, values in zip(costs, flat, strict=True)]
+        return [list(layer) for layer in zip(*by_image, strict=True)]
+
+    def costs(self, predictions: Sequence[Prediction], image: int, target: Target) -> Tensor:
+        """(layers, Q, T) float32 costs of one image."""
+        class_logits = torch.stack([p["pred_logits"][image] for p in predictions]).float()
+        points = torch.rand(self.num_points, 2, device=class_logits.device)
+        labels = sample_shared_points(target.masks, points)
+        logits = torch.stack([sample_shared_points(p["pred_masks"][image].float(), points) for p in predictions])
+        return (
+            self.cost_mask * mask_cost(logits, labels)
+            + self.cost_class * self.class_cost(class_logits)[..., target.labels]
+            + self.cost_dice * dice_cost(logits, labels)
+        )
+
+    def class_cost(self, logits: Tensor) -> Tensor:
+        """Cost of every query for every class: (..., classes) -> the same; 1 - probability but for the constant."""
+        return -logits.softmax(-1)
+
+
+# What losses are divided by. A worker's share divided by its own counts would weigh every part alike, however many
+# objects it holds. Divided by the counts' averages, the mean over workers (DistributedDataParallel) and over pieces
+# (gradient accumulation) is the loss of the joined batch. The training step tells a model's inputs these counts
+# (``batch_objects`` of the first one); other trainers do not, and the workers ask each other.
+def objects_of_all(targets: Sequence[Target]) -> list[list[int]]:
+    """The objects of each image, by worker: those of ``targets``, and of the other workers where there are any."""
+    own = [len(target.labels) for target in targets]
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return [own]
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, own)
+    return found
+
+
+def average_count(objects: Sequence[Sequence[int]]) -> float:
+    """Objects of the average part of a batch; 1 where there is none."""
+    return sum(map(sum, objects)) / len(objects) or 1.0
 
 
 class Matched(NamedTuple):
@@ -52,8 +175,7 @@ class SetCriterion(nn.Module):
         matcher: assigns queries to targets.
         weight_dict: loss name -> weight; a loss that is not named is neither computed nor returned.
         no_object_weight: weight of the no-object class in the cross-entropy.
-        points: ``count``, ``oversample_ratio`` and ``importance_ratio``, see
-            :func:`peft_d2.models.layers.points.uncertain_points`.
+        points: ``count``, ``oversample_ratio`` and ``importance_ratio``, see :func:`uncertain_points`.
     """
 
     empty_weight: Tensor
@@ -71,24 +193,19 @@ class SetCriterion(nn.Module):
         self.matcher = matcher
         self.weight_dict = weight_dict
         self.no_object_weight = no_object_weight
-        weight = torch.ones(num_classes + 1)
-        weight[-1] = no_object_weight
-        self.register_buffer("empty_weight", weight)
+        self.register_buffer("empty_weight", torch.tensor([1.0] * num_classes + [no_object_weight]))
         self.points = points
 
     def forward(
         self, outputs: dict, targets: Sequence[Target], objects: Sequence[Sequence[int]] | None = None
     ) -> dict[str, Tensor]:
-        """Losses, not weighted.
+        """``loss_ce``, ``loss_mask``, ``loss_dice`` of the last layer and, with ``_0``, ``_1``..., of the others.
 
         Args:
-            outputs: ``pred_logits`` (N, Q, K + 1), ``pred_masks`` (N, Q, H, W), ``aux_outputs``: a list of such dicts.
+            outputs: the last layer's :data:`Prediction`, and ``aux_outputs``: a list of the others'.
             targets: one per image.
             objects: how many each image of the whole batch has, by the parts whose losses are averaged; where it is
                 not known, ``targets`` and those of the other workers are the batch.
-
-        Returns:
-            ``loss_ce``, ``loss_mask``, ``loss_dice`` of the last layer, and with ``_0``, ``_1``... of the others.
         """
         with torch.autocast(outputs["pred_masks"].device.type, enabled=False):
             return self.matched_losses(outputs, targets, objects or objects_of_all(targets))
@@ -105,7 +222,7 @@ class SetCriterion(nn.Module):
             losses.update({name + suffix: value for name, value in values.items()})
         return losses
 
-    def supervised(self, outputs: dict) -> dict[str, dict[str, Tensor]]:
+    def supervised(self, outputs: dict) -> dict[str, Prediction]:
         """The predictions whose losses are wanted, by the suffix of the losses' names."""
         auxiliary = {f"_{i}": layer for i, layer in enumerate(outputs.get("aux_outputs", ()))}
         wanted = {suffix: layer for suffix, layer in auxiliary.items() if f"loss_ce{suffix}" in self.weight_dict}
@@ -113,7 +230,7 @@ class SetCriterion(nn.Module):
 
     def layer_losses(
         self,
-        prediction: dict[str, Tensor],
+        prediction: Prediction,
         matched: Sequence[Matched],
         count: float,
         objects: Sequence[Sequence[int]] | None,
@@ -126,14 +243,17 @@ class SetCriterion(nn.Module):
     def class_loss(self, logits: Tensor, matched: Sequence[Matched], objects: Sequence[Sequence[int]] | None) -> Tensor:
         """Cross-entropy over all queries, of which unmatched ones are no-object.
 
-        It is divided by the summed class weights of the average part of the batch, or without ``objects`` by those at
-        hand.
+        It is divided by the summed class weights of the average part of the batch, where as many queries as an image
+        has objects are matched; without ``objects`` by those at hand.
         """
         logits, labels = logits.transpose(1, 2), self.wanted_labels(logits, matched)
         if objects is None:
             return F.cross_entropy(logits, labels, self.empty_weight)
         total = F.cross_entropy(logits, labels, self.empty_weight, reduction="sum")
-        return total / average_class_weight(objects, labels.shape[1], self.no_object_weight)
+        queries = labels.shape[1]
+        found = [min(count, queries) for part in objects for count in part]
+        weight = sum(found) + self.no_object_weight * (len(found) * queries - sum(found))
+        return total / (weight / len(objects))
 
     def wanted_labels(self, logits: Tensor, matched: Sequence[Matched]) -> Tensor:
         """Each query's class (N, Q) int64; ``num_classes`` where it is matched with nothing."""
@@ -159,6 +279,3 @@ class SetCriterion(nn.Module):
         ]
         pair = sample_points(logits[:, None], points).squeeze(1), torch.cat(labels)
         return {"loss_mask": mask_loss(*pair, count), "loss_dice": dice_loss(*pair, count)}
-
-    def extra_repr(self) -> str:
-        return f"classes={self.num_classes}, points={self.points[0]}, weights={self.weight_dict}"

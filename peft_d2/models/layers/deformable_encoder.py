@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from peft_d2.models.layers.geometry import SinePosition2d, pixel_centres
 from peft_d2.models.layers.ms_deform_attn import MSDeformAttn
-from peft_d2.models.layers.position import SinePosition2d
 from peft_d2.models.layers.transformer import init_transformer, run_block
 
 
@@ -109,10 +109,3 @@ class MultiScaleDeformableTransformer(nn.Module):
         points = torch.cat([pixel_centres(*size, device) for size in levels.sizes])
         references = points[None, :, None].expand(len(levels.values), -1, len(maps), -1)
         return levels.maps_of(self.encoder(levels.values, torch.cat(codes), references, levels.shapes, levels.starts))
-
-
-def pixel_centres(height: int, width: int, device: torch.device) -> Tensor:
-    """(height * width, 2) centres as (x, y) in [0, 1], row by row, float32."""
-    y = (torch.arange(height, dtype=torch.float32, device=device) + 0.5) / height
-    x = (torch.arange(width, dtype=torch.float32, device=device) + 0.5) / width
-    return torch.stack([x.expand(height, width), y[:, None].expand(height, width)], dim=-1).flatten(0, 1)

@@ -13,10 +13,8 @@ from torch import Tensor
 
 from peft_d2.models.checks import ModelConfigError, expect_at_least, expect_share
 from peft_d2.models.layers.criterion import SetCriterion
-from peft_d2.models.layers.joined_batch import count_objects
-from peft_d2.models.layers.pixels import PixelModel
+from peft_d2.models.layers.inputs import PixelModel, Target, count_objects, prepare_targets
 from peft_d2.models.layers.postprocess import Canvas
-from peft_d2.models.layers.targets import Target, prepare_targets
 
 
 class MaskClassifier(PixelModel):

@@ -11,7 +11,7 @@ from detectron2.config import CfgNode
 from torch import Tensor, nn
 
 from peft_d2.models.checks import expect_at_least, expect_width
-from peft_d2.models.layers.position import SinePosition2d
+from peft_d2.models.layers.geometry import SinePosition2d
 from peft_d2.models.layers.transformer import MLP, AttentionLayer, FFNLayer, input_projections
 from peft_d2.models.registration import TRANSFORMER_DECODER_REGISTRY, entry
 

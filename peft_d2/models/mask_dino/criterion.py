@@ -1,4 +1,4 @@
-"""Losses of Mask DINO: classes, masks and boxes of matched queries, and the same of denoising queries.
+"""Matching and losses of Mask DINO: classes, masks and boxes of matched queries, and the same of denoising queries.
 
 Source: Li et al., Mask DINO, CVPR 2023, section 3.4.
 """
@@ -13,24 +13,64 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import sigmoid_focal_loss
 
-from peft_d2.models.layers.boxes import generalized_iou, to_corners
-from peft_d2.models.layers.criterion import Matched, SetCriterion, pair_up
-from peft_d2.models.layers.joined_batch import average_count
-from peft_d2.models.layers.targets import Target
+from peft_d2.models.layers.criterion import HungarianMatcher, Matched, Prediction, SetCriterion, average_count, pair_up
+from peft_d2.models.layers.geometry import to_corners
+from peft_d2.models.layers.inputs import Target
 from peft_d2.models.mask_dino.denoising import DenoisingQueries
+
+_EPSILON = 1e-6  # keeps the overlap of boxes without area finite
+
+
+def generalized_iou(a: Tensor, b: Tensor) -> Tensor:
+    """Generalised intersection over union (...) in [-1, 1] (Rezatofighi et al., CVPR 2019, algorithm 1).
+
+    ``a`` and ``b`` are corners (..., 4), broadcast against each other: ``a[:, None], b[None]`` compares all pairs.
+    """
+    inner = (torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])).clamp(min=0).prod(-1)
+    outer = (torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2])).clamp(min=0).prod(-1)
+    union = (a[..., 2:] - a[..., :2]).prod(-1) + (b[..., 2:] - b[..., :2]).prod(-1) - inner
+    return inner / (union + _EPSILON) - (outer - union) / (outer + _EPSILON)
+
+
+class BoxMaskMatcher(HungarianMatcher):
+    """Matches by boxes (L1 distance, generalised IoU) besides, and by sigmoid probabilities as the focal loss does.
+
+    Predictions have ``pred_boxes`` (N, Q, 4) too. ``options``: see :class:`HungarianMatcher`.
+    """
+
+    def __init__(self, *, cost_box: float, cost_giou: float, **options: Any) -> None:
+        super().__init__(**options)
+        self.cost_box, self.cost_giou = cost_box, cost_giou
+
+    def costs(self, predictions: Sequence[Prediction], image: int, target: Target) -> Tensor:
+        """(layers, Q, T) float32 costs of one image."""
+        boxes = torch.stack([p["pred_boxes"][image] for p in predictions]).float()[..., None, :]
+        wanted = target.centre_boxes()
+        return (
+            super().costs(predictions, image, target)
+            + self.cost_box * (boxes - wanted).abs().sum(-1)
+            - self.cost_giou * generalized_iou(to_corners(boxes), to_corners(wanted))
+        )
+
+    def class_cost(self, logits: Tensor) -> Tensor:
+        """Focal loss as a positive minus focal loss as a negative (Deformable DETR): alpha 0.25, gamma 2."""
+        probability = logits.sigmoid()
+        positive = -0.25 * (1 - probability) ** 2 * (probability + 1e-8).log()
+        negative = -0.75 * probability**2 * (1 - probability + 1e-8).log()
+        return positive - negative
 
 
 class BoxMaskCriterion(SetCriterion):
     """:class:`SetCriterion` with boxes, focal class loss, the encoder's own predictions, and denoising.
 
     Predictions have ``pred_boxes`` (N, Q, 4) too, and targets boxes. ``interm_outputs`` is the encoder's prediction,
-    ``denoising`` the denoising queries and their predictions by layer, None where there is nothing to restore.
+    whose losses end in ``_interm``; ``denoising`` the denoising queries and their predictions by layer, None where
+    there is nothing to restore: ``_dn`` or, of the layers before the last, ``_dn_0`` and so on.
 
     Args:
         softmax_classes: cross-entropy with a no-object class in place of the focal loss.
         box_classes: only objects of these classes have box losses; None takes all.
-        options: see :class:`SetCriterion`. Losses of the encoder's predictions end in ``_interm``, those of denoising
-            queries in ``_dn`` or, of the layers before the last, ``_dn_0`` and so on.
+        options: see :class:`SetCriterion`.
     """
 
     def __init__(self, *, softmax_classes: bool, box_classes: Collection[int] | None = None, **options: Any) -> None:
@@ -49,7 +89,7 @@ class BoxMaskCriterion(SetCriterion):
         zero = outputs["pred_logits"].sum() * 0.0  # every worker has the same losses, whatever its images hold
         return losses | {name: zero for name in self.weight_dict if "_dn" in name}
 
-    def supervised(self, outputs: dict) -> dict[str, dict[str, Tensor]]:
+    def supervised(self, outputs: dict) -> dict[str, Prediction]:
         """As for :class:`SetCriterion`, and the encoder's prediction."""
         wanted = super().supervised(outputs)
         if "interm_outputs" in outputs and "loss_ce_interm" in self.weight_dict:
@@ -62,13 +102,7 @@ class BoxMaskCriterion(SetCriterion):
         """Losses of restoring: every query knows its target, and all groups together count as one.
 
         The cross-entropy of classes is divided by the weights at hand: a worker may have no such queries at all, so
-        nothing can be exchanged here.
-
-        Args:
-            queries: who restores what.
-            predictions: of these queries, by layer, the last layer last.
-            targets: one per image.
-            count: of objects in the average part of the batch; divides all but the cross-entropy.
+        nothing can be exchanged here. ``count``, the objects of the average part of the batch, divides all others.
         """
         matched = pair_up(targets, queries.matches(targets))
         suffixes = ["_dn", *(f"_dn_{i}" for i in range(len(predictions) - 1))]
@@ -82,7 +116,7 @@ class BoxMaskCriterion(SetCriterion):
 
     def layer_losses(
         self,
-        prediction: dict[str, Tensor],
+        prediction: Prediction,
         matched: Sequence[Matched],
         count: float,
         objects: Sequence[Sequence[int]] | None,

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from peft_d2.models.layers.boxes import inverse_sigmoid
-from peft_d2.models.layers.matcher import Match
-from peft_d2.models.layers.targets import Target
+from peft_d2.models.layers.criterion import Match
+from peft_d2.models.layers.geometry import inverse_sigmoid
+from peft_d2.models.layers.inputs import Target
 
 
 @dataclass

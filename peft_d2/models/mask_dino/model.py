@@ -14,14 +14,13 @@ from detectron2.structures import Boxes, ImageList
 from torch import Tensor
 
 from peft_d2.models.checks import expect
-from peft_d2.models.layers.boxes import to_corners
+from peft_d2.models.layers.geometry import to_corners
+from peft_d2.models.layers.inputs import Target, add_boxes
 from peft_d2.models.layers.mask_classifier import MaskClassifier
-from peft_d2.models.layers.matcher import BoxMaskMatcher
 from peft_d2.models.layers.postprocess import Canvas, instance_inference, panoptic_inference, semantic_inference
-from peft_d2.models.layers.targets import Target, add_boxes
-from peft_d2.models.mask2former.head import MaskFormerHead
+from peft_d2.models.mask2former.model import MaskFormerHead
 from peft_d2.models.mask2former.pixel_decoder import MSDeformAttnPixelDecoder
-from peft_d2.models.mask_dino.criterion import BoxMaskCriterion
+from peft_d2.models.mask_dino.criterion import BoxMaskCriterion, BoxMaskMatcher
 from peft_d2.models.mask_dino.transformer_decoder import softmax_classes
 from peft_d2.models.registration import entry
 

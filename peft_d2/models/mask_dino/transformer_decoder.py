@@ -15,12 +15,11 @@ from detectron2.config import CfgNode
 from torch import Tensor, nn
 
 from peft_d2.models.checks import ModelConfigError, expect, expect_at_least, expect_width
-from peft_d2.models.layers.boxes import inverse_sigmoid, to_centres
-from peft_d2.models.layers.deformable_encoder import Levels, pixel_centres
+from peft_d2.models.layers.deformable_encoder import Levels
+from peft_d2.models.layers.geometry import box_code, inverse_sigmoid, pixel_centres, to_centres
+from peft_d2.models.layers.inputs import Target
 from peft_d2.models.layers.ms_deform_attn import MSDeformAttn
-from peft_d2.models.layers.position import box_code
 from peft_d2.models.layers.postprocess import mask_boxes
-from peft_d2.models.layers.targets import Target
 from peft_d2.models.layers.transformer import MLP, init_transformer, input_projections
 from peft_d2.models.mask_dino.denoising import DenoisingQueries, denoising_queries
 from peft_d2.models.registration import TRANSFORMER_DECODER_REGISTRY, entry

@@ -17,11 +17,9 @@ from detectron2.structures import Boxes, Instances
 from torch import Tensor
 
 from peft_d2.models.checks import expect, expect_at_least
-from peft_d2.models.layers.criterion import dice_loss, mask_loss
-from peft_d2.models.layers.joined_batch import average_count, count_objects, objects_of_all
-from peft_d2.models.layers.pixels import PixelModel
+from peft_d2.models.layers.criterion import average_count, dice_loss, mask_loss, objects_of_all
+from peft_d2.models.layers.inputs import PixelModel, Target, count_objects
 from peft_d2.models.layers.postprocess import Canvas, mask_boxes
-from peft_d2.models.layers.targets import Target
 from peft_d2.models.registration import entry
 from peft_d2.models.sam.image_encoder import ImageEncoder
 from peft_d2.models.sam.mask_decoder import SAMMaskDecoder

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from peft_d2.data.images import DatasetError
-from peft_d2.models.layers.deformable_encoder import pixel_centres
-from peft_d2.models.sam.common import LayerNorm2d
+from peft_d2.models.layers.geometry import pixel_centres
+from peft_d2.models.sam.image_encoder import LayerNorm2d
 
 NOT_A_POINT, BACKGROUND, FOREGROUND = -1, 0, 1
 _TOP_LEFT, _BOTTOM_RIGHT = 2, 3

@@ -13,9 +13,8 @@ from torch import Tensor
 
 from peft_d2.models.mask2former.model import MaskFormer
 from peft_d2.models.registration import entry
-from peft_d2.models.seem.class_vectors import ClassVectors, ClassVectorsError
 from peft_d2.models.seem.transformer_decoder import Parked
-from peft_d2.models.seem.vocabulary import Vocabulary
+from peft_d2.models.seem.vocabulary import ClassVectors, ClassVectorsError, Vocabulary
 
 _PREDICTOR = "sem_seg_head.predictor."
 _logger = logging.getLogger(__name__)

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
+from peft_d2.models.backbones.stages import from_windows, to_windows
 from peft_d2.models.backbones.swin import SwinTransformer, shift_mask
-from peft_d2.models.layers.windows import from_windows, to_windows
 
 from ..conftest import make_config
 

@@ -12,12 +12,19 @@ import torch
 import torchvision
 from torch import Tensor
 
-from peft_d2.models.layers import points
-from peft_d2.models.layers.boxes import generalized_iou, inverse_sigmoid, to_centres, to_corners
-from peft_d2.models.layers.criterion import SetCriterion, pair_up
-from peft_d2.models.layers.matcher import BoxMaskMatcher, HungarianMatcher, assign, dice_cost, mask_cost
-from peft_d2.models.layers.targets import Target
-from peft_d2.models.mask_dino.criterion import BoxMaskCriterion
+from peft_d2.models.layers.criterion import (
+    HungarianMatcher,
+    SetCriterion,
+    assign,
+    dice_cost,
+    mask_cost,
+    pair_up,
+    sample_points,
+    uncertain_points,
+)
+from peft_d2.models.layers.geometry import inverse_sigmoid, to_centres, to_corners
+from peft_d2.models.layers.inputs import Target
+from peft_d2.models.mask_dino.criterion import BoxMaskCriterion, BoxMaskMatcher, generalized_iou
 
 CLASSES, QUERIES, SIZE = 3, 5, 16
 WEIGHTS = {"loss_ce": 2.0, "loss_mask": 5.0, "loss_dice": 5.0}
@@ -126,7 +133,7 @@ def test_losses_at_the_points_that_were_drawn(counts: tuple[int, ...], monkeypat
     used: list[Tensor] = []
 
     def keep(*arguments: Any) -> Tensor:
-        used.append(points.uncertain_points(*arguments))
+        used.append(uncertain_points(*arguments))
         return used[-1]
 
     monkeypatch.setattr("peft_d2.models.layers.criterion.uncertain_points", keep)
@@ -173,9 +180,9 @@ def test_points_prefer_uncertain_places() -> None:
     """Certain everywhere but in a band: all of the important share lies there, the uniform share does not."""
     logits = torch.full((2, 32, 32), 9.0)
     logits[:, 10:22] = 0.0
-    where = points.uncertain_points(logits, 400, 3.0, 0.75)
+    where = uncertain_points(logits, 400, 3.0, 0.75)
     assert where.shape == (2, 400, 2) and where.min() >= 0 and where.max() <= 1
-    certainty = points.sample_points(logits[:, None], where)[:, 0].abs()
+    certainty = sample_points(logits[:, None], where)[:, 0].abs()
     important, uniform = certainty[:, :300], certainty[:, 300:]
     assert important.max() < 9.0 and uniform.max() > 8.9  # of 1,200 candidates, 450 lie in the band
     assert important.mean() < uniform.mean() / 4

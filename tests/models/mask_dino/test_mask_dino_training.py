@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from peft_d2.models.layers.targets import Target
+from peft_d2.models.layers.inputs import Target
 from peft_d2.models.mask_dino import denoising
 
 from ..test_training import sample, step

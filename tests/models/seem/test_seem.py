@@ -16,8 +16,8 @@ from peft_d2.engine.checks import build_without_weights
 from peft_d2.engine.config import load_config
 from peft_d2.models import register
 from peft_d2.models.backbones.sam_vit import SEEMViT
-from peft_d2.models.seem.class_prompts import TokenizerError
-from peft_d2.models.seem.class_vectors import ClassVectors, ClassVectorsError
+from peft_d2.models.seem.text_encoder import TokenizerError
+from peft_d2.models.seem.vocabulary import ClassVectors, ClassVectorsError
 from peft_d2.storage import base_weights
 
 from ..conftest import GOLDENS, ROOT, make_config

@@ -18,9 +18,8 @@ from encode_classes import read_text_encoder
 from torch import Tensor, nn
 
 from peft_d2.engine.errors import ConfigError
-from peft_d2.models.seem.class_prompts import TEMPLATES, TokenizerError, load_tokenizer, prompts
-from peft_d2.models.seem.class_vectors import ClassVectors, ClassVectorsError, encode_classes
-from peft_d2.models.seem.text_encoder import TextEncoder
+from peft_d2.models.seem.text_encoder import TEMPLATES, TextEncoder, TokenizerError, load_tokenizer, prompts
+from peft_d2.models.seem.vocabulary import ClassVectors, ClassVectorsError, encode_classes
 from peft_d2.storage import tensor_file
 
 from ..conftest import GOLDENS, ROOT
