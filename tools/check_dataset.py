@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from peft_d2.data.coco_json import read_json
-from peft_d2.data.images import set_pixel_limit
-from peft_d2.data.pictures import overlay, read_rgb, sheet
+from peft_d2.data.images import read_rgb, set_pixel_limit
+from peft_d2.data.pictures import overlay, sheet
+from peft_d2.data.records import read_json
 from peft_d2.data.registration import coco_files
 from peft_d2.data.segmentation import segmentation_to_mask
 from peft_d2.data.validation import Rules, check_coco, summary

@@ -23,11 +23,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from converting import converter_main, in_parallel, read_label_image, require_folder
+from converting import CocoJson, converter_main, in_parallel, read_label_image, require_folder
 from PIL import Image
 
 from peft_d2.data.builtin import ade20k_instance_categories, panoptic_categories
-from peft_d2.data.coco_json import CocoJson
 from peft_d2.data.images import image_size
 from peft_d2.data.segmentation import mask_box
 from peft_d2.storage import atomic

@@ -16,7 +16,7 @@ from converting import converter_main, in_parallel, read_label_image, require_fo
 from PIL import Image
 
 from peft_d2.data.builtin import panoptic_categories
-from peft_d2.data.coco_json import read_json
+from peft_d2.data.records import read_json
 from peft_d2.storage import atomic
 
 _UNLABELLED = 255

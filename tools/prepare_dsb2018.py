@@ -18,10 +18,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from converting import CocoJson
 from PIL import Image
 from tile_dataset import tile_coco
 
-from peft_d2.data.coco_json import CocoJson
 from peft_d2.data.segmentation import mask_to_polygons
 
 _ID_LENGTH = 12

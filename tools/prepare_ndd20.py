@@ -21,10 +21,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from converting import converter_main, require_folder, split_names
+from converting import CocoJson, converter_main, require_folder, split_names
 
-from peft_d2.data.coco_json import CocoJson, read_json
 from peft_d2.data.images import image_size
+from peft_d2.data.records import read_json
 
 logger = logging.getLogger(__name__)
 

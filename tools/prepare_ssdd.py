@@ -15,9 +15,8 @@ import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
-from converting import converter_main, require_folder
+from converting import CocoJson, converter_main, require_folder
 
-from peft_d2.data.coco_json import CocoJson
 from peft_d2.data.images import image_size
 
 

@@ -15,9 +15,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from peft_d2.data.coco_json import read_json
-from peft_d2.data.images import path_inside, set_pixel_limit
-from peft_d2.data.pictures import read_rgb
+from peft_d2.data.images import path_inside, read_rgb, set_pixel_limit
+from peft_d2.data.records import read_json
 from peft_d2.data.segmentation import mask_box, mask_to_compressed_rle, segmentation_to_mask
 from peft_d2.data.tiles import enlarge, tile_starts
 

@@ -12,8 +12,6 @@ from PIL import Image
 
 from peft_d2.data.images import DatasetError
 
-_FLIPS = ["horizontal", "vertical", "none"]
-
 
 class KeepsAPixel(T.Augmentation):
     """Another resizing augmentation whose result is at least one pixel wide and high (5000 x 1 images exist)."""
@@ -45,13 +43,8 @@ class LongestSide(T.Augmentation):
         """The resize of an image (H, W, C), bilinear."""
         height, width = image.shape[:2]
         scale = self.size / max(height, width)
-        return T.ResizeTransform(
-            height,
-            width,
-            max(1, int(height * scale + 0.5)),
-            max(1, int(width * scale + 0.5)),
-            Image.Resampling.BILINEAR,
-        )
+        size = (max(1, int(side * scale + 0.5)) for side in (height, width))
+        return T.ResizeTransform(height, width, *size, Image.Resampling.BILINEAR)
 
 
 def keep_a_pixel(augmentations: list[Any]) -> list[Any]:
@@ -80,35 +73,27 @@ class SSDColour(T.Augmentation):
 
         brightness, contrast, saturation = draw(-32, 32), draw(0.5, 1.5), draw(0.5, 1.5)
         hue, contrast_first = draw(-18, 18), bool(np.random.rand() < 0.5)
-        swap = self.image_format == "BGR"
+        swap = slice(None, None, -1 if self.image_format == "BGR" else 1)
+
+        def affine(pixels: np.ndarray, factor: float | None, offset: float = 0.0) -> np.ndarray:
+            if factor is None:
+                return pixels
+            return np.clip(pixels.astype(np.float32) * factor + offset, 0, 255).astype(np.uint8)
 
         def distort(pixels: np.ndarray) -> np.ndarray:
             """(H, W, 3) uint8 -> the same; each step ends in uint8, as in the published recipe."""
-            if brightness is not None:
-                pixels = _affine(pixels, 1.0, brightness)
-            if contrast is not None and contrast_first:
-                pixels = _affine(pixels, contrast, 0.0)
+            pixels = affine(pixels, None if brightness is None else 1.0, brightness or 0.0)
+            pixels = affine(pixels, contrast if contrast_first else None)
             if saturation is not None or hue is not None:
-                pixels = _hue_saturation(pixels, hue or 0.0, 1.0 if saturation is None else saturation, swap)
-            if contrast is not None and not contrast_first:
-                pixels = _affine(pixels, contrast, 0.0)
-            return pixels
+                rgb = np.ascontiguousarray(pixels[..., swap])
+                hsv = np.array(Image.fromarray(rgb).convert("HSV")).astype(np.int16)
+                hsv[..., 0] = (hsv[..., 0] + round((hue or 0.0) * 256 / 180)) % 256  # the recipe's wheel has 180 steps
+                hsv[..., 1] = np.clip(hsv[..., 1] * (1.0 if saturation is None else saturation), 0, 255)
+                rgb = np.asarray(Image.fromarray(hsv.astype(np.uint8), mode="HSV").convert("RGB"))
+                pixels = np.ascontiguousarray(rgb[..., swap])
+            return affine(pixels, None if contrast_first else contrast)
 
         return T.ColorTransform(distort)
-
-
-def _affine(pixels: np.ndarray, factor: float, offset: float) -> np.ndarray:
-    return np.clip(pixels.astype(np.float32) * factor + offset, 0, 255).astype(np.uint8)
-
-
-def _hue_saturation(pixels: np.ndarray, degrees: float, factor: float, swap: bool) -> np.ndarray:
-    """``degrees`` of 180, as in the published recipe, whose colour wheel has 180 steps."""
-    rgb = np.ascontiguousarray(pixels[..., ::-1] if swap else pixels)
-    hsv = np.asarray(Image.fromarray(rgb).convert("HSV")).astype(np.int16)
-    hsv[..., 0] = (hsv[..., 0] + round(degrees * 256 / 180)) % 256
-    hsv[..., 1] = np.clip(hsv[..., 1] * factor, 0, 255)
-    result = np.asarray(Image.fromarray(hsv.astype(np.uint8), mode="HSV").convert("RGB"))
-    return np.ascontiguousarray(result[..., ::-1]) if swap else result
 
 
 def resize_recipe(cfg: Any, semantic: bool) -> list[Any]:
@@ -125,25 +110,19 @@ def resize_recipe(cfg: Any, semantic: bool) -> list[Any]:
         )
     elif crop.ENABLED:
         augmentations.append(T.RandomCrop(crop.TYPE, crop.SIZE))
-    if cfg.INPUT.get("COLOR_AUG_SSD", False):
-        augmentations.append(SSDColour(cfg.INPUT.FORMAT))
-    return keep_a_pixel(augmentations + _flip(cfg))
+    return keep_a_pixel([*augmentations, *_colour(cfg), *_flip(cfg)])
 
 
 def large_scale_jitter_recipe(cfg: Any) -> list[Any]:
     """Flip, jittered scale, crop or pad to a square of ``INPUT.IMAGE_SIZE`` (Ghiasi et al. 2021, section 3)."""
     size = cfg.INPUT.IMAGE_SIZE
     scale = T.ResizeScale(cfg.INPUT.MIN_SCALE, cfg.INPUT.MAX_SCALE, size, size)
-    colour = [SSDColour(cfg.INPUT.FORMAT)] if cfg.INPUT.get("COLOR_AUG_SSD", False) else []
-    return keep_a_pixel([*_flip(cfg), scale, T.FixedSizeCrop(crop_size=(size, size)), *colour])
+    return keep_a_pixel([*_flip(cfg), scale, T.FixedSizeCrop(crop_size=(size, size)), *_colour(cfg)])
 
 
 def longest_side_recipe(cfg: Any, train: bool) -> list[Any]:
     """Longer side to ``MODEL.SAM.IMAGE_SIZE``; in training flips and, where ``COLOR_AUG_SSD``, colours too."""
-    recipe: list[Any] = [LongestSide(cfg.MODEL.SAM.IMAGE_SIZE)]
-    if train and cfg.INPUT.get("COLOR_AUG_SSD", False):
-        recipe.append(SSDColour(cfg.INPUT.FORMAT))
-    return recipe + (_flip(cfg) if train else [])
+    return [LongestSide(cfg.MODEL.SAM.IMAGE_SIZE), *(_colour(cfg) + _flip(cfg) if train else [])]
 
 
 def detectron2_recipe(cfg: Any) -> list[Any]:
@@ -154,22 +133,12 @@ def detectron2_recipe(cfg: Any) -> list[Any]:
     return keep_a_pixel(augmentations)
 
 
+def _colour(cfg: Any) -> list[Any]:
+    return [SSDColour(cfg.INPUT.FORMAT)] if cfg.INPUT.get("COLOR_AUG_SSD", False) else []
+
+
 def _flip(cfg: Any) -> list[Any]:
     kind = cfg.INPUT.RANDOM_FLIP
-    if kind not in _FLIPS:
-        raise DatasetError(f"INPUT.RANDOM_FLIP is {kind!r}; expected one of {_FLIPS}.")
-    if kind == "none":
-        return []
-    return [T.RandomFlip(horizontal=kind == "horizontal", vertical=kind == "vertical")]
-
-
-__all__ = [
-    "KeepsAPixel",
-    "LongestSide",
-    "SSDColour",
-    "detectron2_recipe",
-    "keep_a_pixel",
-    "large_scale_jitter_recipe",
-    "longest_side_recipe",
-    "resize_recipe",
-]
+    if kind not in ("horizontal", "vertical", "none"):
+        raise DatasetError(f"INPUT.RANDOM_FLIP is {kind!r}; expected one of ['horizontal', 'vertical', 'none'].")
+    return [] if kind == "none" else [T.RandomFlip(horizontal=kind == "horizontal", vertical=kind == "vertical")]

@@ -10,7 +10,7 @@ from typing import Any
 
 from peft_d2.data.images import DatasetError
 from peft_d2.data.records import read_categories
-from peft_d2.data.registration import register_from_config
+from peft_d2.data.registration import register_from_config, require_registered
 from peft_d2.engine.config import base_architecture
 
 _BY_CATEGORY = ("coco", "lvis")  # kinds of sets whose predictions are judged by category ids
@@ -18,33 +18,23 @@ logger = logging.getLogger(__name__)
 
 
 def class_names(cfg: Any) -> list[str]:
-    """Thing class names of the training sets, of the test sets where there are none.
+    """Thing class names of the training sets, of the first test set where there are none.
 
     Raises:
-        ValueError: the sets of the config do not agree, or a name is not registered.
+        ValueError: the training sets of the config do not agree, or a name is not registered.
     """
-    from detectron2.data import DatasetCatalog, MetadataCatalog
-
     register_from_config(cfg)
     names = list(cfg.DATASETS.TRAIN) or list(cfg.DATASETS.TEST)
-    found: dict[str, list[str]] = {}
     for name in names:
-        if name not in DatasetCatalog:
-            near = difflib.get_close_matches(name, list(DatasetCatalog), n=3)
+        require_registered(name)
+    found = [list(_metadata(name).get("thing_classes", [])) for name in names]
+    for name, classes in zip(names, found, strict=True):
+        if cfg.DATASETS.TRAIN and classes != found[0]:
             raise ValueError(
-                f"data set {name!r} is not registered (nearest names: {near}). "
-                "Add it to DATASETS.REGISTER as {NAME, JSON, IMAGES}."
-            )
-        found[name] = list(MetadataCatalog.get(name).get("thing_classes", []))
-    if not cfg.DATASETS.TRAIN:  # several test sets are evaluated one by one
-        return found[names[0]] if names else []
-    for name in names[1:]:
-        if found[name] != found[names[0]]:
-            raise ValueError(
-                f"data sets {names[0]!r} and {name!r} have different classes: {found[names[0]]} and {found[name]}. "
+                f"data sets {names[0]!r} and {name!r} have different classes: {found[0]} and {classes}. "
                 "Sets that are trained on together need the same categories in the same order."
             )
-    return found[names[0]]
+    return found[0] if found else []
 
 
 def category_indices(cfg: Any, name: str) -> dict[int, int] | None:
@@ -56,13 +46,11 @@ def category_indices(cfg: Any, name: str) -> dict[int, int] | None:
     Raises:
         DatasetError: a class of the test set that the model is not trained on, or a name that two classes have.
     """
-    names = _category_names(name)
-    trained = _trained_classes(cfg, names or {})
-    labels = list((names or {}).values())
-    if not names or not trained or trained == labels:
+    names = _category_names(name) or {}
+    trained, labels = _trained_classes(cfg, names), list(names.values())
+    if not labels or not trained or trained == labels:
         return None
-    unknown = _unknown(name, names, trained)
-    if unknown:
+    if unknown := _unknown(name, names, trained):
         near = difflib.get_close_matches(unknown[0], trained, n=1, cutoff=0.4)
         hint = f" The nearest to {unknown[0]!r} is {near[0]!r}." if near else ""
         raise DatasetError(
@@ -77,8 +65,7 @@ def category_indices(cfg: Any, name: str) -> dict[int, int] | None:
             f"the classes of test set {name!r} cannot be paired by name with those that the model is trained on: "
             f"several have the name {twice[0]!r}. Merge them or rename one."
         )
-    left_out = [label for label in trained if label not in labels]
-    if left_out:
+    if left_out := [label for label in trained if label not in labels]:
         logger.info("Test set %r lacks the class(es) %s: predictions of them are not judged.", name, _few(left_out))
     return {category: trained.index(label) for category, label in paired.items()}
 
@@ -108,13 +95,18 @@ def _trained_classes(cfg: Any, tested: Mapping[int, str]) -> list[str]:
     architecture = base_architecture(cfg).removeprefix("PD2")
     if architecture == "SEEM":
         return list(cfg.MODEL.SEEM.CLASS_NAMES)
-    sets = [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]
-    meta = _metadata(sets[0]) if sets else {}
-    if architecture == "SegmentAnything" or "panoptic" in meta.get("evaluator_type", ""):
+    first = next(iter([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]), None)
+    if first is None or architecture == "SegmentAnything" or "panoptic" in _metadata(first).get("evaluator_type", ""):
         return []
-    found = list((_category_names(sets[0]) or {}).values() if sets else ()) or list(meta.get("thing_classes", ()))
-    count = _class_count(cfg, architecture)
-    other_model = count not in (None, len(found)) and count == len(tested)  # the config's training set is not its own
+    found = list((_category_names(first) or {}).values()) or list(_metadata(first).get("thing_classes", ()))
+    count = {
+        "GeneralizedRCNN": cfg.MODEL.ROI_HEADS.NUM_CLASSES,
+        "PanopticFPN": cfg.MODEL.ROI_HEADS.NUM_CLASSES,
+        "RetinaNet": cfg.MODEL.RETINANET.NUM_CLASSES,
+        "MaskFormer": cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES,
+        "MaskDINO": cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES,
+    }.get(architecture, len(found))
+    other_model = count != len(found) and count == len(tested)  # the config's training set is not its own
     return [] if other_model else found
 
 
@@ -127,14 +119,6 @@ def _unknown(name: str, names: Mapping[int, str], trained: Sequence[str]) -> lis
         if any(objects.values()):
             unknown = {category: label for category, label in unknown.items() if objects.get(category)}
     return list(unknown.values())
-
-
-def _class_count(cfg: Any, architecture: str) -> int | None:
-    if architecture in ("GeneralizedRCNN", "PanopticFPN"):
-        return cfg.MODEL.ROI_HEADS.NUM_CLASSES
-    if architecture == "RetinaNet":
-        return cfg.MODEL.RETINANET.NUM_CLASSES
-    return cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES if architecture in ("MaskFormer", "MaskDINO") else None
 
 
 def _category_names(name: str) -> dict[int, str] | None:

@@ -4,6 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "DATASETS": {"REGISTER": [], "CHECK": True, "ALLOW_FILES_OUTSIDE": False},
+    "INPUT": {"MAX_PIXELS": 0},
+    "INPUT.PROMPTS": {"BOX_NOISE": 50.0, "MAX_BOXES": 64, "DETECTIONS": ""},
+    "TEST": {"MAX_DETECTIONS": 100, "REPORT": True},
+    "TEST.TILES": {"ENABLED": False, "SIZE": 96, "SCALE": 2.0, "OVERLAP": 32, "MERGE_THRESH": 0.5},
+}
+
 
 def add_data_config(cfg: Any) -> None:
     """Add the data and evaluation keys to a Detectron2 config; what exists already keeps its value.
@@ -21,24 +29,12 @@ def add_data_config(cfg: Any) -> None:
     """
     from detectron2.config import CfgNode
 
-    _default(cfg.DATASETS, "REGISTER", [])
-    _default(cfg.DATASETS, "CHECK", True)
-    _default(cfg.DATASETS, "ALLOW_FILES_OUTSIDE", False)
-    _default(cfg.INPUT, "MAX_PIXELS", 0)
-    _default(cfg.INPUT, "PROMPTS", CfgNode())
-    _default(cfg.INPUT.PROMPTS, "BOX_NOISE", 50.0)
-    _default(cfg.INPUT.PROMPTS, "MAX_BOXES", 64)
-    _default(cfg.INPUT.PROMPTS, "DETECTIONS", "")
-    _default(cfg.TEST, "MAX_DETECTIONS", 100)
-    _default(cfg.TEST, "REPORT", True)
-    _default(cfg.TEST, "TILES", CfgNode())
-    _default(cfg.TEST.TILES, "ENABLED", False)
-    _default(cfg.TEST.TILES, "SIZE", 96)
-    _default(cfg.TEST.TILES, "SCALE", 2.0)
-    _default(cfg.TEST.TILES, "OVERLAP", 32)
-    _default(cfg.TEST.TILES, "MERGE_THRESH", 0.5)
-
-
-def _default(node: Any, key: str, value: Any) -> None:
-    if key not in node:
-        node[key] = value
+    for path, values in _DEFAULTS.items():
+        node = cfg
+        for key in path.split("."):
+            if key not in node:
+                node[key] = CfgNode()
+            node = node[key]
+        for key, value in values.items():
+            if key not in node:
+                node[key] = list(value) if isinstance(value, list) else value

@@ -11,14 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
-_ORIENTATION = 0x0112
-_TAIL = 4096  # bytes: cameras write something after the end mark, too
 # Modes that Pillow converts to RGB.
 _TO_RGB = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV", "LAB"}
-_BITS, _SAMPLES = 258, 277  # TIFF tags
+_ORIENTATION, _BITS, _SAMPLES = 0x0112, 258, 277  # tags of EXIF and of TIFF
 _CHANNELS = {"BGR": 3, "RGB": 3, "L": 1}
+_TOO_LARGE = (
+    "If the file is to be trusted, set INPUT.MAX_PIXELS to its number of pixels (TEST.TILES evaluates large images "
+    "part by part, tools/tile_dataset.py cuts them for training)."
+)
 
 
 class DatasetError(ValueError):
@@ -31,9 +33,7 @@ def check_input(cfg: Any) -> None:
     Raises:
         DatasetError: another format than BGR, RGB and L; ``MODEL.PIXEL_MEAN`` or ``PIXEL_STD`` of another length.
     """
-    limit = cfg.INPUT.get("MAX_PIXELS", 0)
-    if limit:
-        set_pixel_limit(limit)
+    set_pixel_limit(cfg.INPUT.get("MAX_PIXELS", 0))
     name = cfg.INPUT.FORMAT
     if name not in _CHANNELS:
         raise DatasetError(f"INPUT.FORMAT {name!r} is not supported. Expected one of {list(_CHANNELS)}.")
@@ -48,9 +48,10 @@ def check_input(cfg: Any) -> None:
 
 
 def set_pixel_limit(pixels: int) -> None:
-    """Let Pillow open images of up to so many pixels, in this process: Pillow has no other place for its limit."""
-    Image.MAX_IMAGE_PIXELS = (pixels + 1) // 2  # Pillow warns from here on, and refuses from twice as many
-    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+    """Let Pillow open images of up to so many pixels, in this process: Pillow has no other place. 0 changes nothing."""
+    if pixels:
+        Image.MAX_IMAGE_PIXELS = (pixels + 1) // 2  # Pillow warns from here on, and refuses from twice as many
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 
 
 def image_size(path: str | Path) -> tuple[int, int]:
@@ -69,49 +70,40 @@ def read_header(path: str | Path) -> tuple[tuple[int, int], str, str]:
     """(width, height) of an image file, turned as its EXIF says; what is wrong with it ("" if nothing); the remedy."""
     try:
         with Image.open(path) as opened:
-            width, height = opened.size
             defect, remedy = _misread(opened)
             has_exif = opened.format == "JPEG" or "exif" in opened.info
             turned = has_exif and opened.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
+            width, height = opened.size
+            return ((height, width) if turned else (width, height)), defect, remedy
     except FileNotFoundError:
         raise
     except PermissionError as error:
         return (0, 0), f"cannot be read ({error.strerror})", "Let it be read."
     except Image.DecompressionBombError as error:
-        return (0, 0), f"is larger than Pillow's limit against decompression bombs ({error})", _too_large()
+        return (0, 0), f"is larger than Pillow's limit against decompression bombs ({error})", _TOO_LARGE
     except (OSError, SyntaxError, ValueError) as error:
         return (0, 0), f"cannot be opened as an image ({error})", "Replace the file."
-    return ((height, width) if turned else (width, height)), defect, remedy
 
 
 def _misread(opened: Any) -> tuple[str, str]:
     """What Pillow would leave out of an image without a word, and the remedy; "" if nothing."""
-    mode = opened.mode
+    mode, bands = opened.mode, len(opened.getbands())
     tags: Any = getattr(opened, "tag_v2", {})
     deep = mode in ("I", "F") or mode.startswith("I;") or max(tags.get(_BITS, (8,))) > 8
     if opened.format == "PNG":
-        file = opened.fp
-        file.seek(24)  # the depth's place in a PNG's first chunk
-        deep = deep or file.read(1) == b"\x10"
+        opened.fp.seek(24)  # the depth's place in a PNG's first chunk
+        deep = deep or opened.fp.read(1) == b"\x10"
     elif opened.format == "PPM":
         deep = deep or any(isinstance(tile[3], tuple) and tile[3][-1] == 65535 for tile in opened.tile)
     if deep:
         what = f"has values of more than 8 bits (mode {mode}), of which training would see only a part"
         return what, "Write it again with 8 bits a channel."
-    bands = len(opened.getbands())
     if tags.get(_SAMPLES, bands) > bands:
         what = f"has {tags[_SAMPLES]} bands, of which training would see the first {bands}"
         return what, "Write the three bands to be used as an RGB image."
     if mode not in _TO_RGB:
         return f"has the mode {mode}, which is not read as colours", "Write it again as RGB."
     return "", ""
-
-
-def _too_large() -> str:
-    return (
-        "If the file is to be trusted, set INPUT.MAX_PIXELS to its number of pixels (TEST.TILES evaluates large images "
-        "part by part, tools/tile_dataset.py cuts them for training)."
-    )
 
 
 def read_image(path: str, image_format: str) -> np.ndarray:
@@ -127,6 +119,17 @@ def read_image(path: str, image_format: str) -> np.ndarray:
     return detection_utils.read_image(path, format=image_format)
 
 
+def read_rgb(path: str | Path) -> np.ndarray:
+    """(H, W, 3) uint8 image, turned as its EXIF says, read without Detectron2.
+
+    Raises:
+        DatasetError: the file is no image, or would not be read right.
+    """
+    image_size(path)
+    with Image.open(path) as opened:
+        return np.asarray(ImageOps.exif_transpose(opened).convert("RGB"))
+
+
 def as_rgb(image: np.ndarray, image_format: str) -> np.ndarray:
     """(H, W, 3) uint8 RGB of an (H, W, C) image in ``INPUT.FORMAT``."""
     if image_format == "BGR":
@@ -137,12 +140,8 @@ def as_rgb(image: np.ndarray, image_format: str) -> np.ndarray:
 def seems_cut_off(path: str | Path) -> bool:
     """Whether a JPEG or PNG lacks its end mark, as files do that were copied in part."""
     with open(path, "rb") as file:
-        begin = file.read(4)
-        mark = {b"\xff\xd8": b"\xff\xd9", b"\x89P": b"IEND"}.get(begin[:2])
-        if mark is None:
-            return False
-        file.seek(0, os.SEEK_END)
-        file.seek(-min(_TAIL, file.tell()), os.SEEK_END)
+        mark = {b"\xff\xd8": b"\xff\xd9", b"\x89P": b"IEND"}.get(file.read(2), b"")
+        file.seek(max(0, os.path.getsize(path) - 4096))  # cameras write something after the end mark, too
         return mark not in file.read()
 
 
@@ -163,20 +162,15 @@ def path_inside(root: str | Path, file_name: str, outside: bool = False) -> str:
 
 def lies_inside(root: str | Path, path: str) -> bool:
     """Whether a path is in a folder, by its name and, links followed, in truth."""
-    name = os.path.relpath(path, root)
-    if name == ".." or name.startswith("../"):
+    if os.path.relpath(path, root).split(os.sep)[0] == "..":
         return False
     folder, base = os.path.split(os.path.normpath(path))
     real = os.path.join(_real_folder(folder), base)
-    if os.path.islink(real):
-        real = os.path.realpath(real)
-    top = _real_folder(str(root))
-    return real == top or real.startswith(os.path.join(top, ""))
+    real = os.path.realpath(real) if os.path.islink(real) else real
+    return os.path.join(real, "").startswith(os.path.join(_real_folder(str(root)), ""))
 
 
-@lru_cache(maxsize=4096)
-def _real_folder(folder: str) -> str:
-    return os.path.realpath(folder)
+_real_folder = lru_cache(maxsize=4096)(os.path.realpath)
 
 
 @contextmanager
@@ -196,7 +190,7 @@ def reading(record: Mapping[str, Any]) -> Iterator[None]:
             raise
         raise DatasetError(f"{name}: {error}") from error
     except Image.DecompressionBombError as error:
-        raise DatasetError(f"{name}: {error} {_too_large()}") from error
+        raise DatasetError(f"{name}: {error} {_TOO_LARGE}") from error
     except (OSError, SyntaxError, SizeMismatchError) as error:
         text = " ".join(str(error).split()).rstrip(".")
         raise DatasetError(

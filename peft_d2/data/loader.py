@@ -15,7 +15,7 @@ from detectron2.data.samplers import RepeatFactorTrainingSampler
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset
 
-from peft_d2.data.images import DatasetError, reading
+from peft_d2.data.images import DatasetError, reading, set_pixel_limit
 from peft_d2.data.mappers import build_mapper, build_test_mapper
 from peft_d2.data.order import BatchOrder, Draw, sample_seed
 from peft_d2.data.registration import register_from_config
@@ -65,12 +65,14 @@ def build_train_loader(
     if seed < 0:
         seed = comm.shared_random_seed()
         logger.info("SEED is -1: the order of the data is random, and resuming does not restore it. Set SEED.")
+    wide = [int(cfg.DATALOADER.ASPECT_RATIO_GROUPING and r.get("width", 0) > r.get("height", 0)) for r in records]
     order = BatchOrder(
-        _groups(cfg, records), cfg.SOLVER.IMS_PER_BATCH, seed, repeats=_repeats(cfg, records),
+        wide, cfg.SOLVER.IMS_PER_BATCH, seed, repeats=_repeats(cfg, records),
         start=start_iter, rank=comm.get_rank(), world=comm.get_world_size(),
     )  # fmt: skip
+    feed = _NamesFiles(mapper or build_mapper(cfg, records), cfg.INPUT.get("MAX_PIXELS", 0))
     return TrainLoader(
-        _Samples(DatasetFromList(records, copy=False), mapper or build_mapper(cfg, records), seed),
+        _Samples(DatasetFromList(records, copy=False), feed, seed),
         batch_sampler=order,
         num_workers=cfg.DATALOADER.NUM_WORKERS,
         worker_init_fn=_outlive_sigterm if closed else None,
@@ -82,7 +84,9 @@ def build_train_loader(
 def build_test_loader(cfg: Any, name: str) -> DataLoader:
     """Loader of one data set in order, one image at a time, dealt out to the ranks."""
     register_from_config(cfg)
-    return build_detection_test_loader(cfg, name, mapper=_NamesFiles(build_test_mapper(cfg, name)))
+    return build_detection_test_loader(
+        cfg, name, mapper=_NamesFiles(build_test_mapper(cfg, name), cfg.INPUT.get("MAX_PIXELS", 0))
+    )
 
 
 def training_records(cfg: Any) -> list[dict[str, Any]]:
@@ -108,12 +112,13 @@ def training_records(cfg: Any) -> list[dict[str, Any]]:
 
 
 class _NamesFiles:
-    """Another mapper, whose errors name the file."""
+    """Another mapper, whose errors name the file, with the config's limit of pixels in every process."""
 
-    def __init__(self, mapper: Mapper) -> None:
-        self.mapper = mapper
+    def __init__(self, mapper: Mapper, max_pixels: int) -> None:
+        self.mapper, self.max_pixels = mapper, max_pixels
 
     def __call__(self, record: dict[str, Any]) -> dict[str, Any] | None:
+        set_pixel_limit(self.max_pixels)
         with reading(record):
             return self.mapper(record)
 
@@ -122,14 +127,13 @@ class _Samples(Dataset):
     """Maps a :class:`Draw` to its sample."""
 
     def __init__(self, records: Any, mapper: Mapper, seed: int) -> None:
-        self.records, self.mapper, self.seed = records, _NamesFiles(mapper), seed
+        self.records, self.mapper, self.seed = records, mapper, seed
 
     def __getitem__(self, draw: Draw) -> dict[str, Any]:
         with sample_seed(self.seed, draw.number):
             index = draw.record
             for _ in range(1000):
-                sample = self.mapper(self.records[index])
-                if sample is not None:
+                if (sample := self.mapper(self.records[index])) is not None:
                     return sample
                 # A mapper may refuse an image; which one replaces it is part of the sample's random numbers.
                 index = int(np.random.randint(len(self.records)))
@@ -145,21 +149,13 @@ def _as_list(batch: list[Any]) -> list[Any]:
     return batch
 
 
-def _groups(cfg: Any, records: Sequence[dict[str, Any]]) -> list[int]:
-    if not cfg.DATALOADER.ASPECT_RATIO_GROUPING:
-        return [0] * len(records)
-    return [int(r.get("width", 0) > r.get("height", 0)) for r in records]
-
-
 def _repeats(cfg: Any, records: Sequence[dict[str, Any]]) -> Sequence[float] | None:
     name = cfg.DATALOADER.SAMPLER_TRAIN
+    if name not in ("TrainingSampler", "RepeatFactorTrainingSampler"):
+        raise DatasetError(
+            f"DATALOADER.SAMPLER_TRAIN {name!r} is not known. Expected TrainingSampler or RepeatFactorTrainingSampler."
+        )
     if name == "TrainingSampler":
         return None
-    if name == "RepeatFactorTrainingSampler":
-        factors = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
-            records, cfg.DATALOADER.REPEAT_THRESHOLD
-        )
-        return factors.tolist()
-    raise DatasetError(
-        f"DATALOADER.SAMPLER_TRAIN {name!r} is not known. Expected TrainingSampler or RepeatFactorTrainingSampler."
-    )
+    factors = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency
+    return factors(records, cfg.DATALOADER.REPEAT_THRESHOLD).tolist()

@@ -28,21 +28,21 @@ from peft_d2.data.augmentation import (
     longest_side_recipe,
     resize_recipe,
 )
-from peft_d2.data.images import DatasetError, image_size, read_image, set_pixel_limit
+from peft_d2.data.images import DatasetError, image_size, read_image
 from peft_d2.data.labels import read_labels
 from peft_d2.data.prompts import Detections, prompt_detections, prompted_objects, widened
 from peft_d2.data.segmentation import segmentation_to_mask
 from peft_d2.engine.config import base_architecture
 
-MAPPERS = (
-    "mask_former_instance",
-    "mask_former_panoptic",
-    "mask_former_semantic",
-    "coco_instance_lsj",
-    "coco_panoptic_lsj",
-    "sam_prompts",
-    "detectron2",
-)
+MAPPERS = {  # what each needs in the data set's records
+    "mask_former_instance": "annotations",
+    "mask_former_panoptic": "pan_seg_file_name",
+    "mask_former_semantic": "sem_seg_file_name",
+    "coco_instance_lsj": "annotations",
+    "coco_panoptic_lsj": "pan_seg_file_name",
+    "sam_prompts": "annotations",
+    "detectron2": "annotations",
+}
 _IMAGE_PADDING = 128
 logger = logging.getLogger(__name__)
 
@@ -56,28 +56,27 @@ def build_mapper(cfg: Any, records: Sequence[dict[str, Any]]) -> Any:
     Raises:
         DatasetError: an unknown name, or one that the data set's records cannot feed; augmentations that there are not.
     """
-    mapper = _build_mapper(cfg, records)
-    mapper.max_pixels = cfg.INPUT.get("MAX_PIXELS", 0)
-    return mapper
-
-
-def _build_mapper(cfg: Any, records: Sequence[dict[str, Any]]) -> Any:
     if uses_detectron2_mapper(cfg):
         return _detectron2_mapper(cfg, records)
-    name = cfg.INPUT.get("DATASET_MAPPER_NAME", "") or _name_by_content(records[0])
+    by_content = "mask_former_instance"
+    if "sem_seg_file_name" in records[0] or "pan_seg_file_name" in records[0]:
+        by_content = f"mask_former_{'panoptic' if 'pan_seg_file_name' in records[0] else 'semantic'}"
+    name = cfg.INPUT.get("DATASET_MAPPER_NAME", "") or by_content
     if name not in MAPPERS:
         raise DatasetError(f"INPUT.DATASET_MAPPER_NAME {name!r} is not known. Expected one of {list(MAPPERS)}.")
-    _require(records[0], name)
+    if MAPPERS[name] not in records[0]:
+        raise DatasetError(
+            f"INPUT.DATASET_MAPPER_NAME {name!r} needs {MAPPERS[name]!r} in the data set's records, which hold "
+            f"{sorted(records[0])}. For this data set set it to {by_content!r}."
+        )
     if name == "sam_prompts":
         node = cfg.INPUT.PROMPTS
         return PromptMapper(longest_side_recipe(cfg, train=True), cfg.INPUT.FORMAT, node.BOX_NOISE, node.MAX_BOXES)
     recipe = large_scale_jitter_recipe(cfg) if name.endswith("_lsj") else resize_recipe(cfg, "instance" not in name)
     divisor = 0 if name.endswith("_lsj") else cfg.INPUT.get("SIZE_DIVISIBILITY", -1)
-    if "instance" in name:
-        return InstanceMapper(recipe, cfg.INPUT.FORMAT, divisor)
     ignore = MetadataCatalog.get(cfg.DATASETS.TRAIN[0]).get("ignore_label", cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE)
-    kind = PanopticMapper if "panoptic" in name else SemanticMapper
-    return kind(recipe, cfg.INPUT.FORMAT, divisor, ignore)
+    kinds = {"annotations": InstanceMapper, "pan_seg_file_name": PanopticMapper, "sem_seg_file_name": SemanticMapper}
+    return kinds[MAPPERS[name]](recipe, cfg.INPUT.FORMAT, divisor, ignore)
 
 
 def uses_detectron2_mapper(cfg: Any) -> bool:
@@ -102,27 +101,20 @@ def build_test_mapper(cfg: Any, dataset_name: str = "") -> Any:
     Raises:
         DatasetError: ``INPUT.PROMPTS.DETECTIONS`` cannot be used, or tiles are to be cut for prompts.
     """
-    mapper: Any
     if cfg.INPUT.get("DATASET_MAPPER_NAME", "") == "sam_prompts":
         detections = prompt_detections(cfg, dataset_name)
-        mapper = PromptTestMapper(longest_side_recipe(cfg, train=False), cfg.INPUT.FORMAT, detections)
-    else:
-        mapper = Detectron2Mapper(cfg, is_train=False)
-        tiled = "TILES" in cfg.TEST and cfg.TEST.TILES.ENABLED
-        mapper.augmentations = T.AugmentationList([] if tiled else keep_a_pixel(mapper.augmentations.augs))
-    mapper.max_pixels = cfg.INPUT.get("MAX_PIXELS", 0)
+        return PromptTestMapper(longest_side_recipe(cfg, train=False), cfg.INPUT.FORMAT, detections)
+    mapper = Detectron2Mapper(cfg, is_train=False)
+    tiled = "TILES" in cfg.TEST and cfg.TEST.TILES.ENABLED
+    mapper.augmentations = T.AugmentationList([] if tiled else keep_a_pixel(mapper.augmentations.augs))
     return mapper
 
 
 class Detectron2Mapper(DatasetMapper):
     """Detectron2's own, which refuses files that it would misread."""
 
-    max_pixels = 0  # of an image; 0: Pillow's limit
-
     def __call__(self, record: dict[str, Any]) -> dict[str, Any]:
         """As :class:`detectron2.data.DatasetMapper`."""
-        if self.max_pixels:
-            set_pixel_limit(self.max_pixels)
         if os.path.isfile(record["file_name"]):
             image_size(record["file_name"])
         return super().__call__(record)
@@ -133,35 +125,40 @@ class _Mapper:
 
     A sample is a new dict, but what it takes over from its record is not copied: copying polygons number by number took
     longer than drawing them.
+
+    Args:
+        augmentations: Detectron2's, in order.
+        image_format: as ``INPUT.FORMAT``.
+        size_divisibility: images are padded right and bottom to multiples of it; 0 or less: not at all.
+        ignore_label: the value of label images that means "no label".
+        bit_masks: in Detectron2's own format, in which a detector needs no masks.
     """
 
-    max_pixels = 0  # of an image; 0: Pillow's limit
-
-    def __init__(self, augmentations: Sequence[Any], image_format: str, size_divisibility: int = 0) -> None:
+    def __init__(
+        self, augmentations: Sequence[Any], image_format: str, size_divisibility: int = 0, ignore_label: int = 255,
+        bit_masks: bool = False,
+    ) -> None:  # fmt: skip
         self.augmentations = T.AugmentationList(list(augmentations))
-        self.image_format = image_format
-        self.size_divisibility = size_divisibility
+        self.image_format, self.size_divisibility = image_format, size_divisibility
+        self.ignore_label, self.bit_masks = ignore_label, bit_masks
 
-    def _augmented(self, record: dict[str, Any], sem_seg: np.ndarray | None) -> tuple[Any, Any]:
-        if self.max_pixels:
-            set_pixel_limit(self.max_pixels)
+    def _augmented(self, record: dict[str, Any], sem_seg: np.ndarray | None = None) -> tuple[Any, Any]:
+        """The augmented image (and labels) and its transforms; ``record["image"]`` is set."""
         image = read_image(record["file_name"], self.image_format)
         detection_utils.check_image_size(record, image)
         if sem_seg is not None and sem_seg.shape != image.shape[:2]:
             raise DatasetError(f"the label image is of {sem_seg.shape} px, the image of {image.shape[:2]}.")
         picture = T.AugInput(image, sem_seg=sem_seg)
         transforms = self.augmentations(picture)
+        pixels = torch.from_numpy(np.array(picture.image.transpose(2, 0, 1), order="C"))
+        record["image"] = self._pad(pixels, _IMAGE_PADDING)
         return picture, transforms
 
     def _pad(self, pixels: torch.Tensor, value: float) -> torch.Tensor:
-        """Right and bottom to multiples of ``size_divisibility``."""
         if self.size_divisibility <= 0:
             return pixels
         height, width = pixels.shape[-2:]
         return F.pad(pixels, (0, -width % self.size_divisibility, 0, -height % self.size_divisibility), value=value)
-
-    def _image(self, image: np.ndarray) -> torch.Tensor:
-        return self._pad(torch.from_numpy(np.array(image.transpose(2, 0, 1), order="C")), _IMAGE_PADDING)
 
     def _instances(self, masks: Sequence[np.ndarray], classes: Sequence[int], shape: tuple[int, int]) -> Instances:
         """Instances of the objects of which something is left; ``shape`` is the unpadded (H, W)."""
@@ -171,34 +168,27 @@ class _Mapper:
         instances = Instances((tensor.shape[-2], tensor.shape[-1]))
         instances.gt_classes = torch.tensor([int(classes[i]) for i in kept], dtype=torch.int64)
         instances.gt_boxes = BitMasks(tensor).get_bounding_boxes()
-        instances.gt_masks = tensor
+        instances.gt_masks = BitMasks(tensor) if self.bit_masks else tensor
         return instances
 
 
 class InstanceMapper(_Mapper):
     """Instance masks from annotations; polygons, run lengths and arrays alike; crowds are left out."""
 
-    def __init__(
-        self, augmentations: Sequence[Any], image_format: str, size_divisibility: int = 0, bit_masks: bool = False
-    ) -> None:
-        super().__init__(augmentations, image_format, size_divisibility)
-        self.bit_masks = bit_masks
-
     def __call__(self, record: dict[str, Any]) -> dict[str, Any]:
         record = dict(record)
-        picture, transforms = self._augmented(record, None)
+        picture, transforms = self._augmented(record)
         shape = picture.image.shape[:2]
         objects = [a for a in record.pop("annotations", []) if not a.get("iscrowd", 0)]
         masked = [a for a in objects if "segmentation" in a]
-        record["image"] = self._image(picture.image)
-        if objects and not masked and self.bit_masks:  # Detectron2's format, in which a detector needs none
-            boxes = [BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS) for a in objects]
-            annotations = [{"bbox": b, "bbox_mode": BoxMode.XYXY_ABS} for b in transforms.apply_box(np.array(boxes))]
-            for annotation, thing in zip(annotations, objects, strict=True):
-                annotation["category_id"] = thing["category_id"]
+        if objects and not masked and self.bit_masks:
+            boxes = transforms.apply_box(_corners(objects))
+            annotations = [
+                {"bbox": box, "bbox_mode": BoxMode.XYXY_ABS, "category_id": thing["category_id"]}
+                for box, thing in zip(boxes, objects, strict=True)
+            ]
             instances = detection_utils.annotations_to_instances(annotations, shape)
-            record["instances"] = detection_utils.filter_empty_instances(instances)
-            return record
+            return {**record, "instances": detection_utils.filter_empty_instances(instances)}
         if len(masked) < len(objects):
             raise DatasetError(
                 f"{record['file_name']}: {len(objects) - len(masked)} of {len(objects)} annotations have no "
@@ -206,10 +196,7 @@ class InstanceMapper(_Mapper):
             )
         source = (record["height"], record["width"]) if "height" in record else None
         masks = [transformed_mask(a["segmentation"], transforms, shape, source) for a in masked]
-        record["instances"] = self._instances(masks, [a["category_id"] for a in masked], shape)
-        if self.bit_masks:
-            record["instances"].gt_masks = BitMasks(record["instances"].gt_masks)
-        return record
+        return {**record, "instances": self._instances(masks, [a["category_id"] for a in masked], shape)}
 
 
 class PromptMapper(InstanceMapper):
@@ -223,8 +210,7 @@ class PromptMapper(InstanceMapper):
 
     def __init__(self, augmentations: Sequence[Any], image_format: str, noise: float, limit: int) -> None:
         super().__init__(augmentations, image_format)
-        self.noise = noise
-        self.limit = limit
+        self.noise, self.limit = noise, limit
 
     def __call__(self, record: dict[str, Any]) -> dict[str, Any]:
         sample = super().__call__(record)
@@ -239,9 +225,7 @@ class PromptMapper(InstanceMapper):
 class PromptTestMapper(_Mapper):
     """Inference: ``boxes`` (N, 4) in px of the resized image, ``box_classes`` (N,), and of a detector ``box_scores``.
 
-    Args:
-        augmentations, image_format: as for all mappers.
-        detections: boxes of a detector by image id; None takes the ground truth's, in order, crowds left out.
+    ``detections`` are a detector's boxes by image id; None takes the ground truth's, in order, crowds left out.
     """
 
     def __init__(self, augmentations: Sequence[Any], image_format: str, detections: Detections | None = None) -> None:
@@ -255,26 +239,13 @@ class PromptTestMapper(_Mapper):
         else:
             found = [{**d, "bbox_mode": BoxMode.XYWH_ABS} for d in self.detections.get(record["image_id"], ())]
             record["box_scores"] = torch.tensor([float(d["score"]) for d in found])
-        picture, transforms = self._augmented(record, None)
-        corners = [BoxMode.convert(f["bbox"], f["bbox_mode"], BoxMode.XYXY_ABS) for f in found]
-        moved = transforms.apply_box(np.array(corners, dtype=np.float64).reshape(-1, 4))
-        record["image"] = self._image(picture.image)
-        record["boxes"] = torch.as_tensor(moved, dtype=torch.float32)
+        _, transforms = self._augmented(record)
+        record["boxes"] = torch.as_tensor(transforms.apply_box(_corners(found)), dtype=torch.float32)
         record["box_classes"] = torch.tensor([int(f["class"]) for f in found], dtype=torch.int64)
         return record
 
 
-class _LabelMapper(_Mapper):
-    """Reads label images, in which one value means "no label"."""
-
-    def __init__(
-        self, augmentations: Sequence[Any], image_format: str, size_divisibility: int = 0, ignore_label: int = 255
-    ) -> None:
-        super().__init__(augmentations, image_format, size_divisibility)
-        self.ignore_label = ignore_label
-
-
-class PanopticMapper(_LabelMapper):
+class PanopticMapper(_Mapper):
     """One mask per segment of a panoptic label image, things and stuff; crowds are left out."""
 
     def __call__(self, record: dict[str, Any]) -> dict[str, Any]:
@@ -282,11 +253,9 @@ class PanopticMapper(_LabelMapper):
         sem_seg = read_labels(record.pop("sem_seg_file_name")) if "sem_seg_file_name" in record else None
         picture, transforms = self._augmented(record, sem_seg)
         colours = detection_utils.read_image(record.pop("pan_seg_file_name"), "RGB")
-        colours = transforms.apply_segmentation(colours).astype(np.int64)
-        segments = colours[..., 0] + 256 * colours[..., 1] + 256 * 256 * colours[..., 2]
+        segments = transforms.apply_segmentation(colours).astype(np.int64) @ (1, 256, 256 * 256)
         kept = [s for s in record["segments_info"] if not s.get("iscrowd", 0)]
         masks = [segments == s["id"] for s in kept]
-        record["image"] = self._image(picture.image)
         record["instances"] = self._instances(masks, [s["category_id"] for s in kept], segments.shape)
         if sem_seg is not None:
             inside = transforms.apply_segmentation(np.ones(sem_seg.shape, dtype=np.uint8)) == 1
@@ -295,18 +264,23 @@ class PanopticMapper(_LabelMapper):
         return record
 
 
-class SemanticMapper(_LabelMapper):
+class SemanticMapper(_Mapper):
     """One mask per class of a semantic label image."""
 
     def __call__(self, record: dict[str, Any]) -> dict[str, Any]:
         record = dict(record)
         picture, _ = self._augmented(record, read_labels(record.pop("sem_seg_file_name")))
-        labels = picture.sem_seg.astype(np.int64)
+        labels = np.ascontiguousarray(picture.sem_seg.astype(np.int64))
         classes = [int(c) for c in np.unique(labels) if c != self.ignore_label]
-        record["image"] = self._image(picture.image)
-        record["sem_seg"] = self._pad(torch.from_numpy(np.ascontiguousarray(labels)), self.ignore_label)
+        record["sem_seg"] = self._pad(torch.from_numpy(labels), self.ignore_label)
         record["instances"] = self._instances([labels == c for c in classes], classes, labels.shape)
         return record
+
+
+def _corners(objects: Sequence[dict[str, Any]]) -> np.ndarray:
+    """(N, 4) boxes x0, y0, x1, y1 of annotations."""
+    boxes = [BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS) for a in objects]
+    return np.array(boxes, dtype=np.float64).reshape(-1, 4)
 
 
 def transformed_mask(
@@ -338,15 +312,14 @@ def _detectron2_mapper(cfg: Any, records: Sequence[dict[str, Any]]) -> Any:
     augmentations = detectron2_recipe(cfg)
     plain = cfg.MODEL.MASK_ON and not cfg.MODEL.KEYPOINT_ON and not cfg.MODEL.LOAD_PROPOSALS
     plain = plain and "sem_seg_file_name" not in records[0] and "annotations" in records[0]
+    bit_masks = cfg.INPUT.MASK_FORMAT == "bitmask"
     reason = ""
-    if cfg.INPUT.MASK_FORMAT == "bitmask":
-        reason = "INPUT.MASK_FORMAT is bitmask"
-    elif _has_run_lengths(records):
+    if any(isinstance(a.get("segmentation"), dict) for r in records for a in r.get("annotations", ())):
         reason = "the data set has run-length masks"
     elif cfg.INPUT.CROP.ENABLED and importlib.util.find_spec("shapely") is None:
         reason = "cropping polygons needs the package shapely, which is not installed"
-    if plain and reason:
-        if cfg.INPUT.MASK_FORMAT != "bitmask":
+    if plain and (bit_masks or reason):
+        if not bit_masks:
             logger.warning("INPUT.MASK_FORMAT polygon: masks are fed as bit masks instead, as %s.", reason)
         return InstanceMapper(augmentations, cfg.INPUT.FORMAT, bit_masks=True)
     accept_empty_polygons()
@@ -355,29 +328,9 @@ def _detectron2_mapper(cfg: Any, records: Sequence[dict[str, Any]]) -> Any:
     return mapper
 
 
-def _has_run_lengths(records: Sequence[dict[str, Any]]) -> bool:
-    return any(isinstance(a.get("segmentation"), dict) for r in records for a in r.get("annotations", ()))
-
-
 def _architecture_module(cfg: Any) -> str:
     """Where the model to be trained is defined, "" when it is not registered (yet)."""
     from detectron2.modeling import META_ARCH_REGISTRY
 
     name = base_architecture(cfg)
     return META_ARCH_REGISTRY.get(name).__module__ if name in META_ARCH_REGISTRY else ""
-
-
-def _name_by_content(record: dict[str, Any]) -> str:
-    if "pan_seg_file_name" in record:
-        return "mask_former_panoptic"
-    return "mask_former_semantic" if "sem_seg_file_name" in record else "mask_former_instance"
-
-
-def _require(record: dict[str, Any], name: str) -> None:
-    needed = {"panoptic": "pan_seg_file_name", "semantic": "sem_seg_file_name"}
-    key = next((key for kind, key in needed.items() if kind in name), "annotations")
-    if key not in record:
-        raise DatasetError(
-            f"INPUT.DATASET_MAPPER_NAME {name!r} needs {key!r} in the data set's records, which hold {sorted(record)}. "
-            f"For this data set set it to {_name_by_content(record)!r}."
-        )

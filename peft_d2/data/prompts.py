@@ -60,19 +60,16 @@ def read_detections(path: str | Path, dataset_name: str) -> Detections:
     contiguous = MetadataCatalog.get(dataset_name).thing_dataset_id_to_contiguous_id
     found: dict[Any, list[dict[str, Any]]] = defaultdict(list)
     for i, row in enumerate(rows if isinstance(rows, list) else [None]):
-        problem = _row_problem(row, contiguous, dataset_name)
-        if problem:
+        if problem := _row_problem(row, contiguous, dataset_name):
             raise DatasetError(f"{path}: row {i} {problem}")
         found[row["image_id"]].append({**row, "class": contiguous[row["category_id"]]})
     known = {record["image_id"] for record in DatasetCatalog.get(dataset_name)}
-    foreign = [image for image in found if image not in known]
-    if foreign:
-        text = (
-            f"{path}: {len(foreign)} of {len(found)} images with results, e.g. {foreign[0]!r}, are not in the data set"
-        )
+    if foreign := [image for image in found if image not in known]:
+        text = f"{path}: {len(foreign)} of {len(found)} images with results, e.g. {foreign[0]!r}, are not in the data "
+        text += f"set {dataset_name!r}"
         if len(foreign) == len(found):
-            raise DatasetError(f"{text} {dataset_name!r}: name the results for its images in INPUT.PROMPTS.DETECTIONS.")
-        logger.warning("%s %r: they are left out.", text, dataset_name)
+            raise DatasetError(f"{text}: name the results for its images in INPUT.PROMPTS.DETECTIONS.")
+        logger.warning("%s: they are left out.", text)
     return found
 
 
@@ -80,12 +77,9 @@ def _row_problem(row: Any, contiguous: Mapping[int, int], dataset_name: str) -> 
     """What is wrong with one result, "" if nothing."""
     if not isinstance(row, dict) or not {"image_id", "category_id", "bbox", "score"} <= row.keys():
         return "is no result. Expected a list of image_id, category_id, bbox, score."
-    if row["category_id"] not in contiguous:
-        return (
-            f"is of category {row['category_id']}, which data set {dataset_name!r} does not have: it has "
-            f"{sorted(contiguous)[:10]}."
-        )
-    box, score = row["bbox"], row["score"]
+    category, box, score = row["category_id"], row["bbox"], row["score"]
+    if category not in contiguous:
+        return f"is of category {category}, which data set {dataset_name!r} does not have: {sorted(contiguous)[:10]}."
     numbers = [*box, score] if isinstance(box, list) else [None]
     if len(numbers) != 5 or not all(isinstance(n, int | float) and math.isfinite(n) for n in numbers):
         return f"has bbox {box} and score {score}. Expected x, y, width, height and a number, all finite."

@@ -1,7 +1,8 @@
-"""Detectron2's records of sets in COCO's and in LVIS's format."""
+"""Jsons in COCO's and in LVIS's format, and Detectron2's records of them."""
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from collections import Counter
@@ -10,8 +11,8 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from peft_d2.data.coco_json import read_json
 from peft_d2.data.images import DatasetError, path_inside
+from peft_d2.data.segmentation import run_lengths
 
 logger = logging.getLogger(__name__)
 
@@ -22,6 +23,24 @@ class Category(NamedTuple):
     id: int
     name: str
     objects: int
+
+
+def read_json(path: str | Path) -> Any:
+    """The content of a json.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it is not json; an archive is named as such.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path} is no file.")
+    content = Path(path).read_bytes()
+    if content[:2] in (b"PK", b"\x1f\x8b"):
+        raise ValueError(f"{path} is an archive. Unpack it first.")
+    try:
+        return json.loads(content)
+    except ValueError as error:
+        raise ValueError(f"{path} is not json ({error}).") from error
 
 
 def read_categories(json_path: str | Path) -> list[Category]:
@@ -69,45 +88,39 @@ def add_coco(
     from detectron2.data import DatasetCatalog, MetadataCatalog
 
     DatasetCatalog[name] = partial(load_coco, name, json_path, image_root, outside)
-    known: dict[str, Any] = {"json_file": json_path, "image_root": image_root, "evaluator_type": "coco"}
-    if classes:
-        known["thing_classes"] = list(classes)
-    if contiguous is not None:
-        known["thing_dataset_id_to_contiguous_id"] = dict(contiguous)
-    MetadataCatalog.get(name).set(**known)
+    known: dict[str, Any] = {"thing_classes": list(classes)} if classes else {}
+    known |= {"thing_dataset_id_to_contiguous_id": dict(contiguous)} if contiguous is not None else {}
+    MetadataCatalog.get(name).set(json_file=json_path, image_root=image_root, evaluator_type="coco", **known)
 
 
 def load_coco(name: str, json_path: str, image_root: str, outside: bool = False) -> list[dict[str, Any]]:
     """Detectron2's records of a COCO-format set, by image id; those of a json without annotations have none.
 
-    As Detectron2's own loader, but annotation ids are not looked at, and ids may be anything.
-
-    Args:
-        name: of the set, whose metadata get the classes if they are not known yet.
-        json_path: of the json.
-        image_root: the folder that its file names are relative to.
-        outside: whether images may lie outside that folder.
+    As Detectron2's own loader, but annotation ids are not looked at, and ids may be anything. The set's metadata get
+    the classes if they are not known yet.
 
     Raises:
-        DatasetError: an image outside the folder, or an entry that cannot be used.
+        DatasetError: an image outside the folder ``image_root``, unless ``outside``; an entry that cannot be used.
     """
     from detectron2.data import MetadataCatalog
 
-    meta, categories = MetadataCatalog.get(name), read_categories(json_path)
+    meta = MetadataCatalog.get(name)
     if not meta.get("thing_dataset_id_to_contiguous_id"):
+        categories = read_categories(json_path)
         meta.thing_classes = [category.name for category in categories]
         meta.thing_dataset_id_to_contiguous_id = {category.id: i for i, category in enumerate(categories)}
-    data, contiguous = read_json(json_path), meta.thing_dataset_id_to_contiguous_id
-    _set_keypoints(meta, data["categories"])
+    data = read_json(json_path)
     records: dict[Any, dict[str, Any]] = {}
     try:
+        _set_keypoints(meta, data["categories"])
         for image in data["images"]:
-            path = path_inside(image_root, image["file_name"], outside)
-            record = {"file_name": path, "image_id": image["id"], **{k: image[k] for k in ("height", "width")}}
+            record = {"file_name": path_inside(image_root, image["file_name"], outside), "image_id": image["id"]}
+            record |= {"height": image["height"], "width": image["width"]}
             records[image["id"]] = record | ({"annotations": []} if "annotations" in data else {})
         for annotation in data.get("annotations", ()):
             if annotation["image_id"] in records:
-                records[annotation["image_id"]]["annotations"].append(_object(annotation, contiguous))
+                thing = _object(annotation, meta.thing_dataset_id_to_contiguous_id)
+                records[annotation["image_id"]]["annotations"].append(thing)
     except (KeyError, TypeError) as error:
         raise DatasetError(
             f"{json_path}: an entry lacks {error} or has another form. tools/check_dataset.py says which."
@@ -122,13 +135,8 @@ def _object(annotation: dict[str, Any], contiguous: Mapping[int, int]) -> dict[s
 
     found: dict[str, Any] = {key: annotation[key] for key in ("iscrowd", "bbox") if key in annotation}
     found |= {"bbox_mode": BoxMode.XYWH_ABS, "category_id": contiguous[annotation["category_id"]]}
-    segmentation = annotation.get("segmentation")
-    if isinstance(segmentation, dict) and isinstance(segmentation["counts"], list):
-        from pycocotools import mask as coco_mask
-
-        segmentation = coco_mask.frPyObjects(segmentation, *segmentation["size"])
-    if segmentation:
-        found["segmentation"] = segmentation
+    if segmentation := annotation.get("segmentation"):
+        found["segmentation"] = run_lengths(segmentation, 0, 0) if isinstance(segmentation, dict) else segmentation
     if annotation.get("keypoints"):  # pixel indices in the json, coordinates in training
         found["keypoints"] = [v if i % 3 == 2 else v + 0.5 for i, v in enumerate(annotation["keypoints"])]
     return found
@@ -137,11 +145,10 @@ def _object(annotation: dict[str, Any], contiguous: Mapping[int, int]) -> dict[s
 def _set_keypoints(meta: Any, categories: Sequence[Mapping[str, Any]]) -> None:
     """Let Detectron2 mirror keypoints whose names begin or end with left and right, as COCO's do."""
     names = next((list(c["keypoints"]) for c in categories if c.get("keypoints")), [])
-    if not names or meta.get("keypoint_names"):
-        return
-    swapped = {name: name.replace("left", "right") for name in names if "left" in name}
-    meta.keypoint_names = names
-    meta.keypoint_flip_map = [(left, right) for left, right in swapped.items() if right in names]
+    if names and not meta.get("keypoint_names"):
+        swapped = {name: name.replace("left", "right") for name in names if "left" in name}
+        meta.keypoint_names = names
+        meta.keypoint_flip_map = [(left, right) for left, right in swapped.items() if right in names]
 
 
 def load_lvis(json_file: str, image_root: str) -> list[dict[str, Any]]:
@@ -160,19 +167,18 @@ def load_lvis(json_file: str, image_root: str) -> list[dict[str, Any]]:
 
     data = read_json(json_file)
     try:
-        objects: dict[Any, list[dict[str, Any]]] = {image["id"]: [] for image in data["images"]}
+        records: dict[Any, dict[str, Any]] = {}
+        for image in sorted(data["images"], key=lambda entry: entry["id"]):
+            record = {"height": image["height"], "width": image["width"], "image_id": image["id"], "annotations": []}
+            record |= {key: image.get(key, []) for key in ("neg_category_ids", "not_exhaustive_category_ids")}
+            record["file_name"] = path_inside(image_root, "/".join(image["coco_url"].split("/")[-2:]))
+            records[image["id"]] = record
         for annotation in data.get("annotations", ()):
-            objects[annotation["image_id"]].append({
+            records[annotation["image_id"]]["annotations"].append({
                 "bbox": annotation["bbox"], "bbox_mode": BoxMode.XYWH_ABS,
                 "category_id": annotation["category_id"] - 1, "segmentation": annotation["segmentation"],
             })  # fmt: skip
-        records = []
-        for image in sorted(data["images"], key=lambda entry: entry["id"]):
-            record = {key: image[key] for key in ("height", "width")}
-            record |= {key: image.get(key, []) for key in ("neg_category_ids", "not_exhaustive_category_ids")}
-            path = path_inside(image_root, "/".join(image["coco_url"].split("/")[-2:]))
-            records.append({**record, "file_name": path, "image_id": image["id"], "annotations": objects[image["id"]]})
     except (KeyError, TypeError) as error:
         raise ValueError(f"{json_file}: not an LVIS json ({type(error).__name__}: {error}).") from error
     logger.info("%d images in %s.", len(records), json_file)
-    return records
+    return list(records.values())

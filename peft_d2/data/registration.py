@@ -33,11 +33,11 @@ def register_from_config(cfg: Any) -> list[str]:
     """
     check_input(cfg)
     names = []
-    outside = cfg.DATASETS.get("ALLOW_FILES_OUTSIDE", False)
     for entry in cfg.DATASETS.get("REGISTER", []):
-        name, json_path, image_root = _entry(entry)
-        register_coco(name, json_path, image_root, outside)
-        names.append(name)
+        _check_entry(entry)
+        outside = cfg.DATASETS.get("ALLOW_FILES_OUTSIDE", False)
+        register_coco(entry["NAME"], entry["JSON"], entry["IMAGES"], outside)
+        names.append(entry["NAME"])
     register_builtin([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST])
     return names
 
@@ -49,17 +49,14 @@ def register_coco(name: str, json_path: str | Path, image_root: str | Path, outs
     """
     from detectron2.data import DatasetCatalog, MetadataCatalog
 
-    json_path, image_root = os.path.abspath(os.path.expanduser(json_path)), os.path.expanduser(image_root)
-    image_root = os.path.abspath(image_root)
-    if not os.path.isfile(json_path):
-        raise FileNotFoundError(
-            f"DATASETS.REGISTER: data set {name!r}: JSON {json_path!r} is no file. Give the path of its json."
-        )
-    if not os.path.isdir(image_root):
-        raise FileNotFoundError(
-            f"DATASETS.REGISTER: data set {name!r}: IMAGES {image_root!r} is no folder. "
-            "Give the folder that the json's file_name entries are relative to."
-        )
+    json_path, image_root = (os.path.abspath(os.path.expanduser(path)) for path in (json_path, image_root))
+    for there, what in (
+        (os.path.isfile(json_path), f"JSON {json_path!r} is no file. Give the path of its json."),
+        (os.path.isdir(image_root), f"IMAGES {image_root!r} is no folder. Give the folder that the json's file_name "
+                                    "entries are relative to."),
+    ):  # fmt: skip
+        if not there:
+            raise FileNotFoundError(f"DATASETS.REGISTER: data set {name!r}: {what}")
     if name in DatasetCatalog:
         known = MetadataCatalog.get(name).as_dict()
         if (known.get("json_file"), known.get("image_root")) != (json_path, image_root):
@@ -74,32 +71,42 @@ def register_coco(name: str, json_path: str | Path, image_root: str | Path, outs
     add_coco(name, json_path, image_root, [category.name for category in categories], contiguous, outside)
 
 
+def require_registered(name: str) -> None:
+    """Raise a ValueError with the nearest names where Detectron2 has no set of that name."""
+    from detectron2.data import DatasetCatalog
+
+    if name not in DatasetCatalog:
+        near = difflib.get_close_matches(name, list(DatasetCatalog), n=3)
+        raise ValueError(
+            f"data set {name!r} is not registered (nearest names: {near}). "
+            "Add it to DATASETS.REGISTER as {NAME, JSON, IMAGES}."
+        )
+
+
 def coco_files(name: str) -> tuple[str, str]:
     """The json and the image folder of a registered or built-in COCO-format set.
 
     Raises:
         ValueError: there is no such set, or it is in another format.
     """
-    from detectron2.data import DatasetCatalog, MetadataCatalog
+    from detectron2.data import MetadataCatalog
 
     register_builtin([name])
-    if name not in DatasetCatalog:
-        near = difflib.get_close_matches(name, list(DatasetCatalog), n=3)
-        raise ValueError(f"data set {name!r} is not registered (nearest names: {near}).")
+    require_registered(name)
     meta = MetadataCatalog.get(name).as_dict()
     if meta.get("evaluator_type") != "coco":
         raise ValueError(f"data set {name!r} is not in COCO's format of instances ({meta.get('evaluator_type')}).")
     return meta["json_file"], meta["image_root"]
 
 
-def _entry(entry: Any) -> tuple[str, str, str]:
+def _check_entry(entry: Any) -> None:
+    """Refuse an entry of ``DATASETS.REGISTER`` that is not ``{NAME, JSON, IMAGES}``."""
     if not isinstance(entry, Mapping):
         raise ValueError(f"DATASETS.REGISTER: expected {{NAME, JSON, IMAGES}}, got {entry!r}.")
-    for key in entry:
-        if key not in _KEYS:
-            near = difflib.get_close_matches(str(key).upper(), _KEYS, n=1, cutoff=0.4)
-            hint = f" (did you mean {near[0]}?)" if near else ""
-            raise ValueError(f"DATASETS.REGISTER: unknown key {key!r}{hint}. Expected NAME, JSON and IMAGES.")
+    for key in entry.keys() - set(_KEYS):
+        near = difflib.get_close_matches(str(key).upper(), _KEYS, n=1, cutoff=0.4)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        raise ValueError(f"DATASETS.REGISTER: unknown key {key!r}{hint}. Expected NAME, JSON and IMAGES.")
     for key in _KEYS:
         if not isinstance(entry.get(key), str) or not entry[key]:
             raise ValueError(f"DATASETS.REGISTER: {dict(entry)!r} lacks {key}. Expected NAME, JSON and IMAGES.")
@@ -108,4 +115,3 @@ def _entry(entry: Any) -> tuple[str, str, str]:
             f"DATASETS.REGISTER: NAME {entry['NAME']!r} would name a folder of results, too: expected no white space "
             "and no slash in it, and no dot or - at its beginning."
         )
-    return entry["NAME"], entry["JSON"], entry["IMAGES"]

@@ -9,16 +9,14 @@ Every picture depends on (seed, domain, index) alone.
 from __future__ import annotations
 
 import colorsys
-from collections.abc import Callable
-from dataclasses import dataclass
+import json
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-from peft_d2.data.coco_json import CocoJson
-from peft_d2.data.segmentation import mask_to_polygons, mask_to_rle
+from peft_d2.data.segmentation import mask_box, mask_to_polygons, mask_to_rle
 
 _OVERSAMPLE = 4
 _MIN_VISIBLE = 0.6  # of an object after later ones are painted over it
@@ -31,58 +29,61 @@ class ToySet(NamedTuple):
     images: Path
 
 
-@dataclass(frozen=True)
-class _Domain:
+class Domain(NamedTuple):
+    """Classes and look: ranges of saturation and brightness, strength of texture and noise."""
+
     classes: tuple[str, ...]
-    background: Callable[[np.random.Generator, int], np.ndarray]
-    fill: Callable[[np.random.Generator, np.ndarray], np.ndarray]
-    finish: Callable[[np.random.Generator, np.ndarray], np.ndarray]
+    ground: tuple[tuple[float, float], tuple[float, float]]
+    objects: tuple[tuple[float, float], tuple[float, float]]
+    texture: float
+    noise: float
+    hatched: bool
+
+
+DOMAINS = {
+    "day": Domain(("circle", "square", "triangle"), ((0, 0.15), (0.85, 1)), ((0.6, 1), (0.5, 0.95)), 10, 2, False),
+    "night": Domain(("star", "ring", "cross"), ((0.2, 0.6), (0.08, 0.2)), ((0.1, 0.5), (0.5, 0.8)), 14, 16, True),
+}
 
 
 def generate(
-    folder: str | Path,
-    domain: str,
-    images: int,
-    seed: int,
-    *,
-    size: int = 128,
-    objects: tuple[int, int] = (2, 6),
-    masks: Literal["polygon", "rle"] = "polygon",
-) -> ToySet:
-    """Write ``images`` pictures of ``size`` px with their masks to ``folder``.
+    folder: str | Path, domain: str, images: int, seed: int, *,
+    size: int = 128, objects: tuple[int, int] = (2, 6), masks: Literal["polygon", "rle"] = "polygon",
+) -> ToySet:  # fmt: skip
+    """Write pictures with the masks of what is visible, pixel for pixel, to ``annotations.json`` and ``images/``.
 
     Args:
-        folder: made if missing; gets ``annotations.json`` and ``images/``.
+        folder: made if missing.
         domain: "day" or "night".
         images: number of pictures.
         seed: different seeds give different pictures; train and validation sets need different ones.
         size: side in px.
         objects: smallest and largest number of objects in a picture.
-        masks: the segmentation form in the json. Masks are of what is visible, pixel for pixel.
-
-    Returns:
-        Paths of the json and of the image folder.
+        masks: the segmentation form in the json.
 
     Raises:
         ValueError: unknown domain or mask form.
     """
-    if domain not in DOMAINS:
-        raise ValueError(f"toy domain {domain!r}: expected one of {sorted(DOMAINS)}")
-    if masks not in ("polygon", "rle"):
-        raise ValueError(f"toy masks {masks!r}: expected 'polygon' or 'rle'")
-    folder = Path(folder)
-    (folder / "images").mkdir(parents=True, exist_ok=True)
-    coco = CocoJson(enumerate(DOMAINS[domain].classes, 1))
-    form = mask_to_polygons if masks == "polygon" else mask_to_rle
+    forms = {"polygon": mask_to_polygons, "rle": mask_to_rle}
+    for what, value, known in (("domain", domain, DOMAINS), ("masks", masks, forms)):
+        if value not in known:
+            raise ValueError(f"toy {what} {value!r}: expected one of {sorted(known)}")
+    made = ToySet(Path(folder) / "annotations.json", Path(folder) / "images")
+    made.images.mkdir(parents=True, exist_ok=True)
+    data: dict[str, Any] = {"images": [], "annotations": []}
+    data["categories"] = [{"id": i, "name": name} for i, name in enumerate(DOMAINS[domain].classes, 1)]
     for index in range(images):
         picture, visible, classes = draw(domain, seed, index, size=size, objects=objects)
         name = f"{index:05d}.png"
-        Image.fromarray(picture).save(folder / "images" / name, compress_level=1)
-        image_id = coco.add_image(name, (size, size))
+        Image.fromarray(picture).save(made.images / name, compress_level=1)
+        data["images"].append({"id": index + 1, "file_name": name, "width": size, "height": size})
         for mask, category in zip(visible, classes, strict=True):
-            coco.add_mask(image_id, category + 1, mask, form(mask))
-    coco.write(folder / "annotations.json")
-    return ToySet(folder / "annotations.json", folder / "images")
+            data["annotations"].append({
+                "id": len(data["annotations"]) + 1, "image_id": index + 1, "category_id": category + 1,
+                "bbox": mask_box(mask), "area": int(mask.sum()), "iscrowd": 0, "segmentation": forms[masks](mask),
+            })  # fmt: skip
+    made.json.write_text(json.dumps(data))
+    return made
 
 
 def draw(
@@ -91,45 +92,50 @@ def draw(
     """One picture: (size, size, 3) uint8, (N, size, size) bool visible masks, N class indices."""
     look = DOMAINS[domain]
     rng = np.random.default_rng([seed, sorted(DOMAINS).index(domain), index])
-    picture = look.background(rng, size)
-    layers: list[tuple[np.ndarray, int]] = []
+    picture = _colour(rng, *look.ground)
+    waves = Image.fromarray(rng.uniform(-1, 1, size=(8, 8)).astype(np.float32))
+    picture = picture + look.texture * np.asarray(waves.resize((size, size), Image.Resampling.BICUBIC))[..., None]
+    layers: list[np.ndarray] = []
+    classes: list[int] = []
     visible = np.zeros((0, size, size), dtype=bool)
     for _ in range(int(rng.integers(objects[0], objects[1] + 1))):
         for _attempt in range(20):
             category = int(rng.integers(len(look.classes)))
-            coverage = _coverage(_outline(rng, look.classes[category], size), size)
+            coverage = _coverage(rng, look.classes[category], size)
             covered = np.concatenate([visible & (coverage < 0.5), coverage[None] >= 0.5])
-            if _all_visible(covered, layers, coverage):
-                layers.append((coverage, category))
+            whole = [np.count_nonzero(layer >= 0.5) for layer in [*layers, coverage]]
+            if all(np.count_nonzero(m) >= _MIN_VISIBLE * area for m, area in zip(covered, whole, strict=True)):
+                layers.append(coverage)
+                classes.append(category)
                 visible = covered
                 break
-    for coverage, _ in layers:
-        picture += coverage[..., None] * (look.fill(rng, coverage) - picture)
-    picture = look.finish(rng, picture)
-    return np.clip(picture, 0, 255).astype(np.uint8), visible, [category for _, category in layers]
+    for coverage in layers:
+        shade = _hatching(rng, coverage) if look.hatched else np.ones_like(coverage)
+        picture += coverage[..., None] * (_colour(rng, *look.objects) * shade[..., None] - picture)
+    if look.hatched:
+        picture = picture * rng.uniform(0.85, 1.1)
+    picture = picture + rng.normal(0, look.noise, size=picture.shape)
+    return np.clip(picture, 0, 255).astype(np.uint8), visible, classes
 
 
-def _all_visible(covered: np.ndarray, layers: list[tuple[np.ndarray, int]], new: np.ndarray) -> bool:
-    whole = [np.count_nonzero(coverage >= 0.5) for coverage, _ in layers] + [np.count_nonzero(new >= 0.5)]
-    return all(np.count_nonzero(mask) >= _MIN_VISIBLE * area for mask, area in zip(covered, whole, strict=True))
-
-
-def _outline(rng: np.random.Generator, shape: str, size: int) -> list[np.ndarray]:
-    """Loops of (P, 2) points in px; the second one, if any, is a hole."""
+def _coverage(rng: np.random.Generator, shape: str, size: int) -> np.ndarray:
+    """(size, size) share of each pixel that a shape at a random place covers, 0 to 1."""
     radius = size * rng.uniform(0.09, 0.2)
     centre = rng.uniform(0.7 * radius, size - 0.7 * radius, size=2)
     turn = rng.uniform(0, 2 * np.pi)
-    loops = {
-        "circle": lambda: [_polar(40)],
-        "square": lambda: [_polar(4)],
-        "triangle": lambda: [_polar(3) * 1.15],
-        "star": lambda: [_polar(10, np.where(np.arange(10) % 2, 0.45, 1.15))],
-        "ring": lambda: [_polar(40), _polar(40) * 0.5],
-        "cross": lambda: [_cross(0.36)],
-    }[shape]()
-    rotation = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
+    rotation = np.array([[np.cos(turn), np.sin(turn)], [-np.sin(turn), np.cos(turn)]])
     squeeze = np.array([1.0, rng.uniform(0.8, 1.0)])
-    return [centre + radius * (loop * squeeze) @ rotation.T for loop in loops]
+    loops = {  # a second loop is a hole
+        "circle": [_polar(40)], "square": [_polar(4)], "triangle": [_polar(3) * 1.15],
+        "star": [_polar(10, np.where(np.arange(10) % 2, 0.45, 1.15))], "ring": [_polar(40), _polar(40) * 0.5],
+        "cross": [_cross(0.36)],
+    }[shape]  # fmt: skip
+    canvas = Image.new("L", (size * _OVERSAMPLE, size * _OVERSAMPLE))
+    painter = ImageDraw.Draw(canvas)
+    for loop, value in zip(loops, (255, 0), strict=False):
+        points = (centre + radius * (loop * squeeze) @ rotation) * _OVERSAMPLE
+        painter.polygon([tuple(point) for point in points.tolist()], fill=value)
+    return np.asarray(canvas.reduce(_OVERSAMPLE), dtype=np.float32) / 255
 
 
 def _polar(points: int, radius: np.ndarray | float = 1.0) -> np.ndarray:
@@ -139,43 +145,16 @@ def _polar(points: int, radius: np.ndarray | float = 1.0) -> np.ndarray:
 
 def _cross(arm: float) -> np.ndarray:
     quarter = np.array([[1.0, -arm], [1.0, arm], [arm, arm]])
-    turns = [np.array([[c, -s], [s, c]]) for c, s in ((1, 0), (0, 1), (-1, 0), (0, -1))]
-    return np.concatenate([quarter @ turn.T for turn in turns]) * 1.05
-
-
-def _coverage(loops: list[np.ndarray], size: int) -> np.ndarray:
-    """(size, size) share of each pixel that the shape covers, 0 to 1."""
-    canvas = Image.new("L", (size * _OVERSAMPLE, size * _OVERSAMPLE))
-    painter = ImageDraw.Draw(canvas)
-    for loop, value in zip(loops, (255, 0), strict=False):
-        painter.polygon([tuple(point) for point in (loop * _OVERSAMPLE).tolist()], fill=value)
-    return np.asarray(canvas.reduce(_OVERSAMPLE), dtype=np.float32) / 255
-
-
-def _waves(rng: np.random.Generator, size: int) -> np.ndarray:
-    """(size, size) smooth texture between about -1 and 1."""
-    coarse = rng.uniform(-1, 1, size=(8, 8)).astype(np.float32)
-    return np.asarray(Image.fromarray(coarse).resize((size, size), Image.Resampling.BICUBIC))
+    turns = [np.array([[c, s], [-s, c]]) for c, s in ((1, 0), (0, 1), (-1, 0), (0, -1))]
+    return np.concatenate([quarter @ turn for turn in turns]) * 1.05
 
 
 def _colour(rng: np.random.Generator, saturation: tuple[float, float], value: tuple[float, float]) -> np.ndarray:
     return 255 * np.array(colorsys.hsv_to_rgb(rng.uniform(), rng.uniform(*saturation), rng.uniform(*value)))
 
 
-def _paper(rng: np.random.Generator, size: int) -> np.ndarray:
-    return _colour(rng, (0.0, 0.15), (0.85, 1.0)) + 10 * _waves(rng, size)[..., None]
-
-
-def _plain(rng: np.random.Generator, coverage: np.ndarray) -> np.ndarray:
-    return np.broadcast_to(_colour(rng, (0.6, 1.0), (0.5, 0.95)), (*coverage.shape, 3))
-
-
-def _darkness(rng: np.random.Generator, size: int) -> np.ndarray:
-    return _colour(rng, (0.2, 0.6), (0.08, 0.2)) + 14 * _waves(rng, size)[..., None]
-
-
-def _hatched(rng: np.random.Generator, coverage: np.ndarray) -> np.ndarray:
-    """A bright rim around hatching that is little brighter than the ground."""
+def _hatching(rng: np.random.Generator, coverage: np.ndarray) -> np.ndarray:
+    """Brightness of a bright rim around stripes that are little brighter than the ground."""
     size = coverage.shape[0]
     inner = coverage >= 0.5
     for _ in range(max(1, size // 96)):
@@ -183,20 +162,4 @@ def _hatched(rng: np.random.Generator, coverage: np.ndarray) -> np.ndarray:
         inner = inner & padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
     angle, ys, xs = rng.uniform(0, np.pi), *np.mgrid[:size, :size]
     stripes = np.sin((xs * np.cos(angle) + ys * np.sin(angle)) * rng.uniform(0.9, 1.4)) > 0
-    colour = _colour(rng, (0.1, 0.5), (0.5, 0.8))
-    shade = np.where(inner, np.where(stripes, 0.75, 0.35), 1.0)
-    return colour * shade[..., None]
-
-
-def _clean(rng: np.random.Generator, picture: np.ndarray) -> np.ndarray:
-    return picture + rng.normal(0, 2, size=picture.shape)
-
-
-def _grain(rng: np.random.Generator, picture: np.ndarray) -> np.ndarray:
-    return picture * rng.uniform(0.85, 1.1) + rng.normal(0, 16, size=picture.shape)
-
-
-DOMAINS: dict[str, _Domain] = {
-    "day": _Domain(("circle", "square", "triangle"), _paper, _plain, _clean),
-    "night": _Domain(("star", "ring", "cross"), _darkness, _hatched, _grain),
-}
+    return np.where(inner, np.where(stripes, 0.75, 0.35), 1.0)

@@ -13,26 +13,24 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from peft_d2.data.builtin import remedy
 from peft_d2.data.images import DatasetError, lies_inside, read_header, seems_cut_off
 from peft_d2.data.labels import check_cityscapes, check_labels, unpaired
-from peft_d2.data.segmentation import extent, polygon_defect, run_length_defect
+from peft_d2.data.records import load_coco
+from peft_d2.data.segmentation import HUGE, Level, extent, polygon_defect, run_length_defect
 
-_HUGE = 1e6  # px
-_RULES = 3  # raised when the checks change, so that no older verdict is recalled
+_RULES = 4  # raised when the checks change, so that no older verdict is recalled
 _NO_ANNOTATIONS = "no annotations"
 logger = logging.getLogger(__name__)
-Level = Literal["error", "warning"]
 
 
-@dataclass(frozen=True)
-class Problem:
+class Problem(NamedTuple):
     """One defect of a data set."""
 
     level: Level
@@ -47,21 +45,12 @@ class Problem:
 
 @dataclass(frozen=True)
 class Rules:
-    """What a set is checked for.
+    """What a set is checked for."""
 
-    Attributes:
-        open_images: also compare the sizes in the images' headers with the json's.
-        test: the set is not trained on; its json may lack annotations.
-        outside: images may lie outside the image folder.
-        counted: how many predictions of an image and class its evaluation counts.
-        predicted: how many predictions of an image the model gives; 0: not known.
-    """
-
-    open_images: bool = True
-    test: bool = False
-    outside: bool = False
-    counted: int = 100
-    predicted: int = 0
+    test: bool = False  # not trained on; its json may lack annotations
+    outside: bool = False  # images may lie outside the image folder
+    counted: int = 100  # how many predictions of an image and class its evaluation counts
+    predicted: int = 0  # how many predictions of an image the model gives; 0: not known
 
 
 def check_coco(
@@ -70,9 +59,6 @@ def check_coco(
     """All problems of a COCO-format set, errors first.
 
     Args:
-        json_path: the set's json.
-        image_root: the folder that its file names are relative to.
-        rules: what it is checked for.
         remember: keep in ``~/.cache/peft_d2`` that a set has no errors, and answer from there for as long as the json
             and all images are the same by size and time of change.
     """
@@ -94,9 +80,8 @@ def check_coco(
         return [Problem("error", "not json", json_path, f"is not json in UTF-8 ({error})", "Write it again.")]
     check = _Check(data, Path(image_root), rules)
     problems = check.run()
-    if memory and all(p.level == "warning" for p in problems):
-        names = [image["file_name"] for image in check.images.values()]
-        memory.keep(problems, [os.path.abspath(json_path), *names])
+    if memory:
+        memory.keep(problems, [os.path.abspath(json_path), *(i["file_name"] for i in check.images.values())])
     return problems
 
 
@@ -124,8 +109,7 @@ def check_datasets(cfg: Any) -> None:
                 predicted=cfg.TEST.DETECTIONS_PER_IMAGE,
             )
             problems = check_coco(meta["json_file"], meta["image_root"], rules, remember=True)
-            problems += _check_tasks(cfg, name, meta["json_file"], problems)
-            _judge(name, meta["json_file"], problems)
+            _judge(name, meta["json_file"], [*problems, *_check_tasks(cfg, name, meta["json_file"], problems)])
             continue
         _check_files(name, meta)
         if kind.startswith("cityscapes"):
@@ -148,8 +132,7 @@ def _check_labels(cfg: Any, name: str, meta: Mapping[str, Any]) -> list[Problem]
     records = [r for r in records if "sem_seg_file_name" in r or "pan_seg_file_name" in r]
     if not records:
         return []
-    classes = list(meta.get("stuff_classes", ()))
-    count = cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES
+    classes, count = list(meta.get("stuff_classes", ())), cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES
     if name in cfg.DATASETS.TRAIN and "pan_seg_file_name" not in records[0] and count != (len(classes) or count):
         what = f"has {len(classes)} classes, but MODEL.SEM_SEG_HEAD.NUM_CLASSES is {count}"
         return [Problem("error", "class count", name, what, "Set it.")]
@@ -160,11 +143,10 @@ def _check_labels(cfg: Any, name: str, meta: Mapping[str, Any]) -> list[Problem]
     if (problems := memory.recall(files)) is None:
         logger.info("data set %r: reading %d label images, once.", name, len(records))
         problems = [Problem(*row) for row in check_labels(records, classes, ignore, as_grey)]
-        if all(p.level == "warning" for p in problems):
-            memory.keep(problems, files)
+        memory.keep(problems, files)
     roots = [str(meta.get(key, "")) for key in ("image_root", "sem_seg_root")]
     if all(os.path.isdir(root) for root in roots) and "panoptic_root" not in meta:
-        problems = [*problems, *(Problem(*row) for row in unpaired(*roots))]
+        problems += [Problem(*row) for row in unpaired(*roots)]
     return problems
 
 
@@ -181,39 +163,36 @@ def _judge(name: str, where: str, problems: Sequence[Problem]) -> None:
         )
 
 
-def _check_tasks(cfg: Any, name: str, json_path: str, problems: Sequence[Problem]) -> list[Problem]:
+def _check_tasks(cfg: Any, name: str, json_path: str, problems: Sequence[Problem]) -> Iterator[Problem]:
     """Masks or keypoints that the config's model needs and the set does not have."""
     from detectron2.data import MetadataCatalog
 
     from peft_d2.data.mappers import trains_on_masks
 
-    found = []
-    no_masks = any(p.kind == "no masks" for p in problems)
-    if no_masks and name in cfg.DATASETS.TRAIN and trains_on_masks(cfg):
-        found.append(Problem("error", "masks needed", json_path, "has boxes alone, but the model is trained on masks",
-                             "Use a box detector (Detectron2's: MODEL.MASK_ON False), or add masks."))  # fmt: skip
+    train, test = (name in cfg.DATASETS[key] for key in ("TRAIN", "TEST"))
+    if train and any(p.kind == "no masks" for p in problems) and trains_on_masks(cfg):
+        advice = "Use a box detector (Detectron2's: MODEL.MASK_ON False), or add masks."
+        what = "has boxes alone, but the model is trained on masks"
+        yield Problem("error", "masks needed", json_path, what, advice)
     if not cfg.MODEL.KEYPOINT_ON or any(p.level == "error" for p in problems):
-        return found
-    from peft_d2.data.records import load_coco
-
-    if name in cfg.DATASETS.TRAIN and not MetadataCatalog.get(name).get("keypoint_names"):
+        return
+    if train and not MetadataCatalog.get(name).get("keypoint_names"):
         load_coco(name, json_path, "/", outside=True)  # which reads the names of the keypoints
     names, pairs = (MetadataCatalog.get(name).get(key, ()) for key in ("keypoint_names", "keypoint_flip_map"))
     count, sigmas = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS, len(cfg.TEST.KEYPOINT_OKS_SIGMAS) or 17
     for wrong, what, advice in (
-        (name in cfg.DATASETS.TRAIN and not names, "the json's categories do not name their keypoints",
+        (train and not names, "the json's categories do not name their keypoints",
          'Give the category "keypoints": [name, ...], or the set\'s metadata keypoint_names and keypoint_flip_map.'),
-        (name in cfg.DATASETS.TRAIN and names and not pairs and cfg.INPUT.RANDOM_FLIP != "none",
+        (train and names and not pairs and cfg.INPUT.RANDOM_FLIP != "none",
          "no keypoint has left or right in its name, so that mirrored images would be learnt wrong",
          "Set INPUT.RANDOM_FLIP none, or the set's metadata keypoint_flip_map."),
         (names and len(names) != count, f"has {len(names)} keypoints, but MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS is "
          f"{count}", "Set it."),
-        (name in cfg.DATASETS.TEST and sigmas != count, f"the model has {count} keypoints, and there are {sigmas} "
+        (test and sigmas != count, f"the model has {count} keypoints, and there are {sigmas} "
          "TEST.KEYPOINT_OKS_SIGMAS (COCO's own are 17)", "Give one for each keypoint."),
     ):  # fmt: skip
         if wrong:
-            found.append(Problem("error", "keypoints", json_path, what, advice))
-    return found
+            yield Problem("error", "keypoints", json_path, what, advice)
 
 
 def _check_files(name: str, meta: Mapping[str, Any]) -> None:
@@ -244,9 +223,7 @@ def summary(problems: Iterable[Problem], per_kind: int = 3) -> list[str]:
 class _Memory:
     """File that remembers the warnings of a set without errors, and the state of the set's files.
 
-    Args:
-        key: what tells this check from others.
-        folder: that the names of the set's files are relative to.
+    ``key`` tells this check from others; ``folder`` is what the names of the set's files are relative to.
     """
 
     def __init__(self, key: Any, folder: str) -> None:
@@ -256,9 +233,11 @@ class _Memory:
         self.path = cache / "peft_d2" / "checks" / f"{name}.json"
 
     def keep(self, problems: Sequence[Problem], names: Sequence[str]) -> None:
-        """Remember them for the files as they are."""
+        """Remember them for the files as they are, unless there are errors."""
+        if any(p.level == "error" for p in problems):
+            return
         try:
-            state = {"problems": [asdict(p) for p in problems], "names": names, "state": self._state(names)}
+            state = {"problems": problems, "names": names, "state": self._state(names)}
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.path.write_text(json.dumps(state))
         except OSError as error:
@@ -269,7 +248,7 @@ class _Memory:
         try:
             kept = json.loads(self.path.read_text())
             if names in (None, kept["names"]) and kept["state"] == self._state(kept["names"]):
-                return [Problem(**entry) for entry in kept["problems"]]
+                return [Problem(*entry) for entry in kept["problems"]]
         except (OSError, ValueError, TypeError, KeyError):
             pass
         return None
@@ -277,13 +256,9 @@ class _Memory:
     def _state(self, names: Sequence[str]) -> str:
         """Checksum of each file's size and time of change."""
         with ThreadPoolExecutor(max_workers=8) as pool:  # on network drives each answer takes its time
-            found = pool.map(_file_state, (os.path.join(self.folder, name) for name in names), chunksize=256)
-            return hashlib.sha256("\n".join(found).encode()).hexdigest()
-
-
-def _file_state(path: str) -> str:
-    stat = os.stat(path)
-    return f"{stat.st_size} {stat.st_mtime_ns} {stat.st_ino}"
+            found = pool.map(os.stat, (os.path.join(self.folder, name) for name in names), chunksize=256)
+            lines = [f"{stat.st_size} {stat.st_mtime_ns} {stat.st_ino}" for stat in found]
+            return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 class _Check:
@@ -312,7 +287,11 @@ class _Check:
             if not isinstance(self.data, dict) or not isinstance(self.data.get(key), list):
                 self.error("layout", key, "is missing or no list", "A COCO-format json has three lists.")
                 return self.problems
-        self._categories()
+        categories = self._entries("categories", {"id": int, "name": str})
+        self.category_names = {c["id"]: c["name"] for c in categories}
+        for name, count in _repeated(c["name"] for c in categories):
+            what, advice = f"{count} categories have this name", "Classes go by their names: merge them or rename one."
+            self.error("duplicate name", f"categories[{name}]", what, advice)
         self._images()
         self._annotations()
         self.problems += [Problem(*row) for row in self.objects.problems(self.rules)]
@@ -331,24 +310,15 @@ class _Check:
         for value, count in _repeated(entry["id"] for entry in found):
             where, what = f"{key}[id {value}]", f"the id is used {count} times"
             self.error(f"duplicate id in {key}", where, what, "Every id must be unique in its list.")
+        if not found and key != "annotations":
+            self.error(f"no {key}", key, "is empty", "List at least one.")
         return found
-
-    def _categories(self) -> None:
-        entries = self._entries("categories", {"id": int, "name": str})
-        self.category_names = {c["id"]: c["name"] for c in entries}
-        for name, count in _repeated(c["name"] for c in entries):
-            what, advice = f"{count} categories have this name", "Classes go by their names: merge them or rename one."
-            self.error("duplicate name", f"categories[{name}]", what, advice)
-        if not entries:
-            self.error("no categories", "categories", "is empty", "List at least one {id, name}.")
 
     def _images(self) -> None:
         entries = self._entries("images", {"id": (int, str), "file_name": str, "height": int, "width": int})
         self.images = {i["id"]: i for i in entries}
         for name, count in _repeated(i["file_name"] for i in entries):
             self.warn("duplicate file", f"images[{name}]", f"{count} images are this file", "Merge their annotations.")
-        if not entries:
-            self.error("no images", "images", "is empty", "List at least one image.")
         with ThreadPoolExecutor(max_workers=8) as pool:
             for image, defect in zip(entries, pool.map(self._file_defect, entries, chunksize=64), strict=True):
                 if defect:
@@ -364,13 +334,11 @@ class _Check:
         if not self.rules.outside and not lies_inside(self.image_root, str(path)):
             advice = "Put it there, or, if that is meant, set DATASETS.ALLOW_FILES_OUTSIDE True."
             return "outside the folder", f"the file lies outside {self.image_root}", advice
+        if not path.is_file() and "\\" in name:
+            what = f"{path} is no file: its name has backslashes, as on Windows"
+            return "backslashes", what, "Write / in place of them in the json."
         if not path.is_file():
-            if "\\" in name:
-                what = f"{path} is no file: its name has backslashes, as on Windows"
-                return "backslashes", what, "Write / in place of them in the json."
             return "missing file", f"{path} is no file", "Correct the json or put the file there."
-        if not self.rules.open_images:
-            return None
         found, defect, advice = read_header(path)
         if defect:
             return "unreadable file", f"{path}: {defect}", advice
@@ -397,7 +365,7 @@ class _Check:
             self.warn(_NO_ANNOTATIONS, "annotations", "is empty", "There is nothing to learn or to measure.")
 
     def _annotation(self, annotation: dict[str, Any], masked: bool) -> None:
-        where = f"annotations[id {annotation['id']}, image {annotation['image_id']}]"
+        where, before = f"annotations[id {annotation['id']}, image {annotation['image_id']}]", len(self.problems)
         if annotation["category_id"] not in self.category_names:
             known = ", ".join(map(str, sorted(self.category_names)[:12]))
             what = f"category_id {annotation['category_id']} is not listed"
@@ -407,45 +375,42 @@ class _Check:
             what = f"image_id {annotation['image_id']!r} is not listed"
             self.error("unknown image", where, what, "Add the image or remove the annotation.")
             return
-        size, errors = (image["height"], image["width"]), len(self.problems)
-        self._box(annotation, where, *size)
-        self._flags(annotation, where)
+        height, width = image["height"], image["width"]
+        self._box(annotation.get("bbox"), where, height, width)
+        area = annotation.get("area", 0)
+        for wrong, kind, what, advice in (
+            *((annotation.get(key, 0) not in (0, 1), "flag", f"{key} is {annotation.get(key)!r}",
+               "Expected 0 or 1, as numbers.") for key in ("iscrowd", "ignore")),
+            (annotation.get("ignore", 0) == 1, "flag", "ignore is 1, which Detectron2 does not support",
+             "Set iscrowd instead, or remove the annotation."),
+            (not isinstance(area, (int, float)) or not 0 <= area < float("inf"), "area", f"area is {area!r}",
+             "Give it in px, or leave it out."),
+        ):  # fmt: skip
+            if wrong:
+                self.error(kind, where, what, advice)
         segmentation = annotation.get("segmentation")
         if isinstance(segmentation, dict):
-            if defect := run_length_defect(segmentation, *size):
+            if defect := run_length_defect(segmentation, height, width):
                 self.error("run lengths", where, defect, "Encode the mask again from the image's own size.")
         elif isinstance(segmentation, list) and (segmentation or masked):
-            for level, defect in polygon_defect(segmentation, *size):
+            for level, defect in polygon_defect(segmentation, height, width):
                 note = self.error if level == "error" else self.warn
                 note("polygon", where, defect, "Correct the polygon or remove the annotation.")
         elif segmentation:
             advice = "Expected polygons (lists of coordinates) or run lengths (size and counts)."
             self.error("segmentation", where, f"is a {type(segmentation).__name__}", advice)
         elif masked:
-            self.error(
-                "mask missing", where, "has no segmentation, others have one", "Give every object a mask or none."
-            )
-        if all(p.level == "warning" for p in self.problems[errors:]):
-            self.objects.add(annotation, *size)
+            what = "has no segmentation, others have one"
+            self.error("mask missing", where, what, "Give every object a mask or none.")
+        if all(p.level == "warning" for p in self.problems[before:]):
+            self.objects.add(annotation, height, width)
 
-    def _flags(self, annotation: dict[str, Any], where: str) -> None:
-        for key in ("iscrowd", "ignore"):
-            if annotation.get(key, 0) not in (0, 1):
-                self.error("flag", where, f"{key} is {annotation[key]!r}", "Expected 0 or 1, as numbers.")
-        if annotation.get("ignore", 0) == 1:
-            advice = "Set iscrowd instead, or remove the annotation."
-            self.error("flag", where, "ignore is 1, which Detectron2 does not support", advice)
-        area = annotation.get("area", 0)
-        if not isinstance(area, (int, float)) or not 0 <= area < float("inf"):
-            self.error("area", where, f"area is {area!r}", "Give it in px, or leave it out.")
-
-    def _box(self, annotation: dict[str, Any], where: str, height: int, width: int) -> None:
-        box = annotation.get("bbox")
+    def _box(self, box: Any, where: str, height: int, width: int) -> None:
         if not isinstance(box, list) or len(box) != 4 or not all(isinstance(v, (int, float)) for v in box):
             self.error("box", where, f"bbox is {box!r}", "Expected four numbers [x, y, width, height].")
             return
         x, y, w, h = box
-        if not np.isfinite(box).all() or max(map(abs, box)) > _HUGE:
+        if not np.isfinite(box).all() or max(map(abs, box)) > HUGE:
             self.error("box", where, f"bbox {box} is not finite or huge", "Correct the box.")
         elif w <= 0 or h <= 0:
             self.warn("degenerate box", where, f"bbox {box} has no area", "Correct the box.")
@@ -491,51 +456,47 @@ class _Objects:
 
     def problems(self, rules: Rules) -> Iterator[tuple[Level, str, str, str, str]]:
         """(level, kind, where, what, remedy) of each thing that many objects have in common."""
-        counts, total = self.counts, self.counts["all"]
-        if total and not counts["learnable"]:
-            causes = [f"{counts[key]} {key}" for key in ("crowds", "polygons in 0..1", "boxes in 0..1") if counts[key]]
+        n, total = self.counts, self.counts["all"]
+        of = f"of {total} objects have"
+        if total and not n["learnable"]:
+            causes = [f"{n[key]} {key}" for key in ("crowds", "polygons in 0..1", "boxes in 0..1") if n[key]]
             what = f"none of {total} objects can be learnt: {', '.join(causes) or 'none lies in its image'}"
             advice = "Coordinates are px of the image, and iscrowd 1 marks groups that are not trained on."
             yield "error", "nothing to learn", "annotations", what, advice
-        for kind, what, advice in [*self._shapes(total), *self._limits(rules)]:
-            yield "warning", kind, "annotations", what, advice
-
-    def _shapes(self, total: int) -> Iterator[tuple[str, str, str]]:
-        counts, of = self.counts, f"of {total} objects have"
-        if 2 * counts["crowds"] > total:
-            what = f"{counts['crowds']} {of} iscrowd 1, and are neither trained on nor counted"
-            yield "crowds", what, "Set iscrowd 0 for single objects."
-        for key in ("polygons in 0..1", "boxes in 0..1"):
-            if counts[key]:
-                what = f"{counts[key]} {of} {key}, as if normalised by the image's size"
-                yield key, what, "Multiply them by its width and height: COCO's format counts px."
-        as_corners, swapped = counts["masks agree as corners"], counts["masks agree if swapped"]
-        if not counts["masks disagree"] and counts["corners"] == total and 10 * counts["leaves"] >= total:
+        as_corners, swapped = n["masks agree as corners"], n["masks agree if swapped"]
+        if not n["masks disagree"] and n["corners"] == total and 10 * n["leaves"] >= total:
             as_corners = total
-        if as_corners:
-            what = f"{as_corners} {of} a bbox that seems to be x0, y0, x1, y1"
-            yield "boxes as corners", what, "COCO's format has x, y, width, height."
-        if swapped > as_corners:
-            what = f"{swapped} {of} masks that fit their boxes if x and y are swapped"
-            yield "swapped axes", what, "COCO's format has x before y in both."
-        elif counts["masks disagree"] > as_corners:
-            what = f"{counts['masks disagree']} {of} a bbox and a segmentation that disagree"
-            yield "boxes and masks", what, "Scale both to px of the image, or compute bbox anew."
-        if counts["areas disagree"]:
-            zero = f" ({counts['areas are 0']} an area of 0)" if counts["areas are 0"] else ""
-            what = f"{counts['areas disagree']} {of} an area that is not that of their shape{zero}"
-            advice = "Small, medium and large objects go by it, and LVIS drops objects of area 0: leave it out."
-            yield "areas", what, advice
+        apart = n["masks disagree"] if n["masks disagree"] > as_corners >= swapped else 0
+        zero = f" ({n['areas are 0']} an area of 0)" if n["areas are 0"] else ""
+        normalised = "Multiply them by its width and height: COCO's format counts px."
+        for count, kind, what, advice in (
+            (n["crowds"] if 2 * n["crowds"] > total else 0, "crowds",
+             "iscrowd 1, and are neither trained on nor counted", "Set iscrowd 0 for single objects."),
+            *((n[key], key, f"{key}, as if normalised by the image's size", normalised)
+              for key in ("polygons in 0..1", "boxes in 0..1")),
+            (as_corners, "boxes as corners", "a bbox that seems to be x0, y0, x1, y1",
+             "COCO's format has x, y, width, height."),
+            (swapped if swapped > as_corners else 0, "swapped axes",
+             "masks that fit their boxes if x and y are swapped", "COCO's format has x before y in both."),
+            (apart, "boxes and masks", "a bbox and a segmentation that disagree",
+             "Scale both to px of the image, or compute bbox anew."),
+            (n["areas disagree"], "areas", f"an area that is not that of their shape{zero}",
+             "Small, medium and large objects go by it, and LVIS drops objects of area 0: leave it out."),
+        ):  # fmt: skip
+            if count:
+                yield "warning", kind, "annotations", f"{count} {of} {what}", advice
+        for kind, what, advice in self._limits(rules) if rules.counted else ():
+            yield "warning", kind, "annotations", what, advice
 
     def _limits(self, rules: Rules) -> Iterator[tuple[str, str, str]]:
         most = max(self.per_class.values(), default=0)
-        if rules.counted and most > rules.counted:
+        if most > rules.counted:
             many = len({image for (image, _), count in self.per_class.items() if count > rules.counted})
             what = f"{many} image(s) have more than {rules.counted} objects of a class (up to {most}), and COCO's "
             what += f"figures count the best {rules.counted} predictions of each image and class"
             yield "many objects", what, f"Set TEST.MAX_DETECTIONS {most} to count all."
         most = max(self.per_image.values(), default=0)
-        if rules.counted and 0 < rules.predicted < most:
+        if 0 < rules.predicted < most:
             many = sum(count > rules.predicted for count in self.per_image.values())
             what = f"{many} image(s) have more than {rules.predicted} objects (up to {most}), and the model gives "
             yield "few predictions", f"{what}{rules.predicted} predictions", f"Set TEST.DETECTIONS_PER_IMAGE {most}."

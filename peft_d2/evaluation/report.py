@@ -14,8 +14,8 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from peft_d2.data.images import DatasetError, path_inside
-from peft_d2.data.pictures import overlay, read_rgb
+from peft_d2.data.images import DatasetError, path_inside, read_rgb
+from peft_d2.data.pictures import overlay
 from peft_d2.evaluation.overlaps import Evaluation, run_lengths
 
 REPORT_FILE = "report.html"
