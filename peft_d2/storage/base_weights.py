@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
@@ -116,7 +117,8 @@ def load_base(
     if not isinstance(checkpoint, Checkpoint):
         checkpoint = read_checkpoint(checkpoint)
     injected, aliases = injected_keys(model), _aliases(model)
-    own = {name: value for name, value in model.state_dict().items() if name not in injected}
+    current = model.state_dict()
+    own = {name: value for name, value in current.items() if name not in injected}
     state, removed = _unwrapped(model, checkpoint, own)
     state, prefix = _named_as_in_model(model, Checkpoint(state, checkpoint.metadata, checkpoint.path), own)
     matched, heads, misshaped = _compared(state, own, resizable, aliases)
@@ -132,7 +134,10 @@ def load_base(
     if required or misshaped or not matched:
         raise CheckpointError(_refusal(checkpoint, required, misshaped, unexpected, own, bool(matched)))
     _require_finite(model, matched, checkpoint.path)
-    lost = model.load_state_dict(matched, strict=False).unexpected_keys
+    named_as_now = OrderedDict(matched)
+    # Modules that rename what an older version of them saved would do so without a version to go by.
+    named_as_now._metadata = getattr(current, "_metadata", {})  # type: ignore[attr-defined]
+    lost = model.load_state_dict(named_as_now, strict=False).unexpected_keys
     if lost:
         raise CheckpointError(f"the model's own loading hooks lost tensors of {checkpoint.path}: {_some(sorted(lost))}")
     report = LoadReport(checkpoint.path, sorted(matched), heads, missing, unexpected, backbone, removed)

@@ -358,3 +358,25 @@ def test_a_models_own_upgrade_comes_first(tmp_path: Path) -> None:
     state = {name.replace("query_feat", "old_query"): value for name, value in source.state_dict().items()}
     load_base(model, saved(tmp_path, state))
     assert torch.equal(model.predictor.query_feat.weight, source.predictor.query_feat.weight)
+
+
+@pytest.mark.parametrize("keeps_versions", [True, False])
+def test_modules_that_rename_earlier_versions_leave_their_own_names_alone(tmp_path: Path, keeps_versions: bool) -> None:
+    class Head(nn.Module):  # as the official Mask2Former's heads do
+        _version = 2
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(2, 2)
+
+        def _load_from_state_dict(self, state: Any, prefix: str, metadata: Any, *rest: Any) -> None:
+            if metadata.get("version") is None or metadata["version"] < 2:
+                for key in [key for key in state if key.startswith(prefix)]:
+                    state[key.replace(prefix, f"{prefix}inner.", 1)] = state.pop(key)
+            super()._load_from_state_dict(state, prefix, metadata, *rest)
+
+    first, second = nn.Sequential(Head()), nn.Sequential(Head())
+    state = first.state_dict()
+    torch.save({"model": state if keeps_versions else dict(state)}, tmp_path / "base.pth")
+    load_base(second, tmp_path / "base.pth")
+    assert torch.equal(second[0].inner.weight, first[0].inner.weight)
