@@ -18,16 +18,14 @@ def expect(condition: bool, key: str, value: object, expected: str) -> None:
         raise ModelConfigError(f"{key} is {value!r}; it should be {expected}")
 
 
-def expect_at_least(path: str, node: Any, **least: float) -> None:
-    """``least``: the smallest value that each key of the config node ``path`` may have."""
+def expect_numbers(path: str, node: Any, **least: float | tuple[float, float]) -> None:
+    """The smallest value that each key of the config node ``path`` may have, or the smallest and the largest."""
     for key, bound in least.items():
-        expect(node[key] >= bound, f"{path}.{key}", node[key], f"a number of at least {bound}")
-
-
-def expect_share(path: str, node: Any, *keys: str) -> None:
-    """Each of the keys of the config node ``path`` is a probability or a share, 0 to 1."""
-    for key in keys:
-        expect(0 <= node[key] <= 1, f"{path}.{key}", node[key], "between 0 and 1")
+        value, name = node[key], f"{path}.{key}"
+        if isinstance(bound, tuple):
+            expect(bound[0] <= value <= bound[1], name, value, f"between {bound[0]} and {bound[1]}")
+        else:
+            expect(value >= bound, name, value, f"a number of at least {bound}")
 
 
 def expect_some_of(key: str, names: Sequence[str], known: Collection[str], whose: str) -> None:

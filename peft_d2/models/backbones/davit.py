@@ -44,7 +44,10 @@ def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 class WindowAttention(nn.Module):
-    """Multi-head self-attention of the pixels within windows (equation 3)."""
+    """Multi-head self-attention of the pixels within windows (equation 3): (N, H, W, C) -> the same.
+
+    Padding up to whole windows is attended to, as published.
+    """
 
     def __init__(self, dim: int, n_heads: int, window: int) -> None:
         super().__init__()
@@ -54,7 +57,6 @@ class WindowAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, H, W, C) -> the same; padding up to whole windows is attended to, as published."""
         height, width = x.shape[1:3]
         padded = pad_bottom_right(x, self.window)
         tokens = to_windows(padded, self.window)
@@ -73,20 +75,18 @@ class ChannelAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, H, W, C) -> the same."""
         q, k, v = self.qkv(x.flatten(1, 2)).unflatten(-1, (3, self.n_groups, -1)).permute(2, 0, 3, 4, 1)
         return self.proj(_attend(q, k, v).flatten(1, 2).transpose(1, 2)).view(x.shape)
 
 
 class DepthwiseConvolution(nn.Module):
-    """3 x 3, each channel for itself."""
+    """3 x 3, each channel for itself: (N, H, W, C) -> the same."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.dw = nn.Conv2d(dim, dim, kernel_size=3, padding=1, groups=dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, H, W, C) -> the same."""
         return self.dw(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
@@ -100,7 +100,6 @@ class Residual(nn.Module):
         self.drop_path = StochasticDepth(drop_path, mode="row")
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, H, W, C) -> the same."""
         return x + self.drop_path(self.fn(x if self.norm is None else self.norm(x)))
 
 
@@ -145,8 +144,11 @@ class DaViT(StagedBackbone):
     config_node = "MODEL.BACKBONE.DAVIT"
 
     def build(self, node: CfgNode, in_channels: int) -> None:
-        """See :meth:`StagedBackbone.build`."""
-        _check(self.config_node, node)
+        path, patches = self.config_node, ("PATCH_SIZE", "PATCH_STRIDE", "PATCH_PADDING", "PATCH_PRENORM")
+        expect_lengths(path, node, "DIM_EMBED", "DEPTHS", "NUM_HEADS", "NUM_GROUPS", *patches)
+        for stage, channels in enumerate(node.DIM_EMBED):
+            for key in ("NUM_HEADS", "NUM_GROUPS"):
+                expect_heads(f"{path}.DIM_EMBED[{stage}]", channels, f"{path}.{key}[{stage}]", node[key][stage])
         self.use_checkpoint = node.ENABLE_CHECKPOINT
         dims = node.DIM_EMBED
         norms = ["before" if before else "after" for before in node.PATCH_PRENORM]
@@ -162,7 +164,6 @@ class DaViT(StagedBackbone):
         self._name_stages(dims, list(accumulate(node.PATCH_STRIDE, mul)), node.OUT_FEATURES)
 
     def forward(self, image: Tensor) -> dict[str, Tensor]:
-        """(N, C, H, W) -> the maps (N, C_l, H_l, W_l) of ``out_features`` by name."""
         x = image.permute(0, 2, 3, 1)
         outputs = {}
         stages: Any = self.blocks
@@ -173,11 +174,3 @@ class DaViT(StagedBackbone):
             if name in self._out_features:
                 outputs[name] = x.permute(0, 3, 1, 2).contiguous()
         return outputs
-
-
-def _check(path: str, node: CfgNode) -> None:
-    patches = ("PATCH_SIZE", "PATCH_STRIDE", "PATCH_PADDING", "PATCH_PRENORM")
-    expect_lengths(path, node, "DIM_EMBED", "DEPTHS", "NUM_HEADS", "NUM_GROUPS", *patches)
-    for stage, channels in enumerate(node.DIM_EMBED):
-        for key in ("NUM_HEADS", "NUM_GROUPS"):
-            expect_heads(f"{path}.DIM_EMBED[{stage}]", channels, f"{path}.{key}[{stage}]", node[key][stage])

@@ -12,7 +12,7 @@ from detectron2.modeling import BACKBONE_REGISTRY
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
-from peft_d2.models.backbones.stages import PatchEmbed, Stage, StagedBackbone, drop_path_rates
+from peft_d2.models.backbones.stages import PatchEmbed, StagedBackbone
 from peft_d2.models.checks import ModelConfigError, expect_lengths
 from peft_d2.models.layers.transformer import FeedForward
 from peft_d2.models.registration import entry
@@ -36,7 +36,7 @@ class FocalModulation(nn.Module):
     """Each pixel's query times a gated sum of its contexts, from near to global (equations 3 to 7).
 
     Contexts are ``levels`` depthwise convolutions, one after the other, the first with a kernel of ``window``, and the
-    mean over the map.
+    mean over the map. (N, H, W, C) -> the same.
     """
 
     def __init__(self, node: CfgNode, dim: int, levels: int, window: int) -> None:
@@ -56,7 +56,6 @@ class FocalModulation(nn.Module):
         self.ln = nn.LayerNorm(dim) if node.USE_POSTLN_IN_MODULATION else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, H, W, C) -> the same."""
         contexts = len(self.focal_layers) + 1
         projected = self.f(x).permute(0, 3, 1, 2).contiguous()
         query, context, gates = projected.split((self.dim, self.dim, contexts), dim=1)
@@ -75,7 +74,7 @@ class FocalBlock(nn.Module):
     """Modulation and MLP, each with stochastic depth, a residual and, if USE_LAYERSCALE, learned gains per channel.
 
     USE_POSTLN normalises what a half gives instead of its input. ``depthwise``: a depthwise convolution with a residual
-    before either half, and the post-norm after the sum.
+    before either half, and the post-norm after the sum. (N, H, W, C) -> the same.
     """
 
     gamma_1: Tensor | None
@@ -99,7 +98,6 @@ class FocalBlock(nn.Module):
         self.mlp = FeedForward(dim, int(dim * node.MLP_RATIO), drop=node.DROP_RATE)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, H, W, C) -> the same."""
         x = self._half(x, self.dw1, self.norm1, self.modulation, self.gamma_1)
         return self._half(x, self.dw2, self.norm2, self.mlp, self.gamma_2)
 
@@ -133,20 +131,17 @@ class FocalNet(StagedBackbone):
     _STEM_PADDING = 2
 
     def build(self, node: CfgNode, in_channels: int) -> None:
-        """See :meth:`StagedBackbone.build`."""
         expect_lengths(self.config_node, node, "DEPTHS", "FOCAL_LEVELS", "FOCAL_WINDOWS")
         patch, dims = node.PATCH_SIZE, [node.EMBED_DIM * 2**i for i in range(len(node.DEPTHS))]
         kernel, padding = (7, self._STEM_PADDING) if node.USE_CONV_EMBED else (patch, 0)
         step = (3, 1) if node.USE_CONV_EMBED else (2, 0)
         self.patch_embed = PatchEmbed(in_channels, dims[0], patch, kernel, padding, "after" if node.PATCH_NORM else "")
         self.pos_drop = nn.Dropout(node.DROP_RATE)
-        self.layers = nn.ModuleList()
-        for i, (dim, rates) in enumerate(zip(dims, drop_path_rates(node.DEPTHS, node.DROP_PATH_RATE), strict=True)):
-            downsample = PatchEmbed(dim, 2 * dim, 2, *step) if i + 1 < len(dims) else None
-            sizes = dim, node.FOCAL_LEVELS[i], node.FOCAL_WINDOWS[i]
-            blocks = [FocalBlock(node, *sizes, rate, self.depthwise) for rate in rates]
-            self.layers.append(Stage(blocks, downsample, node.USE_CHECKPOINT))
-        self._name_stages(dims, [patch * 2**i for i in range(len(dims))], node.OUT_FEATURES)
+
+        def block(i: int, number: int, drop_path: float) -> FocalBlock:
+            return FocalBlock(node, dims[i], node.FOCAL_LEVELS[i], node.FOCAL_WINDOWS[i], drop_path, self.depthwise)
+
+        self._add_stages(node, dims, block, lambda dim: PatchEmbed(dim, 2 * dim, 2, *step))
         for i in node.OUT_INDICES:
             self.add_module(f"norm{i}", nn.LayerNorm(dims[i]))
         normed = [self._stage_names[i] for i in node.OUT_INDICES]
@@ -156,7 +151,6 @@ class FocalNet(StagedBackbone):
             )
 
     def forward(self, image: Tensor) -> dict[str, Tensor]:
-        """(N, C, H, W) -> the maps (N, C_l, H_l, W_l) of ``out_features`` by name."""
         return self._run_stages(self.pos_drop(self.patch_embed(image.permute(0, 2, 3, 1))))
 
 

@@ -1,10 +1,10 @@
-"""What hierarchical backbones share: maps named by stage, their config, patch embedding, stochastic depth rates."""
+"""What hierarchical backbones share: maps named by stage, their config, patch embedding, windows, stochastic depth."""
 
 from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch.nn.functional as F
@@ -45,12 +45,29 @@ def note_freeze_at(cfg: CfgNode, backbone: str) -> None:
         )
 
 
+def pad_bottom_right(x: Tensor, multiple: int) -> Tensor:
+    """Zero-pad maps (N, H, W, C) to multiples of ``multiple``."""
+    height, width = x.shape[1:3]
+    return F.pad(x, (0, 0, 0, -width % multiple, 0, -height % multiple))
+
+
+def to_windows(x: Tensor, window: int) -> Tensor:
+    """(N, H, W, C) -> (N * windows, window * window, C); an image's windows follow each other row by row."""
+    n, height, width, channels = x.shape
+    x = x.view(n, height // window, window, width // window, window, channels)
+    return x.transpose(2, 3).reshape(-1, window * window, channels)
+
+
+def from_windows(x: Tensor, window: int, height: int, width: int) -> Tensor:
+    """The inverse of :func:`to_windows`."""
+    x = x.view(-1, height // window, width // window, window, window, x.shape[-1])
+    return x.transpose(2, 3).reshape(-1, height, width, x.shape[-1])
+
+
 class PatchEmbed(nn.Module):
-    """A strided convolution and, if wanted, a LayerNorm over the channels.
+    """A strided convolution and, if wanted, a LayerNorm over the channels: (N, H, W, in_channels) -> (N, H', W', dim).
 
     Args:
-        in_channels, dim: channels in and out.
-        stride: of the convolution.
         kernel, padding: of the convolution; by default it cuts patches side by side.
         norm: "before" or "after" the convolution, or "".
         whole: maps are padded to multiples of the stride, at the bottom and on the right.
@@ -72,7 +89,6 @@ class PatchEmbed(nn.Module):
         self.norm = nn.LayerNorm(in_channels if norm == "before" else dim) if norm else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, H, W, in_channels) -> (N, H', W', dim)."""
         if self.norm is not None and self.norm_first:
             x = self.norm(x)
         x = pad_bottom_right(x, self.stride) if self.whole else x
@@ -81,16 +97,15 @@ class PatchEmbed(nn.Module):
 
 
 class Stage(nn.Module):
-    """Blocks at one resolution, and the step to the next, which is not taken here."""
+    """Blocks at one resolution, (N, H, W, C) -> the same, and the step to the next, which is not taken here."""
 
-    def __init__(self, blocks: Iterable[nn.Module], downsample: nn.Module | None, use_checkpoint: bool) -> None:
+    def __init__(self, blocks: Sequence[nn.Module], downsample: nn.Module | None, use_checkpoint: bool) -> None:
         super().__init__()
         self.use_checkpoint = use_checkpoint
         self.blocks = nn.ModuleList(blocks)
         self.downsample = downsample
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, H, W, C) -> the same."""
         for block in self.blocks:
             x = run_block(block, x, use_checkpoint=self.use_checkpoint)
         return x
@@ -98,6 +113,8 @@ class Stage(nn.Module):
 
 class StagedBackbone(Backbone):
     """A backbone whose stages give the maps ``res2``, ``res3`` and so on; its keys are in ``config_node``.
+
+    From images (N, C, H, W) it gives the maps (N, C_l, H_l, W_l) of OUT_FEATURES by name.
 
     Raises:
         ModelConfigError: values that are out of range or do not go together.
@@ -117,12 +134,22 @@ class StagedBackbone(Backbone):
         """Make the layers that the config node describes, for images of ``in_channels``."""
         raise NotImplementedError
 
-    def _name_stages(self, channels: Sequence[int], strides: Sequence[int], out_features: Sequence[str]) -> None:
-        """Say what comes out: the maps ``out_features`` of stages with these channels and strides.
+    def _add_stages(
+        self,
+        node: CfgNode,
+        dims: Sequence[int],
+        block: Callable[[int, int, float], nn.Module],
+        downsample: Callable[[int], nn.Module],
+    ) -> None:
+        """Add ``layers`` of ``block(stage, number, drop path)``, with ``downsample(channels)`` between them."""
+        self.layers = nn.ModuleList()
+        for i, rates in enumerate(drop_path_rates(node.DEPTHS, node.DROP_PATH_RATE)):
+            step = downsample(dims[i]) if i + 1 < len(dims) else None
+            self.layers.append(Stage([block(i, *at) for at in enumerate(rates)], step, node.USE_CHECKPOINT))
+        self._name_stages(dims, [node.PATCH_SIZE * 2**i for i in range(len(dims))], node.OUT_FEATURES)
 
-        Raises:
-            ModelConfigError: ``out_features`` is empty or has a name that is none of a stage.
-        """
+    def _name_stages(self, channels: Sequence[int], strides: Sequence[int], out_features: Sequence[str]) -> None:
+        """Say what comes out: the maps ``out_features`` of stages with these channels and strides."""
         self._stage_names = [f"res{i + 2}" for i in range(len(channels))]
         expect_some_of(f"{self.config_node}.OUT_FEATURES", out_features, self._stage_names, "the backbone's maps")
         self._out_features = list(out_features)
@@ -130,10 +157,7 @@ class StagedBackbone(Backbone):
         self._out_feature_strides = dict(zip(self._stage_names, strides, strict=True))
 
     def _run_stages(self, x: Tensor) -> dict[str, Tensor]:
-        """Maps (N, C_l, H_l, W_l) of a network with ``layers``, each with a ``downsample``, and norms of the outputs.
-
-        x (N, H, W, C) is what enters the first stage.
-        """
+        """The maps, each with its norm, from what enters the first of ``layers``, (N, H, W, C)."""
         outputs = {}
         stages: Any = self.layers
         for i, (name, stage) in enumerate(zip(self._stage_names, stages, strict=True)):
@@ -148,22 +172,3 @@ class StagedBackbone(Backbone):
     def size_divisibility(self) -> int:
         """Stride of the last stage."""
         return self._out_feature_strides[self._stage_names[-1]]
-
-
-def pad_bottom_right(x: Tensor, multiple: int) -> Tensor:
-    """Zero-pad maps (N, H, W, C) to multiples of ``multiple``."""
-    height, width = x.shape[1:3]
-    return F.pad(x, (0, 0, 0, -width % multiple, 0, -height % multiple))
-
-
-def to_windows(x: Tensor, window: int) -> Tensor:
-    """(N, H, W, C) -> (N * windows, window * window, C); an image's windows follow each other row by row."""
-    n, height, width, channels = x.shape
-    x = x.view(n, height // window, window, width // window, window, channels)
-    return x.transpose(2, 3).reshape(-1, window * window, channels)
-
-
-def from_windows(x: Tensor, window: int, height: int, width: int) -> Tensor:
-    """The inverse of :func:`to_windows`."""
-    x = x.view(-1, height // window, width // window, window, window, x.shape[-1])
-    return x.transpose(2, 3).reshape(-1, height, width, x.shape[-1])

@@ -11,14 +11,12 @@ from torchvision.ops import StochasticDepth
 
 from peft_d2.models.backbones.stages import (
     PatchEmbed,
-    Stage,
     StagedBackbone,
-    drop_path_rates,
     from_windows,
     pad_bottom_right,
     to_windows,
 )
-from peft_d2.models.checks import expect_at_least, expect_heads, expect_lengths
+from peft_d2.models.checks import expect_heads, expect_lengths, expect_numbers
 from peft_d2.models.layers.transformer import FeedForward
 from peft_d2.models.registration import entry
 
@@ -33,9 +31,9 @@ MODEL:
 
 
 def shift_mask(height: int, width: int, window: int, shift: int, device: torch.device) -> Tensor:
-    """What to add to the attention logits of shifted windows (section 3.2, figure 4).
+    """What to add to the attention logits of shifted windows on a padded map (section 3.2, figure 4).
 
-    Returns (windows, window^2, window^2) of 0 and -100; ``height`` and ``width`` are those of the padded map.
+    (windows, window^2, window^2) of 0 and -100.
     """
 
     def region(length: int) -> Tensor:
@@ -80,7 +78,7 @@ class WindowAttention(nn.Module):
 
 
 class SwinBlock(nn.Module):
-    """Window attention and MLP, each pre-normed with a residual; ``shift`` moves the windows cyclically."""
+    """Window attention and MLP, each pre-normed with a residual; ``shift`` moves the windows cyclically: (N, H, W, C)."""
 
     def __init__(self, node: CfgNode, dim: int, n_heads: int, shift: int, drop_path: float) -> None:
         super().__init__()
@@ -93,7 +91,6 @@ class SwinBlock(nn.Module):
         self.mlp = FeedForward(dim, int(dim * node.MLP_RATIO), drop=node.DROP_RATE)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, H, W, C) -> the same."""
         height, width = x.shape[1:3]
         inside = pad_bottom_right(self.norm1(x), self.window)
         padded, mask = inside.shape[1:3], None
@@ -108,7 +105,7 @@ class SwinBlock(nn.Module):
 
 
 class PatchMerging(nn.Module):
-    """Each 2 x 2 pixels become one with twice the channels."""
+    """Each 2 x 2 pixels become one with twice the channels: (N, H, W, C) -> (N, ceil(H / 2), ceil(W / 2), 2 C)."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -116,7 +113,6 @@ class PatchMerging(nn.Module):
         self.norm = nn.LayerNorm(4 * dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, H, W, C) -> (N, ceil(H / 2), ceil(W / 2), 2 C)."""
         x = pad_bottom_right(x, 2)
         # Column by column: (0, 0), (1, 0), (0, 1), (1, 1) as (row, column).
         x = torch.cat([x[:, row::2, column::2] for column in (0, 1) for row in (0, 1)], dim=-1)
@@ -135,8 +131,12 @@ class SwinTransformer(StagedBackbone):
     config_node = "MODEL.SWIN"
 
     def build(self, node: CfgNode, in_channels: int) -> None:
-        """See :meth:`StagedBackbone.build`."""
-        _check(self.config_node, node)
+        path = self.config_node
+        expect_numbers(path, node, EMBED_DIM=1, WINDOW_SIZE=1, PATCH_SIZE=1)
+        expect_lengths(path, node, "DEPTHS", "NUM_HEADS")
+        for stage, heads in enumerate(node.NUM_HEADS):
+            channels = f"{path}.EMBED_DIM * {2**stage}"
+            expect_heads(channels, node.EMBED_DIM * 2**stage, f"{path}.NUM_HEADS[{stage}]", heads)
         patch, dims = node.PATCH_SIZE, [node.EMBED_DIM * 2**i for i in range(len(node.DEPTHS))]
         self.patch_embed = PatchEmbed(in_channels, dims[0], patch, norm="after" if node.PATCH_NORM else "")
         if node.APE:
@@ -144,28 +144,18 @@ class SwinTransformer(StagedBackbone):
             self.absolute_pos_embed = nn.Parameter(torch.empty(1, dims[0], side, side))
             nn.init.trunc_normal_(self.absolute_pos_embed, std=0.02)
         self.pos_drop = nn.Dropout(node.DROP_RATE)
-        self.layers = nn.ModuleList()
-        for i, rates in enumerate(drop_path_rates(node.DEPTHS, node.DROP_PATH_RATE)):
-            shifts = [node.WINDOW_SIZE // 2 * (block % 2) for block in range(len(rates))]  # every second one, by half
-            sizes = dims[i], node.NUM_HEADS[i]
-            blocks = [SwinBlock(node, *sizes, shift, rate) for shift, rate in zip(shifts, rates, strict=True)]
-            self.layers.append(Stage(blocks, PatchMerging(dims[i]) if i + 1 < len(dims) else None, node.USE_CHECKPOINT))
+
+        def block(stage: int, number: int, drop_path: float) -> SwinBlock:
+            shift = node.WINDOW_SIZE // 2 * (number % 2)  # every second one, by half
+            return SwinBlock(node, dims[stage], node.NUM_HEADS[stage], shift, drop_path)
+
+        self._add_stages(node, dims, block, PatchMerging)
         for i, dim in enumerate(dims):
             self.add_module(f"norm{i}", nn.LayerNorm(dim))
-        self._name_stages(dims, [patch * 2**i for i in range(len(dims))], node.OUT_FEATURES)
 
     def forward(self, image: Tensor) -> dict[str, Tensor]:
-        """(N, C, H, W) -> the maps (N, C_l, H_l, W_l) of ``out_features`` by name."""
         x = self.patch_embed(image.permute(0, 2, 3, 1))
         if hasattr(self, "absolute_pos_embed"):
             position = F.interpolate(self.absolute_pos_embed, size=x.shape[1:3], mode="bicubic")
             x = x + position.permute(0, 2, 3, 1)
         return self._run_stages(self.pos_drop(x))
-
-
-def _check(path: str, node: CfgNode) -> None:
-    expect_at_least(path, node, EMBED_DIM=1, WINDOW_SIZE=1, PATCH_SIZE=1)
-    expect_lengths(path, node, "DEPTHS", "NUM_HEADS")
-    for stage, heads in enumerate(node.NUM_HEADS):
-        channels = f"{path}.EMBED_DIM * {2**stage}"
-        expect_heads(channels, node.EMBED_DIM * 2**stage, f"{path}.NUM_HEADS[{stage}]", heads)

@@ -18,8 +18,8 @@ class Levels:
 
     Attributes:
         values: (N, S, C), one level after the other, row by row.
-        sizes: (H_l, W_l) by level.
-        shapes, starts: the same as a tensor (L, 2), and where each level starts (L,).
+        sizes, shapes: (H_l, W_l) by level, and the same as a tensor (L, 2).
+        starts: where each level starts (L,).
     """
 
     def __init__(self, maps: Sequence[Tensor]) -> None:
@@ -37,7 +37,10 @@ class Levels:
 
 
 class DeformableEncoderLayer(nn.Module):
-    """Deformable self-attention and a feed-forward network, each with dropout, residual and norm after it."""
+    """Deformable self-attention and a feed-forward network, each with dropout, residual and norm after it.
+
+    x (N, S, C), position broadcastable to it; the other arguments as :class:`MSDeformAttn` takes them.
+    """
 
     def __init__(self, d_model: int, d_ffn: int, dropout: float, n_levels: int, n_heads: int, n_points: int) -> None:
         super().__init__()
@@ -51,17 +54,13 @@ class DeformableEncoderLayer(nn.Module):
         self.norm2 = nn.LayerNorm(d_model)
 
     def forward(self, x: Tensor, position: Tensor, reference_points: Tensor, shapes: Tensor, starts: Tensor) -> Tensor:
-        """x (N, S, C), position broadcastable to it; the other arguments as :class:`MSDeformAttn` takes them."""
         x = self.norm1(x + self.dropout1(self.self_attn(x + position, reference_points, x, shapes, starts)))
         hidden = self.linear2(self.dropout2(F.relu(self.linear1(x))))
         return self.norm2(x + self.dropout3(hidden))
 
 
 class DeformableEncoder(nn.Module):
-    """A stack of :class:`DeformableEncoderLayer`.
-
-    ``use_checkpoint`` set to True: each layer's activations are computed again in the backward pass instead of kept.
-    """
+    """A stack of :class:`DeformableEncoderLayer`; ``use_checkpoint`` recomputes activations in the backward pass."""
 
     def __init__(self, n_layers: int, *layer: float) -> None:
         super().__init__()
@@ -69,7 +68,6 @@ class DeformableEncoder(nn.Module):
         self.use_checkpoint = False
 
     def forward(self, x: Tensor, *arguments: Tensor) -> Tensor:
-        """(N, S, C) -> (N, S, C); arguments as in :meth:`DeformableEncoderLayer.forward`."""
         for layer in self.layers:
             x = run_block(layer, x, *arguments, use_checkpoint=self.use_checkpoint)
         return x
@@ -79,11 +77,6 @@ class MultiScaleDeformableTransformer(nn.Module):
     """The encoder over several feature maps, with level embeddings and sine positions.
 
     Padding is not masked: the maps count as valid throughout, as the published models were trained.
-
-    Args:
-        d_model, d_ffn: channels of the maps, hidden channels of the feed-forward networks.
-        n_layers, n_levels, n_heads, n_points: layers, maps, attention heads, points per head and map.
-        dropout: probability in every layer.
     """
 
     def __init__(

@@ -11,7 +11,7 @@ from detectron2.modeling import build_backbone, build_sem_seg_head
 from detectron2.structures import ImageList
 from torch import Tensor
 
-from peft_d2.models.checks import ModelConfigError, expect_at_least, expect_share
+from peft_d2.models.checks import ModelConfigError, expect_numbers
 from peft_d2.models.layers.criterion import SetCriterion
 from peft_d2.models.layers.inputs import PixelModel, Target, count_objects, prepare_targets
 from peft_d2.models.layers.postprocess import Canvas
@@ -22,9 +22,6 @@ class MaskClassifier(PixelModel):
 
     A model derives from it: ``config_node`` names its node below ``MODEL``, ``make_criterion`` makes its losses, and
     ``inference`` its results. ``metadata`` is of the training set: panoptic inference takes the thing classes from it.
-
-    Raises:
-        ModelConfigError: values that are out of range or do not go together.
     """
 
     config_node: str
@@ -34,8 +31,7 @@ class MaskClassifier(PixelModel):
     def __init__(self, cfg: CfgNode) -> None:
         super().__init__(cfg)
         node, path = cfg.MODEL[self.config_node], f"MODEL.{self.config_node}"
-        expect_at_least(path, node, TRAIN_NUM_POINTS=1, OVERSAMPLE_RATIO=1.0)
-        expect_share(path, node, "IMPORTANCE_SAMPLE_RATIO")
+        expect_numbers(path, node, TRAIN_NUM_POINTS=1, OVERSAMPLE_RATIO=1.0, IMPORTANCE_SAMPLE_RATIO=(0, 1))
         self.backbone: Any = build_backbone(cfg)
         self.sem_seg_head = build_sem_seg_head(cfg, self.backbone.output_shape())
         self.criterion = self.make_criterion(cfg, self.sem_seg_head.num_classes)
@@ -52,7 +48,7 @@ class MaskClassifier(PixelModel):
         self.top_k = cfg.TEST.DETECTIONS_PER_IMAGE
 
     def forward(self, batched_inputs: list[dict[str, Any]]) -> dict[str, Tensor] | list[dict[str, Any]]:
-        """Losses in training, results otherwise.
+        """The weighted losses by name in training, otherwise the results that are on, a dict per image.
 
         Args:
             batched_inputs: dicts with ``image`` (C, H, W), not normalised; in training ``instances`` (``gt_classes``,
@@ -60,8 +56,7 @@ class MaskClassifier(PixelModel):
                 default the image's.
 
         Returns:
-            In training the weighted losses by name. Otherwise a dict per image with ``sem_seg`` (K, H, W),
-            ``panoptic_seg`` (ids (H, W), segments) and ``instances``, as far as they are on.
+            Results are ``sem_seg`` (K, H, W), ``panoptic_seg`` (ids (H, W), segments) and ``instances``.
         """
         images = [self.normalised(item["image"], item.get("file_name", "an image")) for item in batched_inputs]
         batch = ImageList.from_tensors(images, self.size_divisibility)
@@ -91,7 +86,6 @@ class MaskClassifier(PixelModel):
         return self.sem_seg_head(features)
 
     def targets(self, batched_inputs: list[dict[str, Any]], batch: ImageList) -> list[Target]:
-        """The ground truth of a batch."""
         return prepare_targets(batched_inputs, batch, self.sem_seg_head.ignore_value)
 
     def inference(self, prediction: dict[str, Tensor], canvas: Canvas) -> dict[str, Any]:
@@ -109,11 +103,7 @@ class MaskClassifier(PixelModel):
         return None if ids is None else set(ids.values())
 
     def known_things(self, key: str = "TEST.PANOPTIC_ON") -> set[int]:
-        """``thing_classes``, which what ``key`` switches on cannot do without.
-
-        Raises:
-            ModelConfigError: the data set's metadata does not say.
-        """
+        """``thing_classes``, without which what ``key`` switches on is a :class:`ModelConfigError`."""
         things = self.thing_classes
         if things is None:
             raise ModelConfigError(

@@ -13,9 +13,7 @@ from peft_d2.ops import ms_deform_attn_fused
 class MSDeformAttn(nn.Module):
     """Attention from each query to a few learned points around its reference point on every level.
 
-    Args:
-        d_model: channels of queries, memory and output; a multiple of ``n_heads``.
-        n_levels, n_heads, n_points: L, M and P.
+    Channels ``d_model`` of queries, memory and output are a multiple of ``n_heads``.
     """
 
     def __init__(self, d_model: int = 256, n_levels: int = 4, n_heads: int = 8, n_points: int = 4) -> None:
@@ -58,7 +56,7 @@ class MSDeformAttn(nn.Module):
         input_level_start_index: Tensor,
         input_padding_mask: Tensor | None = None,
     ) -> Tensor:
-        """Sample the levels around each reference point, as far as each query wants.
+        """Sample the levels around each reference point, as far as each query wants: (N, Q, C).
 
         Args:
             query: (N, Q, C).
@@ -66,9 +64,6 @@ class MSDeformAttn(nn.Module):
             input_flatten: (N, S, C), the levels' pixels one level after the other.
             input_spatial_shapes, input_level_start_index: (L, 2) as (H, W), and (L,).
             input_padding_mask: (N, S), True at padding, which then contributes nothing.
-
-        Returns:
-            (N, Q, C).
         """
         n, queries, _ = query.shape
         value = self.value_proj(input_flatten)

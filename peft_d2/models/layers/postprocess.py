@@ -106,10 +106,8 @@ def instance_inference(
 def semantic_inference(probability: Tensor, mask_logits: Tensor, canvas: Canvas, resize_last: bool = False) -> Tensor:
     """Per-class maps (K, H, W): the sum over queries of class probability times mask probability, not normalised.
 
-    Args:
-        probability, mask_logits, canvas: as in :func:`instance_inference`.
-        resize_last: sum at the padded size and resize the class maps, which needs less memory for large outputs with
-            many queries; otherwise resize the mask logits first.
+    ``resize_last`` sums at the padded size and resizes the class maps, which needs less memory for large outputs with
+    many queries; otherwise the mask logits are resized first.
     """
     resize = canvas.to_padded if resize_last else canvas.upsample
     size = canvas.padded if resize_last else canvas.output
@@ -128,14 +126,11 @@ def panoptic_inference(
     thing_classes: Collection[int],
     overlap_threshold: float,
 ) -> tuple[Tensor, list[dict]]:
-    """One segment per pixel (Cheng et al., MaskFormer, NeurIPS 2021, section 3.4).
+    """Segment ids (H, W) int32, 0 where there is none, and the segments (MaskFormer, NeurIPS 2021, section 3.4).
 
     The queries given, with scores (M,), classes (M,) and logits (M, h, w), compete for each pixel with score times mask
     probability. A query is kept if it wins at least ``overlap_threshold`` times as many pixels as have a probability of
     0.5 or more, and paints those that it wins with such a probability. Stuff of one class is one segment.
-
-    Returns:
-        (H, W) int32 of segment ids, 0 where there is none, and the segments: ``id``, ``category_id``, ``isthing``.
     """
     if not len(scores):
         return torch.zeros(canvas.output, dtype=torch.int32, device=mask_logits.device), []

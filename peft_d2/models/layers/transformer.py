@@ -43,8 +43,6 @@ class AttentionLayer(nn.Module):
     """Attention, dropout, residual, norm.
 
     Args:
-        d_model: channels.
-        n_heads: attention heads.
         dropout: probability, on attention weights and on the result.
         pre_norm: normalise the input of the attention instead of the sum.
         name: what the attention is called in state dicts.
@@ -68,15 +66,12 @@ class AttentionLayer(nn.Module):
         memory: tuple[Tensor, Tensor] | None = None,
         attn_mask: Tensor | None = None,
     ) -> Tensor:
-        """Update the queries.
+        """Update the queries (Q, N, C).
 
         Args:
             x, position: (Q, N, C) queries and what is added to them for attending.
             memory: keys and values (S, N, C), positions added already, as several layers share them; None: the queries.
             attn_mask: (N * heads, Q, S), True where attending is forbidden.
-
-        Returns:
-            (Q, N, C).
         """
         source = self.norm(x) if self.pre_norm else x
         query = source + position
@@ -87,7 +82,7 @@ class AttentionLayer(nn.Module):
 
 
 class FFNLayer(nn.Module):
-    """Linear, ReLU, linear, residual, norm. Arguments as in :class:`AttentionLayer`."""
+    """Linear, ReLU, linear, residual, norm: (L, N, C) -> the same; arguments as in :class:`AttentionLayer`."""
 
     def __init__(self, d_model: int, d_hidden: int, dropout: float = 0.0, pre_norm: bool = False) -> None:
         super().__init__()
@@ -99,14 +94,13 @@ class FFNLayer(nn.Module):
         init_transformer(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(L, N, C) -> (L, N, C)."""
         source = self.norm(x) if self.pre_norm else x
         x = x + self.dropout(self.linear2(self.dropout(F.relu(self.linear1(source)))))
         return x if self.pre_norm else self.norm(x)
 
 
 class TransformerEncoderLayer(nn.Module):
-    """Self-attention and a feed-forward network, under DETR's names; arguments as in :class:`AttentionLayer`."""
+    """Self-attention and a feed-forward network, under DETR's names: x (L, N, C), position broadcastable to it."""
 
     def __init__(self, d_model: int, n_heads: int, d_ffn: int, dropout: float = 0.0, pre_norm: bool = False) -> None:
         super().__init__()
@@ -121,7 +115,6 @@ class TransformerEncoderLayer(nn.Module):
         self.pre_norm = pre_norm
 
     def forward(self, x: Tensor, position: Tensor | None = None) -> Tensor:
-        """x (L, N, C), position broadcastable to it -> (L, N, C)."""
         source = self.norm1(x) if self.pre_norm else x
         query = source if position is None else source + position
         x = x + self.dropout1(self.self_attn(query, query, source, need_weights=False)[0])
@@ -134,7 +127,7 @@ class TransformerEncoderLayer(nn.Module):
 class TransformerEncoder(nn.Module):
     """A stack of :class:`TransformerEncoderLayer`; with ``pre_norm``, one more norm at its end.
 
-    ``use_checkpoint`` set to True: each layer's activations are computed again in the backward pass instead of kept.
+    ``use_checkpoint`` recomputes activations in the backward pass; the position is added in every layer.
     """
 
     def __init__(
@@ -147,14 +140,13 @@ class TransformerEncoder(nn.Module):
         self.use_checkpoint = False
 
     def forward(self, x: Tensor, position: Tensor | None = None) -> Tensor:
-        """(L, N, C) -> (L, N, C); the position is added in every layer."""
         for layer in self.layers:
             x = run_block(layer, x, position, use_checkpoint=self.use_checkpoint)
         return x if self.norm is None else self.norm(x)
 
 
 class MLP(nn.Module):
-    """``n_layers`` linear layers with ReLU between them."""
+    """``n_layers`` linear layers with ReLU between them: (..., d_in) -> (..., d_out)."""
 
     def __init__(self, d_in: int, d_hidden: int, d_out: int, n_layers: int) -> None:
         super().__init__()
@@ -162,20 +154,15 @@ class MLP(nn.Module):
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., d_in) -> (..., d_out)."""
         for layer in self.layers[:-1]:
             x = F.relu(layer(x))
         return self.layers[-1](x)
 
 
 class FeedForward(nn.Module):
-    """Linear, activation, linear, as backbones have it.
+    """Linear, activation, linear, each with dropout, as backbones have it: (..., dim) -> the same.
 
-    Args:
-        dim, hidden: channels in and out, and between.
-        activation: its class.
-        drop: dropout after either layer.
-        names: what the layers are called in state dicts.
+    ``names``: what the layers are called in state dicts.
     """
 
     def __init__(
@@ -194,7 +181,6 @@ class FeedForward(nn.Module):
         self.drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., dim) -> (..., dim)."""
         first, second = (self.get_submodule(name) for name in self.names)
         return self.drop(second(self.drop(self.act(first(x)))))
 

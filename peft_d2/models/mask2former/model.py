@@ -12,7 +12,7 @@ from detectron2.modeling import META_ARCH_REGISTRY, SEM_SEG_HEADS_REGISTRY
 from detectron2.structures import Boxes
 from torch import Tensor, nn
 
-from peft_d2.models.checks import expect, expect_at_least
+from peft_d2.models.checks import expect, expect_numbers
 from peft_d2.models.layers.criterion import HungarianMatcher, SetCriterion
 from peft_d2.models.layers.mask_classifier import MaskClassifier
 from peft_d2.models.layers.postprocess import (
@@ -116,9 +116,6 @@ class MaskFormerHead(nn.Module):
 
     The pixel decoder's ``forward_features`` gives mask features, one encoded map and multi-scale maps; the predictor
     takes the multi-scale maps and the mask features. Pixels of ``ignore_value`` count nowhere, in semantic maps.
-
-    Raises:
-        ModelConfigError: values that are out of range, or another source of the decoder's features than the maps.
     """
 
     # The published code tells old keys from new ones by this number in a state dict's metadata.
@@ -130,7 +127,7 @@ class MaskFormerHead(nn.Module):
         head, node = cfg.MODEL.SEM_SEG_HEAD, cfg.MODEL[self.config_node]
         source = node.get("TRANSFORMER_IN_FEATURE", _FEATURES)
         expect(source == _FEATURES, "MODEL.MASK_FORMER.TRANSFORMER_IN_FEATURE", source, f"{_FEATURES!r} for this head")
-        expect_at_least("MODEL.SEM_SEG_HEAD", head, NUM_CLASSES=1, MASK_DIM=1)
+        expect_numbers("MODEL.SEM_SEG_HEAD", head, NUM_CLASSES=1, MASK_DIM=1)
         self.pixel_decoder: Any = SEM_SEG_HEADS_REGISTRY.get(head.PIXEL_DECODER_NAME)(cfg, input_shape)
         decoder = TRANSFORMER_DECODER_REGISTRY.get(node.TRANSFORMER_DECODER_NAME)
         self.predictor: Any = decoder(cfg, head.CONVS_DIM, mask_classification=True)

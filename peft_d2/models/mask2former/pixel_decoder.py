@@ -16,7 +16,7 @@ from detectron2.layers import Conv2d, ShapeSpec, get_norm
 from detectron2.modeling import SEM_SEG_HEADS_REGISTRY
 from torch import Tensor, nn
 
-from peft_d2.models.checks import expect, expect_at_least, expect_heads, expect_norm, expect_share, expect_some_of
+from peft_d2.models.checks import expect, expect_heads, expect_norm, expect_numbers, expect_some_of
 from peft_d2.models.layers.deformable_encoder import MultiScaleDeformableTransformer
 from peft_d2.models.layers.geometry import SinePosition2d
 from peft_d2.models.layers.transformer import TransformerEncoder, init_transformer
@@ -40,10 +40,7 @@ MODEL:
 
 
 class Pyramid(nn.Module):
-    """Convolutions named ``adapter_<n>`` and ``layer_<n>`` as published; number 1 is the finest level.
-
-    They have nothing to do with adapters for fine-tuning.
-    """
+    """Convolutions named ``adapter_<n>`` and ``layer_<n>`` as published; number 1 is the finest level."""
 
     def add_level(self, number: int, channels: int, norm: str, in_channels: int = 0) -> None:
         """Add ``layer_<n>`` (3 x 3, norm, ReLU) and, where a map of ``in_channels`` enters, ``adapter_<n>`` (1 x 1)."""
@@ -64,14 +61,10 @@ class Pyramid(nn.Module):
 
 
 def check_pyramid(head: CfgNode, input_shape: Collection[str]) -> None:
-    """Check what all pixel decoders take from ``MODEL.SEM_SEG_HEAD``, for a backbone with these maps.
-
-    Raises:
-        ModelConfigError: maps that the backbone does not have, sizes out of range, an unknown norm.
-    """
+    """Check what all pixel decoders take from ``MODEL.SEM_SEG_HEAD``, for a backbone with these maps."""
     path = "MODEL.SEM_SEG_HEAD"
     expect_some_of(f"{path}.IN_FEATURES", head.IN_FEATURES, input_shape, "the backbone's maps")
-    expect_at_least(path, head, CONVS_DIM=1, MASK_DIM=1, TRANSFORMER_ENC_LAYERS=0)
+    expect_numbers(path, head, CONVS_DIM=1, MASK_DIM=1, TRANSFORMER_ENC_LAYERS=0)
     expect_norm(f"{path}.NORM", head.NORM)
 
 
@@ -86,9 +79,6 @@ class MSDeformAttnPixelDecoder(Pyramid):
         extra_levels: maps that the encoder sees besides, made from the coarsest one, each half the size of the last.
         finest_first: order of the encoder's maps and of those that the transformer decoder gets; else coarsest first.
         least_pyramid_levels: maps that enter the pyramid at least, even where the encoder reaches the common stride.
-
-    Raises:
-        ModelConfigError: values that are out of range or do not go together.
     """
 
     config_node = "MASK_FORMER"
@@ -138,11 +128,11 @@ class MSDeformAttnPixelDecoder(Pyramid):
         path, encoded = "MODEL.SEM_SEG_HEAD", "DEFORMABLE_TRANSFORMER_ENCODER_IN_FEATURES"
         check_pyramid(head, input_shape)
         expect_some_of(f"{path}.{encoded}", head[encoded], head.IN_FEATURES, "which IN_FEATURES names")
-        expect_at_least(path, head, DIM_FEEDFORWARD=1, DEFORMABLE_TRANSFORMER_ENCODER_N_POINTS=1, COMMON_STRIDE=1)
+        expect_numbers(path, head, DIM_FEEDFORWARD=1, DEFORMABLE_TRANSFORMER_ENCODER_N_POINTS=1, COMMON_STRIDE=1)
         groups = head.CONVS_DIM % _GROUPS == 0
         expect(groups, f"{path}.CONVS_DIM", head.CONVS_DIM, f"a multiple of {_GROUPS}, the groups of its norms")
         expect_heads(f"{path}.CONVS_DIM", head.CONVS_DIM, f"MODEL.{self.config_node}.NHEADS", node.NHEADS)
-        expect_share(f"MODEL.{self.config_node}", node, "DROPOUT")
+        expect_numbers(f"MODEL.{self.config_node}", node, DROPOUT=(0, 1))
 
     def forward_features(self, features: dict[str, Tensor]) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Encode the backbone's maps (N, C_l, H_l, W_l), and add finer ones to the finest of them.
@@ -196,7 +186,7 @@ def _projection(in_channels: int, channels: int, halve: bool = False) -> nn.Sequ
 
 
 class MapTransformer(nn.Module):
-    """A transformer encoder over the pixels of one map, with sine positions."""
+    """A transformer encoder over the pixels of one map (N, C, H, W), with sine positions."""
 
     def __init__(self, d_model: int, n_heads: int, d_ffn: int, n_layers: int, dropout: float, pre_norm: bool) -> None:
         super().__init__()
@@ -205,7 +195,6 @@ class MapTransformer(nn.Module):
         init_transformer(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) -> the same."""
         position = self.position(x.shape[-2], x.shape[-1], x.device)[:, None]
         encoded = self.encoder(x.flatten(2).permute(2, 0, 1), position)
         return encoded.permute(1, 2, 0).view(x.shape)
@@ -217,10 +206,6 @@ class TransformerEncoderPixelDecoder(Pyramid):
 
     Padding is not masked. Upsampling is to the nearest pixel. All maps that ``MODEL.SEM_SEG_HEAD`` names enter the
     pyramid; the encoder has the heads, dropout and hidden channels of ``MODEL.MASK_FORMER``.
-
-    Raises:
-        ModelConfigError: for fewer maps than the transformer decoder takes, and values that are out of range or do not
-            go together.
     """
 
     def __init__(self, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> None:
@@ -232,7 +217,7 @@ class TransformerEncoderPixelDecoder(Pyramid):
         expect(len(names) >= _DECODER_LEVELS, "MODEL.SEM_SEG_HEAD.IN_FEATURES", names, enough)
         expect(channels % 4 == 0, "MODEL.SEM_SEG_HEAD.CONVS_DIM", channels, "a multiple of 4")
         expect_heads("MODEL.SEM_SEG_HEAD.CONVS_DIM", channels, "MODEL.MASK_FORMER.NHEADS", former.NHEADS)
-        expect_share("MODEL.MASK_FORMER", former, "DROPOUT")
+        expect_numbers("MODEL.MASK_FORMER", former, DROPOUT=(0, 1))
         self.in_features = sorted(names, key=lambda name: input_shape[name].stride)
         *finer, coarsest = self.in_features
         for number, name in enumerate(finer, start=1):
@@ -251,9 +236,7 @@ class TransformerEncoderPixelDecoder(Pyramid):
     def forward_features(self, features: dict[str, Tensor]) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Encode the coarsest of the backbone's maps (N, C_l, H_l, W_l), and add the finer ones to it one by one.
 
-        Returns:
-            Mask features (N, mask_dim, H, W) at the finest map's stride, the encoder's map, and the three coarsest
-            maps (N, conv_dim, H_l, W_l) of the pyramid, coarsest first.
+        Mask features are at the finest map's stride; of the pyramid, the three coarsest maps come out, coarsest first.
         """
         *finer, coarsest = self.in_features
         encoded = self.transformer(self.input_proj(features[coarsest]))

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from detectron2.config import CfgNode
 from torch import Tensor, nn
 
-from peft_d2.models.checks import expect_at_least, expect_width
+from peft_d2.models.checks import expect_numbers, expect_width
 from peft_d2.models.layers.geometry import SinePosition2d
 from peft_d2.models.layers.transformer import MLP, AttentionLayer, FFNLayer, input_projections
 from peft_d2.models.registration import TRANSFORMER_DECODER_REGISTRY, entry
@@ -21,15 +21,8 @@ _LEVELS = 3
 class MaskedTransformerDecoder(nn.Module):
     """Queries attend to one scale after the other, each only where it predicts its mask to be.
 
-    ``MODEL.MASK_FORMER`` describes it. A decoder derives from it: it adds what its :meth:`classifier` needs.
-
-    Args:
-        cfg: its DEC_LAYERS counts the prediction made from the queries themselves, before any layer.
-        in_channels: of the multi-scale features.
-        mask_classification: True, as upstream passes it.
-
-    Raises:
-        ModelConfigError: values that are out of range or do not go together.
+    ``MODEL.MASK_FORMER`` describes it: DEC_LAYERS counts the prediction made from the queries themselves, before any
+    layer. A decoder derives from it: it adds what its :meth:`classifier` needs. ``in_channels`` are of the features.
     """
 
     mask_embed: nn.Module
@@ -39,7 +32,7 @@ class MaskedTransformerDecoder(nn.Module):
         if not mask_classification:
             raise ValueError(f"{type(self).__name__}: mask_classification is False; only True is supported")
         former, path = cfg.MODEL.MASK_FORMER, "MODEL.MASK_FORMER"
-        expect_at_least(path, former, DEC_LAYERS=1, NUM_OBJECT_QUERIES=1, DIM_FEEDFORWARD=1)
+        expect_numbers(path, former, DEC_LAYERS=1, NUM_OBJECT_QUERIES=1, DIM_FEEDFORWARD=1)
         expect_width(path, former)
         channels, layers = former.HIDDEN_DIM, range(former.DEC_LAYERS - 1)
         attention = {"d_model": channels, "n_heads": former.NHEADS, "pre_norm": former.PRE_NORM}
@@ -138,5 +131,4 @@ class MultiScaleMaskedTransformerDecoder(MaskedTransformerDecoder):
         self.mask_embed = MLP(channels, channels, head.MASK_DIM, 3)
 
     def classifier(self) -> Callable[[Tensor], Tensor]:
-        """``class_embed``."""
         return self.class_embed

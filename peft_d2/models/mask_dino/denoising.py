@@ -1,7 +1,6 @@
 """Denoising training: queries made of disturbed ground truth, to be restored without any matching.
 
-Sources: Li et al., DN-DETR, CVPR 2022, section 4; Li et al., Mask DINO, CVPR 2023, section 3.4 (masks are restored from
-disturbed boxes).
+Sources: Li et al., DN-DETR, CVPR 2022, section 4; Li et al., Mask DINO, CVPR 2023, section 3.4.
 """
 
 from __future__ import annotations
@@ -19,12 +18,9 @@ from peft_d2.models.layers.inputs import Target
 
 @dataclass
 class DenoisingQueries:
-    """The queries of a batch: ``groups`` times all targets of an image, each group padded to ``group_size``.
+    """The queries of a batch: ``groups`` times all targets of an image, each group padded to ``group_size`` by zeros.
 
-    Attributes:
-        content: (N, D, C), D = groups * group_size; zero where an image has fewer targets.
-        box_logits: (N, D, 4), zero where an image has fewer targets.
-        groups, group_size: D in its parts, one group after the other.
+    ``content`` (N, D, C), D = groups * group_size, one group after the other; ``box_logits`` (N, D, 4).
     """
 
     content: Tensor
@@ -44,8 +40,7 @@ class DenoisingQueries:
     def blocked(self, matching: int) -> Tensor:
         """(D + matching, D + matching), True where a query must not see another.
 
-        A group sees itself and the ``matching`` queries that follow all groups; those see each other alone, as the
-        others know the ground truth.
+        A group sees itself and the ``matching`` queries that follow all groups; those see each other alone.
         """
         device = self.content.device
         group = torch.arange(len(self) + matching, device=device) // max(self.group_size, 1)
@@ -59,15 +54,13 @@ def denoising_queries(
     """Disturb the targets: a label is replaced with probability noise_scale / 2, a box moves and grows by chance.
 
     A box's centre moves by up to noise_scale / 2 of its size, its sides change by up to noise_scale of themselves.
+    None if there are no targets, or more than ``count`` in an image.
 
     Args:
         targets: one per image, with ``boxes``.
         label_embedding: content (C) by class.
         count: queries wanted at most: there are ``count // T`` groups for the largest number T of targets in an image.
         noise_scale: in [0, 1].
-
-    Returns:
-        None if there are no targets, or more than ``count`` in an image.
     """
     group_size = max((len(target.labels) for target in targets), default=0)
     groups = count // group_size if group_size else 0

@@ -81,11 +81,9 @@ class MaskDINOHead(MaskFormerHead):
 class MaskDINO(MaskClassifier):
     """Mask DINO: see :class:`MaskClassifier`.
 
-    Attributes:
-        softmax_classes: classes compete and the last one is no-object; otherwise each has a sigmoid of its own.
-        temperature: of a softmax over the classes' sigmoids, which sharpens semantic and panoptic results; None uses
-            the sigmoids as they are.
-        focus_on_box: an instance's score is its class's alone, without the quality of its mask.
+    ``softmax_classes``: classes compete and the last one is no-object; else each has a sigmoid. ``temperature``: of a
+    softmax over these sigmoids, which sharpens semantic and panoptic results, or None. ``focus_on_box``: an instance's
+    score is its class's alone, without the quality of its mask.
     """
 
     config_node = "MaskDINO"
@@ -101,11 +99,9 @@ class MaskDINO(MaskClassifier):
         self.padded_boxes = cfg.MODEL.SEM_SEG_HEAD.PADDED_BOXES
 
     def predict(self, features: dict[str, Tensor], targets: list[Target] | None = None) -> dict[str, Any]:
-        """What the head predicts; ``targets`` in training."""
         return self.sem_seg_head(features, targets=targets)
 
     def targets(self, batched_inputs: list[dict[str, Any]], batch: ImageList) -> list[Target]:
-        """The ground truth of a batch, with boxes."""
         targets = super().targets(batched_inputs, batch)
         add_boxes(targets, batched_inputs, batch, self.padded_boxes)
         return targets

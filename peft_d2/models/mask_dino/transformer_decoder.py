@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from detectron2.config import CfgNode
 from torch import Tensor, nn
 
-from peft_d2.models.checks import ModelConfigError, expect, expect_at_least, expect_width
+from peft_d2.models.checks import ModelConfigError, expect, expect_numbers, expect_width
 from peft_d2.models.layers.deformable_encoder import Levels
 from peft_d2.models.layers.geometry import box_code, inverse_sigmoid, pixel_centres, to_centres
 from peft_d2.models.layers.inputs import Target
@@ -54,16 +54,13 @@ class DeformableDecoderLayer(nn.Module):
     def forward(
         self, x: Tensor, position: Tensor, reference: Tensor, memory: Levels, blocked: Tensor | None = None
     ) -> Tensor:
-        """Let the queries see each other, then the maps, each around its box.
+        """Let the queries see each other, then the maps, each around its box: (N, Q, C).
 
         Args:
             x, position: (N, Q, C) queries and what is added to them for attending.
             reference: (N, Q, 4) boxes (centre x, centre y, width, height) in [0, 1].
             memory: what the queries look at.
             blocked: (Q, Q), True where a query must not see another.
-
-        Returns:
-            (N, Q, C).
         """
         query = x + position
         attended = self.self_attn(query, query, x, attn_mask=blocked, need_weights=False)[0]
@@ -78,13 +75,8 @@ class DeformableDecoderLayer(nn.Module):
 class DeformableDecoder(nn.Module):
     """A stack of :class:`DeformableDecoderLayer` that refines its reference boxes. Sequences are (N, length, C).
 
-    Args:
-        n_layers, d_model, d_ffn: layers, channels, hidden channels of the feed-forward networks.
-        norm: applied to what each layer gives out, not to what it passes on.
-        layer_options: further arguments of the layers.
-
-    Before it is called, ``bbox_embed`` has to be set: per layer a module (..., d_model) -> (..., 4), whose output is
-    added to the boxes' logits.
+    ``norm`` is applied to what each layer gives out, not to what it passes on. Before it is called, ``bbox_embed`` has
+    to be set: per layer a module (..., d_model) -> (..., 4), whose output is added to the boxes' logits.
     """
 
     bbox_embed: nn.ModuleList
@@ -103,8 +95,7 @@ class DeformableDecoder(nn.Module):
         """Refine the boxes layer by layer, in float32 whatever the autocast type: half precision is too coarse.
 
         Args:
-            x: (N, Q, C) content of the queries.
-            box_logits: (N, Q, 4), the sigmoid gives boxes (centre x, centre y, width, height).
+            x, box_logits: (N, Q, C) content of the queries, (N, Q, 4) logits of their boxes.
             memory, blocked: as in :meth:`DeformableDecoderLayer.forward`.
 
         Returns:
@@ -126,25 +117,16 @@ class DeformableDecoder(nn.Module):
 
 @entry(TRANSFORMER_DECODER_REGISTRY, "PD2MaskDINODecoder", upstream="MaskDINODecoder")
 class MaskDINODecoder(nn.Module):
-    """Predicts classes, masks and boxes, as ``MODEL.MaskDINO`` says.
+    """Predicts classes, masks and boxes, as ``MODEL.MaskDINO`` says, but for DROPOUT, which is the encoder's.
 
     ``bbox_embed`` is one perceptron under many names, and ``decoder_norm`` the decoder's own ``norm``, as published.
     With TWO_STAGE, queries start from the encoder's maps (LEARN_TGT: their boxes alone do); otherwise they are learned.
-
-    Args:
-        cfg: the published decoder has no dropout, whatever DROPOUT says; that is the encoder's.
-        in_channels: of the multi-scale features.
-        mask_classification: True, as upstream passes it.
 
     Attributes:
         box_start: with two stages, boxes start around the masks of the chosen places: ``bitmask``, or ``mask2box``, one
             pixel smaller; ``no``: from the places' own boxes.
         initial_prediction: the queries themselves are supervised, before any layer.
         denoising: ``seg`` restores masks too, ``standard`` boxes and classes alone, ``no`` nothing.
-        denoising_count, noise_scale: see :func:`peft_d2.models.mask_dino.denoising.denoising_queries`.
-
-    Raises:
-        ModelConfigError: for values that are unknown, out of range or do not go together.
     """
 
     def __init__(self, cfg: CfgNode, in_channels: int, mask_classification: bool = True) -> None:
@@ -194,10 +176,10 @@ class MaskDINODecoder(nn.Module):
             targets: one per image with boxes, for denoising; needed in training where that is on.
 
         Returns:
-            ``pred_logits`` (N, Q, K), ``pred_masks`` (N, Q, H, W) and ``pred_boxes`` (N, Q, 4) of the last layer:
-            (centre x, centre y, width, height), relative to the padded image. In training besides: ``aux_outputs``,
-            the same of the queries themselves and of every layer but the last; with two stages ``interm_outputs`` of
-            the chosen places; ``denoising``: the denoising queries and their predictions by layer, or None.
+            ``pred_logits`` (N, Q, K), ``pred_masks`` (N, Q, H, W) and ``pred_boxes`` (N, Q, 4) of the last layer,
+            relative to the padded image. In training besides: ``aux_outputs``, the same of the queries themselves and
+            of every layer but the last; with two stages ``interm_outputs`` of the chosen places; ``denoising``: the
+            denoising queries and their predictions by layer, or None.
         """
         # In float32, as the decoder is, also where the maps come in the autocast type.
         projected = [projection(feature).float() for projection, feature in zip(self.input_proj, features, strict=True)]
@@ -285,14 +267,10 @@ class MaskDINODecoder(nn.Module):
 
 
 def proposal_logits(sizes: Sequence[tuple[int, int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """A box at every pixel of every level, and where it is well inside of the image.
+    """A box at every pixel of every level, and where it is well inside of the image; sides double from level to level.
 
-    Args:
-        sizes: (H_l, W_l) by level; sides double from level to level.
-
-    Returns:
-        (S, 4) logits of (centre x, centre y, width, height), infinite where not valid, and (S,) bool. Valid are boxes
-        all of whose four numbers are in (0.01, 0.99) (Zhu et al., Deformable DETR, appendix A.4, two-stage).
+    (S, 4) logits of (centre x, centre y, width, height), infinite where not valid, and (S,) bool. Valid are boxes all
+    of whose numbers are in (0.01, 0.99) (Zhu et al., Deformable DETR, appendix A.4, two-stage).
     """
     parts = []
     for level, size in enumerate(sizes):
@@ -318,5 +296,5 @@ def _check(dino: CfgNode) -> None:
             f"{path}.INITIALIZE_BOX_TYPE is {dino.INITIALIZE_BOX_TYPE!r}, boxes around predicted masks; that "
             "needs TWO_STAGE and INITIAL_PRED True. Set them, or 'no'"
         )
-    expect_at_least(path, dino, DEC_LAYERS=1, NUM_OBJECT_QUERIES=1, DIM_FEEDFORWARD=1, DN_NUM=0)
+    expect_numbers(path, dino, DEC_LAYERS=1, NUM_OBJECT_QUERIES=1, DIM_FEEDFORWARD=1, DN_NUM=0)
     expect_width(path, dino)

@@ -14,7 +14,7 @@ from detectron2.config import CfgNode
 from torch import Tensor, nn
 
 from peft_d2.models.backbones.stages import PatchEmbed, from_windows, pad_bottom_right, to_windows
-from peft_d2.models.checks import expect, expect_at_least, expect_heads
+from peft_d2.models.checks import expect, expect_heads, expect_numbers
 from peft_d2.models.layers.transformer import FeedForward, run_block
 
 MLPBlock = partial(FeedForward, names=("lin1", "lin2"))
@@ -174,7 +174,7 @@ def relative_rows(table: Tensor, queries: int, keys: int) -> Tensor:
 
 def _check(node: CfgNode) -> None:
     path = "MODEL.SAM"
-    expect_at_least(path, node, PATCH_SIZE=1, IMAGE_SIZE=1, DEPTH=1, WINDOW_SIZE=1, OUT_CHANNELS=0)
+    expect_numbers(path, node, PATCH_SIZE=1, IMAGE_SIZE=1, DEPTH=1, WINDOW_SIZE=1, OUT_CHANNELS=0)
     whole = node.IMAGE_SIZE % node.PATCH_SIZE == 0
     expect(whole, f"{path}.IMAGE_SIZE", node.IMAGE_SIZE, f"a multiple of PATCH_SIZE, {node.PATCH_SIZE}")
     inside = all(0 <= i < node.DEPTH for i in node.GLOBAL_BLOCKS)

@@ -16,7 +16,7 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.structures import Boxes, Instances
 from torch import Tensor
 
-from peft_d2.models.checks import expect, expect_at_least
+from peft_d2.models.checks import expect, expect_numbers
 from peft_d2.models.layers.criterion import average_count, dice_loss, mask_loss, objects_of_all
 from peft_d2.models.layers.inputs import PixelModel, Target, count_objects
 from peft_d2.models.layers.postprocess import Canvas, mask_boxes
@@ -63,7 +63,7 @@ class SegmentAnything(PixelModel):
     def __init__(self, cfg: CfgNode) -> None:
         super().__init__(cfg)
         node, path = cfg.MODEL.SAM, "MODEL.SAM"
-        expect_at_least(path, node, DECODER_HEADS=1, DECODER_DEPTH=1, DECODER_MLP_DIM=1, PROMPTS_PER_CALL=1)
+        expect_numbers(path, node, DECODER_HEADS=1, DECODER_DEPTH=1, DECODER_MLP_DIM=1, PROMPTS_PER_CALL=1)
         # Each head has its share of half the channels; masks have an eighth of them.
         shares = math.lcm(2 * node.DECODER_HEADS, 8)
         shared_out = node.OUT_CHANNELS >= 1 and node.OUT_CHANNELS % shares == 0
