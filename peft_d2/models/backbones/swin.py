@@ -78,7 +78,7 @@ class WindowAttention(nn.Module):
 
 
 class SwinBlock(nn.Module):
-    """Window attention and MLP, each pre-normed with a residual; ``shift`` moves the windows cyclically: (N, H, W, C)."""
+    """Window attention and MLP, each pre-normed with a residual; ``shift`` moves the windows cyclically."""
 
     def __init__(self, node: CfgNode, dim: int, n_heads: int, shift: int, drop_path: float) -> None:
         super().__init__()
@@ -105,7 +105,7 @@ class SwinBlock(nn.Module):
 
 
 class PatchMerging(nn.Module):
-    """Each 2 x 2 pixels become one with twice the channels: (N, H, W, C) -> (N, ceil(H / 2), ceil(W / 2), 2 C)."""
+    """Each 2 x 2 pixels become one: (N, H, W, C) -> (N, ceil(H / 2), ceil(W / 2), 2 C)."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()

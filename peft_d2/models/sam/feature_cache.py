@@ -45,23 +45,17 @@ def attach(cfg: Any, model: nn.Module) -> None:
 
 
 class FeatureCache:
-    """Calls an encoder only for images that it has not seen.
+    """Calls an encoder, (N, 3, H, W) -> (N, C, G, G), only for images that it has not seen.
 
-    Args:
-        folder: where the embeddings go, one file each; made when needed.
-        encoder: (N, 3, H, W) -> (N, C, G, G), each image for itself.
-        settings: whatever decides the result besides the encoder's tensors.
+    ``folder`` is made when needed; ``settings`` are whatever decides the result besides the encoder's tensors.
     """
 
     def __init__(self, folder: str | Path, encoder: nn.Module, settings: str) -> None:
-        self.folder = Path(folder)
-        self.encoder = encoder
-        self.settings = settings
+        self.folder, self.encoder, self.settings = Path(folder), encoder, settings
         self._hashed: tuple[int, str] = (-1, "")
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        """The encoder's result for ``images``."""
         paths = [self.folder / key[:2] / f"{key}.safetensors" for key in self._keys(images)]
         embeddings = [_read(path) for path in paths]
         missing = [i for i, embedding in enumerate(embeddings) if embedding is None]

@@ -30,12 +30,8 @@ class LayerNorm2d(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """Same shape."""
         normed = F.layer_norm(x.movedim(1, -1), self.weight.shape, self.weight, self.bias, self.eps)
         return normed.movedim(-1, 1)
-
-    def extra_repr(self) -> str:
-        return f"{len(self.weight)}, eps={self.eps}"
 
 
 def normed_convolutions(in_channels: int, channels: int) -> tuple[nn.Module, ...]:
@@ -48,24 +44,23 @@ def normed_convolutions(in_channels: int, channels: int) -> tuple[nn.Module, ...
     )
 
 
-_EPS = 1e-6
-
-
 class ImageEncoder(nn.Module):
-    """Image to embedding, as ``MODEL.SAM`` describes it.
+    """Image (N, C, H, W), normalised, sides multiples of the patch, to embedding (N, channels, H / patch, W / patch).
 
-    Args:
-        cfg: images are squares of IMAGE_SIZE px; other sizes interpolate the positions that are made for it.
-        neck: whether the neck to OUT_CHANNELS is there; without it, the last block's channels are given out.
-
-    Raises:
-        ModelConfigError: values that are out of range or do not go together.
+    ``MODEL.SAM`` describes it for squares of IMAGE_SIZE px; other sizes interpolate the positions that are made for it.
+    Without the ``neck`` to OUT_CHANNELS, the last block's channels are given out.
     """
 
     def __init__(self, cfg: CfgNode, neck: bool = True) -> None:
         super().__init__()
         node = cfg.MODEL.SAM
-        _check(node)
+        path = "MODEL.SAM"
+        expect_numbers(path, node, PATCH_SIZE=1, IMAGE_SIZE=1, DEPTH=1, WINDOW_SIZE=1, OUT_CHANNELS=0)
+        whole = node.IMAGE_SIZE % node.PATCH_SIZE == 0
+        expect(whole, f"{path}.IMAGE_SIZE", node.IMAGE_SIZE, f"a multiple of PATCH_SIZE, {node.PATCH_SIZE}")
+        inside = all(0 <= i < node.DEPTH for i in node.GLOBAL_BLOCKS)
+        expect(inside, f"{path}.GLOBAL_BLOCKS", node.GLOBAL_BLOCKS, f"numbers of the {node.DEPTH} blocks, from 0")
+        expect_heads(f"{path}.EMBED_DIM", node.EMBED_DIM, f"{path}.NUM_HEADS", node.NUM_HEADS)
         grid, dim = node.IMAGE_SIZE // node.PATCH_SIZE, node.EMBED_DIM
         self.patch = node.PATCH_SIZE
         self.channels = node.OUT_CHANNELS if neck else dim
@@ -78,34 +73,32 @@ class ImageEncoder(nn.Module):
         self.neck: nn.Module = nn.Sequential(*normed_convolutions(dim, node.OUT_CHANNELS)) if neck else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W), normalised, sides multiples of the patch -> (N, channels, H / patch, W / patch)."""
         x = self.patch_embed(x.permute(0, 2, 3, 1))
-        x = x + self._positions(x.shape[1], x.shape[2])
+        positions: Tensor = self.pos_embed
+        if x.shape[1:3] != positions.shape[1:3]:
+            resized = F.interpolate(positions.permute(0, 3, 1, 2), size=x.shape[1:3], mode="bicubic")
+            positions = resized.permute(0, 2, 3, 1)
+        x = x + positions
         for block in self.blocks:
             x = run_block(block, x, use_checkpoint=self.use_checkpoint)
         return self.neck(x.permute(0, 3, 1, 2))
 
-    def _positions(self, height: int, width: int) -> Tensor:
-        if (height, width) == tuple(self.pos_embed.shape[1:3]):
-            return self.pos_embed
-        resized = F.interpolate(self.pos_embed.permute(0, 3, 1, 2), size=(height, width), mode="bicubic")
-        return resized.permute(0, 2, 3, 1)
-
 
 class EncoderBlock(nn.Module):
-    """Attention and MLP, each pre-normed with a residual; ``window`` 0 attends over the whole map of ``grid`` px."""
+    """Attention and MLP, each pre-normed with a residual: (N, H, W, C) -> the same.
+
+    ``window`` 0 attends over the whole map of ``grid`` px.
+    """
 
     def __init__(self, dim: int, n_heads: int, mlp_ratio: float, window: int, grid: int) -> None:
         super().__init__()
-        side = window or grid
-        self.norm1 = nn.LayerNorm(dim, eps=_EPS)
-        self.attn = RelativePositionAttention(dim, n_heads, (side, side))
-        self.norm2 = nn.LayerNorm(dim, eps=_EPS)
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = RelativePositionAttention(dim, n_heads, (window or grid,) * 2)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = MLPBlock(dim, int(dim * mlp_ratio))
         self.window = window
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, H, W, C) -> (N, H, W, C)."""
         x = x + self._attend(self.norm1(x))
         return x + self.mlp(self.norm2(x))
 
@@ -123,17 +116,11 @@ class RelativePositionAttention(nn.Module):
     """Multi-head self-attention over all pixels of a map, with a learned term per relative row and column.
 
     Li et al., "MViTv2", CVPR 2022, equations 4 and 5: ``logits = q k' / sqrt(d) + q . R_h[y - y'] + q . R_w[x - x']``,
-    with the unscaled q.
-
-    Args:
-        dim, n_heads: channels, attention heads.
-        size: (H, W) that the tables of relative positions are made for; other sizes interpolate them.
+    with the unscaled q. ``size`` (H, W): what the tables of relative positions are made for; others interpolate them.
     """
 
     def __init__(self, dim: int, n_heads: int, size: tuple[int, int]) -> None:
         super().__init__()
-        if dim % n_heads:
-            raise ValueError(f"{dim} channels cannot be shared out among {n_heads} heads; choose a multiple")
         self.n_heads = n_heads
         self.rel_pos_h = nn.Parameter(torch.zeros(2 * size[0] - 1, dim // n_heads))
         self.rel_pos_w = nn.Parameter(torch.zeros(2 * size[1] - 1, dim // n_heads))
@@ -170,13 +157,3 @@ def relative_rows(table: Tensor, queries: int, keys: int) -> Tensor:
     query = torch.arange(queries, device=table.device)[:, None] * max(keys / queries, 1.0)
     key = torch.arange(keys, device=table.device)[None, :] * max(queries / keys, 1.0)
     return table[(query - key + (keys - 1) * max(queries / keys, 1.0)).long()]
-
-
-def _check(node: CfgNode) -> None:
-    path = "MODEL.SAM"
-    expect_numbers(path, node, PATCH_SIZE=1, IMAGE_SIZE=1, DEPTH=1, WINDOW_SIZE=1, OUT_CHANNELS=0)
-    whole = node.IMAGE_SIZE % node.PATCH_SIZE == 0
-    expect(whole, f"{path}.IMAGE_SIZE", node.IMAGE_SIZE, f"a multiple of PATCH_SIZE, {node.PATCH_SIZE}")
-    inside = all(0 <= i < node.DEPTH for i in node.GLOBAL_BLOCKS)
-    expect(inside, f"{path}.GLOBAL_BLOCKS", node.GLOBAL_BLOCKS, f"numbers of the {node.DEPTH} blocks, from 0")
-    expect_heads(f"{path}.EMBED_DIM", node.EMBED_DIM, f"{path}.NUM_HEADS", node.NUM_HEADS)

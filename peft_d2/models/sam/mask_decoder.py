@@ -1,4 +1,7 @@
-"""The mask decoder of Segment Anything (Kirillov et al., ICCV 2023, appendix A). Names are the published ones."""
+"""The mask decoder of Segment Anything: tokens and an image's pixels attend to each other, then tokens become masks.
+
+Kirillov et al., ICCV 2023, appendix A, "Lightweight mask decoder". Names are the published ones.
+"""
 
 from __future__ import annotations
 
@@ -10,15 +13,16 @@ from torch import Tensor, nn
 from peft_d2.models.layers.transformer import MLP
 from peft_d2.models.sam.image_encoder import LayerNorm2d, MLPBlock
 
+_AMBIGUOUS = 3  # masks for a prompt that could mean several things; one more is for a prompt that cannot
+_DOWNSAMPLE = 2  # by this the attentions between tokens and image reduce the channels
+
 
 class DownsampledAttention(nn.Module):
-    """Multi-head attention within ``dim // downsample`` channels; inputs and output have ``dim``."""
+    """Multi-head attention within ``dim // downsample`` channels: q (B, T, C), k and v (B, S, C) -> (B, T, C)."""
 
     def __init__(self, dim: int, n_heads: int, downsample: int = 1) -> None:
         super().__init__()
         inner = dim // downsample
-        if inner % n_heads:
-            raise ValueError(f"{inner} channels cannot be shared out among {n_heads} heads; choose a multiple")
         self.n_heads = n_heads
         self.q_proj = nn.Linear(dim, inner)
         self.k_proj = nn.Linear(dim, inner)
@@ -26,7 +30,6 @@ class DownsampledAttention(nn.Module):
         self.out_proj = nn.Linear(inner, dim)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q (B, T, C), k and v (B, S, C) -> (B, T, C)."""
         heads = [
             project(x).unflatten(-1, (self.n_heads, -1)).transpose(1, 2)
             for project, x in ((self.q_proj, q), (self.k_proj, k), (self.v_proj, v))
@@ -37,23 +40,23 @@ class DownsampledAttention(nn.Module):
 class TwoWayBlock(nn.Module):
     """Tokens attend to each other, then to the image; an MLP; then the image attends to the tokens.
 
-    ``first``: the self-attention sees the tokens without their positions and replaces them.
+    ``first``: the self-attention sees the tokens without their positions and replaces them. Tokens are (B, T, C),
+    pixels (B, S, C), each with positions of its shape.
     """
 
-    def __init__(self, dim: int, n_heads: int, mlp_dim: int, downsample: int, first: bool) -> None:
+    def __init__(self, dim: int, n_heads: int, mlp_dim: int, first: bool) -> None:
         super().__init__()
         self.self_attn = DownsampledAttention(dim, n_heads)
         self.norm1 = nn.LayerNorm(dim)
-        self.cross_attn_token_to_image = DownsampledAttention(dim, n_heads, downsample)
+        self.cross_attn_token_to_image = DownsampledAttention(dim, n_heads, _DOWNSAMPLE)
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = MLPBlock(dim, mlp_dim, nn.ReLU)
         self.norm3 = nn.LayerNorm(dim)
         self.norm4 = nn.LayerNorm(dim)
-        self.cross_attn_image_to_token = DownsampledAttention(dim, n_heads, downsample)
+        self.cross_attn_image_to_token = DownsampledAttention(dim, n_heads, _DOWNSAMPLE)
         self.first = first
 
     def forward(self, tokens: Tensor, pixels: Tensor, token_pos: Tensor, pixel_pos: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens (B, T, C) and pixels (B, S, C), each with positions of its shape."""
         if self.first:
             tokens = self.self_attn(tokens, tokens, tokens)
         else:
@@ -68,32 +71,20 @@ class TwoWayBlock(nn.Module):
 
 
 class TwoWayTransformer(nn.Module):
-    """``depth`` two-way blocks and a last attention from the tokens to the image.
+    """``depth`` two-way blocks and a last attention from the tokens, which are their own positions, to the image."""
 
-    Args:
-        depth: number of blocks.
-        dim: channels of tokens and pixels.
-        n_heads: attention heads.
-        mlp_dim: hidden channels of the MLPs.
-        downsample: by what the attentions between tokens and image reduce the channels.
-    """
-
-    def __init__(self, depth: int, dim: int, n_heads: int, mlp_dim: int, downsample: int = 2) -> None:
+    def __init__(self, depth: int, dim: int, n_heads: int, mlp_dim: int) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(TwoWayBlock(dim, n_heads, mlp_dim, downsample, first=i == 0) for i in range(depth))
-        self.final_attn_token_to_image = DownsampledAttention(dim, n_heads, downsample)
+        self.layers = nn.ModuleList(TwoWayBlock(dim, n_heads, mlp_dim, first=i == 0) for i in range(depth))
+        self.final_attn_token_to_image = DownsampledAttention(dim, n_heads, _DOWNSAMPLE)
         self.norm_final_attn = nn.LayerNorm(dim)
 
     def forward(self, tokens: Tensor, pixels: Tensor, pixel_pos: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens (B, T, C), which are their own positions; pixels and their positions (B, S, C)."""
         token_pos = tokens
         for layer in self.layers:
             tokens, pixels = layer(tokens, pixels, token_pos, pixel_pos)
         attended = self.final_attn_token_to_image(tokens + token_pos, pixels + pixel_pos, pixels)
         return self.norm_final_attn(tokens + attended), pixels
-
-
-_AMBIGUOUS = 3  # masks for a prompt that could mean several things; one more is for a prompt that cannot
 
 
 class SAMMaskDecoder(nn.Module):
@@ -119,7 +110,7 @@ class SAMMaskDecoder(nn.Module):
     def forward(
         self, embedding: Tensor, positions: Tensor, tokens: Tensor, dense: Tensor, multimask: bool
     ) -> tuple[Tensor, Tensor]:
-        """Decode B prompts together.
+        """Logits (B, K, 4 G, 4 G) and expected IoU (B, K) of B prompts, K = 1, or 3 for ambiguous prompts.
 
         Args:
             embedding: of the image, (1, C, G, G), or one per prompt (B, C, G, G).
@@ -127,9 +118,6 @@ class SAMMaskDecoder(nn.Module):
             tokens: of the prompts, (B, T, C).
             dense: added to the pixels, (B, C, G, G).
             multimask: the masks for ambiguous prompts instead of the single one.
-
-        Returns:
-            Logits (B, K, 4 G, 4 G) and expected IoU (B, K), K = 1, or 3 for ambiguous prompts.
         """
         count, grid = len(tokens), embedding.shape[-2:]
         own = torch.cat([self.iou_token.weight, self.mask_tokens.weight]).expand(count, -1, -1)

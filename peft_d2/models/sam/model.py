@@ -47,14 +47,7 @@ MODEL:
 class SegmentAnything(PixelModel):
     """Image encoder, prompt encoder and mask decoder; an image is encoded once for all of its prompts.
 
-    Attributes:
-        multimask: inference predicts masks for ambiguous prompts and takes the one with the best expected IoU.
-        prompts_per_call: how many prompts are decoded together in inference.
-        weights: of the losses, by name; a weight of 0 leaves a loss out.
-        embed: in place of the image encoder, one that keeps results.
-
-    Raises:
-        ModelConfigError: values that are out of range or do not go together.
+    ``weights`` of the losses by name leave out what is 0; ``embed`` takes the place of the image encoder.
     """
 
     # The single mask's loss reaches neither the tokens of the other masks nor, without its loss, the expected IoU.
@@ -80,7 +73,7 @@ class SegmentAnything(PixelModel):
         self.embed: Callable[[Tensor], Tensor] | None = None
 
     def forward(self, batched_inputs: list[dict[str, Any]]) -> dict[str, Tensor] | list[dict[str, Any]]:
-        """Losses in training, masks otherwise.
+        """The weighted losses by name in training, otherwise a dict per image with ``instances``.
 
         Args:
             batched_inputs: dicts with ``image`` (3, H, W), not normalised, whose longer side is the model's size at
@@ -91,9 +84,8 @@ class SegmentAnything(PixelModel):
                 take over.
 
         Returns:
-            In training the weighted losses by name. Otherwise a dict per image with ``instances``: one per prompt, in
-            order, ``scores`` being the expected IoU (times the ``box_scores``). Without any prompt there is one mask;
-            with prompts of length 0 there is none.
+            There is an instance per prompt, in order, whose score is the expected IoU (times the ``box_scores``).
+            Without any prompt there is one mask; with prompts of length 0 there is none.
         """
         images = [self.preprocess(item["image"], item.get("file_name", "an image")) for item in batched_inputs]
         embeddings = (self.embed or self.image_encoder)(torch.stack(images))
@@ -105,11 +97,7 @@ class SegmentAnything(PixelModel):
         ]
 
     def preprocess(self, image: Tensor, name: str = "an image") -> Tensor:
-        """Normalise (C, H, W), then pad with zeros at the bottom and on the right to (C, S, S).
-
-        Raises:
-            PromptError: an image without pixels, or larger than the model takes.
-        """
+        """Normalise (C, H, W), then pad with zeros at the bottom and on the right to (C, S, S)."""
         height, width = image.shape[-2:]
         if not 0 < min(height, width) <= max(height, width) <= self.image_size:
             raise PromptError(
@@ -119,7 +107,6 @@ class SegmentAnything(PixelModel):
         return F.pad(self.normalised(image, name), (0, self.image_size - width, 0, self.image_size - height))
 
     def count_objects(self, batched_inputs: list[dict[str, Any]]) -> list[int]:
-        """How many objects each image holds: what a trainer of several processes or pieces tells all of them."""
         return [count_objects(item) for item in batched_inputs]
 
     def decode(self, embedding: Tensor, prompts: Prompts, multimask: bool = False) -> tuple[Tensor, Tensor]:
@@ -135,7 +122,9 @@ class SegmentAnything(PixelModel):
         for embedding, item, target in zip(embeddings, batched_inputs, targets, strict=True):
             labels = target.masks
             size = (item["image"].shape[-2], item["image"].shape[-1])
-            prompts = self._training_prompts(item, size)
+            if not {"boxes", "point_coords", "mask_inputs"} & item.keys():
+                item = {**item, "boxes": item["instances"].gt_boxes.tensor}
+            prompts = self._prompts(item, size)
             if not len(labels):
                 prompts = Prompts()  # decoded for the gradients' sake, which are zero
             elif len(prompts) != len(labels) or labels.shape[1:] != size:
@@ -149,9 +138,7 @@ class SegmentAnything(PixelModel):
                     totals[name] = totals[name] + self.weights[name] * value
         return totals
 
-    def _training_prompts(self, item: dict[str, Any], size: tuple[int, int]) -> Prompts:
-        if not {"boxes", "point_coords", "mask_inputs"} & item.keys():
-            item = {**item, "boxes": item["instances"].gt_boxes.tensor}
+    def _prompts(self, item: dict[str, Any], size: tuple[int, int]) -> Prompts:
         return read_prompts(item, size, 4 * self.prompt_encoder.grid, self.device)
 
     def _image_losses(
@@ -163,25 +150,22 @@ class SegmentAnything(PixelModel):
         whole = Canvas((self.image_size, self.image_size), size, size).to_padded(logits[:, 0])
         pixels = whole[:, : size[0], : size[1]].flatten(1)
         wanted = labels.flatten(1).to(pixels.dtype)
-        losses: dict[str, Tensor] = {}
-        if self.weights["loss_mask"]:
-            losses["loss_mask"] = mask_loss(pixels, wanted, count)
-        if self.weights["loss_dice"]:
-            losses["loss_dice"] = dice_loss(pixels, wanted, count)
-        if self.weights["loss_iou"]:
-            both = ((pixels > THRESHOLD) & labels.flatten(1)).sum(1)
-            either = ((pixels > THRESHOLD) | labels.flatten(1)).sum(1)
-            losses["loss_iou"] = (quality[:, 0] - both / either.clamp(min=1)).square().sum() / count
-        return losses
+        found, labels = pixels > THRESHOLD, labels.flatten(1)
+        overlap = (found & labels).sum(1) / (found | labels).sum(1).clamp(min=1)
+        losses = {
+            "loss_mask": mask_loss(pixels, wanted, count),
+            "loss_dice": dice_loss(pixels, wanted, count),
+            "loss_iou": (quality[:, 0] - overlap).square().sum() / count,
+        }
+        return {name: value for name, value in losses.items() if self.weights[name]}
 
     def inference(self, embedding: Tensor, item: dict[str, Any]) -> Instances:
         """One instance per prompt of an image, in the size that the item wants."""
         size = (item["image"].shape[-2], item["image"].shape[-1])
         wanted = (int(item.get("height", size[0])), int(item.get("width", size[1])))
         canvas = Canvas((self.image_size, self.image_size), size, wanted)
-        prompts = read_prompts(item, size, 4 * self.prompt_encoder.grid, self.device)
         masks, scores = [torch.zeros((0, *wanted), dtype=torch.bool, device=self.device)], [embedding.new_zeros(0)]
-        for part in prompts.split(self.prompts_per_call):
+        for part in self._prompts(item, size).split(self.prompts_per_call):
             logits, quality = self.decode(embedding, part, self.multimask)
             score, best = quality.float().max(1)
             chosen = logits[torch.arange(len(best), device=self.device), best]

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torchvision.ops import clip_boxes_to_image
 
 from peft_d2.data.images import DatasetError
 from peft_d2.models.layers.geometry import pixel_centres
@@ -33,7 +34,7 @@ class Prompts:
 
     Attributes:
         boxes: (N, 4), x0 y0 x1 y1.
-        points: coordinates (N, P, 2), x before y, and labels (N, P).
+        points: coordinates (N, P, 2), x before y, and labels (N, P): 1 on the object, 0 beside it, -1 padding.
         masks: logits (N, 1, 4 G, 4 G) of an earlier prediction.
     """
 
@@ -42,22 +43,16 @@ class Prompts:
     masks: Tensor | None = None
 
     def __len__(self) -> int:
-        given = [x for x in (self.boxes, self.points[0] if self.points else None, self.masks) if x is not None]
+        given = [x for x in (self.boxes, self.points and self.points[0], self.masks) if x is not None]
         return len(given[0]) if given else 1
 
     def split(self, size: int) -> Iterator[Prompts]:
         """Parts of at most ``size`` prompts, in order; of no prompts, no parts."""
-        boxes, points, masks = self.boxes, self.points, self.masks
-        if boxes is None and points is None and masks is None:
-            yield self
-            return
         for start in range(0, len(self), size):
             part = slice(start, start + size)
-            yield Prompts(
-                boxes=None if boxes is None else boxes[part],
-                points=None if points is None else (points[0][part], points[1][part]),
-                masks=None if masks is None else masks[part],
-            )
+            points = self.points and (self.points[0][part], self.points[1][part])
+            boxes, masks = (None if given is None else given[part] for given in (self.boxes, self.masks))
+            yield Prompts(boxes, points, masks)
 
 
 def read_prompts(item: Mapping[str, Any], size: tuple[int, int], mask_side: int, device: torch.device) -> Prompts:
@@ -89,7 +84,8 @@ def read_prompts(item: Mapping[str, Any], size: tuple[int, int], mask_side: int,
     if boxes is not None:
         boxes = _checked_boxes(boxes.float(), size, name)
     if "point_coords" in given:
-        points = _checked_points(given["point_coords"].float(), given["point_labels"], size, name)
+        points = given["point_coords"].float(), given["point_labels"]
+        _check_points(*points, size, name)
     if masks is not None and tuple(masks.shape[1:]) != (1, mask_side, mask_side):
         raise PromptError(f"{name}: mask_inputs are {tuple(masks.shape)}, expected (N, 1, {mask_side}, {mask_side})")
     return Prompts(boxes, points, None if masks is None else masks.float())
@@ -103,24 +99,21 @@ def _checked_boxes(boxes: Tensor, size: tuple[int, int], name: str) -> Tensor:
     _refuse(boxes, (x1 < x0) | (y1 < y0), name, "box", "is the wrong way round; expected x0, y0, x1, y1 in this order")
     outside = (x1 < 0) | (y1 < 0) | (x0 > width) | (y0 > height)
     _refuse(boxes, outside, name, "box", f"lies outside of the image of {width} x {height} px")
-    return torch.stack([x0.clamp(min=0), y0.clamp(min=0), x1.clamp(max=width), y1.clamp(max=height)], dim=1)
+    return clip_boxes_to_image(boxes, size)
 
 
-def _checked_points(points: Tensor, labels: Tensor, size: tuple[int, int], name: str) -> tuple[Tensor, Tensor]:
+def _check_points(points: Tensor, labels: Tensor, size: tuple[int, int], name: str) -> None:
     if points.dim() != 3 or points.shape[2] != 2 or labels.shape != points.shape[:2]:
         raise PromptError(
             f"{name}: point_coords are {tuple(points.shape)} and point_labels {tuple(labels.shape)}, "
             "expected (N, P, 2) and (N, P)"
         )
-    known = sum(labels == label for label in (NOT_A_POINT, BACKGROUND, FOREGROUND))
-    if not torch.as_tensor(known).bool().all():
+    if not torch.isin(labels, labels.new_tensor([NOT_A_POINT, BACKGROUND, FOREGROUND])).all():
         raise PromptError(f"{name}: point_labels must be 1 (object), 0 (not the object) or -1 (padding)")
     limit = points.new_tensor([size[1], size[0]])
     outside = ((points < 0) | (points > limit)).any(2) & (labels != NOT_A_POINT)
-    _refuse(
-        points.flatten(0, 1), outside.flatten(), name, "point", f"lies outside of the image of {size[1]} x {size[0]} px"
-    )
-    return points, labels
+    where = f"lies outside of the image of {size[1]} x {size[0]} px"
+    _refuse(points.flatten(0, 1), outside.flatten(), name, "point", where)
 
 
 def _refuse(prompts: Tensor, bad: Tensor, name: str, kind: str, what: str) -> None:
@@ -132,7 +125,7 @@ def _refuse(prompts: Tensor, bad: Tensor, name: str, kind: str, what: str) -> No
 
 
 class FourierPositions(nn.Module):
-    """Places in [0, 1] x [0, 1] as ``2 n`` sines and cosines of random projections."""
+    """Places (..., 2) in [0, 1] x [0, 1], x before y, as ``2 n`` sines and cosines of random projections."""
 
     positional_encoding_gaussian_matrix: Tensor
 
@@ -141,22 +134,16 @@ class FourierPositions(nn.Module):
         self.register_buffer("positional_encoding_gaussian_matrix", torch.randn(2, n))
 
     def forward(self, places: Tensor) -> Tensor:
-        """(..., 2), x before y -> (..., 2 n)."""
         with torch.autocast(places.device.type, enabled=False):  # half precision would move the places by pixels
             matrix = self.positional_encoding_gaussian_matrix
             angles = 2 * math.pi * ((2 * places.to(matrix.dtype) - 1) @ matrix)
             return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
-    def grid(self, size: tuple[int, int]) -> Tensor:
-        """Codes of the centres of a map's pixels: (2 n, H, W)."""
-        return self(pixel_centres(*size, self.positional_encoding_gaussian_matrix.device)).t().unflatten(1, size)
-
 
 class PromptEncoder(nn.Module):
-    """Points, boxes and masks.
+    """Points, boxes and masks as embeddings of ``dim`` channels.
 
     Args:
-        dim: channels of the embeddings.
         grid: side of the image's embedding.
         image_size: side of the padded image, px.
         mask_channels: hidden channels of the mask's convolutions.
@@ -164,9 +151,7 @@ class PromptEncoder(nn.Module):
 
     def __init__(self, dim: int, grid: int, image_size: int, mask_channels: int) -> None:
         super().__init__()
-        self.dim = dim
-        self.grid = grid
-        self.image_size = image_size
+        self.dim, self.grid, self.image_size = dim, grid, image_size
         self.pe_layer = FourierPositions(dim // 2)
         self.point_embeddings = nn.ModuleList(nn.Embedding(1, dim) for _ in range(4))
         self.not_a_point_embed = nn.Embedding(1, dim)
@@ -183,28 +168,23 @@ class PromptEncoder(nn.Module):
 
     def dense_positions(self) -> Tensor:
         """Codes of the pixels of the image's embedding: (1, C, G, G)."""
-        return self.pe_layer.grid((self.grid, self.grid))[None]
+        centres = pixel_centres(self.grid, self.grid, self.pe_layer.positional_encoding_gaussian_matrix.device)
+        return self.pe_layer(centres).t().unflatten(1, (self.grid, self.grid))[None]
 
     def forward(
         self, points: tuple[Tensor, Tensor] | None, boxes: Tensor | None, masks: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Embed B prompts, each of any combination.
+        """Tokens (B, T, C) of B :class:`Prompts`, none without points and boxes, and what is added to the pixels.
 
-        Args:
-            points: coordinates (B, P, 2), x before y, in px of the padded image, and labels (B, P): 1 on the object,
-                0 beside it, -1 padding.
-            boxes: (B, 4), x0 y0 x1 y1, in the same px.
-            masks: logits (B, 1, 4 G, 4 G) of an earlier prediction.
-
-        Returns:
-            Tokens (B, T, C), none without points and boxes, and what is added to the image's pixels (B, C, G, G).
+        The latter is (B, C, G, G); places are in px of the padded image.
         """
         count = len(Prompts(boxes, points, masks))
         tokens = [self.no_mask_embed.weight.new_zeros(count, 0, self.dim)]
         if points is not None:
             tokens.append(self._embed_points(*points, alone=boxes is None))
         if boxes is not None:
-            tokens.append(self._embed_boxes(boxes))
+            corners = torch.cat([self._kind(_TOP_LEFT), self._kind(_BOTTOM_RIGHT)])
+            tokens.append(self._places(boxes.reshape(-1, 2, 2)) + corners)
         if masks is not None:
             dense = self.mask_downscaling(masks)
         else:
@@ -224,10 +204,6 @@ class PromptEncoder(nn.Module):
         for label in (BACKGROUND, FOREGROUND):
             tokens = torch.where(labels == label, tokens + self._kind(label), tokens)
         return tokens
-
-    def _embed_boxes(self, boxes: Tensor) -> Tensor:
-        corners = torch.cat([self._kind(_TOP_LEFT), self._kind(_BOTTOM_RIGHT)])
-        return self._places(boxes.reshape(-1, 2, 2)) + corners
 
     def _kind(self, index: int) -> Tensor:
         """What tells background, foreground and the two corners of boxes apart: (1, C)."""

@@ -55,11 +55,7 @@ class SEEM(MaskFormer):
         return super().thing_classes
 
     def upgrade_state_dict(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """As in Mask2Former; a checkpoint of a SEEM trained without prompts may lack what is parked here.
-
-        Raises:
-            ClassVectorsError: the checkpoint lacks the text encoder that the model has.
-        """
+        """As in Mask2Former; a checkpoint of a SEEM trained without prompts may lack what is parked here."""
         state = super().upgrade_state_dict(state)
         if not any(name.startswith(_PREDICTOR) for name in state):
             return state
@@ -84,8 +80,6 @@ class SEEM(MaskFormer):
     def set_classes(self, classes: ClassVectors | Sequence[str]) -> None:
         """Predict these classes from now on: their vectors, or names for the text encoder."""
         predictor = self.sem_seg_head.predictor
-        if isinstance(classes, ClassVectors):
-            predictor.vocabulary = Vocabulary((), "set_classes")
-            predictor.vocabulary.give(classes)
-        else:
-            predictor.vocabulary = Vocabulary(classes, "set_classes", predictor.vocabulary.tokenizer)
+        given = classes if isinstance(classes, ClassVectors) else None
+        names = () if isinstance(classes, ClassVectors) else classes
+        predictor.vocabulary = Vocabulary(names, "set_classes", predictor.vocabulary.tokenizer, given=given)

@@ -15,6 +15,12 @@ from torch import Tensor, nn
 
 from peft_d2.storage import CheckpointError
 
+BACKGROUND = "background"  # stands for everything that is none of the classes
+CLIP_TOKENIZER = "openai/clip-vit-base-patch32"  # where transformers finds the tokenizer of the published models
+_SUFFIXES = ("-other", "-merged", "-stuff")  # of COCO's panoptic categories
+_EPS = 1e-12  # of the layer norms
+_HEAD_CHANNELS = 64
+
 # Prompts of CLIP for ImageNet (Radford et al., ICML 2021, section 3.1.4), put together from their parts: 80 sentences.
 _PHOTOS = (
     *("bad", "low resolution", "cropped", "bright", "dark", "close-up", "black and white", "pixelated"),
@@ -43,14 +49,6 @@ def _templates() -> tuple[str, ...]:
 TEMPLATES = _templates()
 """The bare name and 80 sentences around it, each with ``{}`` for the name."""
 
-BACKGROUND = "background"
-"""The word that stands for everything that is none of the classes."""
-
-_SUFFIXES = ("-other", "-merged", "-stuff")  # of COCO's panoptic categories
-
-CLIP_TOKENIZER = "openai/clip-vit-base-patch32"
-"""Where transformers finds the tokenizer of the published models."""
-
 Tokenizer = Callable[[Sequence[str]], Tensor]
 """Texts to ids (N, L), with the start token first and filled up after the end token."""
 
@@ -67,12 +65,11 @@ def prompts(name: str, templates: Sequence[str] = TEMPLATES) -> list[str]:
 
 
 def load_tokenizer(source: str | os.PathLike[str] = CLIP_TOKENIZER, context: int = 77) -> Tokenizer:
-    """CLIP's tokenizer, by the package ``transformers``.
+    """CLIP's tokenizer, by the package ``transformers``; texts are cut to ``context`` tokens.
 
     Args:
         source: a folder with the tokenizer's files (``vocab.json`` and ``merges.txt``, or ``tokenizer.json``), or a
             name on the Hugging Face hub.
-        context: texts are cut to so many tokens.
 
     Raises:
         TokenizerError: ``transformers`` is not installed, the files cannot be had, or the end token is not the last of
@@ -82,53 +79,43 @@ def load_tokenizer(source: str | os.PathLike[str] = CLIP_TOKENIZER, context: int
         from transformers import CLIPTokenizer
     except ImportError:
         raise TokenizerError("CLIP's tokenizer needs transformers: pip install 'peft_d2[text]'") from None
+    source = os.fspath(source)
     remedy = (
         "give a folder that holds vocab.json and merges.txt of openai/clip-vit-base-patch32, or read class vectors "
         "from a file that somebody has written with tools/encode_classes.py: they need no tokenizer"
     )
-    if os.path.isdir(source) and not _holds_tokenizer(source):
-        raise TokenizerError(f"the folder {os.fspath(source)!r} holds no tokenizer: {remedy}")
+    files = set(os.listdir(source)) if os.path.isdir(source) else {"tokenizer.json"}
+    if "tokenizer.json" not in files and not {"vocab.json", "merges.txt"} <= files:
+        raise TokenizerError(f"the folder {source!r} holds no tokenizer: {remedy}")
     try:
-        tokenizer: Any = CLIPTokenizer.from_pretrained(os.fspath(source), local_files_only=os.path.isdir(source))
+        tokenizer: Any = CLIPTokenizer.from_pretrained(source, local_files_only=os.path.isdir(source))
     except Exception as error:  # the library behind it raises that very type for a damaged file
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise TokenizerError(f"the tokenizer {os.fspath(source)!r} cannot be loaded ({reason}): {remedy}") from None
-    if tokenizer.eos_token_id != len(tokenizer) - 1:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise TokenizerError(f"the tokenizer {source!r} cannot be loaded ({reason}): {remedy}") from None
+    end = tokenizer.eos_token_id
+    if end != len(tokenizer) - 1:
         raise TokenizerError(
-            f"the tokenizer {os.fspath(source)!r} has {len(tokenizer)} tokens and the end token "
-            f"{tokenizer.eos_token_id}; the text encoder needs it to be the last one"
+            f"the tokenizer {source!r} has {len(tokenizer)} tokens and the end token {end}; the text encoder needs it "
+            "to be the last one"
         )
 
     def encode(texts: Sequence[str]) -> Tensor:
         rows = tokenizer(list(texts), truncation=True, max_length=context)["input_ids"]
-        ids = torch.full((len(rows), max(map(len, rows))), tokenizer.eos_token_id)
-        for target, row in zip(ids, rows, strict=True):
-            target[: len(row)] = torch.tensor(row)
-        return ids
+        rows = [torch.tensor(row) for row in rows]
+        return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=end)
 
     return encode
-
-
-def _holds_tokenizer(folder: str | os.PathLike[str]) -> bool:
-    files = set(os.listdir(folder))
-    return "tokenizer.json" in files or {"vocab.json", "merges.txt"} <= files
-
-
-_EPS = 1e-12  # of the layer norms
-_HEAD_CHANNELS = 64
-_NORM_EPS = 1e-7
 
 
 class QuickGELU(nn.Module):
     """x * sigmoid(1.702 x)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Same shape."""
         return x * torch.sigmoid(1.702 * x)
 
 
 class ResidualAttentionBlock(nn.Module):
-    """Causal self-attention and MLP, each pre-normed with a residual."""
+    """Self-attention and MLP, each pre-normed with a residual: x (L, N, C); mask (L, L), True where forbidden."""
 
     def __init__(self, width: int, n_heads: int) -> None:
         super().__init__()
@@ -139,14 +126,13 @@ class ResidualAttentionBlock(nn.Module):
         self.ln_2 = nn.LayerNorm(width, eps=_EPS)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        """x (L, N, C); mask (L, L), True where attending is forbidden."""
         source = self.ln_1(x)
         x = x + self.attn(source, source, source, attn_mask=mask, need_weights=False)[0]
         return x + self.mlp(self.ln_2(x))
 
 
 class TextTransformer(nn.Module):
-    """Tokens to features, each of its own token and of those before it."""
+    """Tokens (N, L), L up to the context, to features (N, L, width), each of its own token and of those before it."""
 
     def __init__(self, vocabulary: int, context: int, width: int, n_heads: int, n_layers: int) -> None:
         super().__init__()
@@ -158,7 +144,6 @@ class TextTransformer(nn.Module):
             nn.init.trunc_normal_(matrix, std=0.02)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """(N, L) token ids, L up to the context -> (N, L, width)."""
         length = ids.shape[1]
         mask = torch.ones(length, length, dtype=torch.bool, device=ids.device).triu(1)
         x = (self.token_embedding(ids) + self.positional_embedding[:length]).transpose(0, 1)
@@ -168,7 +153,7 @@ class TextTransformer(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    """Token ids to unit vectors in the space in which queries and classes are compared.
+    """Token ids to unit vectors of ``projection`` channels, in the space in which queries and classes are compared.
 
     It also holds ``logit_scale``, the logarithm of the factor of their cosine, as the published checkpoints do.
 
@@ -176,24 +161,20 @@ class TextEncoder(nn.Module):
         vocabulary: tokens that the tokenizer knows; the end token is the last.
         context: most tokens of a text, the start and the end among them.
         width, n_heads, n_layers: of the transformer.
-        projection: channels of the vectors.
     """
 
     def __init__(self, vocabulary: int, context: int, width: int, n_heads: int, n_layers: int, projection: int) -> None:
         super().__init__()
+        self.vocabulary, self.context = vocabulary, context
         self.lang_proj = nn.Parameter(torch.empty(width, projection))
         nn.init.trunc_normal_(self.lang_proj, std=0.02)
         self.logit_scale = nn.Parameter(torch.ones([]))
         self.lang_encoder = TextTransformer(vocabulary, context, width, n_heads, n_layers)
-        self._initial_version = self.version
+        self.initial_version = self.version
 
     @classmethod
     def from_state(cls, state: Mapping[str, Tensor], n_heads: int | None = None) -> TextEncoder:
-        """The encoder whose state dict this is, with its sizes read off the shapes.
-
-        Args:
-            state: names without a prefix, as ``state_dict()`` gives them.
-            n_heads: one per 64 channels by default, as in CLIP.
+        """The encoder whose state dict this is, with sizes read off the shapes, by default with a head per 64 channels.
 
         Raises:
             ValueError: tensors are missing, left over or of other shapes than those of a text encoder.
@@ -214,21 +195,6 @@ class TextEncoder(nn.Module):
         """Grows whenever weights are written, by loading or training."""
         return sum(parameter._version for name, parameter in self.named_parameters() if name != "logit_scale")
 
-    @property
-    def is_initial(self) -> bool:
-        """Whether the weights are still the random ones."""
-        return self.version == self._initial_version
-
-    @property
-    def vocabulary(self) -> int:
-        """Token ids are below this."""
-        return self.lang_encoder.token_embedding.num_embeddings
-
-    @property
-    def context(self) -> int:
-        """Most tokens of a text."""
-        return len(self.lang_encoder.positional_embedding)
-
     def forward(self, ids: Tensor) -> Tensor:
         """(N, L) token ids, L up to the context -> (N, projection) unit vectors.
 
@@ -237,4 +203,4 @@ class TextEncoder(nn.Module):
         features = self.lang_encoder(ids)
         ends = ids.argmax(dim=-1)  # torch gives the first of equal ones
         vectors = features[torch.arange(len(ids), device=ids.device), ends] @ self.lang_proj
-        return vectors / (vectors.norm(dim=-1, keepdim=True) + _NORM_EPS)
+        return vectors / (vectors.norm(dim=-1, keepdim=True) + 1e-7)

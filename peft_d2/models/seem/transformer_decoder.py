@@ -62,10 +62,6 @@ class SEEMDecoder(MaskedTransformerDecoder):
     """Class logits are exp(logit_scale) times the cosine of a query's vector with the classes' vectors.
 
     ``lang_encoder`` has ``logit_scale``; a text encoder computes class vectors besides, and starts frozen.
-
-    Raises:
-        ClassVectorsError: see :func:`peft_d2.models.seem.vocabulary.vocabularies`.
-        ModelConfigError: see :class:`MaskedTransformerDecoder`.
     """
 
     def __init__(self, cfg: CfgNode, in_channels: int, mask_classification: bool = True) -> None:

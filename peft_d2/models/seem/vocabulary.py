@@ -27,10 +27,10 @@ from peft_d2.models.seem.text_encoder import (
 from peft_d2.storage import CheckpointError, atomic, strict_json, tensor_file
 from peft_d2.storage.base_fingerprint import fingerprint
 
-_TENSOR = "vectors"
-_RECORD = "class_vectors"
-_FORMAT = 1
+_TENSOR, _RECORD, _FORMAT = "vectors", "class_vectors", 1
 _TEXTS_PER_CALL = 512
+_REMEDY = "name a file of class vectors in MODEL.SEEM.CLASS_VECTORS"
+_logger = logging.getLogger(__name__)
 
 
 class ClassVectorsError(CheckpointError):
@@ -45,7 +45,7 @@ class ClassVectors:
         names: the K classes, in the order of their ids.
         vectors: (T, K + 1, C) float32 unit rows; the last class is the word "background".
         templates: the T sentences, with ``{}`` for the name.
-        encoder: fingerprint of the text encoder's weights (:func:`encoder_fingerprint`); "" where it is not known.
+        encoder: sha256 of the text encoder's weights; "" where it is not known.
     """
 
     names: tuple[str, ...]
@@ -68,10 +68,7 @@ class ClassVectors:
         return F.normalize(self.vectors.mean(dim=0), dim=-1)
 
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
-        """(K + 1, C): every class in a template of its own, drawn anew by each call.
-
-        ``generator`` is one of the CPU, whatever device the vectors are on.
-        """
+        """(K + 1, C): every class in a template of its own, drawn anew by each call with a generator of the CPU."""
         templates, classes = self.vectors.shape[:2]
         drawn = torch.randint(templates, (classes,), generator=generator)
         return self.vectors[drawn.to(self.vectors.device), torch.arange(classes, device=self.vectors.device)]
@@ -92,11 +89,7 @@ class ClassVectors:
         return dataclasses.replace(self, names=tuple(names), vectors=self.vectors[:, rows])
 
     def write(self, path: str | os.PathLike[str]) -> None:
-        """Write a safetensors file that :meth:`read` reads, in one step.
-
-        Raises:
-            StorageError: the disk is full; an old file stays.
-        """
+        """Write a safetensors file that :meth:`read` reads, in one step; an old file stays where that fails."""
         vectors = self.vectors.detach().float().cpu().contiguous()
         record = {
             "format": _FORMAT,
@@ -117,11 +110,28 @@ class ClassVectors:
         """
         try:
             return _checked(*tensor_file.read(path))
-        except OSError as error:
-            reason = error.strerror or str(error)
-        except ValueError as error:
-            reason = str(error)
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
         raise ClassVectorsError(f"{os.fspath(path)}: {reason}; write it (again) with tools/encode_classes.py") from None
+
+
+def _checked(tensors: dict[str, Tensor], metadata: dict[str, str]) -> ClassVectors:
+    if _RECORD not in metadata or set(tensors) != {_TENSOR}:
+        raise ValueError("it holds no class vectors")
+    record: dict[str, Any] = strict_json.loads(metadata[_RECORD].encode())
+    if record.get("format") != _FORMAT:
+        raise ValueError(f"it has format {record.get('format')!r}, and this version reads {_FORMAT}")
+    vectors = tensors[_TENSOR]
+    if vectors.dtype != torch.float32 or not vectors.isfinite().all() or _sha256(vectors) != record.get("sha256"):
+        raise ValueError("its vectors are not those that were written")
+    lists = [record.get("names"), record.get("templates")]
+    if not all(isinstance(words, list) and all(isinstance(word, str) for word in words) for words in lists):
+        raise ValueError("its names or templates are not lists of words")
+    return ClassVectors(tuple(record["names"]), vectors, tuple(record["templates"]), str(record.get("encoder", "")))
+
+
+def _sha256(vectors: Tensor) -> str:
+    return hashlib.sha256(vectors.contiguous().numpy().tobytes()).hexdigest()
 
 
 @torch.no_grad()
@@ -146,83 +156,53 @@ def encode_classes(
             )
         chunks.append(encoder(ids.to(encoder.lang_proj.device)).float().cpu())
     vectors = torch.cat(chunks).unflatten(0, (len(names) + 1, len(templates))).transpose(0, 1).contiguous()
-    return ClassVectors(tuple(names), vectors, tuple(templates), encoder_fingerprint(encoder))
-
-
-def encoder_fingerprint(encoder: TextEncoder) -> str:
-    """sha256 over the weights that the vectors depend on."""
-    return fingerprint({name: value for name, value in encoder.state_dict().items() if name != "logit_scale"}).weights
-
-
-def _checked(tensors: dict[str, Tensor], metadata: dict[str, str]) -> ClassVectors:
-    if _RECORD not in metadata or set(tensors) != {_TENSOR}:
-        raise ValueError("it holds no class vectors")
-    record: dict[str, Any] = strict_json.loads(metadata[_RECORD].encode())
-    if record.get("format") != _FORMAT:
-        raise ValueError(f"it has format {record.get('format')!r}, and this version reads {_FORMAT}")
-    vectors = tensors[_TENSOR]
-    if vectors.dtype != torch.float32 or not vectors.isfinite().all() or _sha256(vectors) != record.get("sha256"):
-        raise ValueError("its vectors are not those that were written")
-    lists = [record.get("names"), record.get("templates")]
-    if not all(isinstance(words, list) and all(isinstance(word, str) for word in words) for words in lists):
-        raise ValueError("its names or templates are not lists of words")
-    return ClassVectors(tuple(record["names"]), vectors, tuple(record["templates"]), str(record.get("encoder", "")))
-
-
-def _sha256(vectors: Tensor) -> str:
-    return hashlib.sha256(vectors.contiguous().numpy().tobytes()).hexdigest()
-
-
-_logger = logging.getLogger(__name__)
-_REMEDY = "name a file of class vectors in MODEL.SEEM.CLASS_VECTORS"
+    weights = {name: value for name, value in encoder.state_dict().items() if name != "logit_scale"}
+    return ClassVectors(tuple(names), vectors, tuple(templates), fingerprint(weights).weights)
 
 
 class Vocabulary:
     """Class names and their vectors: given, or what the text encoder makes of the names when they are first needed.
 
+    What needs vectors raises ClassVectorsError where nobody named the classes, or there is no text encoder or only its
+    random initial weights, and TokenizerError where there is no tokenizer.
+
     Args:
-        names: by class id.
+        names: by class id; with ``given`` vectors, () takes all of theirs.
         source: who named them, for messages.
         tokenizer: for the text encoder, see :func:`peft_d2.models.seem.text_encoder.load_tokenizer`.
         labels: classes that the training data are labelled with; 0: nobody knows.
+        given: vectors that need no text encoder.
     """
 
-    def __init__(self, names: Sequence[str], source: str, tokenizer: str = CLIP_TOKENIZER, labels: int = 0) -> None:
-        self.names = tuple(names)
-        self.source = source
-        self.tokenizer = tokenizer
-        self.labels = labels
-        self._vectors: ClassVectors | None = None
-        self._encoder_version: int | None = None  # of the weights that made the vectors; None: the vectors were given
+    def __init__(
+        self,
+        names: Sequence[str],
+        source: str,
+        tokenizer: str = CLIP_TOKENIZER,
+        labels: int = 0,
+        given: ClassVectors | None = None,
+    ) -> None:
+        self.source, self.tokenizer, self.labels = source, tokenizer, labels
+        self.given = given and given.select(names or given.names)
+        self.names = self.given.names if self.given else tuple(names)
+        self._encoded: tuple[int, ClassVectors] | None = None  # by the weights of that version
         self._rows: tuple[ClassVectors, Tensor] | None = None  # what :meth:`rows` made of which vectors
         self._ids: Tensor | None = None  # of all classes and templates, where the encoder is trained
 
-    def give(self, vectors: ClassVectors) -> None:
-        """Take the classes' vectors from these; without names of its own, the vocabulary takes all of them.
-
-        Raises:
-            ClassVectorsError: a class is not there.
-        """
-        self._vectors = vectors.select(self.names or vectors.names)
-        self.names = self._vectors.names
-        self._encoder_version = None
-
     def vectors(self, encoder: nn.Module) -> ClassVectors:
-        """The classes' vectors; computed ones are computed again once the encoder's weights have changed.
-
-        Raises:
-            ClassVectorsError: nobody named the classes, or ``encoder`` is no text encoder or has its random initial
-                weights.
-            TokenizerError: there is no tokenizer.
-        """
-        if self._vectors is None or self._encoder_version is not None:
-            version = _loaded_version(encoder)
-            if self._vectors is None or version != self._encoder_version:
-                self._vectors, self._encoder_version = self._encoded(encoder), version
-        return self._vectors
+        """The classes' vectors; computed ones are computed again once the encoder's weights have changed."""
+        if self.given is not None:
+            return self.given
+        text_encoder = _loaded(encoder)
+        if self._encoded is None or self._encoded[0] != text_encoder.version:
+            encode = self._load_tokenizer(text_encoder)
+            _logger.info("Encoding the names of %d classes (%s), once.", len(self.names), self.source)
+            with torch.autocast(text_encoder.lang_proj.device.type, enabled=False):
+                self._encoded = text_encoder.version, encode_classes(text_encoder, encode, self.names)
+        return self._encoded[1]
 
     def rows(self, encoder: nn.Module) -> Tensor:
-        """(K + 1, C): each class's mean over the templates; raises what :meth:`vectors` raises."""
+        """(K + 1, C): each class's mean over the templates."""
         vectors = self.vectors(encoder)
         if self._rows is None or self._rows[0] is not vectors:
             self._rows = vectors, vectors.evaluation()
@@ -233,20 +213,24 @@ class Vocabulary:
 
         Raises:
             ClassVectorsError: there are more or fewer classes than labels; the text encoder is trained and the vectors
-                were given, so that it would learn nothing; and what :meth:`vectors` raises.
-            TokenizerError: as there.
+                were given, so that it would learn nothing.
         """
         if not any(p.requires_grad for name, p in encoder.named_parameters() if name != "logit_scale"):
             rows = self.vectors(encoder).sample()
-        elif self._vectors is not None and self._encoder_version is None:
+        elif self.given is not None:
             raise ClassVectorsError(
                 "parts of the text encoder are trained, but the class vectors come from a file, which they do not "
                 "change: leave sem_seg_head.predictor.lang_encoder out of what is trained, or MODEL.SEEM.CLASS_VECTORS "
                 "empty"
             )
         else:
-            _loaded_version(encoder)
-            rows = self._encoded_anew(encoder)
+            text_encoder = _loaded(encoder)
+            if self._ids is None:
+                encode = self._load_tokenizer(text_encoder)
+                self._ids = encode([text for name in (*self.names, BACKGROUND) for text in prompts(name)])
+            choices = self._ids.unflatten(0, (len(self.names) + 1, -1))
+            drawn = torch.randint(choices.shape[1], (len(choices),))
+            rows = encoder(choices[torch.arange(len(choices)), drawn].to(text_encoder.lang_proj.device))
         if self.labels and len(rows) != self.labels + 1:
             raise ClassVectorsError(
                 f"{self.source} names {len(self.names)} classes and the training data are labelled with {self.labels} "
@@ -254,29 +238,25 @@ class Vocabulary:
             )
         return rows
 
-    def _encoded(self, encoder: nn.Module) -> ClassVectors:
-        encode = self._tokenizer(encoder)
-        assert isinstance(encoder, TextEncoder)
-        _logger.info("Encoding the names of %d classes (%s), once.", len(self.names), self.source)
-        with torch.autocast(encoder.lang_proj.device.type, enabled=False):
-            return encode_classes(encoder, encode, self.names)
-
-    def _encoded_anew(self, encoder: nn.Module) -> Tensor:
-        if self._ids is None:
-            encode = self._tokenizer(encoder)
-            self._ids = encode([text for name in (*self.names, BACKGROUND) for text in prompts(name)])
-        choices = self._ids.unflatten(0, (len(self.names) + 1, -1))
-        drawn = torch.randint(choices.shape[1], (len(choices),))
-        return encoder(choices[torch.arange(len(choices)), drawn].to(next(encoder.parameters()).device))
-
-    def _tokenizer(self, encoder: nn.Module) -> Tokenizer:
+    def _load_tokenizer(self, encoder: TextEncoder) -> Tokenizer:
         if not self.names:
             raise ClassVectorsError(
                 "the classes have no names: list them in MODEL.SEEM.CLASS_NAMES, or name data sets in DATASETS.TRAIN "
                 "and DATASETS.TEST whose metadata has thing_classes"
             )
-        assert isinstance(encoder, TextEncoder)
         return load_tokenizer(self.tokenizer, encoder.context)
+
+
+def _loaded(encoder: nn.Module) -> TextEncoder:
+    """``encoder``, if it is a text encoder into which something was loaded."""
+    if not isinstance(encoder, TextEncoder):
+        raise ClassVectorsError(f"this model has no text encoder that could make vectors of class names: {_REMEDY}")
+    if encoder.version == encoder.initial_version:
+        raise ClassVectorsError(
+            "the text encoder has its random initial weights: load a checkpoint that has one (MODEL.WEIGHTS), or "
+            + _REMEDY
+        )
+    return encoder
 
 
 def vocabularies(cfg: CfgNode) -> tuple[Vocabulary, Vocabulary]:
@@ -286,15 +266,11 @@ def vocabularies(cfg: CfgNode) -> tuple[Vocabulary, Vocabulary]:
         ClassVectorsError: ``MODEL.SEEM.CLASS_VECTORS`` cannot be read, lacks a class or has other channels than
             ``MODEL.DIM_PROJ``; or the sets of ``DATASETS.TRAIN``, or those of ``DATASETS.TEST``, disagree.
     """
-    node = cfg.MODEL.SEEM
-    tokenizer = cfg.MODEL.TEXT.PRETRAINED_TOKENIZER
+    node, tokenizer, stored = cfg.MODEL.SEEM, cfg.MODEL.TEXT.PRETRAINED_TOKENIZER, None
     train, test = (_named_by(cfg, list(cfg.DATASETS[split])) for split in ("TRAIN", "TEST"))
     labels = len(train[0]) if node.CLASS_NAMES and train[0] else cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES
     if node.CLASS_NAMES:
         train = test = (tuple(node.CLASS_NAMES), "MODEL.SEEM.CLASS_NAMES")
-    training = inference = Vocabulary(*train, tokenizer, labels)
-    if test[0] and test[0] != train[0]:
-        inference = Vocabulary(*test, tokenizer)
     if node.CLASS_VECTORS:
         stored = ClassVectors.read(node.CLASS_VECTORS)
         if stored.vectors.shape[-1] != cfg.MODEL.DIM_PROJ:
@@ -302,9 +278,10 @@ def vocabularies(cfg: CfgNode) -> tuple[Vocabulary, Vocabulary]:
                 f"the vectors in {node.CLASS_VECTORS} have {stored.vectors.shape[-1]} channels and MODEL.DIM_PROJ is "
                 f"{cfg.MODEL.DIM_PROJ}: they belong to another model"
             )
-        for vocabulary in {training, inference}:
-            vocabulary.give(stored)
-    return training, inference
+    training = Vocabulary(*train, tokenizer, labels, stored)
+    if test[0] and test[0] != train[0]:
+        return training, Vocabulary(*test, tokenizer, given=stored)
+    return training, training
 
 
 def _named_by(cfg: CfgNode, sets: Sequence[str]) -> tuple[tuple[str, ...], str]:
@@ -323,19 +300,3 @@ def _named_by(cfg: CfgNode, sets: Sequence[str]) -> tuple[tuple[str, ...], str]:
         )
     names, name = next(iter(first_set.items()), ((), ""))
     return names, f"data set {name!r}"
-
-
-def _loaded_version(encoder: nn.Module) -> int:
-    """The version of a text encoder's weights.
-
-    Raises:
-        ClassVectorsError: it is no text encoder, or nothing was loaded into it.
-    """
-    if not isinstance(encoder, TextEncoder):
-        raise ClassVectorsError(f"this model has no text encoder that could make vectors of class names: {_REMEDY}")
-    if encoder.is_initial:
-        raise ClassVectorsError(
-            "the text encoder has its random initial weights: load a checkpoint that has one (MODEL.WEIGHTS), or "
-            + _REMEDY
-        )
-    return encoder.version
