@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import inspect
@@ -22,11 +23,7 @@ class Detectron2Missing(ImportError):
 
 
 def require_detectron2() -> None:
-    """Return if Detectron2 can be imported.
-
-    Raises:
-        Detectron2Missing: it is not installed, or importing it fails; the message says which, and what to do.
-    """
+    """Raise :class:`Detectron2Missing` where Detectron2 is not installed or cannot be imported, saying which."""
     try:
         importlib.import_module("detectron2")
     except ImportError as error:
@@ -62,11 +59,9 @@ def accept_empty_polygons() -> None:
     from detectron2.structures import masks
 
     original = masks.polygons_to_bitmask
-    try:
+    with contextlib.suppress(AssertionError):
         original([], 1, 1)
         return
-    except AssertionError:
-        pass
 
     def polygons_to_bitmask(polygons: Any, height: int, width: int) -> Any:
         return original(polygons, height, width) if len(polygons) else np.zeros((height, width), dtype=bool)
@@ -76,10 +71,9 @@ def accept_empty_polygons() -> None:
 
 
 def require_cityscapes(polygons: bool = False) -> None:
-    """Return if the package of Cityscapes' own scripts is there, and what Detectron2 reads its ``polygons`` with.
+    """Raise a ModuleNotFoundError, which names the extra, where Cityscapes' own scripts are not installed.
 
-    Raises:
-        ModuleNotFoundError: naming the extra that brings it.
+    ``polygons``: nor what Detectron2 reads its instances with.
     """
     for package in ("cityscapesscripts", "shapely") if polygons else ("cityscapesscripts",):
         if importlib.util.find_spec(package) is None:
@@ -93,9 +87,7 @@ def lend_cityscapesscripts() -> None:
     """Let Detectron2's main branch find cityscapesscripts, which it imports by the path that it has inside its company.
 
     Its import statements name modules that nobody can install: entries in ``sys.modules`` are the only way short of
-    copies of its loader and its evaluators.
-
-    Does nothing for 0.5 and 0.6, which import it by its name, or where it is not installed.
+    copies of its loader and its evaluators. Does nothing for 0.5 and 0.6, or where the package is not installed.
     """
     from detectron2.data.datasets import cityscapes
 
@@ -103,17 +95,16 @@ def lend_cityscapesscripts() -> None:
     installed = importlib.util.find_spec("cityscapesscripts") is not None
     if not installed or "deeplearning" in sys.modules or company not in inspect.getsource(cityscapes):
         return
-    names = ["deeplearning", "deeplearning.projects", company]
-    for name in names:
+    for name in ("deeplearning", "deeplearning.projects", company):
         sys.modules[name] = types.ModuleType(name)
-    evaluation = "cityscapesscripts.evaluation"
     for name in (
-        "cityscapesscripts", "cityscapesscripts.helpers", "cityscapesscripts.helpers.labels", evaluation,
-        f"{evaluation}.evalInstanceLevelSemanticLabeling", f"{evaluation}.evalPixelLevelSemanticLabeling",
+        "", ".helpers", ".helpers.labels", ".evaluation", ".evaluation.evalInstanceLevelSemanticLabeling",
+        ".evaluation.evalPixelLevelSemanticLabeling",
     ):  # fmt: skip
-        sys.modules[f"{company}.{name}"] = importlib.import_module(name)
-    for parent, child in zip(names, [*names[1:], f"{company}.cityscapesscripts"], strict=True):
-        setattr(sys.modules[parent], child.rpartition(".")[2], sys.modules[child])
+        sys.modules[f"{company}.cityscapesscripts{name}"] = importlib.import_module(f"cityscapesscripts{name}")
+    for name in ("deeplearning.projects", company, f"{company}.cityscapesscripts"):
+        parent, _, child = name.rpartition(".")
+        setattr(sys.modules[parent], child, sys.modules[name])
 
 
 def create_local_process_group(size: int) -> None:

@@ -9,17 +9,15 @@ import importlib
 import importlib.metadata
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 PAIR = "pip install torch torchvision (both at once, from the same index: their builds must match)"
 EDITABLE = "pip install --no-build-isolation -e . (in the checkout of peft_d2)"
-
-# module, distribution, oldest version that will do, remedy
-REQUIRED = (
+REQUIRED = (  # module, distribution, oldest version that will do, remedy
     ("torch", "torch", "2.4", PAIR),
     ("numpy", "numpy", "", EDITABLE),
     ("scipy.optimize", "scipy", "", EDITABLE),
@@ -30,27 +28,18 @@ REQUIRED = (
     ("faster_coco_eval", "faster-coco-eval", "1.6", EDITABLE),
     ("torchvision", "torchvision", "", PAIR),
 )
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One line of the report; ``state`` is "ok", "note" (nothing to worry about) or "missing"."""
-
-    state: str
-    name: str
-    value: str
-    remedy: str = ""
-
-    def __str__(self) -> str:
-        line = f"{self.state:8}{self.name:18}{self.value}"
-        return f"{line}\n{'':26}-> {self.remedy}" if self.remedy else line
+# "ok", "note" (nothing to worry about) or "missing"; the name, the value, the remedy if any
+Finding = tuple[str, str, str] | tuple[str, str, str, str]
 
 
 def diagnose() -> Iterator[Finding]:
     """All findings, in the order in which they are printed."""
-    yield from _itself()
-    for module, distribution, oldest, remedy in REQUIRED:
-        yield _package(module, distribution, oldest, remedy)
+    import peft_d2
+
+    yield "ok", "peft_d2", f"{peft_d2.__version__} ({os.path.dirname(peft_d2.__file__)})"
+    yield "ok", "python", f"{platform.python_version()} ({sys.executable}, {platform.platform()})"
+    for row in REQUIRED:
+        yield _package(*row)
     yield from _detectron2()
     yield from _operator()
     yield _compiler()
@@ -61,28 +50,20 @@ def diagnose() -> Iterator[Finding]:
 def main() -> int:
     """Print the report; return the exit status."""
     missing = 0
-    for finding in diagnose():
-        print(finding, flush=True)
-        missing += finding.state == "missing"
+    for state, name, value, *remedy in diagnose():
+        print(f"{state:8}{name:18}{value}", *(f"{'':26}-> {text}" for text in remedy), sep="\n", flush=True)
+        missing += state == "missing"
     print(f"\n{missing} missing; the remedies stand above" if missing else "\nEverything that is required is there")
     return 1 if missing else 0
 
 
-def _itself() -> Iterator[Finding]:
-    import peft_d2
-
-    yield Finding("ok", "peft_d2", f"{peft_d2.__version__} ({os.path.dirname(peft_d2.__file__)})")
-    yield Finding("ok", "python", f"{platform.python_version()} ({sys.executable}, {platform.platform()})")
-
-
 def _package(module: str, distribution: str, oldest: str, remedy: str) -> Finding:
-    fault = _import_fault(module)
-    if fault:
-        return Finding("missing", distribution, fault, remedy)
+    if fault := _import_fault(module):
+        return "missing", distribution, fault, remedy
     version = _version(distribution, module)
     if oldest and _numbers(version) < _numbers(oldest):
-        return Finding("missing", distribution, f"{version}, but {oldest} or newer is needed", remedy)
-    return Finding("ok", distribution, version)
+        return "missing", distribution, f"{version}, but {oldest} or newer is needed", remedy
+    return "ok", distribution, version
 
 
 def _detectron2() -> Iterator[Finding]:
@@ -90,36 +71,28 @@ def _detectron2() -> Iterator[Finding]:
 
     version = detectron2_version()
     if version is None:
-        yield Finding("missing", "detectron2", "not installed", HOW_TO_GET_DETECTRON2)
+        yield "missing", "detectron2", "not installed", HOW_TO_GET_DETECTRON2
         return
-    for distribution, module in (("fvcore", "fvcore.nn"), ("iopath", "iopath.common.file_io"), ("opencv", "cv2")):
-        fault = _import_fault(module)
-        if not fault:
-            yield Finding("ok", distribution, _version(distribution, module))
-        elif distribution != "opencv":
-            yield Finding("missing", distribution, fault, f"pip install {distribution}")
-        else:
-            yield Finding("note", distribution, f"{fault}; pictures need it", "pip install opencv-python-headless")
-    fault = next(filter(None, map(_import_fault, ("detectron2", "detectron2.modeling", "detectron2.engine"))), "")
-    if fault:
-        yield Finding("missing", "detectron2", f"{version}, {fault}", HOW_TO_GET_DETECTRON2)
-        return
-    where = os.path.dirname(sys.modules["detectron2"].__file__ or "")
-    yield Finding("ok", "detectron2", f"{version} ({where})")
+    yield _package("fvcore.nn", "fvcore", "", "pip install fvcore")
+    yield _package("iopath.common.file_io", "iopath", "", "pip install iopath")
+    if fault := _import_fault("cv2"):
+        yield "note", "opencv", f"{fault}; pictures need it", "pip install opencv-python-headless"
+    else:
+        yield "ok", "opencv", _version("opencv", "cv2")
+    if fault := next(filter(None, map(_import_fault, ("detectron2", "detectron2.modeling", "detectron2.engine"))), ""):
+        yield "missing", "detectron2", f"{version}, {fault}", HOW_TO_GET_DETECTRON2
+    else:
+        yield "ok", "detectron2", f"{version} ({os.path.dirname(sys.modules['detectron2'].__file__ or '')})"
 
 
 def _operator() -> Iterator[Finding]:
-    fault = _import_fault("peft_d2.ops")
-    if fault:
-        yield Finding("missing", "peft_d2.ops", fault, "install what is missing above")
+    if fault := _import_fault("peft_d2.ops"):
+        yield "missing", "peft_d2.ops", fault, "install what is missing above"
         return
     from peft_d2.ops import backends
 
     for name, reason in backends().items():
-        if reason:
-            yield Finding("note", f"operator: {name}", f"not available: {reason}")
-        else:
-            yield Finding("ok", f"operator: {name}", "available")
+        yield "note" if reason else "ok", f"operator: {name}", f"not available: {reason}" if reason else "available"
 
 
 def _compiler() -> Finding:
@@ -127,31 +100,31 @@ def _compiler() -> Finding:
     found = next(filter(None, map(shutil.which, candidates)), None)
     if found is None:
         remedy = f"install a C++ compiler (Debian, Ubuntu: apt install g++), then {EDITABLE}"
-        return Finding("note", "C++ compiler", f"none ({', '.join(candidates)}); only the operator needs it", remedy)
-    return Finding("ok", "C++ compiler", _first_line([found, "--version"]))
+        return "note", "C++ compiler", f"none ({', '.join(candidates)}); only the operator needs it", remedy
+    return "ok", "C++ compiler", (_output([found, "--version"]).splitlines() or [f"{found} (does not run)"])[0]
 
 
 def _nvcc() -> Finding:
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
     found = shutil.which("nvcc") or shutil.which("nvcc", path=os.path.join(home, "bin"))
     if found is None:
-        return Finding("note", "nvcc", "none; only the operator's CUDA code needs it")
+        return "note", "nvcc", "none; only the operator's CUDA code needs it"
     release = [line for line in _output([found, "--version"]).splitlines() if "release" in line]
-    return Finding("ok", "nvcc", f"{release[0].strip() if release else 'unknown version'} ({found})")
+    return "ok", "nvcc", f"{release[0].strip() if release else 'unknown version'} ({found})"
 
 
 def _gpu() -> Finding:
     if _import_fault("torch"):
-        return Finding("note", "GPU", "cannot tell without torch")
+        return "note", "GPU", "cannot tell without torch"
     import torch
 
     if torch.cuda.is_available():
         names = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
-        return Finding("ok", "GPU", f"{names} (torch built for CUDA {torch.version.cuda})")
+        return "ok", "GPU", f"{names} (torch built for CUDA {torch.version.cuda})"
     if shutil.which("nvidia-smi") and "GPU " in _output(["nvidia-smi", "-L"]):
         remedy = f"install a torch for this driver (this one is built for CUDA {torch.version.cuda}), or a newer driver"
-        return Finding("note", "GPU", "there is one, but torch cannot use it", remedy)
-    return Finding("note", "GPU", "none; everything runs on the CPU, slower")
+        return "note", "GPU", "there is one, but torch cannot use it", remedy
+    return "note", "GPU", "none; everything runs on the CPU, slower"
 
 
 def _import_fault(module: str) -> str:
@@ -176,12 +149,7 @@ def _version(distribution: str, module: str) -> str:
 
 def _numbers(version: str) -> tuple[int, ...]:
     """The leading numbers: "2.11.0+cu130" -> (2, 11, 0)."""
-    numbers: list[int] = []
-    for part in version.partition("+")[0].split("."):
-        if not part.isdigit():
-            break
-        numbers.append(int(part))
-    return tuple(numbers)
+    return tuple(map(int, re.findall(r"\d+", re.match(r"[\d.]*", version)[0])))  # type: ignore[index]
 
 
 def _output(command: list[str]) -> str:
@@ -189,10 +157,6 @@ def _output(command: list[str]) -> str:
         return subprocess.run(command, capture_output=True, text=True, timeout=20, check=False).stdout
     except (OSError, subprocess.TimeoutExpired):
         return ""
-
-
-def _first_line(command: list[str]) -> str:
-    return (_output(command).splitlines() or [f"{command[0]} (does not run)"])[0]
 
 
 if __name__ == "__main__":

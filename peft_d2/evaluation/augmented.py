@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -65,15 +64,9 @@ class AugmentedModel(nn.Module):
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        sizes: Sequence[int],
-        longest: int,
-        *,
-        flip: bool = True,
-        limit: int = 100,
-        threshold: float = 0.5,
-    ) -> None:
+        self, model: nn.Module, sizes: Sequence[int], longest: int, *,
+        flip: bool = True, limit: int = 100, threshold: float = 0.5,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.model, self.limit, self.threshold = model, limit, threshold
         self.flips = (False, True) if flip else (False,)
@@ -116,8 +109,7 @@ class AugmentedModel(nn.Module):
             yield [{**record, "image": pixels.flip(-1) if flip else pixels} for flip in self.flips]
 
 
-@dataclass(frozen=True)
-class _Found:
+class _Found(NamedTuple):
     """One view's prediction in the image's own coordinates: ``shape`` is run lengths, or the box as x, y, w, h."""
 
     view: int
@@ -145,14 +137,16 @@ def _predictions(instances: Instances, view: int, flip: bool) -> list[_Found]:
 def group(found: Sequence[_Found], threshold: float) -> list[list[_Found]]:
     """Predictions that are one object, at most one of each view, the one with the best score in front.
 
-    In the order of their scores, each joins the object of its class whose first member it agrees with most.
+    In the order of their scores, each joins the object of its class whose first member it agrees with most, by IoU.
     """
     by_class: dict[int, list[_Found]] = defaultdict(list)
     for prediction in sorted(found, key=lambda p: -p.score):
         by_class[prediction.label].append(prediction)
     groups: list[list[_Found]] = []
     for same in by_class.values():
-        agreement = _agreement([p.shape for p in same])
+        shapes: Any = [p.shape for p in same]
+        shapes = shapes if isinstance(shapes[0], Mapping) else np.asarray(shapes)
+        agreement = np.asarray(coco_mask.iou(shapes, shapes, [0] * len(same)))
         leaders: dict[int, list[_Found]] = {}
         for index, prediction in enumerate(same):
             open_to_it = [i for i, members in leaders.items() if prediction.view not in {m.view for m in members}]
@@ -165,32 +159,17 @@ def group(found: Sequence[_Found], threshold: float) -> list[list[_Found]]:
     return groups
 
 
-def _agreement(shapes: Sequence[Any]) -> np.ndarray:
-    """IoU of all pairs."""
-    several = list(shapes) if isinstance(shapes[0], Mapping) else np.asarray(shapes)
-    return np.asarray(coco_mask.iou(several, several, [0] * len(shapes)))
-
-
 def _instances(groups: Sequence[Sequence[_Found]], views: int, size: tuple[int, ...], masks: bool) -> Instances:
     result = Instances((size[0], size[1]))
-    weights = [np.array([m.score for m in members]) for members in groups]
-    boxes = [_mean(np.stack([m.box for m in g]), w) for g, w in zip(groups, weights, strict=True)]
+    scores = [np.array([m.score for m in members]) for members in groups]
+    shares = [s / s.sum() if s.sum() > 0 else np.full(len(s), 1 / len(s)) for s in scores]
+    boxes = [share @ np.stack([m.box for m in members]) for share, members in zip(shares, groups, strict=True)]
     result.pred_boxes = Boxes(torch.tensor(np.array(boxes), dtype=torch.float32).reshape(-1, 4))
-    result.scores = torch.tensor([w.sum() / views for w in weights], dtype=torch.float32)
+    result.scores = torch.tensor([s.sum() / views for s in scores], dtype=torch.float32)
     result.pred_classes = torch.tensor([members[0].label for members in groups], dtype=torch.int64)
     if masks:
         drawn = np.zeros((len(groups), *size), dtype=bool)
-        for mask, members, w in zip(drawn, groups, weights, strict=True):
-            votes = sum(share * coco_mask.decode(m.shape) for share, m in zip(_shares(w), members, strict=True))
-            mask[:] = votes >= 0.5 - 1e-9
+        for mask, members, share in zip(drawn, groups, shares, strict=True):
+            mask[:] = sum(s * coco_mask.decode(m.shape) for s, m in zip(share, members, strict=True)) >= 0.5 - 1e-9
         result.pred_masks = torch.from_numpy(drawn)
     return result
-
-
-def _mean(rows: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    return _shares(weights) @ rows
-
-
-def _shares(weights: np.ndarray) -> np.ndarray:
-    total = weights.sum()
-    return weights / total if total > 0 else np.full(len(weights), 1 / len(weights))

@@ -58,33 +58,30 @@ def check_evaluators(cfg: Any) -> None:
 
 def _makers(cfg: Any, name: str, folder: str | None) -> list[Callable[[], DatasetEvaluator]]:
     """What makes the evaluators; most read the data set when they are made."""
-    kind = MetadataCatalog.get(name).get("evaluator_type", "")
+    kind, test = MetadataCatalog.get(name).get("evaluator_type", ""), outputs_node(cfg)
     classes = category_indices(cfg, name)
-    test = outputs_node(cfg)
     instance, semantic, panoptic = (
-        True if test is None else bool(test[key]) for key in ("INSTANCE_ON", "SEMANTIC_ON", "PANOPTIC_ON")
+        test is None or bool(test[key]) for key in ("INSTANCE_ON", "SEMANTIC_ON", "PANOPTIC_ON")
     )
-    options: dict[str, Any]
-    found: list[Callable[[], DatasetEvaluator]] = []
-    if kind in _SEMANTIC and (semantic or kind == "sem_seg"):
-        found.append(partial(SemSegEvaluator, name, distributed=True, output_dir=folder))
-    if kind == "coco" and base_architecture(cfg) == "PD2SegmentAnything" and not cfg.INPUT.PROMPTS.DETECTIONS:
-        found.append(partial(PromptedMaskEvaluator, name))
-    if kind in _INSTANCE and (instance or kind == "coco"):
-        options = {"kpt_oks_sigmas": tuple(cfg.TEST.KEYPOINT_OKS_SIGMAS), "report": cfg.TEST.get("REPORT", False)}
-        options |= {"outside": cfg.DATASETS.get("ALLOW_FILES_OUTSIDE", False), "classes": classes}
-        options["max_detections"] = cfg.TEST.get("MAX_DETECTIONS", 100)
-        found.append(partial(FastCOCOEvaluator, name, output_dir=folder, **options))
-    if kind in _PANOPTIC and panoptic:
-        found.append(partial(PanopticQualityEvaluator, name))
-    if kind == "cityscapes_instance" or (kind == "cityscapes_panoptic_seg" and instance):
-        found.append(partial(CityscapesInstanceEvaluator, name))
-    if kind == "cityscapes_sem_seg" or (kind == "cityscapes_panoptic_seg" and semantic):
-        found.append(partial(CityscapesSemSegEvaluator, name))
-    if kind == "lvis":
-        found.append(partial(FastLVISEvaluator, name, output_dir=folder, classes=classes))
-    if kind == "pascal_voc":
-        found.append(partial(PascalVOCDetectionEvaluator, name))
+    prompted = base_architecture(cfg) == "PD2SegmentAnything" and not cfg.INPUT.PROMPTS.DETECTIONS
+    coco = partial(
+        FastCOCOEvaluator, output_dir=folder, kpt_oks_sigmas=tuple(cfg.TEST.KEYPOINT_OKS_SIGMAS), classes=classes,
+        report=cfg.TEST.get("REPORT", False), outside=cfg.DATASETS.get("ALLOW_FILES_OUTSIDE", False),
+        max_detections=cfg.TEST.get("MAX_DETECTIONS", 100),
+    )  # fmt: skip
+    cityscapes = kind == "cityscapes_panoptic_seg"
+    rows: tuple[tuple[bool, Callable[[str], DatasetEvaluator]], ...] = (
+        (kind in _SEMANTIC and (semantic or kind == "sem_seg"),
+         partial(SemSegEvaluator, distributed=True, output_dir=folder)),
+        (kind == "coco" and prompted, PromptedMaskEvaluator),
+        (kind in _INSTANCE and (instance or kind == "coco"), coco),
+        (kind in _PANOPTIC and panoptic, PanopticQualityEvaluator),
+        (kind == "cityscapes_instance" or (cityscapes and instance), CityscapesInstanceEvaluator),
+        (kind == "cityscapes_sem_seg" or (cityscapes and semantic), CityscapesSemSegEvaluator),
+        (kind == "lvis", partial(FastLVISEvaluator, output_dir=folder, classes=classes)),
+        (kind == "pascal_voc", PascalVOCDetectionEvaluator),
+    )  # fmt: skip
+    found: list[Callable[[], DatasetEvaluator]] = [partial(make, name) for wanted, make in rows if wanted]
     if not found:
         raise ValueError(
             f"data set {name!r}: no evaluator for its evaluator_type {kind!r}. Set it with "

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 from detectron2 import evaluation
@@ -29,10 +28,9 @@ class _Cityscapes(evaluation.DatasetEvaluator):
         """Detectron2's figures, None on all but the main process."""
         import cityscapesscripts.evaluation.evalInstanceLevelSemanticLabeling as instances
 
-        with ExitStack() as stack:
-            # cityscapesscripts 2.3 calls np.in1d, which NumPy 2.4 has no more; for it np.isin is the same.
-            stack.enter_context(_replaced(np, "in1d", getattr(np, "in1d", np.isin)))
-            stack.enter_context(_replaced(instances, "writeDict2JSON", _write_json))
+        # cityscapesscripts 2.3 calls np.in1d, which NumPy 2.4 has no more; for it np.isin is the same.
+        replaced = mock.patch.object(np, "in1d", np.isin, create=True)
+        with replaced, mock.patch.object(instances, "writeDict2JSON", _write_json):
             return super().evaluate()
 
 
@@ -48,17 +46,3 @@ def _write_json(content: Any, path: str) -> None:
     """The package's own function fails on NumPy's numbers, and leaves a matches.json in the current folder."""
     if Path(path).is_absolute():
         Path(path).write_text(json.dumps(content, default=lambda o: o.item() if hasattr(o, "item") else vars(o)))
-
-
-@contextmanager
-def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    missing = object()
-    before = getattr(owner, name, missing)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        if before is missing:
-            delattr(owner, name)
-        else:
-            setattr(owner, name, before)

@@ -6,21 +6,56 @@ import itertools
 import json
 import logging
 import os
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from detectron2.evaluation import COCOEvaluator
-from faster_coco_eval import COCO
+from faster_coco_eval import COCO, COCOeval_faster
 from pycocotools import mask as coco_mask
 
-from peft_d2.evaluation.overlaps import Evaluation, run_lengths
+from peft_d2.data.segmentation import run_lengths
 from peft_d2.evaluation.report import write_report
 from peft_d2.evaluation.results import instances_to_results
 
 _FEDERATED = ("neg_category_ids", "not_exhaustive_category_ids")  # LVIS's keys of images that hold category ids
 _CHUNK = 200  # pycocotools 2.0.11 overflows a byte when it measures more than 255 masks at once
 logger = logging.getLogger(__name__)
+
+
+class Evaluation(COCOeval_faster):
+    """COCO's or LVIS's evaluation of one task, "bbox" or "segm".
+
+    IoUs of masks come straight from their run lengths, which faster-coco-eval would decode and encode before.
+    """
+
+    def __init__(self, truth: COCO, found: COCO, task: str, **more: Any) -> None:
+        super().__init__(truth, found, task, print_function=logger.info, **more)
+        self.masks = task == "segm"
+        if self.masks:
+            self.params.compute_rle = False  # matching takes IoUs and areas, not masks
+            self._rows = [_by_image_and_class(data) for data in (found, truth)]
+
+    def computeIoU(self, imgId: Any, catId: Any) -> Any:
+        """IoU of one image's predictions of a class, in the order of their scores, with its annotations."""
+        if not self.masks:
+            return super().computeIoU(imgId, catId)
+        found, truth = (rows.get((imgId, catId), []) for rows in self._rows)
+        if not truth or not found:
+            return []
+        found = sorted(found, key=lambda row: -row["score"])[: self.params.maxDets[-1]]
+        size = self.cocoGt.imgs[imgId]["height"], self.cocoGt.imgs[imgId]["width"]
+        masks = [[run_lengths(row["segmentation"], *size) for row in rows] for rows in (found, truth)]
+        return coco_mask.iou(*masks, [int(row.get("iscrowd", 0)) for row in truth])
+
+
+def _by_image_and_class(data: COCO) -> dict[tuple[Any, Any], list[dict[str, Any]]]:
+    rows: dict[tuple[Any, Any], list[dict[str, Any]]] = defaultdict(list)
+    for image in sorted(data.imgToAnns):
+        for row in data.imgToAnns[image]:
+            rows[image, row["category_id"]].append(row)
+    return rows
 
 
 class FastCOCOEvaluator(COCOEvaluator):
@@ -87,25 +122,19 @@ class FastCOCOEvaluator(COCOEvaluator):
         for task in sorted(tasks):
             if results:
                 evaluations[task] = evaluate_coco(self._coco_api.dataset, results, task, img_ids, max_dets)
-            self._results[task] = self._derive_coco_results(
-                evaluations.get(task), task, class_names=self._metadata.get("thing_classes")
-            )
+            classes = self._metadata.get("thing_classes")
+            self._results[task] = self._derive_coco_results(evaluations.get(task), task, class_names=classes)
         if self._report and self._output_dir and evaluations:
             figures = {task: self._results[task] for task in evaluations}
             root = self._metadata.get("image_root", "")
-            path = write_report(
-                self._output_dir, self._metadata.name, root, evaluations, figures, outside=self._outside
-            )
+            path = write_report(self._output_dir, self._metadata.name, root, evaluations, figures, self._outside)
             logger.info("Report with curves and pictures: %s", path)
 
 
 def evaluate_coco(
-    dataset: dict[str, Any],
-    results: Sequence[dict[str, Any]],
-    task: str,
-    img_ids: Sequence[Any] | None = None,
+    dataset: dict[str, Any], results: Sequence[dict[str, Any]], task: str, img_ids: Sequence[Any] | None = None,
     max_dets: Sequence[int] = (1, 10, 100),
-) -> Evaluation:
+) -> Evaluation:  # fmt: skip
     """COCO's evaluation of results in the data set's own category ids; ``task`` is "bbox" or "segm".
 
     Sizes (small, medium, large) go by the mask's area for "segm", by the box's for "bbox". Ids may be anything.
@@ -159,20 +188,16 @@ def renumbered(
 
 
 def predictions(dataset: dict[str, Any], results: Sequence[dict[str, Any]], task: str, keep_empty: bool = True) -> COCO:
-    """Results as the evaluation takes them. As loadRes makes them, but areas are measured in one go.
+    """Results, in the data set's own category ids, as the evaluation takes them: loadRes with areas in one go.
 
-    Args:
-        dataset: the truth.
-        results: in the data set's own category ids.
-        task: "bbox" or "segm".
-        keep_empty: whether results without area count, as with COCO; LVIS ignores them.
+    ``keep_empty``: whether results without area count, as with COCO; LVIS ignores them.
     """
     key = "segmentation" if task == "segm" else "bbox"
+    values = [r[key] for r in results]
     if task == "segm":
-        masks = [r[key] for r in results]
-        areas = [a for i in range(0, len(masks), _CHUNK) for a in coco_mask.area(masks[i : i + _CHUNK]).tolist()]
+        areas = [a for i in range(0, len(values), _CHUNK) for a in coco_mask.area(values[i : i + _CHUNK]).tolist()]
     else:
-        areas = [r[key][2] * r[key][3] for r in results]
+        areas = [width * height for _, _, width, height in values]
     copied = ("image_id", "category_id", "score", key)
     annotations = [
         {**{k: r[k] for k in copied}, "id": i, "area": area, "iscrowd": 0}
@@ -187,43 +212,33 @@ def complete(dataset: dict[str, Any]) -> None:
     sizes = {image["id"]: (image["height"], image["width"]) for image in dataset["images"]}
     for annotation in dataset.get("annotations", ()):
         annotation.setdefault("iscrowd", 0)
-        if "area" not in annotation:
-            annotation["area"] = _area(annotation, *sizes[annotation["image_id"]])
-
-
-def _area(annotation: dict[str, Any], height: int, width: int) -> float:
-    segmentation = annotation.get("segmentation")
-    if not segmentation:
-        return float(annotation["bbox"][2] * annotation["bbox"][3])
-    return float(coco_mask.area(run_lengths(segmentation, height, width)))
+        if "area" not in annotation and annotation.get("segmentation"):
+            rle = run_lengths(annotation["segmentation"], *sizes[annotation["image_id"]])
+            annotation["area"] = float(coco_mask.area(rle))
+        annotation.setdefault("area", float(annotation["bbox"][2] * annotation["bbox"][3]))
 
 
 def restore_category_ids(
-    results: Sequence[dict[str, Any]], indices: Mapping[int, int] | None, subset: bool = False
+    results: Sequence[dict[str, Any]], indices: Mapping[int, int], subset: bool = False
 ) -> list[dict[str, Any]]:
-    """Results with the json's category ids in place of the model's class indices, changed in place.
+    """Results with the json's category ids in place of the model's class indices.
 
     Args:
         results: of the model.
-        indices: the model's class index of each category id; None: the same numbers.
+        indices: the model's class index of each category id.
         subset: the model has more classes than the json; predictions of those are left out.
 
     Raises:
         ValueError: a class that the data set does not have.
     """
-    if indices is None:
-        return list(results)
     original = {index: category for category, index in indices.items()}
-    for result in results:
-        if result["category_id"] not in original and not subset:
-            raise ValueError(
-                f"a prediction is of class {result['category_id']}, but the data set has classes 0 to "
-                f"{len(original) - 1}. The model's number of classes must be the data set's."
-            )
-    kept = [result for result in results if result["category_id"] in original]
-    for result in kept:
-        result["category_id"] = original[result["category_id"]]
-    return kept
+    unknown = {result["category_id"] for result in results} - original.keys()
+    if unknown and not subset:
+        raise ValueError(
+            f"a prediction is of class {min(unknown)}, but the data set has classes 0 to "
+            f"{len(original) - 1}. The model's number of classes must be the data set's."
+        )
+    return [{**r, "category_id": original[r["category_id"]]} for r in results if r["category_id"] in original]
 
 
 def write_results(results: Sequence[dict[str, Any]], path: str) -> None:

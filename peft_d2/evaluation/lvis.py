@@ -6,6 +6,7 @@ import itertools
 import json
 import logging
 import os
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from detectron2.utils.logger import create_small_table
 from faster_coco_eval import COCO
 
 from peft_d2.evaluation.coco import (
+    Evaluation,
     complete,
     mean_precision,
     predictions,
@@ -25,12 +27,9 @@ from peft_d2.evaluation.coco import (
     restore_category_ids,
     write_results,
 )
-from peft_d2.evaluation.overlaps import Evaluation
 from peft_d2.evaluation.results import instances_to_results
 
 _MAX_DETECTIONS = 300  # of an image, over all classes
-_AREAS = ("all", "small", "medium", "large")
-_FREQUENCIES = ("r", "c", "f")
 logger = logging.getLogger(__name__)
 
 
@@ -92,29 +91,20 @@ def evaluate_lvis(dataset: dict[str, Any], results: Sequence[dict[str, Any]], ta
         logger.warning("no predictions to evaluate.")
         return {name: float("nan") for name in names}
     dataset, results, _ = renumbered(dataset, results)
-    found = predictions(dataset, _best(results), task, keep_empty=False)
+    by_image: dict[Any, list[dict[str, Any]]] = defaultdict(list)
+    for result in sorted(results, key=lambda r: -r["score"]):
+        by_image[result["image_id"]].append(result)
+    best = [result for image in by_image.values() for result in image[:_MAX_DETECTIONS]]
     truth = COCO({**dataset, "annotations": [a for a in dataset["annotations"] if a["area"] > 0]})
-    evaluation = Evaluation(truth, found, task, lvis_style=True)
+    evaluation = Evaluation(truth, predictions(dataset, best, task, keep_empty=False), task, lvis_style=True)
     evaluation.params.maxDets = [_MAX_DETECTIONS]
     evaluation.evaluate()
     evaluation.accumulate()
     precision = evaluation.eval["precision"][..., -1]  # (IoU, recall, class, area)
-    thresholds = evaluation.params.iouThrs
     frequency = {c["id"]: c.get("frequency", "") for c in dataset["categories"]}
     kinds = np.array([frequency[c] for c in evaluation.params.catIds])
-    overall = precision[..., 0]
+    overall, thresholds = precision[..., 0], evaluation.params.iouThrs
     parts = [overall, overall[np.isclose(thresholds, 0.5)], overall[np.isclose(thresholds, 0.75)]]
-    parts += [precision[..., _AREAS.index(area)] for area in _AREAS[1:]]
-    parts += [overall[:, :, kinds == kind] for kind in _FREQUENCIES]
+    parts += [precision[..., area] for area in (1, 2, 3)]
+    parts += [overall[:, :, kinds == kind] for kind in "rcf"]
     return {name: 100 * mean_precision(part) for name, part in zip(names, parts, strict=True)}
-
-
-def _best(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The best 300 of each image over all classes."""
-    by_image: dict[Any, list[dict[str, Any]]] = {}
-    for result in results:
-        by_image.setdefault(result["image_id"], []).append(result)
-    kept: list[dict[str, Any]] = []
-    for found in by_image.values():
-        kept += sorted(found, key=lambda r: r["score"], reverse=True)[:_MAX_DETECTIONS]
-    return kept

@@ -17,7 +17,6 @@ from detectron2.utils.logger import create_small_table
 from PIL import Image
 
 _VOID = 0
-_ROWS = ("IoU", "true positives", "false positives", "false negatives")
 logger = logging.getLogger(__name__)
 
 
@@ -37,7 +36,7 @@ class PanopticQualityEvaluator(COCOPanopticEvaluator):
 
     def reset(self) -> None:
         """Forget what was counted."""
-        self._statistics = {category: np.zeros(len(_ROWS)) for category in self._is_thing}
+        self._statistics = {category: np.zeros(4) for category in self._is_thing}
 
     def process(self, inputs: Sequence[dict[str, Any]], outputs: Sequence[dict[str, Any]]) -> None:
         """Count each output's ``panoptic_seg``, ids (H, W) and their segments, against the image's truth.
@@ -56,8 +55,7 @@ class PanopticQualityEvaluator(COCOPanopticEvaluator):
             annotation = self._truth[record["image_id"]]
             with Image.open(os.path.join(self._metadata.panoptic_root, annotation["file_name"])) as opened:
                 colours = np.asarray(opened.convert("RGB")).astype(np.int64)
-            truth = colours[..., 0] + 256 * colours[..., 1] + 256 * 256 * colours[..., 2]
-            compare(truth, annotation["segments_info"], ids, categories, self._statistics)
+            compare(colours @ (1, 256, 256 * 256), annotation["segments_info"], ids, categories, self._statistics)
 
     def evaluate(self) -> OrderedDict[str, dict[str, float]] | None:
         """The figures in per cent on the main process, None on the others."""
@@ -85,12 +83,9 @@ class PanopticQualityEvaluator(COCOPanopticEvaluator):
 
 
 def compare(
-    truth: np.ndarray,
-    truth_segments: Sequence[Mapping[str, Any]],
-    found: np.ndarray,
-    found_categories: Mapping[int, int],
-    statistics: Mapping[int, np.ndarray],
-) -> None:
+    truth: np.ndarray, truth_segments: Sequence[Mapping[str, Any]], found: np.ndarray,
+    found_categories: Mapping[int, int], statistics: Mapping[int, np.ndarray],
+) -> None:  # fmt: skip
     """Add one image's matches to ``statistics[category]``: sum of IoU, true positives, false positives, negatives.
 
     Args:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from PIL import Image
 from torch import nn
 
 from peft_d2.data.augmentation import keep_a_pixel
+from peft_d2.data.segmentation import mask_box
 from peft_d2.data.tiles import enlarge, tile_starts
 
 Box = tuple[int, int, int, int]  # x0, y0, x1, y1 in px of the whole image, ends exclusive
@@ -123,11 +124,12 @@ class _Object:
             canvas[y0 - box[1] : y1 - box[1], x0 - box[0] : x1 - box[0]] = mine
         return canvas
 
-    def extent(self) -> Box:
-        """The box of the pixels that are the object's."""
-        ys, xs = np.flatnonzero(self.mask.any(axis=1)), np.flatnonzero(self.mask.any(axis=0))
-        x, y = self.box[:2]
-        return (x + int(xs[0]), y + int(ys[0]), x + int(xs[-1]) + 1, y + int(ys[-1]) + 1) if len(ys) else (0, 0, 0, 0)
+    def tight(self) -> _Object | None:
+        """The same on the box of its pixels, None where there are none."""
+        x, y, width, height = map(int, mask_box(self.mask))
+        x0, y0 = self.box[:2]
+        box = (x0 + x, y0 + y, x0 + x + width, y0 + y + height)
+        return replace(self, mask=self.mask[y : y + height, x : x + width], box=box) if width else None
 
     def join(self, other: _Object) -> None:
         """Extend by ``other`` where no tile of this one looked: where both did, the better score decided."""
@@ -199,14 +201,9 @@ def _parts(output: dict[str, Any], tile: Box) -> list[_Object]:
         raise ValueError("TEST.TILES merges instances, but the model puts out none. Set TEST.TILES.ENABLED False.")
     instances = output["instances"]
     masks = instances.pred_masks.cpu().numpy().astype(bool)
-    parts = []
-    for mask, label, score in zip(masks, instances.pred_classes.tolist(), instances.scores.tolist(), strict=True):
-        ys, xs = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-        if len(ys):
-            x0, y0, x1, y1 = int(xs[0]), int(ys[0]), int(xs[-1]) + 1, int(ys[-1]) + 1
-            box = (tile[0] + x0, tile[1] + y0, tile[0] + x1, tile[1] + y1)
-            parts.append(_Object(mask[y0:y1, x0:x1], box, label, score, [tile]))
-    return parts
+    rows = zip(masks, instances.pred_classes.tolist(), instances.scores.tolist(), strict=True)
+    parts = (_Object(mask, tile, label, score, [tile]).tight() for mask, label, score in rows)
+    return [part for part in parts if part is not None]
 
 
 class CroppedMasks:
@@ -239,7 +236,8 @@ def _instances(objects: Sequence[_Object], height: int, width: int) -> Instances
     instances, masks = Instances((height, width)), CroppedMasks(objects, height, width)
     large = len(objects) * height * width > _LARGE
     instances.pred_masks = masks if large else torch.from_numpy(np.asarray(masks))
-    instances.pred_boxes = Boxes(torch.tensor([o.extent() for o in objects], dtype=torch.float32).reshape(-1, 4))
+    boxes = [part.box if (part := known.tight()) else (0, 0, 0, 0) for known in objects]
+    instances.pred_boxes = Boxes(torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4))
     instances.scores = torch.tensor([o.score for o in objects], dtype=torch.float32)
     instances.pred_classes = torch.tensor([o.label for o in objects], dtype=torch.int64)
     return instances

@@ -9,7 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from peft_d2.evaluation.mask_metrics import MaskMetrics
+pytest.importorskip("detectron2", reason="needs Detectron2")
+
+from peft_d2.evaluation.prompted import MaskMetrics  # noqa: E402
 
 SIZE, COLUMNS = 18, (3, 14)
 
