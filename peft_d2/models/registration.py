@@ -23,13 +23,10 @@ _logger = logging.getLogger(__name__)
 
 
 def entry(registry: Registry, name: str, upstream: str = "", keys: str = "") -> Callable[[T], T]:
-    """Decorate what :func:`register` is to register.
+    """Decorate what :func:`register` is to register in ``registry`` under our ``name``.
 
-    Args:
-        registry: Detectron2's, or that of transformer decoders.
-        name: ours.
-        upstream: the official package's name, under which published yaml files ask for it.
-        keys: its config keys with their defaults, in the form of a config file.
+    ``upstream`` is the official package's name, under which published yaml files ask for it; ``keys`` are its config
+    keys with their defaults, as YAML.
     """
 
     def remember(model: T) -> T:
@@ -62,9 +59,8 @@ def _add(node: CfgNode, defaults: dict[str, Any]) -> None:
 def register(upstream_names: bool = False) -> None:
     """Make the models known to Detectron2; calling it again changes nothing.
 
-    Args:
-        upstream_names: also serve the official packages' names where they are free, so that published yaml files
-            run as they are. An official package that is imported later takes its names back.
+    ``upstream_names`` also serves the official packages' names where they are free, so that published yaml files run as
+    they are. An official package that is imported later takes its names back.
     """
     for registry, model, name, _ in _ENTRIES:
         if name not in registry:

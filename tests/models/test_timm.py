@@ -72,6 +72,8 @@ def test_plain_transformers_get_a_pyramid(name: str) -> None:
     backbone = TimmBackbone(
         create_timm_model(name, kwargs={"depth": 2} if "dinov3" not in name else {}), ["res2", "res5"], 8
     )
+    assert {name: s.stride for name, s in backbone.output_shape().items()} == {"res2": 4, "res5": 32}
+    assert backbone.size_divisibility == 32
     maps = backbone.eval()(torch.randn(1, 3, 96, 64))
     assert {name: tuple(value.shape) for name, value in maps.items()} == {"res2": (1, 8, 24, 16), "res5": (1, 8, 3, 2)}
 

@@ -44,10 +44,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 class WindowAttention(nn.Module):
-    """Multi-head self-attention of the pixels within windows (equation 3): (N, H, W, C) -> the same.
-
-    Padding up to whole windows is attended to, as published.
-    """
+    """Self-attention of the pixels within windows (equation 3), padding included: (N, H, W, C) -> the same."""
 
     def __init__(self, dim: int, n_heads: int, window: int) -> None:
         super().__init__()
@@ -104,10 +101,7 @@ class Residual(nn.Module):
 
 
 def attention_block(name: str, attention: nn.Module, dim: int, drop_path: float, node: CfgNode) -> nn.Sequential:
-    """Attention, called ``name``, and a feed-forward network: maps (N, H, W, C) to the same.
-
-    CONV_AT_ATTN and CONV_AT_FFN put a depthwise convolution (a position code) before them.
-    """
+    """Attention, called ``name``, and a feed-forward network, behind depthwise convolutions if ``node`` says so."""
     parts: OrderedDict[str, nn.Module] = OrderedDict()
     if node.CONV_AT_ATTN:
         parts["conv1"] = Residual(None, DepthwiseConvolution(dim))
@@ -137,8 +131,7 @@ class DaViT(StagedBackbone):
     """Four stages of blocks that attend first within windows, then among channels, named ``res2`` to ``res5``.
 
     Sides of images should be multiples of ``size_divisibility``: steps without padding drop an odd row or column.
-    DEPTHS counts pairs of blocks; their stochastic depth grows linearly from 0 to DROP_PATH_RATE. ENABLE_CHECKPOINT
-    computes pairs again in the backward pass.
+    DEPTHS counts pairs of blocks; ENABLE_CHECKPOINT computes pairs again in the backward pass.
     """
 
     config_node = "MODEL.BACKBONE.DAVIT"

@@ -35,8 +35,7 @@ MODEL:
 class FocalModulation(nn.Module):
     """Each pixel's query times a gated sum of its contexts, from near to global (equations 3 to 7).
 
-    Contexts are ``levels`` depthwise convolutions, one after the other, the first with a kernel of ``window``, and the
-    mean over the map. (N, H, W, C) -> the same.
+    Contexts are depthwise convolutions, one after the other, the first with a kernel of ``window``, and the map's mean.
     """
 
     def __init__(self, node: CfgNode, dim: int, levels: int, window: int) -> None:
@@ -74,7 +73,7 @@ class FocalBlock(nn.Module):
     """Modulation and MLP, each with stochastic depth, a residual and, if USE_LAYERSCALE, learned gains per channel.
 
     USE_POSTLN normalises what a half gives instead of its input. ``depthwise``: a depthwise convolution with a residual
-    before either half, and the post-norm after the sum. (N, H, W, C) -> the same.
+    before either half, and the post-norm after the sum.
     """
 
     gamma_1: Tensor | None
@@ -121,9 +120,8 @@ def _depthwise(dim: int) -> nn.Conv2d:
 class FocalNet(StagedBackbone):
     """Four stages at strides 4, 8, 16 and 32, named ``res2`` to ``res5``; those in OUT_INDICES end in a norm.
 
-    Images may have any size, as every stage pads. Channels double with each stage; the stochastic depth of blocks grows
-    linearly from 0 to DROP_PATH_RATE. USE_CONV_EMBED has overlapping convolutions between the stages instead of patches
-    side by side. USE_CHECKPOINT computes blocks again in the backward pass.
+    Images may have any size, as every stage pads. USE_CONV_EMBED has overlapping convolutions between the stages, not
+    patches side by side. USE_CHECKPOINT computes blocks again in the backward pass.
     """
 
     config_node = "MODEL.BACKBONE.FOCAL"

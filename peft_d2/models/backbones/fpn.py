@@ -24,11 +24,7 @@ MODEL:
 def build_fpn(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
     """The pyramid that ``MODEL.FPN`` describes, on its ``BOTTOM_UP``; maps are named ``p2`` and so on by their stride.
 
-    ``MODEL.FPN.TOP_BLOCK`` makes the coarser maps: ``pool`` gives ``p6`` (R-CNN), ``p6p7`` two of them (RetinaNet), ""
-    none.
-
-    Raises:
-        ModelConfigError: there is no such backbone or top block, or the backbone lacks one of ``IN_FEATURES``.
+    ``MODEL.FPN.TOP_BLOCK`` makes the coarser maps: ``pool`` gives ``p6`` (R-CNN), ``p6p7`` two of them (RetinaNet).
     """
     node = cfg.MODEL.FPN
     registered = node.BOTTOM_UP in BACKBONE_REGISTRY
@@ -38,9 +34,7 @@ def build_fpn(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
     shapes = bottom_up.output_shape()
     in_features = list(node.IN_FEATURES) or list(shapes)
     expect_some_of("MODEL.FPN.IN_FEATURES", in_features, shapes, f"the maps of {node.BOTTOM_UP}")
-    top = None
-    if node.TOP_BLOCK == "pool":
-        top = LastLevelMaxPool()
-    elif node.TOP_BLOCK == "p6p7":
+    top = LastLevelMaxPool() if node.TOP_BLOCK == "pool" else None
+    if node.TOP_BLOCK == "p6p7":
         top = LastLevelP6P7(shapes[in_features[-1]].channels, node.OUT_CHANNELS, in_feature=in_features[-1])
     return FPN(bottom_up, in_features, node.OUT_CHANNELS, norm=node.NORM, top_block=top, fuse_type=node.FUSE_TYPE)

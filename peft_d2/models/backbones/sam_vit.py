@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch.nn.functional as F
 from detectron2.config import CfgNode
@@ -15,7 +15,7 @@ from peft_d2.models.checks import expect_some_of
 from peft_d2.models.registration import entry
 from peft_d2.models.sam.image_encoder import ImageEncoder, LayerNorm2d, normed_convolutions
 
-_STRIDES = {"res2": 4, "res3": 8, "res4": 16, "res5": 32}  # of patches of 16 px
+STRIDES = {"res2": 4, "res3": 8, "res4": 16, "res5": 32}  # of patches of 16 px
 _SEEM_CHANNELS = {"res2": 128, "res3": 256, "res4": 512, "res5": 1024}
 KEYS = """
 MODEL:
@@ -28,27 +28,20 @@ MODEL:
 
 @entry(BACKBONE_REGISTRY, "PD2SAMViT", keys=KEYS)
 class SAMViT(Backbone):
-    """The encoder under a pyramid (ViTDet's, section 3 of Li et al., ECCV 2022), for other heads.
-
-    Each level is made of the last block's map by itself. ``MODEL.SAM`` names the levels and their channels.
-    """
+    """The encoder under a pyramid (ViTDet's, section 3 of Li et al., ECCV 2022), for other heads."""
 
     def __init__(self, cfg: CfgNode, input_shape: ShapeSpec | None = None) -> None:
         super().__init__()
         self.net = ImageEncoder(cfg, neck=False)
         channels, names = cfg.MODEL.SAM.PYRAMID_CHANNELS, list(cfg.MODEL.SAM.OUT_FEATURES)
-        expect_some_of("MODEL.SAM.OUT_FEATURES", names, _STRIDES, "the pyramid's levels")
         note_freeze_at(cfg, "PD2SAMViT")
-        self.pyramid = nn.ModuleDict(
-            {name: pyramid_level(self.net.channels, channels, _STRIDES[name]) for name in names}
-        )
+        self.pyramid = simple_pyramid("MODEL.SAM", names, self.net.channels, channels)
         self._out_features = names
         self._out_feature_channels = dict.fromkeys(names, channels)
-        self._out_feature_strides = {name: self.net.patch * _STRIDES[name] // 16 for name in names}
+        self._out_feature_strides = {name: self.net.patch * STRIDES[name] // 16 for name in names}
 
     @property
     def size_divisibility(self) -> int:
-        """The largest stride."""
         return max(self.net.patch, *self._out_feature_strides.values())
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
@@ -66,8 +59,13 @@ class SAMViT(Backbone):
         return {f"{prefix}net.{name}": value for name, value in inside.items() if not name.startswith("neck.")}
 
 
-def pyramid_level(dim: int, channels: int, stride: int) -> nn.Sequential:
-    """A map of stride 16 rescaled to ``stride``, then convolutions to ``channels``."""
+def simple_pyramid(path: str, names: Sequence[str], dim: int, channels: int) -> nn.ModuleDict:
+    """The levels that OUT_FEATURES in the config node ``path`` names, each made of one map of ``dim`` at stride 16."""
+    expect_some_of(f"{path}.OUT_FEATURES", names, STRIDES, "the pyramid's levels")
+    return nn.ModuleDict({name: _level(dim, channels, STRIDES[name]) for name in names})
+
+
+def _level(dim: int, channels: int, stride: int) -> nn.Sequential:
     rescale: list[nn.Module] = []
     if stride == 4:
         rescale = [nn.ConvTranspose2d(dim, dim // 2, 2, 2), LayerNorm2d(dim // 2), nn.GELU()]
@@ -81,7 +79,7 @@ def pyramid_level(dim: int, channels: int, stride: int) -> nn.Sequential:
 
 
 class GroupNormPyramid(nn.Module):
-    """SEEM's four levels, each made by itself of one map of ``dim`` channels at stride 16."""
+    """SEEM's four levels, each made by itself of one map (N, dim, H, W) at stride 16."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -97,8 +95,7 @@ class GroupNormPyramid(nn.Module):
         self.down_32 = nn.Sequential(*_group_normed(nn.Conv2d(dim, coarse, 2, stride=2)), *_output(coarse, "res5"))
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        """(N, dim, H, W) -> maps by name."""
-        return {name: self.get_submodule(f"down_{stride}")(x) for name, stride in _STRIDES.items()}
+        return {name: self.get_submodule(f"down_{stride}")(x) for name, stride in STRIDES.items()}
 
 
 @entry(BACKBONE_REGISTRY, "PD2SEEMViT", upstream="D2ViT")
@@ -108,18 +105,16 @@ class SEEMViT(ImageEncoder, Backbone):
     def __init__(self, cfg: CfgNode, input_shape: ShapeSpec | None = None) -> None:
         super().__init__(cfg, neck=False)
         self._out_features = list(cfg.MODEL.SAM.OUT_FEATURES)
-        expect_some_of("MODEL.SAM.OUT_FEATURES", self._out_features, _STRIDES, "the pyramid's levels")
+        expect_some_of("MODEL.SAM.OUT_FEATURES", self._out_features, STRIDES, "the pyramid's levels")
         note_freeze_at(cfg, "PD2SEEMViT")
         self.neck = GroupNormPyramid(self.channels)
-        self._out_feature_channels, self._out_feature_strides = _SEEM_CHANNELS, _STRIDES
+        self._out_feature_channels, self._out_feature_strides = _SEEM_CHANNELS, STRIDES
 
     @property
     def size_divisibility(self) -> int:
-        """The largest stride."""
-        return max(_STRIDES.values())
+        return max(STRIDES.values())
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
-        """(N, C, H, W), normalised, sides multiples of 32 -> maps by name."""
         maps: dict[str, Tensor] = super().forward(x)  # type: ignore[assignment]
         return {name: maps[name] for name in self._out_features}
 

@@ -70,7 +70,7 @@ class PatchEmbed(nn.Module):
     Args:
         kernel, padding: of the convolution; by default it cuts patches side by side.
         norm: "before" or "after" the convolution, or "".
-        whole: maps are padded to multiples of the stride, at the bottom and on the right.
+        whole: pad maps to multiples of the stride, at the bottom and on the right.
     """
 
     def __init__(
@@ -112,13 +112,7 @@ class Stage(nn.Module):
 
 
 class StagedBackbone(Backbone):
-    """A backbone whose stages give the maps ``res2``, ``res3`` and so on; its keys are in ``config_node``.
-
-    From images (N, C, H, W) it gives the maps (N, C_l, H_l, W_l) of OUT_FEATURES by name.
-
-    Raises:
-        ModelConfigError: values that are out of range or do not go together.
-    """
+    """A backbone whose stages give the maps ``res2``, ``res3`` and so on; its keys are in ``config_node``."""
 
     config_node: str
     _stage_names: list[str]
@@ -170,5 +164,4 @@ class StagedBackbone(Backbone):
 
     @property
     def size_divisibility(self) -> int:
-        """Stride of the last stage."""
         return self._out_feature_strides[self._stage_names[-1]]

@@ -31,10 +31,7 @@ MODEL:
 
 
 def shift_mask(height: int, width: int, window: int, shift: int, device: torch.device) -> Tensor:
-    """What to add to the attention logits of shifted windows on a padded map (section 3.2, figure 4).
-
-    (windows, window^2, window^2) of 0 and -100.
-    """
+    """What is added to the logits (windows, T, T) of shifted windows on a padded map (section 3.2, figure 4)."""
 
     def region(length: int) -> Tensor:
         place = torch.arange(length, device=device)
@@ -124,8 +121,7 @@ class SwinTransformer(StagedBackbone):
     """Four stages at strides 4, 8, 16 and 32, named ``res2`` to ``res5``, each with a norm of its own on its output.
 
     Images may have any size, as every stage pads. The absolute position embedding (APE), if it is wanted, is made for
-    images of PRETRAIN_IMG_SIZE and interpolated to others. Channels double with each stage; the stochastic depth of
-    blocks grows linearly from 0 to DROP_PATH_RATE. USE_CHECKPOINT computes blocks again in the backward pass.
+    images of PRETRAIN_IMG_SIZE and interpolated to others. USE_CHECKPOINT computes blocks again in the backward pass.
     """
 
     config_node = "MODEL.SWIN"

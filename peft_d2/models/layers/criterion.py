@@ -160,7 +160,6 @@ class Matched(NamedTuple):
 
 
 def pair_up(targets: Sequence[Target], matches: Sequence[Match]) -> list[Matched]:
-    """Targets with their matches, which the matcher made on the CPU."""
     return [
         Matched(target, *(indices.to(target.labels.device) for indices in match))
         for target, match in zip(targets, matches, strict=True)
@@ -213,7 +212,6 @@ class SetCriterion(nn.Module):
     def matched_losses(
         self, outputs: dict, targets: Sequence[Target], objects: Sequence[Sequence[int]]
     ) -> dict[str, Tensor]:
-        """The losses of all predictions, divided by what the average part of the batch holds."""
         predictions = self.supervised(outputs)
         matches = self.matcher(list(predictions.values()), targets)
         losses = {}

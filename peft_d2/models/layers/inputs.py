@@ -20,11 +20,7 @@ from peft_d2.models.layers.postprocess import mask_boxes
 
 
 class PixelModel(nn.Module):
-    """A model that normalises its images by ``MODEL.PIXEL_MEAN`` and ``PIXEL_STD``.
-
-    Raises:
-        ModelConfigError: these are not of as many channels, or something is to be divided by nothing.
-    """
+    """A model that normalises its images by ``MODEL.PIXEL_MEAN`` and ``PIXEL_STD``."""
 
     pixel_mean: Tensor
     pixel_std: Tensor
@@ -40,15 +36,10 @@ class PixelModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the model is and inputs are taken to."""
         return self.pixel_mean.device
 
     def normalised(self, image: Tensor, name: Any = "an image") -> Tensor:
-        """``image`` (C, H, W), called ``name`` in messages, on the model's device.
-
-        Raises:
-            DatasetError: it has other channels than the model takes, which broadcasting would pass over in silence.
-        """
+        """``image`` (C, H, W), called ``name`` in messages; other channels would be broadcast, and are refused."""
         if image.dim() != 3 or len(image) != len(self.pixel_mean):
             raise DatasetError(
                 f"{name}: the image is {tuple(image.shape)}, but the model takes {len(self.pixel_mean)} channels "
@@ -89,17 +80,10 @@ def bitmaps(masks: Any, height: int, width: int) -> Tensor:
 
 
 def prepare_targets(inputs: list[dict[str, Any]], images: ImageList, ignore_value: int) -> list[Target]:
-    """Targets of a batch, with float32 masks zero-padded to the batch's size.
+    """Targets of a batch, with float32 masks zero-padded to the size of ``images``.
 
-    Args:
-        inputs: mapped dicts with ``instances`` (``gt_classes``, and ``gt_masks`` unless there are none) or, without it,
-            ``sem_seg`` (H, W) of class ids: one mask per class, as MaskFormer treats semantic segmentation.
-        images: the padded batch.
-        ignore_value: id in ``sem_seg`` that belongs to no class.
-
-    Raises:
-        KeyError: for an image with neither.
-        TypeError: for masks of an unknown kind.
+    Inputs are mapped dicts with ``instances`` (``gt_classes``, and ``gt_masks`` unless there are none) or, without it,
+    ``sem_seg`` (H, W) of class ids: one mask per class other than ``ignore_value``, as in MaskFormer.
     """
     device, (height, width) = images.tensor.device, images.tensor.shape[-2:]
     targets = []
@@ -125,10 +109,7 @@ def prepare_targets(inputs: list[dict[str, Any]], images: ImageList, ignore_valu
 def add_boxes(targets: list[Target], inputs: list[dict[str, Any]], images: ImageList, of_padded: bool) -> None:
     """Set the targets' boxes, in place: ``gt_boxes`` where the inputs have them, else those around the masks.
 
-    Args:
-        targets, inputs, images: results and arguments of :func:`prepare_targets`.
-        of_padded: boxes are relative to the padded batch, as masks are; else to each image's own size, as published.
-            Both agree where nothing is padded.
+    They are relative to the padded batch, as masks are; without ``of_padded`` to each image's own size, as published.
     """
     for target, item, size in zip(targets, inputs, images.image_sizes, strict=True):
         instances = item.get("instances")

@@ -112,10 +112,10 @@ _OLD_QUERIES, _QUERIES = "predictor.static_query.", "predictor.query_feat."
 
 @entry(SEM_SEG_HEADS_REGISTRY, "PD2MaskFormerHead", upstream="MaskFormerHead")
 class MaskFormerHead(nn.Module):
-    """Pixel decoder, then transformer decoder, both named in the config.
+    """Pixel decoder, then transformer decoder, both named in the config; ``ignore_value`` is a semantic map's.
 
     The pixel decoder's ``forward_features`` gives mask features, one encoded map and multi-scale maps; the predictor
-    takes the multi-scale maps and the mask features. Pixels of ``ignore_value`` count nowhere, in semantic maps.
+    takes the multi-scale maps and the mask features.
     """
 
     # The published code tells old keys from new ones by this number in a state dict's metadata.

@@ -74,7 +74,6 @@ class MSDeformAttnPixelDecoder(Pyramid):
 
     Args:
         cfg: ``MODEL.SEM_SEG_HEAD``; NHEADS and DROPOUT are those of the decoder that follows, in ``config_node``.
-        input_shape: the backbone's maps by name.
         decoder_levels: maps that the transformer decoder gets.
         extra_levels: maps that the encoder sees besides, made from the coarsest one, each half the size of the last.
         finest_first: order of the encoder's maps and of those that the transformer decoder gets; else coarsest first.
@@ -137,9 +136,8 @@ class MSDeformAttnPixelDecoder(Pyramid):
     def forward_features(self, features: dict[str, Tensor]) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Encode the backbone's maps (N, C_l, H_l, W_l), and add finer ones to the finest of them.
 
-        Returns:
-            Mask features (N, mask_dim, H, W) at the common stride, the first encoded map, and the first
-            ``decoder_levels`` maps (N, conv_dim, H_l, W_l), in the encoder's order.
+        Mask features (N, mask_dim, H, W) come at the common stride, then the first encoded map, and the first
+        ``decoder_levels`` maps (N, conv_dim, H_l, W_l), in the encoder's order.
         """
         device_type = features[self.coarsest].device.type
         with nullcontext() if self.autocast else torch.autocast(device_type, enabled=False):

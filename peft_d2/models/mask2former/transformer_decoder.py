@@ -52,16 +52,10 @@ class MaskedTransformerDecoder(nn.Module):
         self.input_proj = input_projections(in_channels, channels, _LEVELS, former.ENFORCE_INPUT_PROJ)
 
     def forward(self, features: Sequence[Tensor], mask_features: Tensor, mask: Tensor | None = None) -> dict[str, Any]:
-        """Predict classes and masks.
+        """``pred_logits`` (N, Q, K + 1) and ``pred_masks`` (N, Q, H, W) of the last layer, and of all before it.
 
-        Args:
-            features: three maps (N, C, H_l, W_l), coarsest first.
-            mask_features: (N, mask_dim, H, W).
-            mask: ignored: padding is attended to.
-
-        Returns:
-            ``pred_logits`` (N, Q, K + 1) and ``pred_masks`` (N, Q, H, W) of the last layer, and ``aux_outputs``, the
-            same of the raw queries and of every layer but the last.
+        The latter, ``aux_outputs``, begin with the raw queries'. ``features`` are three maps (N, C, H_l, W_l), coarsest
+        first; ``mask_features`` (N, mask_dim, H, W). ``mask`` is ignored: padding is attended to.
         """
         if len(features) != _LEVELS:
             raise ValueError(f"the transformer decoder got {len(features)} feature maps; it needs {_LEVELS}")
@@ -99,10 +93,7 @@ class MaskedTransformerDecoder(nn.Module):
 
     @torch.no_grad()
     def attention_mask(self, masks: Tensor, size: tuple[int, int]) -> Tensor:
-        """(N * heads, Q, h * w), True where a query must not attend: outside of its predicted mask (section 3.2.1).
-
-        A query whose mask is empty attends everywhere.
-        """
+        """(N * heads, Q, h * w), True where a query must not attend: outside of its mask, unless that is empty."""
         resized = F.interpolate(masks, size=size, mode="bilinear", align_corners=False)
         blocked = resized.sigmoid().flatten(2) < 0.5
         blocked &= ~blocked.all(-1, keepdim=True)

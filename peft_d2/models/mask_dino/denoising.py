@@ -51,16 +51,10 @@ class DenoisingQueries:
 def denoising_queries(
     targets: Sequence[Target], label_embedding: nn.Embedding, count: int, noise_scale: float
 ) -> DenoisingQueries | None:
-    """Disturb the targets: a label is replaced with probability noise_scale / 2, a box moves and grows by chance.
+    """Disturb the targets, with boxes: a label is replaced with probability noise_scale / 2, a box moves and grows.
 
-    A box's centre moves by up to noise_scale / 2 of its size, its sides change by up to noise_scale of themselves.
-    None if there are no targets, or more than ``count`` in an image.
-
-    Args:
-        targets: one per image, with ``boxes``.
-        label_embedding: content (C) by class.
-        count: queries wanted at most: there are ``count // T`` groups for the largest number T of targets in an image.
-        noise_scale: in [0, 1].
+    A box's centre moves by up to noise_scale / 2 of its size, its sides change by up to noise_scale of themselves. With
+    T targets in the largest image there are ``count // T`` groups; None if there are no targets, or T > ``count``.
     """
     group_size = max((len(target.labels) for target in targets), default=0)
     groups = count // group_size if group_size else 0

@@ -23,11 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 def attach(cfg: Any, model: nn.Module) -> None:
-    """Let ``model`` keep its embeddings in ``MODEL.SAM.FEATURE_CACHE``; nothing where that is empty.
-
-    Raises:
-        ConfigError: the model has no Segment Anything's image encoder, or part of it is trained.
-    """
+    """Let ``model`` keep its embeddings in ``MODEL.SAM.FEATURE_CACHE``; nothing where that is empty."""
     folder = cfg.MODEL.SAM.FEATURE_CACHE
     if not folder:
         return
@@ -45,9 +41,9 @@ def attach(cfg: Any, model: nn.Module) -> None:
 
 
 class FeatureCache:
-    """Calls an encoder, (N, 3, H, W) -> (N, C, G, G), only for images that it has not seen.
+    """Calls an encoder, (N, 3, H, W) -> (N, C, G, G), only for images that are not in ``folder`` yet.
 
-    ``folder`` is made when needed; ``settings`` are whatever decides the result besides the encoder's tensors.
+    ``settings`` are whatever decides the result besides the encoder's tensors.
     """
 
     def __init__(self, folder: str | Path, encoder: nn.Module, settings: str) -> None:

@@ -85,10 +85,7 @@ class ImageEncoder(nn.Module):
 
 
 class EncoderBlock(nn.Module):
-    """Attention and MLP, each pre-normed with a residual: (N, H, W, C) -> the same.
-
-    ``window`` 0 attends over the whole map of ``grid`` px.
-    """
+    """Attention and MLP, each pre-normed with a residual; ``window`` 0 attends over the whole map of ``grid`` px."""
 
     def __init__(self, dim: int, n_heads: int, mlp_ratio: float, window: int, grid: int) -> None:
         super().__init__()

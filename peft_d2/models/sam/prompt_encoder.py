@@ -58,13 +58,8 @@ class Prompts:
 def read_prompts(item: Mapping[str, Any], size: tuple[int, int], mask_side: int, device: torch.device) -> Prompts:
     """The prompts of an input dict: any of ``boxes``, ``point_coords`` with ``point_labels``, ``mask_inputs``.
 
-    Boxes that reach over the image's border are clipped to it; boxes without area are taken as they are.
-
-    Args:
-        item: the input dict.
-        size: (H, W) of its image, without padding.
-        mask_side: side of ``mask_inputs``.
-        device: where the prompts go.
+    Boxes that reach over the border of the image, of ``size`` (H, W) without padding, are clipped; boxes without area
+    are taken as they are. ``mask_side`` is that of ``mask_inputs``.
 
     Raises:
         PromptError: a wrong shape, different numbers of prompts, not finite, a box the wrong way round, or a prompt
@@ -141,13 +136,7 @@ class FourierPositions(nn.Module):
 
 
 class PromptEncoder(nn.Module):
-    """Points, boxes and masks as embeddings of ``dim`` channels.
-
-    Args:
-        grid: side of the image's embedding.
-        image_size: side of the padded image, px.
-        mask_channels: hidden channels of the mask's convolutions.
-    """
+    """Points, boxes and masks as embeddings of ``dim`` channels; the image's embedding has ``grid`` pixels a side."""
 
     def __init__(self, dim: int, grid: int, image_size: int, mask_channels: int) -> None:
         super().__init__()

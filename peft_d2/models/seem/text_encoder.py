@@ -67,9 +67,7 @@ def prompts(name: str, templates: Sequence[str] = TEMPLATES) -> list[str]:
 def load_tokenizer(source: str | os.PathLike[str] = CLIP_TOKENIZER, context: int = 77) -> Tokenizer:
     """CLIP's tokenizer, by the package ``transformers``; texts are cut to ``context`` tokens.
 
-    Args:
-        source: a folder with the tokenizer's files (``vocab.json`` and ``merges.txt``, or ``tokenizer.json``), or a
-            name on the Hugging Face hub.
+    ``source`` is a folder with ``vocab.json`` and ``merges.txt``, or ``tokenizer.json``, or a name on the hub.
 
     Raises:
         TokenizerError: ``transformers`` is not installed, the files cannot be had, or the end token is not the last of
@@ -155,12 +153,8 @@ class TextTransformer(nn.Module):
 class TextEncoder(nn.Module):
     """Token ids to unit vectors of ``projection`` channels, in the space in which queries and classes are compared.
 
-    It also holds ``logit_scale``, the logarithm of the factor of their cosine, as the published checkpoints do.
-
-    Args:
-        vocabulary: tokens that the tokenizer knows; the end token is the last.
-        context: most tokens of a text, the start and the end among them.
-        width, n_heads, n_layers: of the transformer.
+    It also holds ``logit_scale``, the logarithm of the factor of their cosine, as the published checkpoints do. Of the
+    ``vocabulary`` of the tokenizer the end token is the last; ``context`` are the most tokens of a text.
     """
 
     def __init__(self, vocabulary: int, context: int, width: int, n_heads: int, n_layers: int, projection: int) -> None:
@@ -174,11 +168,7 @@ class TextEncoder(nn.Module):
 
     @classmethod
     def from_state(cls, state: Mapping[str, Tensor], n_heads: int | None = None) -> TextEncoder:
-        """The encoder whose state dict this is, with sizes read off the shapes, by default with a head per 64 channels.
-
-        Raises:
-            ValueError: tensors are missing, left over or of other shapes than those of a text encoder.
-        """
+        """The encoder whose state dict this is, with sizes read off the shapes; by default a head per 64 channels."""
         try:
             vocabulary, width = state["lang_encoder.token_embedding.weight"].shape
             context, projection = len(state["lang_encoder.positional_embedding"]), state["lang_proj"].shape[1]

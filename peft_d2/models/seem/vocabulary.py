@@ -74,11 +74,7 @@ class ClassVectors:
         return self.vectors[drawn.to(self.vectors.device), torch.arange(classes, device=self.vectors.device)]
 
     def select(self, names: Sequence[str]) -> ClassVectors:
-        """The vectors of these classes alone, in this order, and of the background.
-
-        Raises:
-            ClassVectorsError: some of the classes are not there.
-        """
+        """The vectors of these classes alone, in this order, and of the background."""
         if missing := [name for name in names if name not in self.names]:
             there = ", ".join(self.names[:10]) + (", ..." if len(self.names) > 10 else "")
             raise ClassVectorsError(
@@ -103,11 +99,7 @@ class ClassVectors:
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> ClassVectors:
-        """The vectors in a file of :meth:`write`.
-
-        Raises:
-            ClassVectorsError: there is no such file, or it is damaged or something else.
-        """
+        """The vectors in a file of :meth:`write`."""
         try:
             return _checked(*tensor_file.read(path))
         except (OSError, ValueError) as error:
@@ -138,11 +130,7 @@ def _sha256(vectors: Tensor) -> str:
 def encode_classes(
     encoder: TextEncoder, tokenizer: Tokenizer, names: Sequence[str], templates: Sequence[str] = TEMPLATES
 ) -> ClassVectors:
-    """Run the text encoder once for every class, the background and template.
-
-    Raises:
-        ClassVectorsError: no class, one named twice, or a tokenizer of another vocabulary than the encoder's.
-    """
+    """Run the text encoder once for every class, the background and template."""
     if not names or not all(name.strip() for name in names):
         raise ClassVectorsError("there is no class to encode, or one without a name")
     texts = [text for name in (*names, BACKGROUND) for text in prompts(name, templates)]
@@ -209,12 +197,7 @@ class Vocabulary:
         return self._rows[1]
 
     def training_rows(self, encoder: nn.Module) -> Tensor:
-        """(K + 1, C): each class in a random template; with gradients where the text encoder itself is trained.
-
-        Raises:
-            ClassVectorsError: there are more or fewer classes than labels; the text encoder is trained and the vectors
-                were given, so that it would learn nothing.
-        """
+        """(K + 1, C): each class in a random template; with gradients where the text encoder itself is trained."""
         if not any(p.requires_grad for name, p in encoder.named_parameters() if name != "logit_scale"):
             rows = self.vectors(encoder).sample()
         elif self.given is not None:
@@ -260,12 +243,7 @@ def _loaded(encoder: nn.Module) -> TextEncoder:
 
 
 def vocabularies(cfg: CfgNode) -> tuple[Vocabulary, Vocabulary]:
-    """The classes in training and in inference: those of ``MODEL.SEEM.CLASS_NAMES``, else of the data sets.
-
-    Raises:
-        ClassVectorsError: ``MODEL.SEEM.CLASS_VECTORS`` cannot be read, lacks a class or has other channels than
-            ``MODEL.DIM_PROJ``; or the sets of ``DATASETS.TRAIN``, or those of ``DATASETS.TEST``, disagree.
-    """
+    """The classes in training and in inference: those of ``MODEL.SEEM.CLASS_NAMES``, else of the data sets."""
     node, tokenizer, stored = cfg.MODEL.SEEM, cfg.MODEL.TEXT.PRETRAINED_TOKENIZER, None
     train, test = (_named_by(cfg, list(cfg.DATASETS[split])) for split in ("TRAIN", "TEST"))
     labels = len(train[0]) if node.CLASS_NAMES and train[0] else cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES
