@@ -8,23 +8,24 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.modeling import build_backbone, build_sem_seg_head
-from detectron2.structures import ImageList
+from detectron2.structures import Boxes, ImageList, Instances
 from torch import Tensor
 
 from peft_d2.models.checks import ModelConfigError, expect_numbers
 from peft_d2.models.layers.criterion import SetCriterion
 from peft_d2.models.layers.inputs import PixelModel, Target, count_objects, prepare_targets
-from peft_d2.models.layers.postprocess import Canvas
+from peft_d2.models.layers.postprocess import Canvas, instance_inference, panoptic_inference, semantic_inference
 
 
 class MaskClassifier(PixelModel):
     """Backbone, head, and the losses or the inference that the config asks for.
 
     A model derives from it: ``config_node`` names its node below ``MODEL``, ``make_criterion`` makes its losses, and
-    ``inference`` its results. ``metadata`` is of the training set: panoptic inference takes the thing classes from it.
+    ``scores`` and ``boxes`` what its results are made of. ``metadata`` is of the training set, and tells its things.
     """
 
     config_node: str
+    mask_quality = True  # the mask's mean probability is a factor of an instance's score
     bicubic_results = False  # see :class:`peft_d2.models.layers.postprocess.Canvas`
     sem_seg_head: Any  # ours, or one registered by someone else
 
@@ -90,6 +91,30 @@ class MaskClassifier(PixelModel):
 
     def inference(self, prediction: dict[str, Tensor], canvas: Canvas) -> dict[str, Any]:
         """Results of one image from its ``pred_logits`` (Q, ...), ``pred_masks`` (Q, h, w) and more."""
+        mask_logits = prediction["pred_masks"]
+        result: dict[str, Any] = {}
+        semantic, (scores, classes, keep), instance = self.scores(prediction["pred_logits"].float())
+        if self.semantic_on:
+            result["sem_seg"] = semantic_inference(semantic, mask_logits, canvas, self.resize_semantic_last)
+        things = self.known_things() if self.panoptic_on else None
+        if things is not None:
+            queries = scores[keep], classes[keep], mask_logits[keep]
+            result["panoptic_seg"] = panoptic_inference(*queries, canvas, things, self.overlap_threshold)
+        if self.instance_on:
+            found, chosen = instance_inference(instance, mask_logits, canvas, self.top_k, things, self.mask_quality)
+            found.pred_boxes = Boxes(self.boxes(prediction, found, chosen, canvas))
+            result["instances"] = found
+        return result
+
+    def scores(self, logits: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor], Tensor]:
+        """What semantic results are made of, probabilities (Q, K); panoptic ones; and instances, probabilities (Q, K).
+
+        Panoptic ones are made of scores (Q,), classes (Q,), and which of the queries compete (Q,).
+        """
+        raise NotImplementedError
+
+    def boxes(self, prediction: dict[str, Tensor], instances: Instances, chosen: Tensor, canvas: Canvas) -> Tensor:
+        """Corners (M, 4) of instances, which the queries ``chosen`` (M,) predict."""
         raise NotImplementedError
 
     def make_criterion(self, cfg: CfgNode, num_classes: int) -> SetCriterion:

@@ -20,10 +20,7 @@ class MSDeformAttn(nn.Module):
         super().__init__()
         if d_model % n_heads:
             raise ValueError(f"MSDeformAttn: d_model is {d_model}; it should be a multiple of n_heads = {n_heads}")
-        self.d_model = d_model
-        self.n_levels = n_levels
-        self.n_heads = n_heads
-        self.n_points = n_points
+        self.d_model, self.n_levels, self.n_heads, self.n_points = d_model, n_levels, n_heads, n_points
         self.sampling_offsets = nn.Linear(d_model, n_heads * n_levels * n_points * 2)
         self.attention_weights = nn.Linear(d_model, n_heads * n_levels * n_points)
         self.value_proj = nn.Linear(d_model, d_model)
@@ -78,6 +75,3 @@ class MSDeformAttn(nn.Module):
             self.attention_weights(query).view(n, queries, self.n_heads, self.n_levels * self.n_points),
         )
         return self.output_proj(output)
-
-    def extra_repr(self) -> str:
-        return f"levels={self.n_levels}, heads={self.n_heads}, points={self.n_points}"

@@ -9,19 +9,13 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import META_ARCH_REGISTRY, SEM_SEG_HEADS_REGISTRY
-from detectron2.structures import Boxes
+from detectron2.structures import Instances
 from torch import Tensor, nn
 
 from peft_d2.models.checks import expect, expect_numbers
 from peft_d2.models.layers.criterion import HungarianMatcher, SetCriterion
 from peft_d2.models.layers.mask_classifier import MaskClassifier
-from peft_d2.models.layers.postprocess import (
-    Canvas,
-    instance_inference,
-    mask_boxes,
-    panoptic_inference,
-    semantic_inference,
-)
+from peft_d2.models.layers.postprocess import Canvas, mask_boxes
 from peft_d2.models.registration import TRANSFORMER_DECODER_REGISTRY, entry
 
 # What add_maskformer2_config adds, and of add_deeplab_config what published yaml files set. Ours sit under Detectron2's
@@ -58,25 +52,16 @@ class MaskFormer(MaskClassifier):
         super().__init__(cfg)
         self.instance_boxes = cfg.MODEL.SEM_SEG_HEAD.INSTANCE_BOXES
 
-    def inference(self, prediction: dict[str, Tensor], canvas: Canvas) -> dict[str, Any]:
-        """Results of one image from ``pred_logits`` (Q, K + 1) and ``pred_masks`` (Q, h, w)."""
-        scores, mask_logits = prediction["pred_logits"].float().softmax(-1), prediction["pred_masks"]
-        probability = scores[:, :-1]
-        result: dict[str, Any] = {}
-        if self.semantic_on:
-            result["sem_seg"] = semantic_inference(probability, mask_logits, canvas, self.resize_semantic_last)
-        things = self.known_things() if self.panoptic_on else None
-        if things is not None:
-            best, classes = scores.max(-1)
-            keep = (classes != probability.shape[1]) & (best > self.object_mask_threshold)
-            queries = best[keep], classes[keep], mask_logits[keep]
-            result["panoptic_seg"] = panoptic_inference(*queries, canvas, things, self.overlap_threshold)
-        if self.instance_on:
-            instances, _ = instance_inference(probability, mask_logits, canvas, self.top_k, things)
-            boxes = mask_boxes(instances.pred_masks) if self.instance_boxes else torch.zeros(len(instances), 4)
-            instances.pred_boxes = Boxes(boxes)
-            result["instances"] = instances
-        return result
+    def scores(self, logits: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor], Tensor]:
+        """From (Q, K + 1), of which the last class is no-object."""
+        scores = logits.softmax(-1)
+        best, classes = scores.max(-1)
+        keep = (classes != logits.shape[1] - 1) & (best > self.object_mask_threshold)
+        return scores[:, :-1], (best, classes, keep), scores[:, :-1]
+
+    def boxes(self, prediction: dict[str, Tensor], instances: Instances, chosen: Tensor, canvas: Canvas) -> Tensor:
+        """Around the masks."""
+        return mask_boxes(instances.pred_masks) if self.instance_boxes else torch.zeros(len(instances), 4)
 
     def upgrade_state_dict(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """A whole model's state dict with the names of earlier releases replaced; ``load_state_dict`` does the same.

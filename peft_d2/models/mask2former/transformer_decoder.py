@@ -29,8 +29,6 @@ class MaskedTransformerDecoder(nn.Module):
 
     def __init__(self, cfg: CfgNode, in_channels: int, mask_classification: bool = True) -> None:
         super().__init__()
-        if not mask_classification:
-            raise ValueError(f"{type(self).__name__}: mask_classification is False; only True is supported")
         former, path = cfg.MODEL.MASK_FORMER, "MODEL.MASK_FORMER"
         expect_numbers(path, former, DEC_LAYERS=1, NUM_OBJECT_QUERIES=1, DIM_FEEDFORWARD=1)
         expect_width(path, former)

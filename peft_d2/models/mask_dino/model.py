@@ -10,14 +10,14 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import META_ARCH_REGISTRY, SEM_SEG_HEADS_REGISTRY
-from detectron2.structures import Boxes, ImageList
+from detectron2.structures import ImageList, Instances
 from torch import Tensor
 
 from peft_d2.models.checks import expect
 from peft_d2.models.layers.geometry import to_corners
 from peft_d2.models.layers.inputs import Target, add_boxes
 from peft_d2.models.layers.mask_classifier import MaskClassifier
-from peft_d2.models.layers.postprocess import Canvas, instance_inference, panoptic_inference, semantic_inference
+from peft_d2.models.layers.postprocess import Canvas
 from peft_d2.models.mask2former.model import MaskFormerHead
 from peft_d2.models.mask2former.pixel_decoder import MSDeformAttnPixelDecoder
 from peft_d2.models.mask_dino.criterion import BoxMaskCriterion, BoxMaskMatcher
@@ -82,8 +82,7 @@ class MaskDINO(MaskClassifier):
     """Mask DINO: see :class:`MaskClassifier`.
 
     ``softmax_classes``: classes compete and the last one is no-object; else each has a sigmoid. ``temperature``: of a
-    softmax over these sigmoids, which sharpens semantic and panoptic results, or None. ``focus_on_box``: an instance's
-    score is its class's alone, without the quality of its mask.
+    softmax over these sigmoids, which sharpens semantic and panoptic results, or None.
     """
 
     config_node = "MaskDINO"
@@ -95,7 +94,7 @@ class MaskDINO(MaskClassifier):
             self.criterion.box_classes = self.known_things("PANO_BOX_LOSS")  # type: ignore[assignment]
         self.softmax_classes = softmax_classes(cfg)
         self.temperature = dino.TEST.PANO_TEMPERATURE if dino.TEST.PANO_TRANSFORM_EVAL else None
-        self.focus_on_box = dino.TEST.TEST_FOUCUS_ON_BOX
+        self.mask_quality = not dino.TEST.TEST_FOUCUS_ON_BOX
         self.padded_boxes = cfg.MODEL.SEM_SEG_HEAD.PADDED_BOXES
 
     def predict(self, features: dict[str, Tensor], targets: list[Target] | None = None) -> dict[str, Any]:
@@ -106,32 +105,23 @@ class MaskDINO(MaskClassifier):
         add_boxes(targets, batched_inputs, batch, self.padded_boxes)
         return targets
 
-    def inference(self, prediction: dict[str, Tensor], canvas: Canvas) -> dict[str, Any]:
-        """Results of one image from ``pred_logits`` (Q, K), ``pred_masks`` (Q, h, w) and ``pred_boxes`` (Q, 4)."""
-        class_logits, mask_logits = prediction["pred_logits"].float(), prediction["pred_masks"]
-        sigmoids = sharpened = class_logits.sigmoid()
+    def scores(self, logits: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor], Tensor]:
+        """From (Q, K), or (Q, K + 1) with ``softmax_classes``."""
+        sigmoids = sharpened = logits.sigmoid()
         if self.temperature is not None:  # for results where classes compete
             sharpened = (sigmoids / self.temperature).softmax(-1)
-        softmax = class_logits.softmax(-1)[:, :-1] if self.softmax_classes else None
-        result: dict[str, Any] = {}
-        if self.semantic_on:
-            probability = sharpened if softmax is None else softmax
-            result["sem_seg"] = semantic_inference(probability, mask_logits, canvas, self.resize_semantic_last)
-        things = self.known_things() if self.panoptic_on else None
-        if things is not None:
-            keep = sigmoids.amax(-1) > self.object_mask_threshold
-            queries = *sharpened[keep].max(-1), mask_logits[keep]
-            result["panoptic_seg"] = panoptic_inference(*queries, canvas, things, self.overlap_threshold)
-        if self.instance_on:
-            probability, quality = sigmoids if softmax is None else softmax, not self.focus_on_box
-            instances, chosen = instance_inference(probability, mask_logits, canvas, self.top_k, things, quality)
-            # Boxes, which are not clipped, are relative to the padded image, the output is its part without padding.
-            sizes = zip(canvas.padded, canvas.image, canvas.output, strict=True)
-            height, width = (padded / image * output for padded, image, output in sizes)
-            boxes = to_corners(prediction["pred_boxes"].float()[chosen])
-            instances.pred_boxes = Boxes(boxes * boxes.new_tensor([width, height, width, height]))
-            result["instances"] = instances
-        return result
+        panoptic = *sharpened.max(-1), sigmoids.amax(-1) > self.object_mask_threshold
+        if not self.softmax_classes:
+            return sharpened, panoptic, sigmoids
+        softmax = logits.softmax(-1)[:, :-1]
+        return softmax, panoptic, softmax
+
+    def boxes(self, prediction: dict[str, Tensor], instances: Instances, chosen: Tensor, canvas: Canvas) -> Tensor:
+        """As predicted, not clipped: relative to the padded image, of which the output is the part without padding."""
+        sizes = zip(canvas.padded, canvas.image, canvas.output, strict=True)
+        height, width = (padded / image * output for padded, image, output in sizes)
+        boxes = to_corners(prediction["pred_boxes"].float()[chosen])
+        return boxes * boxes.new_tensor([width, height, width, height])
 
     def upgrade_state_dict(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """A whole model's state dict, whose label embeddings are dealt out to as many classes as this model has.

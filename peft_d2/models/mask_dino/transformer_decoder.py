@@ -14,13 +14,12 @@ import torch.nn.functional as F
 from detectron2.config import CfgNode
 from torch import Tensor, nn
 
-from peft_d2.models.checks import ModelConfigError, expect, expect_numbers, expect_width
-from peft_d2.models.layers.deformable_encoder import Levels
+from peft_d2.models.checks import expect, expect_numbers, expect_width
 from peft_d2.models.layers.geometry import box_code, inverse_sigmoid, pixel_centres, to_centres
 from peft_d2.models.layers.inputs import Target
 from peft_d2.models.layers.ms_deform_attn import MSDeformAttn
 from peft_d2.models.layers.postprocess import mask_boxes
-from peft_d2.models.layers.transformer import MLP, init_transformer, input_projections
+from peft_d2.models.layers.transformer import MLP, Levels, init_transformer, input_projections
 from peft_d2.models.mask_dino.denoising import DenoisingQueries, denoising_queries
 from peft_d2.models.registration import TRANSFORMER_DECODER_REGISTRY, entry
 
@@ -131,10 +130,15 @@ class MaskDINODecoder(nn.Module):
 
     def __init__(self, cfg: CfgNode, in_channels: int, mask_classification: bool = True) -> None:
         super().__init__()
-        if not mask_classification:
-            raise ValueError("MaskDINODecoder: mask_classification is False; only True is supported")
         dino, head = cfg.MODEL.MaskDINO, cfg.MODEL.SEM_SEG_HEAD
-        _check(dino)
+        path = "MODEL.MaskDINO"
+        for key, known in (("DN", _DENOISING), ("INITIALIZE_BOX_TYPE", _BOX_STARTS)):
+            expect(dino[key] in known, f"{path}.{key}", dino[key], f"one of {list(known)}")
+        starts = dino.INITIALIZE_BOX_TYPE == "no" or (dino.TWO_STAGE and dino.INITIAL_PRED)
+        box_type = "'no'; boxes around predicted masks: that needs TWO_STAGE and INITIAL_PRED True"
+        expect(starts, f"{path}.INITIALIZE_BOX_TYPE", dino.INITIALIZE_BOX_TYPE, box_type)
+        expect_numbers(path, dino, DEC_LAYERS=1, NUM_OBJECT_QUERIES=1, DIM_FEEDFORWARD=1, DN_NUM=0)
+        expect_width(path, dino)
         channels, levels = dino.HIDDEN_DIM, head.TOTAL_NUM_FEATURE_LEVELS
         self.num_queries = dino.NUM_OBJECT_QUERIES
         self.box_start = dino.INITIALIZE_BOX_TYPE
@@ -156,8 +160,8 @@ class MaskDINODecoder(nn.Module):
             layers, channels, dino.DIM_FEEDFORWARD, self.decoder_norm, n_levels=levels, n_heads=dino.NHEADS
         )
         self._bbox_embed = MLP(channels, channels, 4, 3)
-        nn.init.zeros_(self._bbox_embed.layers[-1].get_parameter("weight"))
-        nn.init.zeros_(self._bbox_embed.layers[-1].get_parameter("bias"))
+        for parameter in self._bbox_embed.layers[-1].parameters():
+            nn.init.zeros_(parameter)
         self.bbox_embed = self.decoder.bbox_embed = nn.ModuleList([self._bbox_embed] * layers)
 
     def forward(
@@ -167,26 +171,27 @@ class MaskDINODecoder(nn.Module):
         mask: Tensor | None = None,
         targets: Sequence[Target] | None = None,
     ) -> dict[str, Any]:
-        """Predict classes, masks and boxes.
+        """``pred_logits`` (N, Q, K), ``pred_masks`` (N, Q, H, W) and ``pred_boxes`` (N, Q, 4) of the last layer.
+
+        Boxes are relative to the padded image. In training besides: ``aux_outputs``, the same of the queries themselves
+        and of every layer but the last; with two stages ``interm_outputs`` of the chosen places; ``denoising``: the
+        denoising queries and their predictions by layer, or None.
 
         Args:
             features: maps (N, C, H_l, W_l) as the pixel decoder gives them; the decoder takes them in reverse.
             mask_features: (N, mask_dim, H, W).
             mask: ignored: padding is looked at.
             targets: one per image with boxes, for denoising; needed in training where that is on.
-
-        Returns:
-            ``pred_logits`` (N, Q, K), ``pred_masks`` (N, Q, H, W) and ``pred_boxes`` (N, Q, 4) of the last layer,
-            relative to the padded image. In training besides: ``aux_outputs``, the same of the queries themselves and
-            of every layer but the last; with two stages ``interm_outputs`` of the chosen places; ``denoising``: the
-            denoising queries and their predictions by layer, or None.
         """
         # In float32, as the decoder is, also where the maps come in the autocast type.
         projected = [projection(feature).float() for projection, feature in zip(self.input_proj, features, strict=True)]
         memory = Levels(projected[::-1])
         content, box_logits, chosen = self.queries(memory, mask_features)
-        noisy = self._denoising_queries(targets)
-        blocked = None
+        noisy = blocked = None
+        if self.training and self.denoising != "no":
+            if targets is None:
+                raise ValueError("MaskDINODecoder: denoising needs the targets; pass them, or set DN to 'no'")
+            noisy = denoising_queries(targets, self.label_enc, self.denoising_count, self.noise_scale)
         if noisy is not None:
             content = torch.cat([noisy.content, content], dim=1)
             box_logits = torch.cat([noisy.box_logits, box_logits], dim=1)
@@ -258,13 +263,6 @@ class MaskDINODecoder(nn.Module):
             corners[~flat.flatten(1).any(1)] = corners.new_tensor([2.0 * width, 2.0 * height, 0, 0])  # -> (1, 1, 0, 0)
         return (to_centres(corners) / corners.new_tensor([width, height] * 2)).view(*masks.shape[:2], 4)
 
-    def _denoising_queries(self, targets: Sequence[Target] | None) -> DenoisingQueries | None:
-        if not self.training or self.denoising == "no":
-            return None
-        if targets is None:
-            raise ValueError("MaskDINODecoder: training with denoising needs the targets; pass them, or set DN to 'no'")
-        return denoising_queries(targets, self.label_enc, self.denoising_count, self.noise_scale)
-
 
 def proposal_logits(sizes: Sequence[tuple[int, int]], device: torch.device) -> tuple[Tensor, Tensor]:
     """A box at every pixel of every level, and where it is well inside of the image; sides double from level to level.
@@ -285,16 +283,3 @@ def softmax_classes(cfg: CfgNode) -> bool:
     """Whether classes compete, with no-object among them: semantic segmentation, where the config says so."""
     test = cfg.MODEL.MaskDINO.TEST
     return bool(test.SEMANTIC_ON and cfg.MODEL.MaskDINO.SEMANTIC_CE_LOSS and not test.PANOPTIC_ON)
-
-
-def _check(dino: CfgNode) -> None:
-    path = "MODEL.MaskDINO"
-    for key, known in (("DN", _DENOISING), ("INITIALIZE_BOX_TYPE", _BOX_STARTS)):
-        expect(dino[key] in known, f"{path}.{key}", dino[key], f"one of {list(known)}")
-    if dino.INITIALIZE_BOX_TYPE != "no" and not (dino.TWO_STAGE and dino.INITIAL_PRED):
-        raise ModelConfigError(
-            f"{path}.INITIALIZE_BOX_TYPE is {dino.INITIALIZE_BOX_TYPE!r}, boxes around predicted masks; that "
-            "needs TWO_STAGE and INITIAL_PRED True. Set them, or 'no'"
-        )
-    expect_numbers(path, dino, DEC_LAYERS=1, NUM_OBJECT_QUERIES=1, DIM_FEEDFORWARD=1, DN_NUM=0)
-    expect_width(path, dino)
