@@ -9,13 +9,7 @@ from detectron2.modeling import BACKBONE_REGISTRY
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
-from peft_d2.models.backbones.stages import (
-    PatchEmbed,
-    StagedBackbone,
-    from_windows,
-    pad_bottom_right,
-    to_windows,
-)
+from peft_d2.models.backbones.stages import PatchEmbed, StagedBackbone, from_windows, pad_bottom_right, to_windows
 from peft_d2.models.checks import expect_heads, expect_lengths, expect_numbers
 from peft_d2.models.layers.transformer import FeedForward
 from peft_d2.models.registration import entry

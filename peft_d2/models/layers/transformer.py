@@ -63,11 +63,7 @@ class AttentionLayer(nn.Module):
         init_transformer(self)
 
     def forward(
-        self,
-        x: Tensor,
-        position: Tensor,
-        memory: tuple[Tensor, Tensor] | None = None,
-        attn_mask: Tensor | None = None,
+        self, x: Tensor, position: Tensor, memory: tuple[Tensor, Tensor] | None = None, attn_mask: Tensor | None = None
     ) -> Tensor:
         """Update the queries (Q, N, C).
 

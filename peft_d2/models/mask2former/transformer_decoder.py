@@ -103,9 +103,7 @@ class MaskedTransformerDecoder(nn.Module):
 
 
 @entry(
-    TRANSFORMER_DECODER_REGISTRY,
-    "PD2MultiScaleMaskedTransformerDecoder",
-    upstream="MultiScaleMaskedTransformerDecoder",
+    TRANSFORMER_DECODER_REGISTRY, "PD2MultiScaleMaskedTransformerDecoder", upstream="MultiScaleMaskedTransformerDecoder"
 )
 class MultiScaleMaskedTransformerDecoder(MaskedTransformerDecoder):
     """Mask2Former's: one linear layer scores the classes, of which the last is no-object."""

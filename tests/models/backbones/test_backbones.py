@@ -21,12 +21,7 @@ from ..conftest import SMALL
 from ..test_training import BOXES, sample
 
 FOCAL = {"EMBED_DIM": 16, "DEPTHS": [1, 1, 1, 1], "FOCAL_LEVELS": [2, 2, 1, 1]}
-DAVIT = {
-    "DIM_EMBED": [16, 32, 32, 64],
-    "NUM_HEADS": [2, 2, 4, 4],
-    "NUM_GROUPS": [2, 2, 4, 4],
-    "DEPTHS": [1, 1, 1, 1],
-}
+DAVIT = {"DIM_EMBED": [16, 32, 32, 64], "NUM_HEADS": [2, 2, 4, 4], "NUM_GROUPS": [2, 2, 4, 4], "DEPTHS": [1, 1, 1, 1]}
 BACKBONES = {"PD2FocalNet": FOCAL, "PD2DepthwiseFocalNet": FOCAL, "PD2DaViT": DAVIT}
 every_backbone = pytest.mark.parametrize("backbone", BACKBONES)
 
