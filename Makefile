@@ -10,6 +10,8 @@
 # named by the checksum of what it depends on, so an interrupted setup goes on where it stopped, and a finished one is free.
 
 PYTHON ?= python3
+# Processes that run the tests; 0: none but the one.
+WORKERS ?= 2
 VENV := .venv
 PY := $(VENV)/bin/python
 PIP := PIP_CONSTRAINT=constraints.txt $(PY) -m pip install --quiet --disable-pip-version-check --no-build-isolation
@@ -41,10 +43,10 @@ demo: $(package)
 	$(PY) tools/run_demo.py
 
 test: $(extras)
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest -n $(WORKERS) $(ARGS)
 
 test-fast: $(extras)
-	$(PY) -m pytest -m "not slow" $(ARGS)
+	$(PY) -m pytest -n $(WORKERS) -m "not slow" $(ARGS)
 
 lint: $(extras)
 	$(PY) -m ruff check .

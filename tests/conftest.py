@@ -1,7 +1,8 @@
-"""What all tests share: fixed seeds, and the reason why GPU tests are skipped."""
+"""What all tests share: fixed seeds, which are slow, and the reason why GPU tests are skipped."""
 
 from __future__ import annotations
 
+import logging
 import random
 import sys
 from collections.abc import Iterator
@@ -15,9 +16,27 @@ ROOT = Path(__file__).resolve().parents[1]
 # Tools and projects are programs, not packages: tests import them, and what they are made of, by name.
 sys.path[:0] = [str(ROOT / folder) for folder in ("tools", "projects", "projects/model_zoo", "projects/nuclei")]
 
+# Files that train, start processes or compilers: `make test-fast` leaves them out.
+SLOW = {
+    *("data/test_hostile.py", "data/test_formats.py", "docs/test_notebook.py", "examples/test_examples.py"),
+    *("faults/test_campaign.py", "ops/test_check_gpu.py", "ops/test_sanitizers.py", "ops/test_cuda_on_host.py"),
+    *(f"engine/test_{name}.py" for name in ("training", "processes", "prove_live", "loader_workers", "resume", "seem")),
+    *(
+        f"engine/test_{name}.py"
+        for name in ("sam", "mask_dino", "mask_rcnn", "failing_evaluation", "tracking", "tasks")
+    ),
+    *(f"engine/test_{name}.py" for name in ("load_order", "augmented", "recompute")),
+    *(f"peft/test_{name}.py" for name in ("execution", "whole_model", "ddp", "lora_layers")),
+    *(f"models/test_{name}.py" for name in ("timm", "training", "configs", "habits")),
+    *(f"tools/test_{name}.py" for name in ("train_net", "analyze_peft", "visualize_data", "model_zoo", "nuclei_study")),
+    *("models/mask2former/test_golden.py", "models/mask2former/test_transformers.py"),
+    *("test_environment.py", "storage/test_says_lora.py", "field/test_data.py"),
+}
+
 
 @pytest.fixture(autouse=True)
 def _fixed_seeds() -> None:
+    logging.disable(logging.NOTSET)  # a tool that ran in this process may have silenced everything
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
@@ -33,6 +52,10 @@ def one_thread() -> Iterator[None]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    tests = Path(__file__).parent
+    for item in items:
+        if item.path.relative_to(tests).as_posix() in SLOW:
+            item.add_marker(pytest.mark.slow)
     if torch.cuda.is_available():
         return
     for item in items:

@@ -91,6 +91,7 @@ def test_nothing_to_train(make_cfg: Callable[..., Any]) -> None:
 def test_the_rate_scales_with_the_batch(make_cfg: Callable[..., Any], caplog: pytest.LogCaptureFixture) -> None:
     cfg = make_cfg("SOLVER.REFERENCE_IMS", 16, "SOLVER.IMS_PER_BATCH", 4)
     cfg.freeze()
+    caplog.clear()
     with caplog.at_level(logging.INFO, "peft_d2"):
         scale_learning_rate(cfg)
         scale_learning_rate(cfg)

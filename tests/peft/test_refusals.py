@@ -202,7 +202,7 @@ def test_a_wrong_value_of_any_option_is_an_error_of_ours(toy: nn.Module) -> None
         require_same(toy, start)
 
 
-@pytest.mark.parametrize("train", [iter, set, tuple, lambda items: (item for item in items)], ids=str)
+@pytest.mark.parametrize("train", [iter, set, tuple, lambda items: (item for item in items)], ids=lambda f: f.__name__)
 def test_any_iterable_names_what_is_trained(train: Callable[[list[str]], Any], toy: nn.Module) -> None:
     with pytest.raises(peft.PatternError, match="expected a list"):
         peft.inject(toy, iter([LORA]), train={"head": None})
