@@ -97,8 +97,8 @@ python tools/train_net.py --config-file configs/coco/instance/mask2former_r50.ya
   --peft-config configs/peft/mask2former/lora.yaml ...
 ```
 
-Results are those that were measured with this code, in the setting named below the table; where nothing stands, nothing
-was measured.
+Results are those that were measured with this code, in the setting named below their table. Where a chapter has none,
+nothing was measured.
 """
 
 
@@ -178,12 +178,21 @@ class Zoo:
         yield f"## {family.title}\n"
         if family.text:
             yield f"{family.text}\n"
-        results = self.result_names(configs)
-        yield from _header("config", "parameters", *(family.main or ["trained, share, file"]), *results)
+        measured = [config for config in configs if config in self.measured]
+        if measured:
+            results = self.result_names(measured)
+            yield "Measured:\n"
+            yield from _header("config", "trained, share, file", *results)
+            for config in measured:
+                cells = [self.measured[config].get(name) for name in results]
+                yield _row(f"[{config}](configs/{config}.yaml)", self.figures(config), *cells)
+            yield ""
+            yield from self._settings(measured)
+            yield "Parameters:\n"
+        yield from _header("config", "parameters", *(family.main or ["trained, share, file"]))
         for config in configs:
-            yield self.model_row(family, config, results)
+            yield self.model_row(family, config)
         yield ""
-        yield from self._settings(configs)
         if family.examples:
             examples = [name for name in family.examples if name in configs]
             yield "All methods:\n"
@@ -194,14 +203,12 @@ class Zoo:
                     yield _row(f"[{method}](configs/peft/{method}.yaml)", *shown)
             yield ""
 
-    def model_row(self, family: Family, config: str, results: Sequence[str]) -> str:
+    def model_row(self, family: Family, config: str) -> str:
         """A config's line in the table of its family's models."""
         figures = self.figures(config)
         assert figures is not None
         shown = [self.figures(config, method) for method in family.main.values()] or [figures]
-        entry = self.measured.get(config, {})
-        cells = [entry.get(name, "") for name in results]
-        return _row(f"[{config}](configs/{config}.yaml)", f"{figures.total / 1e6:.2f} M", *shown, *cells)
+        return _row(f"[{config}](configs/{config}.yaml)", f"{figures.total / 1e6:.2f} M", *shown)
 
     def result_names(self, configs: Sequence[str]) -> list[str]:
         """What was measured of these, in the order of first mention, and how; AP in any case."""
@@ -211,7 +218,7 @@ class Zoo:
 
     def _settings(self, configs: Sequence[str]) -> Iterator[str]:
         """How the results came about, once each."""
-        for setting in sorted({self.measured[config]["setting"] for config in configs if config in self.measured}):
+        for setting in sorted({self.measured[config]["setting"] for config in configs}):
             yield f"Setting {setting}: {self.settings[setting]}\n"
 
 
