@@ -51,11 +51,9 @@ _LITE = re.compile(r"_blocks\.(\d+)\._(expand_conv|depthwise_conv|project_conv|b
 class TimmBackbone(Backbone):
     """A model of timm 1.0 or newer that gives maps for a head; its tensors keep timm's names, below ``net.``.
 
-    Args:
-        out_features: out of ``res1`` (stride 2) to ``res5`` (stride 32); [] takes all that there are from ``res2``.
-        pyramid_channels: of each map, where ``net`` is a plain ViT.
-        pixel_mean, pixel_std, bgr: what the images that come in were normalised by, in 0..255, and whether their
-            channels are in the order BGR. They are brought to what ``net`` was trained on.
+    ``out_features`` are out of ``res1`` (stride 2) to ``res5`` (stride 32); () takes all that there are from ``res2``.
+    Images come in normalised by ``pixel_mean`` and ``pixel_std``, in 0..255, their channels in the order BGR with
+    ``bgr``, and are brought to what ``net`` was trained on. A plain ViT's pyramid has ``pyramid_channels``.
     """
 
     def __init__(

@@ -38,13 +38,10 @@ def sample_shared_points(masks: Tensor, points: Tensor) -> Tensor:
 
 @torch.no_grad()
 def uncertain_points(logits: Tensor, count: int, oversample_ratio: float, importance_ratio: float) -> Tensor:
-    """Random points (N, P, 2), (x, y) in [0, 1], of which a share lies where the mask is least certain.
+    """Random points (N, P, 2), (x, y) in [0, 1], of which a share lies where mask logits (N, H, W) are nearest to 0.
 
-    Args:
-        logits: (N, H, W) mask logits; the uncertainty of a point is -|its logit|.
-        count: points per mask, P.
-        oversample_ratio: candidates per point.
-        importance_ratio: share of the P points taken from the candidates by uncertainty; the others are uniform.
+    For each of the ``count`` = P points there are ``oversample_ratio`` candidates; ``importance_ratio`` is the share
+    taken from these by uncertainty, the others are uniform.
     """
     n = logits.shape[0]
     candidates = torch.rand(n, int(count * oversample_ratio), 2, device=logits.device)
@@ -169,12 +166,8 @@ def pair_up(targets: Sequence[Target], matches: Sequence[Match]) -> list[Matched
 class SetCriterion(nn.Module):
     """Matches each decoder layer's predictions to the targets and computes its losses, in float32.
 
-    Args:
-        num_classes: K, without no-object.
-        matcher: assigns queries to targets.
-        weight_dict: loss name -> weight; a loss that is not named is neither computed nor returned.
-        no_object_weight: weight of the no-object class in the cross-entropy.
-        points: ``count``, ``oversample_ratio`` and ``importance_ratio``, see :func:`uncertain_points`.
+    There are ``num_classes`` without no-object. ``weight_dict``: loss name -> weight; a loss that is not named is
+    neither computed nor returned. ``points``: what :func:`uncertain_points` takes.
     """
 
     empty_weight: Tensor
@@ -200,11 +193,9 @@ class SetCriterion(nn.Module):
     ) -> dict[str, Tensor]:
         """``loss_ce``, ``loss_mask``, ``loss_dice`` of the last layer and, with ``_0``, ``_1``..., of the others.
 
-        Args:
-            outputs: the last layer's :data:`Prediction`, and ``aux_outputs``: a list of the others'.
-            targets: one per image.
-            objects: how many each image of the whole batch has, by the parts whose losses are averaged; where it is
-                not known, ``targets`` and those of the other workers are the batch.
+        ``outputs`` are the last layer's :data:`Prediction`, and ``aux_outputs``: a list of the others'. ``objects``:
+        how many each image of the whole batch has, by the parts whose losses are averaged; where it is not known,
+        ``targets`` and those of the other workers are the batch.
         """
         with torch.autocast(outputs["pred_masks"].device.type, enabled=False):
             return self.matched_losses(outputs, targets, objects or objects_of_all(targets))

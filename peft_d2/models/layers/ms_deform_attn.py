@@ -53,10 +53,9 @@ class MSDeformAttn(nn.Module):
         input_level_start_index: Tensor,
         input_padding_mask: Tensor | None = None,
     ) -> Tensor:
-        """Sample the levels around each reference point, as far as each query wants: (N, Q, C).
+        """Sample the levels around each reference point, as far as each query (N, Q, C) wants: (N, Q, C).
 
         Args:
-            query: (N, Q, C).
             reference_points: (N, Q, L, 2) as (x, y) or (N, Q, L, 4) as (centre x, centre y, width, height), in [0, 1].
             input_flatten: (N, S, C), the levels' pixels one level after the other.
             input_spatial_shapes, input_level_start_index: (L, 2) as (H, W), and (L,).

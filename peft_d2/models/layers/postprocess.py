@@ -72,12 +72,8 @@ def instance_inference(
 ) -> tuple[Instances, Tensor]:
     """The best (query, class) pairs, sorted by score; a query may appear with several classes.
 
-    Args:
-        probability: (Q, K) of the classes.
-        mask_logits, canvas: (Q, h, w), and their sizes.
-        top_k: pairs; all of them if there are fewer.
-        keep_classes: of the top ones, only these classes stay; None keeps all.
-        mask_quality: the mask's mean probability inside itself is a factor of the score.
+    Of the ``top_k`` pairs of ``probability`` (Q, K), only ``keep_classes`` stay, or all. With ``mask_quality`` the
+    mask's mean probability inside itself is a factor of the score. ``mask_logits`` are (Q, h, w).
 
     Returns:
         ``pred_masks`` (M, H, W) bool, ``scores`` and ``pred_classes``, and the query (M,) of each.

@@ -43,12 +43,9 @@ def init_transformer(module: nn.Module) -> None:
 
 
 class AttentionLayer(nn.Module):
-    """Attention, dropout, residual, norm.
+    """Attention, dropout, residual, norm; ``pre_norm`` normalises the input of the attention instead of the sum.
 
-    Args:
-        dropout: probability, on attention weights and on the result.
-        pre_norm: normalise the input of the attention instead of the sum.
-        name: what the attention is called in state dicts.
+    ``name`` is what the attention is called in state dicts.
     """
 
     def __init__(
@@ -65,12 +62,10 @@ class AttentionLayer(nn.Module):
     def forward(
         self, x: Tensor, position: Tensor, memory: tuple[Tensor, Tensor] | None = None, attn_mask: Tensor | None = None
     ) -> Tensor:
-        """Update the queries (Q, N, C).
+        """Update the queries x (Q, N, C), to which ``position`` is added for attending.
 
-        Args:
-            x, position: (Q, N, C) queries and what is added to them for attending.
-            memory: keys and values (S, N, C), positions added already, as several layers share them; None: the queries.
-            attn_mask: (N * heads, Q, S), True where attending is forbidden.
+        ``memory`` are keys and values (S, N, C), positions added already, as several layers share them; None: the
+        queries. ``attn_mask`` (N * heads, Q, S) is True where attending is forbidden.
         """
         source = self.norm(x) if self.pre_norm else x
         query = source + position
@@ -199,10 +194,8 @@ def input_projections(in_channels: int, channels: int, levels: int, enforce: boo
 class Levels:
     """Feature maps (N, C, H_l, W_l) of several sizes as one sequence, as deformable attention takes them.
 
-    Attributes:
-        values: (N, S, C), one level after the other, row by row.
-        sizes, shapes: (H_l, W_l) by level, and the same as a tensor (L, 2).
-        starts: where each level starts (L,).
+    ``values`` (N, S, C) are one level after the other, row by row; ``sizes`` and ``shapes`` (H_l, W_l) by level, the
+    latter a tensor (L, 2); ``starts`` (L,) where each level starts.
     """
 
     def __init__(self, maps: Sequence[Tensor]) -> None:

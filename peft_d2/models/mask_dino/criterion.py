@@ -43,7 +43,6 @@ class BoxMaskMatcher(HungarianMatcher):
         self.cost_box, self.cost_giou = cost_box, cost_giou
 
     def costs(self, predictions: Sequence[Prediction], image: int, target: Target) -> Tensor:
-        """(layers, Q, T) float32 costs of one image."""
         boxes = torch.stack([p["pred_boxes"][image] for p in predictions]).float()[..., None, :]
         wanted = target.centre_boxes()
         return (
@@ -65,12 +64,8 @@ class BoxMaskCriterion(SetCriterion):
 
     Predictions have ``pred_boxes`` (N, Q, 4) too, and targets boxes. ``interm_outputs`` is the encoder's prediction,
     whose losses end in ``_interm``; ``denoising`` the denoising queries and their predictions by layer, None where
-    there is nothing to restore: ``_dn`` or, of the layers before the last, ``_dn_0`` and so on.
-
-    Args:
-        softmax_classes: cross-entropy with a no-object class in place of the focal loss.
-        box_classes: only objects of these classes have box losses; None takes all.
-        options: see :class:`SetCriterion`.
+    there is nothing to restore: ``_dn`` or, of the layers before the last, ``_dn_0`` and so on. ``softmax_classes`` has
+    a cross-entropy with a no-object class in place of the focal loss; only ``box_classes``, or all, have box losses.
     """
 
     def __init__(self, *, softmax_classes: bool, box_classes: Collection[int] | None = None, **options: Any) -> None:
@@ -81,7 +76,6 @@ class BoxMaskCriterion(SetCriterion):
     def matched_losses(
         self, outputs: dict, targets: Sequence[Target], objects: Sequence[Sequence[int]]
     ) -> dict[str, Tensor]:
-        """The losses of all predictions, denoising included."""
         losses = super().matched_losses(outputs, targets, objects)
         if outputs.get("denoising") is not None:
             queries, predictions = outputs["denoising"]
@@ -90,7 +84,6 @@ class BoxMaskCriterion(SetCriterion):
         return losses | {name: zero for name in self.weight_dict if "_dn" in name}
 
     def supervised(self, outputs: dict) -> dict[str, Prediction]:
-        """As for :class:`SetCriterion`, and the encoder's prediction."""
         wanted = super().supervised(outputs)
         if "interm_outputs" in outputs and "loss_ce_interm" in self.weight_dict:
             wanted["_interm"] = outputs["interm_outputs"]

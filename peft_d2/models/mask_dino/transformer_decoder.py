@@ -53,13 +53,10 @@ class DeformableDecoderLayer(nn.Module):
     def forward(
         self, x: Tensor, position: Tensor, reference: Tensor, memory: Levels, blocked: Tensor | None = None
     ) -> Tensor:
-        """Let the queries see each other, then the maps, each around its box: (N, Q, C).
+        """Let the queries see each other, then the maps, each around its ``reference`` box (N, Q, 4) in [0, 1].
 
-        Args:
-            x, position: (N, Q, C) queries and what is added to them for attending.
-            reference: (N, Q, 4) boxes (centre x, centre y, width, height) in [0, 1].
-            memory: what the queries look at.
-            blocked: (Q, Q), True where a query must not see another.
+        ``position`` is added to the queries x (N, Q, C) for attending; ``blocked`` (Q, Q) is True where a query must
+        not see another.
         """
         query = x + position
         attended = self.self_attn(query, query, x, attn_mask=blocked, need_weights=False)[0]
@@ -91,11 +88,7 @@ class DeformableDecoder(nn.Module):
     def forward(
         self, x: Tensor, box_logits: Tensor, memory: Levels, blocked: Tensor | None = None
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """Refine the boxes layer by layer, in float32 whatever the autocast type: half precision is too coarse.
-
-        Args:
-            x, box_logits: (N, Q, C) content of the queries, (N, Q, 4) logits of their boxes.
-            memory, blocked: as in :meth:`DeformableDecoderLayer.forward`.
+        """Refine the boxes of queries x (N, Q, C), ``box_logits`` (N, Q, 4), layer by layer, in float32.
 
         Returns:
             Each layer's normalised hidden states (N, Q, C), and the boxes (N, Q, 4) that each layer started from and,
@@ -120,12 +113,8 @@ class MaskDINODecoder(nn.Module):
 
     ``bbox_embed`` is one perceptron under many names, and ``decoder_norm`` the decoder's own ``norm``, as published.
     With TWO_STAGE, queries start from the encoder's maps (LEARN_TGT: their boxes alone do); otherwise they are learned.
-
-    Attributes:
-        box_start: with two stages, boxes start around the masks of the chosen places: ``bitmask``, or ``mask2box``, one
-            pixel smaller; ``no``: from the places' own boxes.
-        initial_prediction: the queries themselves are supervised, before any layer.
-        denoising: ``seg`` restores masks too, ``standard`` boxes and classes alone, ``no`` nothing.
+    Their boxes start from the chosen places' own (``box_start`` "no"), or around these places' masks ("bitmask", or
+    "mask2box", one pixel smaller). ``denoising`` restores masks too ("seg"), boxes and classes alone, or nothing.
     """
 
     def __init__(self, cfg: CfgNode, in_channels: int, mask_classification: bool = True) -> None:
@@ -177,11 +166,8 @@ class MaskDINODecoder(nn.Module):
         and of every layer but the last; with two stages ``interm_outputs`` of the chosen places; ``denoising``: the
         denoising queries and their predictions by layer, or None.
 
-        Args:
-            features: maps (N, C, H_l, W_l) as the pixel decoder gives them; the decoder takes them in reverse.
-            mask_features: (N, mask_dim, H, W).
-            mask: ignored: padding is looked at.
-            targets: one per image with boxes, for denoising; needed in training where that is on.
+        ``features`` are maps (N, C, H_l, W_l) in the pixel decoder's order, which is reversed; ``mask_features`` are
+        (N, mask_dim, H, W). ``mask`` is ignored: padding is looked at. Denoising needs ``targets`` with boxes.
         """
         # In float32, as the decoder is, also where the maps come in the autocast type.
         projected = [projection(feature).float() for projection, feature in zip(self.input_proj, features, strict=True)]

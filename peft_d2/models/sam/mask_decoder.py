@@ -112,12 +112,8 @@ class SAMMaskDecoder(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Logits (B, K, 4 G, 4 G) and expected IoU (B, K) of B prompts, K = 1, or 3 for ambiguous prompts.
 
-        Args:
-            embedding: of the image, (1, C, G, G), or one per prompt (B, C, G, G).
-            positions: of its pixels, (1, C, G, G).
-            tokens: of the prompts, (B, T, C).
-            dense: added to the pixels, (B, C, G, G).
-            multimask: the masks for ambiguous prompts instead of the single one.
+        The image's ``embedding`` is (1, C, G, G), or one per prompt, its ``positions`` (1, C, G, G); of the prompts are
+        ``tokens`` (B, T, C) and what is added to the pixels, ``dense`` (B, C, G, G).
         """
         count, grid = len(tokens), embedding.shape[-2:]
         own = torch.cat([self.iou_token.weight, self.mask_tokens.weight]).expand(count, -1, -1)

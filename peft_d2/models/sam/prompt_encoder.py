@@ -32,10 +32,8 @@ class PromptError(DatasetError):
 class Prompts:
     """N prompts, each a combination of what is given; all None is one prompt that says nothing.
 
-    Attributes:
-        boxes: (N, 4), x0 y0 x1 y1.
-        points: coordinates (N, P, 2), x before y, and labels (N, P): 1 on the object, 0 beside it, -1 padding.
-        masks: logits (N, 1, 4 G, 4 G) of an earlier prediction.
+    Boxes are (N, 4), x0 y0 x1 y1; points coordinates (N, P, 2), x before y, and labels (N, P): 1 on the object, 0
+    beside it, -1 padding; masks logits (N, 1, 4 G, 4 G) of an earlier prediction.
     """
 
     boxes: Tensor | None = None

@@ -39,13 +39,9 @@ class ClassVectorsError(CheckpointError):
 
 @dataclasses.dataclass(frozen=True)
 class ClassVectors:
-    """Unit vectors of K classes and of the background, per template.
+    """Unit vectors (T, K + 1, C) of K classes and, last, of the word "background", in T templates, in float32.
 
-    Attributes:
-        names: the K classes, in the order of their ids.
-        vectors: (T, K + 1, C) float32 unit rows; the last class is the word "background".
-        templates: the T sentences, with ``{}`` for the name.
-        encoder: sha256 of the text encoder's weights; "" where it is not known.
+    ``encoder`` is the sha256 of the text encoder's weights; "" where it is not known.
     """
 
     names: tuple[str, ...]
@@ -149,17 +145,11 @@ def encode_classes(
 
 
 class Vocabulary:
-    """Class names and their vectors: given, or what the text encoder makes of the names when they are first needed.
+    """Class names and their vectors: ``given``, or what the text encoder makes of the names when they are first needed.
 
     What needs vectors raises ClassVectorsError where nobody named the classes, or there is no text encoder or only its
-    random initial weights, and TokenizerError where there is no tokenizer.
-
-    Args:
-        names: by class id; with ``given`` vectors, () takes all of theirs.
-        source: who named them, for messages.
-        tokenizer: for the text encoder, see :func:`peft_d2.models.seem.text_encoder.load_tokenizer`.
-        labels: classes that the training data are labelled with; 0: nobody knows.
-        given: vectors that need no text encoder.
+    random initial weights, and TokenizerError where there is no tokenizer. ``source`` is who named them, for messages;
+    the training data are labelled with ``labels`` classes, 0: nobody knows.
     """
 
     def __init__(
