@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import logging
 import random
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,7 +110,7 @@ def not_live(model: nn.Module, *batches: Any) -> list[NotLive]:
         for method, layer in module.peft_layers().items()
     }
     full = {item.name: item.param for item in trained_parameters(model) if item.kind == "full"}
-    with _as_it_was(root), torch.random.fork_rng():
+    with _as_it_was(root), torch.random.fork_rng(), _own_event_storage():
         seen = _Pass(root)
         for number, batch in enumerate([*batches, *batches[:1]]):
             if number and not torch.distributed.is_initialized() and seen.all_live(adapted, full.values()):
@@ -124,6 +125,12 @@ def not_live(model: nn.Module, *batches: Any) -> list[NotLive]:
         else:
             found += _of_layers(layers, seen, "eval")
     return found
+
+
+def _own_event_storage() -> AbstractContextManager[Any]:
+    """Where Detectron2's models put figures in training: they refuse without one, and a run's own stays clean."""
+    events = sys.modules.get("detectron2.utils.events")
+    return events.EventStorage() if events is not None else nullcontext()
 
 
 class _Pass:

@@ -78,6 +78,18 @@ def test_a_plain_script(toy_set: toy.ToySet, tmp_path: Path) -> None:
         assert torch.equal(value, again.state_dict()[name]), name
 
 
+def test_liveness_is_proved_outside_of_a_trainer(toy_set: toy.ToySet, tmp_path: Path) -> None:
+    """As README says it: on a batch of one's own, without the storage that Detectron2's trainer provides."""
+    peft_d2.register()
+    cfg = zoo_config()
+    small(cfg, toy_set, tmp_path)
+    cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = 0.0
+    model = build_model(cfg)
+    peft_d2.inject(model, METHODS, train=["roi_heads.box_predictor"])
+    batch = next(iter(DefaultTrainer.build_train_loader(cfg)))
+    peft_d2.prove_live(model, batch)
+
+
 @pytest.mark.parametrize("threshold", [0.0, 1.0])
 def test_our_trainer(toy_set: toy.ToySet, tmp_path: Path, threshold: float, caplog: pytest.LogCaptureFixture) -> None:
     """The second threshold lets nothing pass: what sits behind the boxes cannot be proved live then, which is said."""
