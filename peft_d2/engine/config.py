@@ -1,4 +1,4 @@
-"""The config: ``MODEL.PEFT`` and its companions, and reading files and ``KEY VALUE`` pairs with clear errors.
+"""The keys of PEFT and of training. Files and ``KEY VALUE`` pairs are read with clear errors.
 
 Files are read here, not by Detectron2, whose reader falls back to one that executes ``!!python`` tags. Published files
 use a single such tag, to write down a list of image sizes; that arithmetic is computed, every other tag is refused.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import difflib
+import itertools
 import logging
 import operator
 import os
@@ -32,65 +33,71 @@ _OPERATORS = {
     **{ast.Div: operator.truediv, ast.FloorDiv: operator.floordiv},
 }
 logger = logging.getLogger(__name__)
+KEYS = """
+MODEL:
+  PEFT:
+    # The registered model that META_ARCHITECTURE PEFTModel builds and injects.
+    META_ARCHITECTURE: ""
+    # An adapter folder to start from or to evaluate.
+    WEIGHTS: ""
+    # What is injected where, a list of {NAME, TARGETS, ...}: see the methods.
+    METHODS: []
+    # Modules or parameters (patterns) that are trained in full besides; ["*"] is full fine-tuning.
+    TRAIN: []
+    # Factor on SOLVER.BASE_LR for what is injected.
+    LR_FACTOR: 1.0
+    # Factor on SOLVER.BASE_LR for what TRAIN names.
+    TRAIN_LR_FACTOR: 1.0
+    # Further factors by the parameters' names (patterns), a list of {PARAMETERS, FACTOR}; the first match counts.
+    LR_FACTORS: []
+    # Load an adapter that was made for another base all the same.
+    ALLOW_OTHER_BASE: false
+    # Prove before the first step that each injected part changes the output and gets a gradient.
+    PROVE_LIVE: true
+INPUT:
+  # Which mapper makes a sample of an image's record; "" follows from the model.
+  DATASET_MAPPER_NAME: ""
+SOLVER:
+  # SGD, as plain Detectron2's configs mean it, or ADAMW.
+  OPTIMIZER: SGD
+  # Factor on BASE_LR for what is trained in full inside a backbone.
+  BACKBONE_MULTIPLIER: 1.0
+  # In how many pieces each process computes its share of a batch, to save memory; gradients are the whole batch's.
+  ACCUMULATE: 1
+  # The batch size that BASE_LR was chosen for. 0: the files' own, where the command line changes IMS_PER_BATCH and not
+  # BASE_LR, else the rate stays as it is.
+  REFERENCE_IMS: 0
+  # How many periodic checkpoints stay on disk; 0 keeps all.
+  CHECKPOINTS_TO_KEEP: 0
+  # Exponent of WarmupPolyLR.
+  POLY_LR_POWER: 0.9
+  # The share of BASE_LR below which WarmupPolyLR does not fall.
+  POLY_LR_CONSTANT_ENDING: 0.0
+  AMP:
+    # auto (bf16 where the device has it, else fp16), bf16 or fp16.
+    DTYPE: auto
+TRACKING:
+  # Services that get a run's figures, of wandb and mlflow.
+  WITH: []
+  # The project, or experiment, that the run belongs to there.
+  PROJECT: peft_d2
+  # The run's name there; "" takes that of OUTPUT_DIR.
+  RUN: ""
+"""
 
 
 def add_config(cfg: Any) -> None:
     """Add ``MODEL.PEFT``, the models' own nodes and the data keys to a Detectron2 config.
 
     What exists already keeps its value, so it is safe after an upstream ``add_*_config`` and twice.
-
-    ``MODEL.PEFT.META_ARCHITECTURE``: the registered model that ``META_ARCHITECTURE: PEFTModel`` builds and injects.
-    ``MODEL.PEFT.WEIGHTS``: an adapter folder to start from or to evaluate.
-    ``MODEL.PEFT.METHODS``: list of ``{NAME, TARGETS, ...}``, see :func:`peft_d2.inject`.
-    ``MODEL.PEFT.TRAIN``: modules or parameters trained in full besides; ``["*"]`` is full fine-tuning.
-    ``MODEL.PEFT.LR_FACTOR``, ``TRAIN_LR_FACTOR``: factors on ``BASE_LR`` for injected parts and for ``TRAIN``.
-    ``MODEL.PEFT.LR_FACTORS``: list of ``{PARAMETERS, FACTOR}``, further factors by the parameters' names (patterns).
-    ``MODEL.PEFT.ALLOW_OTHER_BASE``: load an adapter that was made for another base all the same.
-    ``MODEL.PEFT.PROVE_LIVE``: prove before the first step that each injected part changes the output.
-    ``SOLVER.ACCUMULATE``: in how many pieces each process computes its share of a batch, to save memory; the gradients
-    are those of the whole batch.
-    ``SOLVER.REFERENCE_IMS``: the batch size that ``BASE_LR`` was chosen for; 0: the files' own, where the command line
-    changes ``IMS_PER_BATCH`` and not ``BASE_LR``, else the rate stays as it is.
-    ``SOLVER.CHECKPOINTS_TO_KEEP``: how many periodic checkpoints stay on disk; 0 keeps all.
-    ``TRACKING.WITH``: services that get a run's figures, of ``wandb`` and ``mlflow``, under the names ``PROJECT`` and
-    ``RUN`` (the folder's by default).
-    ``SOLVER.AMP.DTYPE``: ``auto`` (bf16 where the device has it, else fp16), ``bf16`` or ``fp16``.
     """
     require_detectron2()
-    from detectron2.config import CfgNode
-
-    from peft_d2.data.config import add_data_config
+    from peft_d2.data.config import add_data_config, add_keys
     from peft_d2.models import add_models_config
 
-    solver_was_extended = "OPTIMIZER" in cfg.SOLVER or "PEFT" in cfg.MODEL
-    mapper_was_there = "DATASET_MAPPER_NAME" in cfg.INPUT or "PEFT" in cfg.MODEL
-    add_models_config(cfg)
+    add_keys(cfg, KEYS)  # first: a plain Detectron2 config keeps its optimizer, whatever a model's files choose
     add_data_config(cfg)
-    if not solver_was_extended:
-        # A plain Detectron2 config must keep its meaning; Mask2Former's published files name their choice.
-        cfg.SOLVER.OPTIMIZER = "SGD"
-        cfg.SOLVER.BACKBONE_MULTIPLIER = 1.0
-    if not mapper_was_there:
-        cfg.INPUT.DATASET_MAPPER_NAME = ""
-    _defaults(
-        cfg.SOLVER, ACCUMULATE=1, REFERENCE_IMS=0, CHECKPOINTS_TO_KEEP=0, POLY_LR_POWER=0.9, POLY_LR_CONSTANT_ENDING=0.0
-    )
-    _defaults(cfg.SOLVER.AMP, DTYPE="auto")
-    _defaults(cfg, TRACKING=CfgNode())
-    _defaults(cfg.TRACKING, WITH=[], PROJECT="peft_d2", RUN="")
-    _defaults(cfg.MODEL, PEFT=CfgNode())
-    _defaults(
-        cfg.MODEL.PEFT,
-        **{"META_ARCHITECTURE": "", "WEIGHTS": "", "METHODS": [], "TRAIN": []},
-        **{"LR_FACTOR": 1.0, "TRAIN_LR_FACTOR": 1.0, "LR_FACTORS": []},
-        **{"ALLOW_OTHER_BASE": False, "PROVE_LIVE": True},
-    )
-
-
-def _defaults(node: Any, **values: Any) -> None:
-    for key, value in values.items():
-        if key not in node:
-            node[key] = value
+    add_models_config(cfg)
 
 
 @dataclass
@@ -183,8 +190,7 @@ def _merge_file(loaded: LoadedConfig, path: str, level: int) -> None:
     tree = read_tree(path)
     for key, value in leaves(tree):
         _refuse_repeated_keys(f"{path}: {key}", value)
-    if tree.setdefault("VERSION", cfg.VERSION) == cfg.VERSION:  # older ones are renamed by Detectron2 while merging
-        _refuse_unknown_keys(tree, cfg, path)
+    tree.setdefault("VERSION", cfg.VERSION)
     with tempfile.TemporaryDirectory() as folder:
         # Detectron2's merge, which upgrades old versions, takes a file: it gets one without bases and tags.
         plain = Path(folder, "config.yaml")
@@ -192,10 +198,9 @@ def _merge_file(loaded: LoadedConfig, path: str, level: int) -> None:
         try:
             cfg.merge_from_file(str(plain), allow_unsafe=False)
         except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ConfigError(f"{path}: {error}") from error
-    top = read_top(path)
-    top.pop(BASE_KEY, None)
-    loaded.explicit.update({key: level for key, _ in leaves(top)})
+            unknown = re.search(r"Non-existent config key: ([^']+)", str(error))
+            raise ConfigError(_unknown_key(path, unknown[1], cfg) if unknown else f"{path}: {error}") from error
+    loaded.explicit.update({key: level for key, _ in leaves(read_top(path)) if key.partition(".")[0] != BASE_KEY})
 
 
 def _merge_pairs(loaded: LoadedConfig, opts: Sequence[str]) -> None:
@@ -208,7 +213,7 @@ def _merge_pairs(loaded: LoadedConfig, opts: Sequence[str]) -> None:
     known = dict(leaves(loaded.cfg))
     for key, value in zip(opts[::2], opts[1::2], strict=True):
         if key not in known:
-            raise ConfigError(_unknown_key("command line", key, set(known)))
+            raise ConfigError(_unknown_key("command line", key, loaded.cfg))
         _refuse_repeated_keys(f"command line: {key}", value)
         if isinstance(known[key], float) and re.fullmatch(r"[+-]?\d+", str(value)):
             value = f"{value}.0"  # a rate of 1 is one of 1.0
@@ -239,33 +244,13 @@ def _refuse_repeated_keys(where: str, value: Any) -> None:
             raise ConfigError(f"{where}: the key {repeated[0]!r} is given twice in one entry. Leave one of them out.")
 
 
-def _refuse_unknown_keys(tree: Mapping[str, Any], cfg: Any, path: str) -> None:
-    known = {key for key, _ in leaves(cfg)}
-    nodes = {key.rsplit(".", depth)[0] for key in known for depth in range(1, key.count(".") + 1)}
-    for key, value in leaves(tree):
-        if key in nodes and not isinstance(value, Mapping):
-            raise ConfigError(f"{path}: {key} is a group of keys and cannot be {value!r}.")
-        if key not in known and key not in nodes and not _new_keys_allowed(cfg, key):
-            raise ConfigError(_unknown_key(path, key, known))
-
-
-def _unknown_key(where: str, key: str, known: set[str]) -> str:
-    node, _, name = key.rpartition(".")
-    siblings = {k.rpartition(".")[2]: k for k in sorted(known) if k.rpartition(".")[0] == node}
-    near = [siblings[n] for n in difflib.get_close_matches(name, siblings, n=1, cutoff=0.5)]
-    near = near or difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.0)
+def _unknown_key(where: str, key: str, cfg: Any) -> str:
+    parts = [known.split(".") for known, _ in leaves(cfg)]
+    known = sorted({".".join(part[:count]) for part in parts for count in range(1, len(part) + 1)})  # groups, too
+    siblings = {name.rpartition(".")[2]: name for name in known if name.rpartition(".")[0] == key.rpartition(".")[0]}
+    near = [siblings[n] for n in difflib.get_close_matches(key.rpartition(".")[2], siblings, n=1, cutoff=0.5)]
+    near = near or difflib.get_close_matches(key, known, n=1, cutoff=0.0)
     return f"{where}: config key {key!r} does not exist; the nearest one is {near[0]!r}."
-
-
-def _new_keys_allowed(cfg: Any, key: str) -> bool:
-    node = cfg
-    for part in key.split(".")[:-1]:
-        if node.is_new_allowed():
-            return True
-        if part not in node or not isinstance(node[part], Mapping):
-            return False
-        node = node[part]
-    return node.is_new_allowed()
 
 
 def read_tree(path: str, above: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -335,35 +320,22 @@ class _ConfigLoader(yaml.SafeLoader):
         """The document's root, checked before anything is made of it."""
         node = super().get_single_node()
         if node is not None:
-            _extent(node, {})
+            _check_node(node, 1, itertools.count())
         return node
 
 
-def _extent(node: yaml.Node, known: dict[int, tuple[int, int] | None]) -> tuple[int, int]:
-    """How many values a node stands for, aliases written out, and how deep they are nested.
-
-    Raises:
-        yaml.YAMLError: more than a config can need; an alias of what it is part of; a key that is given twice.
-    """
-    if id(node) in known:
-        if (done := known[id(node)]) is None:
-            raise _refused(node, "is part of itself")
-        return done
-    known[id(node)] = None
-    children: list[yaml.Node] = []
+def _check_node(node: yaml.Node, depth: int, values: Iterator[int]) -> None:
+    """Refuse a node with a repeated key, or with more values or levels, aliases written out, than a config can need."""
+    if next(values) > _MAX_VALUES or depth > _MAX_DEPTH:
+        raise _refused(node, f"holds more than {_MAX_VALUES:,} values, aliases written out, or {_MAX_DEPTH} levels")
+    children = node.value if isinstance(node, yaml.CollectionNode) else []
     if isinstance(node, yaml.MappingNode):
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        keys = [key.value for key, _ in children if isinstance(key, yaml.ScalarNode)]
         if repeated := [key for key in keys if keys.count(key) > 1]:
             raise _refused(node, f"the key {repeated[0]!r} is given twice in this group")
-        children = [part for pair in node.value for part in pair]
-    elif isinstance(node, yaml.SequenceNode):
-        children = list(node.value)
-    extents = [_extent(child, known) for child in children]
-    count, depth = 1 + sum(n for n, _ in extents), 1 + max((d for _, d in extents), default=0)
-    if count > _MAX_VALUES or depth > _MAX_DEPTH:
-        raise _refused(node, f"holds more than {_MAX_VALUES:,} values, aliases written out, or {_MAX_DEPTH} levels")
-    known[id(node)] = count, depth
-    return count, depth
+        children = [part for pair in children for part in pair]
+    for child in children:
+        _check_node(child, depth + 1, values)
 
 
 def _refused(node: yaml.Node, why: str) -> yaml.YAMLError:

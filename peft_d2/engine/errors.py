@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import re
 import traceback
 
@@ -20,15 +19,26 @@ class EvaluationFailed(RuntimeError):
 
 
 class WorkerDied(RuntimeError):
-    """A process that loads data was killed; the message says what to do."""
+    """A process that loads data was killed."""
 
 
 class LimitReached(RuntimeError):
-    """The machine, or a limit set for the process, has no more memory or file handles; the message says what to do."""
+    """The machine, or a limit set for the process, has no more memory or file handles."""
 
 
-_NO_MEMORY = r"can't allocate memory|cannot allocate memory|not enough memory|out of memory|can't start new thread"
-_NO_FILES = r"too many open files|received \d+ items of ancdata"
+_RESUME = "The last checkpoint is good: run again with --resume"
+_LIMITS = {
+    r"too many open files|received \d+ items of ancdata": "no more file handles ({said}). " + _RESUME + ", with a "
+    "higher limit (ulimit -n) or fewer DATALOADER.NUM_WORKERS.",
+    r"MemoryError|(can't|cannot) allocate memory|not enough memory|out of memory|can't start new thread": "no more "
+    "memory ({said}). " + _RESUME + ", with more memory, fewer DATALOADER.NUM_WORKERS, smaller images or a higher "
+    "SOLVER.ACCUMULATE.",
+}
+
+
+def is_expected(error: BaseException) -> bool:
+    """Whether it is of a class of this package: what the user can put right, and the message says all of it."""
+    return any(kind.__module__.startswith("peft_d2.") for kind in type(error).__mro__)
 
 
 def named(error: Exception) -> Exception:
@@ -37,41 +47,24 @@ def named(error: Exception) -> Exception:
     torch says that a loader's worker was killed from a signal handler, out of any line of the training; where the
     loader is just then taking a batch from that worker, the connection fails first.
     """
-    if isinstance(error, (ConfigError, EvaluationFailed, LimitReached, WorkerDied)):
+    if isinstance(error, ConfigError | EvaluationFailed | LimitReached | WorkerDied):
         return error
-    text, number = str(error), error.errno if isinstance(error, OSError) else None
-    resume = "The last checkpoint is good: run again with --resume"
-    if number in (errno.EMFILE, errno.ENFILE) or re.search(_NO_FILES, text, re.IGNORECASE):
-        return LimitReached(
-            f"no more file handles ({_last_line(text)}). {resume}, with a higher limit (ulimit -n) or fewer "
-            "DATALOADER.NUM_WORKERS."
-        )
-    no_memory = isinstance(error, MemoryError) or number == errno.ENOMEM or text.startswith("Caught MemoryError")
-    if no_memory or (isinstance(error, RuntimeError | OSError) and re.search(_NO_MEMORY, text, re.IGNORECASE)):
-        return LimitReached(
-            f"no more memory ({_last_line(text) or type(error).__name__}). {resume}, with more memory, fewer "
-            "DATALOADER.NUM_WORKERS, smaller images or a higher SOLVER.ACCUMULATE."
-        )
+    name, text = type(error).__name__, str(error).strip()
+    if isinstance(error, MemoryError | OSError | RuntimeError):
+        said = text.rpartition("\n")[2].strip().partition(". ")[0].rstrip(".")[:200] or name
+        for pattern, told in _LIMITS.items():
+            if re.search(pattern, f"MemoryError {text}" if isinstance(error, MemoryError) else text, re.IGNORECASE):
+                return LimitReached(told.format(said=said))
     said = text.partition(". ")[0].rstrip(".")
-    if isinstance(error, ConnectionError | EOFError) and _passed(error, "torch.utils.data.dataloader"):
-        said = f"{type(error).__name__}: {said}" if said else type(error).__name__
+    passed = (frame.f_globals.get("__name__") for frame, _ in traceback.walk_tb(error.__traceback__))
+    if isinstance(error, ConnectionError | EOFError) and "torch.utils.data.dataloader" in passed:
+        said = f"{name}: {said}" if said else name
     elif not (isinstance(error, RuntimeError) and said.startswith("DataLoader worker (pid")):
         return error
     return WorkerDied(
-        f"a process that loads data was killed ({said}): most often, the machine is out of memory. "
-        f"{resume}, and with fewer DATALOADER.NUM_WORKERS."
+        f"a process that loads data was killed ({said}): most often, the machine is out of memory. {_RESUME}, and with "
+        "fewer DATALOADER.NUM_WORKERS."
     )
-
-
-def _passed(error: Exception, module: str) -> bool:
-    """Whether the error came through a function of `module`."""
-    frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
-    return any(frame.f_globals.get("__name__") == module for frame in frames)
-
-
-def _last_line(text: str) -> str:
-    lines = text.strip().splitlines()
-    return lines[-1].strip().partition(". ")[0].rstrip(".")[:200] if lines else ""
 
 
 def message_of(error: BaseException) -> str:

@@ -14,17 +14,15 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from peft_d2.compat import (
-    Detectron2Missing,
     create_local_process_group,
     forget_process_groups,
     require_detectron2,
@@ -33,10 +31,8 @@ from peft_d2.engine.checks import apply_class_count, check_run, run_lock
 from peft_d2.engine.config import PEFT_ARCHITECTURE, LoadedConfig, load_config
 from peft_d2.engine.errors import (
     ConfigError,
-    EvaluationFailed,
     LimitReached,
-    LossNotFinite,
-    WorkerDied,
+    is_expected,
     message_of,
     named,
 )
@@ -84,13 +80,12 @@ def run(args: argparse.Namespace) -> Any:
     from peft_d2.storage import atomic
 
     with contextlib.ExitStack() as stack:
-        with _lines_held_back() as release:
+        with _lines_held_back():
             cfg = prepare_config(args)
             check_run(cfg, args.eval_only)
             if comm.is_main_process() and not args.eval_only:
                 stack.enter_context(run_lock(cfg.OUTPUT_DIR))
             start_logs(cfg, args)
-            release()
         stack.enter_context(atomic.explained(Path(cfg.OUTPUT_DIR)))
         stack.enter_context(_failures_named())
         if args.eval_only:
@@ -232,44 +227,36 @@ def _without_control_codes(record: logging.LogRecord) -> bool:
 
 
 @contextlib.contextmanager
-def _lines_held_back() -> Iterator[Callable[[], None]]:
-    """Keep this package's log lines until the logger that knows ``OUTPUT_DIR`` is there, or something fails."""
+def _lines_held_back() -> Iterator[None]:
+    """Keep this package's log lines until the block, which sets up the log of ``OUTPUT_DIR``, is left."""
     package = logging.getLogger("peft_d2")
     memory = logging.handlers.MemoryHandler(capacity=10_000, flushLevel=logging.CRITICAL + 1)
-    level = package.level
+    memory.addFilter(_without_control_codes)
     package.addHandler(memory)
     package.setLevel(logging.DEBUG)
-
-    def release() -> None:
-        package.removeHandler(memory)
-        for record in memory.buffer:
-            package.handle(record)
-        memory.buffer.clear()
-
     try:
-        yield release
+        yield
     finally:
         package.removeHandler(memory)
-        package.setLevel(level if memory.buffer else logging.DEBUG)
         for record in memory.buffer:
-            print(_CONTROL.sub("", record.getMessage()), file=sys.stderr)
+            package.handle(record)  # after a refusal, without a log: Python prints warnings to stderr
 
 
 @contextlib.contextmanager
 def _failures_named() -> Iterator[None]:
     """Where a message says all there is to say, the log's file gets that line instead of a traceback."""
-    loop, expected = logging.getLogger("detectron2.engine.train_loop"), expected_errors()
+    loop = logging.getLogger("detectron2.engine.train_loop")
 
     def shorten(record: logging.LogRecord) -> bool:
         error = record.exc_info[1] if record.exc_info else None
-        return not (isinstance(error, Exception) and isinstance(named(error), expected))
+        return not (isinstance(error, Exception) and is_expected(named(error)))
 
     loop.addFilter(shorten)
     try:
         yield
     except Exception as error:
         told = named(error)
-        if isinstance(told, expected):
+        if is_expected(told):
             logger.error("%s", message_of(told), extra=FILE_ONLY)
         if told is error:
             raise
@@ -278,50 +265,25 @@ def _failures_named() -> Iterator[None]:
         loop.removeFilter(shorten)
 
 
-def expected_errors() -> tuple[type[Exception], ...]:
-    """What the user can put right: its message says all there is to say."""
-    from peft_d2 import peft, storage
-    from peft_d2.data.validation import DatasetError
-
-    found: list[type[Exception]] = [ConfigError, DatasetError, LossNotFinite, EvaluationFailed, WorkerDied]
-    found += [LimitReached, Detectron2Missing, peft.PeftError]
-    found += [storage.CheckpointError, storage.AdapterFileError, storage.StorageError]
-    try:
-        from peft_d2.models.checks import ModelConfigError
-        from peft_d2.models.seem.text_encoder import TokenizerError
-        from peft_d2.models.seem.vocabulary import ClassVectorsError
-    except Detectron2Missing:  # is what there is to say
-        return tuple(found)
-    return (*found, ClassVectorsError, ModelConfigError, TokenizerError)
-
-
 def one_line_errors(function: Callable[[], Any]) -> Any:
     """Call ``function``; what the user can put right ends the program with one line instead of a traceback."""
     try:
         return function()
     except Exception as error:
         told = named(error)
-        if not isinstance(told, expected_errors()):
+        if not is_expected(told):
             raise
         print(f"error: {_CONTROL.sub('', message_of(told))}", file=sys.stderr)
         raise SystemExit(1) from error
 
 
-@dataclass(frozen=True)
-class Layout:
-    """Who takes part in a run.
-
-    Attributes:
-        processes: on each machine.
-        machines, machine_rank: how many machines, and which this one is.
-        url: where the processes meet, ``tcp://HOST:PORT``; ``auto`` on one machine, ``env://`` under torchrun.
-        on_cpu: gloo instead of NCCL.
-    """
+class Layout(NamedTuple):
+    """Who takes part: processes on each of the machines, which machine this is, where they meet, gloo or NCCL."""
 
     processes: int = 1
     machines: int = 1
     machine_rank: int = 0
-    url: str = "auto"
+    url: str = "auto"  # tcp://HOST:PORT; "auto" on one machine, "env://" under torchrun
     on_cpu: bool = False
 
     @property
@@ -354,12 +316,10 @@ def layout(args: argparse.Namespace) -> Layout:
         return Layout(local, world // local, rank // local, "env://", on_cpu)
     if args.num_processes and not on_cpu:
         raise ConfigError("--num-processes is for the CPU; on GPUs give --num-gpus, or append MODEL.DEVICE cpu.")
-    if args.num_gpus > (0 if on_cpu else torch.cuda.device_count()) and args.num_gpus > 1:
-        advice = "MODEL.DEVICE is cpu. Several processes on the CPU: --num-processes" if on_cpu else "at most"
-        number = args.num_gpus if on_cpu else torch.cuda.device_count()
+    if args.num_gpus > max(0 if on_cpu else torch.cuda.device_count(), 1):
         raise ConfigError(
-            f"--num-gpus {args.num_gpus}, but torch sees {torch.cuda.device_count()} CUDA devices here; "
-            f"{advice} {number}."
+            f"--num-gpus {args.num_gpus}, but torch sees {torch.cuda.device_count()} CUDA devices here and "
+            f"MODEL.DEVICE is {'cpu' if on_cpu else 'cuda'}. On the CPU, give --num-processes {args.num_gpus}."
         )
     count = max(args.num_processes, 1) if on_cpu else args.num_gpus
     return Layout(count, args.num_machines, args.machine_rank, args.dist_url, on_cpu)
@@ -398,18 +358,29 @@ def launch(function: Callable[..., Any], args: tuple[Any, ...], layout: Layout) 
                 "--num-machines > 1 needs --dist-url tcp://HOST:PORT, an address of machine 0 that all can reach."
             )
         layout = Layout(layout.processes, url=f"tcp://127.0.0.1:{_free_port()}", on_cpu=layout.on_cpu)
-    messages = mp.get_context(_START).SimpleQueue()
+    messages, previous = mp.get_context(_START).SimpleQueue(), signal.getsignal(signal.SIGTERM)
     parts = (function, args, layout, messages)
     context: Any = mp.start_processes(_process, parts, layout.processes, join=False, start_method=_START)
     # torch 2.4 knows no grace period: it ends the others at once.
     grace = {"grace_period": _GRACE} if "grace_period" in inspect.signature(context.join).parameters else {}
-    with _sigterm_passed_on(context.processes):
-        try:
-            while not context.join(**grace):
-                pass
-        except (mp.ProcessExitedException, mp.ProcessRaisedException) as error:
-            _report(error, messages, context.processes)
-            raise SystemExit(1) from error
+
+    def pass_on(number: int, frame: Any) -> None:
+        """A SIGTERM for this process is one for those that it started: they save and leave in order."""
+        for process in context.processes:
+            if process.is_alive():
+                os.kill(process.pid, number)
+
+    with contextlib.suppress(ValueError):  # signals belong to the main thread
+        signal.signal(signal.SIGTERM, pass_on)
+    try:
+        while not context.join(**grace):
+            pass
+    except (mp.ProcessExitedException, mp.ProcessRaisedException) as error:
+        _report(error, messages, context.processes)
+        raise SystemExit(1) from error
+    finally:
+        with contextlib.suppress(ValueError):
+            signal.signal(signal.SIGTERM, previous)
     return None
 
 
@@ -433,7 +404,9 @@ def _process(rank: int, function: Callable[..., Any], args: tuple[Any, ...], lay
     try:
         with _group(layout, rank):
             function(*args)
-    except expected_errors() as error:
+    except Exception as error:
+        if not is_expected(error):
+            raise
         messages.put(message_of(error))
         raise SystemExit(1) from error
 
@@ -460,26 +433,6 @@ def _group(layout: Layout, local_rank: int) -> Iterator[None]:
     yield
     forget_process_groups()
     dist.destroy_process_group()
-
-
-@contextlib.contextmanager
-def _sigterm_passed_on(processes: list[Any]) -> Iterator[None]:
-    """A SIGTERM for this process is one for those that it started: they save and leave in order."""
-
-    def pass_on(number: int, frame: Any) -> None:
-        for process in processes:
-            if process.is_alive():
-                os.kill(process.pid, number)
-
-    try:
-        previous = signal.signal(signal.SIGTERM, pass_on)
-    except ValueError:  # signals belong to the main thread
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
 
 
 def _free_port() -> int:

@@ -6,9 +6,10 @@ import logging
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-import yaml
 from detectron2.config import CfgNode
 from fvcore.common.registry import Registry
+
+from peft_d2.data.config import add_keys
 
 TRANSFORMER_DECODER_REGISTRY = Registry("TRANSFORMER_DECODER")
 TRANSFORMER_DECODER_REGISTRY.__doc__ = """
@@ -43,17 +44,7 @@ def add_models_config(cfg: CfgNode) -> None:
     What is there already stays: this can come after upstream's ``add_*_config``, before them, or twice.
     """
     for keys in _KEYS:
-        _add(cfg, yaml.safe_load(keys) or {})
-
-
-def _add(node: CfgNode, defaults: dict[str, Any]) -> None:
-    for key, value in defaults.items():
-        if isinstance(value, dict):
-            if key not in node:
-                node[key] = CfgNode()
-            _add(node[key], value)
-        elif key not in node:
-            node[key] = value
+        add_keys(cfg, keys)
 
 
 def register(upstream_names: bool = False) -> None:

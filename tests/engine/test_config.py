@@ -47,7 +47,7 @@ def test_plain_detectron2_keeps_its_optimizer() -> None:
     [
         ("MODEL: {PEFT: {METHOD: []}}", "MODEL.PEFT.METHOD", "MODEL.PEFT.METHODS"),
         ("SOLVER: {BASE_RL: 0.1}", "SOLVER.BASE_RL", "SOLVER.BASE_LR"),
-        ("MODEL: {MASK_FORMR: {NHEADS: 2}}", "MODEL.MASK_FORMR.NHEADS", "MODEL.MASK_FORMER.NHEADS"),
+        ("MODEL: {MASK_FORMR: {NHEADS: 2}}", "MODEL.MASK_FORMR", "MODEL.MASK_FORMER"),
     ],
 )
 def test_unknown_key(tmp_path: Path, text: str, wrong: str, nearest: str) -> None:
