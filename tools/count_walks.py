@@ -3,9 +3,15 @@
 
     tools/count_walks.py
 
-Each walk is run for real on a tiny model, and the file of every function of the package called on it is counted.
-A walk leaves out what has a walk of its own: the training's, from train_net.py to ``optimizer.step``, the network, the
-data, injection, files of adapters and the evaluation; the picture's the backbone.
+Each walk is run for real on a tiny model (tests/engine/tiny.yaml). Counted is each file of the package of which a
+function is called on it, once, in this process and its threads; what importing a file runs is not. Left out is
+what has a walk of its own:
+
+- train step: tools/train_net.py until the first ``optimizer.step``, without models, data, evaluation, peft, storage,
+  adapters.py and ops.
+- inject, save, load: ``peft_d2.inject``, ``save_adapter`` and ``load_adapter`` with LoRA on two target modules, whole.
+- picture to loss: ``build_train_loader(cfg)``, the first batch of a COCO set that is not registered yet, and
+  Mask2Former's losses of it, without the backbone and ops. It includes registration and the mapper's augmentation.
 """
 
 from __future__ import annotations
