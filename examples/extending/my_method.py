@@ -2,49 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 import peft_d2
-from peft_d2.peft.adapted import AdapterLayer
-from peft_d2.peft.method import Method
 from peft_d2.peft.methods import METHODS
-from peft_d2.peft.outputs import OutputOptions, Width, check_width, map_first_tensor, output_width
+from peft_d2.peft.outputs import OutputLayer, OutputMethod, OutputOptions
 from peft_d2.peft.targets import Target
 
 
-class GainLayer(AdapterLayer):
+class GainLayer(OutputLayer):
     """What is stored for one target module: its tensors are the file's tensors."""
 
-    def __init__(self, target: Target, width: Width) -> None:
-        super().__init__()
+    def __init__(self, target: Target, options: OutputOptions) -> None:
+        super().__init__(target, options)  # reads the output's width and layout off the module
         # Zero, so that the adapted model starts as the base; with the device and dtype of the target module.
-        self.gain = nn.Parameter(torch.zeros(width.channels, **target.factory_kwargs()))
-        self.width, self.name = width, target.name
+        self.gain = nn.Parameter(torch.zeros(self.channels, **target.factory_kwargs()))
 
-    def adapted_forward(self, module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """The module's output, adapted; ``forward`` computes the one without this layer."""
-        return map_first_tensor(forward(*args, **kwargs), self, self.name)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x * (1 + gain), for channels last or first."""
-        check_width(x, self.width, self.name)
-        gain = self.gain.view(-1, *[1] * (x.dim() - 2)) if self.width.channels_first else self.gain
-        return x * (1 + gain)
+    def change(self, h: Tensor) -> Tensor:
+        """The adapted output for the module's output (..., channels)."""
+        return h * (1 + self.gain)
 
 
-class Gain(Method):
+class Gain(OutputMethod):
     """``{NAME: gain, TARGETS: [...]}``."""
 
     name = "gain"
     options_class = OutputOptions  # TARGETS and EXCLUDE; DIM and LAYOUT where a module does not say its width
-
-    def make_layers(self, targets: Sequence[Target]) -> list[tuple[Target, AdapterLayer]]:
-        """One layer for each target module."""
-        return [(target, GainLayer(target, output_width(target, self.options))) for target in targets]
+    layer_class = GainLayer
 
 
 METHODS[Gain.name] = Gain  # the one line: configs, inject, files and merging know it now

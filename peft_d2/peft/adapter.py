@@ -10,7 +10,7 @@ after it: ``out = LN(x + h_n)``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,11 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .adapted import AdapterLayer, base_class
 from .errors import MethodError
-from .lora.factors import match_dtype
-from .method import Method, expect
-from .outputs import OutputOptions, Width, check_width, map_first_tensor, output_width
+from .method import expect
+from .outputs import OutputLayer, OutputMethod, OutputOptions
 from .targets import Target
 
 
@@ -40,74 +38,48 @@ class AdapterOptions(OutputOptions):
 
 
 class Bottleneck(nn.Module):
-    """A(h) = up(ReLU(down(h))), (..., d) or channels first (N, d, ...), same shape; zero at the start."""
+    """A(h) = up(ReLU(down(h))), (..., d) -> (..., d), zero at the start."""
 
-    def __init__(self, width: int, hidden: int, tensor_options: Mapping[str, Any]) -> None:
+    def __init__(self, width: int, hidden: int, made: Mapping[str, Any]) -> None:
         super().__init__()
-        self.down = nn.Linear(width, hidden, **tensor_options)
-        self.up = nn.Linear(hidden, width, **tensor_options)
+        self.down = nn.Linear(width, hidden, **made)
+        self.up = nn.Linear(hidden, width, **made)
         nn.init.zeros_(self.up.weight)
         nn.init.zeros_(self.up.bias)
 
-    def forward(self, h: Tensor, channels_first: bool = False) -> Tensor:
-        if channels_first:
-            return _on_channels(self.up, F.relu(_on_channels(self.down, h)))
-        return self.up(F.relu(self.down(h)))
+    def forward(self, h: Tensor) -> Tensor:
+        return _linear(self.up, F.relu(_linear(self.down, h)))
 
 
-def _on_channels(layer: nn.Linear, x: Tensor) -> Tensor:
-    """The layer on axis 1 of x (N, in, ...) -> (N, out, ...), where it lies: moving the axis would copy x twice."""
-    rows = x.flatten(2)
-    weight = layer.weight.expand(len(rows), -1, -1)
-    return torch.baddbmm(layer.bias[:, None], weight, rows).view(len(rows), layer.out_features, *x.shape[2:])
+def _linear(layer: nn.Linear, h: Tensor) -> Tensor:
+    """``layer(h)``; an image (N, C, ...) whose channels were moved last stays where it lies instead of being copied."""
+    image = h.movedim(-1, 1)
+    if h.dim() < 3 or h.is_contiguous() or not image.is_contiguous():
+        return layer(h)
+    rows = image.flatten(2)
+    out = torch.baddbmm(layer.bias[:, None], layer.weight.expand(len(rows), -1, -1), rows)
+    return out.view(len(rows), layer.out_features, *image.shape[2:]).movedim(1, -1)
 
 
-class AdapterChain(AdapterLayer):
+class AdapterChain(OutputLayer):
     """n bottlenecks in a chain, ``adapters.0`` to ``adapters.<n-1>``."""
 
-    def __init__(self, target: Target, width: Width, options: AdapterOptions) -> None:
-        super().__init__()
-        if width.channels < options.reduction:
-            raise MethodError(f"{target.name}: REDUCTION {options.reduction} exceeds the width {width.channels}")
-        hidden, made = width.channels // options.reduction, target.factory_kwargs()
-        self.adapters = nn.ModuleList(Bottleneck(width.channels, hidden, made) for _ in range(options.num))
-        self.width = width
-        self.name = target.name
+    def __init__(self, target: Target, options: AdapterOptions) -> None:
+        super().__init__(target, options)
+        if self.channels < options.reduction:
+            raise MethodError(f"{target.name}: REDUCTION {options.reduction} exceeds the width {self.channels}")
+        sizes = (self.channels, self.channels // options.reduction, target.factory_kwargs())
+        self.adapters = nn.ModuleList(Bottleneck(*sizes) for _ in range(options.num))
 
-    def adapted_forward(self, module: Any, forward: Any, *args: Any, **kwargs: Any) -> Any:
-        return map_first_tensor(forward(*args, **kwargs), self, self.name)
-
-    def forward(self, s: Tensor) -> Tensor:
-        """h_n for the sublayer's output s; same shape and dtype."""
-        check_width(s, self.width, self.name)
-        h = match_dtype(s, self.adapters[0].down.weight)  # type: ignore[union-attr, arg-type]
-        in_place = self.width.channels_first and h.dim() > 2 and h.is_contiguous()
-        moved = self.width.channels_first and not in_place
-        h = h.movedim(1, -1) if moved else h
+    def change(self, h: Tensor) -> Tensor:
         for adapter in self.adapters:
-            h = h + adapter(h, in_place)
-        return (h.movedim(-1, 1) if moved else h).to(s.dtype)
+            h = h + adapter(h)
+        return h
 
 
-def never_called(target: Target) -> str:
-    """Why torch never runs this module's forward; empty when nothing is known against it."""
-    if isinstance(target.parent, nn.MultiheadAttention):
-        return "nn.MultiheadAttention reads its weights without calling it; choose the attention itself"
-    containers = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
-    container = issubclass(base_class(target.module), containers)
-    return "it only holds other modules and has no output; choose the modules in it" if container else ""
-
-
-class Adapter(Method):
+class Adapter(OutputMethod):
     """``{NAME: adapter, TARGETS: [...], NUM: 1, REDUCTION: 4, DIM: 256, LAYOUT: auto}``."""
 
     name = "adapter"
     options_class = AdapterOptions
-    options: AdapterOptions
-
-    def refusal(self, target: Target) -> str:
-        return never_called(target)
-
-    def make_layers(self, targets: Sequence[Target]) -> list[tuple[Target, AdapterLayer]]:
-        options = self.options
-        return [(t, AdapterChain(t, output_width(t, options), options)) for t in targets]
+    layer_class = AdapterChain

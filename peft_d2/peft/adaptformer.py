@@ -17,12 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .adapted import AdapterLayer, first_input
-from .adapter import never_called
 from .cobot import CobotOptions, CobotStep, orchestrate
-from .errors import MethodError
-from .lora.factors import match_dtype
-from .method import Method, expect
-from .outputs import OutputOptions, Width, check_width, map_first_tensor, output_width
+from .method import expect
+from .outputs import OutputLayer, OutputMethod, OutputOptions, map_first_tensor
 from .targets import Target
 
 
@@ -42,63 +39,46 @@ class AdaptFormerOptions(OutputOptions, CobotOptions):
         expect(0 <= self.dropout < 1, "DROPOUT", self.dropout, "a probability below 1")
 
 
-class AdaptFormerBranch(AdapterLayer):
-    """s Up(dropout(ReLU(Down(LayerNorm(x))))): (..., d) -> (..., d), zero at the start."""
+class AdaptFormerBranch(OutputLayer):
+    """s Up(dropout(ReLU(Down(LayerNorm(x))))): (..., d) -> (..., d), zero at the start, added to the block's output."""
 
-    def __init__(self, target: Target, width: Width, options: AdaptFormerOptions, cobot: CobotStep | None) -> None:
-        super().__init__()
+    def __init__(self, target: Target, options: AdaptFormerOptions, cobot: CobotStep | None) -> None:
+        super().__init__(target, options)
         made = target.factory_kwargs()
-        self.adaptformer_norm = nn.LayerNorm(width.channels, eps=1e-5, **made)
-        self.adaptformer_down = nn.Linear(width.channels, options.bottleneck, **made)
-        self.adaptformer_up = nn.Linear(options.bottleneck, width.channels, **made)
+        self.adaptformer_norm = nn.LayerNorm(self.channels, eps=1e-5, **made)
+        self.adaptformer_down = nn.Linear(self.channels, options.bottleneck, **made)
+        self.adaptformer_up = nn.Linear(options.bottleneck, self.channels, **made)
         self.adaptformer_cobot = cobot
         nn.init.kaiming_uniform_(self.adaptformer_down.weight, a=math.sqrt(5))
         for zero in (self.adaptformer_down.bias, self.adaptformer_up.weight, self.adaptformer_up.bias):
             nn.init.zeros_(zero)
         self.scale = options.scale
         self.dropout = options.dropout
-        self.width = width
-        self.name = target.name
 
     def adapted_forward(self, module: Any, forward: Any, *args: Any, **kwargs: Any) -> Any:
         out, branch = forward(*args, **kwargs), self(first_input(args, kwargs))
         return map_first_tensor(out, lambda y: y + branch.to(y.dtype), self.name)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """The branch of the block's input x; same shape."""
-        check_width(x, self.width, self.name)
-        h = match_dtype(x, self.adaptformer_down.weight)
-        if self.width.channels_first:
-            h = h.movedim(1, -1)
+    def change(self, h: Tensor) -> Tensor:
         h = self.adaptformer_down(self.adaptformer_norm(h))
         if self.adaptformer_cobot is not None:
             h = self.adaptformer_cobot(h)
-        h = self.adaptformer_up(F.dropout(F.relu(h), self.dropout, self.training)) * self.scale
-        return h.movedim(-1, 1) if self.width.channels_first else h
+        return self.adaptformer_up(F.dropout(F.relu(h), self.dropout, self.training)) * self.scale
 
 
-class AdaptFormer(Method):
+class AdaptFormer(OutputMethod):
     """``{NAME: adaptformer, TARGETS: [mlp], BOTTLENECK: 16, SCALE: 1.0, DROPOUT: 0.1, COBOT: false}``."""
 
     name = "adaptformer"
     options_class = AdaptFormerOptions
-    options: AdaptFormerOptions
 
     def refusal(self, target: Target) -> str:
-        return never_called(target)
+        if isinstance(target.module, nn.MultiheadAttention):
+            return "AdaptFormer runs beside a module with one input, not an attention"
+        return super().refusal(target)
 
     def make_layers(self, targets: Sequence[Target]) -> list[tuple[Target, AdapterLayer]]:
-        """A branch for each module; with COBOT all of them share one space.
-
-        Raises:
-            MethodError: a width that the module does not say, or an attention, which has several inputs.
-        """
+        """A branch for each module; with COBOT all of them share one space."""
         options = self.options
         cobots = orchestrate(options, options.bottleneck, [target.factory_kwargs() for target in targets])
-        layers: list[tuple[Target, AdapterLayer]] = []
-        for target, cobot in zip(targets, cobots, strict=True):
-            width = output_width(target, options)
-            if isinstance(target.module, nn.MultiheadAttention):
-                raise MethodError(f"{target.name}: AdaptFormer runs beside a module with one input, not an attention")
-            layers.append((target, AdaptFormerBranch(target, width, options, cobot)))
-        return layers
+        return [(t, AdaptFormerBranch(t, options, cobot)) for t, cobot in zip(targets, cobots, strict=True)]

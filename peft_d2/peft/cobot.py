@@ -20,9 +20,11 @@ from torch.nn import functional as F
 
 from .method import Options, expect
 
-COEFFICIENTS = ("both", "shared", "own", "none")
-RELATIONS = ("learned", "fixed")
-MIXES = ("quaternion", "linear", "none")
+_VALUES = {  # of each switch, its default first
+    "cobot_coefficients": ("both", "shared", "own", "none"),
+    "cobot_relation": ("learned", "fixed"),
+    "cobot_mix": ("quaternion", "linear", "none"),
+}
 
 
 @dataclass(frozen=True)
@@ -42,14 +44,13 @@ class CobotOptions(Options):
     def check(self) -> None:
         """As the base's; values that are known and go together, and none but the defaults without ``COBOT: true``."""
         super().check()
-        sets, relation, mix = self.cobot_coefficients, self.cobot_relation, self.cobot_mix
-        expect(sets in COEFFICIENTS, "COBOT_COEFFICIENTS", sets, f"one of {', '.join(COEFFICIENTS)}")
-        expect(relation in RELATIONS, "COBOT_RELATION", relation, f"one of {', '.join(RELATIONS)}")
-        expect(mix in MIXES, "COBOT_MIX", mix, f"one of {', '.join(MIXES)}")
-        plain = (sets, relation, mix) == (COEFFICIENTS[0], RELATIONS[0], MIXES[0])
-        expect(self.cobot or plain, "COBOT", self.cobot, "true where another COBOT_ key is set")
-        shared = sets in ("both", "shared")
-        expect(shared or relation == "learned", "COBOT_RELATION", relation, "to be left out without shared sets")
+        for key, values in _VALUES.items():
+            value = getattr(self, key)
+            expect(value in values, key.upper(), value, f"one of {', '.join(values)}")
+            expect(self.cobot or value == values[0], "COBOT", self.cobot, "true where another COBOT_ key is set")
+        sets, relation, mix = (getattr(self, key) for key in _VALUES)
+        fits = relation == "learned" or sets in ("both", "shared")
+        expect(fits, "COBOT_RELATION", relation, "to be left out without shared sets")
         expect(sets != "none" or mix != "none", "COBOT_MIX", mix, "a layer where COBOT_COEFFICIENTS is none")
 
     def check_width(self, key: str, width: int) -> None:
@@ -63,17 +64,15 @@ class CobotSpace(nn.Module):
 
     relation: nn.Parameter | None
 
-    def __init__(self, width: int, layers: int, learned: bool, tensor_options: Mapping[str, Any]) -> None:
+    def __init__(self, width: int, layers: int, learned: bool, made: Mapping[str, Any]) -> None:
         super().__init__()
-        self.coefficients = nn.Parameter(torch.ones(width, layers, **tensor_options))
-        relation = nn.Parameter(torch.eye(layers, **tensor_options)) if learned else None
+        self.coefficients = nn.Parameter(torch.ones(width, layers, **made))
+        relation = nn.Parameter(torch.eye(layers, **made)) if learned else None
         self.register_parameter("relation", relation)
 
     def column(self, index: int) -> Tensor:
         """Column ``index`` of C S: (V,)."""
-        if self.relation is None:
-            return self.coefficients[:, index]
-        return self.coefficients @ self.relation[:, index]
+        return self.coefficients[:, index] if self.relation is None else self.coefficients @ self.relation[:, index]
 
 
 class QuaternionLinear(nn.Module):
@@ -83,13 +82,11 @@ class QuaternionLinear(nn.Module):
     r]. At the start the real part is 0 and the others are uniform in (0, 1).
     """
 
-    def __init__(self, inputs: int, outputs: int, tensor_options: Mapping[str, Any]) -> None:
+    def __init__(self, inputs: int, outputs: int, made: Mapping[str, Any]) -> None:
         super().__init__()
         shape = (inputs // 4, outputs // 4)
-        self.r = nn.Parameter(torch.zeros(shape, **tensor_options))
-        self.i = nn.Parameter(torch.rand(shape, **tensor_options))
-        self.j = nn.Parameter(torch.rand(shape, **tensor_options))
-        self.k = nn.Parameter(torch.rand(shape, **tensor_options))
+        self.r = nn.Parameter(torch.zeros(shape, **made))
+        self.i, self.j, self.k = (nn.Parameter(torch.rand(shape, **made)) for _ in range(3))
 
     def dense(self) -> Tensor:
         """D (V, W)."""
@@ -129,11 +126,9 @@ class CobotStep(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:
         """(..., V) -> (..., V)."""
-        sets = [] if self.space is None else [self.space.column(self.index)]
-        if self.gamma is not None:
-            sets.append(self.gamma)
-        if sets:
-            h = h * sum(sets)
+        shared = None if self.space is None else self.space.column(self.index)
+        sets = [values for values in (shared, self.gamma) if values is not None]
+        h = h * sum(sets) if sets else h
         return h if self.mix is None else self.mix(h)
 
 

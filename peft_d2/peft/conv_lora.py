@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from .adapted import AdapterLayer, base_class, first_input
 from .lora.factors import match_dtype
 from .method import Method, Options, expect
-from .outputs import GRIDS, TokenGrid
+from .outputs import GRIDS, TokenGrid, never_called
 from .targets import Target
 
 _LETTERS = ("q", "k", "v")
@@ -114,7 +114,7 @@ class ConvExperts(nn.Module):
         self.gate = NoisyGate(rank, options.experts, made)
         self.experts = nn.ModuleList(nn.Conv2d(rank, rank, 3, padding=1, **made) for _ in range(options.experts))
         for expert in self.experts:
-            nn.init.zeros_(expert.bias)  # type: ignore[arg-type]
+            nn.init.zeros_(expert.get_parameter("bias"))
         self.scale = (options.alpha or rank) / rank
         self.dropout = options.dropout
         self.balance = options.balance
@@ -144,16 +144,15 @@ class ConvExperts(nn.Module):
         return F.interpolate(F.gelu(expert(large)), size=h.shape[2:], mode="bicubic", align_corners=False)
 
 
-class ConvLoraLayer(AdapterLayer):
+class ConvLoraLayer(AdapterLayer, nn.ModuleDict):
     """The experts of a layer, ``whole``, or of some of q, k, v, under their letters."""
 
     def __init__(self, target: Target, options: ConvLoraOptions) -> None:
-        super().__init__()
-        weight = target.module.get_parameter("weight")
+        weight, made = target.module.get_parameter("weight"), target.factory_kwargs()
         rows = dict(zip(_LETTERS, weight.chunk(3), strict=True)) if options.parts else {"whole": weight}
-        self.letters = tuple(letter for letter in rows if letter in options.parts or not options.parts)
-        for letter in self.letters:
-            self.add_module(letter, ConvExperts(rows[letter], options, target.factory_kwargs()))
+        wanted = options.parts or ["whole"]
+        super().__init__({part: ConvExperts(rows[part], options, made) for part in rows if part in wanted})
+        self.parts = tuple(rows)
         self.grid = TokenGrid(target, options.grid)
 
     def adapted_forward(self, module: Any, forward: Any, *args: Any, **kwargs: Any) -> Tensor:
@@ -161,13 +160,11 @@ class ConvLoraLayer(AdapterLayer):
 
     def forward(self, x: Tensor, out: Tensor) -> Tensor:
         """The adapted output for the layer's input (N, L, in) or (N, H, W, in) and output."""
-        spread = x if x.dim() == 4 else x.unflatten(1, self.grid.size(x))
-        blocks = list(out.chunk(3, dim=-1)) if self.letters != ("whole",) else [out]
-        for letter in self.letters:
-            index = 0 if letter == "whole" else _LETTERS.index(letter)
-            branch = getattr(self, letter)(spread).to(out.dtype)
-            blocks[index] = blocks[index] + branch.reshape(blocks[index].shape)
-        return torch.cat(blocks, dim=-1)
+        spread = self.grid.spread(x)
+        blocks = dict(zip(self.parts, out.chunk(len(self.parts), dim=-1), strict=True))
+        for part, experts in self.items():
+            blocks[part] = blocks[part] + experts(spread).to(out.dtype).reshape(blocks[part].shape)
+        return torch.cat(list(blocks.values()), dim=-1)
 
 
 class ConvLora(Method):
@@ -178,16 +175,13 @@ class ConvLora(Method):
     options: ConvLoraOptions
 
     def refusal(self, target: Target) -> str:
-        """Anything but an nn.Linear that is called by itself; with ``PARTS``, one that is no fused qkv."""
         base = base_class(target.module)
         if base is not nn.Linear:
             return f"{base.__qualname__} is no nn.Linear (exact type)"
-        if isinstance(target.parent, nn.MultiheadAttention):
-            return "nn.MultiheadAttention reads its weights without calling it"
         out, inputs = target.module.get_parameter("weight").shape
         if self.options.parts and out != 3 * inputs:
             return f"PARTS needs a fused qkv, d -> 3 d; this is {inputs} -> {out}"
-        return ""
+        return never_called(target)
 
     def make_layers(self, targets: Sequence[Target]) -> list[tuple[Target, AdapterLayer]]:
         return [(target, ConvLoraLayer(target, self.options)) for target in targets]

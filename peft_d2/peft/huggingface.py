@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from .adapted import STORE, AdapterLayer, base_class
-from .adapter import never_called
 from .errors import MethodError
-from .method import Method, Options, closest, expect
+from .method import Options, closest, expect
+from .outputs import OutputMethod
 from .targets import Target
 
-_ADAPTER = "default"  # the only adapter inside one tuner layer; ours are named one level higher
+_ADAPTER, _TARGET = "default", "target"  # the only adapter and the only module that the tuner sees
 
 
 @dataclass(frozen=True)
@@ -66,77 +66,61 @@ class TunerLayer(AdapterLayer):
         return {name: value.data for name, value in layer.base_layer.named_parameters()}
 
 
-class HuggingFaceTuner(Method):
+class HuggingFaceTuner(OutputMethod):
     """``{NAME: hf, TUNER: ia3, TARGETS: [...], CONFIG: {...}}``."""
 
     name = "hf"
     options_class = TunerOptions
     options: TunerOptions
 
-    def refusal(self, target: Target) -> str:
-        return never_called(target)
-
     def make_layers(self, targets: Sequence[Target]) -> list[tuple[Target, AdapterLayer]]:
-        config_class, inject = _peft(self.options.tuner)
-        layers: list[tuple[Target, AdapterLayer]] = []
-        for target in targets:
-            config = _config(config_class, self.options)
-            layers.append((target, TunerLayer(_tuner_layer(target, config, inject))))
-        return layers
+        """The tuner's layer of each target module.
 
-
-def _peft(tuner: str) -> tuple[Any, Any]:
-    """The config class of a tuner, and PEFT's function that injects it."""
-    try:
-        from peft import PeftType, inject_adapter_in_model
-        from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-    except ImportError as error:
-        raise MethodError(f"method 'hf' needs the package peft ({error}): pip install peft") from error
-    known = {
-        str(kind.value): PEFT_TYPE_TO_CONFIG_MAPPING[kind] for kind in PeftType if kind in PEFT_TYPE_TO_CONFIG_MAPPING
-    }
-    if tuner.upper() not in known:
-        raise MethodError(f"peft has no tuner {tuner!r}.{closest(tuner.upper(), list(known))}")
-    return known[tuner.upper()], inject_adapter_in_model
-
-
-def _config(config_class: Any, options: TunerOptions) -> Any:
-    fields = {"target_modules": ["target"], **options.config}
-    if "feedforward_modules" in config_class.__dataclass_fields__:
-        fields.setdefault("feedforward_modules", [])
-    try:
-        return config_class(**fields)
-    except (TypeError, ValueError, ImportError) as error:
-        raise MethodError(f"method 'hf': CONFIG does not fit {config_class.__name__}: {error}") from error
+        Raises:
+            MethodError: the package or the tuner is not there, its config does not fit, or it cannot go on a module.
+        """
+        try:
+            from peft import PeftType, inject_adapter_in_model
+            from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as CONFIGS
+        except ImportError as error:
+            raise MethodError(f"method 'hf' needs the package peft ({error}): pip install peft") from error
+        known = {str(kind.value): CONFIGS[kind] for kind in PeftType if kind in CONFIGS}
+        tuner = self.options.tuner.upper()
+        if tuner not in known:
+            raise MethodError(f"peft has no tuner {self.options.tuner!r}.{closest(tuner, list(known))}")
+        fields = {"target_modules": [_TARGET], **self.options.config}
+        if "feedforward_modules" in known[tuner].__dataclass_fields__:
+            fields.setdefault("feedforward_modules", [])
+        try:
+            configs = [known[tuner](**fields) for _ in targets]
+        except (TypeError, ValueError, ImportError) as error:
+            raise MethodError(f"method 'hf': CONFIG does not fit {known[tuner].__name__}: {error}") from error
+        pairs = zip(targets, configs, strict=True)
+        return [(target, TunerLayer(_tuner_layer(target, config, inject_adapter_in_model))) for target, config in pairs]
 
 
 def _tuner_layer(target: Target, config: Any, inject: Any) -> nn.Module:
-    """PEFT's layer around a view of the module: an object of its base class that shares parameters and buffers with
-    it.
-    """
-    module = target.module
-    base = base_class(module)
+    """PEFT's layer around a view of the module: an object of its class that shares its parameters and buffers."""
+    module, base = target.module, base_class(target.module)
     view = base.__new__(base)
     view.__dict__.update({key: value for key, value in module.__dict__.items() if not key.startswith("peft_")})
     view.__dict__["_modules"] = {name: child for name, child in module._modules.items() if name != STORE}
-    holder = nn.Module()
-    holder.add_module("target", view)
-    before = {name: (value, value.requires_grad, value.detach().clone()) for name, value in view.named_parameters()}
+    holder = nn.ModuleDict({_TARGET: view})
+    before = [(value, value.requires_grad, value.detach().clone()) for value in view.parameters()]
     try:
         inject(config, holder, adapter_name=_ADAPTER)
-        changed = [item for item in before.values() if not item[0].is_meta and not torch.equal(item[0], item[2])]
-        for value, _, start in changed:
+        layer = holder[_TARGET]
+        changed = [(value, start) for value, _, start in before if not value.is_meta and not torch.equal(value, start)]
+        for value, start in changed:
             value.data = start
         if changed:
             raise ValueError("its start changes the base's weights; choose another one in CONFIG")
+        if layer is view or "base_layer" not in layer._modules:
+            raise ValueError("it made no layer of its own there")
     except (ValueError, TypeError, AttributeError, NotImplementedError, ImportError) as error:
-        raise MethodError(
-            f"peft's {config.peft_type.value} cannot go on {target.name} ({base.__name__}): {error}"
-        ) from error
+        kind = config.peft_type.value
+        raise MethodError(f"peft's {kind} cannot go on {target.name} ({base.__name__}): {error}") from error
     finally:
-        for value, flag, _ in before.values():
+        for value, flag, _ in before:
             value.requires_grad_(flag)
-    layer = holder.target
-    if layer is view or not isinstance(layer, nn.Module) or "base_layer" not in layer._modules:
-        raise MethodError(f"peft's {config.peft_type.value} cannot go on {target.name} ({base.__name__})")
     return layer

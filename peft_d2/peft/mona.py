@@ -8,19 +8,14 @@ The authors start ``up`` at random; here it starts at zero, so the start is the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .adapted import AdapterLayer
-from .adapter import never_called
-from .lora.factors import match_dtype
-from .method import Method, expect
-from .outputs import GRIDS, OutputOptions, TokenGrid, Width, check_width, map_first_tensor, output_width
+from .method import expect
+from .outputs import GRIDS, OutputLayer, OutputMethod, OutputOptions, TokenGrid
 from .targets import Target
 
 
@@ -43,13 +38,12 @@ class MonaOptions(OutputOptions):
         expect(self.grid in GRIDS, "GRID", self.grid, f"one of {', '.join(GRIDS)}")
 
 
-class MonaAdapter(AdapterLayer):
-    """x + up(dropout(GeLU(multi-scale convolutions of down(x0)))); same shape as x."""
+class MonaAdapter(OutputLayer):
+    """x + up(dropout(GeLU(multi-scale convolutions of down(x0)))) for x (N, H, W, C), or (N, L, C) as ``GRID`` says."""
 
-    def __init__(self, target: Target, width: Width, options: MonaOptions) -> None:
-        super().__init__()
-        made = target.factory_kwargs()
-        channels, inner = width.channels, options.bottleneck
+    def __init__(self, target: Target, options: MonaOptions) -> None:
+        super().__init__(target, options)
+        made, channels, inner = target.factory_kwargs(), self.channels, options.bottleneck
         self.mona_norm = nn.LayerNorm(channels, **made)
         self.mona_gain = nn.Parameter(torch.full((channels,), 1e-6, **made))
         self.mona_skip = nn.Parameter(torch.ones(channels, **made))
@@ -62,42 +56,19 @@ class MonaAdapter(AdapterLayer):
         nn.init.zeros_(self.mona_up.weight)
         nn.init.zeros_(self.mona_up.bias)
         self.dropout = options.dropout
-        self.width = width
-        self.name = target.name
         self.grid = TokenGrid(target, options.grid)
 
-    def adapted_forward(self, module: Any, forward: Any, *args: Any, **kwargs: Any) -> Any:
-        return map_first_tensor(forward(*args, **kwargs), self, self.name)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, H, W, C), (N, L, C) that lie as ``GRID`` says, or channels first; same shape and dtype.
-
-        Raises:
-            MethodError: another width than the adapter was made for, or tokens that fill no grid.
-        """
-        check_width(x, self.width, self.name)
-        h = match_dtype(x, self.mona_down.weight)
-        if self.width.channels_first:
-            h = h.movedim(1, -1)
+    def change(self, h: Tensor) -> Tensor:
         u = self.mona_down(self.mona_norm(h) * self.mona_gain + h * self.mona_skip)
-        spread = u if u.dim() == 4 else u.unflatten(1, self.grid.size(u))
-        f = spread.movedim(-1, 1)
+        f = self.grid.spread(u).movedim(-1, 1)
         f = f + sum(conv(f) for conv in self.mona_convs) / 3
         g = (f + self.mona_mix(f)).movedim(1, -1).reshape(u.shape)
-        h = h + self.mona_up(F.dropout(F.gelu(g), self.dropout, self.training))
-        return (h.movedim(-1, 1) if self.width.channels_first else h).to(x.dtype)
+        return h + self.mona_up(F.dropout(F.gelu(g), self.dropout, self.training))
 
 
-class Mona(Method):
+class Mona(OutputMethod):
     """``{NAME: mona, TARGETS: [attn, mlp], BOTTLENECK: 64, DROPOUT: 0.1, GRID: auto}``."""
 
     name = "mona"
     options_class = MonaOptions
-    options: MonaOptions
-
-    def refusal(self, target: Target) -> str:
-        return never_called(target)
-
-    def make_layers(self, targets: Sequence[Target]) -> list[tuple[Target, AdapterLayer]]:
-        options = self.options
-        return [(t, MonaAdapter(t, output_width(t, options), options)) for t in targets]
+    layer_class = MonaAdapter

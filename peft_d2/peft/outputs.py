@@ -1,4 +1,4 @@
-"""What methods must know of a module's output: its width, the axis of its channels, where tokens lie in the image.
+"""Layers on a module's output, and what they must know of it: its width, the axis of its channels, its image grid.
 
 Adapter layers must exist before the optimizer does, so nothing waits for the first batch: the width is read off the
 module, and what cannot be read is asked for.
@@ -7,33 +7,35 @@ module, and what cannot be read is asked for.
 from __future__ import annotations
 
 import math
-import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from .adapted import STORE, base_class, walk
+from .adapted import STORE, AdapterLayer, base_class, walk
 from .errors import MethodError
-from .method import Options, expect
+from .lora.factors import match_dtype
+from .method import Method, Options, expect
 from .targets import Target
 
 LAYOUTS = ("auto", "last", "first")
 GRIDS = ("auto", "square")
-_WIDTH_ATTRIBUTES = ("d_model", "embed_dim", "hidden_size", "hidden_dim", "dim", "out_dim")
-_SIDE = re.compile(r"down|short|skip|^se$|attn|act|drop|pool|peft")  # children beside a block's main path
-_CHANNELS_FIRST = (
-    nn.modules.conv._ConvNd,
-    nn.modules.batchnorm._NormBase,
-    nn.GroupNorm,
+_CHANNELS_FIRST = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm)
+_LEAVES: tuple[tuple[type[nn.Module], str], ...] = (
+    (nn.Linear, "out_features"),
+    (nn.MultiheadAttention, "embed_dim"),
+    (nn.Embedding, "embedding_dim"),
+    (nn.LayerNorm, "normalized_shape"),
+    (nn.GroupNorm, "num_channels"),
+    (nn.modules.batchnorm._NormBase, "num_features"),
 )
+_ATTRIBUTES = ("out_channels", "d_model", "embed_dim", "hidden_size", "hidden_dim", "dim", "out_dim")
 
 
 @dataclass(frozen=True)
 class OutputOptions(Options):
-    """Keys of every method that runs on a module's output.
-
-    ``DIM`` is the output's width where the module does not say it. ``LAYOUT``: last (..., C), first (N, C, ...), or
+    """``DIM`` is the output's width where the module does not say it. ``LAYOUT``: last (..., C), first (N, C, ...), or
     auto.
     """
 
@@ -41,110 +43,74 @@ class OutputOptions(Options):
     layout: str = "auto"
 
     def check(self) -> None:
-        """As the base's; ``DIM`` and ``LAYOUT`` besides."""
         super().check()
         expect(self.dim is None or self.dim > 0, "DIM", self.dim, "a positive integer")
         expect(self.layout in LAYOUTS, "LAYOUT", self.layout, f"one of {', '.join(LAYOUTS)}")
 
 
-@dataclass(frozen=True)
-class Width:
-    """``channels`` of a module's (first) output, on the last axis or, channels first, on axis 1."""
+class OutputLayer(AdapterLayer):
+    """An adapter layer after a module. A subclass says in :meth:`change` what it makes of the output.
 
-    channels: int
-    channels_first: bool
-
-
-def output_width(target: Target, options: OutputOptions) -> Width:
-    """Width of the output at ``target``; the options override what the module says.
+    Args:
+        target: the module.
+        options: ``DIM`` and ``LAYOUT`` override what the module says of its output.
 
     Raises:
-        MethodError: the module does not say, or says two things.
+        MethodError: the output's width is unknown.
     """
-    found = _of_module(target.module)
-    if not found and target.parent is not None and _is_bare(target.module):
-        found = _of_module(target.parent)  # a dropout or an activation: what its siblings are made for
-    first = _is_channels_first(target.module) if options.layout == "auto" else options.layout == "first"
-    if options.dim is not None:
-        return Width(options.dim, first)
-    if len(found) != 1:
-        says = f"it could be {' or '.join(map(str, sorted(found)))}" if found else "it does not say"
-        raise MethodError(
-            f"{target.name} ({base_class(target.module).__name__}): the width of its output is unknown, {says}; set DIM"
-        )
-    return Width(found.pop(), first)
+
+    def __init__(self, target: Target, options: Any) -> None:
+        super().__init__()
+        self.name = target.name
+        self.channels, self.channels_first = output_width(target, options)
+
+    def change(self, h: Tensor) -> Tensor:
+        """The adapted output for the module's (..., C), both in the dtype of the layer's parameters."""
+        raise NotImplementedError
+
+    def adapted_forward(self, module: Any, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """The module's output, adapted; ``forward`` computes the one without this layer."""
+        return map_first_tensor(forward(*args, **kwargs), self, self.name)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., C) or, channels first, (N, C, ...) -> the same shape and dtype.
+
+        Raises:
+            MethodError: another width than the layer was made for.
+        """
+        if x.dim() < 2 or x.shape[1 if self.channels_first else -1] != self.channels:
+            where = "axis 1 (LAYOUT first)" if self.channels_first else "the last axis (LAYOUT last)"
+            raise MethodError(
+                f"{self.name}: its output is {tuple(x.shape)}, but the adapter was made for {self.channels} channels "
+                f"on {where}; set DIM and LAYOUT"
+            )
+        h = match_dtype(x, next(self.parameters()))
+        h = self.change(h.movedim(1, -1)).movedim(-1, 1) if self.channels_first else self.change(h)
+        return h.to(x.dtype)
 
 
-def _is_bare(module: nn.Module) -> bool:
-    """Neither weights nor children of its own: a dropout, an activation, an identity."""
-    return not module._parameters and set(module._modules) <= {STORE}
+class OutputMethod(Method):
+    """A method that puts one ``layer_class(target, options)`` after each target module."""
+
+    layer_class: ClassVar[type[OutputLayer]]
+
+    def refusal(self, target: Target) -> str:
+        return never_called(target)
+
+    def make_layers(self, targets: Sequence[Target]) -> list[tuple[Target, AdapterLayer]]:
+        return [(target, self.layer_class(target, self.options)) for target in targets]
 
 
-def _is_channels_first(module: nn.Module) -> bool:
-    if isinstance(module, _CHANNELS_FIRST):
-        return True
-    kinds = {
-        isinstance(child, _CHANNELS_FIRST)
-        for _, child, _ in walk(module)
-        if isinstance(child, (*_CHANNELS_FIRST, nn.Linear, nn.LayerNorm, nn.MultiheadAttention))
-    }
-    return kinds == {True}
+def never_called(target: Target) -> str:
+    """Why torch never runs this module's forward; empty when nothing is known against it."""
+    if isinstance(target.parent, nn.MultiheadAttention):
+        return "nn.MultiheadAttention reads its weights without calling it; choose the attention itself"
+    containers = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+    container = issubclass(base_class(target.module), containers)
+    return "it only holds other modules and has no output; choose the modules in it" if container else ""
 
 
-def _of_module(module: nn.Module) -> set[int]:
-    """Possible output widths: one when the module says it, none when it does not."""
-    own = _of_leaf(module)
-    if own is not None:
-        return {own}
-    for attribute in _WIDTH_ATTRIBUTES:
-        value = getattr(module, attribute, None)
-        if isinstance(value, int) and not isinstance(value, bool):
-            return {value}
-    children = [child for name, child in module.named_children() if name != STORE]
-    norms = {_of_leaf(child) for child in children if isinstance(child, nn.LayerNorm)}
-    if norms:
-        return {width for width in norms if width is not None}
-    linears = [child for child in children if isinstance(child, nn.Linear)]
-    if linears and linears[0].in_features == linears[-1].out_features:
-        return {linears[-1].out_features}  # a perceptron or an attention: in and out are as wide
-    return _last_of(children)  # in the order of running, as nearly all are; the first forward compares
-
-
-def _last_of(children: list[nn.Module]) -> set[int]:
-    for child in reversed(children):
-        found = _of_module(child) if not isinstance(child, nn.ModuleList) else _last_of(list(child))
-        if found:
-            return found
-    return set()
-
-
-def _of_leaf(module: nn.Module) -> int | None:
-    if isinstance(module, nn.Linear):
-        return module.out_features
-    if isinstance(module, nn.MultiheadAttention | nn.Embedding):
-        return module.embed_dim if isinstance(module, nn.MultiheadAttention) else module.embedding_dim
-    if isinstance(module, nn.LayerNorm):
-        return int(module.normalized_shape[-1])
-    if isinstance(module, nn.GroupNorm):
-        return module.num_channels
-    if isinstance(module, nn.modules.batchnorm._NormBase):
-        return module.num_features
-    channels = getattr(module, "out_channels", None)
-    return channels if isinstance(channels, int) else None
-
-
-def check_width(x: Tensor, width: Width, name: str) -> None:
-    """Raise a :class:`MethodError` unless ``x`` has the expected channels on the expected axis."""
-    axis = 1 if width.channels_first else -1
-    if x.dim() < 2 or x.shape[axis] != width.channels:
-        where = "axis 1 (LAYOUT first)" if width.channels_first else "the last axis (LAYOUT last)"
-        raise MethodError(
-            f"{name}: its output is {tuple(x.shape)}, but the adapter was made for "
-            f"{width.channels} channels on {where}; set DIM and LAYOUT"
-        )
-
-
-def map_first_tensor(out: Any, change: Any, name: str) -> Any:
+def map_first_tensor(out: Any, change: Callable[[Tensor], Tensor], name: str) -> Any:
     """``change`` applied to a tensor, or to the first element of a tuple; every other output is refused by name."""
     if isinstance(out, Tensor):
         return change(out)
@@ -157,35 +123,77 @@ def map_first_tensor(out: Any, change: Any, name: str) -> Any:
     )
 
 
-class TokenGrid:
-    """Height and width of tokens (N, L, C) at one place.
+def output_width(target: Target, options: OutputOptions) -> tuple[int, bool]:
+    """Channels of the (first) output at ``target``, and whether they are on axis 1 instead of the last one.
 
-    Args:
-        target: the place; with ``GRID`` auto its module or the one that holds it tells H and W as attributes, as Swin's
-            blocks and the attention of Segment Anything do in each forward pass.
-        grid: one of GRIDS; square takes sqrt(L) x sqrt(L).
+    Raises:
+        MethodError: the module does not say, or says two things.
+    """
+    module = target.module
+    widths = _widths(module)
+    if not widths and target.parent is not None and not module._parameters and set(module._modules) <= {STORE}:
+        widths = _widths(target.parent)  # a dropout or an activation: what its siblings are made for
+    first = _is_channels_first(module) if options.layout == "auto" else options.layout == "first"
+    if options.dim is None and len(widths) != 1:
+        says = f"it could be {' or '.join(map(str, sorted(widths)))}" if widths else "it does not say"
+        raise MethodError(
+            f"{target.name} ({base_class(module).__name__}): the width of its output is unknown, {says}; set DIM"
+        )
+    return options.dim or widths.pop(), first
+
+
+def _is_channels_first(module: nn.Module) -> bool:
+    known = (*_CHANNELS_FIRST, nn.Linear, nn.LayerNorm, nn.MultiheadAttention)
+    inside = [child for _, child, _ in walk(module) if isinstance(child, known)]
+    return isinstance(module, _CHANNELS_FIRST) or {isinstance(child, _CHANNELS_FIRST) for child in inside} == {True}
+
+
+def _widths(module: nn.Module) -> set[int]:
+    """Possible output widths: one when the module says it, none when it does not."""
+    for attribute in [name for kind, name in _LEAVES if isinstance(module, kind)] or _ATTRIBUTES:
+        value = getattr(module, attribute, None)
+        value = value[-1] if isinstance(module, nn.LayerNorm) else value  # type: ignore[index]
+        if type(value) is int:
+            return {value}
+    children = [child for name, child in module.named_children() if name != STORE]
+    if not isinstance(module, nn.ModuleList):
+        if norms := [child for child in children if isinstance(child, nn.LayerNorm)]:
+            return set().union(*map(_widths, norms))
+        linears = [child for child in children if isinstance(child, nn.Linear)]
+        if linears and linears[0].in_features == linears[-1].out_features:
+            return {linears[-1].out_features}  # a perceptron or an attention: in and out are as wide
+    # The last child that says one: most run in order, and the first forward compares.
+    return next((widths for child in reversed(children) if (widths := _widths(child))), set())
+
+
+class TokenGrid:
+    """Height and width of the image that tokens (N, L, C) at one place make up.
+
+    ``GRID`` square takes sqrt(L) x sqrt(L); with auto the module or the one that holds it tells H and W as attributes,
+    as Swin's blocks and the attention of Segment Anything do in each forward pass.
     """
 
     def __init__(self, target: Target, grid: str) -> None:
         self.name = target.name
         self.square = grid == "square"
-        self._owners: list[nn.Module] = [owner for owner in (target.module, target.parent) if owner is not None]
+        self._owners = [owner for owner in (target.module, target.parent) if owner is not None]
 
-    def size(self, tokens: Tensor) -> tuple[int, int]:
-        """(H, W), H W = L.
+    def spread(self, x: Tensor) -> Tensor:
+        """(N, L, C) -> (N, H, W, C), which stays as it is.
 
         Raises:
-            MethodError: neither the module nor its parent tells one that fits.
+            MethodError: neither the module nor its parent tells an H and W that fit.
         """
-        length = tokens.shape[1] if tokens.dim() == 3 else 0
-        side = math.isqrt(length)
-        if self.square and length and side * side == length:
-            return side, side
-        for owner in self._owners:
-            height, width = getattr(owner, "H", None), getattr(owner, "W", None)
+        if x.dim() == 4:
+            return x
+        length = x.shape[1] if x.dim() == 3 else 0
+        sizes = [(getattr(owner, "H", None), getattr(owner, "W", None)) for owner in self._owners]
+        if self.square and length:
+            sizes.insert(0, (math.isqrt(length), math.isqrt(length)))
+        for height, width in sizes:
             if isinstance(height, int) and isinstance(width, int) and height * width == length:
-                return height, width
+                return x.unflatten(1, (height, width))
         raise MethodError(
-            f"{self.name}: the image grid of its tokens {tuple(tokens.shape)} is needed, and neither the module nor "
+            f"{self.name}: the image grid of its tokens {tuple(x.shape)} is needed, and neither the module nor "
             "its parent holds H and W that fit; choose a module with four-dimensional tensors, or GRID square if it is"
         )

@@ -11,7 +11,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -31,39 +31,51 @@ class SelectOptions(Options):
     targets: list[str] = field(default_factory=lambda: ["**"])
 
 
-class BitFit(Method):
-    """``{NAME: bitfit, TARGETS: [backbone]}``: all biases in the targets, at any depth."""
+class _ByParameter(Method):
+    """Trains the parameters in the targets, at any depth, for which :meth:`wants`."""
 
-    name = "bitfit"
     options_class = SelectOptions
     selects = True
+    nothing: str  # what is said where there are none
+
+    def wants(self, module: nn.Module, name: str) -> bool:
+        """Whether the parameter ``name`` of ``module`` itself is trained."""
+        raise NotImplementedError
 
     def select(self, targets: Sequence[Target]) -> Selection:
-        """All biases, fused ones such as ``in_proj_bias`` included; MethodError where there are none."""
-        names = _parameters_where(targets, lambda _, leaf: leaf == "bias" or leaf.endswith("_bias"))
+        names = [
+            f"{path}.{leaf}" if path else leaf
+            for target in targets
+            for path, module, _ in walk(target.module, target.name)
+            for leaf, _ in module.named_parameters(recurse=False)
+            if self.wants(module, leaf)
+        ]
         if not names:
-            raise MethodError(f"bitfit: there are no biases in {', '.join(target.name for target in targets[:5])}")
-        return Selection(parameters=names)
+            raise MethodError(f"{self.name}: {self.nothing} in {', '.join(target.name for target in targets[:5])}")
+        return Selection(parameters=list(dict.fromkeys(names)))
 
 
-class NormTuning(Method):
+class BitFit(_ByParameter):
+    """``{NAME: bitfit, TARGETS: [backbone]}``: all biases in the targets, fused ones such as ``in_proj_bias`` too."""
+
+    name = "bitfit"
+    nothing = "there are no biases"
+
+    def wants(self, module: nn.Module, name: str) -> bool:
+        return name == "bias" or name.endswith("_bias")
+
+
+class NormTuning(_ByParameter):
     """``{NAME: norm, TARGETS: [backbone]}``: gains and biases of all norms in the targets, whose name has Norm in it.
 
     Running statistics stay frozen.
     """
 
     name = "norm"
-    options_class = SelectOptions
-    selects = True
+    nothing = "no norm has parameters"
 
-    def select(self, targets: Sequence[Target]) -> Selection:
-        """All parameters of all norms at any depth; MethodError where there are none."""
-        names = _parameters_where(
-            targets, lambda module, _: isinstance(module, _NORMS) or "Norm" in base_class(module).__name__
-        )
-        if not names:
-            raise MethodError(f"norm: no norm has parameters in {', '.join(target.name for target in targets[:5])}")
-        return Selection(parameters=names)
+    def wants(self, module: nn.Module, name: str) -> bool:
+        return isinstance(module, _NORMS) or "Norm" in base_class(module).__name__
 
 
 @dataclass(frozen=True)
@@ -94,15 +106,3 @@ class LastBlocks(Method):
         if empty:
             raise MethodError(f"last_blocks: {empty[0]} has no parameters; choose the blocks that hold them")
         return Selection(modules=chosen)
-
-
-def _parameters_where(targets: Sequence[Target], wanted: Callable[[nn.Module, str], bool]) -> list[str]:
-    """Names of the parameters in the targets, at any depth, for which ``wanted(owner, own name)``; each name once."""
-    names = {
-        f"{path}.{leaf}" if path else leaf: None
-        for target in targets
-        for path, module, _ in walk(target.module, target.name)
-        for leaf, _ in module.named_parameters(recurse=False)
-        if wanted(module, leaf)
-    }
-    return list(names)

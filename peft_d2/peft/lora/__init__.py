@@ -49,21 +49,18 @@ class Lora(Method):
 
     def refusal(self, target: Target) -> str:
         module: Any = target.module
-        base = base_class(module)
-        weight = getattr(module, "weight", None)
+        base, weight, parts = base_class(module), getattr(module, "weight", None), self.options.parts
         if isinstance(weight, Tensor) and "weight" not in module._parameters:
             return "its weight is computed from others (weight_norm, spectral_norm); fold it into one weight first"
         if isinstance(weight, Tensor) and not weight.is_floating_point():
             return f"its weight is stored as {weight.dtype}"
-        if base in _LINEAR and self.options.parts:
-            if "out" in self.options.parts:
-                return "PARTS names out, which only nn.MultiheadAttention has"
-            sizes = f"{module.in_features} -> {module.out_features}"
-            fused = module.out_features == 3 * module.in_features
-            return "" if fused else f"PARTS needs a fused qkv, d -> 3 d; this is {sizes}"
+        if base in _LINEAR and "out" in parts:
+            return "PARTS names out, which only nn.MultiheadAttention has"
+        if base in _LINEAR and parts and module.out_features != 3 * module.in_features:
+            return f"PARTS needs a fused qkv, d -> 3 d; this is {module.in_features} -> {module.out_features}"
         if base is nn.Embedding and module.max_norm is not None:
             return "its max_norm rewrites the frozen weight as it reads it"
-        if base in (*_LINEAR, nn.Embedding, nn.MultiheadAttention, *CONVOLUTIONS) or is_normed_conv(base, module):
+        if base in (*_LINEAR, nn.Embedding, nn.MultiheadAttention, *CONVOLUTIONS) or is_normed_conv(module):
             return ""
         inside = [name for name, child in module.named_modules() if name and base_class(child) in _LINEAR]
         hint = f"; in it are {', '.join(inside[:6])}" if inside else ""
@@ -72,7 +69,7 @@ class Lora(Method):
     def only_by_name(self, target: Target) -> str:
         """What LoRA could not go on before 0.2, for adapters and configs of then; embeddings are rarely called, too."""
         base = base_class(target.module)
-        swept = base in (nn.Conv2d, nn.MultiheadAttention, *_LINEAR) or is_normed_conv(base, target.module)
+        swept = base in (nn.Conv2d, nn.MultiheadAttention, *_LINEAR) or is_normed_conv(target.module)
         return "" if swept else f"a pattern that ends in a wildcard passes over {base.__qualname__}; name it outright"
 
     def make_layers(self, targets: Sequence[Target]) -> list[tuple[Target, AdapterLayer]]:
@@ -93,9 +90,8 @@ class Lora(Method):
 
     def _parts(self, target: Target) -> tuple[str, ...]:
         """q, k, v, out in order, as far as they are wanted at ``target``; empty for a module that is one weight."""
-        wanted = target.parts or tuple(self.options.parts)
-        if isinstance(target.module, nn.MultiheadAttention):
-            wanted = wanted or ("q", "v")
+        default = ("q", "v") if isinstance(target.module, nn.MultiheadAttention) else ()
+        wanted = target.parts or self.options.parts or default
         return tuple(part for part in PARTS if part in wanted)
 
     def _layer(self, target: Target, cobots: Iterator[CobotStep | None]) -> AdapterLayer:
@@ -118,13 +114,14 @@ class Lora(Method):
 
 def _option_problem(module: nn.Module, options: LoraOptions) -> str:
     """Which option does not work on this module; empty when all do."""
-    if isinstance(module, nn.MultiheadAttention) and options.dropout:
-        return "nn.MultiheadAttention is adapted through its weights, without DROPOUT on an input"
-    if isinstance(module, _ConvNd | nn.Embedding) and (options.parts or options.cobot):
-        kind = "a convolution" if isinstance(module, _ConvNd) else "an nn.Embedding"
+    is_convolution, is_embedding = isinstance(module, _ConvNd), isinstance(module, nn.Embedding)
+    if (is_convolution or is_embedding) and (options.parts or options.cobot):
+        kind = "a convolution" if is_convolution else "an nn.Embedding"
         return f"{'PARTS' if options.parts else 'COBOT'} does not apply to {kind}"
-    if isinstance(module, nn.Embedding) and options.dropout:
+    if options.dropout and isinstance(module, nn.MultiheadAttention):
+        return "nn.MultiheadAttention is adapted through its weights, without DROPOUT on an input"
+    if options.dropout and is_embedding:
         return "DROPOUT does not apply to an nn.Embedding, which reads indices"
-    if isinstance(module, _ConvNd) and options.dropout and not has_branch(module):
+    if options.dropout and isinstance(module, _ConvNd) and not has_branch(module):
         return "DROPOUT needs a branch on the input, which groups or padding_mode rule out here"
     return ""

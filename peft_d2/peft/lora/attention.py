@@ -1,7 +1,7 @@
 """LoRA on q, k, v and out of an nn.MultiheadAttention, each with factors of its own.
 
-Hu et al. 2022, arXiv 2106.09685, equation 3, one weight matrix at a time. torch's attention reads its weights instead
-of calling modules, so the whole attention is adapted: it computes with ``W0 + s B A`` and never writes to ``W0``.
+torch's attention reads its weights instead of calling modules, so the whole attention is adapted: it computes with
+``W0 + s B A`` (Hu et al. 2022, equation 3, one weight matrix at a time) and never writes to ``W0``.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .linear import PackedLora
+
+_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
 def attention_weight(module: nn.MultiheadAttention, part: str) -> Tensor:
@@ -29,18 +31,13 @@ class AttentionLora(PackedLora):
 
     def effective_weights(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         changed = {}
-        if "in_proj_weight" in weights and set(self.letters) - {"out"}:
+        if "in_proj_weight" in weights and any(letter in self for letter in "qkv"):
             changed["in_proj_weight"] = self.fuse(weights["in_proj_weight"])
-        for letter in self.letters:
+        for letter, factors in self.items():
             name = "out_proj.weight" if letter == "out" else f"{letter}_proj_weight"
             if name in weights:
-                changed[name] = getattr(self, letter).effective(weights[name])
+                changed[name] = factors.effective(weights[name])  # type: ignore[operator]
         return changed
-
-    def forward(self, weights: Mapping[str, Tensor | None]) -> dict[str, Tensor | None]:  # type: ignore[override]
-        """All weights of the attention by name, the adapted ones changed."""
-        there = {name: value for name, value in weights.items() if value is not None}
-        return {**weights, **self.effective_weights(there)}
 
     def adapted_forward(  # type: ignore[override]
         self,
@@ -56,42 +53,24 @@ class AttentionLora(PackedLora):
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """Inputs and outputs as torch's."""
-        weights = self(
-            {
-                "in_proj_weight": module.in_proj_weight,
-                "q_proj_weight": module.q_proj_weight,
-                "k_proj_weight": module.k_proj_weight,
-                "v_proj_weight": module.v_proj_weight,
-                "out_proj.weight": module.out_proj.weight,
-            }
-        )
+        own = {name: getattr(module, name) for name in _WEIGHTS} | {"out_proj.weight": module.out_proj.weight}
+        weights = own | self.effective_weights({name: value for name, value in own.items() if value is not None})
+        in_proj, out_proj = weights.pop("in_proj_weight"), weights.pop("out_proj.weight")
         swaps = module.batch_first and query.dim() == 3
         if swaps:  # the same tensor given twice stays one: torch then projects it in one product
             swapped = {id(x): x.transpose(0, 1) for x in (query, key, value)}
             query, key, value = (swapped[id(x)] for x in (query, key, value))
+        sizes = (module.embed_dim, module.num_heads)
+        biases = (module.in_proj_bias, module.bias_k, module.bias_v, module.add_zero_attn, module.dropout)
         out, attention = F.multi_head_attention_forward(
-            query,
-            key,
-            value,
-            module.embed_dim,
-            module.num_heads,
-            weights["in_proj_weight"],
-            module.in_proj_bias,
-            module.bias_k,
-            module.bias_v,
-            module.add_zero_attn,
-            module.dropout,
-            weights["out_proj.weight"],
-            module.out_proj.bias,
-            module.training,
-            key_padding_mask,
-            need_weights,
-            attn_mask,
-            use_separate_proj_weight=module.in_proj_weight is None,
-            q_proj_weight=weights["q_proj_weight"],
-            k_proj_weight=weights["k_proj_weight"],
-            v_proj_weight=weights["v_proj_weight"],
+            *(query, key, value, *sizes, in_proj, *biases, out_proj, module.out_proj.bias),
+            training=module.training,
+            key_padding_mask=key_padding_mask,
+            need_weights=need_weights,
+            attn_mask=attn_mask,
+            use_separate_proj_weight=in_proj is None,
             average_attn_weights=average_attn_weights,
             is_causal=is_causal,
+            **weights,
         )
         return (out.transpose(0, 1) if swaps else out), attention

@@ -10,7 +10,7 @@ branch saves the weight's gradient, but goes over input and output once more; on
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -21,22 +21,19 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from ..adapted import base_class, first_input
 from .factors import LoraOptions, LowRank
 
-_CONV: tuple[Callable[..., Tensor], ...] = (F.conv1d, F.conv2d, F.conv3d)
-_TRANSPOSED: tuple[Callable[..., Tensor], ...] = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
-CONVOLUTIONS = (
-    *(nn.Conv1d, nn.Conv2d, nn.Conv3d),
-    *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
-)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
-def is_normed_conv(base: type[nn.Module], module: nn.Module) -> bool:
+def is_normed_conv(module: nn.Module) -> bool:
     """Whether this is Detectron2's Conv2d (convolution, optional norm, optional activation), told by its shape."""
-    return (
-        base.__name__ == "Conv2d"
-        and base.__mro__[1] is nn.Conv2d
-        and hasattr(module, "norm")
-        and hasattr(module, "activation")
-    )
+    base = base_class(module)
+    named = base.__name__ == "Conv2d" and base.__mro__[1] is nn.Conv2d
+    return named and hasattr(module, "norm") and hasattr(module, "activation")
+
+
+def has_branch(module: _ConvNd) -> bool:
+    """Grouped kernels and padding other than zeros have no small branch on the input: the weight is changed instead."""
+    return module.groups == 1 and module.padding_mode == "zeros"
 
 
 def _branch_is_dearer(weight: Tensor, rank: int) -> bool:
@@ -51,11 +48,6 @@ def _branch_is_dearer(weight: Tensor, rank: int) -> bool:
     return 1.4 * weight.numel() < 2.5 * thin + 150 * (inputs + out)
 
 
-def has_branch(module: _ConvNd) -> bool:
-    """Grouped kernels and padding other than zeros have no small branch on the input: the weight is changed instead."""
-    return module.groups == 1 and module.padding_mode == "zeros"
-
-
 class ConvLora(LowRank):
     """Low-rank factors of one convolution kernel."""
 
@@ -63,7 +55,7 @@ class ConvLora(LowRank):
         self.transposed = isinstance(module, _ConvTransposeNd)
         self.groups = module.groups
         super().__init__(module.weight, options, *args)
-        self.normed = is_normed_conv(base_class(module), module)
+        self.normed = is_normed_conv(module)
         self.has_branch = has_branch(module)
         same_dtype = module.weight.dtype == self.lora_a.dtype  # a half-precision weight would swallow small changes
         cheaper = same_dtype and not self.dropout and _branch_is_dearer(self.ordered(module.weight), len(self.lora_a))
@@ -78,22 +70,14 @@ class ConvLora(LowRank):
     def as_stored(self, weight: Tensor) -> Tensor:
         return self.ordered(weight)  # the exchange of in and out within each group is its own reverse
 
-    def branch(self, x: Tensor, convolve: Callable[..., Tensor]) -> Tensor:
-        """s B A x for x (N, in, ...) -> (N, out, ...); ``convolve(x, weight, bias)`` is the base's own."""
-        x, expand = self.input(x), _CONV[self.lora_b.dim() - 3]
-        y = expand(convolve(x, self.as_stored(self.lora_a), None) * self.scale, self.lora_b)
-        if self.lora_a_start is not None and self.lora_b_start is not None:
-            start = convolve(x, self.as_stored(self.lora_a_start), None) * self.scale
-            y = y - expand(start, self.lora_b_start)
-        return y
+    def product(self, x: Tensor, a: Tensor, b: Tensor, *context: Any) -> Tensor:
+        """(N, in, ...) -> (N, out, ...); ``context`` is the base's own ``convolve(x, weight, bias)``."""
+        expand = getattr(F, f"conv{b.dim() - 2}d")
+        return expand(context[0](x, self.as_stored(a), None) * self.scale, b)
 
     def adapted_forward(self, module: Any, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
         """The update of Detectron2's convolution comes before its norm and activation, so that merging is exact."""
-        x = first_input(args, kwargs)
-        convolve = module._conv_forward if not self.normed else _plain_convolution(module)
-        if self.transposed:
-            convolve = _transposed_convolution(module, x, args[1] if len(args) > 1 else kwargs.get("output_size"))
-        out = self(x, convolve, module.weight, module.bias)
+        out = self(first_input(args, kwargs), self._convolution(module, args, kwargs), module.weight, module.bias)
         if self.normed and module.norm is not None:
             out = module.norm(out)
         return module.activation(out) if self.normed and module.activation is not None else out
@@ -106,14 +90,15 @@ class ConvLora(LowRank):
         out = convolve(x, weight, bias)
         return self.rescaled(out, self.branch(x, convolve), weight, bias, channel=1 - weight.dim())
 
-
-def _plain_convolution(module: Any) -> Callable[..., Tensor]:
-    geometry = (module.stride, module.padding, module.dilation, module.groups)
-    return lambda x, weight, bias: F.conv2d(x, weight, bias, *geometry)
-
-
-def _transposed_convolution(module: Any, x: Tensor, output_size: list[int] | None) -> Callable[..., Tensor]:
-    size = (module.stride, module.padding, module.kernel_size, len(module.kernel_size), module.dilation)
-    padding = module._output_padding(x, output_size, *size)
-    geometry = (module.stride, module.padding, padding, module.groups, module.dilation)
-    return lambda x, weight, bias: _TRANSPOSED[weight.dim() - 3](x, weight, bias, *geometry)
+    def _convolution(self, module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Callable[..., Tensor]:
+        """``convolve(x, weight, bias)`` as the module does it on these arguments, before a norm and an activation."""
+        if self.transposed:
+            size = args[1] if len(args) > 1 else kwargs.get("output_size")
+            shape = (module.stride, module.padding, module.kernel_size, len(module.kernel_size), module.dilation)
+            padding = module._output_padding(first_input(args, kwargs), size, *shape)
+            geometry = (module.stride, module.padding, padding, module.groups, module.dilation)
+            return lambda x, *weights: getattr(F, f"conv_transpose{len(module.kernel_size)}d")(x, *weights, *geometry)
+        if self.normed:
+            plain = (module.stride, module.padding, module.dilation, module.groups)
+            return lambda x, weight, bias: F.conv2d(x, weight, bias, *plain)
+        return module._conv_forward

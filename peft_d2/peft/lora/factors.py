@@ -54,11 +54,10 @@ class LoraOptions(CobotOptions):
     def check(self) -> None:
         super().check()
         for rank in (self.rank, *self.rank_pattern.values()):
-            expect(type(rank) is int and rank > 0, "RANK", rank, "a positive integer")
+            expect(rank > 0, "RANK", rank, "a positive integer")
             self.check_width("RANK", rank)
-        for alpha in (*(() if self.alpha is None else (self.alpha,)), *self.alpha_pattern.values()):
-            number = isinstance(alpha, int | float) and not isinstance(alpha, bool)
-            expect(number and 0 < alpha < math.inf, "ALPHA", alpha, "a positive number")
+        for alpha in (self.alpha, *self.alpha_pattern.values()):
+            expect(alpha is None or alpha > 0, "ALPHA", alpha, "a positive number")
         expect(0 <= self.dropout < 1, "DROPOUT", self.dropout, "a probability below 1")
         expect(self.init in INITS, "INIT", self.init, f"one of {', '.join(INITS)}")
         expect(set(self.parts) <= set(PARTS), "PARTS", self.parts, f"a list out of {', '.join(PARTS)}")
@@ -76,7 +75,8 @@ class LowRank(AdapterLayer):
     """Factors ``lora_a`` (r, in, ...) and ``lora_b`` (out, r, 1...) of one weight (out, in, ...).
 
     DoRA adds ``lora_magnitude`` (out,); PiSSA the constant ``lora_a_start`` and ``lora_b_start``; COBOT a step between
-    A and B. A subclass for a module that stores its weight in another order says so in :meth:`ordered`.
+    A and B. A subclass says how its module applies two factors (:meth:`product`), and in which order it stores its
+    weight (:meth:`ordered`).
     """
 
     changes_weights = True
@@ -88,12 +88,7 @@ class LowRank(AdapterLayer):
     lora_b_start: Tensor | None
 
     def __init__(
-        self,
-        weight: Tensor,
-        options: LoraOptions,
-        name: str,
-        tensor_options: Mapping[str, Any],
-        cobot: CobotStep | None = None,
+        self, weight: Tensor, options: LoraOptions, name: str, made: Mapping[str, Any], cobot: CobotStep | None = None
     ) -> None:
         super().__init__()
         rank, self.scale = options.rank_and_scale(name)
@@ -106,11 +101,11 @@ class LowRank(AdapterLayer):
             )
         shapes = (rank, inputs, *kernel), (out, rank, *[1] * len(kernel))
         for local, shape in zip(self.names, shapes, strict=True):
-            self.register_parameter(local, nn.Parameter(torch.empty(shape, **tensor_options)))
-            start = torch.empty(shape, **tensor_options) if self.init == "pissa" else None
+            self.register_parameter(local, nn.Parameter(torch.empty(shape, **made)))
+            start = torch.empty(shape, **made) if self.init == "pissa" else None
             self.register_buffer(f"lora_{local[-1]}_start", start)
         self.cobot = cobot
-        magnitude = nn.Parameter(torch.empty(out, **tensor_options)) if options.dora else None
+        magnitude = nn.Parameter(torch.empty(out, **made)) if options.dora else None
         self.register_parameter("lora_magnitude", magnitude)
         self.reset(weight)
 
@@ -122,6 +117,10 @@ class LowRank(AdapterLayer):
         """Reverse of :meth:`ordered`."""
         return weight
 
+    def product(self, x: Tensor, a: Tensor, b: Tensor, *context: Any) -> Tensor:
+        """s B A x for factors like ``lora_a`` and ``lora_b``."""
+        raise NotImplementedError
+
     @torch.no_grad()
     def reset(self, weight: Tensor) -> None:
         """Start values; ``weight`` is the base weight, which PiSSA and DoRA start from."""
@@ -131,16 +130,15 @@ class LowRank(AdapterLayer):
             for value, start, factor in zip((a, b), (self.lora_a_start, self.lora_b_start), first, strict=True):
                 value.copy_(factor)
                 start.copy_(value)
+        elif self.init == "xavier":
+            nn.init.xavier_normal_(a)
+            nn.init.xavier_normal_(b)
         else:
-            self._reset_factors(a, b)
+            self._start_at_zero(a, b)
         if self.lora_magnitude is not None:
             self.lora_magnitude.copy_(_row_norm(self.ordered(weight).to(a.dtype)))
 
-    def _reset_factors(self, a: Tensor, b: Tensor) -> None:
-        if self.init == "xavier":
-            nn.init.xavier_normal_(a)
-            nn.init.xavier_normal_(b)
-            return
+    def _start_at_zero(self, a: Tensor, b: Tensor) -> None:
         if self.init == "gaussian":
             nn.init.normal_(a, std=1 / len(a))
         else:
@@ -168,22 +166,25 @@ class LowRank(AdapterLayer):
     def effective_weights(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {"weight": self.effective(weights["weight"])}
 
-    def gain(self, weight: Tensor) -> Tensor:
-        """DoRA's m / ||W0 + s B A|| (out,); exactly one at the start."""
-        assert self.lora_magnitude is not None
-        changed = self.ordered(weight).to(self.lora_magnitude.dtype) + self.delta()
-        return self.lora_magnitude / _row_norm(changed.detach())
-
     def input(self, x: Tensor) -> Tensor:
         """What A is applied to: the module's input in the factors' dtype, with DROPOUT."""
         return F.dropout(match_dtype(x, self.lora_a), self.dropout, self.training)
+
+    def branch(self, x: Tensor, *context: Any) -> Tensor:
+        """s B A x, in PiSSA s (B A - B0 A0) x, which is exactly zero at the start."""
+        x = self.input(x)
+        y = self.product(x, self.lora_a, self.lora_b, *context)
+        if self.lora_a_start is not None and self.lora_b_start is not None:
+            y = y - self.product(x, self.lora_a_start, self.lora_b_start, *context)
+        return y
 
     def rescaled(self, out: Tensor, branch: Tensor, weight: Tensor, bias: Tensor | None, channel: int = -1) -> Tensor:
         """The base's output plus s B A x, in DoRA times m / ||W0 + s B A||; axis ``channel`` has the outputs."""
         if self.lora_magnitude is None:
             return out + branch.to(out.dtype)
         shape = [1] * (-channel - 1)
-        gain = self.gain(weight).view(-1, *shape)
+        changed = self.ordered(weight).to(self.lora_magnitude.dtype) + self.delta()
+        gain = (self.lora_magnitude / _row_norm(changed.detach())).view(-1, *shape)  # exactly one at the start
         plain = out if bias is None else out - bias.view(-1, *shape)
         return out + ((gain - 1) * plain + gain * branch).to(out.dtype)
 
@@ -195,9 +196,8 @@ def principal_factors(weight: Tensor, rank: int, scale: float) -> tuple[Tensor, 
     """
     u, s, v = torch.linalg.svd(weight.detach().flatten(1), full_matrices=False)
     root = (s[:rank] / scale).sqrt()
-    a, b = root[:, None] * v[:rank], u[:, :rank] * root
     kernel = [1] * (weight.dim() - 2)
-    return a.view(-1, *weight.shape[1:]), b.view(len(weight), -1, *kernel)
+    return (root[:, None] * v[:rank]).view(-1, *weight.shape[1:]), (u[:, :rank] * root).view(len(weight), -1, *kernel)
 
 
 def match_dtype(x: Tensor, parameter: Tensor) -> Tensor:
