@@ -1,3 +1,4 @@
+# ruff: noqa: F401  the imports are for type checkers
 """Parameter-efficient fine-tuning for any Detectron2 model.
 
 Importing this package imports torch alone. The names below are looked up on first use; those that need Detectron2
@@ -27,22 +28,7 @@ _EXPORTS = {
     "ms_deform_attn": "ops",
 }
 
-__all__ = [
-    "__version__",
-    "add_config",
-    "disabled",
-    "inject",
-    "load_adapter",
-    "load_base",
-    "merge",
-    "ms_deform_attn",
-    "prove_live",
-    "register",
-    "save_adapter",
-    "save_merged",
-    "set_adapter",
-    "unmerge",
-]
+__all__ = ["__version__", *_EXPORTS]
 
 if TYPE_CHECKING:
     from peft_d2.adapters import inject, load_adapter, load_base, save_adapter, save_merged

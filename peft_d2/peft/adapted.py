@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 STORE = "peft"
+_FIELDS = ("peft_active", "peft_backup", "peft_merged", "peft_name", "peft_trained_by")
 _CLASSES: dict[type[nn.Module], type[Adapted]] = {}
 
 
@@ -161,7 +162,7 @@ _SPECIAL: dict[type[nn.Module], type[Adapted]] = {
 
 
 def _layers_run_inside(module: nn.Module) -> bool:
-    return any(isinstance(child, Adapted) and child.peft_running() for child in module.modules())
+    return any(child.peft_running() for child in adapted_modules(module))
 
 
 def _adapted_class(base: type[nn.Module]) -> type[Adapted]:
@@ -208,8 +209,7 @@ def adapt(module: nn.Module, active: ActiveAdapter, name: str) -> Adapted:
             raise TypeError(f"{name}: {problem}")
         module.__class__ = _adapted_class(type(module))
         statistics = frozenset[str]() if has_statistics(module) else None
-        fields = {"peft_active": active, "peft_backup": {}, "peft_merged": [], "peft_name": name}
-        module.__dict__.update(fields, peft_trained_by=statistics)
+        module.__dict__.update(zip(_FIELDS, (active, {}, [], name, statistics), strict=True))
     assert isinstance(module, Adapted)
     return module
 
@@ -217,7 +217,7 @@ def adapt(module: nn.Module, active: ActiveAdapter, name: str) -> Adapted:
 def restore(module: Adapted) -> None:
     """Undo :func:`adapt`: the module has its own class again and nothing injected."""
     module._modules.pop(STORE, None)
-    for name in ("peft_active", "peft_backup", "peft_merged", "peft_name", "peft_trained_by"):
+    for name in _FIELDS:
         module.__dict__.pop(name, None)
     module.__class__ = module.peft_base_class  # type: ignore[assignment]
 
@@ -248,8 +248,7 @@ def guard(model: nn.Module, active: ActiveAdapter) -> list[Adapted]:
     """Adapt every norm with running statistics, and torch's encoders around adapted modules; returns the norms."""
     norms = [adapt(module, active, name) for name, module in model.named_modules() if has_statistics(module)]
     for name, module in model.named_modules():
-        is_encoder = isinstance(module, nn.TransformerEncoder | nn.TransformerEncoderLayer)
-        if is_encoder and any(isinstance(child, Adapted) for child in module.modules()):
+        if isinstance(module, nn.TransformerEncoder | nn.TransformerEncoderLayer) and adapted_modules(module):
             adapt(module, active, name)
     return norms
 
@@ -259,6 +258,11 @@ def adapted_modules(model: nn.Module) -> list[Adapted]:
     return [module for module in model.modules() if isinstance(module, Adapted)]
 
 
+def join(path: str, name: str) -> str:
+    """The dotted name of ``name`` below ``path``."""
+    return f"{path}.{name}" if path else name
+
+
 def walk(
     module: nn.Module, prefix: str = "", parent: nn.Module | None = None
 ) -> Iterator[tuple[str, nn.Module, nn.Module | None]]:
@@ -266,7 +270,14 @@ def walk(
     yield prefix, module, parent
     for name, child in module._modules.items():
         if child is not None and not (name == STORE and isinstance(module, Adapted)):
-            yield from walk(child, f"{prefix}.{name}" if prefix else name, module)
+            yield from walk(child, join(prefix, name), module)
+
+
+def walk_adapted(model: nn.Module) -> Iterator[tuple[str, Adapted]]:
+    """(name, module) of all adapted modules, shared ones under each of their names."""
+    for path, module, _ in walk(model):
+        if isinstance(module, Adapted):
+            yield path, module
 
 
 def own_tensors(module: nn.Module) -> Iterator[tuple[dict[str, Any], str, Tensor]]:

@@ -1,4 +1,4 @@
-"""Proof that a gradient reaches what is trained, and that no prediction passes an adapter layer by.
+"""Proof that what is frozen stays, that a gradient reaches what is trained, and that predictions use adapter layers.
 
 A layer that torch never runs (a projection whose weight is read without a call, a fast path) or that no gradient
 reaches (a part under ``torch.no_grad``, a detached output, a reentrant checkpoint behind frozen layers) trains nothing
@@ -8,6 +8,7 @@ whether a gradient arrives, and if not, whether torch was given the tensor at al
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import random
 import sys
@@ -22,9 +23,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .errors import LivenessError
-from .methods import EVERYTHING, resolve_train
-from .state import AdaptedModel, get_adapted, get_root, require_intact, trained_parameters
+from .errors import InjectionError, LivenessError
+from .inject import EVERYTHING, resolve_train
+from .state import Injection, base_values, counters, injected, shortened, tensor_hash, trained_parameters
 from .targets import ModelIndex
 
 logger = logging.getLogger(__name__)
@@ -86,8 +87,7 @@ def describe(found: Sequence[NotLive]) -> str:
     for reason, meaning in _MEANING.items():
         names = [f"{item.name} ({item.mode})" for item in found if item.reason == reason]
         if names:
-            more = f" and {len(names) - 12} more" if len(names) > 12 else ""
-            lines.append(f"{', '.join(names[:12])}{more}. {meaning}.")
+            lines.append(f"{shortened(names, 12)}. {meaning}.")
     return f"these injected parts cannot change the output, or are trained without effect: {' '.join(lines)}"
 
 
@@ -99,24 +99,25 @@ def dead_parts(model: nn.Module, forward: Callable[[nn.Module], Any], training: 
 
 def not_live(model: nn.Module, *batches: Any) -> list[NotLive]:
     """What :func:`prove_live` finds, without judging it."""
-    adapted, root = get_adapted(model), get_root(model)
-    adapted.require_plain()
+    root, injection = injected(model)
+    injection.require_plain()
     require_intact(model)
     if not batches:
         raise LivenessError("give at least one batch, as the model is called with in training")
     layers = {
         f"{module.peft_name}: {method}": (module, [value for value in layer.parameters() if value.requires_grad])
-        for module in adapted.modules[adapted.record.active]
+        for module in injection.current.modules
         for method, layer in module.peft_layers().items()
     }
     full = {item.name: item.param for item in trained_parameters(model) if item.kind == "full"}
     with _as_it_was(root), torch.random.fork_rng(), _own_event_storage():
         seen = _Pass(root)
         for number, batch in enumerate([*batches, *batches[:1]]):
-            if number and not torch.distributed.is_initialized() and seen.all_live(adapted, full.values()):
+            shown = seen.reached.issuperset(map(id, (*injection.current.injected, *full.values())))
+            if number and shown and not torch.distributed.is_initialized():
                 break  # processes must stay together: their passes may meet
             seen.train(batch, seed=number)
-        found = [*_of_layers(layers, seen, "train"), *_of_parameters(adapted, root, full, seen)]
+        found = [*_of_layers(layers, seen, "train"), *_of_parameters(injection, root, full, seen)]
         if not _has_objects(batches):
             found = [item for item in found if item.reason not in _DEPENDS_ON_OBJECTS]
         seen = _Pass(root)
@@ -171,11 +172,6 @@ class _Pass:
         self.reached = self.moved = self.used
         return _finds_nothing(output)
 
-    def all_live(self, adapted: AdaptedModel, full: Any) -> bool:
-        """Whether nothing is left to be shown."""
-        injected = adapted.injected[adapted.record.active]
-        return all(id(value) in self.moved or id(value) in self.reached for value in (*injected, *full))
-
     def reason(self, own: Sequence[Tensor], base: Sequence[Tensor]) -> str:
         """Why tensors that belong together are not live, "" if they are; ``base`` are those of their target module."""
         ids = {id(value) for value in own}
@@ -199,13 +195,13 @@ def _of_layers(layers: Mapping[str, Any], seen: _Pass, mode: str) -> list[NotLiv
 
 
 def _of_parameters(
-    adapted: AdaptedModel, root: nn.Module, full: Mapping[str, nn.Parameter], seen: _Pass
+    injection: Injection, root: nn.Module, full: Mapping[str, nn.Parameter], seen: _Pass
 ) -> list[NotLive]:
     """Parameters trained in full. Broad patterns take in what a training has no use for; that all of a pattern is cut
     off from the losses, or runs where no gradients are recorded, is a fault.
     """
     reasons = {name: seen.reason([parameter], []) for name, parameter in full.items()}
-    patterns = adapted.record.train
+    patterns = injection.train
     faults: set[str] = set()
     for pattern in patterns if EVERYTHING not in patterns else ():
         names = [name for name in resolve_train(ModelIndex.of(root), [pattern])[0] if name in reasons]
@@ -308,3 +304,40 @@ def _tensors(output: Any) -> list[Tensor]:
         return _tensors(vars(output))
     inner = getattr(output, "tensor", None)  # Boxes, BitMasks and the like
     return [inner] if isinstance(inner, Tensor) else []
+
+
+def frozen_hash(model: nn.Module) -> str:
+    """sha256 over everything that the active adapter does not train, buffers included and counters left out.
+
+    It is the same before and after training, merging and unmerging.
+
+    Raises:
+        InjectionError: a module that was adapted or is trained was replaced since.
+    """
+    require_intact(model)
+    root, injection = injected(model)
+    left_out = {alias for name in injection.current.full for alias in injection.full[name].names} | counters(root)
+    digest = hashlib.sha256()
+    for key, value in sorted(base_values(root).items()):
+        if key not in left_out:
+            digest.update(f"{key} {tensor_hash(value)}\n".encode())
+    return digest.hexdigest()
+
+
+def require_intact(model: nn.Module) -> None:
+    """Raise InjectionError where something injected, trained or kept frozen is not in the model any more."""
+    root, injection = injected(model)
+    modules = dict(root.named_modules(remove_duplicate=False))
+    ours = [(module, "adapted") for module in injection.current.modules]
+    ours += [(module, "a norm whose statistics are frozen") for module, _ in injection.statistics]
+    gone = [f"{module.peft_name} ({what})" for module, what in ours if modules.get(module.peft_name) is not module]
+    for name in injection.current.full:
+        path, _, leaf = name.rpartition(".")
+        tables = (modules[path]._parameters, modules[path]._buffers) if path in modules else ()
+        if not any(table.get(leaf) is injection.full[name].get() for table in tables):
+            gone.append(f"{name} (trained in full)")
+    if gone:
+        raise InjectionError(
+            f"what was injected is no longer in the model: {shortened(gone, 8)}. Modules were replaced after inject "
+            "(a new head, SyncBatchNorm, fused or quantised layers): change the model first, then inject it"
+        )

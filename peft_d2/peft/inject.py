@@ -12,8 +12,8 @@ import contextlib
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from torch.nn.parameter import is_lazy
 from .adapted import (
     ActiveAdapter,
     Adapted,
+    AdapterLayer,
     adapt,
     adapt_problem,
     adapted_modules,
@@ -30,15 +31,15 @@ from .adapted import (
     base_class,
     guard,
     has_statistics,
+    join,
     remove_layers,
     restore,
     walk,
 )
 from .errors import InjectionError, MethodError, PatternError, PeftError
-from .method import normalised, parse
-from .methods import EVERYTHING, METHODS, Plan, choose_targets, layers_of, listed
+from .method import Method, normalised, parse
+from .methods import METHODS
 from .state import (
-    AdaptedModel,
     AdapterRecord,
     Injection,
     LayerRecord,
@@ -47,30 +48,28 @@ from .state import (
     base_values,
     counters,
     detach,
-    get_adapted,
-    get_root,
+    injected,
     injected_keys,
     injected_root,
     layer_tensors,
     refuse_wrapper,
+    shortened,
     start_hashes,
     take_not_installed,
     tensor_hash,
 )
-from .targets import ModelIndex, match
+from .targets import ModelIndex, Target, is_literal, match, names_outright, resolve
 
 logger = logging.getLogger(__name__)
 
+EVERYTHING = "*"
 Entries = Iterable[Mapping[str, Any]] | None
 Patterns = Iterable[str] | None
+Layers = list[tuple[Method, Target, AdapterLayer]]
 
 
 def match_targets(model: nn.Module, pattern: str) -> list[str]:
-    """Module names that a pattern chooses.
-
-    Raises:
-        PatternError: none.
-    """
+    """Module names that a pattern chooses; PatternError where there are none."""
     return match(pattern, ModelIndex.of(model).module_names())
 
 
@@ -90,31 +89,27 @@ def inject(model: nn.Module, methods: Entries = (), train: Patterns = (), name: 
     On an error the model is as it was.
     """
     _check_model(model)
-    entries, patterns = listed(methods, "methods", MethodError), listed(train, "TRAIN", PatternError)
-    if not entries and not patterns:
-        raise InjectionError("nothing would be trained: METHODS and TRAIN are both empty")
-    _check_adapter_name(name)
-    everything = EVERYTHING in patterns
-    index = ModelIndex.of(model)
-    plan = Plan(index, entries, patterns)
-    adapted = AdaptedModel(Injection({}, ActiveAdapter(name)), installed=name)
-    adapted.was_trainable = {key: value.requires_grad for key, value in model.named_parameters()}
-    with _undone_on_error(lambda: _undo(model, adapted)):
+    _check_name(name)
+    plan = Plan(model, _listed(methods, "methods", MethodError), _listed(train, "TRAIN", PatternError))
+    everything = EVERYTHING in plan.train
+    injection = Injection({name: plan.record()}, ActiveAdapter(name), installed=name)
+    injection.was_trainable = {key: value.requires_grad for key, value in model.named_parameters()}
+    with _undone_on_error(lambda: _undo(model, injection)):
         for key in plan.full:
-            adapted.full[key] = index.tensors[key]
-            adapted.original[key] = tensor = adapted.full[key].get()
+            injection.full[key] = plan.index.tensors[key]
+            injection.original[key] = tensor = injection.full[key].get()
             if not everything:
-                adapted.base[key] = _frozen_copy(tensor)
-        adapted.values[name] = dict(adapted.original)
-        for parameter in () if everything else model.parameters():
-            parameter.requires_grad_(False)
-        for tensor in () if everything else adapted.original.values():
-            _set_trainable(tensor)
-        _place(model, adapted, name, plan, freeze_statistics=not everything)
-        attach(model, adapted)
+                injection.base[key] = _frozen_copy(tensor)
+        injection.current.values.update(injection.original)
+        if not everything:
+            model.requires_grad_(False)
+            for tensor in injection.original.values():
+                _set_trainable(tensor)
+        _place(model, injection, name, plan, freeze_statistics=not everything)
+        attach(model, injection)
         model._register_load_state_dict_pre_hook(before_load, with_module=True)
         model._register_state_dict_hook(after_state_dict)
-        adapted.start[name] = start_hashes(adapted, name)
+        injection.current.start = start_hashes(injection, name)
     return make_report(model)
 
 
@@ -128,90 +123,277 @@ def add_adapter(model: nn.Module, name: str, methods: Entries = None, train: Pat
         MethodError, PatternError: as in :func:`inject`.
     On an error the model is as it was.
     """
-    adapted, root = get_adapted(model), get_root(model)
-    _check_adapter_name(name)
-    if name in adapted.record.adapters:
+    root, injection = injected(model)
+    _check_name(name)
+    if name in injection.adapters:
         raise InjectionError(f"there is an adapter {name!r} already")
-    adapted.require_plain()
-    entries = adapted.record.methods if methods is None else listed(methods, "methods", MethodError)
-    patterns = adapted.record.train if train is None else listed(train, "TRAIN", PatternError)
-    if not entries and not patterns:
-        raise InjectionError("nothing would be trained: METHODS and TRAIN are both empty")
-    if any(EVERYTHING in item for item in (patterns, *(record.train for record in adapted.record.adapters.values()))):
+    injection.require_plain()
+    entries = injection.methods if methods is None else _listed(methods, "methods", MethodError)
+    patterns = injection.train if train is None else _listed(train, "TRAIN", PatternError)
+    if any(EVERYTHING in item for item in (patterns, *(record.train for record in injection.adapters.values()))):
         raise InjectionError("TRAIN '*' trains the base itself; it cannot be one of several adapters")
-    index = ModelIndex.of(root)
-    plan = Plan(index, entries, patterns)
+    plan = Plan(root, entries, patterns)
     with _undone_on_error(lambda: forget_adapter(root, name)):
-        adapted.values[name] = {}
+        record = injection.adapters[name] = plan.record()
         for key in plan.full:
-            if key not in adapted.full:
-                adapted.full[key] = index.tensors[key]
-                adapted.base[key] = adapted.original[key] = adapted.full[key].get()
-            own = adapted.values[name][key] = _frozen_copy(adapted.base[key])
+            if key not in injection.full:
+                injection.full[key] = plan.index.tensors[key]
+                injection.base[key] = injection.original[key] = injection.full[key].get()
+            own = record.values[key] = _frozen_copy(injection.base[key])
             _set_trainable(own)
-        _place(root, adapted, name, plan, freeze_statistics=True)
-        for parameter in adapted.injected[name]:
+        _place(root, injection, name, plan, freeze_statistics=True)
+        for parameter in record.injected:
             parameter.requires_grad_(False)
-        adapted.start[name] = start_hashes(adapted, name)
+        record.start = start_hashes(injection, name)
     return make_report(root, name)
+
+
+class Plan:
+    """All that can be wrong, found before anything is changed: methods, their layers, what is trained in full."""
+
+    def __init__(self, model: nn.Module, entries: list[Any], train: list[str]) -> None:
+        if not entries and not train:
+            raise InjectionError("nothing would be trained: METHODS and TRAIN are both empty")
+        self.index = index = ModelIndex.of(model)
+        self.methods = [parse(entry, METHODS) for entry in entries]
+        self.train = list(train)
+        self.layers: Layers = []
+        full, self.full_modules = resolve_train(index, train)
+        taken: dict[tuple[int, str], int] = {}
+        for number, method in enumerate(self.methods):
+            targets = choose_targets(index, method)
+            if method.selects:
+                selection = method.select(targets)
+                full += [index.first_name[parameter] for parameter in selection.parameters]
+                for target in selection.modules:
+                    full += index.tensors_under(target.name)
+                    self.full_modules += target.module.modules()
+                continue
+            for target in targets:
+                other = taken.setdefault((id(target.module), method.name), number)
+                if other != number:
+                    raise MethodError(
+                        f"{target.name} is chosen by two {method.name!r} entries ({other} and {number}); EXCLUDE it in "
+                        "one"
+                    )
+            self.layers += layers_of(method, targets)
+        self._refuse_two_changes()
+        chosen = set(full)
+        self.full = [first for first in index.tensors if first in chosen]
+        self._check_full(EVERYTHING in train)
+
+    def record(self) -> AdapterRecord:
+        """The adapter without its places and tensors."""
+        return AdapterRecord([normalised(method) for method in self.methods], self.train)
+
+    def _refuse_two_changes(self) -> None:
+        """Of two layers that compute a module's output from changed weights, the inner one would have no effect."""
+        changing: dict[int, Method] = {}
+        for method, target, layer in self.layers:
+            other = changing.setdefault(id(target.module), method) if layer.changes_weights else method
+            if other is not method:
+                raise MethodError(
+                    f"{other.name!r} and {method.name!r} both change the weights of {target.name}: EXCLUDE it in one"
+                )
+
+    def _check_full(self, everything: bool) -> None:
+        """Refuse half precision, in which steps of 1e-4 vanish; warn of what the model itself had frozen."""
+        every = {name: tensor.get() for name, tensor in self.index.tensors.items()}
+        parameters = {name: value for name, value in every.items() if isinstance(value, nn.Parameter)}
+        full = [name for name in self.full if name in parameters]
+        thawed = [name for name in full if not parameters[name].requires_grad]
+        if thawed and not everything and any(value.requires_grad for value in parameters.values()):
+            logger.warning(
+                "TRAIN and the methods train %d tensors that the model itself had frozen (as FREEZE_AT does), from %s "
+                "to %s. Name the parts that are to be trained instead, if they should stay frozen.",
+                *(len(thawed), thawed[0], thawed[-1]),
+            )
+        for name in full:
+            dtype = parameters[name].dtype
+            if (name not in thawed or not everything) and dtype in (torch.float16, torch.bfloat16):
+                raise InjectionError(
+                    f"{name} is {dtype}, and what is trained in full must be float32: call model.float() before "
+                    "inject (and train under autocast), or .half() after the adapter was loaded for inference"
+                )
+
+
+def layers_of(method: Method, targets: Sequence[Target]) -> Layers:
+    """The adapter layers of one method; whatever it raises is one of our errors."""
+    try:
+        made = method.make_layers(targets)
+    except PeftError:
+        raise
+    except Exception as error:  # out of memory, a package's own error
+        raise MethodError(f"method {method.name!r}: {type(error).__name__}: {error}") from error
+    for target, _ in made:
+        if problem := adapt_problem(target.module):
+            raise MethodError(f"method {method.name!r} cannot go on {target.name}: {problem}")
+    return [(method, target, layer) for target, layer in made]
+
+
+def choose_targets(index: ModelIndex, method: Method) -> list[Target]:
+    """The modules of one method: patterns resolved, exclusions taken out, redirected, and all of them possible."""
+    names = index.module_names()
+    try:
+        exclude = resolve(method.options.exclude, names)
+    except PatternError as error:
+        raise PatternError(f"method {method.name!r}, EXCLUDE: {error}") from error
+    excluded = set().union(*exclude.values())
+    wanted = resolve(method.options.targets, names)
+    for pattern, taken_back in exclude.items():
+        if not set(taken_back) & set().union(*wanted.values()):
+            logger.warning("Method %r: EXCLUDE %r takes back none of what TARGETS choose.", method.name, pattern)
+    chosen: dict[int, Target] = {}
+    for pattern, matched in wanted.items():
+        refused: dict[str, str] = {}
+        for name in matched:
+            own = index.targets[id(index.modules[name])]
+            if name in excluded or own.name in excluded:
+                continue
+            target = method.redirect(own, index.targets)
+            reason = method.refusal(target)
+            if not reason and not names_outright(pattern, name):
+                reason = method.only_by_name(target)
+            before = chosen.get(id(target.module))
+            if reason:
+                refused[own.name] = reason
+            elif before is None:
+                chosen[id(target.module)] = target
+            elif before.parts:
+                parts = tuple(dict.fromkeys(before.parts + target.parts)) if target.parts else ()
+                chosen[id(target.module)] = replace(before, parts=parts)
+        _check_refused(method, pattern, matched, refused)
+    if not chosen:
+        raise MethodError(f"method {method.name!r}: EXCLUDE takes back everything that TARGETS choose")
+    order = {key: position for position, key in enumerate(index.targets)}
+    return sorted(chosen.values(), key=lambda target: order[id(target.module)])
+
+
+def _check_refused(method: Method, pattern: str, matched: list[str], refused: dict[str, str]) -> None:
+    """A sweeping pattern may pass over modules that a method cannot go on; a plain name must be possible."""
+    if not refused or (not is_literal(pattern) and len(refused) < len(matched)):
+        return
+    name, reason = next(iter(refused.items()))
+    more = f" (and {len(refused) - 1} more)" if len(refused) > 1 else ""
+    deeper = "" if is_literal(pattern) else f"; {pattern.rstrip('*')}** reaches deeper levels"
+    raise MethodError(
+        f"method {method.name!r} cannot go on {name}{more}, which pattern {pattern!r} chooses: {reason}{deeper}"
+    )
+
+
+def resolve_train(index: ModelIndex, train: Sequence[str]) -> tuple[list[str], list[nn.Module]]:
+    """First names of the tensors that TRAIN chooses, and the modules among them (with all they contain)."""
+    if EVERYTHING in train:
+        return list(index.tensors), list(index.modules.values())
+    names = [*index.module_names(), *index.parameter_names()]
+    tensors: list[str] = []
+    modules: list[nn.Module] = []
+    for pattern, matched in resolve(train, names, "module or parameter").items():
+        under: list[str] = []
+        for name in matched:
+            if name in index.modules:
+                under += index.tensors_under(name)
+                modules += index.modules[name].modules()
+            else:
+                under.append(index.first_name[name])
+        if not any(isinstance(index.tensors[first].get(), nn.Parameter) for first in under):
+            raise PatternError(f"TRAIN pattern {pattern!r} matches {matched[0]}, which has no parameters")
+        tensors += under
+    return tensors, modules
+
+
+def _listed(items: Any, what: str, error: type[PeftError]) -> list[Any]:
+    """Any iterable as a list; None is an empty one."""
+    if isinstance(items, str | bytes | Mapping) or not isinstance(items, Iterable | None):
+        example = "[{NAME: ...}]" if isinstance(items, Mapping) else f"[{items!r}]"
+        kind = "one mapping" if isinstance(items, Mapping) else f"{type(items).__name__} {items!r}"
+        raise error(f"{what}: expected a list of {what}, got {kind}: write {example}")
+    return list(items or ())
+
+
+def _place(model: nn.Module, injection: Injection, name: str, plan: Plan, freeze_statistics: bool) -> None:
+    """Put the layers of one adapter into their modules, innermost first, and note where they are."""
+    record, order = injection.adapters[name], list(METHODS)
+    for method, target, layer in sorted(plan.layers, key=lambda item: order.index(item[0].name)):
+        module = adapt(target.module, injection.running, target.name)
+        layer.train(module.training)
+        add_layer(module, name, method.name, layer)
+    modules: dict[int, Any] = {id(target.module): target.module for _, target, _ in plan.layers}
+    record.modules = list(modules.values())
+    unique = {id(item): item for module in record.modules for item in module.peft_parameters(name).values()}
+    record.injected = list(unique.values())
+    seen: set[int] = set()
+    for method, target, layer in plan.layers:
+        fresh = [item for item in layer.parameters() if id(item) not in seen]
+        seen.update(map(id, fresh))
+        size = sum(item.numel() for item in fresh)
+        record.places.append(LayerRecord(target.name, method.name, base_class(target.module).__name__, size))
+    if not freeze_statistics:
+        return
+    known = {id(module): mode for module, mode in injection.statistics}
+    modes = {id(module): module.training for module in model.modules() if has_statistics(module)}
+    norms = guard(model, injection.running)
+    injection.statistics = [(module, known.get(id(module), modes[id(module)])) for module in norms]
+    for inner in plan.full_modules:
+        if isinstance(inner, Adapted) and inner.peft_trained_by is not None:
+            inner.peft_trained_by |= {name}
+    for norm, mode in injection.statistics:
+        norm.train(norm.training if id(norm) in known else mode)
 
 
 @torch.no_grad()
 def forget_adapter(root: nn.Module, name: str) -> None:
     """Drop one adapter that is not active, and what nobody else needs."""
-    adapted = get_adapted(root)
+    injection = injected(root)[1]
     for module in adapted_modules(root):
         remove_layers(module, name)
         if module.peft_trained_by is not None:
             module.peft_trained_by -= {name}
-    per_adapter: list[dict[str, Any]] = [adapted.modules, adapted.injected, adapted.values, adapted.start]
-    for table in (*per_adapter, adapted.record.adapters):
-        table.pop(name, None)
-    for key in [key for key in adapted.full if not any(key in values for values in adapted.values.values())]:
-        tensor, original = adapted.full.pop(key), adapted.original.pop(key)
-        original.data = adapted.base.pop(key).data
+    injection.adapters.pop(name, None)
+    records = injection.adapters.values()
+    for key in [key for key in injection.full if not any(key in record.values for record in records)]:
+        tensor, original = injection.full.pop(key), injection.original.pop(key)
+        original.data = injection.base.pop(key).data
         tensor.put(original.requires_grad_(False))
-    used = {id(module) for modules in adapted.modules.values() for module in modules}
-    used |= {id(module) for module, _ in adapted.statistics}
+    used = {id(module) for record in records for module in record.modules}
+    used |= {id(module) for module, _ in injection.statistics}
     for module in adapted_modules(root):
-        if id(module) not in used and not any(id(child) in used for child in module.modules()):
+        if not any(id(child) in used for child in module.modules()):
             restore(module)
 
 
-def _undo(model: nn.Module, adapted: AdaptedModel) -> None:
+def _undo(model: nn.Module, injection: Injection) -> None:
     """Take everything out again: classes, Parameters, flags and modes are those of before the injection."""
-    for key, original in adapted.original.items():
-        adapted.full[key].put(original)
-    norms = {id(module): mode for module, mode in adapted.statistics}
+    for key, original in injection.original.items():
+        injection.full[key].put(original)
+    norms = {id(module): mode for module, mode in injection.statistics}
     for item in adapted_modules(model):
         restore(item)
         item.training = norms.get(id(item), item.training)
-    hooks: list[tuple[Any, Any]] = [
-        (model._load_state_dict_pre_hooks, before_load),
-        (model._state_dict_hooks, after_state_dict),
-    ]
-    for table, ours in hooks:
-        for number in [number for number, hook in table.items() if getattr(hook, "hook", hook) is ours]:
-            del table[number]
+    tables: list[dict[int, Any]] = [model._load_state_dict_pre_hooks, model._state_dict_hooks]
+    for table in tables:
+        for number, hook in list(table.items()):
+            if getattr(hook, "hook", hook) in (before_load, after_state_dict):
+                del table[number]
     detach(model)
     for key, parameter in model.named_parameters():
-        parameter.requires_grad_(adapted.was_trainable.get(key, parameter.requires_grad))
+        parameter.requires_grad_(injection.was_trainable.get(key, parameter.requires_grad))
 
 
 @torch.no_grad()
 def take_out(model: nn.Module, keep_values: bool) -> None:
     """Undo an injection that is whole; ``keep_values`` leaves in what was trained in full, else the base comes back."""
-    adapted = get_adapted(model)
-    for key, original in adapted.original.items():
-        now = adapted.full[key].get() if keep_values or key not in adapted.base else adapted.base[key]
+    injection = injected(model)[1]
+    for key, original in injection.original.items():
+        now = injection.full[key].get() if keep_values or key not in injection.base else injection.base[key]
         if now is not original:
             original.data = original.data.to(now.device, now.dtype)
             original.data.copy_(now)
-    _undo(model, adapted)
+    _undo(model, injection)
 
 
 @contextlib.contextmanager
-def _undone_on_error(undo: Any) -> Iterator[None]:
+def _undone_on_error(undo: Callable[[], None]) -> Iterator[None]:
     """Run ``undo`` when the block fails, whatever the reason; what is no error of ours becomes one."""
     try:
         yield
@@ -222,44 +404,6 @@ def _undone_on_error(undo: Any) -> Iterator[None]:
         raise InjectionError(f"the injection failed and was undone: {type(error).__name__}: {error}") from error
 
 
-def _place(model: nn.Module, adapted: AdaptedModel, name: str, plan: Plan, freeze_statistics: bool) -> None:
-    """Put the layers of one adapter into their modules, innermost first, and write its record."""
-    order = list(METHODS)
-    modules: dict[int, Adapted] = {}
-    for method, target, layer in sorted(plan.layers, key=lambda item: order.index(item[0].name)):
-        module = adapt(target.module, adapted.record.running, target.name)
-        layer.train(module.training)
-        add_layer(module, name, method.name, layer)
-    for _, target, _layer in plan.layers:
-        assert isinstance(target.module, Adapted)
-        modules[id(target.module)] = target.module
-    adapted.modules[name] = list(modules.values())
-    unique = {id(item): item for module in modules.values() for item in module.peft_parameters(name).values()}
-    adapted.injected[name] = list(unique.values())
-    adapted.record.adapters[name] = _record(plan)
-    known = {id(module): mode for module, mode in adapted.statistics}
-    if freeze_statistics:
-        modes = {id(module): module.training for module in model.modules() if has_statistics(module)}
-        norms = guard(model, adapted.record.running)
-        adapted.statistics = [(module, known.get(id(module), modes[id(module)])) for module in norms]
-        for inner in plan.full_modules:
-            if isinstance(inner, Adapted) and inner.peft_trained_by is not None:
-                inner.peft_trained_by |= {name}
-        for norm, mode in adapted.statistics:
-            norm.train(mode if id(norm) not in known else norm.training)
-
-
-def _record(plan: Plan) -> AdapterRecord:
-    seen: set[int] = set()
-    places = []
-    for method, target, layer in plan.layers:
-        fresh = [item for item in layer.parameters() if id(item) not in seen]
-        seen.update(id(item) for item in fresh)
-        kind = base_class(target.module).__name__
-        places.append(LayerRecord(target.name, method.name, kind, sum(item.numel() for item in fresh)))
-    return AdapterRecord([normalised(method) for method in plan.methods], plan.train, places, plan.full)
-
-
 def _frozen_copy(tensor: Tensor) -> Tensor:
     copy = tensor.detach().clone()
     return nn.Parameter(copy, requires_grad=False) if isinstance(tensor, nn.Parameter) else copy
@@ -268,6 +412,13 @@ def _frozen_copy(tensor: Tensor) -> Tensor:
 def _set_trainable(tensor: Tensor) -> None:
     if isinstance(tensor, nn.Parameter) and (tensor.is_floating_point() or tensor.is_complex()):
         tensor.requires_grad_(True)
+
+
+def _check_name(name: str) -> None:
+    if not isinstance(name, str) or not re.fullmatch(r"[\w\-]+", name) or hasattr(nn.ModuleDict(), name):
+        raise InjectionError(
+            f"{name!r} cannot name an adapter: expected letters, digits, _ and -, and no attribute of torch modules"
+        )
 
 
 def _check_model(model: nn.Module) -> None:
@@ -285,18 +436,11 @@ def _check_model(model: nn.Module) -> None:
                 f"{name or 'this module'} was injected as a part of another model: remove that injection, then inject "
                 "the whole model at once"
             )
-        if has_statistics(module) and adapt_problem(module):
-            raise InjectionError(f"the running statistics of {name} cannot be frozen: {adapt_problem(module)}")
+        if has_statistics(module) and (problem := adapt_problem(module)):
+            raise InjectionError(f"the running statistics of {name} cannot be frozen: {problem}")
     lazy = [name for name, parameter in model.named_parameters() if is_lazy(parameter)]
     if lazy:
         raise InjectionError(f"{lazy[0]} has no shape yet (a lazy module): run the model once, then inject")
-
-
-def _check_adapter_name(name: str) -> None:
-    if not isinstance(name, str) or not re.fullmatch(r"[\w\-]+", name) or hasattr(nn.ModuleDict(), name):
-        raise InjectionError(
-            f"{name!r} cannot name an adapter: expected letters, digits, _ and -, and no attribute of torch modules"
-        )
 
 
 @torch.no_grad()
@@ -311,13 +455,13 @@ def before_load(root: nn.Module, state: dict[str, Any], prefix: str, *_: Any) ->
     Raises:
         InjectionError: these are the weights of another base; or the model is merged.
     """
-    adapted, index = get_adapted(root), ModelIndex.of(root)
+    injection, index = injected(root)[1], ModelIndex.of(root)
     base, layers = base_values(root), layer_tensors(root)
     given = {key: state[prefix + key] for key in base if isinstance(state.get(prefix + key), Tensor)}
-    if given and adapted.record.merged:
+    if given and injection.merged:
         raise InjectionError("the adapter is merged into the weights: call unmerge(model) before loading others")
     if any(prefix + key in state for key in injected_keys(root)):
-        return take_not_installed(adapted, state, prefix)
+        return take_not_installed(injection, state, prefix)
     if not given:
         return None
     if any(value.is_meta for value in base.values()):
@@ -327,22 +471,27 @@ def before_load(root: nn.Module, state: dict[str, Any], prefix: str, *_: Any) ->
         )
     fits = {key for key, value in given.items() if value.shape == base[key].shape}
     different = [
-        key for key in sorted(fits - counters(root)) if not _is_base(adapted, index, key, given[key], base[key])
+        key for key in sorted(fits - counters(root)) if not _is_base(injection, index, key, given[key], base[key])
     ]
-    own = {alias for key in adapted.values[adapted.record.active] for alias in adapted.full[key].names}
+    own = {alias for key in injection.current.values for alias in injection.full[key].names}
     if different:
-        only_trained = own.issuperset(different) and not layers
-        open_to_others = not adapted.record.base_file and _untouched(adapted)
-        if only_trained and (fits - own or not open_to_others):
-            return None
+        untouched = all(start_hashes(injection, name) == item.start for name, item in injection.adapters.items())
+        open_to_others = untouched and not injection.base_file
+        if own.issuperset(different) and not layers and (fits - own or not open_to_others):
+            return None  # only what is trained in full
         if not open_to_others:
-            raise InjectionError(_other_base(adapted, different, len(fits)))
-        _start_anew(root, adapted, index, {key: given[key] for key in fits})
+            file = f" (from {injection.base_file})" if injection.base_file else ""
+            raise InjectionError(
+                f"these are the weights of another base than the one{file} under adapter {injection.active!r}: "
+                f"{len(different)} of {len(fits)} tensors differ, {shortened(different, 4)}; nothing was loaded. Load "
+                "the base before you inject: peft_d2.load_base(model, path), then inject(model, ...) or "
+                "load_adapter(model, folder); with PEFTModel it is MODEL.WEIGHTS"
+            )
+        _start_anew(injection, index, {key: given[key] for key in fits})
     else:
-        count = len(adapted.start[adapted.record.active])
         logger.info(
             "These weights are the base's, which the model has: all %d tensors of adapter %r stay in effect.",
-            *(count, adapted.record.active),
+            *(len(injection.current.start), injection.active),
         )
         fits |= own  # a head of another class count is not missing either
     state.update({prefix + key: index.tensors[index.first_name[key]].get() for key in fits if key in index.first_name})
@@ -350,46 +499,30 @@ def before_load(root: nn.Module, state: dict[str, Any], prefix: str, *_: Any) ->
     return None
 
 
-def _is_base(adapted: AdaptedModel, index: ModelIndex, key: str, given: Tensor, base: Tensor) -> bool:
+def _is_base(injection: Injection, index: ModelIndex, key: str, given: Tensor, base: Tensor) -> bool:
     """Whether a given tensor is the base's own of that name, in the base's dtype."""
     same_kind = given.to(base.device, base.dtype)
-    if adapted.base or not adapted.full:
+    if injection.base or not injection.full:
         equal = same_kind == base
         return bool(equal.all()) or bool((equal | (same_kind.isnan() & base.isnan())).all())
-    start = adapted.start[adapted.record.active].get(index.first_name.get(key, ""))
+    start = injection.current.start.get(index.first_name.get(key, ""))
     return start in (tensor_hash(given), tensor_hash(same_kind))
 
 
-def _untouched(adapted: AdaptedModel) -> bool:
-    """Whether nothing was trained or loaded since the injection."""
-    return all(start_hashes(adapted, name) == start for name, start in adapted.start.items())
-
-
-def _start_anew(root: nn.Module, adapted: AdaptedModel, index: ModelIndex, weights: Mapping[str, Tensor]) -> None:
+def _start_anew(injection: Injection, index: ModelIndex, weights: Mapping[str, Tensor]) -> None:
     """Exchange the base under adapters that are not trained; their layers get new values in the tensors they have."""
     for key, value in weights.items():
         first = index.first_name.get(key, key)
-        kept = [adapted.base.get(first), *(values.get(first) for values in adapted.values.values())]
+        kept = [injection.base.get(first), *(record.values.get(first) for record in injection.adapters.values())]
         for tensor in (index.tensors[first].get(), *kept):
             if tensor is not None:
                 tensor.copy_(value)
-    for name, record in adapted.record.adapters.items():
+    for name, record in injection.adapters.items():
         for method in (parse(entry, METHODS) for entry in record.methods):
             for _, target, layer in [] if method.selects else layers_of(method, choose_targets(index, method)):
                 target.module.peft_layers(name)[method.name].load_state_dict(layer.state_dict())  # type: ignore[operator]
-        adapted.start[name] = start_hashes(adapted, name)
+        record.start = start_hashes(injection, name)
     logger.info("The base's weights came after inject, before anything was trained: the adapters start anew on them.")
-
-
-def _other_base(adapted: AdaptedModel, different: Sequence[str], count: int) -> str:
-    more = f" and {len(different) - 4} more" if len(different) > 4 else ""
-    file = f" (from {adapted.record.base_file})" if adapted.record.base_file else ""
-    return (
-        f"these are the weights of another base than the one{file} under adapter {adapted.record.active!r}: "
-        f"{len(different)} of {count} tensors differ, {', '.join(different[:4])}{more}; nothing was loaded. Load the "
-        "base before you inject: peft_d2.load_base(model, path), then inject(model, ...) or load_adapter(model, "
-        "folder); with PEFTModel it is MODEL.WEIGHTS"
-    )
 
 
 @dataclass(frozen=True)
@@ -397,14 +530,19 @@ class ReportRow:
     """Parameters of one part of the model: ``total`` counts injected ones too."""
 
     part: str
-    total: int
-    injected: int
-    full: int
+    total: int = 0
+    injected: int = 0
+    full: int = 0
 
     @property
     def trainable(self) -> int:
         """Injected and fully trained parameters."""
         return self.injected + self.full
+
+    @property
+    def percent(self) -> float:
+        """100 x trainable / total."""
+        return 100 * self.trainable / max(1, self.total)
 
 
 @dataclass(frozen=True)
@@ -419,32 +557,36 @@ class Report:
     train: list[str]
 
     @property
+    def all(self) -> ReportRow:
+        """The rows' sum."""
+        columns = [(row.total, row.injected, row.full) for row in self.rows]
+        return ReportRow("all", *map(sum, zip(*columns, strict=True)))
+
+    @property
     def total(self) -> int:
         """All parameters of the model with this adapter, the injected ones included."""
-        return sum(row.total for row in self.rows)
+        return self.all.total
 
     @property
     def injected(self) -> int:
         """Parameters that the methods added."""
-        return sum(row.injected for row in self.rows)
+        return self.all.injected
 
     @property
     def trainable(self) -> int:
         """Parameters that are trained: injected, and in full."""
-        return sum(row.trainable for row in self.rows)
+        return self.all.trainable
 
     @property
     def percent(self) -> float:
         """100 x trainable / total."""
-        return 100 * self.trainable / max(1, self.total)
+        return self.all.percent
 
     def __str__(self) -> str:
-        full = sum(row.full for row in self.rows)
-        rows = [*self.rows, ReportRow("all", self.total, self.injected, full)]
         table = [("part", "parameters", "injected", "in full", "trained %")]
-        for row in rows:
-            share = 100 * row.trainable / max(1, row.total)
-            table.append((row.part, f"{row.total:,}", f"{row.injected:,}", f"{row.full:,}", f"{share:.2f}"))
+        for row in (*self.rows, self.all):
+            numbers = (f"{row.total:,}", f"{row.injected:,}", f"{row.full:,}", f"{row.percent:.2f}")
+            table.append((row.part, *numbers))
         first, *others = [max(map(len, column)) for column in zip(*table, strict=True)]
         lines = [
             "  ".join([part.ljust(first), *(cell.rjust(width) for cell, width in zip(cells, others, strict=True))])
@@ -452,45 +594,34 @@ class Report:
         ]
         rule = "-" * len(lines[0])
         lines = [lines[0], rule, *lines[1:-1], rule, lines[-1]]
-        for (method, kind), count in Counter((place.method, place.kind) for place in self.places).items():
-            chosen = [place for place in self.places if (place.method, place.kind) == (method, kind)]
-            size = sum(place.parameters for place in chosen)
-            last = f" ... {chosen[-1].name}" if count > 1 else ""
-            lines.append(f"{method} on {count} {kind}: {size:,} parameters, {chosen[0].name}{last}")
+        groups: dict[tuple[str, str], list[LayerRecord]] = {}
+        for place in self.places:
+            groups.setdefault((place.method, place.kind), []).append(place)
+        for (method, kind), places in groups.items():
+            size = sum(place.parameters for place in places)
+            last = f" ... {places[-1].name}" if len(places) > 1 else ""
+            lines.append(f"{method} on {len(places)} {kind}: {size:,} parameters, {places[0].name}{last}")
         return "\n".join([*lines, *([f"trained in full: {', '.join(self.train)}"] if self.train else [])])
 
 
 def make_report(model: nn.Module, adapter: str | None = None) -> Report:
     """The report of one adapter (the active one unless named)."""
-    adapted, root = get_adapted(model), get_root(model)
-    name = adapted.record.active if adapter is None else adapter
-    record = adapted.adapter(name)
+    root, injection = injected(model)
+    name = injection.active if adapter is None else adapter
+    record = injection.adapter(name)
     full = set(record.full)
-    total: Counter[str] = Counter()
-    injected: Counter[str] = Counter()
-    trained: Counter[str] = Counter()
+    counts: dict[str, Counter[str]] = {}
     seen: set[int] = set()
-    own = {id(parameter) for parameter in adapted.injected[name]}
     for path, module, _ in walk(root):
+        count = counts.setdefault(".".join(path.split(".")[:2]) or "(top)", Counter())
+        layers = module.peft_parameters(name) if isinstance(module, Adapted) else {}
+        kinds = [("injected", parameter) for parameter in layers.values()]
         for leaf, parameter in module.named_parameters(recurse=False):
-            if id(parameter) in seen:
-                continue
-            seen.add(id(parameter))
-            alias = f"{path}.{leaf}" if path else leaf
-            total[_part(path)] += parameter.numel()
-            everything = "*" in record.train
-            if alias in full and (parameter.requires_grad or not everything):
-                trained[_part(path)] += parameter.numel()
-        if any(module is item for item in adapted.modules[name]):
-            for parameter in module.peft_parameters(name).values():  # type: ignore[operator]
-                if id(parameter) in own and id(parameter) not in seen:
-                    seen.add(id(parameter))
-                    total[_part(path)] += parameter.numel()
-                    injected[_part(path)] += parameter.numel()
-    rows = [ReportRow(part, total[part], injected[part], trained[part]) for part in total]
+            is_full = join(path, leaf) in full and (parameter.requires_grad or EVERYTHING not in record.train)
+            kinds.append(("full" if is_full else "frozen", parameter))
+        for kind, parameter in kinds:
+            if id(parameter) not in seen:
+                seen.add(id(parameter))
+                count.update({"total": parameter.numel(), kind: parameter.numel()})
+    rows = [ReportRow(part, n["total"], n["injected"], n["full"]) for part, n in counts.items() if n]
     return Report(name, rows, record.places, record.train)
-
-
-def _part(path: str) -> str:
-    """The first two levels of a name."""
-    return ".".join(path.split(".")[:2]) or "(top)"

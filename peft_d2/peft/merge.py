@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .adapted import STORE, Adapted
+from .adapted import STORE, Adapted, join
 from .errors import InjectionError
 from .inject import Report, add_adapter, forget_adapter, take_out
 from .lora.factors import LowRank
-from .state import AdaptedModel, get_adapted, get_root
+from .state import AdapterRecord, injected, shortened
 
 logger = logging.getLogger(__name__)
 KINDS = ("linear", "svd")
@@ -35,10 +35,10 @@ def set_adapter(model: nn.Module, name: str) -> None:
         InjectionError: there is none, or adapters are merged or disabled, or the model is given in a wrapper that
             exchanges gradients of the parameters that were trained when it was made.
     """
-    adapted = get_adapted(model)
-    adapted.adapter(name)
-    adapted.require_plain()
-    active = adapted.record.active
+    injection = injected(model)[1]
+    injection.adapter(name)
+    injection.require_plain()
+    active = injection.active
     if name == active:
         return
     if type(model).__name__ in ("DistributedDataParallel", "FullyShardedDataParallel"):
@@ -47,11 +47,11 @@ def set_adapter(model: nn.Module, name: str) -> None:
             "set_adapter(model.module, ...), and wrap that anew (for inference it needs no wrapper)"
         )
     for adapter in (active, name):
-        for parameter in adapted.injected[adapter]:
+        for parameter in injection.adapters[adapter].injected:
             parameter.requires_grad_(adapter == name)
-    adapted.install(name)
-    adapted.record.running.name = name
-    for module, _ in adapted.statistics:
+    injection.install(name)
+    injection.running.name = name
+    for module, _ in injection.statistics:
         module.train(model.training)
 
 
@@ -62,22 +62,22 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
     Raises:
         InjectionError: TRAIN is "*", so no base values were kept.
     """
-    adapted = get_adapted(model)
-    if adapted.full and not adapted.base:
+    injection = injected(model)[1]
+    if injection.full and not injection.base:
         raise InjectionError("TRAIN '*' trains the base itself and keeps no copy of it: it cannot be disabled")
-    if not adapted.record.enabled:
+    if not injection.enabled:
         yield model
         return
-    merged = adapted.record.merged
+    merged = injection.merged
     if merged:
         unmerge(model)
-    adapted.record.running.enabled = False
-    adapted.install(None)
+    injection.running.enabled = False
+    injection.install(None)
     try:
         yield model
     finally:
-        adapted.install(adapted.record.active)
-        adapted.record.running.enabled = True
+        injection.install(injection.active)
+        injection.running.enabled = True
         if merged:
             merge(model)
 
@@ -92,9 +92,9 @@ def merge(model: nn.Module) -> list[str]:
     Raises:
         InjectionError: a merged weight also belongs to a module that is not adapted in the same way.
     """
-    adapted = get_adapted(model)
-    adapted.require_plain()
-    plan = [(module, *_merged_weights(module)) for module in adapted.modules[adapted.record.active]]
+    injection = injected(model)[1]
+    injection.require_plain()
+    plan = [(module, *_merged_weights(module)) for module in injection.current.modules]
     _refuse_shared(model, plan)
     for module, changed, methods in plan:
         module.peft_merged.extend(methods)
@@ -102,7 +102,7 @@ def merge(model: nn.Module) -> list[str]:
             weight = module.get_parameter(name)
             module.peft_backup[name] = weight.detach().clone()
             weight.data.copy_(value)
-    adapted.record.merged = True
+    injection.merged = True
     left = [module.peft_name for module, _, methods in plan if len(methods) < len(module.peft_layers())]
     if left:
         logger.info("Merged; %d modules keep layers that no weight can hold, from %s on.", len(left), left[0])
@@ -112,13 +112,13 @@ def merge(model: nn.Module) -> list[str]:
 @torch.no_grad()
 def unmerge(model: nn.Module) -> None:
     """Put the base weights back, bit for bit. A model that is not merged stays as it is."""
-    adapted = get_adapted(model)
-    for module in adapted.modules[adapted.record.active]:
+    injection = injected(model)[1]
+    for module in injection.current.modules:
         for name, value in module.peft_backup.items():
             module.get_parameter(name).data.copy_(value)
         module.peft_backup.clear()
         module.peft_merged.clear()
-    adapted.record.merged = False
+    injection.merged = False
 
 
 def delete_adapter(model: nn.Module, name: str) -> None:
@@ -127,11 +127,11 @@ def delete_adapter(model: nn.Module, name: str) -> None:
     Raises:
         InjectionError: it is active (switch to another one first, or ``remove`` all).
     """
-    adapted = get_adapted(model)
-    adapted.adapter(name)
-    if name == adapted.record.active:
+    injection = injected(model)[1]
+    injection.adapter(name)
+    if name == injection.active:
         raise InjectionError(f"adapter {name!r} is active: set_adapter(model, another) first, or remove(model)")
-    forget_adapter(get_root(model), name)
+    forget_adapter(injected(model)[0], name)
 
 
 def remove(model: nn.Module, keep: bool = False) -> nn.Module:
@@ -142,12 +142,12 @@ def remove(model: nn.Module, keep: bool = False) -> nn.Module:
     Raises:
         InjectionError: ``keep`` and some layers cannot be merged; they are named. Or it is within ``disabled``.
     """
-    adapted, root = get_adapted(model), get_root(model)
-    if not adapted.record.enabled:
+    root, injection = injected(model)
+    if not injection.enabled:
         raise InjectionError("adapters are disabled: leave the disabled(model) block first")
     if keep:
         merge_whole(model)
-        for module in adapted.modules[adapted.record.active]:
+        for module in injection.current.modules:
             module.peft_backup.clear()
     else:
         unmerge(model)
@@ -161,31 +161,28 @@ def merge_whole(model: nn.Module) -> None:
     Raises:
         InjectionError: they cannot; the layers that are left are named, and the model is as it was.
     """
-    adapted = get_adapted(model)
-    was_merged = adapted.record.merged
+    injection = injected(model)[1]
+    was_merged = injection.merged
     if not was_merged:
         merge(model)
     left = [
         f"{module.peft_name} ({method})"
-        for module in adapted.modules[adapted.record.active]
+        for module in injection.current.modules
         for method in module.peft_layers()
         if method not in module.peft_merged
     ]
     if left:
         if not was_merged:
             unmerge(model)
-        more = f" and {len(left) - 8} more" if len(left) > 8 else ""
         raise InjectionError(
-            f"these modules hold layers that no weight can hold: {', '.join(left[:8])}{more}. Keep them as an adapter "
+            f"these modules hold layers that no weight can hold: {shortened(left, 8)}. Keep them as an adapter "
             "(save_adapter), or train one that only changes weights, such as lora"
         )
 
 
 def _merged_weights(module: Adapted) -> tuple[dict[str, Tensor], list[str]]:
     """The weights that all mergeable layers of a module give together, and the methods of those layers."""
-    weights: dict[str, Tensor] = {
-        name: value for name, value in module.named_parameters() if not name.startswith(f"{STORE}.")
-    }
+    weights = {name: value for name, value in module.named_parameters() if not name.startswith(f"{STORE}.")}
     changed: dict[str, Tensor] = {}
     methods = []
     for method, layer in module.peft_layers().items():
@@ -202,7 +199,7 @@ def _refuse_shared(model: nn.Module, plan: Sequence[tuple[Adapted, Mapping[str, 
     for path, module in model.named_modules():
         for leaf, parameter in module._parameters.items():
             if parameter is not None:
-                owners.setdefault(id(parameter), []).append(f"{path}.{leaf}" if path else leaf)
+                owners.setdefault(id(parameter), []).append(join(path, leaf))
     for module, changed, methods in plan:
         for name in changed:
             known = owners[id(module.get_parameter(name))]
@@ -229,80 +226,75 @@ def combine_adapters(
     Raises:
         InjectionError: the adapters differ in more than rank, or hold a kind that has no sum (DoRA, COBOT).
     """
-    adapted = get_adapted(model)
+    injection = injected(model)[1]
     if kind not in KINDS or not weights or not all(map(math.isfinite, weights.values())):
         raise InjectionError(
             f"cannot combine {dict(weights)} by {kind!r}: expected adapters with finite weights, and one of "
             f"{', '.join(KINDS)}"
         )
-    places = [{(p.name, p.method) for p in adapted.adapter(adapter).places} for adapter in weights]
-    records = [adapted.record.adapters[adapter] for adapter in weights]
-    first = records[0]
-    if any(place != places[0] for place in places) or any(record.full != first.full for record in records):
+    records = {adapter: injection.adapter(adapter) for adapter in weights}
+    places = [({(p.name, p.method) for p in record.places}, record.full) for record in records.values()]
+    if any(place != places[0] for place in places):
         raise InjectionError(f"{', '.join(weights)} do not adapt the same places and cannot be combined")
-    sources = [(weight, _low_ranks(adapted, adapter)) for adapter, weight in weights.items()]
-    others = [(weight, _others(adapted, adapter)) for adapter, weight in weights.items()]
+    sources = [(weight, _low_ranks(records[adapter], adapter)) for adapter, weight in weights.items()]
+    others = [(weight, _others(records[adapter], adapter)) for adapter, weight in weights.items()]
     _refuse(sources, others, kind)
-    largest = [max((item.lora_a.shape[0] for item in found.values()), default=0) for _, found in sources]
-    starts = any(item.lora_a_start is not None for _, found in sources for item in found.values())
+    largest = [max((item.lora_a.shape[0] for item in factors.values()), default=0) for _, factors in sources]
+    starts = any(item.lora_a_start is not None for _, factors in sources for item in factors.values())
     width = (rank or max(largest)) if kind == "svd" else sum(largest) * (2 if starts else 1)
+    first = records[next(iter(weights))]
     report = add_adapter(model, name, [_entry(entry, width) for entry in first.methods], first.train)
-    for key, target in _low_ranks(adapted, name).items():
-        terms = [(weight, found[key]) for weight, found in sources]
+    record = injection.adapters[name]
+    for key, target in _low_ranks(record, name).items():
+        terms = [(weight, factors[key]) for weight, factors in sources]
         b, a = _side_by_side(terms) if kind == "linear" else _truncated(terms, width)
         target.lora_a.zero_()
         target.lora_b.zero_()
         target.lora_a.flatten(1)[: a.shape[0]].copy_(a)
         target.lora_b.flatten(1)[:, : b.shape[1]].copy_(b / target.scale)
-    for key, value in _others(adapted, name).items():
-        value.copy_(sum(weight * found[key] for weight, found in others))  # type: ignore[arg-type]
-    for key, value in adapted.values[name].items():
+    for key, value in _others(record, name).items():
+        value.copy_(sum(weight * tensors[key] for weight, tensors in others))  # type: ignore[arg-type]
+    for key, value in record.values.items():
         if value.is_floating_point():
-            base = adapted.base[key]
-            value.copy_(
-                base + sum(weight * (adapted.own_value(adapter, key) - base) for adapter, weight in weights.items())
-            )
+            base = injection.base[key]
+            value.copy_(base + sum(w * (injection.own_value(adapter, key) - base) for adapter, w in weights.items()))
     return report
 
 
-def _low_ranks(adapted: AdaptedModel, adapter: str) -> dict[str, LowRank]:
-    """All LoRA factors of an adapter, by place, method and position in the part."""
+def _low_ranks(record: AdapterRecord, adapter: str) -> dict[str, LowRank]:
+    """All LoRA factors of an adapter, by target module, method and position in the layer."""
     return {
         f"{module.peft_name} {method} {path}": item
-        for module in adapted.modules[adapter]
-        for method, part in module.peft_layers(adapter).items()
-        for path, item in part.named_modules()
+        for module in record.modules
+        for method, layer in module.peft_layers(adapter).items()
+        for path, item in layer.named_modules()
         if isinstance(item, LowRank)
     }
 
 
-def _others(adapted: AdaptedModel, adapter: str) -> dict[str, Tensor]:
+def _others(record: AdapterRecord, adapter: str) -> dict[str, Tensor]:
     """All other injected parameters of an adapter."""
-    inside = {id(value) for item in _low_ranks(adapted, adapter).values() for value in item.parameters()}
+    inside = {id(value) for item in _low_ranks(record, adapter).values() for value in item.parameters()}
     return {
         f"{module.peft_name}.{local}": value
-        for module in adapted.modules[adapter]
+        for module in record.modules
         for local, value in module.peft_parameters(adapter).items()
         if id(value) not in inside
     }
 
 
-_Found = Sequence[tuple[float, Mapping[str, LowRank]]]
-
-
-def _refuse(sources: _Found, others: Sequence[tuple[float, Mapping[str, Tensor]]], kind: str) -> None:
+def _refuse(sources: Sequence[Any], others: Sequence[Any], kind: str) -> None:
     """Raise for what has no sum."""
-    for _, found in sources:
-        if found.keys() != sources[0][1].keys():
+    for _, factors in sources:
+        if factors.keys() != sources[0][1].keys():
             raise InjectionError("the adapters' LoRA is on different parts (PARTS) and cannot be combined")
-        for item in found.values():
-            if item.lora_magnitude is not None or item.cobot is not None:
-                raise InjectionError("DoRA and COBOT are not linear in their weights; such adapters cannot be combined")
+        if any(item.lora_magnitude is not None or item.cobot is not None for item in factors.values()):
+            raise InjectionError("DoRA and COBOT are not linear in their weights; such adapters cannot be combined")
     if kind == "svd" and others[0][1]:
         raise InjectionError(f"svd is for LoRA alone, but there is {next(iter(others[0][1]))}; combine by 'linear'")
-    for _, values in others:
-        if {key: value.shape for key, value in values.items()} != {k: v.shape for k, v in others[0][1].items()}:
-            raise InjectionError("the adapters' parts differ in size and cannot be averaged")
+    shapes = [{key: value.shape for key, value in tensors.items()} for _, tensors in others]
+    if any(shape != shapes[0] for shape in shapes):
+        raise InjectionError("the adapters' layers differ in size and cannot be averaged")
 
 
 def _entry(entry: Mapping[str, Any], rank: int) -> dict[str, Any]:

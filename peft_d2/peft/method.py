@@ -13,7 +13,7 @@ from .adapted import AdapterLayer
 from .errors import MethodError
 from .targets import Target, nearest
 
-_LARGEST = 2**31
+_LARGEST = {"NUM": 1024, "EXPERTS": 1024}  # whole numbers; the others have 2**16: beyond it is a typing error
 
 
 @dataclass(frozen=True)
@@ -66,28 +66,16 @@ class Method:
         return ""
 
     def make_layers(self, targets: Sequence[Target]) -> list[tuple[Target, AdapterLayer]]:
-        """The adapter layers of all chosen modules, in order.
-
-        Raises:
-            MethodError: a module needs something that the options do not say.
-        """
+        """The adapter layers of all chosen modules, in order; MethodError where the options leave something open."""
         raise NotImplementedError(f"method {self.name!r} injects nothing")
 
     def select(self, targets: Sequence[Target]) -> Selection:
-        """The base parameters that a selecting method trains.
-
-        Raises:
-            MethodError: there are none.
-        """
+        """The base parameters that a selecting method trains; MethodError where there are none."""
         raise NotImplementedError(f"method {self.name!r} selects nothing")
 
 
 def parse(entry: Mapping[str, Any], registry: Mapping[str, type[Method]]) -> Method:
-    """One config entry ``{NAME: ..., TARGETS: [...], ...}`` as a method.
-
-    Raises:
-        MethodError: unknown method or key (the nearest is named), or a value of the wrong type or range.
-    """
+    """One config entry ``{NAME: ..., TARGETS: [...], ...}`` as a method; MethodError where anything in it is wrong."""
     if not isinstance(entry, Mapping):
         raise MethodError(f"expected a method like {{NAME: lora, TARGETS: [...]}}, got {entry!r}")
     if not isinstance(entry.get("NAME"), str):
@@ -141,11 +129,11 @@ def _convert(method: str, key: str, value: Any, hint: Any) -> Any:
         if not abs(value) < math.inf or abs(value) > 1e300:
             raise MethodError(f"method {method!r}: {key} is {value!r}, expected a finite number")
         return float(value)
-    if origin is int and type(value) is int and not -_LARGEST < value < _LARGEST:
-        raise MethodError(f"method {method!r}: {key} is {value!r}, expected a number below 2**31")
+    most = _LARGEST.get(key, 2**16)
+    if origin is int and type(value) is int and abs(value) > most:
+        raise MethodError(f"method {method!r}: {key} is {value!r}, expected a number of at most {most}")
     if origin in (int, bool, str) and type(value) is origin:
         return value
-    label = {"list": "a list of strings", "dict": "a mapping"}.get(
-        origin.__name__, f"a value of type {origin.__name__}"
-    )
+    kind = origin.__name__
+    label = {"list": "a list of strings", "dict": "a mapping"}.get(kind, f"a value of type {kind}")
     raise MethodError(f"method {method!r}: {key} is {value!r}, expected {label}")

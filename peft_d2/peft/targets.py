@@ -36,7 +36,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .adapted import own_tensors, walk
+from .adapted import join, own_tensors, walk
 from .errors import PatternError
 
 REGEX_PREFIX = "re:"
@@ -250,7 +250,7 @@ class ModelIndex:
             index.modules[name] = module
             index.targets.setdefault(id(module), Target(name, module, parent))
             for table, leaf, tensor in own_tensors(module):
-                alias = f"{name}.{leaf}" if name else leaf
+                alias = join(name, leaf)
                 first = index.first_name[alias] = firsts.setdefault(id(tensor), alias)
                 entry = index.tensors.setdefault(first, BaseTensor([], []))
                 entry.names.append(alias)
@@ -268,5 +268,5 @@ class ModelIndex:
 
     def tensors_under(self, name: str) -> list[str]:
         """First names of all parameters and persistent buffers of one module."""
-        prefix = f"{name}." if name else ""
+        prefix = join(name, "")
         return list(dict.fromkeys(first for alias, first in self.first_name.items() if alias.startswith(prefix)))

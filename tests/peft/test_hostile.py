@@ -232,3 +232,23 @@ def test_a_thousand_places() -> None:
     assert seconds(lambda: peft.add_adapter(model, "b")) < 5
     assert min(seconds(lambda name=name: peft.set_adapter(model, name)) for name in "babababa") < 1e-3  # type: ignore[misc]
     assert seconds(lambda: peft.merge(model)) + seconds(lambda: peft.unmerge(model)) < 5
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"NAME": "lora", "RANK": 10**6},
+        {"NAME": "lora", "RANK_PATTERN": {"x": 10**6}},
+        {"NAME": "adapter", "NUM": 10**6},
+        {"NAME": "adapter", "DIM": 10**6},
+        {"NAME": "adaptformer", "BOTTLENECK": 10**6},
+        {"NAME": "mona", "BOTTLENECK": 10**6},
+        {"NAME": "conv_lora", "RANK": 10**6},
+        {"NAME": "conv_lora", "EXPERTS": 10**4},
+    ],
+    ids=lambda entry: "-".join(entry),
+)
+def test_a_typing_error_in_a_size_is_one_error_before_memory_is_taken(entry: dict[str, Any]) -> None:
+    key = list(entry)[1]
+    with pytest.raises(peft.MethodError, match=f"{key}.*at most"):
+        peft.inject(nn.Sequential(nn.Linear(4, 4)), [{**entry, "TARGETS": ["0"]}])
