@@ -89,21 +89,16 @@ def lora_ranks(tensors: Mapping[str, Tensor]) -> dict[str, int]:
     Raises:
         ValueError: a factor is missing, or the two disagree.
     """
-    paths = sorted({name.removesuffix(s) for s in SUFFIXES for name in tensors if name.endswith(s)})
     ranks = {}
-    for path in paths:
-        a, b = (tensors.get(path + plain, tensors.get(path + other)) for plain, other in _FACTORS)
+    for path in sorted({name.removesuffix(s) for s in SUFFIXES for name in tensors if name.endswith(s)}):
+        a = tensors.get(path + A, tensors.get(path + EMBEDDING_A))
+        b = tensors.get(path + B, tensors.get(path + EMBEDDING_B))
         if a is None or b is None:
             raise ValueError(f"the LoRA of {path} has only one of its two factors")
         if a.ndim < 2 or b.ndim < 2 or a.shape[0] != b.shape[1]:
-            raise ValueError(
-                f"the LoRA factors of {path} have shapes {tuple(a.shape)} and {tuple(b.shape)}: no common rank"
-            )
+            raise ValueError(f"the LoRA factors of {path} have no common rank: {tuple(a.shape)}, {tuple(b.shape)}")
         ranks[path] = int(a.shape[0])
     return ranks
-
-
-_FACTORS = ((A, EMBEDDING_A), (B, EMBEDDING_B))
 
 
 def describe(
@@ -118,25 +113,27 @@ def describe(
         modules: (name, module) of the whole base model, shared modules under each of their names. Empty: whether
             `peft` finds the same modules and computes the same in them is not checked.
     """
-    injected = {name for name in tensors if name not in base}
-    full = {name for name in tensors if name in base}
-    ranks = lora_ranks(tensors)
+    injected, full = set(tensors) - set(base), set(tensors) & set(base)
+    ranks, by_name = lora_ranks(tensors), dict(modules)
     dora = [path for path in ranks if path + MAGNITUDE in tensors]
-    plain = injected == {path + s for path in ranks for s in SUFFIXES if path + s in tensors}
     saved = _saved_modules(full, base, list(ranks), modules)
     targets = _targets(list(ranks), saved or [], modules)
-    by_name = dict(modules)
-    alike = all(
-        path in by_name and not difference_to_peft(path, by_name) and not _in_encoder_layer(path, by_name)
-        for path in (ranks if modules else ())
+    expressible = (
+        saved is not None
+        and bool(targets)
+        and injected == {path + suffix for path in ranks for suffix in SUFFIXES if path + suffix in tensors}
+        and ranks.keys() <= scales.keys()
+        and len(dora) in (0, len(ranks))
+        and (not modules or all(path in by_name and not difference_to_peft(path, by_name) for path in ranks))
+        and not any(_in_encoder_layer(path, by_name) for path in ranks if modules)
     )
-    described = ranks.keys() <= scales.keys() and len(dora) in (0, len(ranks))
-    if not (ranks and plain and described and alike and targets) or saved is None:
+    if not expressible:
         places = sorted({name.rpartition(".")[0] for name in injected})
         owners = sorted({name.rpartition(".")[0] or name for name in full})
         own = {"peft_type": OWN, "target_modules": places, "modules_to_save": owners or None, "inference_mode": True}
         return {**own, "lora_scales": {path: float(value) for path, value in scales.items()}}
-    alphas = {path: _number(scales[path] * rank) for path, rank in ranks.items()}
+    alphas = {path: scales[path] * rank for path, rank in ranks.items()}
+    alphas = {path: round(v) if math.isclose(v, round(v), rel_tol=1e-9) else v for path, v in alphas.items()}
     rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
     return {
         "peft_type": LORA,
@@ -201,8 +198,8 @@ def _targets(paths: Sequence[str], saved: Sequence[str], modules: Modules) -> li
         return None
     wanted = sorted(paths)
     ends = tuple(f".{path}" for path in wanted)
-    hit = {name for name, _ in modules if f".{name}".endswith(ends)}
-    return wanted if hit <= set(wanted) else "|".join(map(re.escape, wanted))
+    only = all(name in wanted for name, _ in modules if f".{name}".endswith(ends))
+    return wanted if only else "|".join(map(re.escape, wanted))
 
 
 def difference_to_peft(path: str, modules: Mapping[str, nn.Module]) -> str:
@@ -234,17 +231,14 @@ def check(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
     Raises:
         ValueError: a type that is not known, factors that disagree, or a rank other than the described one.
     """
-    ranks = lora_ranks(tensors)
-    if config.get("peft_type") == OWN:
-        return
-    if config.get("peft_type") != LORA:
-        raise ValueError(f"adapter_config.json has peft_type {config.get('peft_type')!r}; known are {LORA} and {OWN}")
-    for path, rank in ranks.items():
+    ranks, kind = lora_ranks(tensors), config.get("peft_type")
+    if kind not in (LORA, OWN):
+        raise ValueError(f"adapter_config.json has peft_type {kind!r}; known are {LORA} and {OWN}")
+    for path, rank in ranks.items() if kind == LORA else ():
         described = by_pattern(config, "rank_pattern", path, config.get("r"))
         if type(described) is not int or described != rank:
-            raise ValueError(
-                f"the LoRA of {path} has rank {rank}, and adapter_config.json says {described!r} (r, rank_pattern)"
-            )
+            says = f"adapter_config.json says {described!r} (r, rank_pattern)"
+            raise ValueError(f"the LoRA of {path} has rank {rank}, and {says}")
 
 
 def scales(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, float]:
@@ -262,17 +256,14 @@ def scales(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str
     for path, rank in lora_ranks(tensors).items():
         alpha = by_pattern(config, "alpha_pattern", path, config.get("lora_alpha"))
         if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 < alpha < math.inf:
-            raise ValueError(
-                f"adapter_config.json: lora_alpha of {path} is {alpha!r}, not a positive number "
-                "(lora_alpha, alpha_pattern)"
-            )
+            says = f"lora_alpha of {path} is {alpha!r}, not a positive number (lora_alpha, alpha_pattern)"
+            raise ValueError(f"adapter_config.json: {says}")
         result[path] = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
     return result
 
 
 def by_pattern(config: Mapping[str, Any], key: str, path: str, default: Any) -> Any:
-    """The value for a module in `rank_pattern` or `alpha_pattern`: the first expression that matches the end of its
-    path.
+    """The value of the first expression in `rank_pattern` or `alpha_pattern` that matches the end of a module's path.
 
     Raises:
         ValueError: the patterns have another form.
@@ -302,8 +293,3 @@ def expression(pattern: str, key: str) -> re.Pattern[str]:
 
 def _exactly(path: str) -> str:
     return "^" + re.escape(path)
-
-
-def _number(value: float) -> float | int:
-    nearest = round(value)
-    return nearest if abs(value - nearest) < 1e-9 * max(1.0, abs(value)) else value

@@ -27,22 +27,15 @@ _PICKLE = "adapter_model.bin"
 _SAVE_AGAIN = "save it again with peft's save_pretrained"
 _OUT_PROJ, _TOKENS = ".base_layer.out_proj", ".token_adapter.trainable_tokens_delta"
 _BIAS_OF_B, _PARTS = ".lora_B.bias", ("q", "k", "v", "out")
-# Fields that say nothing about the tensors, and those that only a start reads which is refused or harmless.
-_IGNORED = {
-    *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
-    *("runtime_config", "megatron_core", "qalora_group_size", "ensure_weight_tying"),
-    *("loftq_config", "eva_config", "corda_config", "lora_ga_config"),
-}
 _ANY = (object,)  # looked at where it is used
-_HONOURED: dict[str, tuple[type, ...]] = {
+# Field -> the types in which it is honoured; or why it is refused unless it is off; or None: it says nothing about the
+# tensors, or is read by starts alone that are refused or harmless.
+FIELDS: dict[str, tuple[type, ...] | str | None] = {
     "peft_type": (str,), "r": _ANY, "lora_alpha": _ANY, "rank_pattern": _ANY, "alpha_pattern": _ANY, "bias": (str,),
     "use_rslora": (bool,), "use_dora": (bool,), "lora_bias": (bool,), "lora_dropout": (int, float),
     "init_lora_weights": (bool, str), "modules_to_save": (list,), "target_modules": (list, str),
     "exclude_modules": (list, str), "layers_to_transform": (list, int), "layers_pattern": (list, str),
     "trainable_token_indices": (list, dict),
-}  # fmt: skip
-_NAMES = ("modules_to_save", "target_modules", "exclude_modules", "layers_pattern")
-_REFUSED = {
     "fan_in_fan_out": "it says that weights are stored transposed, as in transformers' Conv1D, which is no layer here",
     "use_qalora": "QA-LoRA pools the inputs of quantised layers, which are not known here",
     "layer_replication": "the adapter was trained on a base with repeated layers, which is another model",
@@ -54,7 +47,11 @@ _REFUSED = {
     "use_bdlora": "BD-LoRA has block-diagonal factors",
     "arrow_config": "Arrow routes each token through several adapters",
     "kasa_config": "KaSA cuts singular values out of the base's weights",
-}
+    **dict.fromkeys(("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision")),
+    **dict.fromkeys(("inference_mode", "runtime_config", "megatron_core", "qalora_group_size", "ensure_weight_tying")),
+    **dict.fromkeys(("loftq_config", "eva_config", "corda_config", "lora_ga_config")),
+}  # fmt: skip
+_NAMES = ("modules_to_save", "target_modules", "exclude_modules", "layers_pattern")
 _KNOWN_STARTS = (True, False, "gaussian", "eva", "orthogonal", "mica", "pissa")  # but for the last, W0 stays as it is
 _OTHER_BASE = re.compile(r"pissa_niter_\d+|olora|corda|loftq|lora_ga", re.IGNORECASE)
 
@@ -87,21 +84,17 @@ def read(folder: str | os.PathLike[str], model: nn.Module | None = None) -> Adap
         AdapterFileError: a file is missing or damaged, or the adapter is of a kind that is not known here.
     """
     root = Path(folder)
+    path, remedy = root / CONFIG, _SAVE_AGAIN
     try:
-        if (root / CONFIG).stat().st_size > _MAX_CONFIG_BYTES:
-            raise AdapterFileError(root / CONFIG, "it is larger than any such file", _SAVE_AGAIN)
-        config = strict_json.loads((root / CONFIG).read_bytes())
-    except strict_json.JSONDefect as error:
-        raise AdapterFileError(root / CONFIG, str(error), _SAVE_AGAIN) from None
+        if path.stat().st_size > _MAX_CONFIG_BYTES:
+            raise strict_json.JSONDefect("it is larger than any such file")
+        config = strict_json.loads(path.read_bytes())
+        path, remedy = root / TENSORS, f"{_SAVE_AGAIN} (safe_serialization=True): {_PICKLE} is a pickle and is not read"
+        stored, _ = tensor_file.read(path)
+    except (strict_json.JSONDefect, tensor_file.TensorFileDefect) as error:
+        raise AdapterFileError(path, str(error), _SAVE_AGAIN) from None
     except OSError as error:
-        raise AdapterFileError(root / CONFIG, error.strerror or str(error), _SAVE_AGAIN) from error
-    try:
-        stored, _ = tensor_file.read(root / TENSORS)
-    except tensor_file.TensorFileDefect as error:
-        raise AdapterFileError(root / TENSORS, str(error), _SAVE_AGAIN) from None
-    except OSError as error:
-        remedy = _SAVE_AGAIN + f" (safe_serialization=True): {_PICKLE} is a pickle and is not read"
-        raise AdapterFileError(root / TENSORS, error.strerror or str(error), remedy) from error
+        raise AdapterFileError(path, error.strerror or str(error), remedy) from error
     try:
         return _Reader({key: value for key, value in config.items() if value is not None}, stored, model).content()
     except ValueError as error:
@@ -117,14 +110,11 @@ def export(source: str | os.PathLike[str], destination: str | os.PathLike[str]) 
     """
     read_own(source)
     data = {name: Path(source, name).read_bytes() for name in (CONFIG, TENSORS)}
-    kind = strict_json.loads(data[CONFIG])["peft_type"]
-    if kind != adapter_config.LORA:
-        raise AdapterFileError(
-            source,
-            "it holds methods or modules that Hugging Face peft cannot express",
-            "export one that has only LoRA or DoRA on linear and convolution layers, or merge it into a checkpoint",
-        )
-    with atomic.folder(destination, (CONFIG, TENSORS)) as temporary:
+    if strict_json.loads(data[CONFIG])["peft_type"] != adapter_config.LORA:
+        defect = "it holds methods or modules that Hugging Face peft cannot express"
+        remedy = "export one that has only LoRA or DoRA on linear and convolution layers, or merge it into a checkpoint"
+        raise AdapterFileError(source, defect, remedy)
+    with atomic.folder(destination, tuple(data)) as temporary:
         for name, content in data.items():
             (temporary / name).write_bytes(content)
 
@@ -136,8 +126,7 @@ class _Reader:
         _check_fields(config)
         self.config = config
         self.dora = bool(config.get("use_dora"))
-        self.modules = list(model.named_modules(remove_duplicate=False)) if model is not None else []
-        self.by_name = dict(self.modules)
+        self.by_name = dict(model.named_modules(remove_duplicate=False)) if model is not None else {}
         self.tensors = _named_as_in_model(stored)
         self._drop_unused_output_projections()
         tensors = {name: value for name, value in self.tensors.items() if _OUT_PROJ not in name}
@@ -147,26 +136,26 @@ class _Reader:
 
     def content(self) -> AdapterFile:
         """The adapter as ours would be stored, without a base's fingerprint."""
-        groups: dict[tuple[Any, ...], list[str]] = {}
+        entries: dict[tuple[Any, ...], dict[str, Any]] = {}
         for path, rank in self.ranks.items():
             self._check_targeted(path)
-            self._check_module(path)
-            groups.setdefault((rank, self.scales[path] * rank, *self._kind(path)), []).append(path)
-        entries = [self._entry(paths, *key) for key, paths in groups.items()]
+            entry = self._entry(path, rank)
+            alike = entries.setdefault(tuple(map(str, entry.values())), {**entry, "TARGETS": []})
+            alike["TARGETS"].append(f"re:{re.escape(path)}")  # each module outright
         self._add_biases_of_factors()
         self._set_tokens()
         self._leave_base_layers()
         for path in self.ranks:
             if path + _OUT_PROJ + A in self.tensors:
                 self._split_attention(path)
-            elif self._kind(path)[0] == "pissa":
+            elif self._is_pissa(path):
                 self._set_start(path)
         full = [name for name in self.tensors if not _is_injected(name)]
         self._refuse_shared(full)
-        return AdapterFile(self.tensors, entries, self._train(full), None, {}, "", self.scales)
+        return AdapterFile(self.tensors, list(entries.values()), self._train(full), None, {}, "", self.scales)
 
     def _module(self, path: str, what: str) -> nn.Module:
-        if not self.modules:
+        if not self.by_name:
             raise ValueError(f"{what} is stored relative to the base's weights: load it into the model, load_adapter")
         if path not in self.by_name:
             raise ValueError(f"the model has no module {path}")
@@ -208,29 +197,28 @@ class _Reader:
                 return int(found["number"]) in (wanted if isinstance(wanted, list) else [wanted])
         return False
 
-    def _check_module(self, path: str) -> None:
-        """Refuse what `peft` does not compute as ours does; its attention is split, see below."""
-        known = path in self.by_name and path + _OUT_PROJ + A not in self.tensors
-        if known and (problem := adapter_config.difference_to_peft(path, self.by_name)):
-            raise ValueError(f"{path}: {problem}")
+    def _is_pissa(self, path: str) -> bool:
+        return self.config.get("init_lora_weights") == "pissa" and path + EMBEDDING_A not in self.tensors
+
+    def _entry(self, path: str, rank: int) -> dict[str, Any]:
+        """The entry of METHODS for one module; what `peft` does not compute as ours does is refused."""
+        attention, embedding = path + _OUT_PROJ + A in self.tensors, path + EMBEDDING_A in self.tensors
+        different = path in self.by_name and not attention and adapter_config.difference_to_peft(path, self.by_name)
+        if different:
+            raise ValueError(f"{path}: {different}")
         if (path + MAGNITUDE in self.tensors) != self.dora:
             raise ValueError(f"adapter_config.json: use_dora is {self.dora}, and the tensors of {path} say otherwise")
-
-    def _kind(self, path: str) -> tuple[str, float, bool]:
-        """INIT, DROPOUT, and whether it is an attention."""
-        attention, embedding = path + _OUT_PROJ + A in self.tensors, path + EMBEDDING_A in self.tensors
-        pissa = self.config.get("init_lora_weights") == "pissa" and not embedding
-        if pissa and (attention or self.tensors[path + A].ndim != 2):
+        if self._is_pissa(path) and (attention or self.tensors[path + A].ndim != 2):
             raise ValueError(f"init_lora_weights is 'pissa', which peft itself does not have for {path}")
-        dropout = 0.0 if attention or embedding else float(self.config.get("lora_dropout", 0.0))
-        return ("pissa" if pissa else "default"), dropout, attention
-
-    def _entry(
-        self, paths: list[str], rank: int, alpha: float, init: str, dropout: float, parts: bool
-    ) -> dict[str, Any]:
-        """One entry of METHODS; its targets name each module outright."""
-        entry = {"NAME": "lora", "TARGETS": [f"re:{re.escape(path)}" for path in paths], "RANK": rank, "ALPHA": alpha}
-        return {**entry, "DROPOUT": dropout, "DORA": self.dora, "INIT": init, "PARTS": list(_PARTS) if parts else []}
+        return {
+            "NAME": "lora",
+            "RANK": rank,
+            "ALPHA": self.scales[path] * rank,
+            "DROPOUT": 0.0 if attention or embedding else float(self.config.get("lora_dropout", 0.0)),
+            "DORA": self.dora,
+            "INIT": "pissa" if self._is_pissa(path) else "default",
+            "PARTS": list(_PARTS) if attention else [],
+        }
 
     def _add_biases_of_factors(self) -> None:
         """`lora_bias`: s times the bias of B adds to the layer's own bias, which is trained then."""
@@ -264,18 +252,18 @@ class _Reader:
 
     def _split_attention(self, path: str) -> None:
         """One pair of factors for q, k and v together becomes three with the same A: the same change of weights."""
-        a, b = self.tensors.pop(path + A), self.tensors.pop(path + B)
-        if len(b) != 3 * a.shape[1]:
-            raise ValueError(f"the factors of {path} are not those of a fused q, k, v")
-        pairs = {letter: (a.clone(), block.clone()) for letter, block in zip("qkv", b.chunk(3), strict=True)}
-        # peft up to 0.21 adds the update of out_proj twice, in training and after it (its pull request 3774).
-        pairs["out"] = self.tensors.pop(path + _OUT_PROJ + A), 2 * self.tensors.pop(path + _OUT_PROJ + B)
         version = re.match(r"(\d+)\.(\d+)", str(self.config.get("peft_version", "0.0")))
         if version is None or tuple(map(int, version.groups())) > (0, 21):
             reason = "whether it adds the update of an attention's out_proj once, or twice as up to 0.21, is not known"
             raise ValueError(f"adapter_config.json: peft_version is {self.config['peft_version']!r}: {reason}")
+        a, b = self.tensors.pop(path + A), self.tensors.pop(path + B)
+        if len(b) != 3 * a.shape[1]:
+            raise ValueError(f"the factors of {path} are not those of a fused q, k, v")
+        pairs = [(a.clone(), block.clone()) for block in b.chunk(3)]
+        # peft up to 0.21 adds the update of out_proj twice, in training and after it (its pull request 3774).
+        pairs.append((self.tensors.pop(path + _OUT_PROJ + A), 2 * self.tensors.pop(path + _OUT_PROJ + B)))
         scale = self.scales.pop(path)
-        for part, (down, up) in pairs.items():
+        for part, (down, up) in zip(_PARTS, pairs, strict=True):
             self.tensors |= {f"{path}.{part}{A}": down, f"{path}.{part}{B}": up}
             self.scales[f"{path}.{part}"] = scale
 
@@ -289,53 +277,52 @@ class _Reader:
 
     def _refuse_shared(self, full: Collection[str]) -> None:
         """`peft` copies a module of `modules_to_save`, and so separates it from others that share its tensors."""
-        shared = adapter_config.shared_ids(self.modules)
+        shared = adapter_config.shared_ids(list(self.by_name.items()))
         for name in full:
             owner, _, leaf = name.rpartition(".")
             module = self.by_name.get(owner)
-            if module is not None and (id(module) in shared or id(getattr(module, leaf, None)) in shared):
+            if shared & {id(module), id(getattr(module, leaf, self))}:
                 raise ValueError(f"{name} is shared under several names, and peft trains it under one of them alone")
 
     def _train(self, names: Collection[str]) -> tuple[str, ...]:
         """Modules trained in full: what `modules_to_save` names of each remaining tensor, or the tensor itself."""
         wanted = tuple(self.config.get("modules_to_save", ()))
-        found: dict[str, None] = {}
+        chosen = []
         for name in sorted(names):
-            parts = name.split(".")
-            prefixes = [".".join(parts[:count]) for count in range(1, len(parts))]
-            chosen = next((prefix for prefix in prefixes if wanted and prefix.endswith(wanted)), name)
-            found[f"re:{re.escape(chosen)}"] = None
-        return tuple(found)
+            owners = [name[: dot.start()] for dot in re.finditer(r"\.", name)]
+            chosen.append(next((owner for owner in owners if wanted and owner.endswith(wanted)), name))
+        return tuple(dict.fromkeys(f"re:{re.escape(name)}" for name in chosen))
 
 
 def _check_fields(config: Mapping[str, Any]) -> None:
     """Every field is known and of its type, or is off."""
     if config.get("peft_type") != adapter_config.LORA:
-        kind = config.get("peft_type")
-        raise ValueError(f"adapter_config.json has peft_type {kind!r}; known is {adapter_config.LORA}")
-    for key, value in config.items():
-        if key in _HONOURED:
-            is_flag = isinstance(value, bool)  # which Python counts as an int
-            if not isinstance(value, _HONOURED[key]) or (is_flag and bool not in _HONOURED[key]):
-                raise ValueError(f"adapter_config.json: {key} is {value!r}, which is of another type than peft's")
-            if isinstance(value, list) and key in _NAMES and not all(isinstance(item, str) and item for item in value):
-                raise ValueError(f"adapter_config.json: {key} is {value!r}, not a list of names")
-        elif key not in _IGNORED and value not in (False, "", [], {}):
-            reason = _REFUSED.get(key, "this field is not known here, and may change what the tensors mean")
-            raise ValueError(f"adapter_config.json: {key} is {str(value)[:80]!r}: {reason}")
+        raise ValueError(
+            f"adapter_config.json has peft_type {config.get('peft_type')!r}; known is {adapter_config.LORA}"
+        )
+    said = {"bias": "none", "lora_dropout": 0, "init_lora_weights": True, **config}
+    for key, value in said.items():
+        known = FIELDS.get(key, "this field is not known here, and may change what the tensors mean")
+        fits = value in (False, "", [], {})
+        if isinstance(known, tuple):
+            is_flag = isinstance(value, bool) and known != _ANY  # which Python counts as an int
+            texts = value if isinstance(value, list) and key in _NAMES else ()
+            fits = isinstance(value, known) and not (is_flag and bool not in known)
+            fits = fits and all(isinstance(item, str) and item for item in texts)
+            known = "that is of another type than peft's"
+        if known is not None and not fits:
+            raise ValueError(f"adapter_config.json: {key} is {str(value)[:80]!r}: {known}")
     if not config.get("target_modules"):
         raise ValueError("adapter_config.json has no target_modules")
     if isinstance(config["target_modules"], str) and config.get("layers_to_transform") is not None:
         raise ValueError("adapter_config.json: layers_to_transform needs a list of target_modules")
-    if config.get("bias", "none") not in ("none", "all", "lora_only"):
-        raise ValueError(f"adapter_config.json: bias is {config['bias']!r}; known are none, all, lora_only")
-    if not 0 <= config.get("lora_dropout", 0) < 1:
-        raise ValueError(f"adapter_config.json: lora_dropout is {config['lora_dropout']!r}, not a probability below 1")
-    start = config.get("init_lora_weights", True)
-    if start not in _KNOWN_STARTS:
-        reason = "it is not known here"
-        if _OTHER_BASE.fullmatch(start):
-            reason = "it changed the base's weights in a way that the files do not tell"
+    if said["bias"] not in ("none", "all", "lora_only"):
+        raise ValueError(f"adapter_config.json: bias is {said['bias']!r}; known are none, all, lora_only")
+    if not 0 <= said["lora_dropout"] < 1:
+        raise ValueError(f"adapter_config.json: lora_dropout is {said['lora_dropout']!r}, not a probability below 1")
+    if (start := said["init_lora_weights"]) not in _KNOWN_STARTS:
+        other = "it changed the base's weights in a way that the files do not tell"
+        reason = other if _OTHER_BASE.fullmatch(start) else "it is not known here"
         raise ValueError(f"adapter_config.json: init_lora_weights is {start[:80]!r}: {reason}")
 
 

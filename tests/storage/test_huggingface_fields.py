@@ -214,8 +214,7 @@ def test_what_is_refused_is_named(tmp_path: Path, plain: Path, case: str) -> Non
 
 
 def test_no_field_of_the_installed_peft_is_unknown(tmp_path: Path, plain: Path) -> None:
-    known = {*huggingface._HONOURED, *huggingface._IGNORED, *huggingface._REFUSED}
-    assert {field.name for field in dataclasses.fields(hf.LoraConfig)} <= known
+    assert {field.name for field in dataclasses.fields(hf.LoraConfig)} <= huggingface.FIELDS.keys()
     folder = copy(plain, tmp_path / "hf")
     edit(folder, {"tomorrow": None, "use_tomorrow": False, "tomorrows": []})  # written, but not used
     load_adapter(base(), folder)
