@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -126,8 +125,8 @@ def _convert(method: str, key: str, value: Any, hint: Any) -> Any:
         inner = typing.get_args(plain)[1]
         return {name: item if inner is Any else _convert(method, key, item, inner) for name, item in value.items()}
     if origin is float and isinstance(value, int | float) and not isinstance(value, bool):
-        if not abs(value) < math.inf or abs(value) > 1e300:
-            raise MethodError(f"method {method!r}: {key} is {value!r}, expected a finite number")
+        if value != 0 and not 1e-6 <= abs(value) <= 1e6:  # nan, too; beyond that a file would not hold it exactly
+            raise MethodError(f"method {method!r}: {key} is {value!r}, expected a number of 1e-6 to 1e6 in size, or 0")
         return float(value)
     most = _LARGEST.get(key, 2**16)
     if origin is int and type(value) is int and abs(value) > most:
