@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import nn
 from peft_d2.compat import require_detectron2
 from peft_d2.engine.config import PEFT_ARCHITECTURE
 from peft_d2.engine.errors import ConfigError
+from peft_d2.peft.targets import nearest
 
 logger = logging.getLogger(__name__)
 
@@ -50,9 +50,10 @@ def PEFTModel(cfg: Any) -> nn.Module:  # noqa: N802  the registry knows it by th
     from peft_d2 import adapters, peft
 
     node = cfg.MODEL.PEFT
+    _check_architecture(node.META_ARCHITECTURE, META_ARCH_REGISTRY)
     base_cfg = cfg.clone()
     base_cfg.defrost()
-    base_cfg.MODEL.META_ARCHITECTURE = _base_architecture(node.META_ARCHITECTURE, META_ARCH_REGISTRY)
+    base_cfg.MODEL.META_ARCHITECTURE = node.META_ARCHITECTURE
     base_cfg.freeze()
     if not (node.METHODS or node.TRAIN or node.WEIGHTS):
         raise ConfigError(
@@ -79,17 +80,15 @@ def PEFTModel(cfg: Any) -> nn.Module:  # noqa: N802  the registry knows it by th
     return model
 
 
-def _base_architecture(name: str, registry: Any) -> str:
+def _check_architecture(name: str, registry: Any) -> None:
     if not name or name == PEFT_ARCHITECTURE:
         raise ConfigError(
             f"MODEL.META_ARCHITECTURE is PEFTModel and MODEL.PEFT.META_ARCHITECTURE is {name!r}. "
             "It must name the model to build, e.g. 'PD2MaskFormer' or 'GeneralizedRCNN'."
         )
     if name not in registry:
-        known = sorted(key for key, _ in registry)
-        near = difflib.get_close_matches(name, known, n=3, cutoff=0.3)
+        near = nearest(name, (key for key, _ in registry))
         raise ConfigError(
             f"MODEL.PEFT.META_ARCHITECTURE {name!r} is not registered; the nearest names are {near}. "
             "Call peft_d2.register(), or import the package that defines it, before building."
         )
-    return name

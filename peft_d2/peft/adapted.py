@@ -198,15 +198,8 @@ def adapt_problem(module: nn.Module) -> str:
 
 
 def adapt(module: nn.Module, active: ActiveAdapter, name: str) -> Adapted:
-    """Change the class of ``module`` in place; an adapted one stays as it is.
-
-    Raises:
-        TypeError: the class cannot change, or the module is a container that only holds others.
-    """
+    """Change the class of ``module`` in place; an adapted one stays as it is."""
     if not isinstance(module, Adapted):
-        problem = adapt_problem(module)
-        if problem:
-            raise TypeError(f"{name}: {problem}")
         module.__class__ = _adapted_class(type(module))
         statistics = frozenset[str]() if has_statistics(module) else None
         module.__dict__.update(zip(_FIELDS, (active, {}, [], name, statistics), strict=True))
@@ -278,11 +271,3 @@ def walk_adapted(model: nn.Module) -> Iterator[tuple[str, Adapted]]:
     for path, module, _ in walk(model):
         if isinstance(module, Adapted):
             yield path, module
-
-
-def own_tensors(module: nn.Module) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
-    """(table, name in it, tensor) of a module's own parameters and persistent buffers."""
-    for table in (module._parameters, module._buffers):
-        for name, tensor in table.items():
-            if tensor is not None and name not in module._non_persistent_buffers_set:
-                yield table, name, tensor

@@ -1,9 +1,8 @@
 """Proof that what is frozen stays, that a gradient reaches what is trained, and that predictions use adapter layers.
 
-A layer that torch never runs (a projection whose weight is read without a call, a fast path) or that no gradient
-reaches (a part under ``torch.no_grad``, a detached output, a reentrant checkpoint behind frozen layers) trains nothing
-and says nothing. Here a real training pass with its backward pass, and a prediction, show for every trained tensor
-whether a gradient arrives, and if not, whether torch was given the tensor at all, and was recording gradients then.
+A layer that torch never runs (a weight read without a call) or that no gradient reaches (``torch.no_grad``, a
+detached output, a reentrant checkpoint behind frozen layers) trains nothing and says nothing. Here a training pass
+and a prediction show for every trained tensor whether a gradient arrives, and if not, whether torch was given it.
 """
 
 from __future__ import annotations

@@ -527,7 +527,7 @@ def _start_anew(injection: Injection, index: ModelIndex, weights: Mapping[str, T
 
 @dataclass(frozen=True)
 class ReportRow:
-    """Parameters of one part of the model: ``total`` counts injected ones too."""
+    """Parameters of one part of the model, shared ones once: all with the injected, injected, trained in full."""
 
     part: str
     total: int = 0
@@ -536,20 +536,16 @@ class ReportRow:
 
     @property
     def trainable(self) -> int:
-        """Injected and fully trained parameters."""
         return self.injected + self.full
 
     @property
     def percent(self) -> float:
-        """100 x trainable / total."""
         return 100 * self.trainable / max(1, self.total)
 
 
 @dataclass(frozen=True)
 class Report:
-    """Parameters by part (shared ones once) and places by method. Percentages have the added parameters in the
-    denominator.
-    """
+    """Parameters by part, and places by method; ``total``, ``injected``, ``trainable`` and ``percent`` are of all."""
 
     adapter: str
     rows: list[ReportRow]
@@ -558,28 +554,23 @@ class Report:
 
     @property
     def all(self) -> ReportRow:
-        """The rows' sum."""
         columns = [(row.total, row.injected, row.full) for row in self.rows]
         return ReportRow("all", *map(sum, zip(*columns, strict=True)))
 
     @property
     def total(self) -> int:
-        """All parameters of the model with this adapter, the injected ones included."""
         return self.all.total
 
     @property
     def injected(self) -> int:
-        """Parameters that the methods added."""
         return self.all.injected
 
     @property
     def trainable(self) -> int:
-        """Parameters that are trained: injected, and in full."""
         return self.all.trainable
 
     @property
     def percent(self) -> float:
-        """100 x trainable / total."""
         return self.all.percent
 
     def __str__(self) -> str:

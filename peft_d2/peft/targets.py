@@ -36,7 +36,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .adapted import join, own_tensors, walk
+from .adapted import join, walk
 from .errors import PatternError
 
 REGEX_PREFIX = "re:"
@@ -75,7 +75,7 @@ def match(pattern: str, names: Sequence[str], what: str = "module") -> list[str]
     if not isinstance(pattern, str) or not pattern:
         raise PatternError(f"expected a pattern (a non-empty string), got {pattern!r}")
     if pattern.startswith(REGEX_PREFIX):
-        matched = list(filter(_regex(pattern).fullmatch, names))
+        matched = list(filter(_compiled(pattern.removeprefix(REGEX_PREFIX), pattern).fullmatch, names))
         if not matched:
             raise PatternError(f"pattern {pattern!r} matches no {what}.{_hint(pattern, names)}")
         return matched
@@ -83,11 +83,10 @@ def match(pattern: str, names: Sequence[str], what: str = "module") -> list[str]
     used: set[tuple[int, str]] = set()
     choices: set[tuple[int, str]] = set()
     for text, chosen in _expand(pattern):
-        hits = list(filter(_glob(text, pattern).fullmatch, names))
+        hits = set(filter(_glob(text, pattern).fullmatch, names))
         choices.update(chosen)
-        if hits:
-            found.update(hits)
-            used.update(chosen)
+        found |= hits
+        used.update(chosen if hits else ())
     if not found:
         raise PatternError(f"pattern {pattern!r} matches no {what}.{_hint(pattern, names)}")
     dead = sorted(choices - used)
@@ -103,7 +102,7 @@ def first_match(rules: Mapping[str, T], name: str) -> T | None:
     """The value of the first pattern in ``rules`` that chooses ``name``; None when none does."""
     for pattern, value in rules.items():
         if pattern.startswith(REGEX_PREFIX):
-            hit = _regex(pattern).fullmatch(name) is not None
+            hit = _compiled(pattern.removeprefix(REGEX_PREFIX), pattern).fullmatch(name) is not None
         else:
             hit = any(_glob(text, pattern).fullmatch(name) for text, _ in _expand(pattern))
         if hit:
@@ -129,17 +128,11 @@ def _hint(pattern: str, names: Sequence[str]) -> str:
     return f" Nearest names: {', '.join(found)}." if found else " No name resembles it."
 
 
-def _regex(pattern: str) -> re.Pattern[str]:
-    return _compiled(pattern[len(REGEX_PREFIX) :], pattern)
-
-
 def _compiled(expression: str, pattern: str) -> re.Pattern[str]:
     try:
         return re.compile(expression)
-    except (re.error, OverflowError) as error:
+    except (re.error, OverflowError, RecursionError) as error:
         raise PatternError(f"pattern {_short(pattern)} is not a regular expression: {error}") from error
-    except RecursionError as error:
-        raise PatternError(f"pattern {_short(pattern)} is nested too deeply: write it flatter") from error
 
 
 def _short(pattern: str) -> str:
@@ -249,13 +242,17 @@ class ModelIndex:
         for name, module, parent in walk(model):
             index.modules[name] = module
             index.targets.setdefault(id(module), Target(name, module, parent))
-            for table, leaf, tensor in own_tensors(module):
-                alias = join(name, leaf)
-                first = index.first_name[alias] = firsts.setdefault(id(tensor), alias)
-                entry = index.tensors.setdefault(first, BaseTensor([], []))
-                entry.names.append(alias)
-                if not any(known is table and key == leaf for known, key in entry.places):
-                    entry.places.append((table, leaf))
+            tables: list[dict[str, Any]] = [module._parameters, module._buffers]
+            for table in tables:
+                for leaf, tensor in table.items():
+                    if tensor is None or leaf in module._non_persistent_buffers_set:
+                        continue
+                    alias = join(name, leaf)
+                    first = index.first_name[alias] = firsts.setdefault(id(tensor), alias)
+                    entry = index.tensors.setdefault(first, BaseTensor([], []))
+                    entry.names.append(alias)
+                    if not any(known is table and key == leaf for known, key in entry.places):
+                        entry.places.append((table, leaf))
         return index
 
     def module_names(self) -> list[str]:
