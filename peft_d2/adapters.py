@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from peft_d2 import peft
 from peft_d2.peft.adapted import walk
 from peft_d2.peft.lora import LowRank
-from peft_d2.storage import CheckpointError, LoadReport, adapter_file, atomic, base_weights, huggingface
-from peft_d2.storage.adapter_file import AdapterFile, AdapterFileError
-from peft_d2.storage.base_fingerprint import Fingerprint, difference, fingerprint
+from peft_d2.storage import CheckpointError, LoadReport, adapter_file, atomic, checkpoint, huggingface
+from peft_d2.storage.adapter_file import AdapterFile, AdapterFileError, Fingerprint, difference, fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +41,7 @@ def load_base(model: nn.Module, path: str | os.PathLike[str]) -> LoadReport:
         CheckpointError: the file does not exist, is damaged or does not fit. Nothing was loaded.
         InjectionError: the model has adapters already, on another base than this.
     """
-    return base_weights.load_base(model, _local_file(os.fspath(path)), logger=logger)
+    return checkpoint.load_base(model, _local_file(os.fspath(path)), logger=logger)
 
 
 def inject(
@@ -153,6 +152,9 @@ def load_adapter(
             content = huggingface.read(folder, model)
     else:
         content = adapter_file.read(folder)
+    if defect := adapter_file.not_finite(content.tensors, {name for name, _ in _all_tensors(model, parameters=False)}):
+        remedy = "use an earlier checkpoint: this one comes from a training that diverged, or is damaged"
+        raise AdapterFileError(folder, f"it holds {defect}", remedy)
     if content.base is not None:
         differs = difference(content.base, _base_fingerprint(model, content.tensors))
         _refuse_other_base(differs, folder, allow_other_base)
@@ -196,8 +198,12 @@ def save_merged(model: nn.Module, path: str | os.PathLike[str]) -> None:
     was_merged = injection is not None and injection.merged
     peft.merge_whole(model)
     try:
+        state: Any = model.state_dict()
+        modules = {name for name, *_ in walk(model)}
+        # Versions of adapter layers are no part of a base.
+        state._metadata = {name: entry for name, entry in state._metadata.items() if name in modules}
         with atomic.file(path) as temporary:
-            torch.save({"model": model.state_dict(), "__author__": "peft_d2"}, temporary)
+            torch.save({"model": state, "__author__": "peft_d2"}, temporary)
     except BaseException:
         if not was_merged:
             peft.unmerge(model)
@@ -331,8 +337,9 @@ def _with_aliases(model: nn.Module, state: Mapping[str, Tensor], names: Collecti
     return {name for name, value in _all_tensors(model) if name in state and id(value) in chosen}
 
 
-def _all_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
-    return [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+def _all_tensors(model: nn.Module, parameters: bool = True) -> list[tuple[str, Tensor]]:
+    found = list(model.named_parameters(remove_duplicate=False)) if parameters else []
+    return [*found, *model.named_buffers(remove_duplicate=False)]
 
 
 def _scales(model: nn.Module, name: str) -> dict[str, float]:

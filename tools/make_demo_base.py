@@ -14,7 +14,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 from peft_d2.data import toy
-from peft_d2.storage.base_weights import read_checkpoint
+from peft_d2.storage import read_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 ASSETS = ROOT / "peft_d2" / "assets"

@@ -15,12 +15,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from torch import Tensor, nn
 
 from peft_d2 import adapters, peft
 from peft_d2.engine.errors import ConfigError
-from peft_d2.storage import CheckpointError, adapter_file, atomic, strict_json, torch_file
+from peft_d2.storage import CheckpointError, adapter_file, atomic
 from peft_d2.storage.checkpoint import SYSTEM_ERRORS, CheckpointDamaged, read_file
 
 TRAINING_STATE, STATE_RECORD = "training_state.pth", "training_state.json"
@@ -86,13 +87,13 @@ class Checkpointer(DetectionCheckpointer):
         if self.prefix == "adapter":
             files = adapters.adapter_contents(self.model, metrics=self.metrics)
             with atomic.folder(target, _CHECKPOINT_FILES) as folder:
-                count, digest = torch_file.write(state, folder / TRAINING_STATE)
-                record = {**_RECORD, "run": self._run, "bytes": count, "sha256": digest, "adapter": _tie(files)}
-                for filename, data in {**files, STATE_RECORD: strict_json.signed(record)}.items():
+                torch.save(state, folder / TRAINING_STATE)
+                record = {**_RECORD, "run": self._run, "adapter": _tie(files), **_digest(folder / TRAINING_STATE)}
+                for filename, data in {**files, STATE_RECORD: adapter_file.sign(record)}.items():
                     (folder / filename).write_bytes(data)
         else:
             with atomic.file(target) as path:
-                torch_file.write({"model": _dense(self.model.state_dict()), **state}, path)
+                torch.save({"model": _dense(self.model.state_dict()), **state}, path)
         self.tag_last_checkpoint(basename)
         logger.info("Saved checkpoint %s", os.path.join(self.save_dir, basename))
         self._own = [*(own for own in self._own if own != basename), basename]
@@ -365,15 +366,15 @@ def _check_record(folder: Path) -> dict[str, Any] | None:
             raise CheckpointDamaged(f"{TRAINING_STATE} is missing or no regular file")
         if not os.path.lexists(path):
             return None
-        data = path.read_bytes() if path.is_file() and path.stat().st_size < strict_json.MAX_BYTES else b""
-        record = strict_json.loads(data)
-        if not strict_json.is_signed(data, record) or any(record.get(key) != _RECORD[key] for key in _RECORD):
+        data = path.read_bytes() if path.is_file() and path.stat().st_size < adapter_file.MAX_JSON else b""
+        record = adapter_file.load_json(data)
+        if not adapter_file.is_signed(data, record) or any(record.get(key) != _RECORD[key] for key in _RECORD):
             raise CheckpointDamaged(f"{STATE_RECORD} was damaged or edited, or is of another version")
-        if file.stat().st_size != record.get("bytes") or _sha256(file) != record.get("sha256"):
+        if any(record.get(key) != value for key, value in _digest(file).items()):
             raise CheckpointDamaged(f"{TRAINING_STATE} is not the one that was saved: it was damaged or replaced")
         if _tie({adapter_file.RECORD: (folder / adapter_file.RECORD).read_bytes()}) != record.get("adapter"):
             raise CheckpointDamaged(f"{TRAINING_STATE} was saved beside another adapter")
-    except strict_json.JSONDefect as error:
+    except atomic.Defect as error:
         raise CheckpointDamaged(f"{STATE_RECORD}: {error}") from error
     except OSError as error:
         kind = CheckpointError if error.errno in SYSTEM_ERRORS else CheckpointDamaged
@@ -381,12 +382,13 @@ def _check_record(folder: Path) -> dict[str, Any] | None:
     return record
 
 
-def _sha256(path: Path) -> str:
+def _digest(path: Path) -> dict[str, Any]:
+    """Size and sha256 of a file, as a record has them."""
     digest = hashlib.sha256()
     with path.open("rb") as stream:
         while chunk := stream.read(2**22):
             digest.update(chunk)
-    return digest.hexdigest()
+        return {"bytes": stream.tell(), "sha256": digest.hexdigest()}
 
 
 def _defect(path: Path, state: Any) -> str:

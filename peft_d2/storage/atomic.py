@@ -40,31 +40,30 @@ class NotAFolderError(StorageError, NotADirectoryError):
     """A folder is to be written where a file is."""
 
 
+class Defect(ValueError):
+    """What is wrong with a file that was read, in words; the caller adds the file and the remedy."""
+
+
 @contextlib.contextmanager
 def file(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield the path of an empty temporary file to write to; on leaving, it replaces `path` in one step.
 
-    Args:
-        path: the file to create or replace; missing parent directories are made.
+    Missing parent directories are made.
 
     Raises:
         StorageError: it cannot be stored (no space, no permission, an empty or impossible name...); the old file stays.
     """
     target = _target(path)
-    with explained(target), _temporary(target, is_folder=False) as temporary:
+    with explained(target), _temporary(target) as temporary:
         yield temporary
-        with _own_steps(target):
+        with explained(target, everything=True):
             _sync(temporary)
             os.replace(temporary, target)
             _sync(target.parent)
 
 
 def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
-    """Write `data` to `path` in one step.
-
-    Raises:
-        StorageError: it cannot be stored; the old file stays.
-    """
+    """Write `data` to `path` in one step; errors as in `file`."""
     with file(path) as temporary:
         temporary.write_bytes(data)
 
@@ -83,13 +82,13 @@ def folder(path: str | os.PathLike[str], replaces: Collection[str]) -> Iterator[
         NotAFolderError: `path` exists and is a file.
     """
     target = _target(path)
-    with explained(target), _temporary(target, is_folder=True, replaces=replaces) as temporary:
+    with explained(target), _temporary(target, replaces) as temporary:
         yield temporary
-        with _own_steps(target):
+        with explained(target, everything=True):
             for directory, _, names in os.walk(temporary):
                 for name in [*names, ""]:
                     _sync(Path(directory, name))
-            require_own(target, replaces)  # somebody may have put a file there meanwhile
+            _require_own(target, replaces)  # somebody may have put a file there meanwhile
             _replace_folder(temporary, target)
             _sync(target.parent)
 
@@ -100,21 +99,6 @@ def foreign_entry(path: Path, own: Collection[str]) -> str | None:
         if not entry.is_file(follow_symlinks=False) or not any(fnmatch.fnmatchcase(entry.name, name) for name in own):
             return entry.name
     return None
-
-
-def require_own(path: Path, own: Collection[str]) -> None:
-    """Refuse to replace or delete a folder that holds more than the files named by `own`.
-
-    Raises:
-        StorageError: with the first entry that is not one of them; nothing was touched.
-    """
-    found = foreign_entry(path, own) if path.is_dir() else None
-    if found is not None:
-        raise StorageError(
-            errno.ENOTEMPTY,
-            f"cannot store {path}: that folder would be replaced as a whole, and it holds {found!r}, which was not "
-            "written here. Nothing was touched. Give a new folder, an empty one, or one saved there before",
-        )
 
 
 def recover(path: str | os.PathLike[str], only_put_back: bool = False) -> None:
@@ -138,8 +122,8 @@ def recover(path: str | os.PathLike[str], only_put_back: bool = False) -> None:
 
 
 @contextlib.contextmanager
-def explained(target: Path) -> Iterator[None]:
-    """Turn "no space" in its several forms into one StorageError that names the target and the remedy.
+def explained(target: Path, everything: bool = False) -> Iterator[None]:
+    """Turn "no space" in its several forms, or `everything` the system refuses, into one StorageError with the remedy.
 
     Raises:
         StorageError: the disk is full or a quota or size limit is reached while something is written to `target`.
@@ -149,7 +133,7 @@ def explained(target: Path) -> Iterator[None]:
     except StorageError:
         raise
     except OSError as error:
-        if error.errno not in _DISK_FULL:
+        if not everything and error.errno not in _DISK_FULL:
             raise
         raise _refusal(target, error) from error
     except RuntimeError as error:
@@ -159,30 +143,18 @@ def explained(target: Path) -> Iterator[None]:
         raise _refusal(target, OSError(errno.ENOSPC, "the write failed, most likely for lack of space")) from error
 
 
-@contextlib.contextmanager
-def _own_steps(target: Path) -> Iterator[None]:
-    """As `explained`, where every OSError is one of storing `target`."""
-    try:
-        yield
-    except StorageError:
-        raise
-    except OSError as error:
-        raise _refusal(target, error) from error
-
-
 def _refusal(target: Path, error: OSError) -> StorageError:
-    kept, free = "nothing was stored under that name", ""
+    kept, free, remedy = "nothing was stored under that name", "", "Choose another place, or correct its name or rights"
     with contextlib.suppress(OSError):
         kept = "what was stored there before is kept" if target.exists() else kept
-        free = f" ({shutil.disk_usage(target.parent).free / 2**20:.0f} MiB free there)"
-    remedy = "Choose another place, or correct its name or permissions"
     if error.errno in _DISK_FULL:
-        remedy = "Free some space or write to another disk, then run again"
-        elsewhere = Path(os.fsdecode(error.filename)) if error.filename is not None else target
-        if not elsewhere.is_relative_to(target.parent):
-            free, remedy = f" at {elsewhere}", f"Free some space there: {elsewhere.parent} is full"
-    else:
-        free = ""
+        place = Path(os.fsdecode(error.filename)) if error.filename is not None else target
+        if not place.is_relative_to(target.parent):
+            free, remedy = f" at {place}", f"Free some space there: {place.parent} is full"
+        else:
+            with contextlib.suppress(OSError):
+                free = f" ({shutil.disk_usage(target.parent).free / 2**20:.0f} MiB free there)"
+            remedy = "Free some space or write to another disk, then run again"
     reason = error.strerror or str(error)
     return StorageError(error.errno or errno.EIO, f"cannot store {str(target)[:400]}: {reason}{free}; {kept}. {remedy}")
 
@@ -198,22 +170,33 @@ def _short(target: Path) -> str:
     return target.name if len(name) <= _MAX_NAME else hashlib.sha256(name).hexdigest()
 
 
+def _require_own(path: Path, own: Collection[str]) -> None:
+    """Refuse to replace a folder that holds more than the files named by `own`."""
+    found = foreign_entry(path, own) if path.is_dir() else None
+    if found is not None:
+        raise StorageError(
+            errno.ENOTEMPTY,
+            f"cannot store {path}: that folder would be replaced as a whole, and it holds {found!r}, which was not "
+            "written here. Nothing was touched. Give a new folder, an empty one, or one saved there before",
+        )
+
+
 @contextlib.contextmanager
-def _temporary(target: Path, is_folder: bool, replaces: Collection[str] = ()) -> Iterator[Path]:
-    """A locked, empty file or folder beside the target, removed on leaving where it still has that name."""
+def _temporary(target: Path, replaces: Collection[str] | None = None) -> Iterator[Path]:
+    """A locked, empty file (or folder, with `replaces`) beside the target, removed on leaving if it is still there."""
     lock = None
-    with _own_steps(target):
+    with explained(target, everything=True):
         target.parent.mkdir(parents=True, exist_ok=True)
         recover(target)
-        if is_folder and target.exists() and not target.is_dir():
+        if replaces is None and target.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "it is a folder, but a file is to be written there")
+        if replaces is not None and target.exists() and not target.is_dir():
             reason = f"{target} is a file, but a folder is to be written there: move it or choose another name"
             raise NotAFolderError(errno.ENOTDIR, reason)
-        if not is_folder and target.is_dir():
-            raise IsADirectoryError(errno.EISDIR, "it is a folder, but a file is to be written there")
-        require_own(target, replaces)
+        _require_own(target, replaces or ())
         for _ in range(100):  # a cleaner may take it before it is locked
             temporary = target.with_name(f".{_short(target)}.{secrets.token_hex(4)}.tmp")
-            temporary.mkdir() if is_folder else temporary.touch(exist_ok=False)
+            temporary.touch(exist_ok=False) if replaces is None else temporary.mkdir()
             lock = _lock(temporary)
             if lock is not None:
                 break
@@ -260,8 +243,7 @@ def _replace_folder(new: Path, target: Path) -> None:
     if not target.exists():
         os.rename(new, target)
     elif not _exchange(new, target):  # after an exchange, the old folder is removed under the temporary's name
-        old = new.with_suffix(".old")
-        lock = _lock(target)
+        old, lock = new.with_suffix(".old"), _lock(target)
         os.rename(target, old)
         try:
             os.rename(new, target)

@@ -1,20 +1,52 @@
-"""Reading checkpoints of any usual form without executing anything that they contain."""
+"""Base weights: files of any usual form, read without executing anything in them and loaded with every tensor named.
+
+Works on any nn.Module. Into an injected model it loads the base that the adapters are on, which changes nothing, and
+refuses any other; injected tensors are no part of a base checkpoint and are never missing.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import errno
+import logging
 import os
-from collections.abc import Mapping
+import re
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from peft_d2.storage import adapter_config, tensor_file, torch_file
+from peft_d2.peft import injected_keys
+from peft_d2.storage import adapter_config, torch_file
+from peft_d2.storage.adapter_file import load_tensors, newest_in_run, not_finite, some
+from peft_d2.storage.atomic import Defect
 
-# Where training programs put the state dict inside the file.
-_NESTS = ("model", "state_dict", "model_state", "model_state_dict", "blobs", "module")
+# Tensors whose first dimension counts classes. One of these with another first dimension, all others equal, belongs
+# to a head of another class count: it keeps the model's initial values. Any other difference of shape is an error.
+CLASS_HEADS = (
+    "*class_embed.*", "*criterion.empty_weight", "*label_enc.weight",  # Mask2Former, Mask DINO, DETR-like
+    "*box_predictor*.cls_score.*", "*box_predictor*.bbox_pred.*", "*mask_head.predictor.*",  # R-CNN
+    "*head.cls_score.*", "*head.bbox_pred.*",  # RetinaNet, FCOS
+    "sem_seg_head.predictor.weight", "sem_seg_head.predictor.bias",  # semantic FPN
+)  # fmt: skip
+
+# Buffers that the constructor computes from the config or from nothing: harmless when a file lacks them or has them
+# in excess.
+_COMPUTED = (
+    "pixel_mean", "pixel_std", "*.cell_anchors.*", "*num_batches_tracked", "*relative_position_index", "*.attn_mask",
+    "*criterion.empty_weight",
+)  # fmt: skip
+_ADDED_TO_BACKBONE = ("norm[0-9].weight", "norm[0-9].bias")  # Swin's output norms, which no published backbone has
+_BACKBONES = ("backbone.bottom_up.", "backbone.net.", "backbone.")
+# What training programs put before every name: wrappers of torch, lightning modules, self-distillation.
+_WRAPPERS = ("module", "_orig_mod", "model", "student", "net", "network", "ema", "model_ema", "ema_model", "teacher",
+             "detector", "_forward_module", "online")  # fmt: skip
+_NESTS = ("model", "state_dict", "model_state", "model_state_dict", "blobs", "module")  # around the state dict itself
+
 _REMEDY = "Download or copy it again; if it is meant to hold more than tensors, save its state dict alone and use that"
 _GIVE_ADAPTER = "MODEL.WEIGHTS takes the weights of a whole model; an adapter's folder goes into MODEL.PEFT.WEIGHTS"
 SYSTEM_ERRORS = {errno.EMFILE, errno.ENFILE, errno.EACCES, errno.EPERM, errno.ENOMEM}
@@ -25,11 +57,7 @@ class CheckpointError(ValueError):
 
 
 class CheckpointDamaged(CheckpointError):
-    """A checkpoint is not as it was written; another one may be.
-
-    Attributes:
-        defect: what is wrong, in words.
-    """
+    """A checkpoint is not as it was written; another one may be. ``defect`` says what is wrong."""
 
     def __init__(self, defect: str, message: str = "") -> None:
         self.defect = defect
@@ -38,17 +66,47 @@ class CheckpointDamaged(CheckpointError):
 
 @dataclasses.dataclass
 class Checkpoint:
-    """What a checkpoint file holds.
-
-    Attributes:
-        state: name -> tensor, on the CPU.
-        metadata: plain facts beside it: "__author__", "matching_heuristics", "iteration", ...
-        path: the file, for messages.
-    """
+    """What a checkpoint file holds: tensors by name, on the CPU, and plain facts beside them ("__author__", ...)."""
 
     state: dict[str, Tensor]
     metadata: dict[str, Any]
     path: str
+
+
+@dataclasses.dataclass
+class LoadReport:
+    """What `load_base` did; `str(report)` is the log text.
+
+    Attributes:
+        path: the file.
+        loaded: names of the model's tensors that were loaded.
+        reinitialised: (name, shape in the file, shape in the model) of heads of another class count.
+        initial: tensors that the file lacks and that rightly keep their initial values.
+        unexpected: names in the file that the model has no use for.
+        backbone: the prefix of the only part that the file covers ("backbone."), or "" for a file of the whole model.
+        removed: what was taken away before the names in the file ("student."), or "".
+    """
+
+    path: str
+    loaded: list[str]
+    reinitialised: list[tuple[str, tuple[int, ...], tuple[int, ...]]]
+    initial: list[str]
+    unexpected: list[str]
+    backbone: str
+    removed: str = ""
+
+    def __str__(self) -> str:
+        lines = [f"base weights {self.path}: {len(self.loaded)} tensors loaded"]
+        if self.backbone:
+            lines[0] += f"; the file holds a backbone alone ({self.backbone}*), all else keeps its initial values"
+        heads = [f"{name} {old} -> {new}" for name, old, new in self.reinitialised]
+        rest = (
+            ("not in the file, initial values kept", [] if self.backbone else self.initial),
+            ("taken off the file's names, those without it left out", [repr(self.removed)] if self.removed else []),
+            ("another class count, initial values kept", heads),
+            ("in the file, not in the model", self.unexpected),
+        )  # fmt: skip
+        return "\n".join(lines + [f"  {what}: {some(names)}" for what, names in rest if names])
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
@@ -63,7 +121,25 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     content = read_file(path)
     if isinstance(content, Checkpoint):
         return content
-    return _unpacked(content, str(path))
+    if not isinstance(content, Mapping):
+        raise CheckpointError(f"the checkpoint {path} holds a {type(content).__name__}, not a state dict. {_REMEDY}")
+    metadata = {str(k): v for k, v in content.items() if isinstance(v, (str, int, float, bool)) and len(str(k)) < 100}
+    inner = next((content[key] for key in _NESTS if isinstance(content.get(key), Mapping)), content)
+    if isinstance(inner.get("model"), Mapping):  # {"model": {"model": ...}}, as some trainers nest it
+        inner = inner["model"]
+    found = {name: torch_file.as_tensor(value) for name, value in inner.items() if isinstance(name, str)}
+    state = {name: tensor.detach() for name, tensor in found.items() if tensor is not None}
+    if not state:
+        keys = ", ".join(sorted(str(key)[:80] for key in content)[:8])
+        raise CheckpointError(f"the checkpoint {path} holds no tensors (found: {keys or 'nothing'}). {_REMEDY}")
+    _refuse_adapter(state, path)
+    of_caffe2 = all("." not in str(name) for name in inner) and any(name.endswith(("_w", "_b")) for name in state)
+    if "__author__" not in metadata and of_caffe2:
+        metadata.update({"__author__": "Caffe2", "matching_heuristics": True})
+        state = {name: value for name, value in state.items() if not name.endswith("_momentum")}
+    if all(name.startswith("module.") for name in state):
+        state = {name.removeprefix("module."): value for name, value in state.items()}
+    return Checkpoint(state, metadata, str(path))
 
 
 def read_file(path: str | os.PathLike[str], values: bool = True) -> Any:
@@ -80,15 +156,18 @@ def read_file(path: str | os.PathLike[str], values: bool = True) -> Any:
     file = Path(path)
     try:
         if file.is_dir():
-            raise CheckpointError(f"{file} is a folder{_kind_of_folder(file)}. {_GIVE_ADAPTER}")
+            inside = newest_in_run(file)
+            kind = ", an adapter's" if (file / "adapter_config.json").is_file() else ""
+            kind = kind or (f", that of a run: give {inside}" if inside else "")
+            raise CheckpointError(f"{file} is a folder{kind}. {_GIVE_ADAPTER}")
         if not file.exists():
             raise CheckpointError(f"there is no checkpoint {file}: correct MODEL.WEIGHTS, or download the file first")
         if not file.is_file():
             raise CheckpointError(f"{file} is no regular file, so it cannot be a checkpoint")
         if file.suffix != ".safetensors":
             return torch_file.read(file, values)
-        state, metadata = tensor_file.read(file)
-    except (torch_file.Refused, tensor_file.TensorFileDefect) as error:
+        state, metadata = load_tensors(file.read_bytes())
+    except Defect as error:
         raise CheckpointDamaged(str(error), f"cannot read the checkpoint {file}: {error}. {_REMEDY}") from error
     except MemoryError as error:
         size = file.stat().st_size / 2**20
@@ -98,51 +177,221 @@ def read_file(path: str | os.PathLike[str], values: bool = True) -> Any:
     except OSError as error:
         message = f"cannot read the checkpoint {str(file)[:300]}: {error.strerror or error}"
         raise CheckpointError(message) if error.errno in SYSTEM_ERRORS else CheckpointDamaged(message) from error
-    if any(name.startswith(adapter_config.PREFIX) for name in state):
-        raise CheckpointError(f"{file} is the file of an adapter. {_GIVE_ADAPTER}")
+    _refuse_adapter(state, file)
     return Checkpoint(state, dict(metadata), str(file))
 
 
-def _kind_of_folder(folder: Path) -> str:
-    if (folder / "adapter_config.json").is_file():
-        return ", an adapter's"
-    if found := newest_in_run(folder):
-        return f", that of a run: give {found}"
-    return ""
-
-
-def newest_in_run(folder: Path) -> str:
-    """The checkpoint that stands for the run in a folder, "" where it is none's: for messages."""
-    names = [f"{kind}_final{suffix}" for kind, suffix in (("adapter", ""), ("model", ".pth"))]
-    found = [folder / name for name in names] + sorted(folder.glob("adapter_[0-9]*"), reverse=True)
-    found += sorted(folder.glob("model_[0-9]*.pth"), reverse=True)
-    return next((str(path) for path in found if path.exists()), "")
-
-
-def _unpacked(content: Any, path: str) -> Checkpoint:
-    if not isinstance(content, Mapping):
-        raise CheckpointError(f"the checkpoint {path} holds a {type(content).__name__}, not a state dict. {_REMEDY}")
-    metadata = {str(k): v for k, v in content.items() if isinstance(v, (str, int, float, bool)) and len(str(k)) < 100}
-    inner = next((content[key] for key in _NESTS if isinstance(content.get(key), Mapping)), content)
-    if isinstance(inner.get("model"), Mapping):  # {"model": {"model": ...}}, as some trainers nest it
-        inner = inner["model"]
-    state = {}
-    for name, value in inner.items():
-        tensor = torch_file.as_tensor(value) if isinstance(name, str) else None
-        if tensor is not None:
-            state[name] = tensor.detach()
-    if not state:
-        found = ", ".join(sorted(str(key)[:80] for key in content)[:8])
-        raise CheckpointError(f"the checkpoint {path} holds no tensors (found: {found or 'nothing'}). {_REMEDY}")
+def _refuse_adapter(state: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
     if any(name.startswith(adapter_config.PREFIX) for name in state):
         raise CheckpointError(f"{path} is the file of an adapter. {_GIVE_ADAPTER}")
-    if "__author__" not in metadata and _is_caffe2(inner, state):
-        metadata.update({"__author__": "Caffe2", "matching_heuristics": True})
-        state = {name: value for name, value in state.items() if not name.endswith("_momentum")}
-    if all(name.startswith("module.") for name in state):
-        state = {name.removeprefix("module."): value for name, value in state.items()}
-    return Checkpoint(state, metadata, path)
 
 
-def _is_caffe2(inner: Mapping[str, Any], state: Mapping[str, Tensor]) -> bool:
-    return all("." not in str(name) for name in inner) and any(name.endswith(("_w", "_b")) for name in state)
+def load_base(
+    model: nn.Module,
+    checkpoint: Checkpoint | str | os.PathLike[str],
+    *,
+    resizable: Sequence[str] = CLASS_HEADS,
+    logger: logging.Logger | None = None,
+) -> LoadReport:
+    """Load base weights; what is not loaded is named in the report, which is logged, or in the error.
+
+    Args:
+        model: any module; its own `upgrade_state_dict(state) -> state` is applied first where it has one.
+        checkpoint: a file, or what `read_checkpoint` returned.
+        resizable: glob patterns of tensors whose first dimension counts classes. Where only that dimension differs,
+            the model's initial values are kept and listed.
+        logger: where the report goes; the module's own logger when None.
+
+    Raises:
+        CheckpointError: a tensor of the model is not in the file, or has another shape there, or would mean something
+            else. The model is then unchanged.
+    """
+    file = checkpoint if isinstance(checkpoint, Checkpoint) else read_checkpoint(checkpoint)
+    injected, aliases, current = injected_keys(model), _aliases(model), model.state_dict()
+    own = {name: value for name, value in current.items() if name not in injected}
+    state, removed = _unwrapped(model, file, own)
+    state, prefix = _named_as_in_model(model, dataclasses.replace(file, state=state), own)
+
+    matched, heads, misshaped = {}, [], []
+    for name in sorted(state.keys() & own.keys()):
+        old, new = tuple(state[name].shape), tuple(own[name].shape)
+        is_head = any(_any(alias, resizable) for alias in aliases.get(name, [name]))
+        if old == new:
+            matched[name] = state[name]
+        elif len(old) == len(new) > 0 and old[1:] == new[1:] and is_head:
+            heads.append((name, old, new))
+        else:
+            misshaped.append(f"{name} {old} -> {new}")
+    backbone = prefix or next((b for b in _BACKBONES if matched and all(name.startswith(b) for name in state)), "")
+    missing = sorted(name for name in own if not any(alias in state for alias in aliases.get(name, [name])))
+    required = [name for name in missing if not _any(name, _COMPUTED)]
+    if backbone:
+        inside = [name for name in missing if name.startswith(backbone)]
+        required = [name for name in inside if not _any(name.removeprefix(backbone), _ADDED_TO_BACKBONE)]
+    unexpected = sorted(name for name in state if name not in own and not _any(name, _COMPUTED))
+    if required or misshaped or not matched:
+        raise CheckpointError(_refusal(file, required, misshaped, unexpected, own, bool(matched)))
+    if defect := not_finite(matched, {name for name, _ in model.named_buffers(remove_duplicate=False)}):
+        raise CheckpointError(
+            f"the checkpoint {file.path} holds {defect}. Nothing was loaded. It comes from a training that diverged, "
+            "or is damaged: use an earlier one"
+        )
+    named_as_now = OrderedDict(matched)
+    # Modules that rename what an older version of them saved would do so without a version to go by.
+    named_as_now._metadata = getattr(current, "_metadata", {})  # type: ignore[attr-defined]
+    if lost := model.load_state_dict(named_as_now, strict=False).unexpected_keys:
+        raise CheckpointError(f"the model's own loading hooks lost tensors of {file.path}: {some(sorted(lost))}")
+    report = LoadReport(file.path, sorted(matched), heads, missing, unexpected, backbone, removed)
+    (logger or logging.getLogger(__name__)).info("%s", report)
+    return report
+
+
+def _unwrapped(model: nn.Module, file: Checkpoint, own: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str]:
+    """The file's tensors without what a training program put before the names, and what that was.
+
+    That is what stands before all names, or one of the usual words before some. Of several ("student." and "teacher.")
+    the one is taken under which most names are the model's, the first of the list above where they are equal. Names
+    that are the model's as they are stay.
+    """
+    split = [name.split(".") for name in file.state]
+    shared = len(os.path.commonprefix([parts[:-1] for parts in split]))
+    prefixes = {""}
+    for parts in split:
+        count = next((i for i, part in enumerate(parts) if i >= shared and part not in _WRAPPERS), len(parts) - 1)
+        prefixes.update(".".join([*parts[:i], ""]) for i in range(1, count + 1))
+    if len(prefixes) == 1:
+        return dict(file.state), ""
+
+    def stripped(prefix: str) -> dict[str, Tensor]:
+        return {name.removeprefix(prefix): value for name, value in file.state.items() if name.startswith(prefix)}
+
+    def fits(prefix: str) -> tuple[int, list[int]]:
+        renamed, _ = _named_as_in_model(model, dataclasses.replace(file, state=stripped(prefix)), own)
+        order = [-_WRAPPERS.index(part) if part in _WRAPPERS else -99 for part in prefix.split(".")[:-1]]
+        return sum(name in own and value.shape == own[name].shape for name, value in renamed.items()), order
+
+    best = max(sorted(prefixes, key=len), key=fits)
+    return (stripped(best), best) if fits(best)[0] > fits("")[0] else (dict(file.state), "")
+
+
+def _named_as_in_model(model: nn.Module, file: Checkpoint, own: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str]:
+    """The file's tensors under the model's names, and the prefix that had to be added."""
+    state = dict(file.state)
+    if file.metadata.get("__author__") == "Caffe2":
+        state = from_caffe2(state)
+    elif state.keys() >= _TORCHVISION and not any(name.endswith("layer1.0.conv1.weight") for name in own):
+        if problem := _misfit(model):
+            raise CheckpointError(f"{file.path} is a ResNet of torchvision's make, and {problem}")
+        state = {_renamed(name, _FROM_TORCHVISION): value for name, value in state.items()}
+    upgrade: Any = getattr(model, "upgrade_state_dict", None)
+    if upgrade is not None:
+        state = upgrade(state)
+    counts = {prefix: sum(prefix + name in own for name in state) for prefix in ("", *_BACKBONES)}
+    best = max(counts, key=counts.__getitem__)  # the first of equals
+    return {best + name: value for name, value in state.items()}, best
+
+
+def _aliases(model: nn.Module) -> dict[str, list[str]]:
+    """Name of each tensor -> all its names: a shared module has several, and one of them in a file is enough."""
+    names: dict[int, list[str]] = {}
+    for source in (model.named_parameters, model.named_buffers):
+        for name, value in source(remove_duplicate=False):
+            names.setdefault(id(value), []).append(name)
+    return {name: group for group in names.values() for name in group}
+
+
+def _refusal(
+    file: Checkpoint,
+    missing: list[str],
+    misshaped: list[str],
+    unexpected: list[str],
+    own: Mapping[str, Tensor],
+    any_match: bool,
+) -> str:
+    lines = [f"the checkpoint {file.path} does not fit the model; nothing was loaded"]
+    if not any_match and not misshaped:
+        lines = [f"the checkpoint {file.path} has no tensor of the model; nothing was loaded"]
+        lines += [f"  the model has: {some(sorted(own), 5)}", f"  the file has: {some(sorted(file.state), 5)}"]
+    else:
+        rows = (
+            (missing if any_match or not misshaped else [], "tensors of the model are not in the file"),
+            (misshaped, "have another shape (file -> model)"),
+            (unexpected, "tensors of the file are not in the model"),
+        )
+        lines += [f"  {len(names)} {what}: {some(names)}" for names, what in rows if names]
+    remedy = "use the config that belongs to this file (backbone, depth, queries), or the file of this config"
+    return "\n".join([*lines, f"  {remedy}"])
+
+
+def _any(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+# ResNets of Caffe2's ImageNet files, and of torchvision and timm, under the names of Detectron2's backbones: part after
+# part of a name is replaced until none fits.
+_FROM_CAFFE2 = (
+    (r"res(\d)_(\d+)_branch1_", r"res\1.\2.shortcut."),
+    (r"res(\d)_(\d+)_branch2a_", r"res\1.\2.conv1."),
+    (r"res(\d)_(\d+)_branch2b_", r"res\1.\2.conv2."),
+    (r"res(\d)_(\d+)_branch2c_", r"res\1.\2.conv3."),
+    (r"(res_)?conv1_(?=w$|b$|bn_)", "stem.conv1."),
+    (r"(?<=\.)w$", "weight"),
+    (r"(?<=\.)b$", "bias"),
+    (r"(?<=\.)bn_s$", "norm.weight"),
+    (r"(?<=\.)bn_b$", "norm.bias"),
+    (r"(?<=\.)bn_rm$", "norm.running_mean"),
+    (r"(?<=\.)bn_riv$", "norm.running_var"),
+)
+_FROM_TORCHVISION = (
+    (r"^conv1\.", "stem.conv1."),
+    (r"^bn1\.", "stem.conv1.norm."),
+    (r"^layer1\.", "res2."),
+    (r"^layer2\.", "res3."),
+    (r"^layer3\.", "res4."),
+    (r"^layer4\.", "res5."),
+    (r"(?<=\.)downsample\.0\.", "shortcut."),
+    (r"(?<=\.)downsample\.1\.", "shortcut.norm."),
+    (r"(?<=\.)bn(\d)\.", r"conv\1.norm."),
+)
+_TORCHVISION = {"conv1.weight", "bn1.running_mean", "layer1.0.conv1.weight", "layer4.0.bn2.weight"}
+
+
+def _renamed(name: str, table: Sequence[tuple[str, str]]) -> str:
+    for pattern, new in table:
+        name = re.sub(pattern, new, name)
+    return name
+
+
+def from_caffe2(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename Caffe2's ResNet tensors; names of other parts stay as they are.
+
+    Caffe2's affine channels have no statistics; mean 0 and variance 1 are added, as Detectron2's frozen norm expects.
+    """
+    result = {_renamed(name, _FROM_CAFFE2): value for name, value in state.items()}
+    for name, value in list(result.items()):
+        if name.endswith(".norm.weight"):
+            result.setdefault(name.removesuffix("weight") + "running_mean", torch.zeros_like(value))
+            result.setdefault(name.removesuffix("weight") + "running_var", torch.ones_like(value))
+    return result
+
+
+def _misfit(model: nn.Module) -> str:
+    """Why torchvision's weights would be wrong in this model although all names and shapes fit; else empty.
+
+    Its bottlenecks have their stride in the 3x3 convolution, Detectron2's, by default, in the first 1x1; it was trained
+    on RGB images of unit variance, Detectron2's own ImageNet weights on BGR images that are not divided by anything.
+    """
+    for name, module in model.named_modules():
+        first = getattr(module, "conv1", None)
+        if isinstance(first, nn.Conv2d) and hasattr(module, "conv3") and max(first.stride) > 1:
+            return f"{name}.conv1 has stride {max(first.stride)}; set MODEL.RESNETS.STRIDE_IN_1X1 False"
+    pixels = [getattr(model, name, None) for name in ("pixel_mean", "pixel_std")]
+    if not all(isinstance(value, Tensor) and value.numel() == 3 for value in pixels):
+        return ""
+    mean, std = ([round(v, 3) for v in value.flatten().tolist()] for value in pixels if value is not None)
+    if std != [1, 1, 1] and mean[0] >= mean[2]:
+        return ""
+    return (
+        f"the model takes pixels less {mean}, over {std}; set INPUT.FORMAT RGB, "
+        "MODEL.PIXEL_MEAN [123.675, 116.28, 103.53] and MODEL.PIXEL_STD [58.395, 57.12, 57.375]"
+    )

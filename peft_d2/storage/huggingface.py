@@ -15,10 +15,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_d2.storage import adapter_config, atomic, strict_json, tensor_file
+from peft_d2.storage import adapter_config, atomic
 from peft_d2.storage.adapter_config import EMBEDDING_A, MAGNITUDE, SUFFIXES, A, B, expression
-from peft_d2.storage.adapter_file import CONFIG, MARK, RECORD, TENSORS, AdapterFile, AdapterFileError
+from peft_d2.storage.adapter_file import (
+    CONFIG,
+    MARK,
+    RECORD,
+    TENSORS,
+    AdapterFile,
+    AdapterFileError,
+    load_json,
+    load_tensors,
+)
 from peft_d2.storage.adapter_file import read as read_own
+from peft_d2.storage.atomic import Defect
 
 logger = logging.getLogger(__name__)
 
@@ -64,8 +74,8 @@ def is_huggingface(folder: str | os.PathLike[str]) -> bool:
     if not os.path.isfile(root / TENSORS):
         return os.path.isfile(root / _PICKLE)
     try:
-        return MARK not in tensor_file.read(root / TENSORS)[1]
-    except (tensor_file.TensorFileDefect, OSError):
+        return MARK not in load_tensors((root / TENSORS).read_bytes())[1]
+    except (Defect, OSError):
         return False
 
 
@@ -87,11 +97,11 @@ def read(folder: str | os.PathLike[str], model: nn.Module | None = None) -> Adap
     path, remedy = root / CONFIG, _SAVE_AGAIN
     try:
         if path.stat().st_size > _MAX_CONFIG_BYTES:
-            raise strict_json.JSONDefect("it is larger than any such file")
-        config = strict_json.loads(path.read_bytes())
+            raise Defect("it is larger than any such file")
+        config = load_json(path.read_bytes())
         path, remedy = root / TENSORS, f"{_SAVE_AGAIN} (safe_serialization=True): {_PICKLE} is a pickle and is not read"
-        stored, _ = tensor_file.read(path)
-    except (strict_json.JSONDefect, tensor_file.TensorFileDefect) as error:
+        stored, _ = load_tensors(path.read_bytes())
+    except Defect as error:
         raise AdapterFileError(path, str(error), _SAVE_AGAIN) from None
     except OSError as error:
         raise AdapterFileError(path, error.strerror or str(error), remedy) from error
@@ -110,7 +120,7 @@ def export(source: str | os.PathLike[str], destination: str | os.PathLike[str]) 
     """
     read_own(source)
     data = {name: Path(source, name).read_bytes() for name in (CONFIG, TENSORS)}
-    if strict_json.loads(data[CONFIG])["peft_type"] != adapter_config.LORA:
+    if load_json(data[CONFIG])["peft_type"] != adapter_config.LORA:
         defect = "it holds methods or modules that Hugging Face peft cannot express"
         remedy = "export one that has only LoRA or DoRA on linear and convolution layers, or merge it into a checkpoint"
         raise AdapterFileError(source, defect, remedy)

@@ -220,14 +220,12 @@ def saved(tmp_path: Path, toy: nn.Module, disturb: Callable[..., None], methods:
 
 def change_record(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     """Another record with right checksums, as somebody's own program could write it."""
-    from peft_d2.storage import strict_json
-
     path = folder / adapter_file.RECORD
     record = json.loads(path.read_bytes())
     change(record)
     record.pop("checksum")
-    checksum = adapter_file._sha256(strict_json.dumps(record))
-    path.write_bytes(strict_json.dumps({**record, "checksum": checksum}))
+    checksum = adapter_file._sha256(adapter_file.dump_json(record))
+    path.write_bytes(adapter_file.dump_json({**record, "checksum": checksum}))
 
 
 FILES: dict[str, Callable[[dict[str, Any]], Any]] = {

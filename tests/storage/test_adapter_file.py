@@ -19,7 +19,6 @@ from peft_d2.storage import (
     adapter_config,
     adapter_file,
     fingerprint,
-    strict_json,
 )
 
 FILES = ("adapter_model.safetensors", "adapter_config.json", "peft_d2.json")
@@ -173,8 +172,8 @@ def resigned(folder: Path, change: Any) -> Path:
     record = json.loads((folder / "peft_d2.json").read_text())
     del record["checksum"]
     change(record)
-    record["checksum"] = adapter_file._sha256(strict_json.dumps(record))
-    (folder / "peft_d2.json").write_bytes(strict_json.dumps(record))
+    record["checksum"] = adapter_file._sha256(adapter_file.dump_json(record))
+    (folder / "peft_d2.json").write_bytes(adapter_file.dump_json(record))
     return folder
 
 

@@ -303,3 +303,30 @@ def test_nobodys_folder_is_deleted_by_a_save(folder: str, tmp_path: Path, monkey
     for _ in range(2):  # a new folder, then the same again
         save_adapter(model, "run/mine")
         assert sorted(path.name for path in Path("run/mine").iterdir()) == sorted(adapter_file.FILES)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["blocks.1.fc.lora_b", "head.bias"])
+def test_an_adapter_that_diverged_is_refused_by_name(tmp_path: Path, name: str, value: float) -> None:
+    model, fresh = trained("lora"), base()
+    peft.adapter_state_dict(model)[name].view(-1)[1] = value
+    save_adapter(model, tmp_path / "adapter")
+    with pytest.raises(AdapterFileError, match=rf"adapter: it holds NaN or infinity: 1 of \d+ values of {name}"):
+        load_adapter(fresh, tmp_path / "adapter")
+    assert peft.get_injection(fresh) is None and torch.equal(output(fresh), output(base()))
+
+
+def test_infinity_in_a_buffer_is_no_damage(tmp_path: Path) -> None:
+    """As in masks of attention; all of this model is trained, its buffers are in the file."""
+    model, fresh = base(), base()
+    for one in (model, fresh):
+        one.register_buffer("mask", torch.full((2, 2), -float("inf")))
+    peft.inject(model, [], train=("*",))
+    save_adapter(model, tmp_path / "adapter")
+    assert "mask" in load_adapter(fresh, tmp_path / "adapter").tensors
+
+
+def test_a_merged_file_has_the_versions_of_the_bases_modules(tmp_path: Path) -> None:
+    model = trained("attention")
+    save_merged(model, tmp_path / "merged.pth")
+    assert torch.load(tmp_path / "merged.pth")["model"]._metadata == base().state_dict()._metadata

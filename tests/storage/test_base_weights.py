@@ -338,7 +338,7 @@ def test_a_backbone_file_is_accepted_with_one_line(
 
 
 def test_a_caffe2_backbone_gets_detectron2s_names(tmp_path: Path) -> None:
-    from peft_d2.storage.published_names import from_caffe2
+    from peft_d2.storage.checkpoint import from_caffe2
 
     names = ("conv1_w", "res_conv1_bn_s", "res_conv1_bn_b", "res2_0_branch1_w", "res4_22_branch2c_bn_b", "fc1000_w")
     found = from_caffe2({name: torch.ones(2) for name in names})

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from peft_d2.engine.errors import ConfigError
 from peft_d2.models.sam.model import SegmentAnything
-from peft_d2.storage import atomic, tensor_file
+from peft_d2.storage import atomic
+from peft_d2.storage.adapter_file import dump_tensors, load_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +59,7 @@ class FeatureCache:
         if missing:
             for i, embedding in zip(missing, self.encoder(images[missing]), strict=True):
                 embeddings[i] = embedding.cpu()
-                atomic.write_bytes(paths[i], tensor_file.dumps({"embedding": embedding.cpu().contiguous()}))
+                atomic.write_bytes(paths[i], dump_tensors({"embedding": embedding.cpu().contiguous()}))
         return torch.stack([embedding.to(images.device) for embedding in embeddings if embedding is not None])
 
     def _keys(self, images: Tensor) -> list[str]:
@@ -85,7 +86,7 @@ def _read(path: Path) -> Tensor | None:
     if not path.is_file():
         return None
     try:
-        return tensor_file.read(path)[0]["embedding"]
+        return load_tensors(Path(path).read_bytes())[0]["embedding"]
     except (ValueError, KeyError) as error:
         logger.warning("%s cannot be read (%s): it is computed again.", path, error)
         return None

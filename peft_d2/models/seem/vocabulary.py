@@ -7,6 +7,7 @@ import hashlib
 import logging
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,8 +25,8 @@ from peft_d2.models.seem.text_encoder import (
     load_tokenizer,
     prompts,
 )
-from peft_d2.storage import CheckpointError, atomic, strict_json, tensor_file
-from peft_d2.storage.base_fingerprint import fingerprint
+from peft_d2.storage import CheckpointError, atomic
+from peft_d2.storage.adapter_file import dump_json, dump_tensors, fingerprint, load_json, load_tensors
 
 _TENSOR, _RECORD, _FORMAT = "vectors", "class_vectors", 1
 _TEXTS_PER_CALL = 512
@@ -90,14 +91,14 @@ class ClassVectors:
             "encoder": self.encoder,
             "sha256": _sha256(vectors),
         }
-        data = tensor_file.dumps({_TENSOR: vectors}, {_RECORD: strict_json.dumps(record).decode("ascii")})
+        data = dump_tensors({_TENSOR: vectors}, {_RECORD: dump_json(record).decode("ascii")})
         atomic.write_bytes(path, data)
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> ClassVectors:
         """The vectors in a file of :meth:`write`."""
         try:
-            return _checked(*tensor_file.read(path))
+            return _checked(*load_tensors(Path(path).read_bytes()))
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or str(error)
         raise ClassVectorsError(f"{os.fspath(path)}: {reason}; write it (again) with tools/encode_classes.py") from None
@@ -106,7 +107,7 @@ class ClassVectors:
 def _checked(tensors: dict[str, Tensor], metadata: dict[str, str]) -> ClassVectors:
     if _RECORD not in metadata or set(tensors) != {_TENSOR}:
         raise ValueError("it holds no class vectors")
-    record: dict[str, Any] = strict_json.loads(metadata[_RECORD].encode())
+    record: dict[str, Any] = load_json(metadata[_RECORD].encode())
     if record.get("format") != _FORMAT:
         raise ValueError(f"it has format {record.get('format')!r}, and this version reads {_FORMAT}")
     vectors = tensors[_TENSOR]

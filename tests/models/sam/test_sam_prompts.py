@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from peft_d2.storage import base_weights
+from peft_d2.storage import checkpoint
 
 IMAGE = torch.full((3, 100, 128), 90, dtype=torch.uint8)
 
@@ -87,13 +87,13 @@ def test_a_published_checkpoint_and_one_of_another_size(sam: Any, tmp_path: Path
         torch.nn.init.normal_(parameter)
     path = tmp_path / "sam.pth"
     torch.save(source.state_dict(), path)  # as published: the bare state dict
-    base_weights.load_base(target, path)
+    checkpoint.load_base(target, path)
     for name, value in target.state_dict().items():
         assert torch.equal(value, source.state_dict()[name]), name
-    with pytest.raises(base_weights.CheckpointError, match="does not fit the model.*(?s:.*)another shape"):
-        base_weights.load_base(sam({"MODEL.SAM.EMBED_DIM": 64}), path)
-    with pytest.raises(base_weights.CheckpointError, match="not in the file: image_encoder.blocks.4"):
-        base_weights.load_base(sam({"MODEL.SAM.DEPTH": 5}), path)
+    with pytest.raises(checkpoint.CheckpointError, match="does not fit the model.*(?s:.*)another shape"):
+        checkpoint.load_base(sam({"MODEL.SAM.EMBED_DIM": 64}), path)
+    with pytest.raises(checkpoint.CheckpointError, match="not in the file: image_encoder.blocks.4"):
+        checkpoint.load_base(sam({"MODEL.SAM.DEPTH": 5}), path)
 
 
 @pytest.mark.parametrize(

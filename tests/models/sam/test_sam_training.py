@@ -12,7 +12,7 @@ from detectron2.structures import BitMasks, Boxes, Instances
 from torch import Tensor
 
 from peft_d2 import peft
-from peft_d2.storage import base_weights
+from peft_d2.storage import checkpoint
 
 from ...tiny_sam import SAM_TINY
 from ..conftest import SMALL
@@ -166,7 +166,7 @@ def test_the_encoder_feeds_mask2former(build: Any, sam: Any, tmp_path: Path) -> 
     }
     whole = sam()
     torch.save(whole.state_dict(), tmp_path / "sam.pth")
-    report = base_weights.load_base(model, tmp_path / "sam.pth")
+    report = checkpoint.load_base(model, tmp_path / "sam.pth")
     assert report.backbone and not [name for name in report.initial if name.startswith("backbone.net.")]
     grid = torch.rand(1, 3, 128, 128)
     seen: list[Tensor] = []

@@ -18,7 +18,7 @@ from peft_d2.models import register
 from peft_d2.models.backbones.sam_vit import SEEMViT
 from peft_d2.models.seem.text_encoder import TokenizerError
 from peft_d2.models.seem.vocabulary import ClassVectors, ClassVectorsError
-from peft_d2.storage import base_weights
+from peft_d2.storage import checkpoint
 
 from ..conftest import GOLDENS, ROOT, make_config
 from ..mask2former.test_golden import TOLERANCE, assert_instances, recorded, rows
@@ -318,16 +318,16 @@ def test_checkpoints_that_lack_what_is_not_computed(small_seem: Any, tmp_path: P
     model = small_seem()
     whole = {name: torch.randn_like(value) for name, value in model.state_dict().items()}
     torch.save(whole, tmp_path / "seem.pt")
-    assert base_weights.load_base(model, tmp_path / "seem.pt").unexpected == []
+    assert checkpoint.load_base(model, tmp_path / "seem.pt").unexpected == []
     assert all(torch.equal(value, whole[name]) for name, value in model.state_dict().items())
     words = ("sptial", "spatial", "pn_indicator")
     torch.save({n: v for n, v in whole.items() if not any(word in n for word in words)}, tmp_path / "fork.pt")
     other = small_seem()
-    base_weights.load_base(other, tmp_path / "fork.pt")
+    checkpoint.load_base(other, tmp_path / "fork.pt")
     assert not other.sem_seg_head.predictor.pn_indicator.weight.any()
     torch.save({n: v for n, v in whole.items() if "lang_encoder.lang_encoder" not in n}, tmp_path / "mute.pt")
     with pytest.raises(ClassVectorsError, match="no text encoder .*TEXT_ENCODER to False"):
-        base_weights.load_base(other, tmp_path / "mute.pt")
+        checkpoint.load_base(other, tmp_path / "mute.pt")
 
 
 FILES = sorted(str(path.relative_to(ROOT / "configs")) for path in (ROOT / "configs/seem").rglob("*.yaml"))

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from peft_d2.engine.errors import ConfigError
 from peft_d2.models.seem.text_encoder import TEMPLATES, TextEncoder, TokenizerError, load_tokenizer, prompts
 from peft_d2.models.seem.vocabulary import ClassVectors, ClassVectorsError, encode_classes
-from peft_d2.storage import tensor_file
+from peft_d2.storage.adapter_file import dump_tensors, load_tensors
 
 from ..conftest import GOLDENS, ROOT
 
@@ -210,10 +210,10 @@ def test_file(tmp_path: Path) -> None:
 
 def damaged(change: Callable[[dict[str, Tensor], dict[str, Any]], None]) -> Callable[[bytes], bytes]:
     def apply(data: bytes) -> bytes:
-        tensors, metadata = tensor_file.loads(data)
+        tensors, metadata = load_tensors(data)
         record = json.loads(metadata["class_vectors"])
         change(tensors, record)
-        return tensor_file.dumps(tensors, {"class_vectors": json.dumps(record)})
+        return dump_tensors(tensors, {"class_vectors": json.dumps(record)})
 
     return apply
 
@@ -221,7 +221,7 @@ def damaged(change: Callable[[dict[str, Tensor], dict[str, Any]], None]) -> Call
 FAULTS: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "cut short": (lambda data: data[:-8], "cut short, damaged"),
     "empty": (lambda data: b"", "cut short, damaged"),
-    "other tensors": (lambda data: tensor_file.dumps({"x": torch.zeros(2)}), "holds no class vectors"),
+    "other tensors": (lambda data: dump_tensors({"x": torch.zeros(2)}), "holds no class vectors"),
     "changed": (damaged(lambda tensors, _: tensors["vectors"].mul_(2)), "not those that were written"),
     "not finite": (damaged(lambda tensors, _: tensors["vectors"].fill_(torch.nan)), "not those that were written"),
     "newer": (damaged(lambda _, record: record.update(format=2)), "format 2, and this version reads 1"),
