@@ -36,7 +36,12 @@ SLOW = {
 
 @pytest.fixture(autouse=True)
 def _fixed_seeds() -> None:
-    logging.disable(logging.NOTSET)  # a tool that ran in this process may have silenced everything
+    # A tool that ran in this process may have silenced everything, and a library's logging configuration ours.
+    logging.disable(logging.NOTSET)
+    for name, logger in logging.root.manager.loggerDict.items():
+        if name.startswith("peft_d2") and isinstance(logger, logging.Logger):
+            logger.disabled = False
+            logger.propagate = True
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
