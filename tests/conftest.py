@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -36,15 +36,27 @@ SLOW = {
 
 @pytest.fixture(autouse=True)
 def _fixed_seeds() -> None:
-    # A tool that ran in this process may have silenced everything, and a library's logging configuration ours.
-    logging.disable(logging.NOTSET)
-    for name, logger in logging.root.manager.loggerDict.items():
-        if name.startswith("peft_d2") and isinstance(logger, logging.Logger):
-            logger.disabled = False
-            logger.propagate = True
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def forget_loggers() -> Iterator[Callable[[], None]]:
+    """Detectron2's loggers keep the stdout and files of their first use: they are let go of after each test, and by a
+    test that runs several programs, through what this gives, between them.
+    """
+
+    def forget() -> None:
+        for name in ("detectron2", "fvcore", "peft_d2"):
+            logger = logging.getLogger(name)
+            logger.handlers.clear()
+            logger.propagate = True
+        if "detectron2.utils.logger" in sys.modules:
+            sys.modules["detectron2.utils.logger"].setup_logger.cache_clear()
+
+    yield forget
+    forget()
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import runpy
 import sys
 from collections.abc import Callable
@@ -11,11 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 pytest.importorskip("detectron2")
-
-from detectron2.utils.logger import setup_logger  # noqa: E402
 
 from peft_d2.data import toy  # noqa: E402
 
@@ -29,22 +25,18 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
-def forget_loggers() -> None:
-    """Detectron2's loggers keep the stdout of their first use, which pytest replaces in each test."""
-    for name in ("detectron2", "fvcore", "peft_d2"):
-        logging.getLogger(name).handlers.clear()
-    setup_logger.cache_clear()
-
-
 @pytest.fixture
-def tool(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str]]:
+def tool(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    forget_loggers: Callable[[], None],
+    one_thread: None,
+) -> Callable[..., tuple[int, str]]:
     """``tool("train_net", ...)``: the exit status of a command line, and what it printed."""
 
     def call(name: str, *arguments: object) -> tuple[int, str]:
         forget_loggers()
         capsys.readouterr()
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
         try:
             runpy.run_path(str(ROOT / "tools" / f"{name}.py"), run_name="__main__")
@@ -52,7 +44,6 @@ def tool(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) ->
         except SystemExit as left:
             code = int(left.code or 0)
         finally:
-            torch.set_num_threads(threads)
             forget_loggers()
         return code, "".join(capsys.readouterr())
 

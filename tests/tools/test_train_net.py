@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import re
 import subprocess
@@ -21,7 +20,6 @@ pytest.importorskip("detectron2")
 
 import demo  # noqa: E402
 import inspect_targets  # noqa: E402
-from detectron2.utils.logger import setup_logger  # noqa: E402
 
 from peft_d2.data import toy  # noqa: E402
 from peft_d2.engine import launch  # noqa: E402
@@ -42,31 +40,21 @@ def process(tool: str, *arguments: object) -> str:
     return done.stdout + done.stderr
 
 
-def _forget_loggers() -> None:
-    """Detectron2's loggers keep the stdout of their first use, which pytest replaces in each test."""
-    for name in ("detectron2", "fvcore", "peft_d2"):
-        logging.getLogger(name).handlers.clear()
-    setup_logger.cache_clear()
-
-
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+def run(capsys: pytest.CaptureFixture[str], forget_loggers: Callable[[], None], one_thread: None) -> Callable[..., str]:
     """Run a tool in this process, which is quicker; returns what it printed, of one that must fail only stderr."""
 
     def call(tool: str, *arguments: object, fails: bool = False) -> str:
-        _forget_loggers()
+        forget_loggers()
         capsys.readouterr()
         module = {"train_net": launch, "demo": demo, "inspect_targets": inspect_targets}[tool]
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
         try:
             module.main([str(item) for item in arguments])
             code = 0
         except SystemExit as left:
             code = int(left.code or 0)
         finally:
-            torch.set_num_threads(threads)
-            _forget_loggers()
+            forget_loggers()
         out, error = capsys.readouterr()
         assert (code != 0) == fails, error + out
         return error if fails else out + error
