@@ -14,6 +14,7 @@ import operator
 import os
 import re
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -240,8 +241,13 @@ def _refuse_repeated_keys(where: str, value: Any) -> None:
         return  # no Python, or none that will be evaluated
     for node in nodes:
         keys = [key.value for key in node.keys if isinstance(key, ast.Constant)] if isinstance(node, ast.Dict) else []
-        if repeated := [key for key in keys if keys.count(key) > 1]:
-            raise ConfigError(f"{where}: the key {repeated[0]!r} is given twice in one entry. Leave one of them out.")
+        if (repeated := _repeated(keys)) is not None:
+            raise ConfigError(f"{where}: the key {repeated!r} is given twice in one entry. Leave one of them out.")
+
+
+def _repeated(keys: Sequence[Any]) -> Any:
+    """The first key that a list has more than once; None where there is none."""
+    return next((key for key, count in Counter(keys).items() if count > 1), None)
 
 
 def _unknown_key(where: str, key: str, cfg: Any) -> str:
@@ -331,8 +337,8 @@ def _check_node(node: yaml.Node, depth: int, values: Iterator[int]) -> None:
     children = node.value if isinstance(node, yaml.CollectionNode) else []
     if isinstance(node, yaml.MappingNode):
         keys = [key.value for key, _ in children if isinstance(key, yaml.ScalarNode)]
-        if repeated := [key for key in keys if keys.count(key) > 1]:
-            raise _refused(node, f"the key {repeated[0]!r} is given twice in this group")
+        if (repeated := _repeated(keys)) is not None:
+            raise _refused(node, f"the key {repeated!r} is given twice in this group")
         children = [part for pair in children for part in pair]
     for child in children:
         _check_node(child, depth + 1, values)
