@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .errors import InjectionError, LivenessError
+from .errors import InjectionError, LivenessError, shortened
 from .inject import EVERYTHING, resolve_train
-from .state import Injection, base_values, counters, injected, shortened, tensor_hash, trained_parameters
+from .state import Injection, base_values, counters, injected, tensor_hash, trained_parameters
 from .targets import ModelIndex
 
 logger = logging.getLogger(__name__)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class PeftError(Exception):
     """The root of them all."""
@@ -28,3 +30,9 @@ class LivenessError(PeftError, RuntimeError):
 
 
 DeadPartError = LivenessError  # its name until 0.1
+
+
+def shortened(items: Sequence[str], most: int = 20, between: str = ", ") -> str:
+    """The first of a list for a message, and how many more there are."""
+    more = f"{between if between != ', ' else ' '}and {len(items) - most} more" if len(items) > most else ""
+    return between.join(items[:most]) + more

@@ -36,7 +36,7 @@ from .adapted import (
     restore,
     walk,
 )
-from .errors import InjectionError, MethodError, PatternError, PeftError
+from .errors import InjectionError, MethodError, PatternError, PeftError, shortened
 from .method import Method, normalised, parse
 from .methods import METHODS
 from .state import (
@@ -53,7 +53,6 @@ from .state import (
     injected_root,
     layer_tensors,
     refuse_wrapper,
-    shortened,
     start_hashes,
     take_not_installed,
     tensor_hash,

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from .adapted import STORE, Adapted, join
-from .errors import InjectionError
+from .errors import InjectionError, shortened
 from .inject import Report, add_adapter, forget_adapter, take_out
 from .lora.factors import LowRank
-from .state import AdapterRecord, injected, shortened
+from .state import AdapterRecord, injected
 
 logger = logging.getLogger(__name__)
 KINDS = ("linear", "svd")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapted import STORE, ActiveAdapter, Adapted, join, walk_adapted
-from .errors import AdapterStateError, InjectionError
+from .errors import AdapterStateError, InjectionError, shortened
 from .targets import BaseTensor
 
 _ATTRIBUTE = "_peft_injection"
@@ -241,12 +241,6 @@ def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor], name:
         )
     for key, value in own.items():
         value.copy_(state[key])
-
-
-def shortened(items: list[str], most: int, between: str = ", ") -> str:
-    """The first of a list for a message, and how many more there are."""
-    more = f"{between if between != ', ' else ' '}and {len(items) - most} more" if len(items) > most else ""
-    return between.join(items[:most]) + more
 
 
 def injected_tensors(injection: Injection, name: str) -> dict[str, Tensor]:

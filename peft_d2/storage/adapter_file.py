@@ -29,6 +29,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from peft_d2.peft.errors import shortened
 from peft_d2.storage import adapter_config, atomic
 from peft_d2.storage.atomic import Defect
 
@@ -150,7 +151,7 @@ def difference(expected: Fingerprint, found: Fingerprint) -> str:
         "tensors not expected": sorted(new.keys() - old.keys()),
         "other shapes": [f"{n} ({old[n][0]} -> {new[n][0]})" for n in common if old[n][0] != new[n][0]],
     }
-    if parts := [f"{len(names)} {what}: {some(names, _NAMED)}" for what, names in structure.items() if names]:
+    if parts := [f"{len(names)} {what}: {shortened(names, _NAMED)}" for what, names in structure.items() if names]:
         return "; ".join(parts)
     compared = [n for n in common if old[n][1] and new[n][1]]
     changed = [n for n in compared if old[n] != new[n]]
@@ -158,12 +159,11 @@ def difference(expected: Fingerprint, found: Fingerprint) -> str:
         here, there = (base.halves.get(rounded[0], "float32") for base in (found, expected))
         return (
             f"same structure, other dtype: {len(rounded)} tensors that were {there} when the adapter was saved are "
-            f"{here} here, so their values are rounded differently: {some(rounded, _NAMED)}"
+            f"{here} here, so their values are rounded differently: {shortened(rounded, _NAMED)}"
         )
     if changed:
-        return (
-            f"same structure, other weights: {len(changed)} of {len(compared)} tensors differ: {some(changed, _NAMED)}"
-        )
+        count = f"{len(changed)} of {len(compared)} tensors differ"
+        return f"same structure, other weights: {count}: {shortened(changed, _NAMED)}"
     return ""
 
 
@@ -401,11 +401,6 @@ def not_finite(tensors: Mapping[str, Tensor], buffers: Collection[str]) -> str:
             if wrong.any():
                 return f"NaN or infinity: {int(wrong.sum())} of {value.numel()} values of {name}"
     return ""
-
-
-def some(names: Sequence[str], limit: int = 20) -> str:
-    """The first names, and how many more there are."""
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
 def dump_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> bytes:

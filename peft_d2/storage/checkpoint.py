@@ -21,8 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from peft_d2.peft import injected_keys
+from peft_d2.peft.errors import shortened
 from peft_d2.storage import adapter_config, torch_file
-from peft_d2.storage.adapter_file import load_tensors, newest_in_run, not_finite, some
+from peft_d2.storage.adapter_file import load_tensors, newest_in_run, not_finite
 from peft_d2.storage.atomic import Defect
 
 # Tensors whose first dimension counts classes. One of these with another first dimension, all others equal, belongs
@@ -106,7 +107,7 @@ class LoadReport:
             ("another class count, initial values kept", heads),
             ("in the file, not in the model", self.unexpected),
         )  # fmt: skip
-        return "\n".join(lines + [f"  {what}: {some(names)}" for what, names in rest if names])
+        return "\n".join(lines + [f"  {what}: {shortened(names)}" for what, names in rest if names])
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
@@ -240,7 +241,7 @@ def load_base(
     # Modules that rename what an older version of them saved would do so without a version to go by.
     named_as_now._metadata = getattr(current, "_metadata", {})  # type: ignore[attr-defined]
     if lost := model.load_state_dict(named_as_now, strict=False).unexpected_keys:
-        raise CheckpointError(f"the model's own loading hooks lost tensors of {file.path}: {some(sorted(lost))}")
+        raise CheckpointError(f"the model's own loading hooks lost tensors of {file.path}: {shortened(sorted(lost))}")
     report = LoadReport(file.path, sorted(matched), heads, missing, unexpected, backbone, removed)
     (logger or logging.getLogger(__name__)).info("%s", report)
     return report
@@ -311,14 +312,17 @@ def _refusal(
     lines = [f"the checkpoint {file.path} does not fit the model; nothing was loaded"]
     if not any_match and not misshaped:
         lines = [f"the checkpoint {file.path} has no tensor of the model; nothing was loaded"]
-        lines += [f"  the model has: {some(sorted(own), 5)}", f"  the file has: {some(sorted(file.state), 5)}"]
+        lines += [
+            f"  the model has: {shortened(sorted(own), 5)}",
+            f"  the file has: {shortened(sorted(file.state), 5)}",
+        ]
     else:
         rows = (
             (missing if any_match or not misshaped else [], "tensors of the model are not in the file"),
             (misshaped, "have another shape (file -> model)"),
             (unexpected, "tensors of the file are not in the model"),
         )
-        lines += [f"  {len(names)} {what}: {some(names)}" for names, what in rows if names]
+        lines += [f"  {len(names)} {what}: {shortened(names)}" for names, what in rows if names]
     remedy = "use the config that belongs to this file (backbone, depth, queries), or the file of this config"
     return "\n".join([*lines, f"  {remedy}"])
 
