@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import argparse
 
+from peft_d2.data.config import base_architecture
 from peft_d2.engine.checks import build_model
-from peft_d2.engine.config import base_architecture
 from peft_d2.engine.errors import ConfigError
 from peft_d2.engine.launch import one_line_errors, prepare_config
 

@@ -8,10 +8,10 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from peft_d2.data.config import base_architecture
 from peft_d2.data.images import DatasetError
 from peft_d2.data.records import read_categories
 from peft_d2.data.registration import register_from_config, require_registered
-from peft_d2.engine.config import base_architecture
 
 _BY_CATEGORY = ("coco", "lvis")  # kinds of sets whose predictions are judged by category ids
 logger = logging.getLogger(__name__)

@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+PEFT_ARCHITECTURE = "PEFTModel"
 KEYS = """
 DATASETS:
   # One's own data sets, a list of {NAME, JSON, IMAGES}: COCO annotations and the folder of their images.
@@ -58,3 +59,9 @@ def add_keys(node: Any, defaults: str | Mapping[str, Any]) -> None:
 def add_data_config(cfg: Any) -> None:
     """Add the data and evaluation keys to a Detectron2 config; what exists already keeps its value."""
     add_keys(cfg, KEYS)
+
+
+def base_architecture(cfg: Any) -> str:
+    """Name of the model itself, whether or not PEFT is applied to it."""
+    node = cfg.MODEL
+    return node.PEFT.META_ARCHITECTURE if node.META_ARCHITECTURE == PEFT_ARCHITECTURE else node.META_ARCHITECTURE

@@ -28,11 +28,11 @@ from peft_d2.data.augmentation import (
     longest_side_recipe,
     resize_recipe,
 )
+from peft_d2.data.config import base_architecture
 from peft_d2.data.images import DatasetError, image_size, read_image
 from peft_d2.data.labels import read_labels
 from peft_d2.data.prompts import Detections, prompt_detections, prompted_objects, widened
 from peft_d2.data.segmentation import segmentation_to_mask
-from peft_d2.engine.config import base_architecture
 
 MAPPERS = {  # what each needs in the data set's records
     "mask_former_instance": "annotations",

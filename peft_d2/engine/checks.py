@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from peft_d2.engine.config import base_architecture, leaves
+from peft_d2.data.config import base_architecture
+from peft_d2.engine.config import leaves
 from peft_d2.engine.errors import ConfigError
 from peft_d2.evaluation.augmented import check_augmentation
 from peft_d2.evaluation.build import check_evaluators

@@ -24,9 +24,9 @@ import torch
 import yaml
 
 from peft_d2.compat import require_detectron2
+from peft_d2.data.config import PEFT_ARCHITECTURE
 from peft_d2.engine.errors import ConfigError
 
-PEFT_ARCHITECTURE = "PEFTModel"
 BASE_KEY = "_BASE_"
 _MAX_VALUES, _MAX_DEPTH, _MAX_SIZES = 100_000, 50, 10_000
 _OPERATORS = {
@@ -149,13 +149,6 @@ def _switch_peft_on(cfg: Any, model: str) -> None:
         node.META_ARCHITECTURE, cfg.MODEL.META_ARCHITECTURE = cfg.MODEL.META_ARCHITECTURE, PEFT_ARCHITECTURE
     elif not node.META_ARCHITECTURE and model != PEFT_ARCHITECTURE:
         node.META_ARCHITECTURE = model if cfg.MODEL.META_ARCHITECTURE == PEFT_ARCHITECTURE else ""
-
-
-def base_architecture(cfg: Any) -> str:
-    """Name of the model itself, whether or not PEFT is applied to it."""
-    if cfg.MODEL.META_ARCHITECTURE == PEFT_ARCHITECTURE:
-        return cfg.MODEL.PEFT.META_ARCHITECTURE
-    return cfg.MODEL.META_ARCHITECTURE
 
 
 def resolve_device(cfg: Any) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from peft_d2.compat import require_detectron2
-from peft_d2.engine.config import PEFT_ARCHITECTURE
+from peft_d2.data.config import PEFT_ARCHITECTURE
 from peft_d2.engine.errors import ConfigError
 from peft_d2.peft.targets import nearest
 

@@ -27,8 +27,9 @@ from peft_d2.compat import (
     forget_process_groups,
     require_detectron2,
 )
+from peft_d2.data.config import PEFT_ARCHITECTURE
 from peft_d2.engine.checks import apply_class_count, check_run, run_lock
-from peft_d2.engine.config import PEFT_ARCHITECTURE, LoadedConfig, load_config
+from peft_d2.engine.config import LoadedConfig, load_config
 from peft_d2.engine.errors import (
     ConfigError,
     LimitReached,

@@ -15,8 +15,8 @@ from detectron2.evaluation import (
 )
 
 from peft_d2.data.classes import category_indices, check_classes
+from peft_d2.data.config import base_architecture
 from peft_d2.data.registration import register_from_config
-from peft_d2.engine.config import base_architecture
 from peft_d2.evaluation.cityscapes import CityscapesInstanceEvaluator, CityscapesSemSegEvaluator
 from peft_d2.evaluation.coco import FastCOCOEvaluator
 from peft_d2.evaluation.lvis import FastLVISEvaluator

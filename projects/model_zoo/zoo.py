@@ -17,8 +17,9 @@ from typing import Any
 
 from torch import nn
 
+from peft_d2.data.config import base_architecture
 from peft_d2.engine.checks import build_without_weights
-from peft_d2.engine.config import base_architecture, load_config, read_tree
+from peft_d2.engine.config import load_config, read_tree
 from peft_d2.engine.errors import ConfigError
 from peft_d2.engine.launch import one_line_errors
 

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peft_d2.data.order import BatchOrder, sample_seed
+from peft_d2.data.loader import BatchOrder, sample_seed
 
 
 def _take(count, groups, batch, seed=0, **more):

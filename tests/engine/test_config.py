@@ -9,7 +9,8 @@ import pytest
 from detectron2.config import get_cfg
 
 import peft_d2
-from peft_d2.engine.config import base_architecture, load_config
+from peft_d2.data.config import base_architecture
+from peft_d2.engine.config import load_config
 from peft_d2.engine.errors import ConfigError
 
 TINY = Path(__file__).with_name("tiny.yaml")
