@@ -22,7 +22,7 @@ from .method import Options, expect
 
 _VALUES = {  # of each switch, its default first
     "cobot_coefficients": ("both", "shared", "own", "none"),
-    "cobot_relation": ("learned", "fixed"),
+    "cobot_relation": ("learned", "fixed", "random"),
     "cobot_mix": ("quaternion", "linear", "none"),
 }
 
@@ -32,7 +32,8 @@ class CobotOptions(Options):
     """Keys of COBOT; all but the first are the switches of the paper's ablations.
 
     ``COBOT_COEFFICIENTS``: the sets that scale the space: shared (C S), own (gamma), both of them, or none.
-    ``COBOT_RELATION``: fixed keeps S the identity, so that a layer's shared set is its column of C alone.
+    ``COBOT_RELATION``: fixed keeps S the identity, so that a layer's shared set is its column of C alone; random keeps
+    what was drawn at the start, normal with variance 1/T, whose columns have about the identity's length.
     ``COBOT_MIX``: quaternion (4 (V/4)^2 parameters), linear (a dense V x V, no bias), or none.
     """
 
@@ -60,15 +61,21 @@ class CobotOptions(Options):
 
 
 class CobotSpace(nn.Module):
-    """What all layers share: ``coefficients`` (V, T), ones, and ``relation`` (T, T), identity where it is learned."""
+    """What all layers share: ``coefficients`` (V, T), ones, and ``relation`` (T, T).
 
-    relation: nn.Parameter | None
+    The relation is the identity at first where it is learned, a buffer where it is random, and None where it is fixed.
+    """
 
-    def __init__(self, width: int, layers: int, learned: bool, made: Mapping[str, Any]) -> None:
+    relation: Tensor | None
+
+    def __init__(self, width: int, layers: int, relation: str, made: Mapping[str, Any]) -> None:
         super().__init__()
         self.coefficients = nn.Parameter(torch.ones(width, layers, **made))
-        relation = nn.Parameter(torch.eye(layers, **made)) if learned else None
-        self.register_parameter("relation", relation)
+        if relation == "random":
+            self.register_buffer("relation", torch.randn(layers, layers, **made) / layers**0.5)
+        else:
+            learned = nn.Parameter(torch.eye(layers, **made)) if relation == "learned" else None
+            self.register_parameter("relation", learned)
 
     def column(self, index: int) -> Tensor:
         """Column ``index`` of C S: (V,)."""
@@ -137,5 +144,5 @@ def orchestrate(options: CobotOptions, width: int, made: Sequence[Mapping[str, A
     if not options.cobot:
         return [None] * len(made)
     shared = options.cobot_coefficients in ("both", "shared")
-    space = CobotSpace(width, len(made), options.cobot_relation == "learned", made[0]) if shared else None
+    space = CobotSpace(width, len(made), options.cobot_relation, made[0]) if shared else None
     return [CobotStep(width, index, space, options, where) for index, where in enumerate(made)]

@@ -49,6 +49,18 @@ TINY = {
 }
 # Trainable in the image encoder of the ViT-B, after Peng et al., CVPR 2024, table 1: 147.4, 148.3, 322.7, 324.0 K.
 COUNTS = {"lora": 147_456, "lora_cobot": 148_320, "adaptformer": 322_752, "adaptformer_cobot": 324_048, "decoder": 0}
+# Rows of SAM-COBOT's ablation on AdaptFormer: 12 places of width 16.
+COUNTS |= {
+    f"ablations/cobot_{row}": 322_752 + more
+    for row, more in {
+        "sets": 192 + 192,
+        "layer": 768,
+        "sets_layer": 192 + 192 + 768,
+        "sets_relation": 192 + 144 + 192,
+        "random_relation": 192 + 192 + 768,
+        "linear_layer": 192 + 144 + 192 + 12 * 256,
+    }.items()
+}
 # Conv-LoRA: q, k and v of 12 blocks; factors of rank 3, the gate's two matrices, 8 convolutions.
 COUNTS["conv_lora"] = 36 * (3 * (768 + 768) + 2 * 3 * 8 + 8 * (9 * 3 * 3 + 3))
 

@@ -94,6 +94,21 @@ def test_the_network_sees_the_pixels_that_it_was_trained_on(order: str) -> None:
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("frozen", [True, False])
+def test_training_leaves_statistics_as_they_are(frozen: bool) -> None:
+    backbone = build_backbone(config("tf_efficientnet_lite0", MODEL__TIMM__FROZEN_STATISTICS=frozen)).train()
+    before = {name: value.clone() for name, value in backbone.net.named_buffers() if "running" in name}
+    out = backbone(torch.randn(2, 3, 64, 64))
+    assert all(
+        torch.equal(value, before[name]) == frozen for name, value in backbone.net.named_buffers() if name in before
+    )
+    sum(value.sum() for value in out.values()).backward()
+    assert len(before) > 90 and backbone.net.bn1.weight.grad is not None
+    if frozen:
+        for name, value in backbone.eval()(torch.ones(1, 3, 64, 64)).items():
+            torch.testing.assert_close(value, backbone.train()(torch.ones(1, 3, 64, 64))[name])
+
+
 @pytest.mark.parametrize("classifier", [True, False])
 def test_weights_of_a_local_file(tmp_path: Path, classifier: bool) -> None:
     torch.manual_seed(0)

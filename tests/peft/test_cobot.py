@@ -190,6 +190,7 @@ SWITCHES = {
     "shared sets alone": ({"COBOT_COEFFICIENTS": "shared"}, 96 + 576 + 96, 192 + 144 + 768),
     "own sets alone": ({"COBOT_COEFFICIENTS": "own"}, 96 + 96, 192 + 768),
     "fixed relation": ({"COBOT_RELATION": "fixed"}, 96 + 96 + 96, 192 + 192 + 768),
+    "random relation": ({"COBOT_RELATION": "random"}, 96 + 96 + 96, 192 + 192 + 768),
     "linear layer": ({"COBOT_MIX": "linear"}, 96 + 576 + 96 + 384, 192 + 144 + 192 + 3072),
 }
 
@@ -253,6 +254,7 @@ def test_outputs_of_the_ablations(case: str) -> None:
         ({"COBOT_MIX": "none", "COBOT_COEFFICIENTS": "none"}, "COBOT_MIX is 'none': expected a layer"),
         ({"COBOT_MIX": "quarternion"}, "COBOT_MIX is 'quarternion': expected one of quaternion, linear, none"),
         ({"COBOT_RELATION": "fixed", "COBOT_COEFFICIENTS": "own"}, "COBOT_RELATION is 'fixed'"),
+        ({"COBOT_RELATION": "random", "COBOT_COEFFICIENTS": "own"}, "COBOT_RELATION is 'random'"),
         ({"COBOT_COEFFICIENTS": True}, "COBOT_COEFFICIENTS is True, expected a value of type str"),
         ({"COBOT": False, "COBOT_MIX": "linear"}, "COBOT is False: expected true where another COBOT_ key is set"),
     ],
@@ -260,6 +262,20 @@ def test_outputs_of_the_ablations(case: str) -> None:
 def test_switches_that_make_no_sense(keys: dict[str, object], said: str) -> None:
     with pytest.raises(peft.MethodError, match=said):
         peft.inject(vit(48, 96, 2), [{**LORA, "COBOT": True, **keys}])
+
+
+def test_a_random_relation_is_stored_and_never_trained() -> None:
+    made = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        made.append(vit(48, 96, 3))
+        peft.inject(made[-1], [{**LORA, "COBOT": True, "COBOT_RELATION": "random"}])
+    first, second = (peft.adapter_state_dict(model) for model in made)
+    [name] = [name for name in first if name.endswith("relation")]
+    assert not torch.equal(first[name], second[name]) and first[name].shape == (6, 6)
+    assert not any(tensor.name == name for tensor in peft.trained_parameters(made[0]))
+    peft.load_adapter_state_dict(made[1], first)
+    assert torch.equal(peft.adapter_state_dict(made[1])[name], first[name])
 
 
 def test_a_linear_layer_takes_any_width() -> None:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from peft_d2.models.backbones.sam_vit import STRIDES, simple_pyramid
 from peft_d2.models.checks import ModelConfigError, expect, expect_some_of
 from peft_d2.models.registration import entry
+from peft_d2.peft.adapted import has_statistics
 from peft_d2.storage.checkpoint import read_checkpoint
 
 KEYS = """
@@ -41,6 +42,8 @@ MODEL:
     KWARGS: ""
     # Channels of the pyramid on a plain ViT.
     PYRAMID_CHANNELS: 256
+    # Keep the running statistics of BatchNorm as they were trained, as FrozenBN does in Detectron2's own backbones.
+    FROZEN_STATISTICS: True
 """
 _EXPANDING = {"depthwise_conv": "conv_dw", "expand_conv": "conv_pw", "project_conv": "conv_pwl"}
 _EXPANDING |= {"bn0": "bn1", "bn1": "bn2", "bn2": "bn3"}
@@ -53,7 +56,8 @@ class TimmBackbone(Backbone):
 
     ``out_features`` are out of ``res1`` (stride 2) to ``res5`` (stride 32); () takes all that there are from ``res2``.
     Images come in normalised by ``pixel_mean`` and ``pixel_std``, in 0..255, their channels in the order BGR with
-    ``bgr``, and are brought to what ``net`` was trained on. A plain ViT's pyramid has ``pyramid_channels``.
+    ``bgr``, and are brought to what ``net`` was trained on. A plain ViT's pyramid has ``pyramid_channels``. With
+    ``frozen_statistics`` norms use their running statistics in training, too; their weights are trained.
     """
 
     def __init__(
@@ -64,8 +68,10 @@ class TimmBackbone(Backbone):
         pixel_mean: Sequence[float] = (0.0, 0.0, 0.0),
         pixel_std: Sequence[float] = (1.0, 1.0, 1.0),
         bgr: bool = False,
+        frozen_statistics: bool = False,
     ) -> None:
         super().__init__()
+        self._frozen_statistics = frozen_statistics
         stages: Any = getattr(net, "feature_info", None)
         expect(bool(stages), "MODEL.TIMM.NAME", type(net).__name__, "a model of timm that gives feature maps")
         self.net = net
@@ -96,6 +102,14 @@ class TimmBackbone(Backbone):
         self.register_buffer("pixel_scale", scale, persistent=False)
         self.register_buffer("pixel_shift", shift, persistent=False)
         self._flip = bgr and len(pixel_mean) == 3
+
+    def train(self, mode: bool = True) -> TimmBackbone:
+        super().train(mode)
+        if self._frozen_statistics:
+            for module in self.net.modules():
+                if has_statistics(module):
+                    module.eval()
+        return self
 
     @property
     def size_divisibility(self) -> int:
@@ -130,13 +144,15 @@ def build_timm(cfg: CfgNode, input_shape: ShapeSpec | None = None) -> TimmBackbo
     channels = len(cfg.MODEL.PIXEL_MEAN)
     if channels == 3:
         expect(cfg.INPUT.FORMAT in ("RGB", "BGR"), "INPUT.FORMAT", cfg.INPUT.FORMAT, "RGB or BGR for three channels")
+    weights = "" if torch.get_default_device().type == "meta" else node.WEIGHTS
     return TimmBackbone(
-        create_timm_model(node.NAME, node.WEIGHTS, channels, arguments),
+        create_timm_model(node.NAME, weights, channels, arguments),
         node.OUT_FEATURES,
         node.PYRAMID_CHANNELS,
         cfg.MODEL.PIXEL_MEAN,
         cfg.MODEL.PIXEL_STD,
         bgr=cfg.INPUT.FORMAT == "BGR",
+        frozen_statistics=node.FROZEN_STATISTICS,
     )
 
 

@@ -97,25 +97,33 @@ def test_the_tool_prints_them(config: str, percent: str) -> None:
     assert last.startswith("1,144,660 of ") and last.endswith(f"{percent} %.")
 
 
-# The paper's data sets: classes, image size.
-DATA = {"cityscapes": (8, 1024), "ndd20": (1, 512), "wixray": (12, 450), "zerowaste": (4, 512)}
+# The paper's data sets: classes, image size, and the pixel statistics of its published code (RGB, 0 to 255).
+DATA = {
+    "cityscapes": (8, 1024, [73.18, 82.93, 72.41], [47.27, 48.10, 47.37]),
+    "ndd20": (1, 512, [92.28, 154.55, 153.19], [67.14, 39.63, 41.33]),
+    "wixray": (12, 450, [249.49, 248.82, 246.35], [18.63, 20.32, 28.58]),
+    "zerowaste": (4, 512, [127.44, 122.56, 116.07], [60.49, 59.09, 63.04]),
+}
 
 
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("data", DATA)
 def test_the_papers_settings_with_every_method(name: str, data: str) -> None:
     """One command line takes both files, and neither undoes what the other says."""
-    classes, size = DATA[data]
+    classes, size, mean, std = DATA[data]
     for backbone in ("r50", "swin_l"):
         model = ROOT / "configs" / "mask_dino" / "paper" / f"{data}_{backbone}.yaml"
         cfg = load_config(str(model), str(METHODS[name])).cfg
         assert (cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.PEFT.META_ARCHITECTURE) == ("PEFTModel", "PD2MaskDINO")
         assert (cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES, cfg.INPUT.IMAGE_SIZE) == (classes, size)
+        assert (cfg.INPUT.FORMAT, cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD) == ("RGB", mean, std)
         solver, clip = cfg.SOLVER, cfg.SOLVER.CLIP_GRADIENTS
         assert (solver.OPTIMIZER, solver.IMS_PER_BATCH, solver.WEIGHT_DECAY) == ("ADAMW", 4, 0.05)
         assert (clip.ENABLED, clip.CLIP_TYPE, clip.CLIP_VALUE) == (True, "full_model", 0.01)
         assert solver.LR_SCHEDULER_NAME == "WarmupMultiStepLR" and 0 < solver.STEPS[0] < solver.MAX_ITER
-        assert solver.BASE_LR == 1e-4  # of heads; what is injected learns ten times as fast
+        # heads and what is injected learn at 1e-3, everything but the backbone at 1e-4
+        in_full = solver.BASE_LR * cfg.MODEL.PEFT.TRAIN_LR_FACTOR
+        assert in_full == pytest.approx(1e-4 if name == "conventional" else 1e-3)
         if cfg.MODEL.PEFT.METHODS:
             assert solver.BASE_LR * cfg.MODEL.PEFT.LR_FACTOR == pytest.approx(1e-3)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -330,6 +331,26 @@ def test_checkpoints_that_lack_what_is_not_computed(small_seem: Any, tmp_path: P
         checkpoint.load_base(other, tmp_path / "mute.pt")
 
 
+# Pixel statistics of the published code (RGB, 0 to 255), and images of an epoch, 3,000 where they are not known.
+PAPER = {
+    "cityscapes": ([73.18, 82.93, 72.41], [47.27, 48.10, 47.37], 2975),
+    "ndd20": ([92.28, 154.55, 153.19], [67.14, 39.63, 41.33], 1500),
+    "wixray": ([249.49, 248.82, 246.35], [18.63, 20.32, 28.58], 3000),
+    "zerowaste": ([127.44, 122.56, 116.07], [60.49, 59.09, 63.04], 3002),
+}
+
+
+def check_paper_settings(data: str, cfg: Any) -> None:
+    """Compare with the settings that arXiv 2606.01947's published code has for SEEM."""
+    mean, std, images = PAPER[data]
+    assert (cfg.INPUT.FORMAT, cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD) == ("RGB", mean, std)
+    assert (cfg.INPUT.MIN_SCALE, cfg.INPUT.MAX_SCALE) == (0.9, 2.0)
+    clip = cfg.SOLVER.CLIP_GRADIENTS
+    assert (clip.ENABLED, clip.CLIP_TYPE, clip.CLIP_VALUE) == (True, "full_model", 5.0)
+    assert cfg.SOLVER.IMS_PER_BATCH == 4 and cfg.SOLVER.MAX_ITER == math.ceil(50 * images / 4)
+    assert [step / cfg.SOLVER.MAX_ITER for step in cfg.SOLVER.STEPS] == pytest.approx([0.889, 0.963], abs=1e-4)
+
+
 FILES = sorted(str(path.relative_to(ROOT / "configs")) for path in (ROOT / "configs/seem").rglob("*.yaml"))
 
 
@@ -342,4 +363,5 @@ def test_every_config_builds(file: str) -> None:
         counts = {"cityscapes": 8, "ndd20": 1, "zerowaste": 4, "wixray": 12}
         assert model.sem_seg_head.num_classes == counts[Path(file).name.split("_")[0]]
         assert (sum(p.numel() for p in model.backbone.parameters()) > 1e8) == ("focal_l" in file)
+        check_paper_settings(Path(file).name.split("_")[0], load_config(str(ROOT / "configs" / file)).cfg)
     assert len(model.sem_seg_head.predictor.training_vocabulary.names) in (0, model.sem_seg_head.num_classes)
