@@ -113,16 +113,15 @@ class HungarianMatcher(nn.Module):
         return [list(layer) for layer in zip(*by_image, strict=True)]
 
     def costs(self, predictions: Sequence[Prediction], image: int, target: Target) -> Tensor:
-        """(layers, Q, T) float32 costs of one image."""
+        """(layers, Q, T) float32 costs of one image; layer by layer, as each has a value per query and point."""
         class_logits = torch.stack([p["pred_logits"][image] for p in predictions]).float()
         points = torch.rand(self.num_points, 2, device=class_logits.device)
         labels = sample_shared_points(target.masks, points)
-        logits = torch.stack([sample_shared_points(p["pred_masks"][image].float(), points) for p in predictions])
-        return (
-            self.cost_mask * mask_cost(logits, labels)
-            + self.cost_class * self.class_cost(class_logits)[..., target.labels]
-            + self.cost_dice * dice_cost(logits, labels)
-        )
+        of_masks = []
+        for prediction in predictions:
+            logits = sample_shared_points(prediction["pred_masks"][image].float(), points)
+            of_masks.append(self.cost_mask * mask_cost(logits, labels) + self.cost_dice * dice_cost(logits, labels))
+        return torch.stack(of_masks) + self.cost_class * self.class_cost(class_logits)[..., target.labels]
 
     def class_cost(self, logits: Tensor) -> Tensor:
         """Cost of every query for every class: (..., classes) -> the same; 1 - probability but for the constant."""

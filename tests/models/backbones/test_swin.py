@@ -70,6 +70,38 @@ def test_a_shifted_block_sees_across_window_borders_but_not_across_the_image() -
     assert reached[:2, :2].all() and reached.sum() == 4
 
 
+@pytest.mark.parametrize("shifted", [False, True])
+def test_attention_and_its_gradients_are_the_papers(shifted: bool) -> None:
+    """Equation 4 written out in double precision, its bias trained, beside the fused attention."""
+    attention = swin().double().layers[0].blocks[0].attn
+    mask = shift_mask(8, 8, 4, 2, torch.device("cpu")).double() if shifted else None
+    x = torch.randn(8, 16, 12, dtype=torch.float64)
+
+    def written_out(x: torch.Tensor) -> torch.Tensor:
+        q, k, v = attention.qkv(x).view(8, 16, 3, 2, 6).permute(2, 0, 3, 1, 4)
+        logits = q @ k.transpose(-2, -1) / 6**0.5
+        logits = logits + attention.relative_position_bias_table[attention.relative_position_index].permute(2, 0, 1)
+        if mask is not None:
+            logits = logits + mask.repeat(2, 1, 1)[:, None]  # two images of four windows
+        return attention.proj((logits.softmax(-1) @ v).transpose(1, 2).reshape(8, 16, 12))
+
+    weights, results = list(attention.parameters()), []
+    for forward in (lambda x: attention(x, mask), written_out):
+        out = forward(x)
+        results.append([out, *torch.autograd.grad(out.pow(3).sum(), weights)])
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_a_frozen_bias_changes_no_bit() -> None:
+    """What an injected model computes at its first step in training mode is what the base computes."""
+    model, image = swin().train(), torch.randn(1, 3, 50, 71)
+    before = model(image)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("qkv" in name)
+    assert all(torch.equal(value, before[name]) for name, value in model(image).items())
+
+
 def test_checkpointing_changes_memory_alone() -> None:
     plain = swin(DROP_PATH_RATE=0.2)
     saving = swin(DROP_PATH_RATE=0.2, USE_CHECKPOINT=True)
