@@ -10,11 +10,12 @@ from .lora import Lora
 from .method import Method
 from .mona import Mona
 from .selective import BitFit, LastBlocks, NormTuning
+from .side import E3va
 
 # Their order is the order of adapter layers on one module, innermost first.
 _INNERMOST_FIRST: tuple[type[Method], ...] = (
     *(Lora, HuggingFaceTuner),  # change weights
-    *(ConvLora, AdaptFormer, Mona, Adapter),  # add to an output
+    *(ConvLora, AdaptFormer, Mona, Adapter, E3va),  # add to an output
     *(BitFit, NormTuning, LastBlocks),  # train what is there
 )
 METHODS: dict[str, type[Method]] = {method.name: method for method in _INNERMOST_FIRST}
