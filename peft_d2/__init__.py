@@ -25,6 +25,7 @@ _EXPORTS = {
     "merge": "peft",
     "unmerge": "peft",
     "disabled": "peft",
+    "fit_memory": "memory",
     "ms_deform_attn": "ops",
 }
 
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from peft_d2.adapters import inject, load_adapter, load_base, save_adapter, save_merged
     from peft_d2.engine.config import add_config
     from peft_d2.engine.factory import register
+    from peft_d2.memory import fit_memory
     from peft_d2.ops import ms_deform_attn
     from peft_d2.peft import disabled, merge, prove_live, set_adapter, unmerge
 

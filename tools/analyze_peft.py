@@ -28,11 +28,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from peft_d2.engine.checks import build_model
 from peft_d2.engine.errors import ConfigError
 from peft_d2.engine.launch import one_line_errors, prepare_config
+from peft_d2.memory import SavedTensors
 
 FULL = "full fine-tuning"
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -346,39 +346,6 @@ class Case:
         function()
         wait()
         return self._clock() - start
-
-
-class SavedTensors:
-    """Counts what autograd saves for the backward pass inside a ``with`` block.
-
-    Attributes:
-        count: tensors that are no weight or buffer of the model, each saving counted.
-        bytes: of the storages behind them, each once.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self._weights = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
-        self._storages: dict[int, int] = {}
-        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
-        self.count = 0
-
-    @property
-    def bytes(self) -> int:
-        return sum(self._storages.values())
-
-    def _pack(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in self._weights:
-            self.count += 1
-            self._storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    def __enter__(self) -> SavedTensors:
-        self._hooks.__enter__()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._hooks.__exit__(*error)
 
 
 def random_sample(size: int, classes: int) -> dict[str, Any]:

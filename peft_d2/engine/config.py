@@ -55,6 +55,9 @@ MODEL:
     ALLOW_OTHER_BASE: false
     # Prove before the first step that each injected part changes the output and gets a gradient.
     PROVE_LIVE: true
+    # GiB that a training step may take, weights and optimizer included, or "auto": what the device has free. A plan is
+    # made before the first step: which blocks recompute their activations, in how many pieces a batch is computed.
+    MEMORY_BUDGET: null
 INPUT:
   # Which mapper makes a sample of an image's record; "" follows from the model.
   DATASET_MAPPER_NAME: ""

@@ -19,7 +19,7 @@ from detectron2.utils import comm
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from peft_d2 import peft
+from peft_d2 import memory, peft
 from peft_d2.engine.step import unwrapped
 
 logger = logging.getLogger(__name__)
@@ -73,6 +73,56 @@ class FrozenWeights(HookBase):
                 "Some code outside of the trained parts writes to the model."
             )
         logger.info("Frozen weights are unchanged (hash %s).", self._before[:12])
+
+
+class FitMemory(HookBase):
+    """Fits the step into ``MODEL.PEFT.MEMORY_BUDGET`` before the first one, and measures what it really takes.
+
+    Raises:
+        MemoryBudgetError: before the first step, when no choice fits.
+    """
+
+    _STEPS = 10  # after which the measured peak is logged
+
+    def __init__(self, budget: float | str) -> None:
+        self._budget = budget
+
+    def before_train(self) -> None:
+        """Plan with the first batch; all processes compute as many pieces as the one that needs most."""
+        step = self.trainer._trainer
+        model = unwrapped(step.model)
+
+        def forward(model: Any, batch: Any) -> Any:
+            with step.precision():
+                return model(batch)
+
+        self.trainer._step_failed = True  # what is refused here is not evaluated at the end
+        states = 1 if isinstance(step.optimizer, torch.optim.SGD) else 2
+        self._plan = memory.fit_memory(
+            model,
+            list(self.trainer.loader.first()),
+            self._budget,
+            forward=forward,
+            optimizer_states=states,
+            pieces=step.pieces,
+            agree=lambda excess: max(comm.all_gather(excess)),
+        )
+        self.trainer._step_failed = False
+        step.pieces = self._plan.pieces
+        logger.info("Memory of a training step:\n%s", self._plan)
+        self._peak = memory.StepPeak(model)
+
+    def after_step(self) -> None:
+        """Log the measured peak once, before an evaluation can raise it."""
+        done = self.trainer.iter + 1 - self.trainer.start_iter
+        if done == min(self._STEPS, self.trainer.max_iter - self.trainer.start_iter):
+            measured = self._peak.read()
+            logger.info(
+                "Memory: the first %d steps took %.2f GiB at most; predicted were %.2f GiB.",
+                *(done, measured / 2**30, self._plan.peak / 2**30),
+            )
+            if self._plan.budget is not None and measured > self._plan.budget:
+                logger.warning("Memory: that is more than the budget: the first batch was smaller than others.")
 
 
 class ProveLive(HookBase):

@@ -32,6 +32,7 @@ from peft_d2.engine.config import leaves, read_top, resolve_device
 from peft_d2.engine.errors import EvaluationFailed, message_of
 from peft_d2.engine.hooks import (
     Bar,
+    FitMemory,
     FrozenWeights,
     ProveLive,
     SaveOnSignal,
@@ -186,6 +187,7 @@ class Trainer(DefaultTrainer):
             hooks.IterationTimer(),
             SeedEachStep(),
             hooks.LRScheduler(),
+            None if cfg.MODEL.PEFT.MEMORY_BUDGET is None else FitMemory(cfg.MODEL.PEFT.MEMORY_BUDGET),
             ProveLive() if prefix == "adapter" and cfg.MODEL.PEFT.PROVE_LIVE else None,
             FrozenWeights() if prefix == "adapter" else None,
             saver if main else None,

@@ -7,12 +7,12 @@ from pathlib import Path
 import analyze_peft as analysis
 import pytest
 import torch
-from analyze_peft import SavedTensors
 from torch import Tensor, nn
 
 import peft_d2
 from peft_d2.engine.checks import build_model
 from peft_d2.engine.config import load_config
+from peft_d2.memory import SavedTensors
 from peft_d2.models.layers.transformer import TransformerEncoder
 
 HERE = Path(__file__).parent

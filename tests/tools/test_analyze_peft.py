@@ -9,13 +9,13 @@ from pathlib import Path
 import analyze_peft as analysis
 import pytest
 import torch
-from analyze_peft import SavedTensors
 from torch import nn
 
 import peft_d2
 from peft_d2 import ops
 from peft_d2.engine.checks import build_model
 from peft_d2.engine.config import load_config
+from peft_d2.memory import SavedTensors
 
 ROOT = Path(__file__).parents[2]
 TINY = Path(__file__).parents[1] / "engine" / "tiny.yaml"

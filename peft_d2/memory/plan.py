@@ -1,0 +1,380 @@
+"""Fit a training step into a memory budget: measure one step at its leanest, then keep what the budget has room for.
+
+The step is measured with every block recomputing, which is the least memory it can run in. Whenever a block is
+computed again, one sees what keeping its activations would have cost and what it would have saved in time. From these
+the peak of any choice follows: at each moment, the lean step's peak there plus the activations of the kept blocks
+between their forward and their backward pass. Blocks are then kept in the order of time saved per byte.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from peft_d2.peft.errors import PeftError
+
+from .blocks import BlockState, Mode, find_blocks, make_block, release_block, resident_bytes, return_freed_memory
+from .meter import Meter, ProcessPeak, device_of, free_bytes, untouched
+
+GIB = 2**30
+AUTO_SHARE = 0.9  # of what is free: allocators need some room between tensors
+_FILLED = 0.75  # of the planned peak, up to which malloc may hold freed memory: giving it back takes time
+_FAR_ABOVE = 2**62
+
+Forward = Callable[[nn.Module, Any], Any]
+
+
+class MemoryBudgetError(PeftError, ValueError):
+    """No choice fits the budget; ``smallest`` is the least budget in GiB that one does."""
+
+    def __init__(self, message: str, smallest: float) -> None:
+        super().__init__(message)
+        self.smallest = smallest
+
+
+@dataclass
+class MemoryPlan:
+    """What was chosen, and what it is expected to need. Sizes are bytes, times seconds of one step.
+
+    Attributes:
+        budget: None where there is no limit.
+        resident: what is there all the time: weights, buffers, and the optimizer's states of what is trained.
+        peak: the highest memory within a step, ``resident`` included.
+        unplanned_peak: the same with nothing recomputed.
+        smallest: the least budget that could be met.
+        largest_block: the activations of the largest block, below which no recomputing gets.
+        seconds, unplanned_seconds: of forward and backward pass, with this choice and with nothing recomputed.
+        modes: what each block does, by name.
+        kept: bytes of each block's activations, by name.
+        pieces: parts of a batch that are computed one after another.
+    """
+
+    budget: int | None
+    resident: int
+    peak: int
+    unplanned_peak: int
+    smallest: int
+    largest_block: int
+    seconds: float
+    unplanned_seconds: float
+    modes: dict[str, Mode] = field(default_factory=dict)
+    kept: dict[str, int] = field(default_factory=dict)
+    pieces: int = 1
+
+    @property
+    def recomputed(self) -> list[str]:
+        """Names of the blocks whose activations are computed again."""
+        return [name for name, mode in self.modes.items() if mode == "recompute"]
+
+    @property
+    def above_idle(self) -> int:
+        """The peak above the idle model, which has weights alone."""
+        return self.peak - self.resident
+
+    def __str__(self) -> str:
+        offloaded = sum(mode == "offload" for mode in self.modes.values())
+        chosen = [
+            f"{len(self.recomputed)} of {len(self.modes)} blocks recomputed" if self.recomputed else "",
+            f"{offloaded} blocks offloaded to the host" if offloaded else "",
+            f"a batch in {self.pieces} pieces" if self.pieces > 1 else "",
+        ]
+        rows = [
+            ("", "peak GiB", "of it above weights and optimizer", "seconds of a step"),
+            ("---", "---:", "---:", "---:"),
+            _row("nothing", self.unplanned_peak, self.resident, self.unplanned_seconds),
+            _row(", ".join(filter(None, chosen)) or "chosen: nothing", self.peak, self.resident, self.seconds),
+            _row("smallest possible", self.smallest, self.resident, None),
+        ]
+        text = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+        groups: dict[str, list[int]] = {}
+        for name in self.recomputed:
+            pattern = ".".join("*" if part.isdigit() else part for part in name.split("."))
+            groups.setdefault(pattern, []).append(self.kept.get(name, 0))
+        lines = [f"  {name}: {len(sizes)}, {sum(sizes) / 2**20:.0f} MiB" for name, sizes in groups.items()]
+        return "\n".join([text, *(["recomputed:"] if lines else []), *lines])
+
+
+def _row(name: str, peak: int, resident: int, seconds: float | None) -> tuple[str, ...]:
+    above = f"{(peak - resident) / GIB:.2f}"
+    return name, f"{peak / GIB:.2f}", above, "" if seconds is None else f"{seconds:.2f}"
+
+
+def fit_memory(
+    model: nn.Module,
+    batch: Any,
+    budget: float | str | None,
+    *,
+    forward: Forward | None = None,
+    optimizer_states: int = 2,
+    pieces: int = 1,
+    agree: Callable[[int], int] = int,
+) -> MemoryPlan:
+    """Make training steps of ``model`` fit into ``budget``; gradients and names stay what they are.
+
+    Args:
+        model: any nn.Module on its device, injected if it is to be; in place, its blocks change their class.
+        batch: what a step is given, as large as any to come; a list is also tried in equal pieces.
+        budget: GiB of tensors on the device at most, weights and optimizer included; ``"auto"`` is what the device
+            has free; None measures and recomputes nothing.
+        forward: gives the losses (a tensor, or any nesting of them) of ``forward(model, batch)``; by default
+            ``model(batch)``.
+        optimizer_states: numbers that the optimizer keeps per trained one: 2 for Adam, 1 for SGD with momentum.
+        pieces: in how many pieces the batch is computed already.
+        agree: of several processes' excess over the budget, the one that counts for all; they must take equal pieces.
+
+    Raises:
+        MemoryBudgetError: the budget cannot be met; the message names the smallest that can.
+    """
+    limit = _limit(budget, model)
+    release_memory(model)
+    states = {name: make_block(module, name) for name, module in find_blocks(model)}
+    resident = _resident(model, optimizer_states)
+    smallest: int | None = None
+    try:
+        for count in _piece_counts(batch, pieces):
+            part = batch[: len(batch) // count] if count > 1 else batch
+            for mode in ("recompute", "offload") if device_of(model).type == "cuda" else ("recompute",):
+                try:
+                    step = _measure(model, part, forward or _call, states, mode)
+                except torch.cuda.OutOfMemoryError:
+                    agree(_FAR_ABOVE)
+                    continue
+                plan = step.choose(None if limit is None else limit - resident, resident, mode, count)
+                smallest = min(smallest or plan.smallest, plan.smallest)
+                if agree(0 if limit is None else plan.peak - limit) <= 0:
+                    plan.budget, plan.smallest = limit, smallest
+                    return_freed_memory()
+                    idle = resident_bytes() + optimizer_states * _trained_bytes(model)
+                    for name, state in states.items():
+                        state.mode = plan.modes.get(name, "keep")
+                        state.ceiling = idle + int(_FILLED * (plan.above_idle - step.largest_growth))
+                    return plan
+    except BaseException:
+        release_memory(model)
+        raise
+    release_memory(model)
+    if smallest is None:
+        raise MemoryBudgetError("even the leanest step does not fit on this device: use smaller images", float("inf"))
+    assert limit is not None
+    needed = -(-smallest * 100 // GIB) / 100
+    raise MemoryBudgetError(
+        f"a memory budget of {limit / GIB:.2f} GiB cannot be met: the smallest possible is {needed:.2f} GiB, of which "
+        f"{resident / GIB:.2f} GiB are weights and the optimizer's states. Allow more, use smaller images, or train "
+        "fewer parameters",
+        needed,
+    )
+
+
+def release_memory(model: nn.Module) -> None:
+    """Undo :func:`fit_memory`: every block keeps its activations and has its own class again."""
+    for module in model.modules():
+        release_block(module)
+
+
+def _limit(budget: float | str | None, model: nn.Module) -> int | None:
+    if budget is None:
+        return None
+    if budget == "auto":
+        there = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+        return int(AUTO_SHARE * free_bytes(device_of(model))) + there
+    if isinstance(budget, bool) or not isinstance(budget, int | float) or not 0 < budget < float("inf"):
+        raise MemoryBudgetError(f"the memory budget is {budget!r}: expected GiB above 0, or 'auto'", float("nan"))
+    return int(budget * GIB)
+
+
+def _resident(model: nn.Module, optimizer_states: int) -> int:
+    storages = {tensor.untyped_storage() for tensor in (*model.parameters(), *model.buffers())}
+    sizes = {storage._cdata: storage.nbytes() for storage in storages}
+    return sum(sizes.values()) + optimizer_states * _trained_bytes(model)
+
+
+def _trained_bytes(model: nn.Module) -> int:
+    return sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
+
+
+def _piece_counts(batch: Any, pieces: int) -> list[int]:
+    size = len(batch) if isinstance(batch, list | tuple) else 0
+    return [count for count in range(pieces, size + 1) if size % count == 0] or [1]
+
+
+def _call(model: nn.Module, batch: Any) -> Any:
+    return model(batch)
+
+
+def _total(losses: Any) -> Tensor:
+    if isinstance(losses, Tensor):
+        return losses.float().sum()
+    values = list(losses.values()) if isinstance(losses, dict) else list(losses)
+    return torch.stack([_total(value) for value in values if not isinstance(value, str)]).sum()
+
+
+@dataclass
+class _Call:
+    """One run of a block: the reading after its forward pass, those around its recomputing, and what that took."""
+
+    name: str
+    forward_end: int
+    start: int = 0
+    end: int = 0
+    seconds: float = 0.0
+
+
+class _Recorder:
+    """Recomputes every block and notes when, how long, and with a meter how much memory."""
+
+    def __init__(self, meter: Meter | None) -> None:
+        self.meter = meter
+        self.calls: list[_Call] = []
+        self.readings: list[tuple[int, int]] = []
+
+    def read(self) -> int:
+        """Take a reading; returns its number."""
+        self.readings.append((0, 0) if self.meter is None else self.meter.read())
+        return len(self.readings) - 1
+
+    def run(self, name: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        call = _Call(name, 0)
+        runs = 0
+
+        def body(*args: Any, **kwargs: Any) -> Any:
+            nonlocal runs
+            runs += 1
+            if runs == 1:
+                return forward(*args, **kwargs)
+            return_freed_memory()
+            call.start, begun = self.read(), _clock()
+            try:
+                return forward(*args, **kwargs)
+            finally:  # torch leaves by an exception of its own once all that is needed is there
+                call.seconds += _clock() - begun
+                call.end = self.read()
+
+        output = checkpoint(body, *args, use_reentrant=False, **kwargs)
+        call.forward_end = self.read()
+        self.calls.append(call)
+        return output
+
+
+def _clock() -> float:
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+@dataclass
+class _Step:
+    """A lean step's readings: (bytes now, peak since the reading before), the blocks' calls, and the whole's time."""
+
+    readings: list[tuple[int, int]]
+    calls: list[_Call]
+    seconds: float
+    unseen: int  # bytes of the process's peak beyond the tensors that were followed
+
+    @property
+    def largest_growth(self) -> int:
+        """The most bytes by which a moment is above the reading before it."""
+        pairs = zip(self.readings, self.readings[1:], strict=False)
+        return max((peak - before for (before, _), (_, peak) in pairs), default=0)
+
+    def choose(self, room: int | None, resident: int, mode: Mode, pieces: int) -> MemoryPlan:
+        """Keep the activations that pay most, as long as the peak stays within ``room`` bytes."""
+        blocks: dict[str, list[_Call]] = {}
+        for call in self.calls:
+            blocks.setdefault(call.name, []).append(call)
+        sizes = {name: sum(self._size(call) for call in calls) for name, calls in blocks.items()}
+        times = {name: sum(call.seconds for call in calls) for name, calls in blocks.items()}
+        peaks = [peak + self.unseen for _, peak in self.readings]
+        smallest = max(peaks)
+        whole = peaks
+        for calls in blocks.values():
+            whole = self._with_kept(whole, calls)
+        kept: set[str] = set()
+        for name in sorted(blocks, key=lambda name: -times[name] / max(sizes[name], 1)):
+            raised = self._with_kept(peaks, blocks[name])
+            if room is None or max(raised) <= max(room, max(peaks)):
+                kept.add(name)
+                peaks = raised
+        nothing = self.seconds - sum(times.values())
+        return MemoryPlan(
+            budget=None,
+            resident=resident,
+            peak=max(peaks) + resident,
+            unplanned_peak=max(whole) + resident,
+            smallest=smallest + resident,
+            largest_block=max(sizes.values(), default=0),
+            seconds=pieces * (nothing + sum(seconds for name, seconds in times.items() if name not in kept)),
+            unplanned_seconds=pieces * nothing,
+            modes={name: "keep" if name in kept else mode for name in blocks},
+            kept=sizes,
+            pieces=pieces,
+        )
+
+    def _size(self, call: _Call) -> int:
+        return max(0, self.readings[call.end][0] - self.readings[call.start][0]) if call.end else 0
+
+    def _with_kept(self, peaks: Sequence[int], calls: Sequence[_Call]) -> list[int]:
+        raised = list(peaks)
+        for call in calls:
+            for number in range(call.forward_end + 1, call.start + 1):
+                raised[number] += self._size(call)
+        return raised
+
+
+def _measure(model: nn.Module, batch: Any, forward: Forward, states: dict[str, BlockState], mode: Mode) -> _Step:
+    """One step at its leanest, three times: to warm up, for its time and the process's peak, and for its tensors."""
+    device = device_of(model)
+    with untouched(model), _own_storage():
+        with _recording(states, timed := _Recorder(None)):
+            _step(model, batch, forward)
+        return_freed_memory()
+        with _recording(states, timed := _Recorder(None)), ProcessPeak() as process:
+            begun = _clock()
+            _step(model, batch, forward)
+            seconds = _clock() - begun
+        return_freed_memory()
+        with Meter(device) as meter, _recording(states, metered := _Recorder(meter)):
+            _step(model, batch, forward)
+            metered.read()
+    for before, after in zip(timed.calls, metered.calls, strict=True):
+        after.seconds = before.seconds
+    peak = max(peak for _, peak in metered.readings)
+    unseen = max(0, process.bytes - peak) if device.type == "cpu" else 0
+    return _Step(metered.readings, metered.calls, seconds, unseen)
+
+
+def _step(model: nn.Module, batch: Any, forward: Forward) -> None:
+    for parameter in model.parameters():
+        parameter.grad = None
+    with torch.enable_grad():
+        _total(forward(model, batch)).backward()
+
+
+@contextlib.contextmanager
+def _recording(states: dict[str, BlockState], recorder: _Recorder) -> Iterator[None]:
+    for state in states.values():
+        state.recorder = recorder
+    try:
+        yield
+    finally:
+        for state in states.values():
+            state.recorder = None
+
+
+@contextlib.contextmanager
+def _own_storage() -> Iterator[None]:
+    """Let what Detectron2's models log while they are measured go nowhere."""
+    if "detectron2" not in sys.modules:
+        yield
+        return
+    from detectron2.utils.events import EventStorage
+
+    with EventStorage(0):
+        yield

@@ -1,0 +1,203 @@
+"""Fitting a step into a budget: same losses and gradients, same names, a true prediction, refusals."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import peft_d2
+from peft_d2 import memory, peft
+from peft_d2.memory.blocks import Block, BlockState, find_blocks, make_block
+from peft_d2.memory.meter import Meter
+from peft_d2.memory.plan import _measure, _Step
+
+GIB = 2**30
+
+
+class Layer(nn.Module):
+    def __init__(self, width: int, drop: float) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.fc1 = nn.Linear(width, 4 * width)
+        self.fc2 = nn.Linear(4 * width, width)
+        self.drop = nn.Dropout(drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.drop(self.fc2(torch.nn.functional.gelu(self.fc1(self.norm(x)))))
+
+
+class Net(nn.Module):
+    def __init__(self, width: int = 64, depth: int = 6, drop: float = 0.1) -> None:
+        super().__init__()
+        self.embed = nn.Linear(8, width)
+        self.layers = nn.ModuleList(Layer(width, drop) for _ in range(depth))
+        self.head = nn.Linear(width, 4)
+
+    def forward(self, batch: Any) -> Any:
+        x = torch.stack(list(batch)) if isinstance(batch, list) else batch
+        x = self.embed(x)
+        for layer in self.layers:
+            x = layer(x)
+        y = self.head(x)
+        return {"loss": y.square().mean(), "loss_2": y.abs().mean()}
+
+
+LORA = [{"NAME": "lora", "TARGETS": ["layers.*.{fc1,fc2}"], "RANK": 4}]
+
+
+def net(dtype: torch.dtype = torch.float32, **options: Any) -> Net:
+    torch.manual_seed(0)
+    model = Net(**options).to(dtype)
+    peft.inject(model, LORA)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("lora_b"):
+                parameter.normal_(std=0.1)
+    return model
+
+
+def step(model: nn.Module, batch: Any, autocast: bool = False) -> tuple[dict[str, float], dict[str, Tensor]]:
+    model.zero_grad()
+    torch.manual_seed(1)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        losses = model(batch)
+    sum(losses.values()).backward()  # type: ignore[union-attr]
+    values = {name: value.item() for name, value in losses.items()}
+    return values, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def all_recomputing(model: nn.Module) -> int:
+    """Let every block recompute; returns how many there are."""
+    blocks = [module for module in model.modules() if isinstance(module, Block)]
+    for block in blocks:
+        block.memory_block.mode = "recompute"
+    return len(blocks)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_losses_and_gradients_are_the_same(autocast: bool) -> None:
+    model, batch = net(), torch.randn(2, 50, 8)
+    losses, gradients = step(model, batch, autocast)
+    peft_d2.fit_memory(model, batch, None)
+    assert all_recomputing(model) == 6
+    again, regradients = step(model, batch, autocast)
+    assert again == losses
+    assert gradients.keys() == regradients.keys()
+    assert all(torch.equal(gradients[name], regradients[name]) for name in gradients)
+
+
+def test_double_gradients_equal_to_1e_10() -> None:
+    model, batch = net(torch.float64), torch.randn(2, 50, 8, dtype=torch.float64)
+    _, gradients = step(model, batch)
+    peft_d2.fit_memory(model, batch, None)
+    all_recomputing(model)
+    _, again = step(model, batch)
+    assert all((again[name] - gradients[name]).abs().max() <= 1e-10 for name in gradients)
+
+
+def test_nothing_but_the_class_changes() -> None:
+    model, batch = net(), torch.randn(2, 50, 8)
+    before = {name: id(module) for name, module in model.named_modules()}
+    keys, layer_class, state = list(model.state_dict()), type(model.layers[0]), torch.get_rng_state()
+    peft_d2.fit_memory(model, batch, None)
+    assert {name: id(module) for name, module in model.named_modules()} == before
+    assert list(model.state_dict()) == keys
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(p.grad is None for p in model.parameters())
+    assert isinstance(model.layers[0], Layer)
+    memory.release_memory(model)
+    assert type(model.layers[0]) is layer_class
+    assert not any(isinstance(module, Block) for module in model.modules())
+
+
+def test_copies_and_pickles_go_on_recomputing() -> None:
+    model, batch = net(), torch.randn(2, 50, 8)
+    peft_d2.fit_memory(model, batch, None)
+    all_recomputing(model)
+    _, gradients = step(model, batch)
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert sum(isinstance(module, Block) for module in copied.modules()) == 6
+        _, again = step(copied, batch)
+        assert all(torch.equal(gradients[name], again[name]) for name in gradients)
+
+
+def test_recomputing_lowers_what_is_kept() -> None:
+    model, batch = net(), torch.randn(4, 500, 8)
+    plain = sum(memory.saved_by_module(model, lambda: model(batch)).values())
+    peft_d2.fit_memory(model, batch, None)
+    all_recomputing(model)
+    assert sum(memory.saved_by_module(model, lambda: model(batch)).values()) < 0.1 * plain
+
+
+def measured_step(model: nn.Module, batch: Any) -> tuple[dict[str, BlockState], _Step]:
+    """One lean step as the planner measures it, by tensors alone: what else the process holds is not the plan's."""
+    states = {name: make_block(module, name) for name, module in find_blocks(model)}
+    measured = _measure(model, batch, lambda model, batch: model(batch), states, "recompute")
+    measured.unseen = 0
+    return states, measured
+
+
+def test_prediction_of_tensors_within_ten_percent() -> None:
+    model, batch = net(depth=8), torch.randn(4, 1000, 8)
+    states, measured = measured_step(model, batch)
+    whole = measured.choose(None, 0, "recompute", 1)
+    recomputed = []
+    for share in (0.0, 0.3, 0.6, 0.9, 1.0):
+        room = int(whole.smallest + share * (whole.unplanned_peak - whole.smallest))
+        plan = measured.choose(room, 0, "recompute", 1)
+        assert plan.peak <= room
+        for name, state in states.items():
+            state.mode = plan.modes[name]
+        with Meter(torch.device("cpu")) as meter:
+            step(model, batch)
+            assert meter.read()[1] == pytest.approx(plan.peak, rel=0.1)
+        recomputed.append(len(plan.recomputed))
+    assert recomputed == sorted(recomputed, reverse=True)
+    assert recomputed[0] >= 7 and recomputed[-1] == 0
+
+
+def test_an_impossible_budget_names_the_smallest() -> None:
+    model, batch = net(), torch.randn(4, 200, 8)
+    classes = [type(module) for module in model.modules()]
+    with pytest.raises(memory.MemoryBudgetError, match=r"the smallest possible is [\d.]+ GiB") as refusal:
+        peft_d2.fit_memory(model, batch, 0.001)
+    assert [type(module) for module in model.modules()] == classes
+    assert refusal.value.smallest > 0.001
+
+
+def test_a_batch_goes_in_pieces_where_recomputing_does_not_do() -> None:
+    model, batch = net(depth=1), [torch.randn(20000, 8) for _ in range(4)]
+    whole = peft_d2.fit_memory(model, batch, None)
+    plan = peft_d2.fit_memory(model, batch, (whole.resident + 0.6 * (whole.smallest - whole.resident)) / GIB)
+    assert plan.pieces in (2, 4)
+
+
+@pytest.mark.parametrize("budget", [0, -1.0, "much", float("nan"), True])
+def test_what_is_no_budget(budget: Any) -> None:
+    with pytest.raises(memory.MemoryBudgetError, match="expected GiB above 0, or 'auto'"):
+        peft_d2.fit_memory(net(), torch.randn(2, 5, 8), budget)
+
+
+def test_all_is_kept_where_there_is_room() -> None:
+    assert not peft_d2.fit_memory(net(), torch.randn(2, 5, 8), 100.0).recomputed
+    assert not peft_d2.fit_memory(net(), torch.randn(2, 5, 8), "auto").recomputed
+
+
+def test_prove_live_sees_through_recomputing() -> None:
+    model, batch = net(drop=0.0), torch.randn(2, 50, 8)
+    peft_d2.fit_memory(model, batch, None)
+    all_recomputing(model)
+    peft_d2.prove_live(model, batch)
+
+
+def test_a_norm_that_learns_its_statistics_is_not_run_twice() -> None:
+    block = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3))
+    model = nn.Sequential(nn.Sequential(block, block))
+    assert [name for name, _ in find_blocks(model)] == []
+    block[1].eval()
+    assert len(list(find_blocks(model))) == 1
