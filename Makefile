@@ -4,6 +4,7 @@
 # make lint     run ruff and mypy
 # make docs     build the documentation's site in build/site
 # make gpu-kit  fill gpu_kit/ with what tools/check_gpu.sh needs on a machine with a GPU and no network
+# make wheels   build dist/: a wheel for every Python, and the source archive
 # make setup    only make the environment that the others need
 #
 # The environment is .venv; PYTHON=python3.12 chooses the interpreter that makes it. Each step of the setup leaves a stamp
@@ -35,8 +36,9 @@ detectron2 := $(STAMPS)/detectron2-$(call checksum,constraints.txt tools/build_d
 package := $(STAMPS)/package-$(call checksum,constraints.txt pyproject.toml setup.py $(operator),$(compilers))
 extras := $(STAMPS)/extras-$(call checksum,constraints.txt pyproject.toml)
 site := $(STAMPS)/site-$(call checksum,constraints.txt pyproject.toml)
+packing := $(STAMPS)/packing-$(call checksum,constraints.txt pyproject.toml)
 
-.PHONY: demo test test-fast lint docs gpu-kit setup
+.PHONY: demo test test-fast lint docs gpu-kit wheels setup
 .NOTPARALLEL:
 
 demo: $(package)
@@ -58,6 +60,15 @@ docs: $(site)
 
 gpu-kit: $(package)
 	PIP_CONSTRAINT=constraints.txt $(PY) tools/make_gpu_kit.py $(ARGS)
+
+# The CUDA library is in it where there is an nvcc of torch's CUDA. torch brings libtorch and the CUDA runtime.
+wheels: $(packing)
+	rm -rf build/lib build/bdist.* build/wheel dist
+	TORCH_CUDA_ARCH_LIST="$${TORCH_CUDA_ARCH_LIST:-7.5;8.0;8.6;8.9;9.0}" $(PIP:install=wheel) --no-deps --wheel-dir build/wheel .
+	PATH=$(CURDIR)/$(VENV)/bin:$$PATH $(PY) -m auditwheel repair --wheel-dir dist \
+	    --exclude 'libtorch*' --exclude 'libc10*' --exclude 'libcudart*' build/wheel/*.whl
+	$(PY) -m build --sdist --no-isolation --outdir dist .
+	@ls -l dist
 
 setup: $(extras)
 	@echo "The environment $(VENV) is ready. What it has: $(PY) -m peft_d2.doctor"
@@ -102,4 +113,9 @@ $(extras): | $(package)
 $(site): | $(package)
 	@echo "== tools for the documentation"
 	@$(PIP) $(call extra,docs)
+	@touch $@
+
+$(packing): | $(package)
+	@echo "== tools for wheels"
+	@$(PIP) $(call extra,wheels)
 	@touch $@

@@ -1,4 +1,4 @@
-"""Builds the operator's two libraries; everything else about the package is in pyproject.toml.
+"""Builds the operator's two libraries, and wheels that hold configs/ and tools/; else see pyproject.toml.
 
     PEFT_D2_CUDA=0|1        never, or by all means, build the CUDA library (default: when a matching nvcc is found)
     CUDA_HOME               the CUDA toolkit
@@ -24,7 +24,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 MINIMUM_TORCH = (2, 10)
@@ -153,6 +155,30 @@ def build_cuda(target: Path) -> None:
     execute([compiler(), "-shared", *objects, "-o", str(target), *libraries])
 
 
+class BuildPackage(build_py):
+    """Puts configs/ and tools/ beside the modules, where peft_d2.compat.bundled looks for them."""
+
+    def run(self) -> None:
+        super().run()
+        if self.editable_mode:
+            return
+        for folder, kept in (("configs", "*"), ("tools", "*.py")):
+            target = Path(self.build_lib, "peft_d2", folder)
+            shutil.rmtree(target, ignore_errors=True)
+            for file in (ROOT / folder).rglob(kept):
+                if file.is_file() and file.suffix != ".pyc":
+                    copy = target / file.relative_to(ROOT / folder)
+                    copy.parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(file, copy)
+
+
+class AnyPython(bdist_wheel):
+    """The libraries hold no Python: one wheel of a platform for every version of it."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
 class BuildOperator(build_ext):
     """Builds each library beside peft_d2/ops/library.py, or says in one line why it does not."""
 
@@ -191,5 +217,5 @@ if __name__ == "__main__":
         ext_modules=[
             Extension(f"peft_d2.ops.libpeft_d2_{device}", sources=[], optional=True) for device in ("cpu", "cuda")
         ],
-        cmdclass={"build_ext": BuildOperator},
+        cmdclass={"build_ext": BuildOperator, "build_py": BuildPackage, "bdist_wheel": AnyPython},
     )

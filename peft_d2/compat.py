@@ -13,9 +13,24 @@ from pathlib import Path
 from typing import Any
 
 HOW_TO_GET_DETECTRON2 = (
-    "Run `python tools/build_detectron2.py --install` in a checkout of peft_d2 (pure Python, from the package index), "
-    "or install Detectron2 0.5 or newer from its own project's sources"
+    "Run `peft-d2 setup-detectron2` (0.5, pure Python, from the package index), or install 0.6 or the main branch from "
+    "the Detectron2 project's sources, or somebody's wheel of it that was built for this torch and Python"
 )
+
+
+_FOLDER = Path(__file__).parent
+
+
+def bundled(name: str) -> Path:
+    """A file that comes with the package: ``configs/...`` or ``tools/...``, of a wheel or of a checkout."""
+    return (_FOLDER if (_FOLDER / "configs").is_dir() else _FOLDER.parent) / name
+
+
+def find_file(path: str) -> str:
+    """``path``, or, where ``configs/...`` is no file below the working directory, the package's own of that name."""
+    if path.startswith("configs/") and not Path(path).exists() and bundled(path).is_file():
+        return str(bundled(path))
+    return path
 
 
 class Detectron2Missing(ImportError):

@@ -5,6 +5,7 @@ Works whatever is missing, torch included. Exit status 0: everything that is req
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import importlib.metadata
 import os
@@ -17,15 +18,15 @@ from collections.abc import Iterator
 
 PAIR = "pip install torch torchvision (both at once, from the same index: their builds must match)"
 EDITABLE = "pip install --no-build-isolation -e . (in the checkout of peft_d2)"
-REQUIRED = (  # module, distribution, oldest version that will do, remedy
+REQUIRED = (  # module, distribution, oldest version that will do, remedy where it is not "pip install" of it
     ("torch", "torch", "2.4", PAIR),
-    ("numpy", "numpy", "", EDITABLE),
-    ("scipy.optimize", "scipy", "", EDITABLE),
-    ("safetensors", "safetensors", "0.4", EDITABLE),
-    ("tqdm", "tqdm", "", EDITABLE),
-    ("PIL.Image", "pillow", "9.4", EDITABLE),
-    ("pycocotools.mask", "pycocotools", "2.0.6", EDITABLE),
-    ("faster_coco_eval", "faster-coco-eval", "1.6", EDITABLE),
+    ("numpy", "numpy", "", ""),
+    ("scipy.optimize", "scipy", "", ""),
+    ("safetensors", "safetensors", "0.4", ""),
+    ("tqdm", "tqdm", "", ""),
+    ("PIL.Image", "pillow", "9.4", ""),
+    ("pycocotools.mask", "pycocotools", "2.0.6", ""),
+    ("faster_coco_eval", "faster-coco-eval", "1.6", ""),
     ("torchvision", "torchvision", "", PAIR),
 )
 # "ok", "note" (nothing to worry about) or "missing"; the name, the value, the remedy if any
@@ -49,6 +50,11 @@ def diagnose() -> Iterator[Finding]:
 
 def main() -> int:
     """Print the report; return the exit status."""
+    argparse.ArgumentParser(
+        description="Say what this environment has, what is missing, and what to do about it. Exit code 1: some is.",
+        epilog="an example:\n  %(prog)s",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    ).parse_args()
     missing = 0
     for state, name, value, *remedy in diagnose():
         print(f"{state:8}{name:18}{value}", *(f"{'':26}-> {text}" for text in remedy), sep="\n", flush=True)
@@ -58,6 +64,7 @@ def main() -> int:
 
 
 def _package(module: str, distribution: str, oldest: str, remedy: str) -> Finding:
+    remedy = remedy or f"pip install '{distribution}{oldest and '>='}{oldest}'"
     if fault := _import_fault(module):
         return "missing", distribution, fault, remedy
     version = _version(distribution, module)
@@ -73,8 +80,8 @@ def _detectron2() -> Iterator[Finding]:
     if version is None:
         yield "missing", "detectron2", "not installed", HOW_TO_GET_DETECTRON2
         return
-    yield _package("fvcore.nn", "fvcore", "", "pip install fvcore")
-    yield _package("iopath.common.file_io", "iopath", "", "pip install iopath")
+    yield _package("fvcore.nn", "fvcore", "", "")
+    yield _package("iopath.common.file_io", "iopath", "", "")
     if fault := _import_fault("cv2"):
         yield "note", "opencv", f"{fault}; pictures need it", "pip install opencv-python-headless"
     else:
@@ -82,7 +89,17 @@ def _detectron2() -> Iterator[Finding]:
     if fault := next(filter(None, map(_import_fault, ("detectron2", "detectron2.modeling", "detectron2.engine"))), ""):
         yield "missing", "detectron2", f"{version}, {fault}", HOW_TO_GET_DETECTRON2
     else:
-        yield "ok", "detectron2", f"{version} ({os.path.dirname(sys.modules['detectron2'].__file__ or '')})"
+        folder = os.path.dirname(sys.modules["detectron2"].__file__ or "")
+        yield "ok", "detectron2", f"{version}, {_which_detectron2()} ({folder})"
+
+
+def _which_detectron2() -> str:
+    compiled = importlib.import_module("detectron2._C") if not _import_fault("detectron2._C") else None
+    if compiled is None:
+        return "without its compiled operators, which cannot be imported here"
+    if (getattr(compiled, "__file__", None) or "").endswith(".py"):
+        return "pure Python, as setup-detectron2 makes it: all but rotated boxes"
+    return "with its compiled operators"
 
 
 def _operator() -> Iterator[Finding]:

@@ -19,6 +19,7 @@ sys.path[:0] = [str(ROOT / folder) for folder in ("tools", "projects", "projects
 # Files that train, start processes or compilers: `make test-fast` leaves them out.
 SLOW = {
     *("data/test_hostile.py", "data/test_formats.py", "docs/test_notebook.py", "examples/test_examples.py"),
+    "tools/test_command_line.py",
     *("faults/test_campaign.py", "ops/test_check_gpu.py", "ops/test_sanitizers.py", "ops/test_cuda_on_host.py"),
     *(f"engine/test_{name}.py" for name in ("training", "processes", "prove_live", "loader_workers", "resume", "seem")),
     *(

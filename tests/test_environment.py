@@ -18,9 +18,11 @@ import zipfile
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from peft_d2 import compat
 
@@ -72,6 +74,11 @@ SAMPLES = [
         "torch.meshgrid(\n    torch.arange(h),\n    torch.arange(w, device=offsets.device),\n)",
         'torch.meshgrid(\n    torch.arange(h),\n    torch.arange(w, device=offsets.device),\n        indexing="ij",\n)',
     ),
+    (
+        "detectron2/layers/deform_conv.py",
+        "deform_conv = _DeformConv.apply\nmodulated_deform_conv = _ModulatedDeformConv.apply\n",
+        maker.DEFORM_CONV,
+    ),
 ]
 
 
@@ -86,6 +93,31 @@ def test_modernisation(index: int) -> None:
     untouched = {"detectron2/notes.txt": before.encode(), "detectron2/b.py": b"np.array([1.0])"}
     result = maker.modernise({path: before.encode(), **untouched}, (row,))
     assert result == {path: after.encode(), **untouched}
+
+
+def test_deformable_convolution_without_its_compiled_code() -> None:
+    """Whole offsets shift the input, y before x; a mask weighs it; groups and offset groups are told by the shapes."""
+    torchvision = pytest.importorskip("torchvision")
+    names: dict[str, Any] = {"deform_conv2d": torchvision.ops.deform_conv2d}
+    exec(maker.DEFORM_CONV, names)
+    image = torch.randn(1, 4, 6, 7, dtype=torch.float64)
+    weight = torch.randn(6, 2, 3, 3, dtype=torch.float64, requires_grad=True)
+    offsets = _offsets(rows=(1, 0), columns=(0, -2)).requires_grad_()
+    found = names["deform_conv"](image, offsets, weight, 1, 1, 1, 2, 2)
+    shifted = torch.nn.functional.pad(image, (3, 3, 3, 3))
+    shifted = torch.cat([shifted[:, :2, 3:11, 2:11], shifted[:, 2:, 2:10, 0:9]], dim=1)
+    expected = torch.nn.functional.conv2d(shifted, weight, groups=2)
+    torch.testing.assert_close(found, expected)
+    half = names["modulated_deform_conv"](image, offsets, 0.5 * torch.ones(1, 18, 6, 7).double(), weight, None, 1, 1)
+    torch.testing.assert_close(half, 0.5 * expected)
+    half.square().sum().backward()
+    assert weight.grad.abs().min() > 0 and offsets.grad.abs().sum() > 0
+
+
+def _offsets(rows: tuple[float, float], columns: tuple[float, float]) -> torch.Tensor:
+    """(1, 2 groups x 9 points x (y, x), 6, 7): the same offset everywhere in each group."""
+    pairs = torch.tensor([rows, columns], dtype=torch.float64).T  # a group a row
+    return pairs[:, None].expand(2, 9, 2).reshape(1, 36, 1, 1).repeat(1, 1, 6, 7)
 
 
 @pytest.mark.parametrize("source", [b"nothing to do", b"np.bool np.bool np.bool"], ids=["too few", "too many"])
@@ -280,7 +312,7 @@ def test_what_needs_detectron2_says_how_to_get_it() -> None:
     code = HIDE % "detectron2" + "import peft_d2; peft_d2.add_config(None)"
     error = _python(code).stderr.strip().splitlines()[-1]
     assert error.startswith("peft_d2.compat.Detectron2Missing: Detectron2 is not installed")
-    assert "python tools/build_detectron2.py --install" in error
+    assert "peft-d2 setup-detectron2" in error
 
 
 def test_a_broken_detectron2_is_told_from_an_absent_one(tmp_path: Path) -> None:
@@ -295,7 +327,7 @@ def test_a_broken_detectron2_is_told_from_an_absent_one(tmp_path: Path) -> None:
     ("hidden", "missing"),
     [
         ("", {}),
-        ("detectron2", {"detectron2": "tools/build_detectron2.py"}),
+        ("detectron2", {"detectron2": "peft-d2 setup-detectron2"}),
         ("scipy faster_coco_eval", {"scipy": "pip install", "faster-coco-eval": "pip install"}),
         ("torch", {"torch": "pip install torch", "torchvision": "pip install torch", "peft_d2.ops": "above"}),
     ],

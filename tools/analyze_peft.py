@@ -71,7 +71,12 @@ def main(arguments: list[str] | None = None) -> None:
 
 def analysis_parser() -> argparse.ArgumentParser:
     """The arguments of ``tools/analyze_peft.py``."""
-    parser = argparse.ArgumentParser(description="Measure PEFT configs beside full fine-tuning, on random images.")
+    example = "--config-file configs/demo/base.yaml --peft-config configs/peft/mask2former/lora.yaml --size 256"
+    parser = argparse.ArgumentParser(
+        description="Measure PEFT configs beside full fine-tuning, on random images: time, memory, size, inference.",
+        epilog=f"an example:\n  %(prog)s {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--config-file", required=True, metavar="FILE", help="the model's config")
     parser.add_argument("--peft-config", nargs="*", default=[], metavar="FILE", help="one or more of configs/peft")
     parser.add_argument("--size", type=int, default=512, help="height and width of the images")

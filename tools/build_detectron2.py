@@ -3,8 +3,8 @@
 
 Detectron2 is not on the index under its own name; its Python sources are, as the archive `detectron2-cdo` 0.5, which
 lacks the C++ sources and predates NumPy 2, Pillow 10 and setuptools 82. This script downloads that archive through pip,
-verifies its sha256, applies `TABLE` and writes a pure-Python wheel. Compiled operators (rotated boxes, the legacy
-deformable convolution) are absent and say so when they are used; everything else works.
+verifies its sha256, applies `TABLE` and writes a pure-Python wheel. Deformable convolution is torchvision's; what
+else is compiled code, rotated boxes, is absent and says so when it is used; everything else works.
 
     python tools/build_detectron2.py              # prints the path of the wheel, which is built once and kept
     python tools/build_detectron2.py --install    # the same, then pip installs it unless a Detectron2 is there already
@@ -72,6 +72,20 @@ class Row:
     hits: int
 
 
+# Of its compiled operators torchvision has this one, with the same order of offsets, masks and groups, and gradients.
+DEFORM_CONV = """\
+def deform_conv(
+    input, offset, weight, stride=1, padding=0, dilation=1, groups=1, deformable_groups=1, im2col_step=64
+):
+    return deform_conv2d(input, offset, weight, None, stride, padding, dilation)
+
+
+def modulated_deform_conv(
+    input, offset, mask, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, deformable_groups=1
+):
+    return deform_conv2d(input, offset, weight, bias, stride, padding, dilation, mask)
+"""
+
 TABLE = (
     Row("NumPy 1.24 removed the alias", r"\.py$", r"\bnp\.bool\b", "bool", 8),
     Row("NumPy 1.24 removed the alias", r"\.py$", r"\bnp\.int\b", "int", 4),
@@ -120,6 +134,13 @@ TABLE = (
         r'\1        indexing="ij",' + "\n",
         1,
     ),
+    Row(
+        "deformable convolution is compiled code; torchvision has it",
+        r"/layers/deform_conv\.py$",
+        r"^deform_conv = _DeformConv\.apply\nmodulated_deform_conv = _ModulatedDeformConv\.apply\n",
+        DEFORM_CONV,
+        1,
+    ),
 )
 
 # Takes the place of the compiled module. Dunder names are missing in the usual way, for what probes any module.
@@ -143,8 +164,8 @@ def __getattr__(name):
     if name.startswith("__"):
         raise AttributeError(name)
     raise RuntimeError(
-        f"detectron2._C.{name} is compiled code (rotated boxes, legacy deformable convolution), which this pure-Python "
-        "build of Detectron2 does not have. Models that use it need Detectron2 installed from its own sources: "
+        f"detectron2._C.{name} is compiled code (rotated boxes), which this pure-Python build of Detectron2 lacks."
+        " Models that use it need Detectron2 installed from its own sources: "
         "see the installation page of the Detectron2 project."
     )
 '''
@@ -296,8 +317,14 @@ def install(wheel: Path) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    default = Path(__file__).resolve().parent.parent / ".cache" / "detectron2"
+    parser = argparse.ArgumentParser(
+        description="Build an installable Detectron2 0.5, pure Python, from its source archive on the package index.",
+        epilog="an example:\n  %(prog)s --install",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "peft_d2", "detectron2")
+    if (checkout := Path(__file__).resolve().parent.parent).joinpath("pyproject.toml").is_file():
+        default = checkout / ".cache" / "detectron2"
     parser.add_argument("--cache", type=Path, default=default, help="where the wheel is kept (default: %(default)s)")
     parser.add_argument("--sdist", type=Path, help="a source archive fetched before (default: download it)")
     parser.add_argument("--install", action="store_true", help="install the wheel unless a Detectron2 is there already")

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Check a COCO-format data set before training; exit code 0: no errors, 1: errors.
 
-python tools/check_dataset.py --json train.json --images train/ --sheet train.jpg
-python tools/check_dataset.py --name ndd20_train --statistics
+an example:
+  %(prog)s --json train.json --images train/ --sheet train.jpg
 """
 
 from __future__ import annotations

@@ -34,7 +34,13 @@ def main(arguments: list[str] | None = None) -> None:
 
 def demo_parser() -> argparse.ArgumentParser:
     """The arguments of ``tools/demo.py``."""
-    parser = argparse.ArgumentParser(description="Draw a model's predictions on images.")
+    example = """%(prog)s --config-file output/mine/config.yaml --input photos/ --output drawn/ \\
+    --opts MODEL.PEFT.WEIGHTS output/mine/adapter_final"""
+    parser = argparse.ArgumentParser(
+        description="Draw a model's predictions on images, and write them for other programs.",
+        epilog=f"an example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--config-file", required=True, metavar="FILE", help="e.g. OUTPUT_DIR/config.yaml of a run")
     parser.add_argument("--peft-config", default="", metavar="FILE", help="one of configs/peft, on top")
     parser.add_argument("--input", required=True, nargs="+", help="image files or folders of them")

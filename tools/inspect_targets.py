@@ -25,7 +25,12 @@ def main(arguments: list[str] | None = None) -> None:
 
 def inspect_parser() -> argparse.ArgumentParser:
     """The arguments of ``tools/inspect_targets.py``."""
-    parser = argparse.ArgumentParser(description="Show what PEFT does, or could do, to a config's model.")
+    example = "--config-file configs/coco/instance/mask2former_r50.yaml --pattern self_attn.value_proj"
+    parser = argparse.ArgumentParser(
+        description="Show what PEFT does, or could do, to a config's model. Needs neither data nor weights.",
+        epilog=f"an example:\n  %(prog)s {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--config-file", default="", metavar="FILE", help="a model's or a PEFT run's config")
     parser.add_argument("--peft-config", default="", metavar="FILE", help="one of configs/peft, on top")
     parser.add_argument("--pattern", action="append", default=[], help="list what this pattern matches (repeatable)")

@@ -16,7 +16,12 @@ from peft_d2.engine.launch import one_line_errors, prepare_config
 
 def merge_parser() -> argparse.ArgumentParser:
     """The arguments of ``tools/merge_adapter.py``."""
-    parser = argparse.ArgumentParser(description="Merge an adapter into its base: one checkpoint with the base's keys.")
+    example = "--config-file output/mine/config.yaml --adapter output/mine/adapter_final --output merged.pth"
+    parser = argparse.ArgumentParser(
+        description="Merge an adapter into its base: one checkpoint with the base's keys, which needs no peft_d2.",
+        epilog=f"an example:\n  %(prog)s {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--config-file", required=True, metavar="FILE", help="the base's or the PEFT run's config")
     parser.add_argument("--adapter", required=True, metavar="DIR", help="the adapter's folder")
     parser.add_argument("--output", required=True, metavar="FILE", help="the checkpoint to write (.pth)")

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """The demo: adapt the packaged base to the toy world's second domain four ways, and set the four side by side.
 
-    tools/run_demo.py --output output/demo
+    %(prog)s --output output/demo
 
 Needs no download. Prints a table and writes table.md, curves.png (mask AP over steps) and before_after.png (image,
 truth, the base as it is, the base with its adapters). An interrupted demo goes on where it stopped.
@@ -20,6 +20,7 @@ from compare import Run, compare, plot_curves, table
 from demo import Predictor
 from PIL import Image, ImageDraw
 
+import peft_d2
 from peft_d2.data import toy
 from peft_d2.data.pictures import overlay
 from peft_d2.data.segmentation import segmentation_to_mask
@@ -27,7 +28,7 @@ from peft_d2.engine.launch import one_line_errors, prepare_config
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs" / "demo"
-BASE_WEIGHTS = ROOT / "peft_d2" / "assets" / "demo_base.safetensors"
+BASE_WEIGHTS = Path(peft_d2.__file__).parent / "assets" / "demo_base.safetensors"
 VARIANTS = {
     "heads only": "heads.yaml",
     "LoRA": "lora.yaml",

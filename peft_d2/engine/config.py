@@ -23,7 +23,7 @@ from typing import Any
 import torch
 import yaml
 
-from peft_d2.compat import require_detectron2
+from peft_d2.compat import find_file, require_detectron2
 from peft_d2.data.config import PEFT_ARCHITECTURE
 from peft_d2.engine.errors import ConfigError
 
@@ -121,6 +121,8 @@ class LoadedConfig:
 def load_config(config_file: str, peft_config: str = "", opts: Sequence[str] = ()) -> LoadedConfig:
     """Read a model's config file, one of ``configs/peft`` on top of it, and ``KEY VALUE`` pairs.
 
+    ``configs/...`` that is not there is taken from the package.
+
     Raises:
         ConfigError: a file that is missing or unsafe, a key that does not exist, a value of the wrong type.
     """
@@ -131,10 +133,10 @@ def load_config(config_file: str, peft_config: str = "", opts: Sequence[str] = (
     add_config(cfg)
     loaded = LoadedConfig(cfg)
     if config_file:
-        _merge_file(loaded, config_file, 0)
+        _merge_file(loaded, find_file(config_file), 0)
     model = cfg.MODEL.META_ARCHITECTURE
     if peft_config:
-        _merge_file(loaded, peft_config, 1)
+        _merge_file(loaded, find_file(peft_config), 1)
     batch = cfg.SOLVER.IMS_PER_BATCH
     _merge_pairs(loaded, opts)
     explicit, solver = loaded.explicit, cfg.SOLVER

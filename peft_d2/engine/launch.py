@@ -24,6 +24,7 @@ import torch.multiprocessing as mp
 
 from peft_d2.compat import (
     create_local_process_group,
+    find_file,
     forget_process_groups,
     require_detectron2,
 )
@@ -43,6 +44,12 @@ _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADD
 _TIMEOUT = timedelta(minutes=30)
 _GRACE = 20.0  # seconds that the others have to end by themselves, once a process has failed
 _START = "spawn"
+_EXAMPLE = """an example, on your own data:
+  %(prog)s --config-file configs/coco/instance/mask2former_r50.yaml \\
+    --peft-config configs/peft/mask2former/lora.yaml --train-json a.json --train-images a/ \\
+    --val-json b.json --val-images b/ MODEL.WEIGHTS model_final.pkl OUTPUT_DIR output/mine
+and to evaluate it:
+  %(prog)s --config-file output/mine/config.yaml --eval-only MODEL.PEFT.WEIGHTS output/mine/adapter_final"""
 _CONTROL = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]|[\x00-\x08\x0b-\x1f\x7f\x80-\x9f]")
 logger = logging.getLogger(__name__)
 
@@ -52,7 +59,8 @@ def training_parser() -> argparse.ArgumentParser:
     require_detectron2()
     from detectron2.engine import default_argument_parser
 
-    parser = default_argument_parser()
+    parser = default_argument_parser(epilog=_EXAMPLE)
+    parser.usage = "%(prog)s [arguments] [KEY VALUE ...]"
     parser.set_defaults(dist_url="auto")  # Detectron2's is one port per user: two runs would meet there
     parser.add_argument("--num-processes", type=int, default=0, metavar="N", help="processes per machine on the CPU")
     parser.add_argument("--peft-config", default="", metavar="FILE", help="one of configs/peft, on top")
@@ -190,7 +198,7 @@ def _make_paths_absolute(cfg: Any) -> None:
 def _absolute(path: Any) -> Any:
     if not isinstance(path, str) or not path:
         return path
-    found = os.path.abspath(os.path.expanduser(path))
+    found = os.path.abspath(os.path.expanduser(find_file(path)))
     return found if os.path.exists(found) else path
 
 

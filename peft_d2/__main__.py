@@ -1,0 +1,56 @@
+"""``peft-d2 COMMAND ...``, or ``python -m peft_d2``: the programs of tools/, from any folder."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from types import ModuleType
+
+from peft_d2.compat import bundled
+
+COMMANDS = {  # name: the program, arguments that stand before the user's, what it does
+    "train": ("train_net.py", [], "train on your data, or go on with --resume"),
+    "eval": ("train_net.py", ["--eval-only"], "evaluate a run's adapter, or a base"),
+    "predict": ("demo.py", [], "predict on images: pictures, COCO json, polygons"),
+    "merge": ("merge_adapter.py", [], "merge an adapter into its base: one ordinary checkpoint"),
+    "export": ("export.py", [], "write a model for use without this package"),
+    "inspect": ("inspect_targets.py", [], "what a config trains, and what a pattern matches"),
+    "check-data": ("check_dataset.py", [], "find what would crash or mislead a training; picture a data set"),
+    "analyze": ("analyze_peft.py", [], "measure methods beside full fine-tuning: time, memory, size"),
+    "recommend": ("recommend.py", [], "which method fits your data, memory and time"),
+    "doctor": ("doctor.py", [], "what this environment has, what is missing, what to do about it"),
+    "demo": ("run_demo.py", [], "adapt a small model four ways, with nothing to download"),
+    "setup-detectron2": ("build_detectron2.py", ["--install"], "install a pure-Python Detectron2 where there is none"),
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the program that the first argument names; its exit code."""
+    name, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    known = {command: row for command, row in COMMANDS.items() if bundled(f"tools/{row[0]}").is_file()}
+    if name in ("-h", "--help", "-V", "--version"):
+        import peft_d2
+
+        print(f"peft_d2 {peft_d2.__version__}")
+        if name in ("-h", "--help"):
+            print("\nusage: peft-d2 COMMAND ...        (peft-d2 COMMAND --help: its arguments and an example)\n")
+            print(*(f"  {command:18}{row[2]}" for command, row in known.items()), sep="\n")
+        return 0
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"Did you mean {near[0]}?" if near else f"Expected one of {', '.join(known)}."
+        print(f"error: {name!r} is no command of peft-d2. {hint}", file=sys.stderr)
+        return 2
+    program, before, _ = known[name]
+    # As if Python had been called with the program, for it and for processes that it spawns; but it has another name.
+    file = bundled(f"tools/{program}")
+    sys.argv = [f"peft-d2 {name}", *before, *rest]
+    sys.path.insert(0, str(file.parent))
+    sys.modules["__main__"] = module = ModuleType("__main__")
+    module.__file__ = str(file)
+    exec(compile(file.read_bytes(), str(file), "exec"), vars(module))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
