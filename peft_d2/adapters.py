@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from peft_d2 import peft
 from peft_d2.peft.adapted import walk
 from peft_d2.peft.lora import LowRank
+from peft_d2.peft.state import tensor_hash
 from peft_d2.storage import CheckpointError, LoadReport, adapter_file, atomic, checkpoint, huggingface
 from peft_d2.storage.adapter_file import AdapterFile, AdapterFileError, Fingerprint, difference, fingerprint
 
@@ -114,6 +115,7 @@ def _stored(model: nn.Module, metrics: Mapping[str, Any] | None, name: str | Non
     name = name or injection.active
     _warn_of_strays(model)
     tensors = peft.adapter_state_dict(model, name)
+    _warn_of_untrained(injection, name, tensors)
     return {
         "tensors": tensors,
         "methods": injection.adapters[name].methods,
@@ -146,6 +148,9 @@ def load_adapter(
             as it was.
     """
     model = _root(model)
+    if empty := next((name for name, value in model.named_parameters() if value.is_meta), ""):
+        remedy = "give it its base's weights first: model.to_empty(device=...), then peft_d2.load_base(model, path)"
+        raise AdapterFileError(folder, f"the model is on the meta device ({empty} has no values)", remedy)
     is_theirs = huggingface.is_huggingface(folder)
     if is_theirs:
         with _base_of(model):
@@ -251,6 +256,18 @@ def _warn_of_strays(model: nn.Module) -> None:
             "does not fit its base. Name them in TRAIN.",
             len(strays),
             strays[0],
+        )
+
+
+def _warn_of_untrained(injection: peft.Injection, name: str, tensors: Mapping[str, Tensor]) -> None:
+    """Say that no adapter layer has moved: an optimizer that was made before inject does not know them."""
+    record = injection.adapters[name]
+    layers = [key for key in tensors if key not in record.values]
+    if layers and all(tensor_hash(tensors[key]) == record.start.get(key) for key in layers):
+        logger.warning(
+            "No adapter layer of %r has changed since inject. If it was trained: make the optimizer after inject, of "
+            "the parameters that require gradients.",
+            name,
         )
 
 

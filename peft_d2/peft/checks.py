@@ -101,6 +101,8 @@ def not_live(model: nn.Module, *batches: Any) -> list[NotLive]:
     root, injection = injected(model)
     injection.require_plain()
     require_intact(model)
+    if torch.is_inference_mode_enabled():
+        raise LivenessError("no gradient is recorded under torch.inference_mode(): call prove_live outside of it")
     if not batches:
         raise LivenessError("give at least one batch, as the model is called with in training")
     layers = {
@@ -333,10 +335,14 @@ def require_intact(model: nn.Module) -> None:
     for name in injection.current.full:
         path, _, leaf = name.rpartition(".")
         tables = (modules[path]._parameters, modules[path]._buffers) if path in modules else ()
-        if not any(table.get(leaf) is injection.full[name].get() for table in tables):
+        first, key = injection.full[name].places[0]
+        if key not in first or not any(table.get(leaf) is first[key] for table in tables):
             gone.append(f"{name} (trained in full)")
+    here = {name for name, _ in root.named_parameters()} | set(injection.current.full)
+    gone += [f"{name} (of the base)" for name in injection.was_trainable if name not in here]
     if gone:
         raise InjectionError(
-            f"what was injected is no longer in the model: {shortened(gone, 8)}. Modules were replaced after inject "
-            "(a new head, SyncBatchNorm, fused or quantised layers): change the model first, then inject it"
+            f"what was injected is no longer in the model: {shortened(gone, 8)}. Modules were changed after inject (a "
+            "new head, SyncBatchNorm, weight_norm, fused, quantised, pruned or tied layers): change the model first, "
+            "then inject it; compile a part in place, part.compile()"
         )

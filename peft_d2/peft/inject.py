@@ -435,6 +435,11 @@ def _check_model(model: nn.Module) -> None:
                 f"{name or 'this module'} was injected as a part of another model: remove that injection, then inject "
                 "the whole model at once"
             )
+        if type(module).__name__ == "OptimizedModule":
+            raise InjectionError(
+                f"{name} was made by torch.compile, whose names no other model has: compile it in place instead, "
+                "part.compile(), or the whole model after inject"
+            )
         if has_statistics(module) and (problem := adapt_problem(module)):
             raise InjectionError(f"the running statistics of {name} cannot be frozen: {problem}")
     lazy = [name for name, parameter in model.named_parameters() if is_lazy(parameter)]

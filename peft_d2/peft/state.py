@@ -332,7 +332,7 @@ def _not_installed(injection: Injection) -> dict[str, Tensor]:
     A model whose only adapter trains modules in full and injects nothing has none: its state dict has its base's form.
     """
     records = injection.adapters
-    if injection.installed is None or (len(records) == 1 and not injection.current.injected):
+    if len(records) == 1 and not injection.current.injected:
         return {}
     kept = {f"{_BASE}.{name}": value for name, value in injection.base.items()}
     for adapter, record in records.items():
@@ -355,7 +355,12 @@ def after_state_dict(root: nn.Module, state: dict[str, Any], prefix: str, *_: An
 
 @torch.no_grad()
 def take_not_installed(injection: Injection, state: dict[str, Any], prefix: str) -> None:
-    """Load what :func:`after_state_dict` added and take it out of ``state``, whichever adapter was active there."""
+    """Load what :func:`after_state_dict` added and take it out of ``state``, whichever adapter was active there.
+
+    Raises:
+        InjectionError: the model is within ``disabled``, where it holds the base's values.
+    """
+    injection.require_plain()
     tables = {name: record.values for name, record in injection.adapters.items()}
     kept: dict[str, dict[str, Tensor]] = {}
     for key in [key for key in state if key.startswith((f"{prefix}{_VALUES}.", f"{prefix}{_BASE}."))]:

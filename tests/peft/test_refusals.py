@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 import peft_d2
 from peft_d2 import peft
@@ -342,6 +343,11 @@ REPLACED = {
     "a block": (lambda m: m.blocks.__setitem__(0, copy.deepcopy(m.blocks[0])), "blocks.0.proj"),
     "SyncBatchNorm": (convert_to_sync, "stem.norm"),
     "fused layers": (fuse, "conv"),
+    "weight norm": (lambda m: nn.utils.parametrizations.weight_norm(m.blocks[0].qkv), r"blocks.0.qkv.weight \(of the"),
+    "weight norm on what is adapted": (lambda m: nn.utils.parametrizations.weight_norm(m.conv), "conv.weight"),
+    "pruned": (lambda m: prune.l1_unstructured(m.head, "weight", 0.5), "head.weight"),
+    "tied": (lambda m: setattr(m.blocks[1].qkv, "weight", m.blocks[0].qkv.weight), "blocks.1.qkv.weight"),
+    "a part compiled": (lambda m: m.blocks.__setitem__(0, torch.compile(m.blocks[0])), "blocks.0.proj"),
     "exchanged": (lambda m: m.blocks.__init__(list(m.blocks)[::-1]), "blocks.[01].proj"),
 }
 
@@ -357,6 +363,55 @@ def test_what_was_replaced_after_the_injection_is_named(case: str, toy: nn.Modul
     with pytest.raises(peft.InjectionError, match="no longer in the model"):
         peft.prove_live(toy, torch.zeros(2, 3, 8, 8))
     assert not (tmp_path / "x").exists()
+
+
+def test_a_compiled_part_is_compiled_in_place(toy: nn.Module, tmp_path: Path, disturb: Callable[..., None]) -> None:
+    base, block = copy.deepcopy(toy), toy.blocks[0]  # type: ignore[index]
+    toy.blocks[0] = torch.compile(block)  # type: ignore[index, operator]
+    before = snapshot(toy)
+    with pytest.raises(peft.InjectionError, match="blocks.0 was made by torch.compile.*in place"):
+        peft.inject(toy, [LORA])
+    require_same(toy, before)
+    toy.blocks[0] = block  # type: ignore[index, operator]
+    block.compile(backend="eager")
+    disturb(toy)
+    peft.inject(toy, [LORA])
+    save_adapter(toy, tmp_path / "a")
+    peft.remove(toy)
+    base.load_state_dict(toy.state_dict())
+    load_adapter(base, tmp_path / "a")
+
+
+def test_a_model_without_values_takes_no_adapter(toy: nn.Module, disturb: Callable[..., None], tmp_path: Path) -> None:
+    folder, empty = saved(tmp_path, toy, disturb, [LORA], ["head"]), copy.deepcopy(toy).to("meta")
+    with pytest.raises(adapter_file.AdapterFileError, match="on the meta device .*load_base"):
+        load_adapter(empty, folder)
+    assert peft.get_injection(empty) is None
+    empty.to_empty(device="cpu").load_state_dict(toy.state_dict())
+    load_adapter(empty, folder)
+
+
+def test_an_adapter_that_no_step_has_reached_is_said(
+    toy: nn.Module, images: Tensor, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    toy.requires_grad_(True).train()
+    late = [torch.optim.SGD(toy.parameters(), 0.1)]
+    peft.inject(toy, [LORA], ["head"])
+    late.append(torch.optim.SGD([value for value in toy.parameters() if value.requires_grad], 0.1))
+    for optimizer, said in zip(late, (True, False), strict=True):
+        caplog.clear()
+        toy(images).square().mean().backward()
+        optimizer.step()
+        save_adapter(toy, tmp_path / "a")
+        assert ("make the optimizer after inject" in caplog.text) == said
+
+
+def test_no_gradient_is_sought_where_none_is_recorded(toy: nn.Module, images: Tensor) -> None:
+    peft.inject(toy, [LORA], ["head"])
+    with torch.no_grad():
+        peft.prove_live(toy, images)
+    with torch.inference_mode(), pytest.raises(peft.LivenessError, match="outside"):
+        peft.prove_live(toy, images)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -442,6 +497,28 @@ def test_a_copy_made_within_disabled_is_a_whole_model(
         assert torch.equal(toy(images), adapted) and torch.equal(copied(images), adapted)
         with peft.disabled(copied):
             assert torch.equal(copied(images), base) and torch.equal(toy(images), adapted)
+
+
+@pytest.mark.parametrize("adapters", [1, 2])
+def test_a_state_dict_taken_within_disabled_holds_what_was_trained(
+    adapters: int, toy: nn.Module, images: Tensor, disturb: Callable[..., None]
+) -> None:
+    other = copy.deepcopy(toy)
+    for model in (toy, other):
+        peft.inject(model, [LORA], ["head"], name="a")
+        if adapters == 2:
+            peft.add_adapter(model, "b", [LORA], ["box"])
+    disturb(toy)
+    with torch.no_grad():
+        expected = toy(images)
+        with peft.disabled(toy):
+            state, base = copy.deepcopy(toy.state_dict()), toy(images)
+        with peft.disabled(other), pytest.raises(peft.InjectionError, match="leave the disabled"):
+            other.load_state_dict(copy.deepcopy(state))
+        other.load_state_dict(state)
+        assert torch.equal(other(images), expected)
+        with peft.disabled(other):
+            assert torch.equal(other(images), base)
 
 
 def test_saving_switches_nothing(toy: nn.Module, images: Tensor, disturb: Callable[..., None], tmp_path: Path) -> None:
