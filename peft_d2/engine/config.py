@@ -28,6 +28,7 @@ from peft_d2.data.config import PEFT_ARCHITECTURE
 from peft_d2.engine.errors import ConfigError
 
 BASE_KEY = "_BASE_"
+AUTO, _METHODS = "auto", "MODEL.PEFT.METHODS"
 _MAX_VALUES, _MAX_DEPTH, _MAX_SIZES = 100_000, 50, 10_000
 _OPERATORS = {
     **{ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul},
@@ -41,8 +42,11 @@ MODEL:
     META_ARCHITECTURE: ""
     # An adapter folder to start from or to evaluate.
     WEIGHTS: ""
-    # What is injected where, a list of {NAME, TARGETS, ...}: see the methods.
+    # What is injected where, a list of {NAME, TARGETS, ...}: see the methods. Or auto: chosen by gradients on your
+    # data, within BUDGET.
     METHODS: []
+    # Percent of the model's parameters that METHODS auto may train, TRAIN included.
+    BUDGET: 6.0
     # Modules or parameters (patterns) that are trained in full besides; ["*"] is full fine-tuning.
     TRAIN: []
     # Factor on SOLVER.BASE_LR for what is injected.
@@ -189,6 +193,8 @@ def _merge_file(loaded: LoadedConfig, path: str, level: int) -> None:
     tree = read_tree(path)
     for key, value in leaves(tree):
         _refuse_repeated_keys(f"{path}: {key}", value)
+        if (key, value) == (_METHODS, AUTO):
+            tree["MODEL"]["PEFT"]["METHODS"] = [AUTO]
     tree.setdefault("VERSION", cfg.VERSION)
     with tempfile.TemporaryDirectory() as folder:
         # Detectron2's merge, which upgrades old versions, takes a file: it gets one without bases and tags.
@@ -214,6 +220,8 @@ def _merge_pairs(loaded: LoadedConfig, opts: Sequence[str]) -> None:
         if key not in known:
             raise ConfigError(_unknown_key("command line", key, loaded.cfg))
         _refuse_repeated_keys(f"command line: {key}", value)
+        if (key, value) == (_METHODS, AUTO):
+            value = str([AUTO])
         if isinstance(known[key], float) and re.fullmatch(r"[+-]?\d+", str(value)):
             value = f"{value}.0"  # a rate of 1 is one of 1.0
         try:

@@ -9,6 +9,7 @@ from torch import nn
 
 from peft_d2.compat import require_detectron2
 from peft_d2.data.config import PEFT_ARCHITECTURE
+from peft_d2.engine.config import AUTO
 from peft_d2.engine.errors import ConfigError
 from peft_d2.peft.targets import nearest
 
@@ -59,6 +60,11 @@ def PEFTModel(cfg: Any) -> nn.Module:  # noqa: N802  the registry knows it by th
         raise ConfigError(
             "MODEL.META_ARCHITECTURE is PEFTModel but MODEL.PEFT.METHODS, TRAIN and WEIGHTS are all empty. "
             "Name a method, modules to train in full, or an adapter folder."
+        )
+    if AUTO in node.METHODS:
+        raise ConfigError(
+            "MODEL.PEFT.METHODS auto is settled on training data: by tools/train_net.py, or by tools/recommend.py, "
+            "whose file replaces it."
         )
     model = META_ARCH_REGISTRY.get(node.META_ARCHITECTURE)(base_cfg)
     report = adapters.load_base(model, cfg.MODEL.WEIGHTS) if cfg.MODEL.WEIGHTS else None

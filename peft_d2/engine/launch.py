@@ -85,12 +85,13 @@ def run(args: argparse.Namespace) -> Any:
     """Train or evaluate in this process."""
     from detectron2.utils import comm
 
+    from peft_d2.engine import recommend
     from peft_d2.engine.trainer import Trainer
     from peft_d2.storage import atomic
 
     with contextlib.ExitStack() as stack:
         with _lines_held_back():
-            cfg = prepare_config(args)
+            cfg = recommend.settled(prepare_config(args), keep=args.resume or args.eval_only)
             check_run(cfg, args.eval_only)
             if comm.is_main_process() and not args.eval_only:
                 stack.enter_context(run_lock(cfg.OUTPUT_DIR))

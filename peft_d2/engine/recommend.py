@@ -1,0 +1,163 @@
+"""Which methods, places, ranks and rate suit a config's model and data: ``MODEL.PEFT.METHODS: auto``.
+
+Gradients on some training batches rank the places (:mod:`peft_d2.peft.ranking`); a few steps at each of four rates,
+every time from the start, choose the rate by the loss on batches that were left out.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import nn
+
+from peft_d2 import adapters, peft
+from peft_d2.data.config import PEFT_ARCHITECTURE
+from peft_d2.data.loader import build_train_loader, sample_seed
+from peft_d2.engine.config import AUTO, leaves
+from peft_d2.engine.errors import ConfigError
+from peft_d2.engine.optimizer import build_optimizer
+from peft_d2.peft.ranking import Recommendation, recommend
+
+FILE = "recommended.yaml"
+BATCHES, TEST_STEPS, HELD_OUT = 16, 12, 4
+RATES = (0.5, 1.0, 2.0, 4.0)  # times SOLVER.BASE_LR
+LR_FACTOR = 4.0  # of what is injected, as in this project's configs
+logger = logging.getLogger(__name__)
+
+
+def settled(cfg: Any, keep: bool) -> Any:
+    """``cfg`` with ``METHODS: auto`` replaced by what is recommended, which is written to ``OUTPUT_DIR``.
+
+    Args:
+        cfg: its data sets registered.
+        keep: take what an earlier call has written there, if it is there (a resumed run, an evaluation).
+
+    Raises:
+        ConfigError: several processes.
+    """
+    from detectron2.utils import comm
+
+    from peft_d2.storage import atomic
+
+    if list(cfg.MODEL.PEFT.METHODS) != [AUTO]:
+        return cfg
+    if comm.get_world_size() > 1:
+        raise ConfigError(
+            "MODEL.PEFT.METHODS auto takes one process: run tools/recommend.py, and give its file as --peft-config."
+        )
+    path = Path(cfg.OUTPUT_DIR, FILE)
+    if not (keep and path.is_file()):
+        text = explained(*advise(cfg))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        atomic.write_bytes(path, text.encode())
+    logger.info("MODEL.PEFT.METHODS auto: %s\n%s", path, path.read_text())
+    changed = cfg.clone()
+    changed.defrost()
+    for key, value in leaves(yaml.safe_load(path.read_text())):
+        changed.merge_from_list([key, value])
+    changed.freeze()
+    return changed
+
+
+def advise(cfg: Any, budget: int = 0) -> tuple[Any, Recommendation, dict[float, float]]:
+    """(cfg, what to train, rate -> loss after a few steps) for the config's model on its training set.
+
+    Args:
+        cfg: a model's, or a PEFT config whose ``TRAIN`` is kept and whose ``METHODS`` are not.
+        budget: parameters that may be trained; 0 takes ``MODEL.PEFT.BUDGET`` percent of the model's.
+
+    Raises:
+        ConfigError: a budget that TRAIN alone exceeds, or no gradients.
+    """
+    loader = build_train_loader(cfg)
+    batches = list(islice(iter(loader), BATCHES + TEST_STEPS + HELD_OUT))
+    loader.close()
+    model = _base(cfg)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    budget = budget or int(count * cfg.MODEL.PEFT.BUDGET / 100)
+    try:
+        found = recommend(model, batches[:BATCHES], budget, cfg.MODEL.PEFT.TRAIN)
+        peft.inject(model, found.methods, train=found.train)
+    except peft.PeftError as error:
+        raise ConfigError(f"MODEL.PEFT.METHODS auto: {error}") from error
+    return cfg, found, range_test(cfg, model, batches[BATCHES:-HELD_OUT], batches[-HELD_OUT:])
+
+
+def range_test(cfg: Any, model: nn.Module, batches: Sequence[Any], held_out: Sequence[Any]) -> dict[float, float]:
+    """Rate -> mean loss on ``held_out`` after a step on each of ``batches``; an injected model, left as it was."""
+    start = [(item.param, item.param.detach().clone()) for item in peft.trained_parameters(model)]
+    found = {}
+    for rate in (cfg.SOLVER.BASE_LR * factor for factor in RATES):
+        trial = cfg.clone()
+        trial.defrost()
+        trial.SOLVER.BASE_LR, trial.MODEL.PEFT.LR_FACTOR = rate, LR_FACTOR
+        optimizer = build_optimizer(trial, model)
+        model.train()
+        for loss in _losses(model, batches, cfg.SEED):
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+        with torch.no_grad():
+            found[rate] = sum(float(loss) for loss in _losses(model, held_out, 0)) / len(held_out)
+            for parameter, value in start:
+                parameter.copy_(value)
+        model.zero_grad(set_to_none=True)
+    return found
+
+
+def explained(cfg: Any, found: Recommendation, losses: dict[float, float]) -> str:
+    """The recommendation as a file for ``--peft-config``, with the reasons as comments."""
+    rate = min(losses, key=lambda key: losses[key])
+    parts: dict[str, int] = {}
+    for candidate, rank in found.chosen:
+        part = ".".join(candidate.names[0].split(".")[:2])
+        parts[part] = parts.get(part, 0) + candidate.cost * (rank or 1)
+    lines = [
+        f"# {found.parameters:,} parameters, which hold {found.share:.0%} of the gradients' energy that two halves of",
+        f"# {BATCHES} batches of the training set agree on. Where they are:",
+        *(f"#   {part}: {count:,}" for part, count in sorted(parts.items(), key=lambda item: -item[1])),
+        f"# Loss on batches left out, after {TEST_STEPS} steps at each rate:",
+        *(f"#   {key:g}: {loss:.3f}" for key, loss in losses.items()),
+    ]
+    node = cfg.MODEL.PEFT
+    tree = {
+        "MODEL": {
+            "META_ARCHITECTURE": PEFT_ARCHITECTURE,
+            "PEFT": {
+                "META_ARCHITECTURE": node.META_ARCHITECTURE or cfg.MODEL.META_ARCHITECTURE,
+                "LR_FACTOR": LR_FACTOR,
+                "METHODS": found.methods,
+                "TRAIN": found.train,
+            },
+        },
+        "SOLVER": {"BASE_LR": rate},
+    }
+    return "\n".join([*lines, yaml.safe_dump(tree, sort_keys=False, width=120)])
+
+
+def _base(cfg: Any) -> nn.Module:
+    """The config's model without PEFT, with its weights."""
+    from peft_d2.engine.checks import build_model
+
+    plain = cfg.clone()
+    plain.defrost()
+    plain.MODEL.META_ARCHITECTURE = cfg.MODEL.PEFT.META_ARCHITECTURE or cfg.MODEL.META_ARCHITECTURE
+    plain.freeze()
+    model = build_model(plain)
+    if cfg.MODEL.WEIGHTS:
+        adapters.load_base(model, cfg.MODEL.WEIGHTS)
+    return model
+
+
+def _losses(model: nn.Module, batches: Sequence[Any], seed: int) -> Iterator[Any]:
+    from detectron2.utils.events import EventStorage
+
+    for number, batch in enumerate(batches):
+        with sample_seed(max(seed, 0), number), EventStorage():
+            yield torch.stack([v.float() for v in model([dict(sample) for sample in batch]).values()]).sum()

@@ -1,0 +1,244 @@
+"""Which parts of a model a small update would help most on given batches, and what to train within a budget.
+
+Batches are dealt out to two halves, so that each weight W (out, in) has two independent gradients G1 and G2. Of the
+i-th singular direction (u, s, v) of G1 the energy is ``s u' G2 v``, an estimate of the squared gradient there to which
+noise, being of one half alone, adds nothing on average. A rank of LoRA buys one direction for (in + out) parameters,
+training in full buys the whole gradient: what brings the most energy per parameter is taken until the budget is spent.
+The gradient's singular directions are those that LoRA-GA (arXiv 2407.05000) starts from; ranks by need are EVA's
+(arXiv 2410.07170).
+"""
+
+from __future__ import annotations
+
+import bisect
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .adapted import join
+from .checks import _as_it_was
+from .errors import InjectionError
+from .inject import resolve_train
+from .lora import Lora
+from .method import parse
+from .targets import ModelIndex, Target, match
+
+RANKS = (2, 4, 8, 16, 32)
+_DIGITS = re.compile(r"\d+")
+Gradients = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One thing that could be trained.
+
+    Attributes:
+        names: of the module (LoRA), or of parameters that differ in numbers alone (in full).
+        kind: "linear" (convolutions, too), "attention" (``nn.MultiheadAttention``) or "full".
+        cost: parameters of one rank, or of all of them.
+        energies: of each rank in turn, falling; one for "full".
+    """
+
+    names: tuple[str, ...]
+    kind: str
+    cost: int
+    energies: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """``methods`` and ``train`` as :func:`inject` takes them, and each choice with its rank (0: in full) as ``chosen``.
+
+    ``share`` is the part of all measured energy that the chosen directions hold, ``parameters`` what would be trained.
+    """
+
+    methods: list[dict[str, Any]]
+    train: list[str]
+    chosen: list[tuple[Candidate, int]]
+    parameters: int
+    share: float
+
+
+def recommend(
+    model: nn.Module,
+    batches: Sequence[Any],
+    budget: int,
+    train: Sequence[str] = (),
+    losses: Callable[[nn.Module, Any], Tensor] | None = None,
+    scale: float = 4.0,
+) -> Recommendation:
+    """What to train of ``model`` with at most ``budget`` parameters, of which ``train`` (new heads) is trained anyway.
+
+    Args:
+        model: not injected yet, with the base's weights.
+        batches: two or more that it is called with in training.
+        budget: number of parameters.
+        train: patterns, as for :func:`inject`.
+        losses: gives the loss of (model, batch); by default the sum of the dict that the model returns.
+        scale: of LoRA's branches, ``ALPHA / RANK``.
+
+    Raises:
+        InjectionError: fewer than two batches, a budget that ``train`` alone exceeds, or no gradient anywhere.
+        PatternError: a pattern that matches nothing.
+    The model is as it was.
+    """
+    if len(batches) < 2:
+        raise InjectionError(f"{len(batches)} batch(es) to measure gradients on: expected two or more")
+    index = ModelIndex.of(model)
+    given = set(resolve_train(index, list(train))[0])
+    fixed = sum(index.tensors[name].get().numel() for name in given if name in dict(model.named_parameters()))
+    if fixed >= budget:
+        raise InjectionError(f"TRAIN alone has {fixed:,} parameters and the budget is {budget:,}: raise it")
+    halves = measure(model, batches, losses or _sum_of_losses)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)  # of the randomised singular values
+        found = candidates(index, halves, given)
+    if not found:
+        raise InjectionError("no weight has a gradient that two halves of these batches agree on: give more batches")
+    chosen = choose(found, budget - fixed)
+    methods, in_full = _entries(index, chosen, scale)
+    cost = fixed + sum(candidate.cost * (rank or 1) for candidate, rank in chosen)
+    energy = sum(sum(candidate.energies[: rank or 1]) for candidate, rank in chosen)
+    share = energy / sum(sum(candidate.energies) for candidate in found)
+    return Recommendation(methods, [*train, *in_full], chosen, cost, share)
+
+
+def measure(
+    model: nn.Module, batches: Sequence[Any], losses: Callable[[nn.Module, Any], Tensor]
+) -> tuple[Gradients, Gradients]:
+    """Mean gradients of every parameter over the even and the odd batches, by the parameters' first names."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    halves: tuple[Gradients, Gradients] = ({}, {})
+    with _as_it_was(model), torch.random.fork_rng(), torch.enable_grad():
+        model.train()
+        for module in model.modules():
+            if getattr(module, "running_mean", None) is not None:
+                module.eval()
+        for parameter in model.parameters():
+            parameter.requires_grad_(parameter.is_floating_point())
+        for number, batch in enumerate(batches):
+            torch.manual_seed(number)
+            model.zero_grad(set_to_none=True)
+            losses(model, batch).backward()
+            half = halves[number % 2]
+            for parameter in model.parameters():
+                if parameter.grad is not None:
+                    own = parameter.grad.detach().float() / len(batches[number % 2 :: 2])
+                    half[names[id(parameter)]] = half.get(names[id(parameter)], 0) + own
+    return halves
+
+
+def candidates(index: ModelIndex, halves: tuple[Gradients, Gradients], given: Iterable[str] = ()) -> list[Candidate]:
+    """LoRA of every module that is larger than it, every other parameter in full; without the ``given``."""
+    lora = parse({"NAME": "lora", "TARGETS": ["*"]}, {"lora": Lora})
+    owners = {target.name: target for target in index.targets.values()}
+    pairs = {name: (halves[0][name], halves[1][name]) for name in halves[0] if name in halves[1]}
+    for name in given:
+        pairs.pop(name, None)
+    found: list[Candidate] = []
+    small: dict[str, list[str]] = {}
+    for name, pair in list(pairs.items()):
+        path, _, leaf = name.rpartition(".")
+        kind = _kind(owners[path], leaf, lora) if name in pairs and path in owners else ""
+        if kind == "attention":
+            parts = [*zip(pair[0].chunk(3), pair[1].chunk(3), strict=True), pairs.pop(join(path, "out_proj.weight"))]
+            found.append(_low_rank(path, kind, parts))
+        elif kind == "linear":
+            found.append(_low_rank(path, kind, [pair]))
+        elif name in pairs:
+            small.setdefault(_DIGITS.sub("*", name), []).append(name)
+    for names in small.values():
+        energy = sum(float((pairs[name][0] * pairs[name][1]).sum()) for name in names if name in pairs)
+        names = [name for name in names if name in pairs]
+        found.append(Candidate(tuple(names), "full", sum(pairs[n][0].numel() for n in names), (max(0.0, energy),)))
+    return [candidate for candidate in found if any(candidate.energies)]
+
+
+def _kind(owner: Target, leaf: str, lora: Any) -> str:
+    """How a parameter is best trained: by LoRA where its module takes it and is large, else in full."""
+    module: Any = owner.module
+    if isinstance(module, nn.MultiheadAttention):
+        return "attention" if leaf == "in_proj_weight" and not lora.refusal(owner) else "full"
+    if leaf != "weight" or not isinstance(module, nn.Linear | nn.Conv2d) or lora.refusal(owner):
+        return "full"
+    weight = module.weight
+    small = weight.numel() <= 4 * (len(weight) + weight[0].numel()) or getattr(module, "groups", 1) > 1
+    return "full" if small else "linear"
+
+
+def _low_rank(name: str, kind: str, pairs: Sequence[tuple[Tensor, Tensor]]) -> Candidate:
+    """LoRA of one rank in all of a module's weights, whose gradients are ``pairs``."""
+    largest = min(min(len(one), one[0].numel()) for one, _ in pairs)
+    count = max((rank for rank in RANKS if rank <= largest), default=largest)
+    energies = torch.stack([_spectrum(one.flatten(1), other.flatten(1), count) for one, other in pairs]).sum(dim=0)
+    cost = sum(len(one) + one[0].numel() for one, _ in pairs)
+    return Candidate((name,), kind, cost, tuple(energies.clamp(min=0).sort(descending=True).values.tolist()))
+
+
+def _spectrum(first: Tensor, second: Tensor, count: int) -> Tensor:
+    """Energies of the largest directions of two gradients (out, in) of one weight, each half measured by the other."""
+    found = torch.zeros(count, device=first.device)
+    for one, other in ((first, second), (second, first)):
+        u, s, v = torch.svd_lowrank(one, q=min(count + 8, *one.shape), niter=4)
+        found += (s * torch.einsum("oi,oj,ji->i", u, other, v))[:count] / 2
+    return found
+
+
+def choose(found: Sequence[Candidate], budget: int) -> list[tuple[Candidate, int]]:
+    """What brings the most energy per parameter within ``budget``, with ranks out of ``RANKS`` (0: in full)."""
+    steps = sorted(
+        ((energy / entry.cost, i) for i, entry in enumerate(found) for energy in entry.energies if energy > 0),
+        reverse=True,
+    )
+
+    def first(count: int) -> list[tuple[Candidate, int]]:
+        ranks = dict.fromkeys(range(len(found)), 0)
+        for _, i in steps[:count]:
+            ranks[i] += 1
+        return [(found[i], _rounded(found[i], rank)) for i, rank in ranks.items() if rank]
+
+    def cost(count: int) -> int:
+        return sum(candidate.cost * (rank or 1) for candidate, rank in first(count))
+
+    return first(max(0, bisect.bisect_right(range(1, len(steps) + 1), budget, key=cost)))
+
+
+def _rounded(candidate: Candidate, rank: int) -> int:
+    return 0 if candidate.kind == "full" else next((allowed for allowed in RANKS if allowed >= rank), rank)
+
+
+def _entries(index: ModelIndex, chosen: Sequence[tuple[Candidate, int]], scale: float) -> tuple[list[Any], list[str]]:
+    """Entries of METHODS, one for each kind and rank, and names to train in full."""
+    modules = index.module_names()
+    groups: dict[tuple[str, int], list[str]] = {}
+    for candidate, rank in chosen:
+        groups.setdefault((candidate.kind, rank), []).extend(candidate.names)
+    in_full = patterns_of(groups.pop(("full", 0), []), [*modules, *index.parameter_names()])
+    methods = []
+    for (kind, rank), names in sorted(groups.items()):
+        entry = {"NAME": "lora", "RANK": rank, "ALPHA": scale * rank, "TARGETS": patterns_of(names, modules)}
+        methods.append({**entry, "PARTS": ["q", "k", "v", "out"]} if kind == "attention" else entry)
+    return methods, in_full
+
+
+def patterns_of(names: Sequence[str], known: Sequence[str]) -> list[str]:
+    """Few patterns that choose exactly ``names`` out of ``known``."""
+    wanted, result = list(names), []
+    while wanted:
+        for pattern in (_DIGITS.sub("*", wanted[0]), wanted[0], f"re:{re.escape(wanted[0])}"):
+            hits = set(match(pattern, known))
+            if hits <= set(names):
+                break
+        result.append(pattern)
+        wanted = [name for name in wanted if name not in hits]
+    return result
+
+
+def _sum_of_losses(model: nn.Module, batch: Any) -> Tensor:
+    found = model([dict(sample) for sample in batch] if isinstance(batch, list) else batch)
+    values = found.values() if isinstance(found, dict) else [found]
+    return torch.stack([value.float() for value in values]).sum()

@@ -1,0 +1,76 @@
+"""METHODS: auto and tools/recommend.py: a file that trains within its budget, and is kept by a resumed run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+pytest.importorskip("detectron2")
+
+import recommend as tool  # noqa: E402
+
+from peft_d2 import peft  # noqa: E402
+from peft_d2.engine import recommend  # noqa: E402
+from peft_d2.engine.config import load_config  # noqa: E402
+from peft_d2.engine.errors import ConfigError  # noqa: E402
+from peft_d2.engine.trainer import Trainer  # noqa: E402
+
+from .conftest import HEADS, TINY  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def _few(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("BATCHES", 2), ("TEST_STEPS", 2), ("HELD_OUT", 1)):
+        monkeypatch.setattr(recommend, name, value)
+
+
+def test_auto(make_cfg: Callable[..., Any], base_weights: Path, tmp_path: Path) -> None:
+    cfg = make_cfg(
+        "MODEL.PEFT.METHODS", "auto", "MODEL.PEFT.TRAIN", HEADS, "MODEL.WEIGHTS", base_weights, "MODEL.PEFT.BUDGET", 5
+    )
+    found = recommend.settled(cfg, keep=False)
+    node = found.MODEL.PEFT
+    assert {entry["NAME"] for entry in node.METHODS} == {"lora"} and len(node.TRAIN) >= 2
+    assert found.SOLVER.BASE_LR in [cfg.SOLVER.BASE_LR * factor for factor in recommend.RATES]
+    report = peft.make_report(Trainer.build_model(found))
+    assert 2.5 < 100 * report.trainable / (report.total - report.injected) <= 5
+    torch.manual_seed(99)
+    again = recommend.settled(cfg, keep=True)
+    assert again.MODEL.PEFT.METHODS == node.METHODS and cfg.MODEL.PEFT.METHODS == ["auto"]
+    written = load_config(str(TINY), str(tmp_path / recommend.FILE)).cfg  # a file for --peft-config
+    assert written.MODEL.PEFT.METHODS == node.METHODS and written.MODEL.META_ARCHITECTURE == "PEFTModel"
+
+
+def test_auto_in_a_file_and_on_the_command_line(tmp_path: Path) -> None:
+    (tmp_path / "auto.yaml").write_text("MODEL:\n  PEFT:\n    METHODS: auto\n")
+    for arguments in (("", str(tmp_path / "auto.yaml")), ("", "", ["MODEL.PEFT.METHODS", "auto"])):
+        cfg = load_config(str(TINY), *arguments[1:]).cfg
+        assert cfg.MODEL.PEFT.METHODS == ["auto"] and cfg.MODEL.META_ARCHITECTURE == "PEFTModel"
+
+
+def test_nobody_builds_what_is_not_settled(make_cfg: Callable[..., Any]) -> None:
+    with pytest.raises(ConfigError, match="auto is settled on training data: by tools/train_net.py"):
+        Trainer.build_model(make_cfg("MODEL.PEFT.METHODS", "auto"))
+
+
+def test_too_small_a_budget(make_cfg: Callable[..., Any], base_weights: Path) -> None:
+    cfg = make_cfg(
+        *("MODEL.PEFT.METHODS", "auto", "MODEL.PEFT.TRAIN", HEADS),
+        *("MODEL.WEIGHTS", base_weights, "MODEL.PEFT.BUDGET", 0.01),
+    )
+    with pytest.raises(ConfigError, match="METHODS auto: TRAIN alone has .* parameters and the budget is"):
+        recommend.settled(cfg, keep=False)
+
+
+def test_the_tool(toy_set: Any, base_weights: Path, tmp_path: Path) -> None:
+    arguments = ["--config-file", str(TINY), "--train-json", str(toy_set.json), "--train-images", str(toy_set.images)]
+    args = tool.recommend_parser().parse_args([*arguments, "--memory", "0.05", "MODEL.WEIGHTS", str(base_weights)])
+    tree = yaml.safe_load(text := tool.recommended(args))
+    assert tree["MODEL"]["PEFT"]["META_ARCHITECTURE"] == "PD2MaskFormer" and "Loss on batches left out" in text
+    parameters = int(text.split()[1].replace(",", ""))
+    assert 0 < parameters * 16 <= 0.05 * 2**20

@@ -1,0 +1,69 @@
+#!/usr/bin/env python
+"""Recommend what to train of a model on given data: methods, places, ranks and a rate, as a file for --peft-config.
+
+    tools/recommend.py --config-file configs/nuclei/efficientnet/adapt.yaml --train-json a.json --train-images a/ \
+        --output recommended.yaml MODEL.WEIGHTS base.pth
+
+One pass of gradients over some batches ranks the places, and a few steps at each of four rates choose the rate. What
+the config's TRAIN names (new heads) is trained in full and counts; its METHODS do not.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from peft_d2.engine.errors import ConfigError
+from peft_d2.engine.launch import one_line_errors, prepare_config
+
+BYTES = 16  # of a trained parameter: itself, its gradient and two moments, in float32
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run ``tools/recommend.py``."""
+    args = recommend_parser().parse_args(arguments)
+    text = one_line_errors(lambda: recommended(args))
+    print(text)
+    if args.output:
+        Path(args.output).write_text(text)
+
+
+def recommend_parser() -> argparse.ArgumentParser:
+    """The arguments of ``tools/recommend.py``."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config-file", required=True, metavar="FILE", help="a model's config, or a PEFT run's")
+    parser.add_argument("--peft-config", default="", metavar="FILE", help="one of configs/peft, on top, for its TRAIN")
+    parser.add_argument("--train-json", default="", metavar="FILE", help="annotations, COCO format")
+    parser.add_argument("--train-images", default="", metavar="DIR", help="folder of the images")
+    parser.add_argument("--name", default="own", help="what the data set is called: NAME_train")
+    parser.add_argument("--percent", type=float, default=0.0, help="of the parameters to train (MODEL.PEFT.BUDGET)")
+    parser.add_argument(
+        "--memory", type=float, default=0.0, metavar="MIB", help="for what is trained, moments included"
+    )
+    parser.add_argument("--output", default="", metavar="FILE", help="write it there, too")
+    parser.add_argument("opts", nargs=argparse.REMAINDER, help="config KEY VALUE pairs")
+    return parser
+
+
+def recommended(args: argparse.Namespace) -> str:
+    """The text of the file.
+
+    Raises:
+        ConfigError: no data, or a budget that is too small.
+    """
+    from peft_d2.engine.recommend import advise, explained
+
+    if args.percent < 0 or args.memory < 0:
+        raise ConfigError("--percent and --memory are 0 or more.")
+    if args.percent:
+        args.opts = [*args.opts, "MODEL.PEFT.BUDGET", str(float(args.percent))]
+    cfg = prepare_config(args)
+    if not cfg.DATASETS.TRAIN:
+        raise ConfigError(
+            "DATASETS.TRAIN is empty: give --train-json and --train-images, or name registered data sets."
+        )
+    return explained(*advise(cfg, int(args.memory * 2**20 / BYTES)))
+
+
+if __name__ == "__main__":
+    main()
