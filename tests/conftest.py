@@ -30,7 +30,12 @@ SLOW = {
     *(f"peft/test_{name}.py" for name in ("execution", "whole_model", "ddp", "lora_layers")),
     *(f"models/test_{name}.py" for name in ("timm", "training", "configs", "habits")),
     *(f"tools/test_{name}.py" for name in ("train_net", "analyze_peft", "visualize_data", "model_zoo", "nuclei_study")),
-    *("models/mask2former/test_golden.py", "models/mask2former/test_transformers.py"),
+    *(
+        "engine/test_eomt.py",
+        "models/eomt/test_eomt.py",
+        "models/mask2former/test_golden.py",
+        "models/mask2former/test_transformers.py",
+    ),
     *("test_environment.py", "storage/test_says_lora.py", "field/test_data.py"),
 }
 

@@ -105,6 +105,7 @@ def _trained_classes(cfg: Any, tested: Mapping[int, str]) -> list[str]:
         "RetinaNet": cfg.MODEL.RETINANET.NUM_CLASSES,
         "MaskFormer": cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES,
         "MaskDINO": cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES,
+        "EoMT": cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES,
     }.get(architecture, len(found))
     other_model = count != len(found) and count == len(tested)  # the config's training set is not its own
     return [] if other_model else found

@@ -93,5 +93,5 @@ def _makers(cfg: Any, name: str, folder: str | None) -> list[Callable[[], Datase
 def outputs_node(cfg: Any) -> Any:
     """Where the model's config says which results there are; None for models without such a node."""
     name = base_architecture(cfg).removeprefix("PD2")
-    node = {"MaskFormer": "MASK_FORMER", "SEEM": "MASK_FORMER", "MaskDINO": "MaskDINO"}.get(name, "")
+    node = "MaskDINO" if name == "MaskDINO" else "MASK_FORMER" if name in ("MaskFormer", "SEEM", "EoMT") else ""
     return cfg.MODEL[node].TEST if node in cfg.MODEL else None

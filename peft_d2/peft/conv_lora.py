@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from .adapted import AdapterLayer, base_class, first_input
 from .lora.factors import match_dtype
 from .method import Method, Options, expect
-from .outputs import GRIDS, TokenGrid, never_called
+from .outputs import GRIDS, TokenGrid, never_called, with_others
 from .targets import Target
 
 _LETTERS = ("q", "k", "v")
@@ -160,10 +160,12 @@ class ConvLoraLayer(AdapterLayer, nn.ModuleDict):
 
     def forward(self, x: Tensor, out: Tensor) -> Tensor:
         """The adapted output for the layer's input (N, L, in) or (N, H, W, in) and output."""
-        spread = self.grid.spread(x)
+        others, image = self.grid.split(x)
         blocks = dict(zip(self.parts, out.chunk(len(self.parts), dim=-1), strict=True))
         for part, experts in self.items():
-            blocks[part] = blocks[part] + experts(spread).to(out.dtype).reshape(blocks[part].shape)
+            shape = blocks[part].shape
+            zero = None if others is None else out.new_zeros(*others.shape[:2], shape[-1])
+            blocks[part] = blocks[part] + with_others(zero, experts(image).to(out.dtype), shape)
         return torch.cat(list(blocks.values()), dim=-1)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .method import expect
-from .outputs import GRIDS, OutputLayer, OutputMethod, OutputOptions, TokenGrid
+from .outputs import GRIDS, OutputLayer, OutputMethod, OutputOptions, TokenGrid, with_others
 from .targets import Target
 
 
@@ -60,9 +60,10 @@ class MonaAdapter(OutputLayer):
 
     def change(self, h: Tensor) -> Tensor:
         u = self.mona_down(self.mona_norm(h) * self.mona_gain + h * self.mona_skip)
-        f = self.grid.spread(u).movedim(-1, 1)
+        others, image = self.grid.split(u)  # others go without convolutions
+        f = image.movedim(-1, 1)
         f = f + sum(conv(f) for conv in self.mona_convs) / 3
-        g = (f + self.mona_mix(f)).movedim(1, -1).reshape(u.shape)
+        g = with_others(others, (f + self.mona_mix(f)).movedim(1, -1), u.shape)
         return h + self.mona_up(F.dropout(F.gelu(g), self.dropout, self.training))
 
 

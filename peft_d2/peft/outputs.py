@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from .adapted import STORE, AdapterLayer, base_class, walk
@@ -170,7 +171,8 @@ class TokenGrid:
     """Height and width of the image that tokens (N, L, C) at one place make up.
 
     ``GRID`` square takes sqrt(L) x sqrt(L); with auto the module or the one that holds it tells H and W as attributes,
-    as Swin's blocks and the attention of Segment Anything do in each forward pass.
+    as Swin's blocks and the attention of Segment Anything do in each forward pass. The first ``num_prefix_tokens``, of
+    which it may tell too, are no part of the image: a class, registers, queries.
     """
 
     def __init__(self, target: Target, grid: str) -> None:
@@ -178,22 +180,29 @@ class TokenGrid:
         self.square = grid == "square"
         self._owners = [owner for owner in (target.module, target.parent) if owner is not None]
 
-    def spread(self, x: Tensor) -> Tensor:
-        """(N, L, C) -> (N, H, W, C), which stays as it is.
+    def split(self, x: Tensor) -> tuple[Tensor | None, Tensor]:
+        """(N, L, C) -> tokens (N, P, C) that are no part of the image, if any, and the image (N, H, W, C).
+
+        Four dimensions stay as they are.
 
         Raises:
             MethodError: neither the module nor its parent tells an H and W that fit.
         """
         if x.dim() == 4:
-            return x
+            return None, x
         length = x.shape[1] if x.dim() == 3 else 0
-        sizes = [(getattr(owner, "H", None), getattr(owner, "W", None)) for owner in self._owners]
-        if self.square and length:
-            sizes.insert(0, (math.isqrt(length), math.isqrt(length)))
-        for height, width in sizes:
-            if isinstance(height, int) and isinstance(width, int) and height * width == length:
-                return x.unflatten(1, (height, width))
+        if self.square and math.isqrt(length) ** 2 == length > 0:
+            return None, x.unflatten(1, (math.isqrt(length),) * 2)
+        for owner in self._owners:
+            height, width, others = (getattr(owner, key, 0) for key in ("H", "W", "num_prefix_tokens"))
+            if height and width and others + height * width == length:
+                return (x[:, :others] if others else None), x[:, others:].unflatten(1, (height, width))
         raise MethodError(
             f"{self.name}: the image grid of its tokens {tuple(x.shape)} is needed, and neither the module nor "
             "its parent holds H and W that fit; choose a module with four-dimensional tensors, or GRID square if it is"
         )
+
+
+def with_others(others: Tensor | None, image: Tensor, shape: Any) -> Tensor:
+    """The inverse of :meth:`TokenGrid.split`: tokens and an image of its kind -> ``shape``."""
+    return image.reshape(shape) if others is None else torch.cat([others, image.flatten(1, 2)], dim=1)

@@ -81,6 +81,18 @@ FAMILIES = (
         ("sam/*", "mask2former/lora_cobot_sam", "full"),
         ("sam/vit_b", "sam/vit_l", "sam/vit_h", "sam/vit_b_mask2former"),
     ),
+    Family(
+        "EoMT",
+        "Encoders are timm's; their heads learn in full with every method.",
+        ("eomt",),
+        {"head": "eomt/head", "LoRA": "eomt/lora", "Mona": "eomt/mona"},
+        ("eomt/*", "full"),
+        (
+            "eomt/coco/instance_dinov2_small_640",
+            "eomt/coco/instance_dinov2_base_640",
+            "eomt/coco/instance_dinov3_large_640",
+        ),
+    ),
     Family("Small models for nuclei", "From fluorescence to histology: see the README.", ("nuclei",), {}),
     Family("The demo", "`make demo`.", ("demo",), {}),
 )

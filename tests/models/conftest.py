@@ -62,10 +62,24 @@ SMALL_DINO = {
     "MODEL.MaskDINO.DN_NUM": 7,
 }
 
+SMALL_EOMT = {
+    **{key: value for key, value in _SMALL.items() if "RESNETS" not in key},
+    "MODEL.TIMM.NAME": "vit_small_patch14_reg4_dinov2",
+    "MODEL.TIMM.KWARGS": "{embed_dim: 32, num_heads: 4, patch_size: 16, depth: 4, img_size: 64}",
+    "MODEL.TIMM.WEIGHTS": "",
+    "MODEL.MASK_FORMER.DEC_LAYERS": 3,
+    "MODEL.MASK_FORMER.NUM_OBJECT_QUERIES": 6,
+    "MODEL.MASK_FORMER.TRAIN_NUM_POINTS": 128,
+    "MODEL.MASK_FORMER.SIZE_DIVISIBILITY": -1,
+    "MODEL.EOMT.ANNEALING_START": [0.2, 0.6],
+    "MODEL.EOMT.ANNEALING_END": [0.6, 0.9],
+}
+
 # Models that share MaskClassifier: a config, what makes it small, and the config node of its own.
 CLASSIFIERS = {
     "mask2former": ("coco/instance/mask2former_r50.yaml", SMALL, "MASK_FORMER"),
     "mask_dino": (R50_DINO, SMALL_DINO, "MaskDINO"),
+    "eomt": ("eomt/coco/instance_dinov2_small_640.yaml", SMALL_EOMT, "MASK_FORMER"),
 }
 
 

@@ -72,7 +72,7 @@ class Predictions(nn.Module):
         self.model = model
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        outputs = self.model.sem_seg_head(self.model.backbone(image))
+        outputs = self.model.predict(self.model.backbone(image))
         return outputs["pred_logits"], outputs["pred_masks"]
 
 

@@ -24,6 +24,8 @@ import inspect_targets  # noqa: E402
 from peft_d2.data import toy  # noqa: E402
 from peft_d2.engine import launch  # noqa: E402
 
+from ..models.conftest import SMALL_EOMT  # noqa: E402
+
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "tests" / "engine" / "tiny.yaml"
 DINO = ROOT / "tests" / "engine" / "tiny_mask_dino.yaml"
@@ -405,3 +407,39 @@ def test_bad_annotations_are_refused(run: Callable[..., str], data: toy.ToySet, 
     error = run("train_net", "--config-file", TINY, *own, "OUTPUT_DIR", tmp_path / "out", fails=True)
     assert re.search(rf"^error: data set .{defect}_train. .*bad.json.* has 1 error", error, re.MULTILINE), error
     assert f"id {annotation['id']}" in error and "Traceback" not in error
+
+
+def test_a_frozen_vit_is_adapted_and_merged(run: Callable[..., str], data: toy.ToySet, tmp_path: Path) -> None:
+    """EoMT by its own configs: trained, evaluated from the adapter's folder, and from the merged file."""
+    pytest.importorskip("timm")
+    from merge_adapter import merge_adapter, merge_parser
+
+    files = [
+        item for split in ("train", "val") for item in (f"--{split}-json", data.json, f"--{split}-images", data.images)
+    ]
+    tiny = {
+        **{key: value for key, value in SMALL_EOMT.items() if "NUM_CLASSES" not in key},
+        **{"SOLVER.MAX_ITER": 2, "SOLVER.IMS_PER_BATCH": 2, "SOLVER.AMP.ENABLED": False, "DATALOADER.NUM_WORKERS": 0},
+        **{"INPUT.IMAGE_SIZE": 64, "INPUT.MIN_SIZE_TEST": 64, "INPUT.MAX_SIZE_TEST": 64, "SEED": 1},
+    }
+    opts = [part for item in tiny.items() for part in item]
+    config = ("--config-file", ROOT / "configs/eomt/coco/instance_dinov2_small_640.yaml", *files, "--name", "toys")
+    run("train_net", *config, *opts, "OUTPUT_DIR", tmp_path / "base")
+    base = ("MODEL.WEIGHTS", tmp_path / "base" / "model_final.pth")
+    recipe = ("--peft-config", ROOT / "configs/peft/eomt/lora.yaml")
+    expected = copypaste(run("train_net", *config, *recipe, *opts, *base, "OUTPUT_DIR", tmp_path / "lora"))
+    adapter = ("MODEL.PEFT.WEIGHTS", tmp_path / "lora" / "adapter_final", "OUTPUT_DIR", tmp_path / "again")
+    console = run("train_net", "--config-file", tmp_path / "lora/config.yaml", "--eval-only", *adapter)
+    assert copypaste(console) == expected
+    files = (
+        "--config-file",
+        tmp_path / "base/config.yaml",
+        "--adapter",
+        adapter[1],
+        "--output",
+        tmp_path / "merged.pth",
+    )
+    merge_adapter(merge_parser().parse_args([str(part) for part in (*files, *base)]))
+    weights = ("MODEL.WEIGHTS", tmp_path / "merged.pth", "OUTPUT_DIR", tmp_path / "whole")
+    console = run("train_net", "--config-file", tmp_path / "base/config.yaml", "--eval-only", *weights)
+    assert copypaste(console) == expected

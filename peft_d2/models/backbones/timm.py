@@ -98,7 +98,7 @@ class TimmBackbone(Backbone):
             self._out_feature_strides = {name: strides[i] for name, i in self._indices.items()}
         self._out_features = names
         self._size_divisibility = max(self._out_feature_strides.values())
-        scale, shift = _pixel_change(net, pixel_mean, pixel_std, bgr)
+        scale, shift = pixel_change(net, pixel_mean, pixel_std, bgr)
         self.register_buffer("pixel_scale", scale, persistent=False)
         self.register_buffer("pixel_shift", shift, persistent=False)
         self._flip = bgr and len(pixel_mean) == 3
@@ -135,6 +135,20 @@ class TimmBackbone(Backbone):
 def build_timm(cfg: CfgNode, input_shape: ShapeSpec | None = None) -> TimmBackbone:
     """The backbone that ``MODEL.TIMM`` describes."""
     node = cfg.MODEL.TIMM
+    return TimmBackbone(
+        timm_of_config(cfg),
+        node.OUT_FEATURES,
+        node.PYRAMID_CHANNELS,
+        cfg.MODEL.PIXEL_MEAN,
+        cfg.MODEL.PIXEL_STD,
+        bgr=cfg.INPUT.FORMAT == "BGR",
+        frozen_statistics=node.FROZEN_STATISTICS,
+    )
+
+
+def timm_of_config(cfg: CfgNode) -> Any:
+    """The model of timm that ``MODEL.TIMM`` names, for images of the config's channels."""
+    node = cfg.MODEL.TIMM
     try:
         arguments: Any = yaml.safe_load(node.KWARGS) or {}
     except yaml.YAMLError:
@@ -145,15 +159,7 @@ def build_timm(cfg: CfgNode, input_shape: ShapeSpec | None = None) -> TimmBackbo
     if channels == 3:
         expect(cfg.INPUT.FORMAT in ("RGB", "BGR"), "INPUT.FORMAT", cfg.INPUT.FORMAT, "RGB or BGR for three channels")
     weights = "" if torch.get_default_device().type == "meta" else node.WEIGHTS
-    return TimmBackbone(
-        create_timm_model(node.NAME, weights, channels, arguments),
-        node.OUT_FEATURES,
-        node.PYRAMID_CHANNELS,
-        cfg.MODEL.PIXEL_MEAN,
-        cfg.MODEL.PIXEL_STD,
-        bgr=cfg.INPUT.FORMAT == "BGR",
-        frozen_statistics=node.FROZEN_STATISTICS,
-    )
+    return create_timm_model(node.NAME, weights, channels, arguments)
 
 
 def create_timm_model(name: str, weights: str = "", channels: int = 3, kwargs: Mapping[str, Any] | None = None) -> Any:
@@ -187,6 +193,9 @@ def create_timm_model(name: str, weights: str = "", channels: int = 3, kwargs: M
     if not hasattr(model, "forward_intermediates"):
         raise ModelConfigError(f"MODEL.TIMM.NAME {name!r}: timm {timm.__version__} gives no feature maps of it")
     model.reset_classifier(0)
+    for module in model.modules():
+        if hasattr(module, "qkv_bias_separate"):  # qkv is called, not read: what is injected there has an effect
+            module.qkv_bias_separate = True
     return model
 
 
@@ -244,7 +253,7 @@ def _from_original_efficientnet(state: Mapping[str, Tensor]) -> dict[str, Tensor
     return renamed
 
 
-def _pixel_change(net: Any, mean: Sequence[float], std: Sequence[float], bgr: bool) -> tuple[Tensor, Tensor]:
+def pixel_change(net: Any, mean: Sequence[float], std: Sequence[float], bgr: bool) -> tuple[Tensor, Tensor]:
     """(scale, shift), each (1, C, 1, 1): from pixels normalised by ``mean`` and ``std`` to those that ``net`` knows."""
     known = net.pretrained_cfg
     means, stds = (torch.tensor(values, dtype=torch.float64) for values in (mean, std))

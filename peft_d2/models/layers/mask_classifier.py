@@ -59,8 +59,7 @@ class MaskClassifier(PixelModel):
         Returns:
             Results are ``sem_seg`` (K, H, W), ``panoptic_seg`` (ids (H, W), segments) and ``instances``.
         """
-        images = [self.normalised(item["image"], item.get("file_name", "an image")) for item in batched_inputs]
-        batch = ImageList.from_tensors(images, self.size_divisibility)
+        batch = self.to_batch(batched_inputs)
         features = self.backbone(batch.tensor)
         if self.training:
             targets = self.targets(batched_inputs, batch)
@@ -77,6 +76,11 @@ class MaskClassifier(PixelModel):
                 prediction = {name: value[i] for name, value in outputs.items() if name.startswith("pred_")}
                 results.append(self.inference(prediction, Canvas(padded, tuple(size), wanted, self.bicubic_results)))
         return results
+
+    def to_batch(self, batched_inputs: list[dict[str, Any]]) -> ImageList:
+        """The images, normalised, then padded with zeros to one size."""
+        images = [self.normalised(item["image"], item.get("file_name", "an image")) for item in batched_inputs]
+        return ImageList.from_tensors(images, self.size_divisibility)
 
     def count_objects(self, batched_inputs: list[dict[str, Any]]) -> list[int]:
         """How many objects each image holds: what a trainer of several processes or pieces tells all of them."""

@@ -1,0 +1,68 @@
+"""EoMT through the same trainer, evaluation, adapter files and merging as every other model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("timm", reason="needs timm, of the test extra")
+
+from detectron2.modeling import build_model  # noqa: E402
+
+from peft_d2 import adapters, peft  # noqa: E402
+
+from ..models.conftest import SMALL_EOMT  # noqa: E402
+from .test_mask_dino import methods_of  # noqa: E402
+from .test_training import assert_equal, train, trained  # noqa: E402
+
+CONFIG = Path(__file__).resolve().parents[2] / "configs" / "eomt" / "coco" / "instance_dinov2_small_640.yaml"
+SMALL: dict[str, Any] = {
+    **{key: value for key, value in SMALL_EOMT.items() if "NUM_CLASSES" not in key},
+    **{"INPUT.IMAGE_SIZE": 64, "INPUT.MIN_SIZE_TEST": 64, "INPUT.MAX_SIZE_TEST": 64, "SOLVER.IMS_PER_BATCH": 2},
+    **{"SOLVER.MAX_ITER": 6, "SOLVER.CHECKPOINT_PERIOD": 3, "SOLVER.WARMUP_ITERS": 1, "SOLVER.BASE_LR": 0.001},
+    **{"SOLVER.AMP.ENABLED": False, "TEST.EVAL_PERIOD": 6, "DATALOADER.NUM_WORKERS": 0, "SEED": 3},
+}
+
+
+@pytest.fixture
+def eomt_cfg(make_cfg: Callable[..., Any]) -> Callable[..., Any]:
+    """``eomt_cfg(key, value, ...)``: a tiny EoMT on the toy set."""
+    pairs = [part for item in SMALL.items() for part in item]
+    return lambda *opts: make_cfg(*pairs, *opts, config=CONFIG)
+
+
+@pytest.mark.parametrize("name", ["lora", "mona", "adaptformer_cobot"])
+@pytest.mark.parametrize("encoder", ["vit_small_patch14_reg4_dinov2", "vit_small_patch16_dinov3_qkvb"])
+def test_train_evaluate_store_load_and_merge(
+    eomt_cfg: Callable[..., Any], tmp_path: Path, name: str, encoder: str
+) -> None:
+    opts = ("MODEL.TIMM.NAME", encoder)
+    cfg = eomt_cfg(*opts, *methods_of(f"eomt/{name}.yaml"))
+    torch.manual_seed(3)
+    torch.save({"model": build_model(eomt_cfg(*opts)).state_dict()}, tmp_path / "base.pth")
+    cfg.MODEL.WEIGHTS = str(tmp_path / "base.pth")
+    trainer = train(cfg)  # proves before the first step that every part is live
+    rows = [json.loads(line) for line in (tmp_path / "metrics.json").read_text().splitlines()]
+    assert {"segm/AP", "loss_mask_1", "loss_dice_0", "total_loss"} <= set().union(*rows)
+
+    model = trainer.model.eval()
+    # Of a sixth step of six, 5 / 6 of the training: the first block's masks are gone, the second's nearly.
+    assert model.sem_seg_head.query_feat.attn_mask_probs.tolist() == pytest.approx([0, (0.2 / 0.9) ** 0.9], abs=1e-3)
+    image = {"image": torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8)}
+    with torch.no_grad():
+        expected = model([image])[0]["instances"]
+    fresh = build_model(eomt_cfg(*opts, "MODEL.WEIGHTS", tmp_path / "base.pth")).eval()
+    adapters.load_base(fresh, tmp_path / "base.pth")
+    adapters.load_adapter(fresh, tmp_path / "adapter_final")
+    assert_equal(trained(trainer), {name: p for name, p in fresh.named_parameters() if p.requires_grad})
+    with torch.no_grad():
+        assert torch.equal(fresh([image])[0]["instances"].scores, expected.scores)
+        if name == "lora":
+            peft.merge(fresh)
+            merged = fresh([image])[0]["instances"]
+            torch.testing.assert_close(merged.scores, expected.scores, rtol=1e-4, atol=1e-5)
