@@ -21,7 +21,7 @@ from ..errors import MethodError
 from ..method import Method
 from ..targets import Target, resolve
 from .attention import AttentionLora, attention_weight
-from .conv import CONVOLUTIONS, ConvLora, has_branch, is_normed_conv
+from .conv import CONVOLUTIONS, ConvolutionLora, has_branch, is_normed_conv
 from .factors import PARTS, LoraOptions, LowRank
 from .linear import EmbeddingLora, LinearLora, PackedLora
 
@@ -101,7 +101,7 @@ class Lora(Method):
         if problem := _option_problem(module, options):
             raise MethodError(f"{target.name}: {problem}")
         if isinstance(module, _ConvNd):
-            return ConvLora(module, *made)
+            return ConvolutionLora(module, *made)
         if isinstance(module, nn.Embedding):
             return EmbeddingLora(module, *made)
         if isinstance(module, nn.MultiheadAttention):

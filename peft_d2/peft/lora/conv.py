@@ -48,7 +48,7 @@ def _branch_is_dearer(weight: Tensor, rank: int) -> bool:
     return 1.4 * weight.numel() < 2.5 * thin + 150 * (inputs + out)
 
 
-class ConvLora(LowRank):
+class ConvolutionLora(LowRank):
     """Low-rank factors of one convolution kernel."""
 
     def __init__(self, module: _ConvNd, options: LoraOptions, *args: Any) -> None:
