@@ -9,6 +9,7 @@ import contextlib
 import logging
 import os
 from collections.abc import Collection, Iterable, Mapping
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -306,7 +307,10 @@ def _check_methods(model: nn.Module, content: AdapterFile, name: str, compare_en
 
 
 def _meaning(entry: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in entry.items() if key not in _FREE}
+    """What an entry says, with the defaults of keys that are younger than its file."""
+    method = peft.METHODS.get(entry.get("NAME", ""))
+    defaults = {} if method is None else {k.upper(): v for k, v in asdict(method.options_class()).items()}
+    return {key: value for key, value in {**defaults, **entry}.items() if key not in _FREE}
 
 
 def _first_difference(found: Mapping[str, Any], expected: Mapping[str, Any]) -> str:

@@ -20,6 +20,7 @@ CASES: dict[str, tuple[Methods, list[str]]] = {
     "lora attention": ([{"NAME": "lora", "TARGETS": ["self_attn"], "PARTS": ["q", "k", "v", "out"]}], []),
     "lora convs": ([{"NAME": "lora", "TARGETS": ["stem", "conv"], "RANK": 3}], []),
     "rslora dropout": ([{"NAME": "lora", "TARGETS": ["proj"], "RSLORA": True, "DROPOUT": 0.3}], []),
+    "A frozen": ([{"NAME": "lora", "TARGETS": ["proj", "qkv", "stem", "self_attn"], "FREEZE_A": True}], []),
     "dora": ([{"NAME": "lora", "TARGETS": ["proj", "qkv", "stem", "conv", "self_attn"], "DORA": True}], []),
     "pissa": ([{"NAME": "lora", "TARGETS": ["proj", "stem", "self_attn"], "INIT": "pissa", "RANK": 2}], []),
     "lora cobot": ([{"NAME": "lora", "TARGETS": ["qkv"], "PARTS": ["q", "v"], "RANK": 4, "COBOT": True}], []),

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+import peft_d2
 from peft_d2 import peft
 from peft_d2.peft.lora import linear
 from peft_d2.peft.lora.linear import low_rank_linear, saves_passes
@@ -47,6 +50,8 @@ def test_second_derivatives_and_transforms() -> None:
     x, weight, a, b = (torch.randn(size, dtype=torch.float64) for size in ((4, 3), (5, 3), (2, 3), (5, 2)))
     leaves = (x.requires_grad_(), weight, None, a.requires_grad_(), b.requires_grad_())
     assert torch.autograd.gradgradcheck(low_rank_linear, leaves)
+    frozen = (x, weight, None, a.detach(), b)
+    assert torch.autograd.gradgradcheck(low_rank_linear, frozen)
     for_one = torch.func.grad(lambda row: low_rank_linear(row, weight, None, a, b).square().sum())
     torch.testing.assert_close(torch.func.vmap(for_one)(x), torch.stack([for_one(row) for row in x]))
 
@@ -57,6 +62,8 @@ ENTRIES = {
     "COBOT": {"COBOT": True, "RANK": 4},
     "q and v": {"PARTS": ["q", "v"]},
     "k": {"PARTS": ["k"]},
+    "A frozen": {"FREEZE_A": True},
+    "q and v, A frozen": {"PARTS": ["q", "v"], "FREEZE_A": True},
     "q, k, v with COBOT": {"PARTS": ["q", "k", "v"], "COBOT": True, "RANK": 4},
 }
 
@@ -144,3 +151,37 @@ def test_nothing_wide_is_passed_over_or_kept(operations: Callable) -> None:
     assert sum(t.numel() for t in kept if t.data_ptr() not in base) <= rank * (inputs + 2 * wide)
     products = {shape for name, shape in backward.seen if name == "mm"}
     assert products == {(rows, inputs), (rows, rank), (rank, inputs), (rank, wide)}
+
+
+@pytest.mark.parametrize("rows", [3, 200], ids=["branch", "weight space"])
+@pytest.mark.parametrize("parts", [[], ["q", "v"]], ids=["whole", "q and v"])
+def test_with_a_frozen_a_layer_keeps_r_channels_of_its_input(rows: int, parts: list[str], tmp_path: Path) -> None:
+    """LoRA-FA: B alone is trained, with the gradient it has beside a trained A; A is stored with it."""
+    model = nn.ModuleDict({"m": nn.Linear(24, 72)})
+    twin = copy.deepcopy(model)
+    entry = {"NAME": "lora", "TARGETS": ["m"], "RANK": 2, "PARTS": parts}
+    for freeze, one in ((True, model), (False, twin)):
+        torch.manual_seed(1)
+        peft.inject(one, [{**entry, "FREEZE_A": freeze}])
+        for name, tensor in one.state_dict().items():
+            if name.endswith("lora_b"):
+                tensor.normal_()
+    x = torch.randn(rows, 24, requires_grad=True)
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):  # type: ignore[func-returns-value]
+        out = model["m"](x)
+    assert all(t.untyped_storage().data_ptr() != x.data_ptr() for t in kept)
+    assert sum(t.shape[-1] for t in kept if t.shape[:1] == (rows,)) == 2 * max(1, len(parts))
+    out.square().sum().backward()
+    twin["m"](x.detach()).square().sum().backward()
+    gradients = [{t.name: t.param.grad for t in peft.trained_parameters(one)} for one in (model, twin)]
+    assert gradients[0].keys() == {name for name in gradients[1] if name.endswith("lora_b")}
+    for name, value in gradients[0].items():
+        torch.testing.assert_close(value, gradients[1][name])
+    peft_d2.save_adapter(model, tmp_path / "a")
+    other = nn.ModuleDict({"m": nn.Linear(24, 72)})
+    other.load_state_dict({name: value for name, value in model.state_dict().items() if "peft" not in name})
+    peft_d2.load_adapter(other, tmp_path / "a")
+    torch.testing.assert_close(other["m"](x), out, rtol=0, atol=0)
+    peft.merge(other.eval())
+    torch.testing.assert_close(other["m"](x), out, rtol=1e-4, atol=1e-4)

@@ -106,6 +106,7 @@ SAYS: dict[str, tuple[list[dict[str, Any]], tuple[str, ...], str]] = {
     "names that end with each other": (lora("fc", "layer"), (), "LORA"),
     "one of two": (lora(FC), (), "LORA"),
     "rank pattern": (lora("fc", "layer", RANK_PATTERN={"re:fc": 2}, ALPHA_PATTERN={"1.fc": 1.0}), (), "LORA"),
+    "A frozen": (lora("fc", "line", FREEZE_A=True), (), "LORA"),
     "rslora": (lora("fc", RSLORA=True), (), "LORA"),
     "dora": (lora("fc", "bare", "words", "line", DORA=True), (), "LORA"),
     "a module called as peft's adapter": (lora("default"), (), "LORA"),

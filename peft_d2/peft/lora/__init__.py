@@ -118,6 +118,8 @@ def _option_problem(module: nn.Module, options: LoraOptions) -> str:
     if (is_convolution or is_embedding) and (options.parts or options.cobot):
         kind = "a convolution" if is_convolution else "an nn.Embedding"
         return f"{'PARTS' if options.parts else 'COBOT'} does not apply to {kind}"
+    if options.freeze_a and is_embedding:
+        return "FREEZE_A leaves nothing to train in an nn.Embedding, whose A starts at zero"
     if options.dropout and isinstance(module, nn.MultiheadAttention):
         return "nn.MultiheadAttention is adapted through its weights, without DROPOUT on an input"
     if options.dropout and is_embedding:

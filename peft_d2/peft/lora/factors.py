@@ -7,6 +7,8 @@
 - PiSSA: Meng et al., NeurIPS 2024, arXiv 2404.02948, equations 2 to 4: A and B start as the r principal singular
   directions of W0, and the residual is frozen. Here W0 itself stays and the start is subtracted:
   ``W = W0 + s (B A - B0 A0)``, the same function.
+- LoRA-FA: Zhang et al. 2023, arXiv 2308.03303, section 3.1: A stays as it starts, so of a linear layer's input no more
+  than its r products with A is kept for the backward pass.
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ class LoraOptions(CobotOptions):
     ``INIT``: default (A Kaiming-uniform, B zero), gaussian (A normal / r, B zero), pissa, or xavier (both
     Xavier-normal, as SAM-COBOT's authors do: the only one that does not start as the pretrained model).
     ``PARTS``: which of q, k, v, out of an nn.MultiheadAttention (default q and v), or of q, k, v of a fused nn.Linear.
+    ``FREEZE_A``: A stays as it starts (LoRA-FA), and no linear layer's input is kept for its gradient.
     ``RANK_PATTERN`` and ``ALPHA_PATTERN``: module-name pattern -> value; the first match counts.
     """
 
@@ -47,6 +50,7 @@ class LoraOptions(CobotOptions):
     init: str = "default"
     rslora: bool = False
     dora: bool = False
+    freeze_a: bool = False
     parts: list[str] = field(default_factory=list)
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
@@ -81,7 +85,7 @@ class LowRank(AdapterLayer):
 
     changes_weights = True
     names: ClassVar[tuple[str, str]] = ("lora_a", "lora_b")
-    lora_a: nn.Parameter
+    lora_a: Tensor  # a buffer where it is frozen
     lora_b: nn.Parameter
     lora_magnitude: nn.Parameter | None
     lora_a_start: Tensor | None
@@ -101,7 +105,10 @@ class LowRank(AdapterLayer):
             )
         shapes = (rank, inputs, *kernel), (out, rank, *[1] * len(kernel))
         for local, shape in zip(self.names, shapes, strict=True):
-            self.register_parameter(local, nn.Parameter(torch.empty(shape, **made)))
+            if options.freeze_a and local == self.names[0]:
+                self.register_buffer(local, torch.empty(shape, **made))
+            else:
+                self.register_parameter(local, nn.Parameter(torch.empty(shape, **made)))
             start = torch.empty(shape, **made) if self.init == "pissa" else None
             self.register_buffer(f"lora_{local[-1]}_start", start)
         self.cobot = cobot

@@ -37,26 +37,30 @@ class _LowRankLinear(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, low: Tensor | None) -> Tensor:
         return F.linear(x, torch.addmm(weight, b, a), bias)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        x, weight, _, a, b = inputs
-        ctx.save_for_backward(x, weight, a, b)
+        x, weight, _, a, b, low = inputs
+        wanted = ctx.needs_input_grad
+        ctx.save_for_backward(x if wanted[1] or wanted[3] or low is None else None, weight, a, b, low)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, a, b = ctx.saved_tensors
-        for_x, for_weight, for_bias, for_a, for_b = ctx.needs_input_grad
-        rows, grad = x.reshape(-1, x.shape[-1]), grad_output.reshape(-1, grad_output.shape[-1])
+        x, weight, a, b, low = ctx.saved_tensors
+        for_x, for_weight, for_bias, for_a, for_b, _ = ctx.needs_input_grad
+        rows = low if x is None else x.reshape(-1, x.shape[-1])
+        low = F.linear(rows, a) if low is None and for_b else low
+        grad = grad_output.reshape(-1, grad_output.shape[-1])
         # CPUs take the time of a whole weight for thin products in other memory orders than these.
         return (
-            (grad @ torch.addmm(weight, b, a)).view_as(x) if for_x else None,
+            (grad @ torch.addmm(weight, b, a)).view(*grad_output.shape[:-1], weight.shape[1]) if for_x else None,
             grad.t() @ rows if for_weight else None,
             grad.sum(0) if for_bias else None,
             F.linear(grad, b.t().contiguous()).t() @ rows if for_a else None,
-            (F.linear(rows, a).t() @ grad).t() if for_b else None,
+            (low.reshape(-1, len(a)).t() @ grad).t() if for_b else None,
+            None,
         )
 
 
@@ -64,9 +68,11 @@ def low_rank_linear(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b
     """``x (W + B A)^T + bias``: (..., in) -> (..., out), with the scale within B (out, r) or A (r, in).
 
     One product with the changed weight, which is formed anew for the backward pass instead of being kept; for A and B
-    the branch's own gradients, so that the gradient of the whole weight is never formed.
+    the branch's own gradients, so that the gradient of the whole weight is never formed. With A frozen, ``x`` is not
+    kept: its products with A are all that the gradient of B needs.
     """
-    return _LowRankLinear.apply(x, weight, bias, a, b)
+    low = F.linear(x, a) if torch.is_grad_enabled() and not a.requires_grad else None
+    return _LowRankLinear.apply(x, weight, bias, a, b, low)
 
 
 class _OnLinear(AdapterLayer):
