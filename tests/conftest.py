@@ -26,7 +26,7 @@ SLOW = {
         f"engine/test_{name}.py"
         for name in ("sam", "mask_dino", "mask_rcnn", "failing_evaluation", "tracking", "tasks")
     ),
-    *(f"engine/test_{name}.py" for name in ("load_order", "augmented", "recompute")),
+    *(f"engine/test_{name}.py" for name in ("load_order", "augmented", "recompute", "memory_budget")),
     *(f"peft/test_{name}.py" for name in ("execution", "whole_model", "ddp", "lora_layers")),
     *(f"models/test_{name}.py" for name in ("timm", "training", "configs", "habits")),
     *(f"tools/test_{name}.py" for name in ("train_net", "analyze_peft", "visualize_data", "model_zoo", "nuclei_study")),

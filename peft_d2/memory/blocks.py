@@ -25,7 +25,7 @@ from peft_d2.peft.adapted import Adapted, has_statistics
 Mode = Literal["keep", "recompute", "offload"]
 _FIELD = "memory_block"
 _CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
-_SLACK = 64 * 2**20  # freed bytes that malloc may hold back
+_SLACK = 96 * 2**20  # freed bytes that malloc may hold back
 
 
 class Recorder(Protocol):

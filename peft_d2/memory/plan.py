@@ -26,7 +26,7 @@ from .meter import Meter, ProcessPeak, device_of, free_bytes, untouched
 
 GIB = 2**30
 AUTO_SHARE = 0.9  # of what is free: allocators need some room between tensors
-_FILLED = 0.75  # of the planned peak, up to which malloc may hold freed memory: giving it back takes time
+_FILLED = 0.9  # of the planned peak, up to which malloc may hold freed memory: giving it back takes time
 _FAR_ABOVE = 2**62
 
 Forward = Callable[[nn.Module, Any], Any]
@@ -264,9 +264,11 @@ class _Recorder:
 
 
 def _clock() -> float:
+    """On a CPU the processor's seconds, which other programs disturb less."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         torch.cuda.synchronize()
-    return time.perf_counter()
+        return time.perf_counter()
+    return time.process_time()
 
 
 @dataclass
