@@ -190,7 +190,7 @@ def _make_paths_absolute(cfg: Any) -> None:
     ]
     for node, key in (
         *((cfg.MODEL, "WEIGHTS"), (cfg.MODEL.PEFT, "WEIGHTS"), (cfg.MODEL.SEEM, "CLASS_VECTORS")),
-        *((cfg.MODEL.TEXT, "PRETRAINED_TOKENIZER"), (cfg.MODEL.SAM, "FEATURE_CACHE")),
+        *((cfg.MODEL.TEXT, "PRETRAINED_TOKENIZER"), (cfg.MODEL.SAM, "FEATURE_CACHE"), (cfg.MODEL, "FEATURE_CACHE")),
         (cfg.INPUT.PROMPTS, "DETECTIONS"),
     ):
         node[key] = _absolute(node[key])

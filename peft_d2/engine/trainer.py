@@ -47,7 +47,7 @@ from peft_d2.engine.step import LazyLoader, TrainStep, amp_dtype, unwrapped
 from peft_d2.evaluation.augmented import augmented_model
 from peft_d2.evaluation.build import build_evaluator
 from peft_d2.evaluation.tiling import inference_model
-from peft_d2.models.sam import feature_cache
+from peft_d2.models import feature_cache
 from peft_d2.storage import CheckpointError, atomic
 
 CONFIG_FILE, REPORT_FILE = "config.yaml", "peft_report.json"

@@ -10,6 +10,7 @@ from detectron2.config import CfgNode
 from fvcore.common.registry import Registry
 
 from peft_d2.data.config import add_keys
+from peft_d2.models import feature_cache
 
 TRANSFORMER_DECODER_REGISTRY = Registry("TRANSFORMER_DECODER")
 TRANSFORMER_DECODER_REGISTRY.__doc__ = """
@@ -43,7 +44,7 @@ def add_models_config(cfg: CfgNode) -> None:
 
     What is there already stays: this can come after upstream's ``add_*_config``, before them, or twice.
     """
-    for keys in _KEYS:
+    for keys in (*_KEYS, feature_cache.KEYS):
         add_keys(cfg, keys)
 
 

@@ -1,4 +1,4 @@
-"""Each image is encoded once; nothing stale, damaged or foreign is ever used."""
+"""Each image is encoded once, up to what learns; nothing stale, damaged or foreign is ever used."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ pytest.importorskip("detectron2")
 from peft_d2.data.loader import build_train_loader  # noqa: E402
 from peft_d2.engine.errors import ConfigError  # noqa: E402
 from peft_d2.engine.trainer import Trainer  # noqa: E402
-from peft_d2.models.sam.feature_cache import FeatureCache  # noqa: E402
+from peft_d2.models.feature_cache import FeatureCache  # noqa: E402
 
+from .test_eomt import CONFIG as EOMT  # noqa: E402
+from .test_eomt import SMALL  # noqa: E402
 from .test_sam import _registered, loss, sam_cfg  # noqa: E402, F401
 
 
@@ -83,7 +85,7 @@ def test_a_run_learns_the_same_with_it(sam_cfg: Callable[..., Any], tmp_path: Pa
         cfg.MODEL.PEFT.PROVE_LIVE = False
         trainer = Trainer(cfg)
         seen: list[int] = []
-        trainer.model.image_encoder.register_forward_hook(lambda *a, s=seen: s.append(len(a[2])))
+        trainer.model.image_encoder.patch_embed.register_forward_hook(lambda *a, s=seen: s.append(len(a[2])))
         trainer.resume_or_load(resume=False)
         batch = next(iter(build_train_loader(cfg)))
         before = loss(trainer.model, batch)
@@ -98,4 +100,91 @@ def test_a_run_learns_the_same_with_it(sam_cfg: Callable[..., Any], tmp_path: Pa
 def test_an_encoder_that_learns_is_refused(sam_cfg: Callable[..., Any], tmp_path: Path, recipe: str) -> None:  # noqa: F811
     cfg = sam_cfg(recipe, "MODEL.SAM.FEATURE_CACHE", str(tmp_path / "cache"))
     with pytest.raises(ConfigError, match="FEATURE_CACHE .*frozen.*image_encoder.blocks.0.*sam/decoder"):
+        Trainer.build_model(cfg)
+
+
+EOMT_LAST = "[{'NAME': 'lora', 'TARGETS': ['net.blocks.{1,3}.attn.qkv'], 'RANK': 2}]"
+# What is trained, the part that is run once for an image, and one that is run as often as without a cache.
+RUNS: dict[str, tuple[tuple[str, str], str, str]] = {
+    "eomt head": (("MODEL.PEFT.TRAIN", "['sem_seg_head']"), "backbone.net.blocks.1", "backbone.net.blocks.2"),
+    "eomt lora": (("MODEL.PEFT.METHODS", EOMT_LAST), "backbone.net.blocks.0", "backbone.net.blocks.1"),
+    "eomt dinov3": (("MODEL.PEFT.METHODS", EOMT_LAST), "backbone.net.blocks.0", "backbone.net.blocks.1"),
+    "swin": (("MODEL.PEFT.TRAIN", "['sem_seg_head']"), "backbone.layers.3", "sem_seg_head"),
+    "timm vit": (("MODEL.PEFT.TRAIN", "['sem_seg_head', 'pyramid']"), "backbone.net.blocks.3", "backbone.pyramid.res2"),
+}
+
+
+@pytest.fixture
+def frozen_cfg(make_cfg: Callable[..., Any]) -> Callable[..., Any]:
+    """``frozen_cfg(run, key, value, ...)``: a tiny model with a frozen encoder, whose every view is seen again."""
+
+    def make(run: str, *opts: Any) -> Any:
+        pytest.importorskip("timm", reason="needs timm, of the test extra")
+        pairs = ["MODEL.META_ARCHITECTURE", "PEFTModel", "MODEL.PEFT.PROVE_LIVE", False, "INPUT.RANDOM_FLIP", "none"]
+        plain = {"MODEL.BACKBONE.NAME": "PD2Timm", "INPUT.COLOR_AUG_SSD": False, "MODEL.SWIN.DROP_PATH_RATE": 0.5}
+        if run.startswith("eomt"):
+            plain = {**SMALL, "INPUT.DATASET_MAPPER_NAME": "mask_former_instance", "INPUT.MIN_SIZE_TRAIN": "(64,)"}
+        elif run == "swin":
+            del plain["MODEL.BACKBONE.NAME"]
+        else:
+            plain |= {key: value for key, value in SMALL.items() if "TIMM" in key}
+        if "dinov3" in run:
+            plain["MODEL.TIMM.NAME"] = "vit_small_patch16_dinov3_qkvb"
+        pairs += [part for item in plain.items() for part in item]
+        base = "PD2EoMT" if run.startswith("eomt") else "PD2MaskFormer"
+        pairs += [
+            "MODEL.PEFT.META_ARCHITECTURE",
+            base,
+            "SOLVER.MAX_ITER",
+            6,
+            "TEST.EVAL_PERIOD",
+            0,
+            *RUNS[run][0],
+            *opts,
+        ]
+        return make_cfg(*pairs, **({"config": EOMT} if run.startswith("eomt") else {}))
+
+    return make
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_any_encoder_is_run_up_to_what_learns(frozen_cfg: Callable[..., Any], tmp_path: Path, run: str) -> None:
+    """Stochastic depth is no part of what is kept, so the losses with it are compared in eval mode's."""
+    values, calls = [], []
+    for folder in ("", str(tmp_path / "cache")):
+        cfg = frozen_cfg(run, "MODEL.FEATURE_CACHE", folder, "MODEL.SWIN.DROP_PATH_RATE", 0.0)
+        trainer = Trainer(cfg)
+        seen: list[list[int]] = [[], []]
+        for part, counts in zip(RUNS[run][1:], seen, strict=True):
+            module = trainer.model.get_submodule(part)
+            module.register_forward_pre_hook(lambda module, inputs, counts=counts: counts.append(1))
+        trainer.resume_or_load(resume=False)
+        trainer.train()
+        trained = [p for p in trainer.model.parameters() if p.requires_grad]
+        values.append(torch.cat([p.detach().flatten() for p in trained]))
+        calls.append([len(counts) for counts in seen])
+    torch.testing.assert_close(values[1], values[0], rtol=1e-3, atol=1e-5)
+    assert calls[1][1] == calls[0][1] and calls[1][0] <= 6 < calls[0][0]
+
+
+def test_what_is_kept_is_without_chance(frozen_cfg: Callable[..., Any], tmp_path: Path) -> None:
+    cfg = frozen_cfg("swin", "MODEL.FEATURE_CACHE", str(tmp_path / "cache"))
+    model = Trainer.build_model(cfg).train()
+    images = torch.rand(2, 3, 64, 64)
+    first = model.backbone(images)
+    modes = [module.training for module in model.backbone.modules()]
+    again = model.eval().backbone(images)
+    assert all(modes) and first.keys() == again.keys() == {"res2", "res3", "res4", "res5"}
+    assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+@pytest.mark.parametrize(
+    ("run", "what"), [("eomt lora", "'net.blocks.*.attn.qkv'"), ("swin", "'layers.3.blocks.0.attn.qkv'")]
+)
+def test_an_encoder_that_learns_early_is_refused(
+    frozen_cfg: Callable[..., Any], tmp_path: Path, run: str, what: str
+) -> None:
+    cfg = frozen_cfg(run, "MODEL.FEATURE_CACHE", str(tmp_path / "cache"))
+    cfg.MODEL.PEFT.METHODS = [{"NAME": "lora", "TARGETS": [what.strip("'")], "RANK": 2}]
+    with pytest.raises(ConfigError, match="MODEL.FEATURE_CACHE .*frozen.*backbone.*Leave it empty"):
         Trainer.build_model(cfg)

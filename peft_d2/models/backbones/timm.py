@@ -115,8 +115,17 @@ class TimmBackbone(Backbone):
     def size_divisibility(self) -> int:
         return self._size_divisibility
 
+    @property
+    def steps(self) -> list[str]:
+        """The network, then what makes a plain ViT's maps."""
+        return ["net.", "pyramid."]
+
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """Maps of images (N, C, H, W), normalised as the constructor says, sides multiples of the largest stride."""
+        return self.rest(self.first(x), x)
+
+    def first(self, x: Tensor, count: int = 1) -> dict[str, Tensor]:
+        """The network's maps, all of a plain ViT's patches being one of them."""
         x = (x.flip(1) if self._flip else x) * self.pixel_scale + self.pixel_shift
         net: Any = self.net
         if self.pyramid is None:
@@ -128,7 +137,13 @@ class TimmBackbone(Backbone):
         if (height, width) != tuple(x.shape[-2:]):  # patches of 14 px: their grid is that of 16-px patches
             x = F.interpolate(x, size=(height, width), mode="bilinear", align_corners=False)
         [patches] = net.forward_intermediates(x, indices=1, norm=True, intermediates_only=True, output_fmt="NCHW")
-        return {name: level(patches) for name, level in self.pyramid.items()}
+        return {"patches": patches}
+
+    def rest(self, features: dict[str, Tensor], x: Tensor, count: int = 1) -> dict[str, Tensor]:
+        """The maps that are given out, of what :meth:`first` makes of the images ``x``."""
+        if self.pyramid is None:
+            return features
+        return {name: level(features["patches"]) for name, level in self.pyramid.items()}
 
 
 @entry(BACKBONE_REGISTRY, "PD2Timm", keys=KEYS)

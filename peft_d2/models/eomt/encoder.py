@@ -15,8 +15,6 @@ from peft_d2.models.backbones.timm import pixel_change, timm_of_config
 from peft_d2.models.checks import expect
 from peft_d2.models.registration import entry
 
-Grid = tuple[int, int]
-
 
 @entry(BACKBONE_REGISTRY, "PD2EoMTEncoder")
 class EoMTEncoder(Backbone):
@@ -67,22 +65,47 @@ class EoMTEncoder(Backbone):
 
         ``tokens`` (N, P + H' W', dim), those before the patches being the class and the registers; ``grid`` (H', W').
         """
-        tokens, grid, rope = self.embed(x)
-        for block in self.net.blocks[: self.first_joint]:
-            tokens = self.run(block, tokens, rope)
-        return {"tokens": tokens, "grid": grid, "rope": rope}
+        tokens, rope = self.embed(x)
+        return self._before_joint(tokens, x, rope, 0)
 
-    def embed(self, x: Tensor) -> tuple[Tensor, Grid, Tensor | None]:
-        """Tokens as the first block takes them, the patches' grid, and what rotates queries and keys, if anything."""
-        x = (x.flip(1) if self._flip else x) * self.pixel_scale + self.pixel_shift
+    @property
+    def steps(self) -> list[str]:
+        return [f"net.blocks.{i}." for i in range(len(self.net.blocks))] + ["net.norm."]
+
+    def first(self, x: Tensor, count: int) -> Tensor:
+        """Tokens of images after the first ``count`` of the ``steps``, but after none of the joint blocks."""
+        tokens, rope = self.embed(x)
+        for block in self.net.blocks[: min(count, self.first_joint)]:
+            tokens = self.run(block, tokens, rope)
+        return tokens
+
+    def rest(self, tokens: Tensor, x: Tensor, count: int) -> dict[str, Any]:
+        """As :meth:`forward` for the images ``x``, of what :meth:`first` makes of them."""
+        rope = getattr(self.net, "rope", None)
+        placed = None if rope is None else rope.get_embed(shape=list(self._lay_out(x)))
+        return self._before_joint(tokens, x, placed, count)
+
+    def _before_joint(self, tokens: Tensor, x: Tensor, rope: Tensor | None, start: int) -> dict[str, Any]:
+        for block in self.net.blocks[start : self.first_joint]:
+            tokens = self.run(block, tokens, rope)
+        return {"tokens": tokens, "grid": self._lay_out(x), "rope": rope}
+
+    def _lay_out(self, x: Tensor) -> tuple[int, int]:
+        """The patches' grid, which blocks and their parts are told."""
         patch = self.net.patch_embed.patch_size
         grid = (x.shape[-2] // patch[0], x.shape[-1] // patch[1])
         for block in self.net.blocks:
             for module in (block, block.attn, block.mlp):
                 module.H, module.W = grid
+        return grid
+
+    def embed(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Tokens as the first block takes them, and what rotates queries and keys, if anything."""
+        self._lay_out(x)
+        x = (x.flip(1) if self._flip else x) * self.pixel_scale + self.pixel_shift
         placed = self.net._pos_embed(self.net.patch_embed(x))
         tokens, rope = placed if isinstance(placed, tuple) else (placed, None)
-        return self.net.norm_pre(tokens), grid, rope
+        return self.net.norm_pre(tokens), rope
 
     @staticmethod
     def run(block: nn.Module, tokens: Tensor, rope: Tensor | None, mask: Tensor | None = None) -> Tensor:

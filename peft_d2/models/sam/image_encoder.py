@@ -71,17 +71,30 @@ class ImageEncoder(nn.Module):
         windows = [0 if i in node.GLOBAL_BLOCKS else node.WINDOW_SIZE for i in range(node.DEPTH)]
         self.blocks = nn.ModuleList(EncoderBlock(dim, node.NUM_HEADS, node.MLP_RATIO, w, grid) for w in windows)
         self.neck: nn.Module = nn.Sequential(*normed_convolutions(dim, node.OUT_CHANNELS)) if neck else nn.Identity()
+        self.steps = [*(f"blocks.{i}." for i in range(node.DEPTH)), "neck."]
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.rest(self.first(x, 0), x, 0)
+
+    def first(self, x: Tensor, count: int) -> Tensor:
+        """What the first ``count`` of the ``steps`` make of images: (N, H', W', C), or after all of them a map."""
         x = self.patch_embed(x.permute(0, 2, 3, 1))
         positions: Tensor = self.pos_embed
         if x.shape[1:3] != positions.shape[1:3]:
             resized = F.interpolate(positions.permute(0, 3, 1, 2), size=x.shape[1:3], mode="bicubic")
             positions = resized.permute(0, 2, 3, 1)
         x = x + positions
-        for block in self.blocks:
+        for block in self.blocks[:count]:
             x = run_block(block, x, use_checkpoint=self.use_checkpoint)
-        return self.neck(x.permute(0, 3, 1, 2))
+        return x if count < len(self.steps) else self.neck(x.permute(0, 3, 1, 2))
+
+    def rest(self, features: Tensor, x: Tensor, count: int) -> Tensor:
+        """The steps after the first ``count``, of what these make of the images ``x``."""
+        if count == len(self.steps):
+            return features
+        for block in self.blocks[count:]:
+            features = run_block(block, features, use_checkpoint=self.use_checkpoint)
+        return self.neck(features.permute(0, 3, 1, 2))
 
 
 class EncoderBlock(nn.Module):

@@ -6,7 +6,6 @@ Trained as SAM-COBOT does (Peng et al., CVPR 2024, section 4.1): boxes in, binar
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -36,8 +35,7 @@ MODEL:
      DECODER_HEADS: 8, DECODER_MLP_DIM: 2048, IOU_HEAD_DEPTH: 3, IOU_HEAD_HIDDEN: 256,
      # Inference: three masks per prompt, of which the one with the best expected IoU is taken; prompts in one call.
      MULTIMASK: false, PROMPTS_PER_CALL: 64,
-     # A folder that keeps the embeddings of a frozen image encoder, so that each image is encoded once; "" keeps none.
-     # The published models' take 4 MiB for each image and flip in float32, half of it with SOLVER.AMP.
+     # The older name of MODEL.FEATURE_CACHE.
      FEATURE_CACHE: "",
      MASK_WEIGHT: 1.0, DICE_WEIGHT: 1.0, IOU_WEIGHT: 0.0}
 """
@@ -47,7 +45,7 @@ MODEL:
 class SegmentAnything(PixelModel):
     """Image encoder, prompt encoder and mask decoder; an image is encoded once for all of its prompts.
 
-    ``weights`` of the losses by name leave out what is 0; ``embed`` takes the place of the image encoder.
+    ``weights`` of the losses by name leave out what is 0.
     """
 
     # The single mask's loss reaches neither the tokens of the other masks nor, without its loss, the expected IoU.
@@ -70,7 +68,6 @@ class SegmentAnything(PixelModel):
         self.multimask = node.MULTIMASK
         self.prompts_per_call = node.PROMPTS_PER_CALL
         self.weights = {"loss_mask": node.MASK_WEIGHT, "loss_dice": node.DICE_WEIGHT, "loss_iou": node.IOU_WEIGHT}
-        self.embed: Callable[[Tensor], Tensor] | None = None
 
     def forward(self, batched_inputs: list[dict[str, Any]]) -> dict[str, Tensor] | list[dict[str, Any]]:
         """The weighted losses by name in training, otherwise a dict per image with ``instances``.
@@ -88,7 +85,7 @@ class SegmentAnything(PixelModel):
             Without any prompt there is one mask; with prompts of length 0 there is none.
         """
         images = [self.preprocess(item["image"], item.get("file_name", "an image")) for item in batched_inputs]
-        embeddings = (self.embed or self.image_encoder)(torch.stack(images))
+        embeddings = self.image_encoder(torch.stack(images))
         if self.training:
             return self.losses(embeddings, batched_inputs)
         return [
