@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Check a COCO-format data set before training; exit code 0: no errors, 1: errors.
+"""Check a data set before training, and picture it; exit code 0: no errors, 1: errors.
 
 an example:
-  %(prog)s --json train.json --images train/ --sheet train.jpg
+  %(prog)s --data export/ --sheet train.jpg
 """
 
 from __future__ import annotations
@@ -10,26 +10,30 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from peft_d2.data.formats import READERS, map_classes, read_class_map, read_folder, store
 from peft_d2.data.images import read_rgb, set_pixel_limit
-from peft_d2.data.pictures import overlay, sheet
+from peft_d2.data.pictures import contact_sheet
 from peft_d2.data.records import read_json
 from peft_d2.data.registration import coco_files
-from peft_d2.data.segmentation import segmentation_to_mask
 from peft_d2.data.validation import Rules, check_coco, summary
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", help="COCO-format json")
-    parser.add_argument("--images", help="folder that its file names are relative to")
-    parser.add_argument("--name", help="instead of these, a set that is built in or registered by Detectron2")
+    parser.add_argument("--json", metavar="FILE", help="COCO-format json")
+    parser.add_argument("--images", metavar="DIR", help="folder that its file names are relative to")
+    parser.add_argument("--data", metavar="DIR", help=f"instead: a folder of one of {', '.join(READERS)}")
+    parser.add_argument("--name", help="instead: a set that is built in or registered by Detectron2")
+    parser.add_argument("--split", choices=("train", "val"), default="train", help="which part of --data")
+    parser.add_argument("--class-map", default="", metavar="MAP", help="old=new,other=new,unwanted= or a yaml of these")
+    parser.add_argument("--save-json", metavar="DIR", help="keep what was understood there, as a COCO-format json")
     parser.add_argument("--sheet", help="write a picture of the first images with their masks to this file")
     parser.add_argument("--sheet-images", type=int, default=24, help="how many images it shows")
     parser.add_argument("--statistics", action="store_true", help="print MODEL.PIXEL_MEAN and PIXEL_STD of the images")
@@ -38,14 +42,36 @@ def main() -> int:
     parser.add_argument("--max-pixels", type=int, default=0, help="of an image, where Pillow's limit is too low")
     parser.add_argument("--per-kind", type=int, default=1_000_000, help="list only so many problems of a kind")
     args = parser.parse_args()
-    if bool(args.name) == bool(args.json and args.images):
-        parser.error("give --json and --images, or --name")
-    try:
-        json_path, images = coco_files(args.name) if args.name else (args.json, args.images)
-    except ValueError as error:
-        parser.error(str(error))
+    if [bool(args.name), bool(args.data), bool(args.json and args.images)].count(True) != 1:
+        parser.error("give --json and --images, or --data, or --name")
     if args.max_pixels:
         set_pixel_limit(args.max_pixels)
+    with tempfile.TemporaryDirectory() as scratch:
+        try:
+            json_path, images = _files(args, Path(args.save_json or scratch))
+        except (ValueError, FileNotFoundError) as error:
+            parser.error(str(error))
+        return _check(args, json_path, images)
+
+
+def _files(args: argparse.Namespace, target: Path) -> tuple[str, str]:
+    """The json and the image folder of what the command line names; what has another form is written to ``target``."""
+    json_path, images = coco_files(args.name) if args.name else (args.json, args.images)
+    if not (args.data or args.class_map):
+        return json_path, images
+    if args.data:
+        understood, data, folder = read_folder(args.data, args.split)
+        images = str(folder)
+        print(understood)
+    else:
+        data = read_json(json_path)
+    path = store(map_classes(data, read_class_map(args.class_map)) if args.class_map else data, target, args.split)
+    if args.save_json:
+        print(f"--train-json {path} --train-images {images}".replace("train", args.split))
+    return str(path), images
+
+
+def _check(args: argparse.Namespace, json_path: str, images: str) -> int:
     problems = check_coco(json_path, images, Rules(test=args.test, outside=args.outside))
     for line in summary(problems, args.per_kind):
         print(line)
@@ -68,23 +94,6 @@ def main() -> int:
             print(f"wrote {args.sheet}")
     print(f"{errors} error(s), {len(problems) - errors} warning(s)")
     return 1 if errors else 0
-
-
-def contact_sheet(data: dict[str, Any], image_root: str | Path, images: int = 24, cell: int = 192) -> Image.Image:
-    """The first images of a COCO-format set with their masks in cells of ``cell`` px, six in a row."""
-    order = {c["id"]: i for i, c in enumerate(sorted(data["categories"], key=lambda c: c["id"]))}
-    chosen = data["images"][:images]
-    objects: dict[Any, list[dict[str, Any]]] = {record["id"]: [] for record in chosen}
-    for annotation in data.get("annotations", ()):
-        if annotation["image_id"] in objects and annotation.get("segmentation"):
-            objects[annotation["image_id"]].append(annotation)
-    pictures = []
-    for record in chosen:
-        image = read_rgb(Path(image_root) / record["file_name"])
-        masks = [segmentation_to_mask(a["segmentation"], *image.shape[:2]) for a in objects[record["id"]]]
-        labels = [order[a["category_id"]] for a in objects[record["id"]]]
-        pictures.append(Image.fromarray(overlay(image, masks, labels)))
-    return sheet(pictures, cell)
 
 
 def pixel_statistics(paths: Sequence[str | Path], limit: int = 1000) -> tuple[list[float], list[float]]:

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Draw a model's predictions on images, and write them as COCO json.
+"""Draw a model's predictions on images, and write them as COCO json, or as polygons for annotation tools.
 
     tools/demo.py --config-file output/lora/config.yaml --input photos --output drawn \
         --opts MODEL.PEFT.WEIGHTS output/lora/adapter_final
@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ import numpy as np
 import torch
 from pycocotools import mask as coco_mask
 
+from peft_d2.data.segmentation import mask_outlines, mask_to_polygons
 from peft_d2.engine.checks import build_model
 from peft_d2.engine.errors import ConfigError
 from peft_d2.engine.launch import one_line_errors, prepare_config, warn_of_untrained
@@ -24,6 +27,8 @@ from peft_d2.storage import atomic
 
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif"}
 _SHORT_SIDE = 480
+# A class, a score, and of each part the outer ring, then its holes: (N, 2) x, y in px.
+Outlined = tuple[str, float, list[list[np.ndarray]]]
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -47,6 +52,9 @@ def demo_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", required=True, metavar="DIR", help="where the pictures go")
     parser.add_argument("--confidence-threshold", type=float, default=0.5, help="instances below it are not drawn")
     parser.add_argument("--json", default="", metavar="FILE", help="write the drawn instances there, in COCO format")
+    parser.add_argument("--results", default="", metavar="FILE", help="the same as a bare list: COCO's result format")
+    parser.add_argument("--polygons", choices=tuple(POLYGONS), help="write such a file beside each picture")
+    parser.add_argument("--simplify", type=float, default=0.0, metavar="PX", help="polygons may be off by so much")
     parser.add_argument("--boxes", default="", metavar="FILE", help="prompts: json of image name to x0 y0 x1 y1, px")
     parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="config KEY VALUE pairs")
     return parser
@@ -64,22 +72,36 @@ def picture(args: argparse.Namespace) -> list[Path]:
     output = Path(args.output)
     images = find_images(args.input, output)
     targets = _targets(images, output)
+    for path, target in targets.items() if args.polygons else ():
+        file = target.with_suffix(POLYGONS[args.polygons][0])
+        if file.exists() and file.parent.resolve() == path.parent.resolve():
+            raise ConfigError(f"--polygons: {file} is there already, beside its image. Choose another --output.")
     boxes = read_boxes(args.boxes, images) if args.boxes else None
     predictor = Predictor(prepare_config(args))
     if predictor.prompted != (boxes is not None):
         needs = "takes boxes as prompts: name them with" if predictor.prompted else "takes no prompts: leave out"
         raise ConfigError(f"the model {needs} --boxes.")
-    found = Predictions(predictor.metadata) if args.json else None
+    found = Predictions(predictor.metadata) if args.json or args.results or args.polygons else None
     for path in Bar(list(images), "images") if on_terminal() else images:
         image, prediction = predictor(path, boxes[path] if boxes else None)
         targets[path].parent.mkdir(parents=True, exist_ok=True)
         count = draw(image, prediction, predictor.metadata, args.confidence_threshold, targets[path])
         if found is not None:
-            found.add(images[path], image, prediction, args.confidence_threshold)
+            objects = found.add(images[path], image, prediction, args.confidence_threshold)
+            if args.polygons:
+                suffix, write, holes = POLYGONS[args.polygons]
+                file = targets[path].with_suffix(suffix)
+                name = os.path.relpath(path.resolve(), file.parent.resolve())
+                content = write(found.labelled(objects, holes, args.simplify), name, image.shape[:2])
+                atomic.write_bytes(file, json.dumps(content).encode())
         if not on_terminal():
             print(f"{path}: {count} instances -> {targets[path]}", flush=True)
-    if found is not None:
+    if found is not None and args.json:
         atomic.write_bytes(args.json, json.dumps(found.content).encode())
+    if found is not None and args.results:
+        kept = ("image_id", "category_id", "bbox", "segmentation", "score")
+        rows = [{key: row[key] for key in kept if key in row} for row in found.content["annotations"]]
+        atomic.write_bytes(args.results, json.dumps(rows).encode())
     return list(targets.values())
 
 
@@ -93,8 +115,11 @@ class Predictions:
         categories = [{"id": id_, "name": name} for id_, name in zip(self._ids, names, strict=True)]
         self.content: dict[str, list[dict[str, Any]]] = {"images": [], "annotations": [], "categories": categories}
 
-    def add(self, name: Path, image: np.ndarray, prediction: dict[str, Any], threshold: float) -> None:
+    def add(self, name: Path, image: np.ndarray, prediction: dict[str, Any], threshold: float) -> list[dict[str, Any]]:
         """Take up one image's instances from ``threshold`` on; a box's mask, which has no class, is of category 0.
+
+        Returns:
+            Their annotations.
 
         Raises:
             ConfigError: the model predicts none.
@@ -102,7 +127,7 @@ class Predictions:
         from peft_d2.evaluation.results import instances_to_results
 
         if "instances" not in prediction:
-            raise ConfigError("--json takes instances, and this model predicts none. Leave it out.")
+            raise ConfigError("--json, --results and --polygons take instances, and this model predicts none.")
         images, annotations = self.content["images"], self.content["annotations"]
         size = {"height": image.shape[0], "width": image.shape[1]}
         images.append({"id": len(images) + 1, "file_name": name.as_posix(), **size})
@@ -114,6 +139,60 @@ class Predictions:
             row["category_id"] = 0 if classless else self._ids[row["category_id"]]
             area = coco_mask.area(row["segmentation"]) if "segmentation" in row else row["bbox"][2] * row["bbox"][3]
             annotations.append({"id": len(annotations) + 1, **row, "area": float(area), "iscrowd": 0})
+        return annotations[len(annotations) - len(instances) :]
+
+    def labelled(self, annotations: list[dict[str, Any]], holes: bool, tolerance: float) -> Iterator[Outlined]:
+        """Of each annotation its class name, its score and its outlines, simplified where ``tolerance`` (px) allows.
+
+        Without ``holes`` a part that has some is cut in two through them.
+        """
+        names = {category["id"]: category["name"] for category in self.content["categories"]}
+        for row in annotations:
+            x, y, w, h = row["bbox"]
+            parts = [[np.array([[x, y], [x + w, y], [x + w, y + h], [x, y + h]])]]
+            if "segmentation" in row:
+                mask = coco_mask.decode(row["segmentation"])
+                parts = mask_outlines(mask) if holes else [[np.reshape(p, (-1, 2))] for p in mask_to_polygons(mask)]
+            if tolerance > 0:
+                parts = [[_simplified(ring, tolerance) for ring in part] for part in parts]
+            yield names.get(row["category_id"], "object"), row["score"], parts
+
+
+def _simplified(ring: np.ndarray, tolerance: float) -> np.ndarray:
+    import cv2
+
+    found = cv2.approxPolyDP(ring.astype(np.float32)[:, None], tolerance, True)[:, 0].astype(float)
+    return found if len(found) > 2 else ring
+
+
+def labelme_file(objects: Iterable[Outlined], image: str, size: tuple[int, int]) -> dict[str, Any]:
+    """The json that labelme opens; its polygons have no holes, and several of one object are a group."""
+    shapes = []
+    for number, (label, score, parts) in enumerate(objects, 1):
+        group = number if len(parts) > 1 else None
+        for (outer,) in parts:
+            shapes.append({
+                "label": label, "points": outer.tolist(), "group_id": group, "description": f"score {score:.3f}",
+                "shape_type": "polygon", "flags": {},
+            })  # fmt: skip
+    described = {"imagePath": image, "imageData": None, "imageHeight": size[0], "imageWidth": size[1]}
+    return {"version": "5.5.0", "flags": {}, "shapes": shapes, **described}
+
+
+def geojson_file(objects: Iterable[Outlined], image: str, size: tuple[int, int]) -> dict[str, Any]:
+    """GeoJSON in pixels, y downwards, holes included, with the properties by which QuPath knows annotations."""
+    features = []
+    for label, score, parts in objects:
+        rings = [[[*ring.tolist(), ring[0].tolist()] for ring in part] for part in parts]
+        properties = {"objectType": "annotation", "classification": {"name": label}, "score": score, "image": image}
+        geometry = {"type": "MultiPolygon", "coordinates": rings}
+        if len(rings) == 1:
+            geometry = {"type": "Polygon", "coordinates": rings[0]}
+        features.append({"type": "Feature", "geometry": geometry, "properties": properties})
+    return {"type": "FeatureCollection", "features": features}
+
+
+POLYGONS = {"labelme": (".json", labelme_file, False), "geojson": (".geojson", geojson_file, True)}
 
 
 def _targets(images: dict[Path, Path], output: Path) -> dict[Path, Path]:

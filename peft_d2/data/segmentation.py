@@ -10,7 +10,6 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 Level = Literal["error", "warning"]
-Point = tuple[int, int]
 
 HUGE = 1e6  # px: drawing allocates by coordinates
 
@@ -54,42 +53,29 @@ def mask_to_polygons(mask: np.ndarray) -> list[list[float]]:
     COCO polygons have no holes: a mask with a hole is cut in two at a column through the hole.
     """
     mask = np.asarray(mask, dtype=bool)
-    loops = [[float(v) for point in loop for v in point] for loop in _boundary_loops(mask)]
-    for loop in loops:
-        if polygon_area(loop) < 0:
-            cut = int(min(loop[::2]) + max(loop[::2])) // 2
+    parts = mask_outlines(mask)
+    for _, *holes in parts:
+        if holes:
+            cut = int(holes[0][:, 0].min() + holes[0][:, 0].max()) // 2
             left = np.arange(mask.shape[1]) < cut
             return mask_to_polygons(mask & left) + mask_to_polygons(mask & ~left)
-    return loops
+    return [ring.ravel().tolist() for (ring,) in parts]
 
 
-def _boundary_loops(mask: np.ndarray) -> list[list[Point]]:
-    """Closed loops of the points where they turn, with the mask on their right-hand side (y points down)."""
-    padded = np.pad(mask, 1)
-    following: dict[Point, list[Point]] = {}  # the ends of the edges from each point
-    for (dy, dx), (sx, sy), (ex, ey) in (  # the neighbour that must be empty, start and end relative to the pixel
-        ((-1, 0), (0, 0), (1, 0)), ((0, 1), (1, 0), (1, 1)), ((1, 0), (1, 1), (0, 1)), ((0, -1), (0, 1), (0, 0)),
-    ):  # fmt: skip
-        for y, x in np.argwhere(mask & ~np.roll(padded, (-dy, -dx), (0, 1))[1:-1, 1:-1]).tolist():
-            following.setdefault((x + sx, y + sy), []).append((x + ex, y + ey))
-    loops = []
-    while following:
-        point, heading = next(iter(following)), (0, 0)
-        points: list[Point] = []
-        while point in following:
-            # Two ways out where pixels touch at a corner: the right turn stays with the same pixel.
-            ends, right = following[point], (point[0] - heading[1], point[1] + heading[0])
-            if points and point == points[0] and right not in ends:
-                break
-            end = right if right in ends else ends[0]
-            ends.remove(end)
-            if not ends:
-                del following[point]
-            points.append(point)
-            point, heading = end, (end[0] - point[0], end[1] - point[1])
-        around = zip(points[-1:] + points[:-1], points, points[1:] + points[:1], strict=True)
-        loops.append([b for a, b, c in around if (b[0] - a[0], b[1] - a[1]) != (c[0] - b[0], c[1] - b[1])])
-    return loops
+def mask_outlines(mask: np.ndarray) -> list[list[np.ndarray]]:
+    """Outlines of an (H, W) mask along pixel edges: of each part the outer ring, then its holes, each (N, 2) x, y."""
+    import cv2
+
+    # OpenCV's contours go through the centres of pixels. Those of twice the size lie on both sides of each edge.
+    doubled = cv2.resize(np.asarray(mask, dtype=np.uint8), None, fx=2, fy=2, interpolation=cv2.INTER_NEAREST)
+    rings, tree = cv2.findContours(doubled, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
+    parts: dict[int, list[np.ndarray]] = {}
+    for index, ring in enumerate(rings):
+        points = (ring[:, 0] + 1) // 2
+        points = points[(points != np.roll(points, 1, axis=0)).any(axis=1)].astype(float)
+        parent = int(tree[0, index, 3])
+        parts.setdefault(index if parent < 0 else parent, []).insert(0 if parent < 0 else 10**9, points)
+    return list(parts.values())
 
 
 def polygon_defect(polygons: Sequence[Any], height: int, width: int) -> list[tuple[Level, str]]:

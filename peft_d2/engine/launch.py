@@ -64,11 +64,18 @@ def training_parser() -> argparse.ArgumentParser:
     parser.set_defaults(dist_url="auto")  # Detectron2's is one port per user: two runs would meet there
     parser.add_argument("--num-processes", type=int, default=0, metavar="N", help="processes per machine on the CPU")
     parser.add_argument("--peft-config", default="", metavar="FILE", help="one of configs/peft, on top")
-    own = parser.add_argument_group("own data, COCO format")
+    own = parser.add_argument_group(
+        "own data: COCO format, or folders of YOLO, VOC, labelme, CVAT, Label Studio, masks"
+    )
     own.add_argument("--train-json", default="", metavar="FILE", help="annotations to train on")
     own.add_argument("--train-images", default="", metavar="DIR", help="folder of the training images")
     own.add_argument("--val-json", default="", metavar="FILE", help="annotations to evaluate on")
     own.add_argument("--val-images", default="", metavar="DIR", help="folder of the evaluation images")
+    own.add_argument("--train-data", default="", metavar="DIR", help="instead: a folder; its format is recognised")
+    own.add_argument(
+        "--val-data", default="", metavar="DIR", help="the same, to evaluate on (or the folder's val part)"
+    )
+    own.add_argument("--class-map", default="", metavar="MAP", help="old=new,other=new,unwanted= or a yaml of these")
     own.add_argument("--name", default="own", help="what the data sets are called: NAME_train and NAME_val")
     return parser
 
@@ -167,8 +174,9 @@ def prepare_config(args: argparse.Namespace) -> Any:
 def _take_own_data(loaded: LoadedConfig, args: argparse.Namespace) -> None:
     """Put ``--train-json`` and its companions into the config, where they replace the file's data sets."""
     node = loaded.cfg.DATASETS
+    others_data = getattr(args, "train_json", "") or getattr(args, "train_data", "")
     for split, target in (("train", "TRAIN"), ("val", "TEST")):
-        json_path, images = (getattr(args, f"{split}_{part}", "") for part in ("json", "images"))
+        json_path, images = _own_files(args, split, Path(loaded.cfg.OUTPUT_DIR, "data"))
         if bool(json_path) != bool(images):
             raise ConfigError(f"--{split}-json and --{split}-images belong together: give both or none.")
         if json_path:
@@ -176,8 +184,29 @@ def _take_own_data(loaded: LoadedConfig, args: argparse.Namespace) -> None:
             node.REGISTER = [*node.REGISTER, {"NAME": name, "JSON": json_path, "IMAGES": images}]
             node[target] = (name,)
             loaded.explicit[f"DATASETS.{target}"] = 3
-        elif target == "TEST" and getattr(args, "train_json", None) and loaded.explicit.get("DATASETS.TEST") != 2:
+        elif target == "TEST" and others_data and loaded.explicit.get("DATASETS.TEST") != 2:
             node.TEST = ()  # the config's own are of other data
+
+
+def _own_files(args: argparse.Namespace, split: str, target: Path) -> tuple[str, str]:
+    """Json and image folder of a split; what has another format, or gets other classes, is written to ``target``."""
+    from peft_d2.data.formats import map_classes, read_class_map, read_folder, store
+    from peft_d2.data.records import read_json
+
+    json_path, images, folder = (str(getattr(args, f"{split}_{part}", "")) for part in ("json", "images", "data"))
+    class_map = str(getattr(args, "class_map", ""))
+    if folder and (json_path or images):
+        raise ConfigError(f"--{split}-data stands for --{split}-json and --{split}-images: leave these out.")
+    if not folder and not (class_map and json_path):
+        return json_path, images
+    if folder:
+        understood, data, root = read_folder(folder, split)
+        logger.info("--%s-data %s is %s. To see it: peft-d2 check-data --data %s --split %s --sheet sheet.jpg",
+                    split, folder, understood, folder, split)  # fmt: skip
+    else:
+        data, root = read_json(json_path), Path(images)
+    data = map_classes(data, read_class_map(class_map)) if class_map else data
+    return str(store(data, target, f"{args.name}_{split}")), str(root)
 
 
 def _make_paths_absolute(cfg: Any) -> None:

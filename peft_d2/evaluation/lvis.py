@@ -1,4 +1,4 @@
-"""Detectron2's LVIS evaluator on faster-coco-eval: the package lvis, which fails on today's NumPy, is not needed."""
+"""Detectron2's LVIS evaluator on faster-coco-eval: the package lvis is not needed, whose figures these are."""
 
 from __future__ import annotations
 
