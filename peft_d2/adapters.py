@@ -114,6 +114,8 @@ def _stored(model: nn.Module, metrics: Mapping[str, Any] | None, name: str | Non
         raise ValueError("the model has no adapter to save: call peft_d2.inject(model, methods) first")
     peft.require_intact(model)
     name = name or injection.active
+    if name == peft.BASE:
+        raise ValueError("the base is in effect, which is no adapter: name one, save_adapter(model, folder, name=...)")
     _warn_of_strays(model)
     tensors = peft.adapter_state_dict(model, name)
     _warn_of_untrained(injection, name, tensors)
@@ -148,6 +150,57 @@ def load_adapter(
         AdapterFileError: the files are missing or damaged, or belong to another base, rank, or method. The model is
             as it was.
     """
+    return _load(model, folder, name, allow_other_base)
+
+
+def load_adapters(
+    model: nn.Module, folders: Mapping[str, str | os.PathLike[str]], allow_other_base: bool = False
+) -> dict[str, AdapterFile]:
+    """Load several adapters side by side; samples of a batch then say which one they run with.
+
+    ``model([{"image": ..., "adapter": "night"}, {"image": ...}])`` runs each sample with the adapter that it names, and
+    with the base where it names none; ``model.predict_with(image, ["night", "base"])`` one image under several. See
+    :mod:`peft_d2.peft.mixed`. Heads trained in full may have other class counts than the base's.
+
+    Args:
+        model: the model with its base's weights, injected or not.
+        folders: name -> adapter folder, as :func:`load_adapter` takes it.
+        allow_other_base: only warn when the base has other tensors than an adapter was made for.
+
+    Returns:
+        what each file holds, by name.
+
+    Raises:
+        AdapterFileError: as of :func:`load_adapter`. The model is as it was.
+        InjectionError: a name is taken, or the model is merged.
+    """
+    root = _root(model)
+    before = peft.get_injection(root)
+    if before is not None:
+        before.require_plain()
+    if taken := [name for name in folders if name == peft.BASE or (before is not None and name in before.adapters)]:
+        raise peft.InjectionError(f"the name {taken[0]!r} is taken: give the adapter another one")
+    active, served = (before.active, peft.BASE in before.adapters) if before is not None else ("", False)
+    contents: dict[str, AdapterFile] = {}
+    try:
+        peft.serve_adapters(root)
+        for name, folder in folders.items():
+            contents[name] = _load(root, folder, name, allow_other_base, other_classes=True)
+    except BaseException:
+        if before is None and peft.get_injection(root) is not None:
+            peft.remove(root)
+        elif before is not None:
+            peft.set_adapter(root, active)
+            for name in [*contents, *([] if served or peft.BASE not in before.adapters else [peft.BASE])]:
+                peft.delete_adapter(root, name)
+        raise
+    return contents
+
+
+def _load(
+    model: nn.Module, folder: str | os.PathLike[str], name: str, allow_other_base: bool, other_classes: bool = False
+) -> AdapterFile:
+    """Load one adapter; ``other_classes`` takes heads of another class count."""
     model = _root(model)
     if empty := next((name for name, value in model.named_parameters() if value.is_meta), ""):
         remedy = "give it its base's weights first: model.to_empty(device=...), then peft_d2.load_base(model, path)"
@@ -162,7 +215,8 @@ def load_adapter(
         remedy = "use an earlier checkpoint: this one comes from a training that diverged, or is damaged"
         raise AdapterFileError(folder, f"it holds {defect}", remedy)
     if content.base is not None:
-        differs = difference(content.base, _base_fingerprint(model, content.tensors))
+        bases = content.base, _base_fingerprint(model, content.tensors)
+        differs = difference(*(_without_classes(model, content, *bases) if other_classes else bases))
         _refuse_other_base(differs, folder, allow_other_base)
     before = peft.get_injection(model)
     known = set(before.adapters) if before is not None else set()
@@ -172,7 +226,7 @@ def load_adapter(
         elif name not in known:
             peft.add_adapter(model, name, content.methods, content.train)
         _check_methods(model, content, name, compare_entries=not is_theirs)
-        peft.load_adapter_state_dict(model, content.tensors, name)
+        peft.load_adapter_state_dict(model, content.tensors, name, other_classes)
     except (ValueError, KeyError, RuntimeError) as error:
         now = peft.get_injection(model)
         if before is None and now is not None:
@@ -339,6 +393,22 @@ def _base_fingerprint(model: nn.Module, tensors: Collection[str]) -> Fingerprint
     state = peft.base_values(model) if injected else {k: v for k, v in model.state_dict().items() if _is_tensor(v)}
     left_out = _with_aliases(model, state, tensors) | peft.counters(model)
     return fingerprint(state, trained=left_out, memo=peft.hash_memo(model) if injected else None)
+
+
+def _without_classes(
+    model: nn.Module, content: AdapterFile, expected: Fingerprint, found: Fingerprint
+) -> tuple[Fingerprint, Fingerprint]:
+    """Both without the tensors that another class count explains: trained in full, or a loss's weights by class."""
+    free = {*content.tensors, *(name for name, _ in model.named_buffers()), *getattr(model, "by_class_in_training", ())}
+    old, new = expected.parts(), found.parts()
+    sizes = {name: [shape[name][0].split("x") for shape in (old, new)] for name in free & old.keys() & new.keys()}
+    other = {name for name, (a, b) in sizes.items() if a != b and a[1:] == b[1:]}
+    return Fingerprint(*_left(expected, other)), Fingerprint(*_left(found, other))
+
+
+def _left(base: Fingerprint, without: Collection[str]) -> tuple[dict[str, str], dict[str, str]]:
+    tensors, halves = ({k: v for k, v in table.items() if k not in without} for table in (base.tensors, base.halves))
+    return tensors, halves
 
 
 def _is_tensor(value: Any) -> bool:

@@ -3,6 +3,8 @@
 
     tools/demo.py --config-file output/lora/config.yaml --input photos --output drawn \
         --opts MODEL.PEFT.WEIGHTS output/lora/adapter_final
+    tools/demo.py --config-file configs/demo/base.yaml --input photos --output drawn \
+        --adapters night=output/night/adapter_final heads=output/heads/adapter_final   # side by side, with the base
 """
 
 from __future__ import annotations
@@ -17,10 +19,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image, ImageDraw
 from pycocotools import mask as coco_mask
 
+import peft_d2
 from peft_d2.data.segmentation import mask_outlines, mask_to_polygons
 from peft_d2.engine.checks import build_model
+from peft_d2.engine.config import PEFT_ARCHITECTURE
 from peft_d2.engine.errors import ConfigError
 from peft_d2.engine.launch import one_line_errors, prepare_config, warn_of_untrained
 from peft_d2.storage import atomic
@@ -29,6 +34,7 @@ _SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif"}
 _SHORT_SIDE = 480
 # A class, a score, and of each part the outer ring, then its holes: (N, 2) x, y in px.
 Outlined = tuple[str, float, list[list[np.ndarray]]]
+_CAPTION = 20  # px above each of several pictures
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -56,6 +62,7 @@ def demo_parser() -> argparse.ArgumentParser:
     parser.add_argument("--polygons", choices=tuple(POLYGONS), help="write such a file beside each picture")
     parser.add_argument("--simplify", type=float, default=0.0, metavar="PX", help="polygons may be off by so much")
     parser.add_argument("--boxes", default="", metavar="FILE", help="prompts: json of image name to x0 y0 x1 y1, px")
+    parser.add_argument("--adapters", nargs="+", default=[], metavar="NAME=DIR", help="draw each beside the base")
     parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="config KEY VALUE pairs")
     return parser
 
@@ -77,7 +84,9 @@ def picture(args: argparse.Namespace) -> list[Path]:
         if file.exists() and file.parent.resolve() == path.parent.resolve():
             raise ConfigError(f"--polygons: {file} is there already, beside its image. Choose another --output.")
     boxes = read_boxes(args.boxes, images) if args.boxes else None
-    predictor = Predictor(prepare_config(args))
+    if args.adapters and (args.json or args.results or args.polygons):
+        raise ConfigError("--adapters draws several models' instances; --json, --results and --polygons take one's.")
+    predictor = Predictor(prepare_config(args), read_adapters(args.adapters))
     if predictor.prompted != (boxes is not None):
         needs = "takes boxes as prompts: name them with" if predictor.prompted else "takes no prompts: leave out"
         raise ConfigError(f"the model {needs} --boxes.")
@@ -85,7 +94,7 @@ def picture(args: argparse.Namespace) -> list[Path]:
     for path in Bar(list(images), "images") if on_terminal() else images:
         image, prediction = predictor(path, boxes[path] if boxes else None)
         targets[path].parent.mkdir(parents=True, exist_ok=True)
-        count = draw(image, prediction, predictor.metadata, args.confidence_threshold, targets[path])
+        count = draw(image, prediction, predictor, args.confidence_threshold, targets[path])
         if found is not None:
             objects = found.add(images[path], image, prediction, args.confidence_threshold)
             if args.polygons:
@@ -259,10 +268,43 @@ def find_images(inputs: list[str], output: Path) -> dict[Path, Path]:
     return found
 
 
-class Predictor:
-    """A config's model with its base weights and adapter, for one image file at a time."""
+def read_adapters(arguments: list[str]) -> dict[str, Path]:
+    """Folders by name, from ``NAME=DIR`` each.
 
-    def __init__(self, cfg: Any) -> None:
+    Raises:
+        ConfigError: another form, a name twice, or a folder that does not exist.
+    """
+    folders: dict[str, Path] = {}
+    for argument in arguments:
+        name, _, folder = argument.partition("=")
+        if not name or not folder or name in folders or not Path(folder).is_dir():
+            raise ConfigError(f"--adapters {argument}: expected NAME=DIR, an adapter's folder under a name of its own.")
+        folders[name] = Path(folder)
+    return folders
+
+
+def classes_of_run(folder: Path, default: Any) -> Any:
+    """Metadata of the data that an adapter was trained on, if its run's config.yaml lies beside it and names them."""
+    from detectron2.data import MetadataCatalog
+
+    from peft_d2.data.registration import register_from_config
+    from peft_d2.engine.config import load_config
+
+    file = folder.parent / "config.yaml"
+    if not file.is_file():
+        return default
+    cfg = load_config(str(file)).cfg
+    register_from_config(cfg)
+    return MetadataCatalog.get(cfg.DATASETS.TRAIN[0]) if cfg.DATASETS.TRAIN else default
+
+
+class Predictor:
+    """A config's model with its base weights and adapter, for one image file at a time.
+
+    With ``adapters``, folders by name, predictions are by name: the base's, and under each of them.
+    """
+
+    def __init__(self, cfg: Any, adapters: dict[str, Path] | None = None) -> None:
         from detectron2.data import Metadata, MetadataCatalog
         from detectron2.data import transforms as T
 
@@ -271,6 +313,12 @@ class Predictor:
         from peft_d2.evaluation.tiling import inference_model
         from peft_d2.models.sam.model import SegmentAnything
 
+        if adapters and cfg.TEST.TILES.ENABLED:
+            raise ConfigError("--adapters draws whole images: append TEST.TILES.ENABLED False.")
+        if adapters and cfg.MODEL.META_ARCHITECTURE == PEFT_ARCHITECTURE:
+            cfg = cfg.clone()
+            cfg.defrost()
+            cfg.MODEL.META_ARCHITECTURE = cfg.MODEL.PEFT.META_ARCHITECTURE
         self.cfg = cfg
         self.model = build_model(cfg).eval()
         self.prompted = isinstance(self.model, SegmentAnything)
@@ -281,7 +329,12 @@ class Predictor:
         scored = list(getattr(self.model, "class_names", ()))  # of a model that is told its classes by name
         if scored and scored not in (self.metadata.get("stuff_classes"), self.metadata.get("thing_classes")):
             self.metadata = Metadata(thing_classes=scored, stuff_classes=scored)
+        self.base = self.model
         self.model = inference_model(cfg, self.model)
+        self.by_adapter = {"base": self.metadata} if adapters else {}
+        if adapters:
+            peft_d2.load_adapters(self.base, adapters, allow_other_base=cfg.MODEL.PEFT.ALLOW_OTHER_BASE)
+            self.by_adapter |= {name: classes_of_run(folder, self.metadata) for name, folder in adapters.items()}
         size = 0 if cfg.TEST.TILES.ENABLED else cfg.INPUT.MIN_SIZE_TEST  # tiles are cut from images in their own size
         self._resize: Any = T.ResizeShortestEdge([size, size], cfg.INPUT.MAX_SIZE_TEST)
         if self.prompted:
@@ -302,16 +355,36 @@ class Predictor:
         resized = transform.apply_image(ordered)
         tensor = torch.as_tensor(np.ascontiguousarray(resized.astype("float32").transpose(2, 0, 1)))
         item = {"image": tensor, "height": height, "width": width, "file_name": str(path)}
-        if boxes is None:
-            return image, self.model([item])[0]
-        item["boxes"] = transform.apply_box(np.array(boxes, dtype=np.float64).reshape(-1, 4))
-        prediction = self.model([item])[0]
-        prediction["instances"].remove("pred_classes")  # a box has none, and would be drawn as the first
-        return image, prediction
+        if boxes is not None:
+            item["boxes"] = transform.apply_box(np.array(boxes, dtype=np.float64).reshape(-1, 4))
+        if self.by_adapter:
+            predictions = self.base.predict_with(item, list(self.by_adapter))  # type: ignore[operator]
+        else:
+            predictions = {"": self.model([item])[0]}
+        if boxes is not None:
+            for prediction in predictions.values():
+                prediction["instances"].remove("pred_classes")  # a box has none, and would be drawn as the first
+        return image, predictions if self.by_adapter else predictions[""]
 
 
-def draw(image: np.ndarray, prediction: dict[str, Any], metadata: Any, threshold: float, target: Path) -> int:
-    """Draw one prediction, panoptic before instances before semantic; returns the number of instances drawn."""
+def draw(image: np.ndarray, prediction: dict[str, Any], predictor: Predictor, threshold: float, target: Path) -> int:
+    """Draw a prediction, or those of several adapters side by side; returns the number of instances drawn."""
+    if not predictor.by_adapter:
+        picture, count = paint(image, prediction, predictor.metadata, threshold)
+        Image.fromarray(picture).save(target)
+        return count
+    painted = {name: paint(image, prediction[name], of, threshold) for name, of in predictor.by_adapter.items()}
+    height, width = next(iter(painted.values()))[0].shape[:2]
+    sheet = Image.new("RGB", (width * len(painted), height + _CAPTION), "white")
+    for column, (name, (picture, _)) in enumerate(painted.items()):
+        sheet.paste(Image.fromarray(picture), (column * width, _CAPTION))
+        ImageDraw.Draw(sheet).text((column * width + 4, 4), name, "black")
+    sheet.save(target)
+    return sum(count for _, count in painted.values())
+
+
+def paint(image: np.ndarray, prediction: dict[str, Any], metadata: Any, threshold: float) -> tuple[np.ndarray, int]:
+    """The image with one prediction, panoptic before instances before semantic, and the number of instances drawn."""
     from detectron2.utils.visualizer import ColorMode, Visualizer
 
     scale = max(1.0, _SHORT_SIDE / min(image.shape[:2]))  # labels are unreadable on a small picture
@@ -326,8 +399,7 @@ def draw(image: np.ndarray, prediction: dict[str, Any], metadata: Any, threshold
         canvas, count = painter.draw_instance_predictions(instances), len(instances)
     else:
         canvas = painter.draw_sem_seg(prediction["sem_seg"].argmax(dim=0).to("cpu"))
-    canvas.save(str(target))
-    return count
+    return np.ascontiguousarray(canvas.get_image()), count
 
 
 if __name__ == "__main__":

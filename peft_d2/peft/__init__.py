@@ -17,7 +17,9 @@ from .errors import (
 from .inject import Report, add_adapter, inject, make_report, match_targets
 from .merge import combine_adapters, delete_adapter, disabled, merge, merge_whole, remove, set_adapter, unmerge
 from .methods import METHODS
+from .mixed import serve_adapters
 from .state import (
+    BASE,
     Injection,
     TrainedParameter,
     adapter_state_dict,

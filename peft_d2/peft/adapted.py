@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 STORE = "peft"
 _FIELDS = ("peft_active", "peft_backup", "peft_merged", "peft_name", "peft_trained_by")
-_CLASSES: dict[type[nn.Module], type[Adapted]] = {}
+_CLASSES: dict[tuple[type[nn.Module], type[Adapted] | None], type[Adapted]] = {}
 
 
 @dataclass
@@ -64,6 +64,7 @@ class Adapted(nn.Module):
     """What adapted modules are besides their own class. It is never instantiated: see :func:`adapt`."""
 
     peft_base_class: ClassVar[type[nn.Module]]
+    peft_mixin: ClassVar[type[Adapted] | None]  # what it is besides an adapted module, if anything
     peft: nn.ModuleDict  # adapter name -> method name -> AdapterLayer, innermost first; only where there are any
     peft_active: ActiveAdapter
     peft_backup: dict[str, Tensor]  # base weights while merged, bit for bit
@@ -117,7 +118,7 @@ class Adapted(nn.Module):
             raise TypeError(
                 f"{type(self).peft_base_class.__qualname__} pickles itself in its own way and cannot be adapted"
             )
-        return (_new, (type(self).peft_base_class,), *reduced[2:])
+        return (_new, (type(self).peft_base_class, type(self).peft_mixin), *reduced[2:])
 
 
 class _AdaptedSequential(Adapted):
@@ -165,18 +166,19 @@ def _layers_run_inside(module: nn.Module) -> bool:
     return any(child.peft_running() for child in adapted_modules(module))
 
 
-def _adapted_class(base: type[nn.Module]) -> type[Adapted]:
-    if base not in _CLASSES:
-        mixin = next((special for kind, special in _SPECIAL.items() if issubclass(base, kind)), Adapted)
-        fields = {"peft_base_class": base, "__module__": base.__module__, "__doc__": base.__doc__}
-        made: type[Adapted] = type(f"Adapted{base.__name__}", (mixin, base), fields)
-        _CLASSES.setdefault(base, made)
-    return _CLASSES[base]
+def _adapted_class(base: type[nn.Module], mixin: type[Adapted] | None = None) -> type[Adapted]:
+    if (base, mixin) not in _CLASSES:
+        special = next((special for kind, special in _SPECIAL.items() if issubclass(base, kind)), Adapted)
+        fields = {"peft_base_class": base, "peft_mixin": mixin, "__module__": base.__module__, "__doc__": base.__doc__}
+        bases = (special,) if mixin is None else (mixin,) if special is Adapted else (mixin, special)
+        made: type[Adapted] = type(f"Adapted{base.__name__}", (*bases, base), fields)
+        _CLASSES.setdefault((base, mixin), made)
+    return _CLASSES[base, mixin]
 
 
-def _new(base: type[nn.Module]) -> nn.Module:
+def _new(base: type[nn.Module], mixin: type[Adapted] | None = None) -> nn.Module:
     """An empty instance, for unpickling and deepcopy."""
-    cls = _adapted_class(base)
+    cls = _adapted_class(base, mixin)
     return cls.__new__(cls)
 
 
@@ -197,13 +199,15 @@ def adapt_problem(module: nn.Module) -> str:
     return ""
 
 
-def adapt(module: nn.Module, active: ActiveAdapter, name: str) -> Adapted:
-    """Change the class of ``module`` in place; an adapted one stays as it is."""
+def adapt(module: nn.Module, active: ActiveAdapter, name: str, mixin: type[Adapted] | None = None) -> Adapted:
+    """Change the class of ``module`` in place, to one with ``mixin`` if given; else an adapted one stays as it is."""
     if not isinstance(module, Adapted):
         module.__class__ = _adapted_class(type(module))
         statistics = frozenset[str]() if has_statistics(module) else None
         module.__dict__.update(zip(_FIELDS, (active, {}, [], name, statistics), strict=True))
     assert isinstance(module, Adapted)
+    if mixin is not None and not isinstance(module, mixin):
+        module.__class__ = _adapted_class(base_class(module), mixin)
     return module
 
 

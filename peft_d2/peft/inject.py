@@ -40,6 +40,7 @@ from .errors import InjectionError, MethodError, PatternError, PeftError, shorte
 from .method import Method, normalised, parse
 from .methods import METHODS
 from .state import (
+    BASE,
     AdapterRecord,
     Injection,
     LayerRecord,
@@ -89,7 +90,7 @@ def inject(model: nn.Module, methods: Entries = (), train: Patterns = (), name: 
     """
     _check_model(model)
     _check_name(name)
-    plan = Plan(model, _listed(methods, "methods", MethodError), _listed(train, "TRAIN", PatternError))
+    plan = Plan(model, _listed(methods, "methods", MethodError), _listed(train, "TRAIN", PatternError), name == BASE)
     everything = EVERYTHING in plan.train
     injection = Injection({name: plan.record()}, ActiveAdapter(name), installed=name)
     injection.was_trainable = {key: value.requires_grad for key, value in model.named_parameters()}
@@ -131,7 +132,7 @@ def add_adapter(model: nn.Module, name: str, methods: Entries = None, train: Pat
     patterns = injection.train if train is None else _listed(train, "TRAIN", PatternError)
     if any(EVERYTHING in item for item in (patterns, *(record.train for record in injection.adapters.values()))):
         raise InjectionError("TRAIN '*' trains the base itself; it cannot be one of several adapters")
-    plan = Plan(root, entries, patterns)
+    plan = Plan(root, entries, patterns, name == BASE)
     with _undone_on_error(lambda: forget_adapter(root, name)):
         record = injection.adapters[name] = plan.record()
         for key in plan.full:
@@ -150,8 +151,10 @@ def add_adapter(model: nn.Module, name: str, methods: Entries = None, train: Pat
 class Plan:
     """All that can be wrong, found before anything is changed: methods, their layers, what is trained in full."""
 
-    def __init__(self, model: nn.Module, entries: list[Any], train: list[str]) -> None:
-        if not entries and not train:
+    def __init__(self, model: nn.Module, entries: list[Any], train: list[str], is_base: bool = False) -> None:
+        if is_base and (entries or train):
+            raise InjectionError(f"{BASE!r} names the base itself, without an adapter: choose another name")
+        if not entries and not train and not is_base:
             raise InjectionError("nothing would be trained: METHODS and TRAIN are both empty")
         self.index = index = ModelIndex.of(model)
         self.methods = [parse(entry, METHODS) for entry in entries]
@@ -386,8 +389,7 @@ def take_out(model: nn.Module, keep_values: bool) -> None:
     for key, original in injection.original.items():
         now = injection.full[key].get() if keep_values or key not in injection.base else injection.base[key]
         if now is not original:
-            original.data = original.data.to(now.device, now.dtype)
-            original.data.copy_(now)
+            original.data = now.detach().clone()  # of another class count, perhaps
     _undo(model, injection)
 
 

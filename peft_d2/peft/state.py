@@ -19,6 +19,7 @@ from .errors import AdapterStateError, InjectionError, shortened
 from .targets import BaseTensor
 
 _ATTRIBUTE = "_peft_injection"
+BASE = "base"  # the adapter without layers and values of its own, which is the base itself
 _WRAPPERS = ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "OptimizedModule")
 _BASE, _VALUES = f"{STORE}_base", f"{STORE}_values"  # first level of keys of values that are not installed
 
@@ -66,6 +67,7 @@ class Injection:
     was_trainable: dict[str, bool] = field(default_factory=dict, compare=False, repr=False)  # requires_grad of before
     statistics: list[tuple[Adapted, bool]] = field(default_factory=list, compare=False, repr=False)  # norm, its mode
     hashes: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)  # of the base's tensors, once taken
+    split: Any = field(default=None, compare=False, repr=False)  # how mixed batches run, once found: mixed.py
 
     @property
     def active(self) -> str:
@@ -216,8 +218,13 @@ def adapter_state_dict(model: nn.Module, name: str = "default") -> dict[str, Ten
 
 
 @torch.no_grad()
-def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor], name: str = "default") -> None:
+def load_adapter_state_dict(
+    model: nn.Module, state: Mapping[str, Tensor], name: str = "default", other_classes: bool = False
+) -> None:
     """Copy ``state`` into the adapter ``name``.
+
+    ``other_classes`` takes other first sizes of what it trains in full (heads of another class count), as long as the
+    adapter is not the active one.
 
     Raises:
         AdapterStateError: names or shapes differ; each is listed, and nothing is changed.
@@ -227,6 +234,11 @@ def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor], name:
     own = _tensors(injection, name)
     if injection.merged and injection.active == name:
         raise AdapterStateError(f"adapter {name!r} is merged into the weights: call unmerge(model) first")
+    values = injection.adapters[name].values if other_classes and injection.installed != name else {}
+    for key in values.keys() & state.keys():
+        own_shape, shape = values[key].shape, state[key].shape
+        if own_shape != shape and own_shape[1:] == shape[1:] and len(shape):
+            own[key] = values[key] = _like(values[key], state[key])
     problems = [f"missing: {key} {tuple(own[key].shape)}" for key in own if key not in state]
     problems += [f"unexpected: {key} {tuple(state[key].shape)}" for key in state if key not in own]
     problems += [
@@ -241,6 +253,12 @@ def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor], name:
         )
     for key, value in own.items():
         value.copy_(state[key])
+
+
+def _like(tensor: Tensor, other: Tensor) -> Tensor:
+    """A copy of ``other`` that is to a model what ``tensor`` is: a parameter or not, its dtype, device and flags."""
+    copy = other.to(tensor.device, tensor.dtype, copy=True)
+    return nn.Parameter(copy, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else copy
 
 
 def injected_tensors(injection: Injection, name: str) -> dict[str, Tensor]:

@@ -27,6 +27,7 @@ class MaskClassifier(PixelModel):
     config_node: str
     mask_quality = True  # the mask's mean probability is a factor of an instance's score
     bicubic_results = False  # see :class:`peft_d2.models.layers.postprocess.Canvas`
+    per_image_outputs = ("sem_seg_head", "sem_seg_head.predictor")  # read image by image: they may be lists by image
     sem_seg_head: Any  # ours, or one registered by someone else
 
     def __init__(self, cfg: CfgNode) -> None:

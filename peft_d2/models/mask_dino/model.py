@@ -86,6 +86,7 @@ class MaskDINO(MaskClassifier):
     """
 
     config_node = "MaskDINO"
+    by_class_in_training = (_LABELS,)  # has a row for each class, and is not used in inference
 
     def __init__(self, cfg: CfgNode) -> None:
         super().__init__(cfg)
