@@ -36,7 +36,7 @@ SLOW = {
         "models/mask2former/test_golden.py",
         "models/mask2former/test_transformers.py",
     ),
-    *("test_environment.py", "storage/test_says_lora.py", "field/test_data.py"),
+    *("test_environment.py", "storage/test_says_lora.py", "field/test_data.py", "field/test_runs.py"),
 }
 
 

@@ -12,6 +12,8 @@ from PIL import Image
 
 from peft_d2.data.images import DatasetError
 
+_CROPS = ("relative_range", "relative", "absolute", "absolute_range")
+
 
 class KeepsAPixel(T.Augmentation):
     """Another resizing augmentation whose result is at least one pixel wide and high (5000 x 1 images exist)."""
@@ -98,6 +100,7 @@ class SSDColour(T.Augmentation):
 
 def resize_recipe(cfg: Any, semantic: bool) -> list[Any]:
     """Shortest-edge resize, crop, colour, flip. ``semantic``: crops are limited to one class's largest area."""
+    _check_sizes(cfg.INPUT)
     augmentations: list[Any] = [
         T.ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MAX_SIZE_TRAIN, cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING)
     ]
@@ -127,10 +130,31 @@ def longest_side_recipe(cfg: Any, train: bool) -> list[Any]:
 
 def detectron2_recipe(cfg: Any) -> list[Any]:
     """What Detectron2's own mapper does: crop, shortest-edge resize, flip."""
+    _check_sizes(cfg.INPUT)
     augmentations = detection_utils.build_augmentation(cfg, is_train=True)
     if cfg.INPUT.CROP.ENABLED:
         augmentations.insert(0, T.RandomCrop(cfg.INPUT.CROP.TYPE, cfg.INPUT.CROP.SIZE))
     return keep_a_pixel(augmentations)
+
+
+def _check_sizes(node: Any) -> None:
+    """Refuse what Detectron2's transforms answer with a bare assertion, or with an error at some image."""
+    sizes, kind, crop = node.MIN_SIZE_TRAIN, node.MIN_SIZE_TRAIN_SAMPLING, node.CROP
+    sides = list(crop.SIZE) if isinstance(crop.SIZE, list | tuple) else [crop.SIZE] * 2
+    positive = len(sides) == 2 and min(sides) > 0
+    fits = all(type(side) is int for side in sides) if "absolute" in crop.TYPE else max(sides, default=0) <= 1
+    for holds, key, value, expected in (
+        (kind in ("choice", "range"), "MIN_SIZE_TRAIN_SAMPLING", kind, "'choice' or 'range'"),
+        (len(sizes) == 2 or (kind == "choice" and sizes), "MIN_SIZE_TRAIN", sizes,
+         "two sizes for MIN_SIZE_TRAIN_SAMPLING 'range', at least one for 'choice'"),
+        (min(sizes, default=0) >= 0 and node.MAX_SIZE_TRAIN > 0, "MIN_SIZE_TRAIN and MAX_SIZE_TRAIN",
+         (sizes, node.MAX_SIZE_TRAIN), "sizes above 0"),
+        (not crop.ENABLED or crop.TYPE in _CROPS, "CROP.TYPE", crop.TYPE, f"one of {list(_CROPS)}"),
+        (not crop.ENABLED or (positive and fits), "CROP.SIZE", crop.SIZE,
+         f"two {'whole numbers of px' if 'absolute' in crop.TYPE else 'shares above 0, up to 1'} for {crop.TYPE!r}"),
+    ):  # fmt: skip
+        if not holds:
+            raise DatasetError(f"INPUT.{key} is {value!r}; expected {expected}.")
 
 
 def _colour(cfg: Any) -> list[Any]:

@@ -76,6 +76,8 @@ def check_classes(cfg: Any) -> None:
     Raises:
         DatasetError: as :func:`category_indices`; or classes that are judged by their numbers, in another order.
     """
+    for name in cfg.DATASETS.TRAIN:
+        _metadata(name)
     for name in cfg.DATASETS.TEST:
         kind = _metadata(name).get("evaluator_type")
         if kind in _BY_CATEGORY:
@@ -138,7 +140,11 @@ def _category_names(name: str) -> dict[int, str] | None:
 def _metadata(name: str) -> dict[str, Any]:
     from detectron2.data import MetadataCatalog
 
-    return MetadataCatalog.get(name).as_dict()
+    found = dict(MetadataCatalog.get(name).as_dict())
+    for key in ("thing_classes", "stuff_classes"):
+        if not isinstance(found.get(key, ()), list | tuple):
+            raise DatasetError(f"data set {name!r}: its {key} are {found[key]!r:.80}. Expected a list of names.")
+    return found
 
 
 def _few(names: Sequence[str], limit: int = 5) -> str:

@@ -16,6 +16,7 @@ from PIL import Image, ImageOps
 # Modes that Pillow converts to RGB.
 _TO_RGB = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV", "LAB"}
 _ORIENTATION, _BITS, _SAMPLES = 0x0112, 258, 277  # tags of EXIF and of TIFF
+_STACKS, _SUBFILE = {"TIFF", "GIF", "WEBP", "PNG"}, 254
 _CHANNELS = {"BGR": 3, "RGB": 3, "L": 1}
 _TOO_LARGE = (
     "If the file is to be trusted, set INPUT.MAX_PIXELS to its number of pixels (TEST.TILES evaluates large images "
@@ -101,9 +102,25 @@ def _misread(opened: Any) -> tuple[str, str]:
     if tags.get(_SAMPLES, bands) > bands:
         what = f"has {tags[_SAMPLES]} bands, of which training would see the first {bands}"
         return what, "Write the three bands to be used as an RGB image."
+    if (frames := _frames(opened)) > 1:
+        return f"has {frames} frames, of which training would see the first", "Write each frame as an image of its own."
     if mode not in _TO_RGB:
         return f"has the mode {mode}, which is not read as colours", "Write it again as RGB."
     return "", ""
+
+
+def _frames(opened: Any) -> int:
+    """How many pictures a stack or an animation holds; smaller copies and masks, as large TIFFs have them, are none."""
+    if opened.format not in _STACKS or (frames := getattr(opened, "n_frames", 1)) == 1:
+        return 1
+    if opened.format == "TIFF":
+        kinds = []
+        for number in range(frames):
+            opened.seek(number)
+            kinds.append(opened.tag_v2.get(_SUBFILE, 0))
+        opened.seek(0)
+        return max(1, sum(not kind & 5 for kind in kinds))  # 1: of reduced size; 4: a mask
+    return frames
 
 
 def read_image(path: str, image_format: str) -> np.ndarray:

@@ -65,9 +65,10 @@ def build_mapper(cfg: Any, records: Sequence[dict[str, Any]]) -> Any:
     if name not in MAPPERS:
         raise DatasetError(f"INPUT.DATASET_MAPPER_NAME {name!r} is not known. Expected one of {list(MAPPERS)}.")
     if MAPPERS[name] not in records[0]:
+        other = f"For this data set set it to {by_content!r}." if MAPPERS[by_content] in records[0] else "Add them."
         raise DatasetError(
             f"INPUT.DATASET_MAPPER_NAME {name!r} needs {MAPPERS[name]!r} in the data set's records, which hold "
-            f"{sorted(records[0])}. For this data set set it to {by_content!r}."
+            f"{sorted(records[0])}. {other}"
         )
     if name == "sam_prompts":
         node = cfg.INPUT.PROMPTS

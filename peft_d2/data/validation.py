@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 import os
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,10 +22,10 @@ import numpy as np
 from peft_d2.data.builtin import remedy
 from peft_d2.data.images import DatasetError, lies_inside, read_header, seems_cut_off
 from peft_d2.data.labels import check_cityscapes, check_labels, unpaired
-from peft_d2.data.records import load_coco
+from peft_d2.data.records import check_records, load_coco
 from peft_d2.data.segmentation import HUGE, Level, extent, polygon_defect, run_length_defect
 
-_RULES = 4  # raised when the checks change, so that no older verdict is recalled
+_RULES = 5  # raised when the checks change, so that no older verdict is recalled
 _NO_ANNOTATIONS = "no annotations"
 logger = logging.getLogger(__name__)
 
@@ -101,7 +101,7 @@ def check_datasets(cfg: Any) -> None:
     for name in dict.fromkeys([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]):
         meta = MetadataCatalog.get(name).as_dict()
         kind = meta.get("evaluator_type", "")
-        if kind == "coco" and "panoptic_json" not in meta and meta.get("json_file"):
+        if kind == "coco" and "panoptic_json" not in meta and meta.get("json_file") and meta.get("image_root"):
             rules = Rules(
                 test=name not in cfg.DATASETS.TRAIN,
                 outside=cfg.DATASETS.get("ALLOW_FILES_OUTSIDE", False),
@@ -115,23 +115,28 @@ def check_datasets(cfg: Any) -> None:
         if kind.startswith("cityscapes"):
             check_cityscapes(name, meta)
         elif kind not in ("lvis", "pascal_voc"):
-            _judge(name, meta.get("sem_seg_root") or "label images", _check_labels(cfg, name, meta))
+            _judge(name, meta.get("sem_seg_root") or "its records", _check_loaded(cfg, name, meta))
 
 
-def _check_labels(cfg: Any, name: str, meta: Mapping[str, Any]) -> list[Problem]:
-    """Problems of a set with label images; none for others."""
+def _check_loaded(cfg: Any, name: str, meta: Mapping[str, Any]) -> list[Problem]:
+    """Problems of a set with label images, or of one that a function registers without a json."""
     from detectron2.data import DatasetCatalog
-
-    from peft_d2.data.mappers import uses_detectron2_mapper
 
     try:
         records = DatasetCatalog.get(name)
     except (AssertionError, OSError, KeyError, ValueError) as error:
         text = f"cannot be loaded ({type(error).__name__}: {error})"
         return [Problem("error", "not loaded", name, text, "Check the set's folders and files.")]
-    records = [r for r in records if "sem_seg_file_name" in r or "pan_seg_file_name" in r]
-    if not records:
-        return []
+    if not any("sem_seg_file_name" in r or "pan_seg_file_name" in r for r in records):
+        count, test = len(meta.get("thing_classes", ())), name in cfg.DATASETS.TEST
+        return [] if meta.get("json_file") else [Problem(*row) for row in check_records(records, count, test)]
+    return _check_labels(cfg, name, meta, [r for r in records if "sem_seg_file_name" in r or "pan_seg_file_name" in r])
+
+
+def _check_labels(cfg: Any, name: str, meta: Mapping[str, Any], records: Sequence[dict[str, Any]]) -> list[Problem]:
+    """Problems of a set with label images."""
+    from peft_d2.data.mappers import uses_detectron2_mapper
+
     classes, count = list(meta.get("stuff_classes", ())), cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES
     if name in cfg.DATASETS.TRAIN and "pan_seg_file_name" not in records[0] and count != (len(classes) or count):
         what = f"has {len(classes)} classes, but MODEL.SEM_SEG_HEAD.NUM_CLASSES is {count}"
@@ -268,6 +273,7 @@ class _Check:
         self.data, self.image_root, self.rules = data, image_root, rules
         self.problems: list[Problem] = []
         self.images: dict[Any, dict[str, Any]] = {}
+        self.listed: dict[str, set[Any]] = defaultdict(set)  # ids of entries, usable or not
         self.objects = _Objects()
 
     def error(self, kind: str, where: str, what: str, advice: str) -> None:
@@ -285,8 +291,14 @@ class _Check:
                 self.warn(_NO_ANNOTATIONS, key, "is missing", "Predictions are written, nothing is measured.")
                 self.data["annotations"] = []
             if not isinstance(self.data, dict) or not isinstance(self.data.get(key), list):
-                self.error("layout", key, "is missing or no list", "A COCO-format json has three lists.")
+                has = f"an object with {list(self.data)[:6]}" if isinstance(self.data, dict) else "a list"
+                what = f"is missing or no list: the json is {has}"
+                self.error("layout", key, what, "A COCO-format json has three lists: images, annotations, categories.")
                 return self.problems
+        if any(isinstance(a, dict) and "segments_info" in a for a in self.data["annotations"]):
+            what = "have segments_info: this is a panoptic json"
+            self.error("layout", "annotations", what, "Register it as a panoptic set, or give one of single objects.")
+            return self.problems
         categories = self._entries("categories", {"id": int, "name": str})
         self.category_names = {c["id"]: c["name"] for c in categories}
         for name, count in _repeated(c["name"] for c in categories):
@@ -300,23 +312,29 @@ class _Check:
     def _entries(self, key: str, needed: dict[str, Any]) -> list[dict[str, Any]]:
         """The entries of a list that have what is needed; ids that are used twice are noted."""
         found = []
-        for position, entry in enumerate(self.data[key]):
-            lacking = [k for k, t in needed.items() if not isinstance(entry, dict) or not isinstance(entry.get(k), t)]
+        for position, item in enumerate(self.data[key]):
+            entry = item if isinstance(item, dict) else {}
+            lacking = [k for k, t in needed.items() if not isinstance(entry.get(k), t)]
+            if isinstance(number := entry.get("id"), int | float | str):
+                self.listed[key].add(number)
             if lacking:
-                what = f"lacks a usable {', '.join(lacking)}"
-                self.error("incomplete entry", f"{key}[{position}]", what, "Add it.")
+                named = [f"{k} ({entry[k]!r:.40})" if k in entry else k for k in lacking]
+                other = any(k in entry for k in lacking)
+                advice = "Expected whole numbers for ids and sizes, texts for names." if other else "Add it."
+                self.error("incomplete entry", f"{key}[{position}]", f"lacks a usable {', '.join(named)}", advice)
             else:
                 found.append(entry)
         for value, count in _repeated(entry["id"] for entry in found):
             where, what = f"{key}[id {value}]", f"the id is used {count} times"
             self.error(f"duplicate id in {key}", where, what, "Every id must be unique in its list.")
-        if not found and key != "annotations":
+        if not self.data[key] and key != "annotations":
             self.error(f"no {key}", key, "is empty", "List at least one.")
         return found
 
     def _images(self) -> None:
         entries = self._entries("images", {"id": (int, str), "file_name": str, "height": int, "width": int})
         self.images = {i["id"]: i for i in entries}
+        self.by_text = {str(i): i for i in self.images}
         for name, count in _repeated(i["file_name"] for i in entries):
             self.warn("duplicate file", f"images[{name}]", f"{count} images are this file", "Merge their annotations.")
         with ThreadPoolExecutor(max_workers=8) as pool:
@@ -344,7 +362,11 @@ class _Check:
             return "unreadable file", f"{path}: {defect}", advice
         if found != given:
             what = f"the file is {found[0]} x {found[1]} px, the json says {given[0]} x {given[1]}"
-            return "sizes disagree", what, "Correct the json or the file."
+            turned = (
+                "Width and height are exchanged: correct the json. If its annotations do not follow the camera's EXIF "
+            )
+            turned += "tag, by which images are turned, write the file again without the tag."
+            return "sizes disagree", what, turned if found == given[::-1] else "Correct the json or the file."
         if seems_cut_off(path):
             return "cut off", f"{path} has no end: it may have been copied in part", "Copy it again."
         return None
@@ -354,7 +376,7 @@ class _Check:
         masked = any(a.get("segmentation") for a in entries)
         for annotation in entries:
             self._annotation(annotation, masked)
-        if any(p.kind == _NO_ANNOTATIONS for p in self.problems):
+        if any(p.kind == _NO_ANNOTATIONS for p in self.problems) or len(entries) < len(self.data["annotations"]):
             return
         if entries and not masked:
             self.warn("no masks", "annotations", "none has a segmentation", "Only boxes can be trained on.")
@@ -366,14 +388,24 @@ class _Check:
 
     def _annotation(self, annotation: dict[str, Any], masked: bool) -> None:
         where, before = f"annotations[id {annotation['id']}, image {annotation['image_id']}]", len(self.problems)
-        if annotation["category_id"] not in self.category_names:
+        if (
+            self.category_names
+            and annotation["category_id"] not in self.category_names.keys() | self.listed["categories"]
+        ):
             known = ", ".join(map(str, sorted(self.category_names)[:12]))
             what = f"category_id {annotation['category_id']} is not listed"
             self.error("unknown category", where, what, f"Expected one of {known}.")
         image = self.images.get(annotation["image_id"])
+        if image is None and annotation["image_id"] in self.listed["images"]:
+            return  # an image that cannot be used
         if image is None:
-            what = f"image_id {annotation['image_id']!r} is not listed"
-            self.error("unknown image", where, what, "Add the image or remove the annotation.")
+            what, advice = (
+                f"image_id {annotation['image_id']!r} is not listed",
+                "Add the image or remove the annotation.",
+            )
+            if (twin := self.by_text.get(str(annotation["image_id"]))) is not None:
+                what, advice = f"{what}, but {twin!r} is", "Write both as numbers, or both as texts."
+            self.error("unknown image", where, what, advice)
             return
         height, width = image["height"], image["width"]
         self._box(annotation.get("bbox"), where, height, width)
@@ -425,6 +457,7 @@ class _Objects:
         self.counts: Counter[str] = Counter()
         self.per_image: Counter[Any] = Counter()
         self.per_class: Counter[tuple[Any, int]] = Counter()
+        self.keys: set[int] = set()
 
     def add(self, annotation: Mapping[str, Any], height: int, width: int) -> None:
         """Count an annotation whose box and segmentation are well-formed, of an image of (height, width)."""
@@ -447,12 +480,19 @@ class _Objects:
             "leaves": not masked and (corners[2] > width + 1 or corners[3] > height + 1),
             "areas disagree": mask_area >= 4 and not mask_area / 4 <= area <= 4 * mask_area,
         }
+        seen["copies"] = not crowd and self._is_copy(annotation, shape)
         seen["areas are 0"] = seen["areas disagree"] and area == 0
         if masked and not seen["boxes in 0..1"] and not seen["polygons in 0..1"] and _iou(corners, shape) < 0.5:
             seen["masks disagree"] = True
             seen["masks agree as corners"] = _iou(box, shape) > 0.7
             seen["masks agree if swapped"] = _iou(corners, (shape[1], shape[0], shape[3], shape[2])) > 0.7
         self.counts.update(key for key, value in seen.items() if value)
+
+    def _is_copy(self, annotation: Mapping[str, Any], shape: Sequence[float]) -> bool:
+        key = hash((annotation["image_id"], annotation["category_id"], *annotation["bbox"], *shape))
+        known = key in self.keys
+        self.keys.add(key)
+        return known
 
     def problems(self, rules: Rules) -> Iterator[tuple[Level, str, str, str, str]]:
         """(level, kind, where, what, remedy) of each thing that many objects have in common."""
@@ -470,6 +510,8 @@ class _Objects:
         zero = f" ({n['areas are 0']} an area of 0)" if n["areas are 0"] else ""
         normalised = "Multiply them by its width and height: COCO's format counts px."
         for count, kind, what, advice in (
+            (n["copies"], "copies", "the image, class and box of another one",
+             "Remove the copies: they are learnt twice, and evaluation counts all but one as missed."),
             (n["crowds"] if 2 * n["crowds"] > total else 0, "crowds",
              "iscrowd 1, and are neither trained on nor counted", "Set iscrowd 0 for single objects."),
             *((n[key], key, f"{key}, as if normalised by the image's size", normalised)

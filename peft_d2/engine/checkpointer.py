@@ -121,6 +121,21 @@ class Checkpointer(DetectionCheckpointer):
             adapters.require_trained(self.model, report)
         return {}
 
+    def names(self) -> list[str]:
+        """Names of this kind of run's checkpoints in ``save_dir``, the newest last."""
+        return [found.name for found, *_ in sorted(self._found(), key=lambda row: row[2])]
+
+    def warn_of_beginning(self, resume: bool) -> None:
+        """Say that a run begins anew where there is nothing to resume, or where an earlier run has left something."""
+        if resume:
+            logger.warning("--resume: %s holds no checkpoint yet; the run begins at iteration 0.", self.save_dir)
+        elif names := self.names():
+            logger.warning(
+                "%s holds %d checkpoint(s) of an earlier run, up to %s: this run begins anew and writes over those of "
+                "the same names. --resume would go on from them; another OUTPUT_DIR keeps them.",
+                *(self.save_dir, len(names), names[-1]),
+            )
+
     def has_checkpoint(self) -> bool:
         """Whether there is a whole checkpoint to resume from."""
         return self._resumed or bool(self.get_checkpoint_file())

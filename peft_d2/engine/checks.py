@@ -80,6 +80,14 @@ def _check_numbers(cfg: Any) -> None:
     for key, (least, most) in _COUNTS.items():
         if not least <= known[key] <= most:
             raise ConfigError(f"{key} is {known[key]}; expected {least} or more, and no more than {most}.")
+    if cfg.MODEL.DEVICE == "meta":
+        raise ConfigError("MODEL.DEVICE is 'meta', whose tensors hold no values; expected 'cpu', 'cuda' or 'cuda:0'.")
+    if 0 < max(cfg.MODEL.PIXEL_MEAN) <= 1 and max(cfg.MODEL.PIXEL_STD) < 1:
+        logger.warning(
+            "MODEL.PIXEL_MEAN %s and PIXEL_STD %s seem to be of images from 0 to 1. Detectron2's are from 0 to 255: "
+            "multiply both by 255.",
+            *(list(cfg.MODEL.PIXEL_MEAN), list(cfg.MODEL.PIXEL_STD)),
+        )
     if cfg.SEED >= 2**63:
         raise ConfigError(f"SEED is {cfg.SEED}; expected less than 2**63, or -1 to draw one.")
 
@@ -192,7 +200,8 @@ def _check_writable(folder: str) -> None:
     try:
         os.makedirs(folder, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"OUTPUT_DIR {folder!r} cannot be made: {error.strerror}. Choose another folder.") from error
+        why = "it is a link to nothing" if os.path.islink(folder) else error.strerror
+        raise ConfigError(f"OUTPUT_DIR {folder!r} cannot be made: {why}. Choose another folder.") from error
     if not os.access(folder, os.W_OK | os.X_OK):
         raise ConfigError(f"OUTPUT_DIR {folder!r} cannot be written to. Choose another folder.")
 

@@ -34,6 +34,15 @@ _OPERATORS = {
     **{ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul},
     **{ast.Div: operator.truediv, ast.FloorDiv: operator.floordiv},
 }
+_EXPECTED: dict[type, str] = {
+    bool: "True or False",
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+    tuple: "a tuple, such as \"('a', 'b')\" or \"(1, 2)\", with a comma behind a single one",
+    list: "a list, such as \"['a', 'b']\" or \"[1, 2]\"",
+}
+_MAY_BE_NONE = ("SOLVER.BIAS_LR_FACTOR", "SOLVER.WEIGHT_DECAY_BIAS", "MODEL.WEIGHTS")
 logger = logging.getLogger(__name__)
 KEYS = """
 MODEL:
@@ -166,10 +175,16 @@ def resolve_device(cfg: Any) -> None:
     Raises:
         ConfigError: torch knows no such device.
     """
+    name = cfg.MODEL.DEVICE
     try:
-        torch.device(cfg.MODEL.DEVICE)
-    except RuntimeError as error:
-        raise ConfigError(f"MODEL.DEVICE is {cfg.MODEL.DEVICE!r}; expected 'cpu', 'cuda' or 'cuda:0'.") from error
+        device = torch.device(name)
+        if device.type != "cuda":  # where a tensor would take memory of the device in each process
+            torch.empty(1, device=device)
+    except Exception as error:  # of torch, of a backend that is not there
+        said = " ".join(str(error).split())[:200]
+        raise ConfigError(f"MODEL.DEVICE is {name!r}; expected 'cpu', 'cuda' or 'cuda:0' (torch: {said}).") from error
+    if device.type == "cuda" and (device.index or 0) >= max(torch.cuda.device_count(), 1):
+        raise ConfigError(f"MODEL.DEVICE is {name!r}, and torch sees {torch.cuda.device_count()} CUDA devices here.")
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         frozen = cfg.is_frozen()
         cfg.defrost()
@@ -191,10 +206,13 @@ def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 def _merge_file(loaded: LoadedConfig, path: str, level: int) -> None:
     cfg = loaded.cfg
     tree = read_tree(path)
+    known = dict(leaves(cfg))
     for key, value in leaves(tree):
         _refuse_repeated_keys(f"{path}: {key}", value)
         if (key, value) == (_METHODS, AUTO):
             tree["MODEL"]["PEFT"]["METHODS"] = [AUTO]
+        _refuse_nothing(f"{path}: {key}", value, known.get(key))
+    _take_whole_numbers(tree, cfg)
     tree.setdefault("VERSION", cfg.VERSION)
     with tempfile.TemporaryDirectory() as folder:
         # Detectron2's merge, which upgrades old versions, takes a file: it gets one without bases and tags.
@@ -204,7 +222,9 @@ def _merge_file(loaded: LoadedConfig, path: str, level: int) -> None:
             cfg.merge_from_file(str(plain), allow_unsafe=False)
         except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
             unknown = re.search(r"Non-existent config key: ([^']+)", str(error))
-            raise ConfigError(_unknown_key(path, unknown[1], cfg) if unknown else f"{path}: {error}") from error
+            raise ConfigError(
+                _unknown_key(path, unknown[1], cfg) if unknown else _mismatch(path, error, cfg)
+            ) from error
     loaded.explicit.update({key: level for key, _ in leaves(read_top(path)) if key.partition(".")[0] != BASE_KEY})
 
 
@@ -224,13 +244,42 @@ def _merge_pairs(loaded: LoadedConfig, opts: Sequence[str]) -> None:
             value = str([AUTO])
         if isinstance(known[key], float) and re.fullmatch(r"[+-]?\d+", str(value)):
             value = f"{value}.0"  # a rate of 1 is one of 1.0
+        _refuse_nothing(f"command line: {key}", None if value == "None" else value, known[key])
         try:
             loaded.cfg.merge_from_list([key, value])
         except (AssertionError, KeyError, TypeError, ValueError) as error:
-            raise ConfigError(f"command line: {key} {_short(value)}: {error}") from error
+            raise ConfigError(_mismatch(f"command line: {key} {_short(value)}", error, loaded.cfg)) from error
         except (RecursionError, MemoryError) as error:  # Python's parser, on brackets in thousands
             raise ConfigError(f"command line: {key} {_short(value)}: is nested too deeply.") from error
         loaded.explicit[key] = 2
+
+
+def _take_whole_numbers(tree: dict[str, Any], node: Any) -> None:
+    """Make whole numbers of a file real ones, where these are expected: a rate of 1 is one of 1.0."""
+    for key, value in tree.items():
+        default = node.get(key) if isinstance(node, Mapping) else None
+        if isinstance(value, dict):
+            _take_whole_numbers(value, default)
+        elif isinstance(default, float) and type(value) is int:
+            tree[key] = float(value)
+
+
+def _refuse_nothing(where: str, value: Any, default: Any) -> None:
+    """Detectron2 lets None stand for any value, and fails where that is used."""
+    if value is None and type(default) in _EXPECTED and not where.endswith(_MAY_BE_NONE):
+        raise ConfigError(f"{where}: is empty (None); expected {_EXPECTED[type(default)]}.")
+
+
+def _mismatch(where: str, error: Exception, cfg: Any) -> str:
+    """What Detectron2 says of a value of the wrong type, in terms of what is to be written."""
+    key = (re.findall(r"for config key: (\S+)", str(error)) or [""])[-1]
+    default: Any = cfg
+    for part in key.split(".") if key else ():
+        default = default.get(part) if isinstance(default, Mapping) else None
+    expected = "a group of keys" if isinstance(default, Mapping) else _EXPECTED.get(type(default), "")
+    if not key or not expected:
+        return f"{where}: {' '.join(str(error).split())}"
+    return f"{where}: expected {expected}{'' if where.startswith('command') else f' for {key}'}."
 
 
 def _short(value: Any) -> str:
@@ -259,8 +308,15 @@ def _repeated(keys: Sequence[Any]) -> Any:
 def _unknown_key(where: str, key: str, cfg: Any) -> str:
     parts = [known.split(".") for known, _ in leaves(cfg)]
     known = sorted({".".join(part[:count]) for part in parts for count in range(1, len(part) + 1)})  # groups, too
-    siblings = {name.rpartition(".")[2]: name for name in known if name.rpartition(".")[0] == key.rpartition(".")[0]}
-    near = [siblings[n] for n in difflib.get_close_matches(key.rpartition(".")[2], siblings, n=1, cutoff=0.5)]
+    if key in known:
+        return (
+            f"{where}: config key {key!r} has another name in the VERSION that the file says it is of. Leave that out."
+        )
+    group, _, leaf = key.rpartition(".")
+    siblings = {name.rpartition(".")[2]: name for name in known if name.rpartition(".")[0] == group}
+    near = [name for name in known if name.lower() == key.lower()]
+    near = near or [name for last, name in siblings.items() if leaf in last.split("_")]
+    near = near or [siblings[n] for n in difflib.get_close_matches(key.rpartition(".")[2], siblings, n=1, cutoff=0.5)]
     near = near or difflib.get_close_matches(key, known, n=1, cutoff=0.0)
     return f"{where}: config key {key!r} does not exist; the nearest one is {near[0]!r}."
 
@@ -288,6 +344,10 @@ def read_tree(path: str, above: tuple[str, ...] = ()) -> dict[str, Any]:
 
 def read_top(path: str) -> dict[str, Any]:
     """The content of the file alone; raises as :func:`read_tree`."""
+    if path.endswith(".py"):
+        raise ConfigError(f"{path}: is Python, as LazyConfigs are; these programs read yaml. See docs/plug-in.md.")
+    if os.path.isdir(path):
+        raise ConfigError(f"config file {path!r} is a folder. Give the path of a yaml file.")
     if not os.path.isfile(path):
         raise ConfigError(f"config file {path!r} does not exist. {_moved(path) or 'Give the path of a yaml file.'}")
     try:

@@ -13,7 +13,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,6 +29,7 @@ from peft_d2.compat import (
     require_detectron2,
 )
 from peft_d2.data.config import PEFT_ARCHITECTURE
+from peft_d2.data.images import lies_inside
 from peft_d2.engine.checks import apply_class_count, check_run, run_lock
 from peft_d2.engine.config import LoadedConfig, load_config
 from peft_d2.engine.errors import (
@@ -134,13 +135,24 @@ def evaluate(cfg: Any, resume: bool = False) -> Any:
     resumed = resume and checkpointer.has_checkpoint()
     checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
     if not resumed:
-        warn_of_untrained(cfg)
+        warn_of_untrained(cfg, checkpointer.names())
     return Trainer.test_all(cfg, model)
 
 
-def warn_of_untrained(cfg: Any) -> None:
-    """Say that a PEFT config without an adapter predicts as its base does."""
-    node = cfg.MODEL.PEFT
+def warn_of_untrained(cfg: Any, trained: Sequence[str] = ()) -> None:
+    """Say that a PEFT config without an adapter predicts as its base does, and that weights are not the run's.
+
+    Args:
+        trained: names of the checkpoints in ``OUTPUT_DIR``.
+    """
+    node, given = cfg.MODEL.PEFT, cfg.MODEL.WEIGHTS
+    if not given:
+        logger.warning("MODEL.WEIGHTS is empty: the model has random weights.")
+    elif cfg.MODEL.META_ARCHITECTURE != PEFT_ARCHITECTURE and trained and not lies_inside(cfg.OUTPUT_DIR, given):
+        logger.warning(
+            "%s is what is evaluated, not what was trained in OUTPUT_DIR. For that, append MODEL.WEIGHTS %s.",
+            *(given, os.path.join(cfg.OUTPUT_DIR, trained[-1])),
+        )
     if cfg.MODEL.META_ARCHITECTURE == PEFT_ARCHITECTURE and not node.WEIGHTS:
         logger.warning(
             "MODEL.PEFT.WEIGHTS is empty: this is the base without a trained adapter. To use one, append "
@@ -217,6 +229,7 @@ def _make_paths_absolute(cfg: Any) -> None:
         else entry
         for entry in cfg.DATASETS.REGISTER
     ]
+    cfg.OUTPUT_DIR = os.path.expanduser(cfg.OUTPUT_DIR)
     for node, key in (
         *((cfg.MODEL, "WEIGHTS"), (cfg.MODEL.PEFT, "WEIGHTS"), (cfg.MODEL.SEEM, "CLASS_VECTORS")),
         *((cfg.MODEL.TEXT, "PRETRAINED_TOKENIZER"), (cfg.MODEL.SAM, "FEATURE_CACHE"), (cfg.MODEL, "FEATURE_CACHE")),

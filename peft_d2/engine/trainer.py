@@ -255,6 +255,7 @@ class Trainer(DefaultTrainer):
         before = dict(leaves(read_top(str(config)))) if resume and config.is_file() else {}
         self.checkpointer.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=resume)
         if self.start_iter == 0:
+            self.checkpointer.warn_of_beginning(resume)
             return
         logger.info(
             "Resuming after %d iterations: weights, the optimizer's moments and the place in the data are the "

@@ -6,11 +6,15 @@ import itertools
 import json
 import logging
 import os
+import tempfile
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+from detectron2.data import MetadataCatalog
+from detectron2.data.datasets.coco import convert_to_coco_dict
 from detectron2.evaluation import COCOEvaluator
 from faster_coco_eval import COCO, COCOeval_faster
 from pycocotools import mask as coco_mask
@@ -58,6 +62,26 @@ def _by_image_and_class(data: COCO) -> dict[tuple[Any, Any], list[dict[str, Any]
     return rows
 
 
+@contextmanager
+def _truth_as_json(name: str) -> Iterator[None]:
+    """Inside, a set that a function registers has a json, made anew of its records: Detectron2 would keep the first one
+    in the output folder, and go on using it for records that have changed since.
+    """
+    meta = MetadataCatalog.get(name)
+    if meta.get("json_file"):
+        yield
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "truth.json")
+        with open(path, "w") as file:
+            json.dump(convert_to_coco_dict(name), file, default=lambda value: value.tolist())  # NumPy's numbers
+        meta.json_file = path
+        try:
+            yield
+        finally:
+            del meta.json_file
+
+
 class FastCOCOEvaluator(COCOEvaluator):
     """``bbox`` and ``segm`` as Detectron2's evaluator gives them, several times faster; masks are encoded at once.
 
@@ -75,7 +99,8 @@ class FastCOCOEvaluator(COCOEvaluator):
         self, dataset_name: str, output_dir: str | None = None, distributed: bool = True, report: bool = False,
         classes: Mapping[int, int] | None = None, max_detections: int = 100, outside: bool = False, **more: Any,
     ) -> None:  # fmt: skip
-        super().__init__(dataset_name, output_dir=output_dir, distributed=distributed, use_fast_impl=False, **more)
+        with _truth_as_json(dataset_name):
+            super().__init__(dataset_name, output_dir=output_dir, distributed=distributed, use_fast_impl=False, **more)
         self._report, self._outside, self._max_detections = report, outside, max_detections
         self._classes = classes
         self._do_evaluation = bool(self._coco_api.dataset.get("annotations"))

@@ -145,7 +145,7 @@ def test_other_code_in_that_tag_is_refused(tmp_path: Path, code: str) -> None:
     ("key", "value", "said"),
     [
         ("MODEL.PEFT.METHODS", "[{'NAME': 'lora', 'RANK': 2, 'RANK': 3}]", "'RANK' is given twice"),
-        ("SOLVER.STEPS", "(" * 2000 + ")" * 2000, "nested too deeply|Type mismatch"),
+        ("SOLVER.STEPS", "(" * 2000 + ")" * 2000, "nested too deeply|expected a tuple"),
         ("SOLVER.MAX_ITER", "[[1]]", "MAX_ITER"),
         ("OUTPUT_DIR", "{'a': 1, 'a': 2}", "'a' is given twice"),
     ],
@@ -153,7 +153,7 @@ def test_other_code_in_that_tag_is_refused(tmp_path: Path, code: str) -> None:
 def test_values_that_are_none(tmp_path: Path, key: str, value: str, said: str) -> None:
     with pytest.raises(ConfigError, match=said) as error:
         load_config("", opts=[key, value])
-    assert len(str(error.value)) < 2_000 or "Type mismatch" in str(error.value)
+    assert len(str(error.value)) < 500
     if "twice" in said:  # the same text in a file
         node, _, leaf = key.rpartition(".")
         text = f'{leaf}: "{value}"'

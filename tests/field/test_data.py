@@ -259,6 +259,7 @@ NONSENSE = {  # change, kind of the problem that names the cause, whether it is 
     "axes swapped": (_each(lambda a: a.update(segmentation=[[p[i ^ 1] for i in range(len(p))]
                                                              for p in a["segmentation"]])), "swapped axes", ""),
     "boxes of another scale": (_each(lambda a: a.update(bbox=[2 * v for v in a["bbox"]])), "boxes and masks", ""),
+    "copies": (lambda d: d["annotations"].extend([{**a, "id": 99 + a["id"]} for a in d["annotations"]]), "copies", ""),
     "masks of another image": (_each(lambda a: a.update(
         segmentation=[[v + 1000 for v in p] for p in a["segmentation"]])), "boxes and masks", "nothing to learn"),
 }  # fmt: skip
@@ -279,6 +280,133 @@ def test_consistent_nonsense_is_named_with_counts(own, tool, name):
 def test_a_good_set_has_none_of_these(own):
     made = own("set", images=6)
     assert check_coco(made.json, made.images) == []
+
+
+def _numbers_as_text(d):
+    for annotation in d["annotations"]:
+        annotation["image_id"] = str(annotation["image_id"])
+
+
+OTHER_FORMS = {  # change, what is said, how many errors: what follows from another error is not said
+    "sizes are not whole": (lambda d: [i.update(width=64.0) for i in d["images"]],
+                            r"images\[0\]: lacks a usable width \(64.0\). Expected whole", 4),
+    "class numbers are texts": (lambda d: [a.update(category_id=str(a["category_id"])) for a in d["annotations"]],
+                                r"annotations\[0\]: lacks a usable category_id \('\d'\). Expected whole numbers", None),
+    "class names are numbers": (lambda d: [c.update(name=c["id"]) for c in d["categories"]],
+                                r"categories\[0\]: lacks a usable name \(1\). Expected .* texts for names", 3),
+    "classes are names": (lambda d: d.update(categories=["circle"]), r"categories\[0\]: lacks a usable id, name", 1),
+    "ids of two kinds": (_numbers_as_text, "image_id '1' is not listed, but 1 is. Write both as numbers", None),
+    "a missing number": (lambda d: d["annotations"][0].pop("id"), r"annotations\[0\]: lacks a usable id. Add it", 1),
+    "labelme's own": (lambda d: (d.clear(), d.update(shapes=[], imagePath="a.png")),
+                      r"the json is an object with \['shapes', 'imagePath'\]", 1),
+    "panoptic": (lambda d: d.update(annotations=[{"image_id": 1, "segments_info": []}]), "this is a panoptic json", 1),
+    "turned by EXIF": (lambda d: [i.update(width=48) for i in d["images"]], "exchanged: correct the json.*EXIF tag", 4),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OTHER_FORMS)
+def test_what_has_another_form_is_named_once(own, name):
+    change, said, count = OTHER_FORMS[name]
+    made = own("set").change(change)
+    for path in made.images.iterdir() if name == "turned by EXIF" else ():
+        turn = Image.Exif()
+        turn[0x0112] = 6
+        Image.open(path).resize((48, 64)).save(path, exif=turn)
+    problems = check_coco(made.json, made.images)
+    errors = [p for p in problems if p.level == "error"]
+    assert re.search(said, str(errors[0])), errors[0]
+    assert len(errors) == (len(made.data["annotations"]) if count is None else count)
+    assert not [p for p in problems if p.kind in ("empty class", "no annotations")]
+
+
+# ---------------------------------------------------------------------------------- sets that a function registers
+
+
+def _each_thing(**values):
+    return lambda r: [thing.update(values) for thing in r["annotations"]]
+
+
+def _arrays(r):
+    for thing in r["annotations"]:
+        thing |= {"bbox": np.array(thing["bbox"]), "segmentation": [np.array(p) for p in thing["segmentation"]]}
+
+
+RECORDS = {  # what is changed in each record, and what is said before the training
+    "as Detectron2 has it": (lambda r: None, ""),
+    "NumPy's arrays": (_arrays, ""),
+    "paths": (lambda r: r.update(file_name=Path(r["file_name"])), ""),
+    "a class too many": (_each_thing(category_id=3), r"category_id is 3. Expected a whole number from 0 to 2"),
+    "a class below": (_each_thing(category_id=-1), "category_id is -1"),
+    "a class by name": (_each_thing(category_id="circle"), "category_id is 'circle'"),
+    "no mode": (lambda r: [thing.pop("bbox_mode") for thing in r["annotations"]], "bbox_mode is None"),
+    "no box": (_each_thing(bbox=None), "bbox is None"),
+    "run lengths as a list": (_each_thing(segmentation={"size": [64, 64], "counts": [9, 4087]}), "not compressed"),
+    "no number": (lambda r: r.pop("image_id"), r"lacks a usable image_id \(None\)"),
+    "one number": (lambda r: r.update(image_id=5), "image_id 5 is that of 4 records"),
+    "no size": (lambda r: (r.pop("height"), r.pop("width")), "lacks a usable height"),
+    "no file": (lambda r: r.update(file_name="gone.png"), r"gone.png\]: is no file"),
+}  # fmt: skip
+
+
+def _function_set(made: Own, change: Any, **meta: Any) -> str:
+    """A set that a function registers, as Detectron2's tutorial does; ``meta["records"]`` in place of the set's own."""
+    name = f"function_{uuid.uuid4().hex}"
+    register_coco_instances(f"{name}_json", {}, str(made.json), str(made.images))
+
+    def load():
+        records = copy.deepcopy(DatasetCatalog.get(f"{name}_json"))
+        for record in records:
+            change(record)
+        return records
+
+    DatasetCatalog.register(name, meta.pop("records", load))
+    MetadataCatalog.get(name).set(**{"thing_classes": list(TRAINED), "evaluator_type": "coco", **meta})
+    return name
+
+
+@pytest.mark.parametrize("case", RECORDS)
+def test_records_of_a_function_are_checked_before_training(own, case):
+    change, said = RECORDS[case]
+    name = _function_set(own("set"), change)
+    cfg = _config(None)
+    cfg.DATASETS.REGISTER, cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = [], (name,), (name,)
+    if said:
+        with pytest.raises(DatasetError, match=said):
+            check_datasets(cfg)
+    else:
+        check_datasets(cfg)
+        figures = _perfect(cfg, name, _counted_from_0(own("again").data))
+        assert figures["segm"]["AP"] > 95 and figures["bbox"]["AP"] > 95  # of boxes that the json rounds
+
+
+def _counted_from_0(data):
+    _give_ids(data, circle=0, square=1, triangle=2)
+    return data
+
+
+@pytest.mark.parametrize(("classes", "records"), [("circle", None), (np.array(TRAINED), None), (TRAINED, list)])
+def test_names_of_classes_are_a_list_and_some_image_is_there(own, classes, records):
+    name = _function_set(own("set"), lambda r: None, thing_classes=classes, **({"records": records} if records else {}))
+    cfg = _config(None)
+    cfg.DATASETS.REGISTER, cfg.DATASETS.TRAIN = [], (name,)
+    with pytest.raises(DatasetError, match="there are none" if records else "thing_classes are .*Expected a list"):
+        check_classes(cfg)
+        check_datasets(cfg)
+
+
+def test_the_truth_is_that_of_today(own, tmp_path):
+    """Detectron2 keeps the records as a json in the output folder, and reads that from the second run on."""
+    made, changed = own("set"), []
+    name = _function_set(made, lambda r: r.update(annotations=r["annotations"][len(changed) :]))
+    cfg = _config(None)
+    cfg.DATASETS.REGISTER, cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = [], (name,), (name,)
+    for folder in (str(tmp_path / "out"), None):
+        counts = []
+        for _ in range(2):
+            counts.append(len(build_evaluator(cfg, name, folder)._coco_api.anns))
+            changed.append(1)
+        assert counts[0] - counts[1] == 4
+    assert "json_file" not in MetadataCatalog.get(name).as_dict()
 
 
 # ---------------------------------------------------------------------------------- label images (A12)
@@ -401,7 +529,26 @@ def _saved(mode: str, kind: str = "PNG") -> bytes:
     return stream.getvalue()
 
 
+def _stack(kind: str) -> bytes:
+    stream, first = io.BytesIO(), Image.effect_noise((64, 64), 80).convert("RGB")
+    first.save(stream, kind, save_all=True, append_images=[first.rotate(90), first.rotate(180)])
+    return stream.getvalue()
+
+
+def _pyramid() -> bytes:
+    """A TIFF with a smaller copy of itself behind it."""
+    stream, first = io.BytesIO(), Image.effect_noise((64, 64), 80).convert("RGB")
+    small = first.reduce(2)
+    small.encoderinfo = {"tiffinfo": {254: 1}}
+    first.save(stream, "TIFF", save_all=True, append_images=[small])
+    return stream.getvalue()
+
+
 MISREAD = {
+    **{
+        f"frames of a {kind}": (_stack(kind), "3 frames, of which training would see the first")
+        for kind in ("TIFF", "GIF", "WEBP", "PNG")
+    },
     "12 bits in 16, colours": (_png16(3), "more than 8 bits"),
     "12 bits in 16, grey": (_png16(1), "more than 8 bits"),
     "16 bits, grey and alpha": (_png16(2), "more than 8 bits"),
@@ -418,6 +565,8 @@ READ = {
         ("L", "PNG"), ("LA", "PNG"), ("P", "PNG"), ("1", "PNG"), ("RGBA", "PNG"), ("CMYK", "JPEG"), ("CMYK", "TIFF"),
         ("RGB", "WEBP"), ("RGB", "BMP"), ("L", "TIFF"))},
     "three bands": _tiff(3),
+    "a preview in a photo": _stack("MPO"),
+    "a smaller copy": _pyramid(),
     "a PPM of 12 bits": b"P6 64 64 4095\n" + bytes(64 * 64 * 6),
 }  # fmt: skip
 

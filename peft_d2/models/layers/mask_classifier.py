@@ -11,7 +11,7 @@ from detectron2.modeling import build_backbone, build_sem_seg_head
 from detectron2.structures import Boxes, ImageList, Instances
 from torch import Tensor
 
-from peft_d2.models.checks import ModelConfigError, expect_numbers
+from peft_d2.models.checks import ModelConfigError, expect, expect_numbers
 from peft_d2.models.layers.criterion import SetCriterion
 from peft_d2.models.layers.inputs import PixelModel, Target, count_objects, prepare_targets
 from peft_d2.models.layers.postprocess import Canvas, instance_inference, panoptic_inference, semantic_inference
@@ -36,6 +36,10 @@ class MaskClassifier(PixelModel):
         expect_numbers(path, node, TRAIN_NUM_POINTS=1, OVERSAMPLE_RATIO=1.0, IMPORTANCE_SAMPLE_RATIO=(0, 1))
         self.backbone: Any = build_backbone(cfg)
         self.sem_seg_head = build_sem_seg_head(cfg, self.backbone.output_shape())
+        expected = "a head that classifies masks, such as 'PD2MaskFormerHead' or 'PD2MaskDINOHead'"
+        expect(
+            hasattr(self.sem_seg_head, "num_classes"), "MODEL.SEM_SEG_HEAD.NAME", cfg.MODEL.SEM_SEG_HEAD.NAME, expected
+        )
         self.criterion = self.make_criterion(cfg, self.sem_seg_head.num_classes)
         self.metadata: Any = MetadataCatalog.get(cfg.DATASETS.TRAIN[0]) if cfg.DATASETS.TRAIN else None
         divisibility = node.SIZE_DIVISIBILITY

@@ -1,0 +1,172 @@
+"""Other people's configs, command lines and folders of runs: a situation a row."""
+
+from __future__ import annotations
+
+import os
+import re
+import uuid
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("detectron2")
+
+from peft_d2.data.augmentation import detectron2_recipe, resize_recipe  # noqa: E402
+from peft_d2.data.images import DatasetError  # noqa: E402
+from peft_d2.engine import launch  # noqa: E402
+from peft_d2.engine.checks import check_run  # noqa: E402
+from peft_d2.engine.config import load_config  # noqa: E402
+from peft_d2.engine.errors import ConfigError  # noqa: E402
+
+from .conftest import TINY, Own  # noqa: E402
+
+BASE = f'_BASE_: "{TINY}"\n'
+
+FILES: dict[str, tuple[str | bytes, str]] = {  # a config file, and what is said of it
+    "lines of Windows": (TINY.read_text().replace("\n", "\r\n"), ""),
+    "a byte order mark": (b"\xef\xbb\xbf" + TINY.read_bytes(), ""),
+    "json": (f'{{"_BASE_": "{TINY}", "SOLVER": {{"MAX_ITER": 9}}}}', ""),
+    "merged keys": (f"{BASE}SOLVER:\n  <<: {{MAX_ITER: 9}}\n", ""),
+    "a whole rate": (f"{BASE}SOLVER:\n  BASE_LR: 1\n  CLIP_GRADIENTS:\n    CLIP_VALUE: 1\n", ""),
+    "a rate as YAML does not read it": (f"{BASE}SOLVER:\n  BASE_LR: 1e-4\n", ""),
+    "a rate that may be none": (f"{BASE}SOLVER:\n  BIAS_LR_FACTOR: null\n", ""),
+    "no rate": (f"{BASE}SOLVER:\n  BASE_LR:\n", r"SOLVER.BASE_LR: is empty \(None\); expected a number"),
+    "no number": (f"{BASE}SOLVER:\n  MAX_ITER: null\n", "SOLVER.MAX_ITER: is empty .*expected a whole number"),
+    "no list": (f"{BASE}MODEL:\n  PEFT:\n    METHODS:\n", "METHODS: is empty .*expected a list"),
+    "an empty group": (f"{BASE}SOLVER:\n", "expected a group of keys for SOLVER"),
+    "a text for a list": (f"{BASE}MODEL:\n  PEFT:\n    METHODS: lora\n", "expected a list, .* for MODEL.PEFT.METHODS"),
+    "a number for a text": (f"{BASE}OUTPUT_DIR: 3\n", "expected a text for OUTPUT_DIR"),
+    "a version of other names": (f"{BASE}VERSION: 1\n", "has another name in the VERSION .* Leave that out"),
+    "the end of a key": (f"{BASE}SOLVER:\n  LR: 1\n", "nearest one is 'SOLVER.BASE_LR'"),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_config_files_are_read_or_refused_in_one_line(tmp_path: Path, name: str) -> None:
+    content, said = FILES[name]
+    path = tmp_path / "config.yaml"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    if not said:
+        assert load_config(str(path)).cfg.MODEL.MASK_FORMER.HIDDEN_DIM == 32
+        return
+    with pytest.raises(ConfigError, match=said) as error:
+        load_config(str(path))
+    assert "\n" not in str(error.value) and str(path) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"), [("lazy.py", "LazyConfigs are"), ("folder", "is a folder"), ("x", "not exist")]
+)
+def test_what_is_no_yaml_file_is_called_what_it_is(tmp_path: Path, name: str, said: str) -> None:
+    (tmp_path / "lazy.py").write_text("from detectron2.config import LazyCall\n")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(ConfigError, match=said):
+        load_config(str(tmp_path / name))
+
+
+PAIRS = {
+    ("SOLVER.AMP.ENABLED", "true"): "SOLVER.AMP.ENABLED true: expected True or False",
+    ("SOLVER.MAX_ITER", "1e3"): "SOLVER.MAX_ITER 1e3: expected a whole number",
+    ("SOLVER.BASE_LR", "0,001"): "SOLVER.BASE_LR 0,001: expected a number",
+    ("SOLVER.BASE_LR", "None"): "SOLVER.BASE_LR: is empty",
+    ("DATASETS.TRAIN", "my_set"): "expected a tuple, .* with a comma behind a single one",
+    ("MODEL.PEFT.TRAIN", "head"): "expected a list",
+    ("solver.base_lr", "0.1"): "nearest one is 'SOLVER.BASE_LR'",
+    ("MODEL.DEVICE", "gpu"): "MODEL.DEVICE is 'gpu'; expected 'cpu', 'cuda' or 'cuda:0'",
+    ("MODEL.DEVICE", "xla"): "MODEL.DEVICE is 'xla'; expected",
+    ("MODEL.DEVICE", "hpu"): "MODEL.DEVICE is 'hpu'; expected",
+}
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_values_of_the_command_line_say_what_they_should_be(pair: tuple[str, str]) -> None:
+    with pytest.raises(ConfigError, match=PAIRS[pair]) as error:
+        load_config(str(TINY), opts=pair)
+    assert "\n" not in str(error.value) and "<class" not in str(error.value)
+
+
+SIZES = {
+    ("INPUT.CROP.TYPE", "rel"): "CROP.TYPE is 'rel'; expected one of",
+    ("INPUT.CROP.SIZE", "[300, 300]"): "CROP.SIZE is .*two shares above 0, up to 1",
+    ("INPUT.CROP.SIZE", "[0.5]"): "CROP.SIZE is .*two shares",
+    ("INPUT.CROP.TYPE", "absolute"): "CROP.SIZE is .*whole numbers of px for 'absolute'",
+    ("INPUT.MIN_SIZE_TRAIN_SAMPLING", "list"): "MIN_SIZE_TRAIN_SAMPLING is 'list'; expected 'choice' or 'range'",
+    ("INPUT.MIN_SIZE_TRAIN_SAMPLING", "range"): "MIN_SIZE_TRAIN is .*two sizes",
+    ("INPUT.MIN_SIZE_TRAIN", "()"): "MIN_SIZE_TRAIN is .*at least one",
+    ("INPUT.MIN_SIZE_TRAIN", "(-1,)"): "sizes above 0",
+    ("INPUT.MAX_SIZE_TRAIN", "0"): "sizes above 0",
+}
+
+
+@pytest.mark.parametrize("pair", SIZES)
+@pytest.mark.parametrize("recipe", [lambda cfg: resize_recipe(cfg, False), detectron2_recipe], ids=["ours", "theirs"])
+def test_sizes_that_no_image_can_have(recipe: Any, pair: tuple[str, str]) -> None:
+    cfg = load_config(str(TINY), opts=["INPUT.CROP.ENABLED", "True", *pair]).cfg
+    with pytest.raises(DatasetError, match=SIZES[pair]):
+        recipe(cfg)
+
+
+def _options(own: Any, folder: Path, *opts: Any) -> list[Any]:
+    train, val = own("train"), own("val", seed=1)
+    sets = ["--train-json", train.json, "--train-images", train.images, "--name", uuid.uuid4().hex]
+    sets += ["--val-json", val.json, "--val-images", val.images, "OUTPUT_DIR", folder]
+    return ["--config-file", TINY, *sets, "SOLVER.MAX_ITER", 1, "DATALOADER.NUM_WORKERS", 0, *opts]
+
+
+def test_what_a_folder_holds_is_said_before_it_is_written_over(own: Any, tool: Any, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    arguments = _options(own, run)
+    for before, said, silent in (
+        (["--resume"], "holds no checkpoint yet; the run begins at iteration 0", "earlier run"),
+        (
+            [],
+            r"holds 1 checkpoint\(s\) of an earlier run, up to model_final.pth: .*--resume would go on",
+            "no checkpoint",
+        ),
+        (["--resume"], "Resuming from .*model_final.pth", "earlier run|no checkpoint yet"),
+    ):
+        code, text = tool("train_net", *before, *arguments)
+        assert code == 0 and re.search(said, text) and not re.search(silent, text), text
+    evaluated = ["--config-file", run / "config.yaml", "--eval-only"]
+    for opts, said in (
+        ([], "MODEL.WEIGHTS is empty: the model has random weights"),
+        (["MODEL.WEIGHTS", tmp_path / "base.pth"], f"not what was trained.*append MODEL.WEIGHTS {run}/model_final.pth"),
+        (["MODEL.WEIGHTS", run / "model_final.pth"], ""),
+        (["--resume"], ""),
+    ):
+        (tmp_path / "base.pth").write_bytes((run / "model_final.pth").read_bytes())
+        flags = opts if opts == ["--resume"] else []
+        code, text = tool("train_net", *evaluated, *flags, *([] if flags else opts))
+        warned = [line for line in text.splitlines() if "MODEL.WEIGHTS" in line and "WARNING" in line]
+        assert code == 0 and len(warned) == bool(said) and re.search(said, "".join(warned)), text
+
+
+def test_pixel_statistics_of_another_scale_are_named(own: Any, tool: Any, tmp_path: Path) -> None:
+    statistics = ["MODEL.PIXEL_MEAN", "[0.485, 0.456, 0.406]", "MODEL.PIXEL_STD", "[0.229, 0.224, 0.225]"]
+    code, text = tool("train_net", *_options(own, tmp_path / "run", *statistics, "DATASETS.TEST", "()"))
+    assert code == 0 and "are from 0 to 255: multiply both by 255" in text
+
+
+def test_folders_of_runs(own: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    made: Own = own("train")
+    arguments = ["--config-file", TINY, "--train-json", made.json, "--train-images", made.images]
+    arguments += ["--name", uuid.uuid4().hex, "OUTPUT_DIR", "~/run"]
+    cfg = launch.prepare_config(launch.training_parser().parse_args(list(map(str, arguments))))
+    assert str(tmp_path / "run") == cfg.OUTPUT_DIR
+    os.symlink(tmp_path / "nowhere", tmp_path / "run")
+    with pytest.raises(ConfigError, match="it is a link to nothing"):
+        check_run(cfg, evaluate=False)
+
+
+def test_a_head_of_another_kind_and_a_device_without_values(own: Any, tool: Any, tmp_path: Path) -> None:
+    for pair, said in (
+        (
+            ["MODEL.SEM_SEG_HEAD.NAME", "SemSegFPNHead"],
+            "MODEL.SEM_SEG_HEAD.NAME is 'SemSegFPNHead'; it should be a head",
+        ),
+        (["MODEL.DEVICE", "meta"], "MODEL.DEVICE is 'meta', whose tensors hold no values"),
+    ):
+        code, text = tool("train_net", *_options(own, tmp_path / "run", *pair))
+        assert code == 1 and f"error: {said}" in text and "Traceback" not in text, text
