@@ -35,13 +35,14 @@ torch := $(STAMPS)/torch-$(call checksum,constraints.txt)
 detectron2 := $(STAMPS)/detectron2-$(call checksum,constraints.txt tools/build_detectron2.py)
 package := $(STAMPS)/package-$(call checksum,constraints.txt pyproject.toml setup.py $(operator),$(compilers))
 extras := $(STAMPS)/extras-$(call checksum,constraints.txt pyproject.toml)
+timm := $(STAMPS)/timm-$(call checksum,constraints.txt pyproject.toml)
 site := $(STAMPS)/site-$(call checksum,constraints.txt pyproject.toml)
 packing := $(STAMPS)/packing-$(call checksum,constraints.txt pyproject.toml)
 
 .PHONY: demo test test-fast lint docs gpu-kit wheels setup
 .NOTPARALLEL:
 
-demo: $(package)
+demo: $(timm)
 	$(PY) tools/run_demo.py
 
 test: $(extras)
@@ -110,6 +111,11 @@ $(extras): | $(package)
 	@$(PIP) $(call extra,test|lint)
 	@# An oracle of tests; what it requires would put a second OpenCV over the first.
 	@$(PIP) --no-deps lvis
+	@touch $@
+
+$(timm): | $(package)
+	@echo "== timm, which has the demo's backbone"
+	@$(PIP) $(call extra,timm)
 	@touch $@
 
 $(site): | $(package)

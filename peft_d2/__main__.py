@@ -19,7 +19,7 @@ COMMANDS = {  # name: the program, arguments that stand before the user's, what 
     "analyze": ("analyze_peft.py", [], "measure methods beside full fine-tuning: time, memory, size"),
     "recommend": ("recommend.py", [], "which method fits your data, memory and time"),
     "doctor": ("doctor.py", [], "what this environment has, what is missing, what to do about it"),
-    "demo": ("run_demo.py", [], "adapt a small model four ways, with nothing to download"),
+    "demo": ("run_demo.py", [], "adapt a small model to real images five ways, with nothing to download"),
     "setup-detectron2": ("build_detectron2.py", ["--install"], "install a pure-Python Detectron2 where there is none"),
 }
 

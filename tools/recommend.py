@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Recommend what to train of a model on given data: methods, places, ranks and a rate, as a file for --peft-config.
 
-    tools/recommend.py --config-file configs/nuclei/efficientnet/adapt.yaml --train-json a.json --train-images a/ \
+    %(prog)s --config-file configs/nuclei/efficientnet/adapt.yaml --train-json a.json --train-images a/ \
         --output recommended.yaml MODEL.WEIGHTS base.pth
 
 One pass of gradients over some batches ranks the places, and a few steps at each of four rates choose the rate. What

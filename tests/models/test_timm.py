@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 pytest.importorskip("detectron2")
@@ -14,11 +15,15 @@ timm = pytest.importorskip("timm")
 
 from detectron2.config import get_cfg  # noqa: E402
 from detectron2.modeling import build_backbone, build_model  # noqa: E402
+from detectron2.utils.events import EventStorage  # noqa: E402
 
 import peft_d2  # noqa: E402
 from peft_d2 import peft  # noqa: E402
+from peft_d2.engine.config import load_config  # noqa: E402
 from peft_d2.models.backbones.timm import TimmBackbone, create_timm_model, read_timm_weights  # noqa: E402
 from peft_d2.models.checks import ModelConfigError  # noqa: E402
+
+from .test_training import sample, step  # noqa: E402
 
 # name, arguments, channels of the maps at strides 4 to 32 as timm's own documentation of the model has them
 STAGED = [
@@ -29,19 +34,38 @@ STAGED = [
     ("hiera_tiny_224", {"img_size": (96, 64)}, [96, 192, 384, 768]),
 ]
 PLAIN = ["vit_tiny_patch16_224", "vit_small_patch14_reg4_dinov2", "vit_small_patch16_dinov3"]
-METHODS: list[tuple[str, dict[str, Any], str]] = [
-    ("tf_efficientnet_lite0", {"NAME": "lora", "TARGETS": ["conv_pwl"], "RANK": 2}, "lora"),
-    ("tf_efficientnet_lite0", {"NAME": "adapter", "TARGETS": ["re:.*blocks\\.3\\.\\d+"]}, "adapter"),
-    ("tf_efficientnet_lite0", {"NAME": "norm"}, "norm"),
-    ("convnext_atto", {"NAME": "lora", "TARGETS": ["mlp.{fc1,fc2}"], "RANK": 2}, "lora"),
-    ("convnext_atto", {"NAME": "adaptformer", "TARGETS": ["mlp"]}, "adaptformer"),
-    ("swin_tiny_patch4_window7_224", {"NAME": "lora", "TARGETS": ["attn.qkv"], "PARTS": ["q", "v"], "RANK": 2}, "lora"),
-    ("swin_tiny_patch4_window7_224", {"NAME": "adapter", "TARGETS": ["attn"]}, "adapter"),
-    ("vit_tiny_patch16_224", {"NAME": "lora", "TARGETS": ["attn.qkv"], "PARTS": ["q", "v"], "RANK": 2}, "lora"),
-    ("vit_tiny_patch16_224", {"NAME": "adaptformer", "TARGETS": ["mlp"], "COBOT": True}, "cobot"),
-    ("vit_tiny_patch16_224", {"NAME": "bitfit"}, "bitfit"),
-    ("resnet18", {"NAME": "lora", "TARGETS": ["conv2"], "RANK": 2}, "lora"),
-]
+# model -> arguments, weights for LoRA, blocks that keep their width, an MLP or such
+PLACES: dict[str, tuple[dict[str, Any], str, str]] = {
+    "tf_efficientnet_lite0": ({}, "conv_pwl", "re:.*blocks\\.3\\.[12]"),
+    "convnext_atto": ({}, "mlp.{fc1,fc2}", "mlp"),
+    "swin_tiny_patch4_window7_224": ({"depths": (1, 1, 2, 1), "embed_dim": 48}, "attn.qkv", "mlp"),
+    "vit_tiny_patch16_224": ({"depth": 2, "embed_dim": 96}, "attn.qkv", "mlp"),
+    "resnet18": ({"zero_init_last": False}, "conv2", "layer3.1"),  # its blocks would start as identities
+}
+WEIGHTS, BLOCKS, EVERYWHERE = 1, 2, 0
+METHODS: dict[str, tuple[dict[str, Any], int]] = {
+    "lora": ({"NAME": "lora"}, WEIGHTS),
+    "dora": ({"NAME": "lora", "DORA": True}, WEIGHTS),
+    "pissa": ({"NAME": "lora", "INIT": "pissa"}, WEIGHTS),
+    "rslora": ({"NAME": "lora", "RSLORA": True}, WEIGHTS),
+    "q and v": ({"NAME": "lora", "PARTS": ["q", "v"]}, WEIGHTS),
+    "cobot": ({"NAME": "lora", "PARTS": ["q", "v"], "COBOT": True, "RANK": 4}, WEIGHTS),
+    "adapter": ({"NAME": "adapter", "NUM": 2}, BLOCKS),
+    "adaptformer": ({"NAME": "adaptformer"}, BLOCKS),
+    "mona": ({"NAME": "mona"}, BLOCKS),
+    "last_blocks": ({"NAME": "last_blocks"}, BLOCKS),
+    "bitfit": ({"NAME": "bitfit"}, EVERYWHERE),
+    "norm": ({"NAME": "norm"}, EVERYWHERE),
+}
+# q and v are parts of a fused qkv; a grid of tokens is what Mona's convolutions need
+REFUSED = {
+    **{
+        (name, way): "PARTS"
+        for name in ("tf_efficientnet_lite0", "convnext_atto", "resnet18")
+        for way in ("q and v", "cobot")
+    },
+    **{(name, "mona"): "grid" for name in ("swin_tiny_patch4_window7_224", "vit_tiny_patch16_224")},
+}
 
 
 def config(name: str, **keys: Any) -> Any:
@@ -109,14 +133,15 @@ def test_training_leaves_statistics_as_they_are(frozen: bool) -> None:
             torch.testing.assert_close(value, backbone.train()(torch.ones(1, 3, 64, 64))[name])
 
 
+@pytest.mark.parametrize("file", ["weights.pth", "weights.safetensors"])
 @pytest.mark.parametrize("classifier", [True, False])
-def test_weights_of_a_local_file(tmp_path: Path, classifier: bool) -> None:
+def test_weights_of_a_local_file(tmp_path: Path, classifier: bool, file: str) -> None:
     torch.manual_seed(0)
     state = timm.create_model("convnext_atto").state_dict()
     if not classifier:
         state = {key: value for key, value in state.items() if not key.startswith("head.fc")}
-    torch.save(state, tmp_path / "weights.pth")
-    backbone = TimmBackbone(create_timm_model("convnext_atto", str(tmp_path / "weights.pth")))
+    (save_file if file.endswith(".safetensors") else torch.save)(state, tmp_path / file)
+    backbone = TimmBackbone(create_timm_model("convnext_atto", str(tmp_path / file)))
     own = backbone.net.state_dict()
     assert len(own) > 100 and all(torch.equal(value, state[key]) for key, value in own.items())
 
@@ -160,37 +185,95 @@ def test_bad_values_are_named(keys: dict[str, Any], message: str) -> None:
         build_backbone(config("tf_efficientnet_lite0", **keys))
 
 
-@pytest.mark.parametrize(("name", "method", "kind"), METHODS, ids=[f"{row[0]}-{row[2]}" for row in METHODS])
-def test_methods(name: str, method: dict[str, Any], kind: str) -> None:
+@pytest.mark.parametrize("way", METHODS)
+@pytest.mark.parametrize("name", PLACES)
+def test_methods(name: str, way: str) -> None:
     torch.manual_seed(0)
-    small: dict[str, Any] = {"depth": 3} if name.startswith("vit") else {}
-    small |= {"zero_init_last": False} if name.startswith("resnet") else {}  # its blocks start as identities
-    backbone = TimmBackbone(create_timm_model(name, kwargs=small)).eval()
+    arguments, *_ = PLACES[name]
+    entry, place = METHODS[way]
+    entry = {**entry, "TARGETS": [PLACES[name][place]]} if place else entry
+    backbone = TimmBackbone(create_timm_model(name, kwargs=arguments)).eval()
     images = torch.randn(1, 3, 64, 64)
     before = backbone(images)
-    peft_d2.inject(backbone, [method])
+    if (name, way) in REFUSED:
+        with pytest.raises(peft.MethodError, match=REFUSED[name, way]):
+            peft_d2.inject(backbone, [entry])
+            backbone(images)
+        return
+    peft_d2.inject(backbone, [entry])
     for a, b in zip(backbone(images).values(), before.values(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
     peft.prove_live(backbone, lambda model: list(model(images).values()))
 
 
-@pytest.mark.parametrize("head", ["mask2former", "retinanet"])
-def test_under_a_head(head: str) -> None:
-    if head == "mask2former":
-        from peft_d2.engine.config import load_config
+FPN = {"MODEL.BACKBONE.NAME": "PD2FPN", "MODEL.FPN.BOTTOM_UP": "PD2Timm"}
+PYRAMID = ["p2", "p3", "p4", "p5", "p6"]
+# head -> a config of this project, or Detectron2's architecture, and keys
+HEADS: dict[str, tuple[str, dict[str, Any]]] = {
+    "mask2former": ("nuclei/mask2former/model.yaml", {"MODEL.BACKBONE.NAME": "PD2Timm"}),
+    "mask_dino": ("nuclei/mask_dino/model.yaml", {"MODEL.BACKBONE.NAME": "PD2Timm"}),
+    "seem": ("nuclei/seem/model.yaml", {"MODEL.BACKBONE.NAME": "PD2Timm"}),
+    "mask_rcnn": (
+        "GeneralizedRCNN",
+        {
+            **FPN,
+            "MODEL.FPN.IN_FEATURES": ["res2", "res3", "res4", "res5"],
+            "MODEL.RPN.IN_FEATURES": PYRAMID,
+            "MODEL.ANCHOR_GENERATOR.SIZES": [[32], [64], [128], [256], [512]],
+            "MODEL.PROPOSAL_GENERATOR.NAME": "RPN",
+            "MODEL.ROI_HEADS.NAME": "StandardROIHeads",
+            "MODEL.ROI_HEADS.IN_FEATURES": PYRAMID[:4],
+            "MODEL.ROI_BOX_HEAD.NAME": "FastRCNNConvFCHead",
+            "MODEL.ROI_BOX_HEAD.NUM_FC": 1,
+            "MODEL.ROI_BOX_HEAD.FC_DIM": 32,
+            "MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION": 7,
+            "MODEL.ROI_MASK_HEAD.NAME": "MaskRCNNConvUpsampleHead",
+            "MODEL.ROI_MASK_HEAD.NUM_CONV": 1,
+            "MODEL.MASK_ON": True,
+        },
+    ),
+    "retinanet": (
+        "RetinaNet",
+        {
+            **FPN,
+            "MODEL.FPN.TOP_BLOCK": "p6p7",
+            "MODEL.FPN.IN_FEATURES": ["res3", "res4", "res5"],
+            "MODEL.RETINANET.IN_FEATURES": ["p3", "p4", "p5", "p6", "p7"],
+            "MODEL.ANCHOR_GENERATOR.SIZES": [[32], [64], [128], [256], [512]],
+        },
+    ),
+}
+BACKBONES: dict[str, dict[str, Any]] = {
+    "resnet18": {},
+    "vit_tiny_patch16_224": {"MODEL.TIMM.KWARGS": "{depth: 2}", "MODEL.TIMM.PYRAMID_CHANNELS": 32},
+}
 
-        file = Path(__file__).resolve().parents[2] / "configs" / "coco" / "instance" / "mask2former_r50.yaml"
-        cfg = load_config(str(file), "", ["MODEL.BACKBONE.NAME", "PD2Timm", "MODEL.TIMM.NAME", "resnet18"]).cfg
-        cfg.MODEL.MASK_FORMER.DEC_LAYERS = cfg.MODEL.SEM_SEG_HEAD.TRANSFORMER_ENC_LAYERS = 2
+
+@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("head", HEADS)
+def test_under_a_head(head: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step reaches the first layer through either, with what LoRA puts in; then it predicts."""
+    root = Path(__file__).resolve().parents[2]
+    monkeypatch.chdir(root)  # a config may name a file beside it
+    source, keys = HEADS[head]
+    cfg = config(name)
+    if source.endswith(".yaml"):
+        cfg = load_config(str(root / "configs" / source)).cfg
     else:
-        cfg = config("resnet18", MODEL__META_ARCHITECTURE="RetinaNet", MODEL__FPN__BOTTOM_UP="PD2Timm")
-        cfg.MODEL.BACKBONE.NAME, cfg.MODEL.FPN.TOP_BLOCK = "PD2FPN", "p6p7"
-        cfg.MODEL.FPN.IN_FEATURES = ["res3", "res4", "res5"]
-        cfg.MODEL.RETINANET.IN_FEATURES = ["p3", "p4", "p5", "p6", "p7"]
-        cfg.MODEL.ANCHOR_GENERATOR.SIZES = [[32], [64], [128], [256], [512]]
-    cfg.MODEL.WEIGHTS, cfg.MODEL.DEVICE = "", "cpu"
-    model = build_model(cfg).eval()
+        cfg.MODEL.META_ARCHITECTURE = source
+    keys = {**keys, "MODEL.TIMM.NAME": name, "MODEL.WEIGHTS": "", "MODEL.DEVICE": "cpu", **BACKBONES[name]}
+    cfg.merge_from_list([part for pair in keys.items() for part in pair])
+    torch.manual_seed(0)
+    model = build_model(cfg)
+    stem = next(parameter for key, parameter in model.named_parameters() if ".net." in key and parameter.dim() == 4)
+    target = "qkv" if name.startswith("vit") else "layer1.*.conv2"
+    peft_d2.inject(model, [{"NAME": "lora", "TARGETS": [target], "RANK": 2}], train=["net"])
+    kind = "bitmasks" if source.endswith(".yaml") else "polygons"
+    item = sample(kind, count=1)
+    item["instances"].gt_boxes = item["instances"].gt_masks.get_bounding_boxes()
+    with EventStorage():
+        losses = step(model, [item])
+    assert all(loss.isfinite() for loss in losses.values()) and bool(stem.grad.any())
     with torch.no_grad():
-        [result] = model([{"image": torch.zeros(3, 64, 96), "height": 64, "width": 96}])
-    assert result["instances"].image_size == (64, 96)
-    assert any(name.endswith("net.layer4.0.conv1.weight") for name in model.state_dict())
+        [result] = model.eval()([{**item, "height": 64, "width": 80}])
+    assert result["instances"].image_size == (64, 80)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -45,6 +46,7 @@ MODEL:
     # Keep the running statistics of BatchNorm as they were trained, as FrozenBN does in Detectron2's own backbones.
     FROZEN_STATISTICS: True
 """
+logger = logging.getLogger(__name__)
 _EXPANDING = {"depthwise_conv": "conv_dw", "expand_conv": "conv_pw", "project_conv": "conv_pwl"}
 _EXPANDING |= {"bn0": "bn1", "bn1": "bn2", "bn2": "bn3"}
 _PLAIN = {"depthwise_conv": "conv_dw", "project_conv": "conv_pw", "bn1": "bn1", "bn2": "bn2"}
@@ -211,6 +213,8 @@ def create_timm_model(name: str, weights: str = "", channels: int = 3, kwargs: M
     for module in model.modules():
         if hasattr(module, "qkv_bias_separate"):  # qkv is called, not read: what is injected there has an effect
             module.qkv_bias_separate = True
+    if weights:
+        logger.info("The backbone %s starts from MODEL.TIMM.WEIGHTS %s.", name, weights)
     return model
 
 
