@@ -6,6 +6,7 @@ Trained as SAM-COBOT does (Peng et al., CVPR 2024, section 4.1): boxes in, binar
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from detectron2.config import CfgNode
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.structures import Boxes, Instances
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from peft_d2.models.checks import expect, expect_numbers
 from peft_d2.models.layers.criterion import average_count, dice_loss, mask_loss, objects_of_all
@@ -129,11 +131,26 @@ class SegmentAnything(PixelModel):
                     f"{item.get('file_name', 'an image')}: {len(prompts)} prompts on {size} px do not belong to masks "
                     f"{tuple(labels.shape)}; expected a prompt for each mask, and masks of the image's size"
                 )
-            logits, quality = self.decode(embedding[None], prompts)
-            with torch.autocast(self.device.type, enabled=False):
-                for name, value in self._image_losses(logits.float(), quality.float(), labels, size, count).items():
+            parts = [slice(0, 0)] if not len(labels) else self._canvas(size).chunks(len(labels))
+            for part in parts:
+                whole = part.stop - part.start == len(labels)
+                pieces = (embedding[None], prompts if whole else prompts[part], labels[part], size, count)
+                # Many objects are decoded a part at a time, and again for the backward pass: nothing of them is kept.
+                again = not whole and torch.is_grad_enabled()
+                run = partial(checkpoint, self._part_losses, use_reentrant=False) if again else self._part_losses
+                for name, value in run(*pieces).items():
                     totals[name] = totals[name] + self.weights[name] * value
         return totals
+
+    def _part_losses(
+        self, embedding: Tensor, prompts: Prompts, labels: Tensor, size: tuple[int, int], count: float
+    ) -> dict[str, Tensor]:
+        logits, quality = self.decode(embedding, prompts)
+        with torch.autocast(self.device.type, enabled=False):
+            return self._image_losses(logits.float(), quality.float(), labels, size, count)
+
+    def _canvas(self, size: tuple[int, int], output: tuple[int, int] | None = None) -> Canvas:
+        return Canvas((self.image_size, self.image_size), size, output or size)
 
     def _prompts(self, item: dict[str, Any], size: tuple[int, int]) -> Prompts:
         return read_prompts(item, size, 4 * self.prompt_encoder.grid, self.device)
@@ -144,7 +161,7 @@ class SegmentAnything(PixelModel):
         """Sums over the objects of one image, divided by ``count``."""
         if not len(labels):
             return {name: 0.0 * (logits.sum() + quality.sum()) for name, weight in self.weights.items() if weight}
-        whole = Canvas((self.image_size, self.image_size), size, size).to_padded(logits[:, 0])
+        whole = self._canvas(size).to_padded(logits[:, 0])
         pixels = whole[:, : size[0], : size[1]].flatten(1)
         wanted = labels.flatten(1).to(pixels.dtype)
         found, labels = pixels > THRESHOLD, labels.flatten(1)
@@ -160,16 +177,19 @@ class SegmentAnything(PixelModel):
         """One instance per prompt of an image, in the size that the item wants."""
         size = (item["image"].shape[-2], item["image"].shape[-1])
         wanted = (int(item.get("height", size[0])), int(item.get("width", size[1])))
-        canvas = Canvas((self.image_size, self.image_size), size, wanted)
-        masks, scores = [torch.zeros((0, *wanted), dtype=torch.bool, device=self.device)], [embedding.new_zeros(0)]
-        for part in self._prompts(item, size).split(self.prompts_per_call):
+        canvas, prompts = self._canvas(size, wanted), self._prompts(item, size)
+        masks = torch.empty((len(prompts), *wanted), dtype=torch.bool, device=self.device)
+        scores, done = [embedding.new_zeros(0)], 0
+        for part in prompts.split(self.prompts_per_call):
             logits, quality = self.decode(embedding, part, self.multimask)
             score, best = quality.float().max(1)
             chosen = logits[torch.arange(len(best), device=self.device), best]
-            masks += [canvas.upsample(chosen[rows]) > THRESHOLD for rows in canvas.chunks(len(chosen))]
+            for rows in canvas.chunks(len(chosen)):
+                torch.gt(canvas.upsample(chosen[rows]), THRESHOLD, out=masks[done:][rows])
             scores.append(score)
+            done += len(score)
         instances = Instances(wanted)
-        instances.pred_masks = torch.cat(masks)
+        instances.pred_masks = masks
         instances.pred_boxes = Boxes(mask_boxes(instances.pred_masks))
         instances.scores = torch.cat(scores)
         if "box_scores" in item:

@@ -46,11 +46,12 @@ class Prompts:
 
     def split(self, size: int) -> Iterator[Prompts]:
         """Parts of at most ``size`` prompts, in order; of no prompts, no parts."""
-        for start in range(0, len(self), size):
-            part = slice(start, start + size)
-            points = self.points and (self.points[0][part], self.points[1][part])
-            boxes, masks = (None if given is None else given[part] for given in (self.boxes, self.masks))
-            yield Prompts(boxes, points, masks)
+        return (self[start : start + size] for start in range(0, len(self), size))
+
+    def __getitem__(self, part: slice) -> Prompts:
+        points = self.points and (self.points[0][part], self.points[1][part])
+        boxes, masks = (None if given is None else given[part] for given in (self.boxes, self.masks))
+        return Prompts(boxes, points, masks)
 
 
 def read_prompts(item: Mapping[str, Any], size: tuple[int, int], mask_side: int, device: torch.device) -> Prompts:
