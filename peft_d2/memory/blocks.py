@@ -13,6 +13,7 @@ import ctypes
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal, Protocol
 
 import torch
@@ -21,6 +22,8 @@ from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
 from peft_d2.peft.adapted import Adapted, has_statistics
+
+from .frozen import FrozenConvolutions
 
 Mode = Literal["keep", "recompute", "offload"]
 _FIELD = "memory_block"
@@ -53,10 +56,11 @@ class Block(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own, with its activations treated as ``memory_block`` says."""
-        forward, state = super().forward, self.memory_block
+        state = self.memory_block
         if not torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
-            output = forward(*args, **kwargs)
-        elif state.recorder is not None:
+            return super().forward(*args, **kwargs)
+        forward = partial(_lean, super().forward)
+        if state.recorder is not None:
             output = state.recorder.run(state.name, forward, *args, **kwargs)
         elif state.mode == "recompute":
             output = checkpoint(_tidied(forward, state.ceiling), *args, use_reentrant=False, **kwargs)
@@ -74,6 +78,11 @@ class Block(nn.Module):
         if make is copyreg.__newobj__ and args == (type(self),):  # type: ignore[attr-defined]
             args = (type(self).memory_class,)
         return (_new, (make, args), *rest)
+
+
+def _lean(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    with FrozenConvolutions():
+        return forward(*args, **kwargs)
 
 
 def _tidied(forward: Callable[..., Any], ceiling: int) -> Callable[..., Any]:
@@ -117,8 +126,8 @@ def find_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The modules whose activations can be computed again one by one: (name, module), none within another.
 
     These are the largest parts of the model that have weights and hold no further list of composed modules: blocks
-    of backbones, encoder and decoder layers, residual blocks, convolutions with a norm. A norm that learns its
-    running statistics would learn them twice, so what holds one is left out.
+    of backbones, encoder and decoder layers, residual blocks, convolutions. A norm that learns its running statistics
+    would learn them twice, so what holds one is left out.
     """
     seen: set[int] = set()
     for name, child in model.named_children():
@@ -126,7 +135,7 @@ def find_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _find(name: str, module: nn.Module, seen: set[int]) -> Iterator[tuple[str, nn.Module]]:
-    if id(module) in seen or not _children(module):
+    if id(module) in seen or not (_children(module) or isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)):
         return
     seen.add(id(module))
     if _divides(module):
