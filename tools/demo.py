@@ -322,8 +322,9 @@ class Predictor:
         self.cfg = cfg
         self.model = build_model(cfg).eval()
         self.prompted = isinstance(self.model, SegmentAnything)
-        Checkpointer(self.model, allow_other_base=cfg.MODEL.PEFT.ALLOW_OTHER_BASE).load(cfg.MODEL.WEIGHTS)
-        warn_of_untrained(cfg)
+        checkpointer = Checkpointer(self.model, cfg.OUTPUT_DIR, allow_other_base=cfg.MODEL.PEFT.ALLOW_OTHER_BASE)
+        checkpointer.load(cfg.MODEL.WEIGHTS)
+        warn_of_untrained(cfg, checkpointer.names())
         names = (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)  # the model's classes are those trained on
         self.metadata = MetadataCatalog.get(names[0] if names else "__unnamed__")
         scored = list(getattr(self.model, "class_names", ()))  # of a model that is told its classes by name

@@ -285,6 +285,23 @@ def read(folder: str | os.PathLike[str]) -> AdapterFile:
         attempt += 1
 
 
+def _refuse_other_folder(root: Path) -> None:
+    """Say what a folder without a record is, where more than the record is not as it should be."""
+    there = [name for name in (CONFIG, TENSORS) if os.path.lexists(root / name)]
+    inside = [str(path.parent) for path in sorted(root.glob(f"*/{CONFIG}"))]
+    if not there and inside:
+        raise AdapterFileError(root, "it holds folders of adapters and none itself", f"give {' or '.join(inside[:3])}")
+    if not there:
+        raise AdapterFileError(root, "it holds no file of an adapter", "correct MODEL.PEFT.WEIGHTS or the path given")
+    if len(there) == 1:
+        missing = CONFIG if there == [TENSORS] else TENSORS
+        raise AdapterFileError(root / missing, f"the file is missing beside {there[0]}", _DAMAGED)
+    with _refusing(root / TENSORS), (root / TENSORS).open("rb") as stream:
+        is_pointer = stream.read(12) == b"version http"
+    if is_pointer:
+        raise AdapterFileError(root / TENSORS, "it is a pointer of Git LFS, not the file itself", "run git lfs pull")
+
+
 def _identity(root: Path) -> Any:
     """What changes when the folder is replaced."""
     with contextlib.suppress(OSError, ValueError):
@@ -303,6 +320,8 @@ def _read(root: Path) -> AdapterFile:
             raise AdapterFileError(root, "there is no such adapter folder", remedy)
         if not any(os.path.lexists(root / name) for name in FILES) and (inside := newest_in_run(root)):
             raise AdapterFileError(root, "it is the folder of a run, not of an adapter", f"give {inside}")
+        if not os.path.lexists(root / RECORD):
+            _refuse_other_folder(root)
     record = _read_record(root)
     data = {name: _read_member(root / name, record["files"][name]) for name in (CONFIG, TENSORS)}
     with _refusing(root / CONFIG):

@@ -212,6 +212,25 @@ def test_a_description_that_does_not_fit_is_refused(tmp_path: Path, change: dict
         load_adapter(base(), tmp_path / "hf")
 
 
+FOLDERS: dict[str, tuple[Any, str]] = {
+    "a folder of folders": (lambda f: [p.rename(f / "night" / p.name) for p in f.glob("a*")], "give .*hf/night$"),
+    "no file of it": (lambda f: [p.unlink() for p in f.glob("adapter_*")], "holds no file of an adapter"),
+    "no tensors": (lambda f: (f / "adapter_model.safetensors").unlink(), "safetensors: the file is missing beside"),
+    "no config": (lambda f: (f / "adapter_config.json").unlink(), "adapter_config.json: the file is missing beside"),
+    "a pointer": (lambda f: (f / "adapter_model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n"),
+                  "safetensors: it is a pointer of Git LFS.*git lfs pull"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", FOLDERS)
+def test_a_folder_that_is_no_adapter_is_called_what_it_is(tmp_path: Path, case: str) -> None:
+    theirs(tmp_path / "hf", **HF_CONFIGS["plain"])
+    (tmp_path / "hf" / "night").mkdir()
+    FOLDERS[case][0](tmp_path / "hf")
+    with pytest.raises(AdapterFileError, match=FOLDERS[case][1]):
+        load_adapter(base(), tmp_path / "hf")
+
+
 def test_damaged_and_pickled_folders_are_named(tmp_path: Path) -> None:
     theirs(tmp_path / "hf", **HF_CONFIGS["plain"])
     tensors = tmp_path / "hf" / "adapter_model.safetensors"
