@@ -65,7 +65,9 @@ def _files(args: argparse.Namespace, target: Path) -> tuple[str, str]:
         print(understood)
     else:
         data = read_json(json_path)
-    path = store(map_classes(data, read_class_map(args.class_map)) if args.class_map else data, target, args.split)
+    if args.class_map:
+        (data,) = map_classes(read_class_map(args.class_map), data)
+    path = store(data, target, args.split)
     if args.save_json:
         print(f"--train-json {path} --train-images {images}".replace("train", args.split))
     return str(path), images

@@ -45,6 +45,16 @@ _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADD
 _TIMEOUT = timedelta(minutes=30)
 _GRACE = 20.0  # seconds that the others have to end by themselves, once a process has failed
 _START = "spawn"
+_HELP = {
+    "config_file": "the model's config; of a run: OUTPUT_DIR/config.yaml",
+    "resume": "go on from the newest checkpoint in OUTPUT_DIR",
+    "eval_only": "evaluate, do not train",
+    "num_gpus": "processes per machine, each on a GPU",
+    "num_machines": "on each of them this command is run",
+    "machine_rank": "which of the machines this is, from 0 on",
+    "dist_url": "where several machines meet: tcp://HOST:PORT of machine 0",
+    "opts": "config keys and their values, last on the line",
+}
 _EXAMPLE = """an example, on your own data:
   %(prog)s --config-file configs/coco/instance/mask2former_r50.yaml \\
     --peft-config configs/peft/mask2former/lora.yaml --train-json a.json --train-images a/ \\
@@ -62,6 +72,8 @@ def training_parser() -> argparse.ArgumentParser:
 
     parser = default_argument_parser(epilog=_EXAMPLE)
     parser.usage = "%(prog)s [arguments] [KEY VALUE ...]"
+    for action in parser._actions:  # shorter words than Detectron2's, and true here
+        action.help = _HELP.get(action.dest, action.help)
     parser.set_defaults(dist_url="auto")  # Detectron2's is one port per user: two runs would meet there
     parser.add_argument("--num-processes", type=int, default=0, metavar="N", help="processes per machine on the CPU")
     parser.add_argument("--peft-config", default="", metavar="FILE", help="one of configs/peft, on top")
@@ -185,10 +197,17 @@ def prepare_config(args: argparse.Namespace) -> Any:
 
 def _take_own_data(loaded: LoadedConfig, args: argparse.Namespace) -> None:
     """Put ``--train-json`` and its companions into the config, where they replace the file's data sets."""
+    from peft_d2.data.formats import store
+
     node = loaded.cfg.DATASETS
     others_data = getattr(args, "train_json", "") or getattr(args, "train_data", "")
+    sets = _own_sets(args)
     for split, target in (("train", "TRAIN"), ("val", "TEST")):
-        json_path, images = _own_files(args, split, Path(loaded.cfg.OUTPUT_DIR, "data"))
+        json_path, images = (getattr(args, f"{split}_{part}", "") for part in ("json", "images"))
+        if split in sets:
+            data, folder = sets[split]
+            json_path = str(store(data, Path(loaded.cfg.OUTPUT_DIR, "data"), f"{args.name}_{split}"))
+            images = str(folder)
         if bool(json_path) != bool(images):
             raise ConfigError(f"--{split}-json and --{split}-images belong together: give both or none.")
         if json_path:
@@ -200,25 +219,27 @@ def _take_own_data(loaded: LoadedConfig, args: argparse.Namespace) -> None:
             node.TEST = ()  # the config's own are of other data
 
 
-def _own_files(args: argparse.Namespace, split: str, target: Path) -> tuple[str, str]:
-    """Json and image folder of a split; what has another format, or gets other classes, is written to ``target``."""
-    from peft_d2.data.formats import map_classes, read_class_map, read_folder, store
+def _own_sets(args: argparse.Namespace) -> dict[str, tuple[dict[str, Any], Path]]:
+    """Of each split that has another format than COCO's, or gets other classes: the set, and its images' folder."""
+    from peft_d2.data.formats import map_classes, read_class_map, read_folder
     from peft_d2.data.records import read_json
 
-    json_path, images, folder = (str(getattr(args, f"{split}_{part}", "")) for part in ("json", "images", "data"))
-    class_map = str(getattr(args, "class_map", ""))
-    if folder and (json_path or images):
-        raise ConfigError(f"--{split}-data stands for --{split}-json and --{split}-images: leave these out.")
-    if not folder and not (class_map and json_path):
-        return json_path, images
-    if folder:
-        understood, data, root = read_folder(folder, split)
-        logger.info("--%s-data %s is %s. To see it: peft-d2 check-data --data %s --split %s --sheet sheet.jpg",
-                    split, folder, understood, folder, split)  # fmt: skip
-    else:
-        data, root = read_json(json_path), Path(images)
-    data = map_classes(data, read_class_map(class_map)) if class_map else data
-    return str(store(data, target, f"{args.name}_{split}")), str(root)
+    sets, class_map = {}, getattr(args, "class_map", "")
+    for split in ("train", "val"):
+        json_path, images, folder = (str(getattr(args, f"{split}_{part}", "")) for part in ("json", "images", "data"))
+        if folder and (json_path or images):
+            raise ConfigError(f"--{split}-data stands for --{split}-json and --{split}-images: leave these out.")
+        if folder:
+            understood, data, root = read_folder(folder, split)
+            logger.info("--%s-data %s is %s. To see it: peft-d2 check-data --data %s --split %s --sheet sheet.jpg",
+                        split, folder, understood, folder, split)  # fmt: skip
+            sets[split] = data, root
+        elif class_map and json_path and images:
+            sets[split] = read_json(json_path), Path(images)
+    if class_map:
+        mapped = map_classes(read_class_map(class_map), *(data for data, _ in sets.values()))
+        sets = {split: (data, root) for data, (split, (_, root)) in zip(mapped, sets.items(), strict=True)}
+    return sets
 
 
 def _make_paths_absolute(cfg: Any) -> None:

@@ -320,13 +320,13 @@ def test_boxes_and_ellipses(tmp_path: Path) -> None:
 def test_class_maps(tmp_path: Path) -> None:
     write_coco(tmp_path)
     data = read_folder(tmp_path)[1]
-    merged = map_classes(data, read_class_map("cat=pet,dog=pet"))
+    (merged,) = map_classes(read_class_map("cat=pet,dog=pet"), data)
     assert merged["categories"] == [{"id": 1, "name": "pet"}] and len(merged["annotations"]) == 3
     (tmp_path / "map.yaml").write_text("dog: \n")
-    kept = map_classes(data, read_class_map(str(tmp_path / "map.yaml")))
+    (kept,) = map_classes(read_class_map(str(tmp_path / "map.yaml")), data)
     assert [c["name"] for c in kept["categories"]] == ["cat"] and len(kept["annotations"]) == 1
-    with pytest.raises(DatasetError, match="'bird' is no class of this set. It has cat, dog"):
-        map_classes(data, {"bird": "pet"})
+    with pytest.raises(DatasetError, match="'bird' is no class of this data. It has cat, dog"):
+        map_classes({"bird": "pet"}, data, kept)
     with pytest.raises(DatasetError, match="expected old=new,old=new"):
         read_class_map("cat")
 

@@ -190,6 +190,32 @@ def test_a_plain_model_is_evaluated_afterwards(run: Callable[..., str], finished
     assert torch.cuda.is_available() or console.count("torch sees no CUDA device here") == 1
 
 
+def test_own_data_as_labelme_and_yolo_have_it(run: Callable[..., str], tmp_path: Path) -> None:
+    """Trained on one, evaluated on the other, whose class has another name; and what was understood is said."""
+    for folder, words in (("labelme", ""), ("yolo", "0 .1 .1 .6 .1 .6 .6 .1 .6")):
+        (tmp_path / folder).mkdir()
+        Image.new("RGB", (64, 64)).save(tmp_path / folder / "a.png")
+        if words:
+            (tmp_path / folder / "a.txt").write_text(words)
+            (tmp_path / folder / "classes.txt").write_text("kitten\n")
+    shape = {"label": "cat", "shape_type": "polygon", "points": [[5, 5], [40, 5], [40, 40]]}
+    (tmp_path / "labelme" / "a.json").write_text(json.dumps({"imagePath": "a.png", "shapes": [shape]}))
+    out = tmp_path / "out"
+    common = ["--config-file", TINY, "--train-data", tmp_path / "labelme", "--val-data", tmp_path / "yolo"]
+    settings = ["MODEL.DEVICE", "cpu", "SOLVER.MAX_ITER", 1, "SOLVER.IMS_PER_BATCH", 1, "OUTPUT_DIR", out]
+    assert "kitten" in run("train_net", *common, "--name", "unpaired", *settings, fails=True)
+    error = run("train_net", *common, "--class-map", "kitten=cat,dog=cat", *settings, fails=True)
+    assert "'dog' is no class of this data. It has cat, kitten" in error
+    said = run("train_net", *common, "--class-map", "kitten=cat", *settings)
+    assert "labelme: 1 images, 1 objects, 1 class(es): cat" in said and "YOLO segmentation: 1 images, 1 objects" in said
+    results = json.loads((out / "inference" / "own_val" / "coco_instances_results.json").read_text())
+    assert {row["category_id"] for row in results} == {1}
+    again = run(
+        "train_net", "--config-file", out / "config.yaml", "--eval-only", "MODEL.WEIGHTS", out / "model_final.pth"
+    )
+    assert "Evaluation results for segm" in again
+
+
 @MODELS
 def test_demo(
     run: Callable[..., str], runs: Callable[[Path], Path], data: toy.ToySet, tmp_path: Path, config: Path

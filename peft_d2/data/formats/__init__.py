@@ -86,15 +86,19 @@ def read_class_map(text: str) -> dict[str, str]:
     return {str(old).strip(): str(new or "").strip() for old, new in found.items()}
 
 
-def map_classes(data: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
-    """A COCO-format set with classes renamed, merged where two get one name, and left out where the new name is "".
+def map_classes(names: Mapping[str, str], *sets: dict[str, Any]) -> list[dict[str, Any]]:
+    """COCO-format sets with classes renamed, merged where two get one name, and left out where the new name is "".
 
     Raises:
-        DatasetError: a class that the set does not have.
+        DatasetError: a class that none of the sets has.
     """
-    known = [category["name"] for category in data["categories"]]
-    if unknown := names.keys() - set(known):
-        raise DatasetError(f"class map: {min(unknown)!r} is no class of this set. It has {', '.join(known)}.")
+    known = dict.fromkeys(category["name"] for data in sets for category in data["categories"])
+    if unknown := names.keys() - known.keys():
+        raise DatasetError(f"class map: {min(unknown)!r} is no class of this data. It has {shortened(list(known))}.")
+    return [_mapped(data, names) for data in sets]
+
+
+def _mapped(data: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
     renamed = {category["id"]: names.get(category["name"], category["name"]) for category in data["categories"]}
     ids = {name: number for number, name in enumerate(dict.fromkeys(filter(None, renamed.values())), 1)}
     kept = [a for a in data.get("annotations", ()) if renamed[a["category_id"]]]
