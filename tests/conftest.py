@@ -32,6 +32,8 @@ SLOW = {
     *(f"tools/test_{name}.py" for name in ("train_net", "analyze_peft", "visualize_data", "model_zoo", "nuclei_study")),
     *(
         "engine/test_eomt.py",
+        "engine/test_sam2.py",
+        "models/sam2/test_sam2.py",
         "models/eomt/test_eomt.py",
         "models/mask2former/test_golden.py",
         "models/mask2former/test_transformers.py",

@@ -82,7 +82,11 @@ def check_classes(cfg: Any) -> None:
         kind = _metadata(name).get("evaluator_type")
         if kind in _BY_CATEGORY:
             category_indices(cfg, name)
-        elif cfg.DATASETS.TRAIN and base_architecture(cfg).removeprefix("PD2") not in ("SEEM", "SegmentAnything"):
+        elif cfg.DATASETS.TRAIN and base_architecture(cfg).removeprefix("PD2") not in (
+            "SEEM",
+            "SegmentAnything",
+            "SAM2",
+        ):
             key = "thing_classes" if kind in ("pascal_voc", "cityscapes_instance") else "stuff_classes"
             trained, tested = (_metadata(n).get(key) for n in (cfg.DATASETS.TRAIN[0], name))
             if trained and tested and list(trained) != list(tested):
@@ -98,7 +102,11 @@ def _trained_classes(cfg: Any, tested: Mapping[int, str]) -> list[str]:
     if architecture == "SEEM":
         return list(cfg.MODEL.SEEM.CLASS_NAMES)
     first = next(iter([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]), None)
-    if first is None or architecture == "SegmentAnything" or "panoptic" in _metadata(first).get("evaluator_type", ""):
+    if (
+        first is None
+        or architecture in ("SegmentAnything", "SAM2")
+        or "panoptic" in _metadata(first).get("evaluator_type", "")
+    ):
         return []
     found = list((_category_names(first) or {}).values()) or list(_metadata(first).get("thing_classes", ()))
     count = {

@@ -63,7 +63,7 @@ def _makers(cfg: Any, name: str, folder: str | None) -> list[Callable[[], Datase
     instance, semantic, panoptic = (
         test is None or bool(test[key]) for key in ("INSTANCE_ON", "SEMANTIC_ON", "PANOPTIC_ON")
     )
-    prompted = base_architecture(cfg) == "PD2SegmentAnything" and not cfg.INPUT.PROMPTS.DETECTIONS
+    prompted = base_architecture(cfg) in ("PD2SegmentAnything", "PD2SAM2") and not cfg.INPUT.PROMPTS.DETECTIONS
     coco = partial(
         FastCOCOEvaluator, output_dir=folder, kpt_oks_sigmas=tuple(cfg.TEST.KEYPOINT_OKS_SIGMAS), classes=classes,
         report=cfg.TEST.get("REPORT", False), outside=cfg.DATASETS.get("ALLOW_FILES_OUTSIDE", False),

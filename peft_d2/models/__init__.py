@@ -17,6 +17,8 @@ for _module in (
     "mask_dino.model",
     "seem.model",
     "sam.model",
+    "sam2.model",
+    "sam2.image_encoder",
     "eomt.model",
     "eomt.encoder",
     "eomt.head",

@@ -82,6 +82,14 @@ FAMILIES = (
         ("sam/vit_b", "sam/vit_l", "sam/vit_h", "sam/vit_b_mask2former"),
     ),
     Family(
+        "Segment Anything 2",
+        "Its image path.",
+        ("sam2",),
+        {"decoder": "sam2/decoder", "LoRA": "sam2/lora", "LoRA with COBOT": "sam2/lora_cobot"},
+        ("sam2/*", "mask2former/lora_cobot_sam2", "full"),
+        ("sam2/hiera_t", "sam2/hiera_b_plus", "sam2/hiera_l", "sam2/hiera_t_mask2former"),
+    ),
+    Family(
         "EoMT",
         "Encoders are timm's; their heads learn in full with every method.",
         ("eomt",),

@@ -5,6 +5,8 @@ Kirillov et al., ICCV 2023, appendix A, "Lightweight mask decoder". Names are th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from detectron2.config import CfgNode
@@ -115,14 +117,29 @@ class SAMMaskDecoder(nn.Module):
         The image's ``embedding`` is (1, C, G, G), or one per prompt, its ``positions`` (1, C, G, G); of the prompts are
         ``tokens`` (B, T, C) and what is added to the pixels, ``dense`` (B, C, G, G).
         """
-        count, grid = len(tokens), embedding.shape[-2:]
-        own = torch.cat([self.iou_token.weight, self.mask_tokens.weight]).expand(count, -1, -1)
+        tokens, upscaled = self.attend(embedding, positions, tokens, dense)
+        # The first token expects the IoU, one token per mask follows.
+        chosen = list(range(1, len(self.output_hypernetworks_mlps)) if multimask else range(1))
+        return self.masks(tokens[:, 1:], upscaled, chosen), self.iou_prediction_head(tokens[:, 0])[:, chosen]
+
+    def own_tokens(self) -> Tensor:
+        return torch.cat([self.iou_token.weight, self.mask_tokens.weight])
+
+    def upscale(self, pixels: Tensor, fine: Sequence[Tensor]) -> Tensor:
+        """(B, C, G, G) -> (B, C / 8, 4 G, 4 G); ``fine`` are maps of the image in between, where a model has them."""
+        return self.output_upscaling(pixels)
+
+    def attend(
+        self, embedding: Tensor, positions: Tensor, tokens: Tensor, dense: Tensor, fine: Sequence[Tensor] = ()
+    ) -> tuple[Tensor, Tensor]:
+        """The decoder's own tokens and then the prompts', (B, own + T, C), and the upscaled pixels, after attending."""
+        own = self.own_tokens().expand(len(tokens), -1, -1)
         pixels = (embedding + dense).flatten(2).transpose(1, 2)
         pixel_positions = positions.flatten(2).transpose(1, 2).expand_as(pixels)
         tokens, pixels = self.transformer(torch.cat([own, tokens], dim=1), pixels, pixel_positions)
-        upscaled = self.output_upscaling(pixels.transpose(1, 2).unflatten(2, grid))
-        # The first token expects the IoU, one token per mask follows.
-        chosen = range(1, len(self.output_hypernetworks_mlps)) if multimask else range(1)
-        weights = torch.stack([self.output_hypernetworks_mlps[i](tokens[:, 1 + i]) for i in chosen], dim=1)
-        masks = torch.einsum("bkc,bchw->bkhw", weights, upscaled)
-        return masks, self.iou_prediction_head(tokens[:, 0])[:, list(chosen)]
+        return tokens, self.upscale(pixels.transpose(1, 2).unflatten(2, embedding.shape[-2:]), fine)
+
+    def masks(self, tokens: Tensor, upscaled: Tensor, chosen: Sequence[int]) -> Tensor:
+        """Logits (B, K, h, w) of the ``chosen`` mask tokens, out of ``tokens`` (B, masks or more, C)."""
+        weights = torch.stack([self.output_hypernetworks_mlps[i](tokens[:, i]) for i in chosen], dim=1)
+        return torch.einsum("bkc,bchw->bkhw", weights, upscaled)

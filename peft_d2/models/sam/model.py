@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from detectron2.config import CfgNode
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.structures import Boxes, Instances
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from peft_d2.models.checks import expect, expect_numbers
@@ -52,6 +52,9 @@ class SegmentAnything(PixelModel):
 
     # The single mask's loss reaches neither the tokens of the other masks nor, without its loss, the expected IoU.
     has_unused_parameters = True
+    image_encoder_class: type[nn.Module] = ImageEncoder
+    prompt_encoder_class = PromptEncoder
+    mask_decoder_class = SAMMaskDecoder
 
     def __init__(self, cfg: CfgNode) -> None:
         super().__init__(cfg)
@@ -62,10 +65,11 @@ class SegmentAnything(PixelModel):
         shared_out = node.OUT_CHANNELS >= 1 and node.OUT_CHANNELS % shares == 0
         expected = f"a multiple of {shares}, with DECODER_HEADS {node.DECODER_HEADS}"
         expect(shared_out, f"{path}.OUT_CHANNELS", node.OUT_CHANNELS, expected)
-        self.image_encoder = ImageEncoder(cfg)
+        self.image_encoder: Any = self.image_encoder_class(cfg)
         grid = node.IMAGE_SIZE // node.PATCH_SIZE
-        self.prompt_encoder = PromptEncoder(node.OUT_CHANNELS, grid, node.IMAGE_SIZE, node.MASK_IN_CHANNELS)
-        self.mask_decoder = SAMMaskDecoder(cfg)
+        prompts = node.OUT_CHANNELS, grid, node.IMAGE_SIZE, node.MASK_IN_CHANNELS
+        self.prompt_encoder = self.prompt_encoder_class(*prompts)
+        self.mask_decoder: Any = self.mask_decoder_class(cfg)
         self.image_size = node.IMAGE_SIZE
         self.multimask = node.MULTIMASK
         self.prompts_per_call = node.PROMPTS_PER_CALL
@@ -87,35 +91,44 @@ class SegmentAnything(PixelModel):
             Without any prompt there is one mask; with prompts of length 0 there is none.
         """
         images = [self.preprocess(item["image"], item.get("file_name", "an image")) for item in batched_inputs]
-        embeddings = self.image_encoder(torch.stack(images))
+        embeddings = self.encode(torch.stack(images))
         if self.training:
             return self.losses(embeddings, batched_inputs)
         return [
-            {"instances": self.inference(embedding[None], item)}
+            {"instances": self.inference(embedding, item)}
             for embedding, item in zip(embeddings, batched_inputs, strict=True)
         ]
 
+    def encode(self, images: Tensor) -> list[Any]:
+        """What :meth:`decode` takes of each of the images (N, C, S, S)."""
+        return list(self.image_encoder(images).split(1))
+
     def preprocess(self, image: Tensor, name: str = "an image") -> Tensor:
         """Normalise (C, H, W), then pad with zeros at the bottom and on the right to (C, S, S)."""
+        height, width = self.checked_size(image, name)
+        return F.pad(self.normalised(image, name), (0, self.image_size - width, 0, self.image_size - height))
+
+    def checked_size(self, image: Tensor, name: str) -> tuple[int, int]:
+        """Height and width of an image, which must not be larger than the model's."""
         height, width = image.shape[-2:]
         if not 0 < min(height, width) <= max(height, width) <= self.image_size:
             raise PromptError(
                 f"{name}: the image is {width} x {height} px, but the model takes 1 to {self.image_size} px a side. "
                 f"Resize its longer side to {self.image_size} px, e.g. with INPUT.DATASET_MAPPER_NAME sam_prompts."
             )
-        return F.pad(self.normalised(image, name), (0, self.image_size - width, 0, self.image_size - height))
+        return height, width
 
     def count_objects(self, batched_inputs: list[dict[str, Any]]) -> list[int]:
         return [count_objects(item) for item in batched_inputs]
 
-    def decode(self, embedding: Tensor, prompts: Prompts, multimask: bool = False) -> tuple[Tensor, Tensor]:
+    def decode(self, embedding: Any, prompts: Prompts, multimask: bool = False) -> tuple[Tensor, Tensor]:
         """Logits (N, K, 4 G, 4 G) on the padded image and expected IoU (N, K) for one embedding (1, C, G, G)."""
         tokens, dense = self.prompt_encoder(prompts.points, prompts.boxes, prompts.masks)
         return self.mask_decoder(embedding, self.prompt_encoder.dense_positions(), tokens, dense, multimask)
 
-    def losses(self, embeddings: Tensor, batched_inputs: list[dict[str, Any]]) -> dict[str, Tensor]:
+    def losses(self, embeddings: list[Any], batched_inputs: list[dict[str, Any]]) -> dict[str, Tensor]:
         """The weighted losses, means over all objects of the batch."""
-        totals = {name: embeddings.new_zeros((), dtype=torch.float32) for name, w in self.weights.items() if w}
+        totals = {name: torch.zeros((), device=self.device) for name, weight in self.weights.items() if weight}
         targets = [_target(item["instances"], self.device) for item in batched_inputs]
         count = average_count(batched_inputs[0].get("batch_objects") or objects_of_all(targets))
         for embedding, item, target in zip(embeddings, batched_inputs, targets, strict=True):
@@ -134,7 +147,7 @@ class SegmentAnything(PixelModel):
             parts = [slice(0, 0)] if not len(labels) else self._canvas(size).chunks(len(labels))
             for part in parts:
                 whole = part.stop - part.start == len(labels)
-                pieces = (embedding[None], prompts if whole else prompts[part], labels[part], size, count)
+                pieces = (embedding, prompts if whole else prompts[part], labels[part], size, count)
                 # Many objects are decoded a part at a time, and again for the backward pass: nothing of them is kept.
                 again = not whole and torch.is_grad_enabled()
                 run = partial(checkpoint, self._part_losses, use_reentrant=False) if again else self._part_losses
@@ -143,13 +156,14 @@ class SegmentAnything(PixelModel):
         return totals
 
     def _part_losses(
-        self, embedding: Tensor, prompts: Prompts, labels: Tensor, size: tuple[int, int], count: float
+        self, embedding: Any, prompts: Prompts, labels: Tensor, size: tuple[int, int], count: float
     ) -> dict[str, Tensor]:
         logits, quality = self.decode(embedding, prompts)
         with torch.autocast(self.device.type, enabled=False):
             return self._image_losses(logits.float(), quality.float(), labels, size, count)
 
     def _canvas(self, size: tuple[int, int], output: tuple[int, int] | None = None) -> Canvas:
+        """Where the masks of an image of ``size`` (H, W) go, for an ``output`` (H, W), by default its own."""
         return Canvas((self.image_size, self.image_size), size, output or size)
 
     def _prompts(self, item: dict[str, Any], size: tuple[int, int]) -> Prompts:
@@ -173,13 +187,13 @@ class SegmentAnything(PixelModel):
         }
         return {name: value for name, value in losses.items() if self.weights[name]}
 
-    def inference(self, embedding: Tensor, item: dict[str, Any]) -> Instances:
+    def inference(self, embedding: Any, item: dict[str, Any]) -> Instances:
         """One instance per prompt of an image, in the size that the item wants."""
         size = (item["image"].shape[-2], item["image"].shape[-1])
         wanted = (int(item.get("height", size[0])), int(item.get("width", size[1])))
         canvas, prompts = self._canvas(size, wanted), self._prompts(item, size)
         masks = torch.empty((len(prompts), *wanted), dtype=torch.bool, device=self.device)
-        scores, done = [embedding.new_zeros(0)], 0
+        scores, done = [torch.zeros(0, device=self.device)], 0
         for part in prompts.split(self.prompts_per_call):
             logits, quality = self.decode(embedding, part, self.multimask)
             score, best = quality.float().max(1)

@@ -56,7 +56,9 @@ class Lora(Method):
             return f"its weight is stored as {weight.dtype}"
         if base in _LINEAR and "out" in parts:
             return "PARTS names out, which only nn.MultiheadAttention has"
-        if base in _LINEAR and parts and module.out_features != 3 * module.in_features:
+        if (
+            base in _LINEAR and parts and module.out_features / module.in_features not in (3, 6)
+        ):  # 6: Hiera's, twice as wide
             return f"PARTS needs a fused qkv, d -> 3 d; this is {module.in_features} -> {module.out_features}"
         if base is nn.Embedding and module.max_norm is not None:
             return "its max_norm rewrites the frozen weight as it reads it"
