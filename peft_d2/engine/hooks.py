@@ -96,7 +96,6 @@ class FitMemory(HookBase):
             with step.precision():
                 return model(batch)
 
-        self.trainer._step_failed = True  # what is refused here is not evaluated at the end
         states = 1 if isinstance(step.optimizer, torch.optim.SGD) else 2
         self._plan = memory.fit_memory(
             model,
@@ -107,7 +106,6 @@ class FitMemory(HookBase):
             pieces=step.pieces,
             agree=lambda excess: max(comm.all_gather(excess)),
         )
-        self.trainer._step_failed = False
         step.pieces = self._plan.pieces
         logger.info("Memory of a training step:\n%s", self._plan)
         self._peak = memory.StepPeak(model)

@@ -31,7 +31,7 @@ from peft_d2.compat import (
 from peft_d2.data.config import PEFT_ARCHITECTURE
 from peft_d2.data.images import lies_inside
 from peft_d2.engine.checks import apply_class_count, check_run, run_lock
-from peft_d2.engine.config import LoadedConfig, load_config
+from peft_d2.engine.config import AUTO, LoadedConfig, load_config
 from peft_d2.engine.errors import (
     ConfigError,
     LimitReached,
@@ -105,19 +105,22 @@ def run(args: argparse.Namespace) -> Any:
     """Train or evaluate in this process."""
     from detectron2.utils import comm
 
-    from peft_d2.engine import recommend
     from peft_d2.engine.trainer import Trainer
     from peft_d2.storage import atomic
 
     with contextlib.ExitStack() as stack:
         with _lines_held_back():
-            cfg = recommend.settled(prepare_config(args), keep=args.resume or args.eval_only)
+            cfg = prepare_config(args)
             check_run(cfg, args.eval_only)
             if comm.is_main_process() and not args.eval_only:
                 stack.enter_context(run_lock(cfg.OUTPUT_DIR))
             start_logs(cfg, args)
         stack.enter_context(atomic.explained(Path(cfg.OUTPUT_DIR)))
         stack.enter_context(_failures_named())
+        if AUTO in cfg.MODEL.PEFT.METHODS:
+            from peft_d2.engine.recommend import settled
+
+            cfg = settled(cfg, keep=args.resume or args.eval_only)
         if args.eval_only:
             return evaluate(cfg, args.resume)
         torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK

@@ -19,7 +19,7 @@ from torch import nn
 from peft_d2 import adapters, peft
 from peft_d2.data.config import PEFT_ARCHITECTURE
 from peft_d2.data.loader import build_train_loader, sample_seed
-from peft_d2.engine.config import AUTO, leaves
+from peft_d2.engine.config import leaves
 from peft_d2.engine.errors import ConfigError
 from peft_d2.engine.optimizer import build_optimizer
 from peft_d2.peft.ranking import Recommendation, recommend
@@ -45,8 +45,6 @@ def settled(cfg: Any, keep: bool) -> Any:
 
     from peft_d2.storage import atomic
 
-    if list(cfg.MODEL.PEFT.METHODS) != [AUTO]:
-        return cfg
     if comm.get_world_size() > 1:
         raise ConfigError(
             "MODEL.PEFT.METHODS auto takes one process: run tools/recommend.py, and give its file as --peft-config."

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copyreg
 import ctypes
+import functools
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -210,9 +211,9 @@ def resident_bytes() -> int:
 
 
 _PAGE = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
-_MALLOC = _Malloc()
+_malloc = functools.cache(_Malloc)
 
 
 def return_freed_memory(ceiling: int = 0) -> None:
     """Let malloc give back what it holds of freed tensors; without it, a CPU's peak is up to twice what is used."""
-    _MALLOC.give_back(ceiling)
+    _malloc().give_back(ceiling)
