@@ -82,10 +82,14 @@ def _detectron2() -> Iterator[Finding]:
         return
     yield _package("fvcore.nn", "fvcore", "", "")
     yield _package("iopath.common.file_io", "iopath", "", "")
-    if fault := _import_fault("cv2"):
-        yield "note", "opencv", f"{fault}; pictures need it", "pip install opencv-python-headless"
-    else:
-        yield "ok", "opencv", _version("opencv", "cv2")
+    for module, name, what, package in (
+        ("cv2", "opencv", "pictures and polygons need it", "opencv-python-headless"),
+        ("timm", "timm", "the demo and PD2Timm need it", "timm"),
+    ):
+        if fault := _import_fault(module):
+            yield "note", name, f"{fault}; {what}", f"pip install {package}"
+        else:
+            yield "ok", name, _version(name, module)
     if fault := next(filter(None, map(_import_fault, ("detectron2", "detectron2.modeling", "detectron2.engine"))), ""):
         yield "missing", "detectron2", f"{version}, {fault}", HOW_TO_GET_DETECTRON2
     else:

@@ -35,6 +35,7 @@ def recommend_parser() -> argparse.ArgumentParser:
     parser.add_argument("--peft-config", default="", metavar="FILE", help="one of configs/peft, on top, for its TRAIN")
     parser.add_argument("--train-json", default="", metavar="FILE", help="annotations, COCO format")
     parser.add_argument("--train-images", default="", metavar="DIR", help="folder of the images")
+    parser.add_argument("--train-data", default="", metavar="DIR", help="instead: a folder; its format is recognised")
     parser.add_argument("--name", default="own", help="what the data set is called: NAME_train")
     parser.add_argument("--percent", type=float, default=0.0, help="of the parameters to train (MODEL.PEFT.BUDGET)")
     parser.add_argument(
@@ -60,7 +61,7 @@ def recommended(args: argparse.Namespace) -> str:
     cfg = prepare_config(args)
     if not cfg.DATASETS.TRAIN:
         raise ConfigError(
-            "DATASETS.TRAIN is empty: give --train-json and --train-images, or name registered data sets."
+            "DATASETS.TRAIN is empty: give --train-json and --train-images, --train-data, or name registered data sets."
         )
     return explained(*advise(cfg, int(args.memory * 2**20 / BYTES)))
 
