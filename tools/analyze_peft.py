@@ -17,7 +17,6 @@ import logging
 import multiprocessing
 import os
 import platform
-import resource
 import sys
 import tempfile
 import time
@@ -28,11 +27,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from peft_d2.engine.checks import build_model
 from peft_d2.engine.errors import ConfigError
 from peft_d2.engine.launch import one_line_errors, prepare_config
-from peft_d2.memory import SavedTensors
+from peft_d2.memory import MemoryPlan, SavedTensors, fit_memory
+from peft_d2.memory.blocks import resident_bytes, return_freed_memory
+from peft_d2.memory.meter import ProcessPeak
 
 FULL = "full fine-tuning"
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -44,7 +46,9 @@ class Figures:
     """What was measured of one case; times are the shortest of all rounds in seconds, sizes are bytes.
 
     Attributes:
-        peak_memory: highest resident size of the case's process, or memory allocated on its GPU.
+        peak_memory: the highest of all training steps: the weights, and what the process grew by beyond the idle
+            model, or memory allocated on its GPU.
+        planned_memory: what the plan of a memory budget expects it to be; None without one.
         saved_bytes, saved_tensors: what autograd keeps between forward and backward, weights not counted.
         merged_time: of inference with the adapter merged; None where it is no change of weights.
         twin_time: of a step with deformable attention in plain torch; None where it was not asked for.
@@ -61,6 +65,7 @@ class Figures:
     inference_time: float
     merged_time: float | None
     twin_time: float | None
+    planned_memory: int | None
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -79,6 +84,9 @@ def analysis_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--config-file", required=True, metavar="FILE", help="the model's config")
     parser.add_argument("--peft-config", nargs="*", default=[], metavar="FILE", help="one or more of configs/peft")
+    parser.add_argument(
+        "--budget", type=float, nargs="*", default=[], metavar="GIB", help="each of them under these budgets, too"
+    )
     parser.add_argument("--size", type=int, default=512, help="height and width of the images")
     parser.add_argument("--batch", type=int, default=1, help="images of a training step; inference takes one")
     parser.add_argument("--rounds", type=int, default=5, help="how often each is measured, after one to warm up")
@@ -92,6 +100,7 @@ def analysis_parser() -> argparse.ArgumentParser:
         "--twin", action="store_true", help="take each step with deformable attention in plain torch, too"
     )
     parser.add_argument("--json", default="", metavar="FILE", help="write the figures there, too")
+    parser.add_argument("--plot", default="", metavar="FILE", help="draw peak against time there")
     parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="config KEY VALUE pairs")
     return parser
 
@@ -113,10 +122,11 @@ def analyze(args: argparse.Namespace) -> list[Figures]:
     if len(set(names)) < len(names):
         names = list(args.peft_config)
     with contextlib.ExitStack() as stack:
-        peers = [
-            stack.enter_context(_Peer(name, path, args))
-            for name, path in zip((FULL, *names), ("", *args.peft_config), strict=True)
-        ]
+        peers = [stack.enter_context(_Peer(FULL, "", args))]
+        for name, path in zip(names, args.peft_config, strict=True):
+            peers.append(stack.enter_context(_Peer(name, path, args)))
+            for budget in args.budget:
+                peers.append(stack.enter_context(_Peer(f"{name}, {budget:g} GiB", path, args, budget=budget)))
         for number in range(args.rounds + 1):
             for whats in (("step",), ("infer", "merged")):  # what is compared follows one another at once
                 for peer in peers:
@@ -126,6 +136,8 @@ def analyze(args: argparse.Namespace) -> list[Figures]:
         figures = [peer.figures() for peer in peers]
         operator = peers[0].ask("operator")
     print(table(figures))
+    if args.plot:
+        plot(figures, args.plot)
     if args.json:
         about = {"config": args.config_file, "size": args.size, "batch": args.batch, "rounds": args.rounds}
         about |= {"torch": torch.__version__, "machine": platform.processor() or platform.machine()}
@@ -142,6 +154,10 @@ def table(figures: Sequence[Figures]) -> str:
         + ["file MB", "inference s", "merged s"],
         ["---", *["---:"] * 9],
     ]
+    planned = any(item.planned_memory is not None for item in figures)
+    if planned:
+        rows[0].append("planned MiB")
+        rows[1].append("---:")
     if base.twin_time is not None:
         rows[0].append("step with the twin s (of its own)")
         rows[1].append("---:")
@@ -159,10 +175,33 @@ def table(figures: Sequence[Figures]) -> str:
                 _beside(item.file_size, base.file_size, 1e6, 2),
                 _beside(item.inference_time, base.inference_time, 1, 3),
                 merged,
+                *(["" if item.planned_memory is None else f"{item.planned_memory / 2**20:.0f}"] if planned else []),
                 *([] if item.twin_time is None else [_beside(item.twin_time, item.step_time, 1, 3)]),
             ]
         )
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def plot(figures: Sequence[Figures], path: str) -> None:
+    """Draw each case's peak of a training step against its time."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 5))
+    for item in figures:
+        at = (item.step_time, item.peak_memory / 2**20)
+        axes.plot(*at, "o" if item.planned_memory is None else "s")
+        axes.annotate(item.name, at, textcoords="offset points", xytext=(6, 4), fontsize=8)
+    axes.set(
+        xlabel="seconds of a training step",
+        ylabel="peak memory, MiB",
+        xlim=(0, 1.4 * max(item.step_time for item in figures)),
+    )
+    axes.set_ylim(0)
+    figure.savefig(path, bbox_inches="tight", dpi=120)
+    pyplot.close(figure)
 
 
 def _beside(value: float, reference: float, unit: float, digits: int = 0) -> str:
@@ -172,13 +211,15 @@ def _beside(value: float, reference: float, unit: float, digits: int = 0) -> str
 class _Peer:
     """This side of a case's process, and of another one that runs the operator's twin where that is asked for."""
 
-    def __init__(self, name: str, peft_config: str, args: argparse.Namespace, backend: str = "") -> None:
+    def __init__(
+        self, name: str, peft_config: str, args: argparse.Namespace, backend: str = "", budget: float | None = None
+    ) -> None:
         context = multiprocessing.get_context("spawn")
         self.name = name
-        self.twin = _Peer(f"{name}, twin", peft_config, args, "torch") if args.twin and not backend else None
+        self.twin = _Peer(f"{name}, twin", peft_config, args, "torch", budget) if args.twin and not backend else None
         self.times: dict[str, list[float]] = {"step": [], "infer": [], "merged": []}
         self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, peft_config, args, backend), daemon=True)
+        self._process = context.Process(target=_serve, args=(theirs, peft_config, args, backend, budget), daemon=True)
 
     def __enter__(self) -> _Peer:
         self._process.start()
@@ -226,7 +267,9 @@ class _Peer:
         )
 
 
-def _serve(connection: Connection, peft_config: str, args: argparse.Namespace, backend: str) -> None:
+def _serve(
+    connection: Connection, peft_config: str, args: argparse.Namespace, backend: str, budget: float | None
+) -> None:
     """The other side: build the case, then answer one question after another."""
     logging.disable(logging.WARNING)
     if backend:
@@ -235,7 +278,7 @@ def _serve(connection: Connection, peft_config: str, args: argparse.Namespace, b
     while True:
         question = connection.recv()
         try:
-            case = case or Case(peft_config, args)
+            case = case or Case(peft_config, args, budget)
             connection.send(getattr(case, question)())
         except Exception as error:  # its message is raised in the process that asked
             connection.send(
@@ -255,9 +298,10 @@ class Case:
     Args:
         peft_config: a file, or "" for full fine-tuning.
         args: see :func:`analysis_parser`.
+        budget: GiB that a step may take; None: no limit.
     """
 
-    def __init__(self, peft_config: str, args: argparse.Namespace) -> None:
+    def __init__(self, peft_config: str, args: argparse.Namespace, budget: float | None = None) -> None:
         from peft_d2 import peft
         from peft_d2.engine.optimizer import build_optimizer
         from peft_d2.engine.step import TrainStep, amp_dtype
@@ -270,7 +314,19 @@ class Case:
         self.batch = [random_sample(args.size, self._classes()) for _ in range(args.batch)]
         optimizer = build_optimizer(self.cfg, self.model)
         self._step = TrainStep(self.model, _forever(self.batch), optimizer, amp_dtype(self.cfg))
+        self._plan = None if budget is None else self._fitted(budget)
+        return_freed_memory()
+        self._idle, self._peak = resident_bytes(), 0
         self._clock = CLOCKS[args.clock]
+
+    def _fitted(self, budget: float) -> MemoryPlan:
+        def forward(model: nn.Module, batch: Any) -> Any:
+            with self._step.precision():
+                return model(batch)
+
+        plan = fit_memory(self.model.train(), self.batch, budget, forward=forward)
+        self._step.pieces = plan.pieces
+        return plan
 
     def _classes(self) -> int:
         from peft_d2.engine.checks import class_count_key
@@ -285,7 +341,11 @@ class Case:
         self.model.train()
         with EventStorage(0) as storage:
             self._step.storage = storage
-            return self._seconds(self._step.run_step)
+            start = resident_bytes()
+            with ProcessPeak() as process:
+                seconds = self._seconds(self._step.run_step)
+            self._peak = max(self._peak, start + process.bytes - self._idle)
+            return seconds
 
     def infer(self) -> float:
         """Seconds of one image's inference, adapter as it is."""
@@ -319,12 +379,13 @@ class Case:
         if self._on_gpu():
             peak = torch.cuda.max_memory_allocated()
         else:
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+            peak = self._peak + sum(tensor.nbytes for tensor in (*self.model.parameters(), *self.model.buffers()))
         report = peft.make_report(self.model)
         saved = self._saved()
         return {
             **{"trainable": report.trainable, "percent": report.percent, "peak_memory": peak},
             **{"saved_bytes": saved.bytes, "saved_tensors": saved.count, "file_size": self._file_size()},
+            "planned_memory": None if self._plan is None else self._plan.peak,
         }
 
     def _saved(self) -> SavedTensors:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,7 +26,7 @@ from .meter import Meter, ProcessPeak, device_of, free_bytes, untouched
 
 GIB = 2**30
 AUTO_SHARE = 0.9  # of what is free: allocators need some room between tensors
-_FILLED = 0.95  # of the planned peak, up to which malloc may hold freed memory: giving it back takes time
+_FILLED = 0.9  # of the planned peak, up to which malloc may hold freed memory: giving it back takes time
 _FAR_ABOVE = 2**62
 
 Forward = Callable[[nn.Module, Any], Any]
@@ -153,10 +153,9 @@ def fit_memory(
                     plan.budget, plan.smallest = limit, smallest
                     return_freed_memory()
                     idle = resident_bytes() + optimizer_states * _trained_bytes(model)
-                    growth = step.growth_after(plan.modes)
                     for name, state in states.items():
                         state.mode = plan.modes.get(name, "keep")
-                        state.ceiling = idle + int(_FILLED * plan.above_idle) - growth.get(name, 0)
+                        state.ceiling = idle + int(_FILLED * (plan.above_idle - step.largest_growth))
                     return plan
     except BaseException:
         release_memory(model)
@@ -281,16 +280,11 @@ class _Step:
     seconds: float
     unseen: int  # bytes of the process's peak beyond the tensors that were followed
 
-    def growth_after(self, modes: Mapping[str, Mode]) -> dict[str, int]:
-        """By how many bytes memory grows at most between a reading of a block and the next one of any block."""
-        kept = {call.forward_end: self._size(call) for call in self.calls if modes[call.name] == "keep"}
-        growth: dict[str, int] = {}
-        for call in self.calls:
-            for number in (call.forward_end, call.start, call.end):
-                if 0 < number < len(self.readings) - 1:
-                    more = self.readings[number + 1][1] - self.readings[number][0] + kept.get(number + 1, 0)
-                    growth[call.name] = max(growth.get(call.name, 0), more)
-        return growth
+    @property
+    def largest_growth(self) -> int:
+        """The most bytes by which a moment is above the reading before it."""
+        pairs = zip(self.readings, self.readings[1:], strict=False)
+        return max((peak - before for (before, _), (_, peak) in pairs), default=0)
 
     def choose(self, room: int | None, resident: int, mode: Mode, pieces: int) -> MemoryPlan:
         """Keep the activations that pay most, as long as the peak stays within ``room`` bytes."""

@@ -69,12 +69,15 @@ def test_a_storage_counts_once_and_weights_do_not() -> None:
 
 def test_the_tool(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lora = ROOT / "configs" / "peft" / "mask2former" / "lora.yaml"
-    numbers = ["--size", "64", "--rounds", "1", "--json", str(tmp_path / "a.json")]
-    analysis.main(["--config-file", str(TINY), "--peft-config", str(lora), *numbers])
+    numbers = ["--size", "64", "--rounds", "1", "--json", str(tmp_path / "a.json"), "--plot", str(tmp_path / "a.png")]
+    analysis.main(["--config-file", str(TINY), "--peft-config", str(lora), "--budget", "4", *numbers])
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split("|")[1].strip() for line in lines] == ["", "---", "full fine-tuning", "lora"]
+    assert [line.split("|")[1].strip() for line in lines] == ["", "---", "full fine-tuning", "lora", "lora, 4 GiB"]
     content = json.loads((tmp_path / "a.json").read_text())
-    full, adapted = content["cases"]
+    full, adapted, fitted = content["cases"]
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    assert adapted["planned_memory"] is None and 0 < fitted["planned_memory"] < 4 * 2**30
+    assert fitted["trainable"] == adapted["trainable"]
     assert content["run"]["size"] == 64 and content["run"]["operator"] == ops.default_backend("cpu")
     assert full["percent"] == 100.0 and adapted["percent"] < 10
     assert adapted["file_size"] < 0.2 * full["file_size"]
