@@ -78,7 +78,7 @@ FAMILIES = (
         "`sam/paper` holds the data sets of Peng et al., CVPR 2024 (SAM-COBOT).",
         ("sam",),
         {"decoder": "sam/decoder", "LoRA": "sam/lora", "LoRA with COBOT": "sam/lora_cobot"},
-        ("sam/*", "mask2former/lora_cobot_sam", "full"),
+        ("sam/*", "sam/ablations/*", "mask2former/lora_cobot_sam", "full"),
         ("sam/vit_b", "sam/vit_l", "sam/vit_h", "sam/vit_b_mask2former"),
     ),
     Family(
