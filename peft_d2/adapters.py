@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from peft_d2 import peft
 from peft_d2.peft.adapted import walk
+from peft_d2.peft.errors import shortened
 from peft_d2.peft.lora import LowRank
 from peft_d2.peft.state import tensor_hash
 from peft_d2.storage import CheckpointError, LoadReport, adapter_file, atomic, checkpoint, huggingface
@@ -64,6 +65,32 @@ def inject(
         peft.remove(model)
         raise peft.InjectionError(str(error)) from error
     return report
+
+
+def load_base_of_any(model: nn.Module, path: str) -> tuple[LoadReport, dict[str, Tensor]]:
+    """As :func:`load_base`, and the tensors of adapters where the file is the state dict of an injected model, as
+    Detectron2's own programs write it: for `load_layers`, after the injection.
+    """
+    file = checkpoint.read_checkpoint(_local_file(path))
+    layers = {name: value for name, value in file.state.items() if checkpoint.is_layer(name)}
+    report = checkpoint.load_base(model, file, logger=logger, of_injected=True)
+    return report, file.state if layers else {}
+
+
+def load_layers(model: nn.Module, path: str, state: Mapping[str, Tensor]) -> None:
+    """Load the state dict of an injected model into one that was injected alike.
+
+    Raises:
+        CheckpointError: the model has other adapter layers than the file.
+    """
+    own, given = peft.injected_keys(model), {name for name in state if checkpoint.is_layer(name)}
+    if own != given:
+        raise CheckpointError(
+            f"the checkpoint {path} is of a model with other adapters: {shortened(sorted(own ^ given), 4)} are not in "
+            "both. Give the MODEL.PEFT that it was trained with"
+        )
+    model.load_state_dict(dict(state), strict=False)
+    logger.info("%s is of a model with adapters: their %d tensors are in effect.", path, len(given))
 
 
 def require_trained(model: nn.Module, report: LoadReport) -> None:

@@ -324,7 +324,7 @@ class Predictor:
         self.prompted = isinstance(self.model, SegmentAnything)
         checkpointer = Checkpointer(self.model, cfg.OUTPUT_DIR, allow_other_base=cfg.MODEL.PEFT.ALLOW_OTHER_BASE)
         checkpointer.load(cfg.MODEL.WEIGHTS)
-        warn_of_untrained(cfg, checkpointer.names())
+        warn_of_untrained(cfg, self.model, checkpointer.names())
         names = (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)  # the model's classes are those trained on
         self.metadata = MetadataCatalog.get(names[0] if names else "__unnamed__")
         scored = list(getattr(self.model, "class_names", ()))  # of a model that is told its classes by name

@@ -150,16 +150,18 @@ def evaluate(cfg: Any, resume: bool = False) -> Any:
     resumed = resume and checkpointer.has_checkpoint()
     checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
     if not resumed:
-        warn_of_untrained(cfg, checkpointer.names())
+        warn_of_untrained(cfg, model, checkpointer.names())
     return Trainer.test_all(cfg, model)
 
 
-def warn_of_untrained(cfg: Any, trained: Sequence[str] = ()) -> None:
+def warn_of_untrained(cfg: Any, model: torch.nn.Module, trained: Sequence[str]) -> None:
     """Say that a PEFT config without an adapter predicts as its base does, and that weights are not the run's.
 
     Args:
         trained: names of the checkpoints in ``OUTPUT_DIR``.
     """
+    from peft_d2.peft import is_untrained
+
     node, given = cfg.MODEL.PEFT, cfg.MODEL.WEIGHTS
     if not given:
         logger.warning("MODEL.WEIGHTS is empty: the model has random weights.")
@@ -168,7 +170,7 @@ def warn_of_untrained(cfg: Any, trained: Sequence[str] = ()) -> None:
             "%s is what is evaluated, not what was trained in OUTPUT_DIR. For that, append MODEL.WEIGHTS %s.",
             *(given, os.path.join(cfg.OUTPUT_DIR, trained[-1])),
         )
-    if cfg.MODEL.META_ARCHITECTURE == PEFT_ARCHITECTURE and not node.WEIGHTS:
+    if cfg.MODEL.META_ARCHITECTURE == PEFT_ARCHITECTURE and not node.WEIGHTS and is_untrained(model):
         logger.warning(
             "MODEL.PEFT.WEIGHTS is empty: this is the base without a trained adapter. To use one, append "
             "MODEL.PEFT.WEIGHTS and its folder, e.g. %s.",

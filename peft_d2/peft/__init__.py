@@ -30,6 +30,7 @@ from .state import (
     hash_memo,
     injected_keys,
     injected_root,
+    is_untrained,
     load_adapter_state_dict,
     refuse_wrapper,
     trained_parameters,

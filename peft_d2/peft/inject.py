@@ -52,6 +52,7 @@ from .state import (
     injected,
     injected_keys,
     injected_root,
+    is_untrained,
     layer_tensors,
     refuse_wrapper,
     start_hashes,
@@ -481,8 +482,7 @@ def before_load(root: nn.Module, state: dict[str, Any], prefix: str, *_: Any) ->
     ]
     own = {alias for key in injection.current.values for alias in injection.full[key].names}
     if different:
-        untouched = all(start_hashes(injection, name) == item.start for name, item in injection.adapters.items())
-        open_to_others = untouched and not injection.base_file
+        open_to_others = is_untrained(root) and not injection.base_file
         if own.issuperset(different) and not layers and (fits - own or not open_to_others):
             return None  # only what is trained in full
         if not open_to_others:

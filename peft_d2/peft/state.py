@@ -291,6 +291,12 @@ def start_hashes(injection: Injection, name: str) -> dict[str, str]:
     return {key: tensor_hash(value) for key, value in _tensors(injection, name).items()}
 
 
+def is_untrained(model: nn.Module) -> bool:
+    """Whether all adapters are as they were put in: none was trained or loaded."""
+    injection = injected(model)[1]
+    return all(start_hashes(injection, name) == item.start for name, item in injection.adapters.items())
+
+
 def tensor_hash(tensor: Tensor) -> str:
     """sha256 of a tensor's dtype, shape and bytes; empty for one without values (on the meta device)."""
     if tensor.is_meta:

@@ -44,6 +44,7 @@ _COMPUTED = (
 _ADDED_TO_BACKBONE = ("norm[0-9].weight", "norm[0-9].bias")  # Swin's output norms, which no published backbone has
 _BACKBONES = ("backbone.bottom_up.", "backbone.net.", "backbone.")
 # What training programs put before every name: wrappers of torch, lightning modules, self-distillation.
+_LAYER, _BASE = re.compile(r"(^|\.)peft\.[\w-]+\.\w+\.|^peft_(base|values)\."), "peft_base."
 _WRAPPERS = ("module", "_orig_mod", "model", "student", "net", "network", "ema", "model_ema", "ema_model", "teacher",
              "detector", "_forward_module", "online")  # fmt: skip
 _NESTS = ("model", "state_dict", "model_state", "model_state_dict", "blobs", "module")  # around the state dict itself
@@ -187,12 +188,18 @@ def _refuse_adapter(state: Mapping[str, Tensor], path: str | os.PathLike[str]) -
         raise CheckpointError(f"{path} is the file of an adapter. {_GIVE_ADAPTER}")
 
 
+def is_layer(name: str) -> bool:
+    """Whether a name in a state dict is one that an injection adds, see :mod:`peft_d2.peft.state`."""
+    return _LAYER.search(name) is not None
+
+
 def load_base(
     model: nn.Module,
     checkpoint: Checkpoint | str | os.PathLike[str],
     *,
     resizable: Sequence[str] = CLASS_HEADS,
     logger: logging.Logger | None = None,
+    of_injected: bool = False,
 ) -> LoadReport:
     """Load base weights; what is not loaded is named in the report, which is logged, or in the error.
 
@@ -202,6 +209,7 @@ def load_base(
         resizable: glob patterns of tensors whose first dimension counts classes. Where only that dimension differs,
             the model's initial values are kept and listed.
         logger: where the report goes; the module's own logger when None.
+        of_injected: the file may be the state dict of an injected model, of which the base is taken.
 
     Raises:
         CheckpointError: a tensor of the model is not in the file, or has another shape there, or would mean something
@@ -212,6 +220,15 @@ def load_base(
     own = {name: value for name, value in current.items() if name not in injected}
     state, removed = _unwrapped(model, file, own)
     state, prefix = _named_as_in_model(model, dataclasses.replace(file, state=state), own)
+    layers = {name for name in state if is_layer(name) and name not in own}
+    if layers and not of_injected:
+        raise CheckpointError(
+            f"the checkpoint {file.path} is the state dict of a model with adapters, not a base: it holds "
+            f"{len(layers)} tensors such as {min(layers)}. Give the config that it was trained with (MODEL.PEFT), load "
+            "it by model.load_state_dict after inject, or write a file without adapters from there, save_merged"
+        )
+    base = {name.removeprefix(_BASE): state[name] for name in layers if name.startswith(_BASE)}
+    state = {name: value for name, value in (state | base).items() if name not in layers}
 
     matched, heads, misshaped = {}, [], []
     for name in sorted(state.keys() & own.keys()):

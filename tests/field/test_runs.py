@@ -9,15 +9,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("detectron2")
 
+from detectron2.modeling import build_model  # noqa: E402
+from detectron2.structures import ImageList, Instances  # noqa: E402
+
+import peft_d2  # noqa: E402
+from peft_d2 import peft  # noqa: E402
 from peft_d2.data.augmentation import detectron2_recipe, resize_recipe  # noqa: E402
 from peft_d2.data.images import DatasetError  # noqa: E402
 from peft_d2.engine import launch  # noqa: E402
 from peft_d2.engine.checks import check_run  # noqa: E402
 from peft_d2.engine.config import load_config  # noqa: E402
 from peft_d2.engine.errors import ConfigError  # noqa: E402
+from peft_d2.models.checks import ModelConfigError  # noqa: E402
+from peft_d2.models.layers.inputs import prepare_targets  # noqa: E402
+from peft_d2.storage import CheckpointError  # noqa: E402
 
 from .conftest import TINY, Own  # noqa: E402
 
@@ -140,6 +149,48 @@ def test_what_a_folder_holds_is_said_before_it_is_written_over(own: Any, tool: A
         code, text = tool("train_net", *evaluated, *flags, *([] if flags else opts))
         warned = [line for line in text.splitlines() if "MODEL.WEIGHTS" in line and "WARNING" in line]
         assert code == 0 and len(warned) == bool(said) and re.search(said, "".join(warned)), text
+
+
+LORA = "[{'NAME': 'lora', 'RANK': 2, 'TARGETS': ['qkv']}]"
+
+
+def test_what_detectron2s_trainer_saves_of_a_model_with_adapters(tmp_path: Path) -> None:
+    """Its model_final.pth is the state dict of the injected model, and is given as MODEL.WEIGHTS afterwards."""
+    peft_d2.register()
+    base, final, methods = tmp_path / "base.pth", tmp_path / "model_final.pth", ["MODEL.PEFT.METHODS", LORA]
+
+    def built(weights: Path, *opts: Any) -> Any:
+        head = ["MODEL.PEFT.TRAIN", "['class_embed']"] if opts else []
+        return build_model(load_config(str(TINY), opts=["MODEL.WEIGHTS", str(weights), *opts, *head]).cfg)
+
+    torch.save({"model": build_model(load_config(str(TINY)).cfg).state_dict()}, base)
+    model = built(base, *methods)
+    for item in peft.trained_parameters(model):
+        item.param.data.normal_()
+    torch.save({"model": model.state_dict()}, final)
+    again = built(final, *methods)
+    expected, found = model.state_dict(), again.state_dict()
+    assert expected.keys() == found.keys() and all(torch.equal(value, found[key]) for key, value in expected.items())
+    peft_d2.save_adapter(again, tmp_path / "adapter")
+    with peft_d2.disabled(again), peft_d2.disabled(model):
+        assert all(torch.equal(value, peft.base_values(model)[key]) for key, value in peft.base_values(again).items())
+    peft_d2.load_base(plain := built(base), base)
+    peft_d2.load_adapter(plain, tmp_path / "adapter")
+    for refused, said in (
+        (lambda: peft_d2.load_base(built(base), final), "state dict of a model with adapters, not a base"),
+        (lambda: peft_d2.load_base(built(base, *methods), final), "not a base"),
+        (lambda: built(final, "MODEL.PEFT.METHODS", "[{'NAME': 'bitfit'}]"), "a model with other adapters"),
+    ):
+        with pytest.raises(CheckpointError, match=said):
+            refused()
+
+
+def test_samples_of_detectron2s_mapper_without_masks() -> None:
+    things = Instances((8, 8), gt_classes=torch.tensor([1]))
+    with pytest.raises(ModelConfigError, match="'a.png' has objects without masks .* MODEL.MASK_ON True"):
+        prepare_targets(
+            [{"file_name": "a.png", "instances": things}], ImageList(torch.zeros(1, 3, 8, 8), [(8, 8)]), 255
+        )
 
 
 def test_pixel_statistics_of_another_scale_are_named(own: Any, tool: Any, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from detectron2.structures.masks import polygons_to_bitmask
 from torch import Tensor, nn
 
 from peft_d2.data.images import DatasetError
-from peft_d2.models.checks import expect
+from peft_d2.models.checks import ModelConfigError, expect
 from peft_d2.models.layers.geometry import to_centres
 from peft_d2.models.layers.postprocess import mask_boxes
 
@@ -90,6 +90,11 @@ def prepare_targets(inputs: list[dict[str, Any]], images: ImageList, ignore_valu
     for item, size in zip(inputs, images.image_sizes, strict=True):
         if "instances" in item:
             labels = item["instances"].gt_classes
+            if len(labels) and not item["instances"].has("gt_masks"):
+                raise ModelConfigError(
+                    f"training input {item.get('file_name', '')!r} has objects without masks (gt_masks), which this "
+                    "model is trained on. Detectron2's own mapper gives them with MODEL.MASK_ON True"
+                )
             masks = bitmaps(item["instances"].gt_masks, *size) if len(labels) else torch.zeros(0, *size)
         elif "sem_seg" in item:
             classes = item["sem_seg"].unique()
