@@ -79,7 +79,9 @@ def PEFTModel(cfg: Any) -> nn.Module:  # noqa: N802  the registry knows it by th
     injection.base_file = cfg.MODEL.WEIGHTS
     if report is not None:
         adapters.require_trained(model, report)
-    elif not node.WEIGHTS and not any(value.is_meta for value in model.parameters()):
+    elif not (node.WEIGHTS or cfg.MODEL.get("TIMM", {}).get("WEIGHTS")) and not any(
+        value.is_meta for value in model.parameters()
+    ):
         logger.warning(
             "MODEL.WEIGHTS is empty: the base is random%s. An adapter that is trained on it fits no other base, and is "
             "worth nothing without it.",

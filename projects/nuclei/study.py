@@ -56,7 +56,7 @@ def main() -> None:
 
 
 def metrics_of(model: str) -> tuple[str, ...]:
-    return PROMPTED_METRICS if model == "sam" else METRICS
+    return PROMPTED_METRICS if model in ("sam", "sam2") else METRICS
 
 
 def own_data(data: Path, tiles: Path, domain: str) -> list[str]:

@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
-pytest.importorskip("timm", reason="needs timm, of the test extra")
+timm = pytest.importorskip("timm", reason="needs timm, of the test extra")
 
 from detectron2.modeling import build_model  # noqa: E402
 
 from peft_d2 import adapters, peft  # noqa: E402
+from peft_d2.engine.trainer import Trainer  # noqa: E402
 
 from ..models.conftest import SMALL_EOMT  # noqa: E402
 from .test_mask_dino import methods_of  # noqa: E402
@@ -66,3 +68,48 @@ def test_train_evaluate_store_load_and_merge(
             peft.merge(fresh)
             merged = fresh([image])[0]["instances"]
             torch.testing.assert_close(merged.scores, expected.scores, rtol=1e-4, atol=1e-5)
+
+
+def test_weights_of_the_encoder_alone_are_a_base(
+    eomt_cfg: Callable[..., Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The head is trained in full, so an adapter needs no more than the encoder's weights, whatever the SEED."""
+    kwargs = yaml.safe_load(SMALL["MODEL.TIMM.KWARGS"])
+    encoder = timm.create_model(SMALL["MODEL.TIMM.NAME"], num_classes=0, **kwargs)
+    torch.save(encoder.state_dict(), tmp_path / "encoder.pth")
+    opts = ("MODEL.TIMM.WEIGHTS", tmp_path / "encoder.pth", *methods_of("eomt/lora.yaml"), "TEST.EVAL_PERIOD", 0)
+    opts = ("MODEL.META_ARCHITECTURE", "PEFTModel", "MODEL.PEFT.META_ARCHITECTURE", "PD2EoMT", *opts)
+    trainer = train(eomt_cfg(*opts))
+    again = Trainer.build_model(eomt_cfg(*opts, "SEED", 77, "MODEL.PEFT.WEIGHTS", tmp_path / "adapter_final"))
+    image = {"image": torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8)}
+    with torch.no_grad():
+        expected, found = (model.eval()([image])[0]["instances"] for model in (trainer.model, again))
+    assert torch.equal(found.scores, expected.scores)
+    assert not [record for record in caplog.records if "the base is random" in record.getMessage()]
+
+
+def test_each_adapter_has_its_own_share_of_masks(eomt_cfg: Callable[..., Any], tmp_path: Path) -> None:
+    torch.save({"model": build_model(eomt_cfg()).state_dict()}, tmp_path / "base.pth")
+
+    def base() -> Any:
+        model = build_model(eomt_cfg()).eval()
+        adapters.load_base(model, tmp_path / "base.pth")
+        return model
+
+    image, scores = {"image": torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8)}, {}
+    for name, share in (("masked", 1.0), ("free", 0.0)):
+        model = base()
+        adapters.inject(model, [{"NAME": "mona", "TARGETS": ["blocks.*.mlp"], "BOTTLENECK": 8}], train=["sem_seg_head"])
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.05 * torch.randn_like(parameter) * parameter.requires_grad)
+            model.sem_seg_head.query_feat.attn_mask_probs.fill_(share)
+            scores[name] = model([image])[0]["instances"].scores
+        adapters.save_adapter(model, tmp_path / name)
+    both = base()
+    for name in scores:
+        adapters.load_adapter(both, tmp_path / name, name=name)
+    for name in ("masked", "free", "masked"):
+        peft.set_adapter(both, name)
+        with torch.no_grad():
+            assert torch.equal(both([image])[0]["instances"].scores, scores[name])

@@ -244,6 +244,41 @@ def test_mona_needs_to_know_the_image_grid() -> None:
     block(tokens)
 
 
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"NAME": "mona", "TARGETS": ["mlp"], "BOTTLENECK": 4, "DROPOUT": 0.0},
+        {"NAME": "conv_lora", "TARGETS": ["mlp"], "RANK": 2, "EXPERTS": 2},
+    ],
+    ids=lambda entry: entry["NAME"],
+)
+def test_tokens_before_the_image_go_without_convolutions(entry: dict[str, Any], disturb: Callable) -> None:
+    """A class, registers or queries: the image's tokens come out as if they were alone, the others by themselves."""
+    block = nn.Module()
+    block.mlp, block.H, block.W, block.num_prefix_tokens = nn.Linear(8, 8), 2, 3, 0
+    block.double().eval()
+    peft.inject(block, [entry])
+    disturb(block)
+    tokens = torch.randn(2, 4 + 6, 8, dtype=torch.float64)
+    alone = block.mlp(tokens[:, 4:])
+    block.num_prefix_tokens = 4
+    found = block.mlp(tokens)
+    torch.testing.assert_close(found[:, 4:], alone)
+    if entry["NAME"] == "mona":
+        with peft.disabled(block):
+            h = block.mlp(tokens[:, :4])
+        s = {name.removeprefix("mlp.mona_"): value for name, value in peft.adapter_state_dict(block).items()}
+        normed = F.layer_norm(h, (8,), s["norm.weight"], s["norm.bias"])
+        inner = F.gelu(affine(s, "down", normed * s["gain"] + h * s["skip"]))
+        torch.testing.assert_close(found[:, :4], h + affine(s, "up", inner))
+    else:
+        with peft.disabled(block):
+            torch.testing.assert_close(found[:, :4], block.mlp(tokens[:, :4]))
+    block.num_prefix_tokens = 3
+    with pytest.raises(peft.MethodError, match="H and W that fit"):
+        block.mlp(tokens)
+
+
 def test_selecting_methods_train_exactly_their_parameters(toy: nn.Module) -> None:
     def trained(*entries: dict[str, Any]) -> set[str]:
         peft.inject(toy, list(entries))
