@@ -45,6 +45,8 @@ def with_own_names(state: Mapping[str, Tensor], own: Collection[str]) -> dict[st
     for name, value in state.items():
         for pattern, replacement in _RULES:
             name = re.sub(pattern, replacement, name)
+        if name.endswith("attn_mask_probs"):
+            value = value.clamp(0, 1)  # a difference to what a training starts with is -1
         if not _DROPPED.search(name):
             renamed[name] = value[None] if name == _NET + "pos_embed" and value.dim() == 2 else value
     if f"{_NET}blocks.0.gamma_1" in own:
