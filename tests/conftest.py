@@ -29,7 +29,10 @@ SLOW = {
     *(f"engine/test_{name}.py" for name in ("load_order", "augmented", "recompute", "memory_budget")),
     *(f"peft/test_{name}.py" for name in ("execution", "whole_model", "ddp", "lora_layers")),
     *(f"models/test_{name}.py" for name in ("timm", "training", "configs", "habits")),
-    *(f"tools/test_{name}.py" for name in ("train_net", "analyze_peft", "visualize_data", "model_zoo", "nuclei_study")),
+    *(
+        f"tools/test_{name}.py"
+        for name in ("train_net", "export", "analyze_peft", "visualize_data", "model_zoo", "nuclei_study")
+    ),
     *(
         "engine/test_eomt.py",
         "engine/test_sam2.py",

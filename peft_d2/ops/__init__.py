@@ -2,7 +2,8 @@
 
 The compiled operator serves the devices that it is built for, the pure-torch twin of :mod:`peft_d2.ops.reference` all
 others. The ``backend`` argument, or the environment variable ``PEFT_D2_BACKEND`` (read at import), chooses instead:
-"torch" is the twin; "cpu" and "cuda" demand the compiled operator for tensors there, whose absence is then an error.
+"torch" is the twin; "gather" is the twin made of plain indexing, for graphs that leave torch; "cpu" and "cuda" demand
+the compiled operator for tensors there, whose absence is then an error.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ __all__ = ["backends", "default_backend", "ms_deform_attn", "ms_deform_attn_fuse
 logger = logging.getLogger(__name__)
 
 _ENVIRONMENT = os.environ.get("PEFT_D2_BACKEND", "")
+_TWINS = ("torch", "gather")
 _logged: set[str] = set()
 
 
@@ -28,7 +30,7 @@ def backends() -> dict[str, str]:
     reasons = dict(library.UNAVAILABLE)
     if not reasons["cuda"] and not torch.cuda.is_available():
         reasons["cuda"] = "it is built, but torch sees no GPU; check `nvidia-smi` and CUDA_VISIBLE_DEVICES"
-    return {**reasons, "torch": ""}
+    return {**reasons, "torch": "", "gather": ""}
 
 
 def default_backend(device: str) -> str:
@@ -43,11 +45,11 @@ def default_backend(device: str) -> str:
 
 def _uses_library(device: str, backend: str | None) -> bool:
     """Whether tensors on `device` go to the compiled operator; logs each choice once."""
-    choice = backend or (_ENVIRONMENT if _ENVIRONMENT in ("torch", device) else "")
-    if _ENVIRONMENT not in ("", "torch", "cpu", "cuda") or choice not in ("", "torch", "cpu", "cuda"):
+    choice = backend or (_ENVIRONMENT if _ENVIRONMENT in (*_TWINS, device) else "")
+    if _ENVIRONMENT not in ("", *_TWINS, "cpu", "cuda") or choice not in ("", *_TWINS, "cpu", "cuda"):
         asked = repr(backend) if backend else f"PEFT_D2_BACKEND={_ENVIRONMENT!r}"
-        raise ValueError(f"ms_deform_attn: backend is {asked}; it should be 'torch', 'cpu' or 'cuda'")
-    if choice == "torch":
+        raise ValueError(f"ms_deform_attn: backend is {asked}; it should be 'torch', 'gather', 'cpu' or 'cuda'")
+    if choice in _TWINS:
         _log(device, "the pure-torch twin, as asked for", logging.INFO)
         return False
     if choice and choice != device:
@@ -100,7 +102,8 @@ def ms_deform_attn(
     arguments.check_levels(*levels, compiled)
     if compiled:
         return library.ms_deform_attn(*levels, None, sampling_locations, attention_weights)
-    return reference.ms_deform_attn(*levels, sampling_locations, attention_weights)
+    gather = "gather" in (backend, _ENVIRONMENT if backend is None else "")
+    return reference.ms_deform_attn(*levels, sampling_locations, attention_weights, gather)
 
 
 def ms_deform_attn_fused(
@@ -130,4 +133,5 @@ def ms_deform_attn_fused(
     arguments.check(*inputs, fused=True)
     compiled = _uses_library(value.device.type, backend)
     arguments.check_levels(*inputs[:3], compiled)
-    return library.ms_deform_attn(*inputs) if compiled else reference.ms_deform_attn_fused(*inputs)
+    gather = "gather" in (backend, _ENVIRONMENT if backend is None else "")
+    return library.ms_deform_attn(*inputs) if compiled else reference.ms_deform_attn_fused(*inputs, gather)

@@ -42,10 +42,12 @@ def ms_deform_attn(
     level_start_index: Tensor,
     sampling_locations: Tensor,
     attention_weights: Tensor,
+    gather: bool = False,
 ) -> Tensor:
     """The operator as one weighted sum of rows of value; arguments and result as in :func:`peft_d2.ops.ms_deform_attn`.
 
-    No shape depends on the numbers in a tensor, so that it can be exported.
+    No shape depends on the numbers in a tensor, so that it can be exported. ``gather`` reads the rows by plain
+    indexing instead of an embedding bag, which other runtimes than torch do not have.
     """
     n, rows, heads, channels = value.shape
     queries, dtype = sampling_locations.shape[1], accumulation_dtype(value.dtype)
@@ -77,8 +79,17 @@ def ms_deform_attn(
     weight = torch.where(corner_inside, weight, 0.0)
     table = torch.cat([value.to(dtype).reshape(-1, channels), value.new_zeros(1, channels, dtype=dtype)])
     row, weight = (x.flatten(3).flatten(0, 2) for x in (row, weight))  # (N * Q * M, L * P * 4)
-    output = F.embedding_bag(row, table, mode="sum", per_sample_weights=weight)
+    if gather:
+        levels = zip(*(x.chunk(shapes.shape[0], 1) for x in (row, weight)), strict=True)
+        output = torch.stack([_gathered(table, *level) for level in levels]).sum(0)
+    else:
+        output = F.embedding_bag(row, table, mode="sum", per_sample_weights=weight)
     return output.view(n, queries, heads * channels).to(value.dtype)
+
+
+def _gathered(table: Tensor, row: Tensor, weight: Tensor) -> Tensor:
+    """Weighted sums of rows (R, D) of a table: numbers and weights of K rows each, (B, K) -> (B, D)."""
+    return (table[row] * weight[..., None]).sum(1)
 
 
 def ms_deform_attn_fused(
@@ -88,9 +99,10 @@ def ms_deform_attn_fused(
     reference_points: Tensor,
     sampling_offsets: Tensor,
     attention_logits: Tensor,
+    gather: bool = False,
 ) -> Tensor:
     """The fused form; arguments and result as in :func:`peft_d2.ops.ms_deform_attn_fused`."""
     dtype = accumulation_dtype(value.dtype)
     locations = sampling_locations_from_offsets(reference_points.to(dtype), sampling_offsets.to(dtype), spatial_shapes)
     weights = attention_logits.to(dtype).softmax(-1).view(sampling_offsets.shape[:-1])
-    return ms_deform_attn(value, spatial_shapes, level_start_index, locations, weights)
+    return ms_deform_attn(value, spatial_shapes, level_start_index, locations, weights, gather)

@@ -131,7 +131,9 @@ def test_environment_chooses(choice, line, monkeypatch, caplog) -> None:
 
 def test_unknown_backend_in_the_environment_is_an_error(monkeypatch) -> None:
     monkeypatch.setattr(ops, "_ENVIRONMENT", "fast")
-    with pytest.raises(ValueError, match="backend is PEFT_D2_BACKEND='fast'; it should be 'torch', 'cpu' or 'cuda'"):
+    with pytest.raises(
+        ValueError, match="backend is PEFT_D2_BACKEND='fast'; it should be 'torch', 'gather', 'cpu' or 'cuda'"
+    ):
         random_case().run()
 
 

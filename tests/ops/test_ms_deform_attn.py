@@ -13,7 +13,7 @@ from op_cases import DTYPES, Case, assert_same, golden_cases, oracle, random_cas
 
 from peft_d2 import ops
 
-BACKENDS = [name for name in ("cpu", "torch") if not ops.backends()[name]]
+BACKENDS = [name for name in ("cpu", "torch", "gather") if not ops.backends()[name]]
 NEEDS_CPU = pytest.mark.skipif("cpu" not in BACKENDS, reason=f"compiled operator: {ops.backends()['cpu']}")
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 

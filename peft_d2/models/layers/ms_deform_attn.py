@@ -13,8 +13,11 @@ from peft_d2.ops import ms_deform_attn_fused
 class MSDeformAttn(nn.Module):
     """Attention from each query to a few learned points around its reference point on every level.
 
-    Channels ``d_model`` of queries, memory and output are a multiple of ``n_heads``.
+    Channels ``d_model`` of queries, memory and output are a multiple of ``n_heads``. ``backend`` is that of
+    :func:`peft_d2.ops.ms_deform_attn`.
     """
+
+    backend: str | None = None
 
     def __init__(self, d_model: int = 256, n_levels: int = 4, n_heads: int = 8, n_points: int = 4) -> None:
         super().__init__()
@@ -72,5 +75,6 @@ class MSDeformAttn(nn.Module):
             reference_points,
             self.sampling_offsets(query).view(n, queries, self.n_heads, self.n_levels, self.n_points, 2),
             self.attention_weights(query).view(n, queries, self.n_heads, self.n_levels * self.n_points),
+            self.backend,
         )
         return self.output_proj(output)

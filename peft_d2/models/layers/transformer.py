@@ -276,5 +276,5 @@ class MultiScaleDeformableTransformer(nn.Module):
             for i, embed in zip(code_order, self.level_embed, strict=True)
         ]
         points = torch.cat([pixel_centres(*size, device) for size in levels.sizes])
-        references = points[None, :, None].expand(len(levels.values), -1, len(maps), -1)
+        references = points[None, :, None].expand(levels.values.shape[0], -1, len(maps), -1)
         return levels.maps_of(self.encoder(levels.values, torch.cat(codes), references, levels.shapes, levels.starts))

@@ -212,7 +212,7 @@ class MaskDINODecoder(nn.Module):
         The places are those with the highest class logits (DINO, section 3.4, "mixed query selection" with learned
         content). What the queries start from is detached; the prediction is supervised by itself.
         """
-        n = len(memory.values)
+        n = memory.values.shape[0]
         if self.query_embed is not None and self.query_feat is not None:
             return self.query_feat.weight.expand(n, -1, -1), self.query_embed.weight.expand(n, -1, -1), None
         proposals, valid = proposal_logits(memory.sizes, memory.values.device)

@@ -133,7 +133,7 @@ class SAMMaskDecoder(nn.Module):
         self, embedding: Tensor, positions: Tensor, tokens: Tensor, dense: Tensor, fine: Sequence[Tensor] = ()
     ) -> tuple[Tensor, Tensor]:
         """The decoder's own tokens and then the prompts', (B, own + T, C), and the upscaled pixels, after attending."""
-        own = self.own_tokens().expand(len(tokens), -1, -1)
+        own = self.own_tokens().expand(tokens.shape[0], -1, -1)
         pixels = (embedding + dense).flatten(2).transpose(1, 2)
         pixel_positions = positions.flatten(2).transpose(1, 2).expand_as(pixels)
         tokens, pixels = self.transformer(torch.cat([own, tokens], dim=1), pixels, pixel_positions)

@@ -166,10 +166,11 @@ class PromptEncoder(nn.Module):
 
         The latter is (B, C, G, G); places are in px of the padded image.
         """
-        count = len(Prompts(boxes, points, masks))
+        given = [x for x in (boxes, points and points[0], masks) if x is not None]
+        count = given[0].shape[0] if given else 1  # no len(): an export keeps the number open
         tokens = [self.no_mask_embed.weight.new_zeros(count, 0, self.dim)]
         if points is not None:
-            tokens.append(self._embed_points(*points, alone=boxes is None))
+            tokens.append(self.embed_points(*points, alone=boxes is None))
         if boxes is not None:
             corners = torch.cat([self._kind(_TOP_LEFT), self._kind(_BOTTOM_RIGHT)])
             tokens.append(self._places(boxes.reshape(-1, 2, 2)) + corners)
@@ -183,13 +184,14 @@ class PromptEncoder(nn.Module):
         """Codes of pixels' centres, as shares of the padded image."""
         return self.pe_layer((coordinates.float() + 0.5) / self.image_size)
 
-    def _embed_points(self, coordinates: Tensor, labels: Tensor, alone: bool) -> Tensor:
+    def embed_points(self, coordinates: Tensor, labels: Tensor, alone: bool) -> Tensor:
+        """Tokens (B, P, C) of points (B, P, 2) and labels (B, P); ``alone`` adds one where a box would stand."""
         if alone:  # where a box would stand
-            coordinates = torch.cat([coordinates, coordinates.new_zeros(len(coordinates), 1, 2)], dim=1)
-            labels = torch.cat([labels, labels.new_full((len(labels), 1), NOT_A_POINT)], dim=1)
+            coordinates = torch.cat([coordinates, torch.zeros_like(coordinates[:, :1])], dim=1)
+            labels = torch.cat([labels, torch.full_like(labels[:, :1], NOT_A_POINT)], dim=1)
         labels = labels[..., None]
         tokens = torch.where(labels == NOT_A_POINT, self.not_a_point_embed.weight, self._places(coordinates))
-        for label in (BACKGROUND, FOREGROUND):
+        for label in (BACKGROUND, FOREGROUND, _TOP_LEFT, _BOTTOM_RIGHT):  # a graph takes boxes as two such points
             tokens = torch.where(labels == label, tokens + self._kind(label), tokens)
         return tokens
 

@@ -1,0 +1,249 @@
+"""Exported graphs in the runtime that they are for, against the models in torch."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("detectron2")
+pytest.importorskip("onnxscript", reason="needs onnx, onnxscript and onnxruntime")
+pytest.importorskip("onnxruntime")
+
+import export
+import onnxruntime
+import serve_onnx
+import torch
+from detectron2.modeling import build_model
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import peft_d2
+from peft_d2 import peft
+from peft_d2.engine.config import load_config
+from peft_d2.models.sam.prompt_encoder import Prompts
+from peft_d2.models.seem.vocabulary import ClassVectors
+
+from ..models.conftest import make_config
+from ..tiny_sam import SAM_TINY
+
+ROOT = Path(__file__).parents[2]
+ENGINE = ROOT / "tests" / "engine"
+SIZE = (64, 96)
+LORA = [{"NAME": "lora", "TARGETS": ["qkv", "self_attn.value_proj", "multihead_attn"], "RANK": 2}]
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def build(family: str) -> tuple[Any, Any]:
+    peft_d2.register()
+    torch.manual_seed(0)
+    if family == "sam":
+        cfg = make_config(
+            "", {**SAM_TINY, "MODEL.META_ARCHITECTURE": "PD2SegmentAnything", "MODEL.SAM.MULTIMASK": True}
+        )
+    else:
+        cfg = load_config(str(ENGINE / f"{family}.yaml")).cfg
+    model = build_model(cfg).eval()
+    if family == "tiny_seem":
+        names = ("cat", "dog", "cow")
+        model.set_classes(ClassVectors(names, F.normalize(torch.randn(3, 4, 16), dim=-1), templates=("a", "b", "c")))
+    return cfg, model
+
+
+def run(path: Path, **inputs: Tensor) -> list[np.ndarray]:
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return session.run(None, {name: value.numpy() for name, value in inputs.items()})
+
+
+def assert_near(found: Any, expected: tuple[Tensor, ...]) -> None:
+    assert len(found) == len(expected)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(torch.as_tensor(one), other, rtol=0, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["tiny", "tiny_mask_dino", "tiny_seem"])
+def test_mask_classifiers_in_onnxruntime(family: str, tmp_path: Path) -> None:
+    cfg, model = build(family)
+    export.write(model, cfg, tmp_path / "model.onnx", "onnx", SIZE, with_adapter=False)
+    for count in (1, 3):
+        image = 255 * torch.rand(count, 3, *SIZE)
+        assert_near(run(tmp_path / "model.onnx", image=image), export.RawOutputs(model)(image))
+
+
+@torch.no_grad()
+def test_segment_anything_in_onnxruntime(tmp_path: Path) -> None:
+    cfg, model = build("sam")
+    files = export.write(model, cfg, tmp_path / "sam.onnx", "onnx", SIZE, with_adapter=False)
+    image = 255 * torch.rand(3, 3, 128, 128)
+    embeddings = export.SamImages(model)(image)
+    assert_near(run(files[0], image=image), (embeddings,))
+    boxes, points, labels = (
+        torch.tensor([[10.0, 20, 90, 100]]),
+        torch.tensor([[[50.0, 40], [9, 9]]]),
+        torch.tensor([[1, 0]]),
+    )
+    corners, kinds = boxes.reshape(-1, 2, 2), torch.tensor([[2, 3]])
+    cases = {  # prompts as the model takes them, and as the graph does
+        "a box": (Prompts(boxes=boxes), corners, kinds),
+        "points": (
+            Prompts(points=(points, labels)),
+            torch.cat([points, torch.zeros(1, 1, 2)], 1),
+            torch.cat([labels, torch.tensor([[-1]])], 1),
+        ),
+        "both": (
+            Prompts(boxes=boxes, points=(points, labels)),
+            torch.cat([points, corners], 1),
+            torch.cat([labels, kinds], 1),
+        ),
+    }
+    for prompts, places, what in cases.values():
+        expected = model.decode(embeddings[:1], prompts, multimask=True)
+        assert_near(run(files[1], embedding=embeddings[:1], points=places, labels=what), expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["torchscript", "pt2"])
+def test_torchs_own_formats(kind: str, tmp_path: Path) -> None:
+    cfg, model = build("tiny")
+    path = tmp_path / "model.pt"
+    export.write(model, cfg, path, kind, SIZE, with_adapter=False)
+    loaded = torch.jit.load(path) if kind == "torchscript" else torch.export.load(path).module()
+    image = 255 * torch.rand(3, 3, *SIZE)
+    assert_near(loaded(image), export.RawOutputs(model)(image))
+
+
+def adapted(folder: Path, seed: int) -> nn.Module:
+    model = build("tiny")[1]
+    peft_d2.inject(model, LORA, train=["class_embed"])
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for item in peft.trained_parameters(model):
+            item.param.add_(0.1 * torch.randn(item.param.shape, generator=generator))
+    peft_d2.save_adapter(model, folder)
+    return model.eval()
+
+
+@torch.no_grad()
+def test_adapters_are_swapped_and_served_without_torch(tmp_path: Path) -> None:
+    """One graph takes either adapter; a process without torch serves it as Detectron2's predictor would."""
+    cfg = build("tiny")[0]
+    first, second = adapted(tmp_path / "first", 1), adapted(tmp_path / "second", 2)
+    path = tmp_path / "model.onnx"
+    export.write(first, cfg, path, "onnx", (64, 64), with_adapter=True)
+    image = 255 * torch.rand(1, 3, 64, 64)
+    for model, name in ((first, "first"), (second, "second")):
+        served = serve_onnx.Model(path, tmp_path / name)
+        assert_near(served.run(0, image=image.numpy()), export.RawOutputs(model)(image))
+    merged = export.prepared(second)
+    assert peft.get_injection(merged).merged  # type: ignore[union-attr]
+    assert_near(export.RawOutputs(merged)(image), export.RawOutputs(second)(image))
+
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (48, 64, 3), np.uint8))
+    picture.save(tmp_path / "photo.png")
+    code = (
+        "import sys; sys.path.insert(0, 'tools'); import serve_onnx; serve_onnx.main(sys.argv[1:]); "
+        "assert not {'torch', 'detectron2', 'peft_d2'} & sys.modules.keys()"
+    )
+    arguments = [str(path), str(tmp_path / "photo.png"), "--output", str(tmp_path / "drawn.png")]
+    arguments += ["--adapter", str(tmp_path / "second"), "--confidence-threshold", "0"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == cfg.TEST.DETECTIONS_PER_IMAGE and Image.open(
+        tmp_path / "drawn.png"
+    ).size == (64, 48)
+
+    scores, classes, masks = serve_onnx.Model(path, tmp_path / "second").predict(picture)
+    tensor = torch.as_tensor(np.asarray(picture).transpose(2, 0, 1).copy(), dtype=torch.float32)
+    (expected,) = second([{"image": F.pad(tensor, (0, 0, 0, 0)), "height": 48, "width": 64}])
+    expected = expected["instances"]
+    assert np.abs(scores - expected.scores.numpy()).max() < 1e-4
+    assert (classes == expected.pred_classes.numpy()).all()
+    assert (masks != expected.pred_masks.numpy()).mean() < 1e-3
+
+
+def test_the_demos_base_has_the_same_ap_in_onnxruntime(tmp_path: Path) -> None:
+    from peft_d2.data import toy
+    from peft_d2.data.registration import register_from_config
+    from peft_d2.engine.checkpointer import Checkpointer
+    from peft_d2.engine.trainer import Trainer
+
+    peft_d2.register()
+    day = toy.generate(tmp_path / "day", "day", 12, seed=77)
+    cfg = load_config(str(ROOT / "configs" / "demo" / "base.yaml")).cfg
+    cfg.DATASETS.REGISTER = [{"NAME": "exported_day", "JSON": str(day.json), "IMAGES": str(day.images)}]
+    cfg.DATASETS.TEST, cfg.OUTPUT_DIR = ("exported_day",), str(tmp_path)
+    register_from_config(cfg)
+    model = Trainer.build_model(cfg)
+    Checkpointer(model).load(str(ROOT / "peft_d2" / "assets" / "demo_base.safetensors"))
+    with torch.no_grad():
+        expected = Trainer.test(cfg, model)["segm"]["AP"]
+        side = cfg.INPUT.MIN_SIZE_TEST
+        export.write(model.eval(), cfg, tmp_path / "model.onnx", "onnx", (side, side), with_adapter=False)
+        model.backbone = _Pixels(model)
+        model.sem_seg_head = _Graph(model.sem_seg_head, tmp_path / "model.onnx")
+        found = Trainer.test(cfg, model)["segm"]["AP"]
+    assert expected > 60 and abs(found - expected) < 0.1
+
+
+class _Pixels(nn.Module):
+    """In the place of a backbone: gives the image out, not normalised."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.mean, self.std = model.pixel_mean, model.pixel_std
+
+    def forward(self, image: Tensor) -> dict[str, Tensor]:
+        return {"image": image * self.std + self.mean}
+
+
+class _Graph(nn.Module):
+    """In the place of a head: runs the exported graph."""
+
+    def __init__(self, head: Any, path: Path) -> None:
+        super().__init__()
+        self.num_classes, self.ignore_value, self.path = head.num_classes, head.ignore_value, path
+
+    def forward(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
+        outputs = run(self.path, image=features["image"])
+        return dict(zip(("pred_logits", "pred_masks"), map(torch.as_tensor, outputs), strict=True))
+
+
+@pytest.mark.parametrize(("shape", "size"), [((8, 6), (32, 24)), ((9, 7), (5, 11)), ((4, 4), (4, 4))])
+def test_resizing_is_torchs(shape: tuple[int, int], size: tuple[int, int]) -> None:
+    maps = torch.randn(3, *shape)
+    expected = F.interpolate(maps[None], size=size, mode="bilinear", align_corners=False)[0]
+    torch.testing.assert_close(torch.as_tensor(serve_onnx.resize(maps.numpy(), *size)), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["tiny", "tiny_mask_dino", "tiny_seem", "sam"])
+def test_looking_at_a_model_never_raises(family: str) -> None:
+    """Tracers ask modules for every attribute."""
+    for module in build(family)[1].modules():
+        assert all(hasattr(module, name) or True for name in dir(type(module)))
+
+
+def test_refusals(tmp_path: Path) -> None:
+    cfg, model = build("tiny")
+    with pytest.raises(export.ConfigError, match="the model has no adapter"):
+        export.write(model, cfg, tmp_path / "model.onnx", "onnx", SIZE, with_adapter=True)
+    with pytest.raises(export.ConfigError, match="is none of Mask2Former"):
+        export.write(nn.Linear(2, 2), cfg, tmp_path / "model.onnx", "onnx", SIZE, with_adapter=False)
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(SystemExit):
+        export.main(["--config-file", str(ENGINE / "tiny.yaml"), "--size", "60", "96", "--output", str(tmp_path / "x")])
+
+
+def test_what_is_beside_a_graph(tmp_path: Path) -> None:
+    cfg, model = build("tiny")
+    export.write(model, cfg, tmp_path / "model.pt", "torchscript", SIZE, with_adapter=False)
+    record = json.loads((tmp_path / "model.pt.json").read_text())
+    assert record["size"] == [64, 96] and record["pad"] == cfg.MODEL.PIXEL_MEAN and record["scores"] == "softmax"

@@ -1,0 +1,153 @@
+#!/usr/bin/env python
+"""Predict on a picture with onnxruntime, numpy and PIL alone: neither torch nor Detectron2 is imported.
+
+    tools/serve_onnx.py model.onnx photo.jpg --output drawn.png [--adapter output/night/adapter_final] \
+        [--box X0 Y0 X1 Y1 ...]
+
+``model.onnx`` and ``model.onnx.json`` are what ``tools/export.py`` wrote. An adapter's folder is read where the graph
+takes the adapter's tensors as inputs (safetensors.numpy). Boxes are prompts of Segment Anything. Copy this file: it
+needs nothing of this package.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+from PIL import Image
+
+Array = np.ndarray[Any, Any]
+
+
+class Model:
+    """The graphs of one export, with an adapter's tensors where they are inputs."""
+
+    def __init__(self, path: Path, adapter: Path | None = None) -> None:
+        self.record = json.loads(Path(f"{path}.json").read_text())
+        providers = onnxruntime.get_available_providers()
+        self.graphs = [
+            onnxruntime.InferenceSession(str(path.with_name(name)), providers=providers)
+            for name in self.record["graphs"]
+        ]
+        self.tensors: dict[str, Array] = {}
+        if keys := self.record["adapter_inputs"]:
+            if adapter is None:
+                raise SystemExit(f"{path} takes an adapter's tensors as inputs: name its folder, --adapter DIR")
+            from safetensors.numpy import load_file
+
+            stored = load_file(adapter / "adapter_model.safetensors")
+            self.tensors = {name: stored[key] for name, key in keys.items()}
+
+    def run(self, graph: int, **inputs: Array) -> list[Array]:
+        """The outputs of one graph."""
+        session = self.graphs[graph]
+        for wanted in session.get_inputs():
+            if wanted.name in self.tensors:
+                shape = [side for side in wanted.shape if isinstance(side, int)]
+                inputs[wanted.name] = self.tensors[wanted.name].reshape(shape)
+        return session.run(None, inputs)
+
+    def predict(self, image: Image.Image, boxes: Array | None = None) -> tuple[Array, Array, Array]:
+        """Scores (M,), classes (M,) and masks (M, height, width) bool of a picture's instances, best first."""
+        picture = np.asarray(image.convert("RGB"), np.float32)
+        if self.record["format"] == "BGR":
+            picture = picture[..., ::-1]
+        (height, width), (side_y, side_x) = picture.shape[:2], self.record["size"]
+        scale = min(side_y / height, side_x / width)
+        if self.record["model"] != "sam":
+            short, longest = self.record["resize"]
+            scale = min(scale, short / min(height, width), longest / max(height, width))
+        inside = (max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5)))
+        planes = [
+            np.asarray(Image.fromarray(plane.astype(np.uint8)).resize(inside[::-1], Image.Resampling.BILINEAR))
+            for plane in np.moveaxis(picture, -1, 0)
+        ]
+        # The models pad after they have normalised: the border is the mean colour.
+        padded = np.empty((1, len(planes), side_y, side_x), np.float32)
+        padded[:] = np.asarray(self.record["pad"], np.float32)[:, None, None]
+        padded[0, :, : inside[0], : inside[1]] = planes
+        if self.record["model"] == "sam":
+            if boxes is None:
+                raise SystemExit("Segment Anything takes boxes as prompts: --box X0 Y0 X1 Y1")
+            points = boxes.reshape(-1, 2, 2) * np.array([inside[1] / width, inside[0] / height])
+            labels = np.tile(np.array([2, 3], np.int64), (len(boxes), 1))
+            (embedding,) = self.run(0, image=padded)
+            masks, iou = self.run(1, embedding=embedding, points=points.astype(np.float32), labels=labels)
+            best = iou.argmax(1)
+            rows = np.arange(len(best))
+            logits = self._full_size(masks[rows, best], inside, (height, width))
+            return iou[rows, best], np.zeros(len(best), np.int64), logits > 0
+        class_logits, masks = (output[0] for output in self.run(0, image=padded)[:2])
+        return self._instances(class_logits, masks, inside, (height, width))
+
+    def _instances(
+        self, class_logits: Array, masks: Array, inside: tuple[int, int], output: tuple[int, int]
+    ) -> tuple[Array, Array, Array]:
+        """The best pairs of a query and a class, scored by class and mask."""
+        if self.record["scores"] == "softmax":
+            powers = np.exp(class_logits - class_logits.max(-1, keepdims=True))
+            scores = (powers / powers.sum(-1, keepdims=True))[:, :-1]
+        else:
+            scores = 1 / (1 + np.exp(-class_logits))
+        best = np.argsort(-scores, axis=None, kind="stable")[: self.record["top_k"]]
+        queries, classes = np.unravel_index(best, scores.shape)
+        used, slot = np.unique(queries, return_inverse=True)
+        logits = self._full_size(masks[used], inside, output)
+        found = logits > 0
+        quality = (found / (1 + np.exp(-logits))).sum((1, 2)) / (found.sum((1, 2)) + 1e-6)
+        total = scores.flat[best] * (quality[slot] if self.record["mask_quality"] else 1)
+        order = np.argsort(-total, kind="stable")
+        return total[order], classes[order], found[slot[order]]
+
+    def _full_size(self, masks: Array, inside: tuple[int, int], output: tuple[int, int]) -> Array:
+        """Mask logits (M, h, w) of the padded image at the size of the picture."""
+        padded = resize(masks, *self.record["size"])
+        return resize(padded[:, : inside[0], : inside[1]], *output)
+
+
+def resize(maps: Array, height: int, width: int) -> Array:
+    """Bilinear, from pixel centre to pixel centre, without antialiasing: (M, h, w) -> (M, height, width)."""
+    for axis, size in ((1, height), (2, width)):
+        length = maps.shape[axis]
+        place = np.clip((np.arange(size) + 0.5) * length / size - 0.5, 0, None)
+        low = np.minimum(place.astype(np.int64), length - 1)
+        share = (place - low).astype(np.float32).reshape([-1 if a == axis else 1 for a in range(3)])
+        maps = maps.take(low, axis) * (1 - share) + maps.take(np.minimum(low + 1, length - 1), axis) * share
+    return maps
+
+
+def draw(image: Image.Image, masks: Array) -> Image.Image:
+    """The picture with each mask in a colour of its own."""
+    picture = np.asarray(image.convert("RGB"), np.float32).copy()
+    for number, mask in enumerate(masks):
+        colour = 127.5 + 127.5 * np.cos(2 * np.pi * (0.618 * number + np.array([0, 1 / 3, 2 / 3])))
+        picture[mask] = 0.5 * picture[mask] + 0.5 * colour
+    return Image.fromarray(picture.astype(np.uint8))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run ``tools/serve_onnx.py``."""
+    parser = argparse.ArgumentParser(description="Predict on a picture with onnxruntime, numpy and PIL alone.")
+    parser.add_argument("model", type=Path, help="a .onnx file with its .json beside it")
+    parser.add_argument("image", type=Path)
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE")
+    parser.add_argument("--adapter", type=Path, metavar="DIR", help="for a graph whose inputs are an adapter's tensors")
+    parser.add_argument("--box", type=float, nargs=4, action="append", metavar=("X0", "Y0", "X1", "Y1"))
+    parser.add_argument("--confidence-threshold", type=float, default=0.5)
+    args = parser.parse_args(arguments)
+    image = Image.open(args.image)
+    model = Model(args.model, args.adapter)
+    scores, classes, masks = model.predict(image, np.array(args.box) if args.box else None)
+    kept = scores >= args.confidence_threshold
+    names = model.record.get("classes") or []
+    for score, kind in zip(scores[kept], classes[kept], strict=True):
+        print(f"{names[kind] if kind < len(names) else kind}: {score:.3f}")
+    draw(image, masks[kept]).save(args.output)
+
+
+if __name__ == "__main__":
+    main()
