@@ -78,7 +78,10 @@ def _makers(cfg: Any, name: str, folder: str | None) -> list[Callable[[], Datase
         (kind in _PANOPTIC and panoptic, PanopticQualityEvaluator),
         (kind == "cityscapes_instance" or (cityscapes and instance), CityscapesInstanceEvaluator),
         (kind == "cityscapes_sem_seg" or (cityscapes and semantic), CityscapesSemSegEvaluator),
-        (kind == "lvis", partial(FastLVISEvaluator, output_dir=folder, classes=classes)),
+        (kind == "lvis", partial(
+            FastLVISEvaluator, output_dir=folder, classes=classes, report=cfg.TEST.get("REPORT", False),
+            outside=cfg.DATASETS.get("ALLOW_FILES_OUTSIDE", False),
+        )),
         (kind == "pascal_voc", PascalVOCDetectionEvaluator),
     )  # fmt: skip
     found: list[Callable[[], DatasetEvaluator]] = [partial(make, name) for wanted, make in rows if wanted]

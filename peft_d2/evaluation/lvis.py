@@ -27,6 +27,7 @@ from peft_d2.evaluation.coco import (
     restore_category_ids,
     write_results,
 )
+from peft_d2.evaluation.report import write_report
 from peft_d2.evaluation.results import instances_to_results
 
 _MAX_DETECTIONS = 300  # of an image, over all classes
@@ -36,12 +37,12 @@ logger = logging.getLogger(__name__)
 class FastLVISEvaluator(LVISEvaluator):
     """LVIS v1's AP, by size and by frequency of the class (APr, APc, APf); federated annotation is respected.
 
-    ``classes``: the model's class index of each category id; None: as the set's metadata has them.
+    ``classes``, ``report``, ``outside``: as :class:`FastCOCOEvaluator` takes them.
     """
 
     def __init__(
         self, dataset_name: str, output_dir: str | None = None, distributed: bool = True,
-        classes: Mapping[int, int] | None = None,
+        classes: Mapping[int, int] | None = None, report: bool = False, outside: bool = False,
     ) -> None:  # fmt: skip
         # Detectron2's constructor needs the lvis package; these are the attributes that its methods use.
         self._logger = logger
@@ -49,7 +50,7 @@ class FastLVISEvaluator(LVISEvaluator):
         self._distributed = distributed
         self._output_dir = output_dir
         self._cpu_device = torch.device("cpu")
-        self._classes = classes
+        self._classes, self._report, self._outside = classes, report, outside
         self._metadata = MetadataCatalog.get(dataset_name)
         with PathManager.open(self._metadata.json_file) as file:
             self._dataset = json.load(file)
@@ -73,24 +74,35 @@ class FastLVISEvaluator(LVISEvaluator):
         if not self._do_evaluation:
             logger.info("the json has no annotations: predictions are written, nothing is evaluated.")
             return
+        evaluations = {}
         for task in sorted(self._tasks_from_predictions(results)):
-            self._results[task] = evaluate_lvis(self._dataset, results, task)
+            if results:
+                evaluations[task] = lvis_evaluation(self._dataset, results, task)
+            self._results[task] = figures(evaluations.get(task))
             logger.info("Evaluation results for %s: \n%s", task, create_small_table(self._results[task]))
+        if self._report and self._output_dir and evaluations:
+            root = self._metadata.get("image_root", "")
+            path = write_report(self._output_dir, self._metadata.name, root, evaluations, self._results, self._outside)
+            logger.info("Report with curves and pictures: %s", path)
 
 
 def evaluate_lvis(dataset: dict[str, Any], results: Sequence[dict[str, Any]], task: str) -> dict[str, float]:
-    """AP, AP50, AP75, APs, APm, APl, APr, APc, APf in per cent; -100 where there is nothing to measure, as LVIS has it.
+    """The :func:`figures` of what :func:`lvis_evaluation` takes, without results nan."""
+    return figures(lvis_evaluation(dataset, results, task) if results else None)
+
+
+def lvis_evaluation(dataset: dict[str, Any], results: Sequence[dict[str, Any]], task: str) -> Evaluation:
+    """Evaluate at least one result.
 
     Args:
         dataset: an LVIS json: images with neg_category_ids and not_exhaustive_category_ids, categories with frequency.
         results: in the data set's own category ids.
         task: "bbox" or "segm".
     """
-    names = ("AP", "AP50", "AP75", "APs", "APm", "APl", "APr", "APc", "APf")
-    if not results:
-        logger.warning("no predictions to evaluate.")
-        return {name: float("nan") for name in names}
     dataset, results, _ = renumbered(dataset, results)
+    for image in dataset["images"]:
+        if "coco_url" in image:  # its end is the file's place below the set's folder
+            image["file_name"] = "/".join(image["coco_url"].split("/")[-2:])
     by_image: dict[Any, list[dict[str, Any]]] = defaultdict(list)
     for result in sorted(results, key=lambda r: -r["score"]):
         by_image[result["image_id"]].append(result)
@@ -100,9 +112,20 @@ def evaluate_lvis(dataset: dict[str, Any], results: Sequence[dict[str, Any]], ta
     evaluation.params.maxDets = [_MAX_DETECTIONS]
     evaluation.evaluate()
     evaluation.accumulate()
+    return evaluation
+
+
+def figures(evaluation: Evaluation | None) -> dict[str, float]:
+    """AP, AP50, AP75, APs, APm, APl, APr, APc, APf in per cent; -100 where there is nothing to measure, as LVIS has it.
+
+    Without predictions there is no evaluation, and all are nan.
+    """
+    names = ("AP", "AP50", "AP75", "APs", "APm", "APl", "APr", "APc", "APf")
+    if evaluation is None:
+        logger.warning("no predictions to evaluate.")
+        return {name: float("nan") for name in names}
     precision = evaluation.eval["precision"][..., -1]  # (IoU, recall, class, area)
-    frequency = {c["id"]: c.get("frequency", "") for c in dataset["categories"]}
-    kinds = np.array([frequency[c] for c in evaluation.params.catIds])
+    kinds = np.array([evaluation.cocoGt.cats[c].get("frequency", "") for c in evaluation.params.catIds])
     overall, thresholds = precision[..., 0], evaluation.params.iouThrs
     parts = [overall, overall[np.isclose(thresholds, 0.5)], overall[np.isclose(thresholds, 0.75)]]
     parts += [precision[..., area] for area in (1, 2, 3)]

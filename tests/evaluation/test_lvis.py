@@ -14,6 +14,7 @@ import json
 
 import numpy as np
 import pytest
+from PIL import Image
 
 pytest.importorskip("detectron2", reason="needs Detectron2")
 
@@ -131,11 +132,16 @@ def test_only_the_best_300_of_an_image_count():
 def test_evaluator(tmp_path, request):
     data, _ = _federated(2)
     path = tmp_path / "lvis.json"
+    (tmp_path / "val2017").mkdir()
+    for image in data["images"]:
+        image["coco_url"] = f"http://images.cocodataset.org/val2017/{image['id']}.png"
+        image.pop("file_name", None)
+        Image.new("RGB", (SIZE, SIZE)).save(tmp_path / "val2017" / f"{image['id']}.png")
     path.write_text(json.dumps(data))
     name = request.node.name
     DatasetCatalog.register(name, list)
-    MetadataCatalog.get(name).set(json_file=str(path), evaluator_type="lvis")
-    evaluator = FastLVISEvaluator(name, output_dir=str(tmp_path / "out"))
+    MetadataCatalog.get(name).set(json_file=str(path), evaluator_type="lvis", image_root=str(tmp_path))
+    evaluator = FastLVISEvaluator(name, output_dir=str(tmp_path / "out"), report=True)
     evaluator.reset()
     ids = sorted(c["id"] for c in data["categories"])
     for image in data["images"]:
@@ -150,3 +156,5 @@ def test_evaluator(tmp_path, request):
     assert list(results) == ["bbox"]
     assert results["bbox"]["AP"] == pytest.approx(100)
     assert {"APr", "APc", "APf"} < set(results["bbox"])
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "<th>APr</th>" in page and page.count("<figcaption>val2017/") == 12  # the best 6 and the worst 6 of 8 images
