@@ -12,6 +12,7 @@ demo goes on where it stopped.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import sys
 from collections.abc import Sequence
@@ -27,6 +28,7 @@ from tile_dataset import tile_coco
 import peft_d2
 from peft_d2.data.pictures import overlay
 from peft_d2.data.segmentation import segmentation_to_mask
+from peft_d2.engine.errors import ConfigError
 from peft_d2.engine.launch import one_line_errors, prepare_config
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -57,6 +59,8 @@ def main() -> None:
     parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="config KEY VALUE pairs for every run")
     args = parser.parse_args()
 
+    if importlib.util.find_spec("timm") is None:
+        raise ConfigError("the demo's backbone is timm's, which is not installed: pip install 'peft_d2[timm]'")
     output = Path(args.output).resolve()
     command = [sys.executable, str(ROOT / "tools" / "train_net.py"), "--name", "histology"]
     for split, count in (("train", args.train_images), ("val", args.val_images)):

@@ -120,7 +120,7 @@ def run(args: argparse.Namespace) -> Any:
         if AUTO in cfg.MODEL.PEFT.METHODS:
             from peft_d2.engine.recommend import settled
 
-            cfg = settled(cfg, keep=args.resume or args.eval_only)
+            cfg = settled(cfg, args.resume, args.eval_only)
         if args.eval_only:
             return evaluate(cfg, args.resume)
         torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK

@@ -31,15 +31,16 @@ LR_FACTOR = 4.0  # of what is injected, as in this project's configs
 logger = logging.getLogger(__name__)
 
 
-def settled(cfg: Any, keep: bool) -> Any:
+def settled(cfg: Any, resume: bool = False, evaluate: bool = False) -> Any:
     """``cfg`` with ``METHODS: auto`` replaced by what is recommended, which is written to ``OUTPUT_DIR``.
 
     Args:
         cfg: its data sets registered.
-        keep: take what an earlier call has written there, if it is there (a resumed run, an evaluation).
+        resume: take what an earlier call has written there, if it is there.
+        evaluate: nothing else will do.
 
     Raises:
-        ConfigError: several processes.
+        ConfigError: several processes, or an evaluation of what was never trained.
     """
     from detectron2.utils import comm
 
@@ -50,7 +51,9 @@ def settled(cfg: Any, keep: bool) -> Any:
             "MODEL.PEFT.METHODS auto takes one process: run tools/recommend.py, and give its file as --peft-config."
         )
     path = Path(cfg.OUTPUT_DIR, FILE)
-    if not (keep and path.is_file()):
+    if evaluate and not path.is_file():
+        raise ConfigError(f"MODEL.PEFT.METHODS auto: there is no {path} of a training. Give that run's config.yaml.")
+    if not ((resume or evaluate) and path.is_file()):
         text = explained(*advise(cfg))
         path.parent.mkdir(parents=True, exist_ok=True)
         atomic.write_bytes(path, text.encode())

@@ -33,14 +33,15 @@ def test_auto(make_cfg: Callable[..., Any], base_weights: Path, tmp_path: Path) 
     cfg = make_cfg(
         "MODEL.PEFT.METHODS", "auto", "MODEL.PEFT.TRAIN", HEADS, "MODEL.WEIGHTS", base_weights, "MODEL.PEFT.BUDGET", 5
     )
-    found = recommend.settled(cfg, keep=False)
+    found = recommend.settled(cfg)
     node = found.MODEL.PEFT
     assert {entry["NAME"] for entry in node.METHODS} == {"lora"} and len(node.TRAIN) >= 2
     assert found.SOLVER.BASE_LR in [cfg.SOLVER.BASE_LR * factor for factor in recommend.RATES]
     report = peft.make_report(Trainer.build_model(found))
     assert 2.5 < 100 * report.trainable / (report.total - report.injected) <= 5
     torch.manual_seed(99)
-    again = recommend.settled(cfg, keep=True)
+    again = recommend.settled(cfg, resume=True)
+    assert recommend.settled(cfg, evaluate=True).MODEL.PEFT.METHODS == node.METHODS
     assert again.MODEL.PEFT.METHODS == node.METHODS and cfg.MODEL.PEFT.METHODS == ["auto"]
     written = load_config(str(TINY), str(tmp_path / recommend.FILE)).cfg  # a file for --peft-config
     assert written.MODEL.PEFT.METHODS == node.METHODS and written.MODEL.META_ARCHITECTURE == "PEFTModel"
@@ -51,6 +52,11 @@ def test_auto_in_a_file_and_on_the_command_line(tmp_path: Path) -> None:
     for arguments in (("", str(tmp_path / "auto.yaml")), ("", "", ["MODEL.PEFT.METHODS", "auto"])):
         cfg = load_config(str(TINY), *arguments[1:]).cfg
         assert cfg.MODEL.PEFT.METHODS == ["auto"] and cfg.MODEL.META_ARCHITECTURE == "PEFTModel"
+
+
+def test_an_evaluation_trains_nothing(make_cfg: Callable[..., Any]) -> None:
+    with pytest.raises(ConfigError, match="there is no .*recommended.yaml of a training"):
+        recommend.settled(make_cfg("MODEL.PEFT.METHODS", "auto"), evaluate=True)
 
 
 def test_nobody_builds_what_is_not_settled(make_cfg: Callable[..., Any]) -> None:
@@ -64,7 +70,7 @@ def test_too_small_a_budget(make_cfg: Callable[..., Any], base_weights: Path) ->
         *("MODEL.WEIGHTS", base_weights, "MODEL.PEFT.BUDGET", 0.01),
     )
     with pytest.raises(ConfigError, match="METHODS auto: TRAIN alone has .* parameters and the budget is"):
-        recommend.settled(cfg, keep=False)
+        recommend.settled(cfg)
 
 
 def test_the_tool(toy_set: Any, base_weights: Path, tmp_path: Path) -> None:
