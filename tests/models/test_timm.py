@@ -40,7 +40,7 @@ PLACES: dict[str, tuple[dict[str, Any], str, str]] = {
     "convnext_atto": ({}, "mlp.{fc1,fc2}", "mlp"),
     "swin_tiny_patch4_window7_224": ({"depths": (1, 1, 2, 1), "embed_dim": 48}, "attn.qkv", "mlp"),
     "vit_tiny_patch16_224": ({"depth": 2, "embed_dim": 96}, "attn.qkv", "mlp"),
-    "resnet18": ({"zero_init_last": False}, "conv2", "layer3.1"),  # its blocks would start as identities
+    "resnet18": ({"zero_init_last": False}, "layer{1,2}.*.conv2", "layer3.1"),  # its blocks would start as identities
 }
 WEIGHTS, BLOCKS, EVERYWHERE = 1, 2, 0
 METHODS: dict[str, tuple[dict[str, Any], int]] = {
