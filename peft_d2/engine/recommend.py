@@ -79,11 +79,11 @@ def advise(cfg: Any, budget: int = 0) -> tuple[Any, Recommendation, dict[float, 
     loader = build_train_loader(cfg)
     batches = list(islice(iter(loader), BATCHES + TEST_STEPS + HELD_OUT))
     loader.close()
-    model = _base(cfg)
+    model, heads = _base(cfg)
     count = sum(parameter.numel() for parameter in model.parameters())
     budget = budget or int(count * cfg.MODEL.PEFT.BUDGET / 100)
     try:
-        found = recommend(model, batches[:BATCHES], budget, cfg.MODEL.PEFT.TRAIN)
+        found = recommend(model, batches[:BATCHES], budget, [*cfg.MODEL.PEFT.TRAIN, *heads])
         peft.inject(model, found.methods, train=found.train)
     except peft.PeftError as error:
         raise ConfigError(f"MODEL.PEFT.METHODS auto: {error}") from error
@@ -142,8 +142,8 @@ def explained(cfg: Any, found: Recommendation, losses: dict[float, float]) -> st
     return "\n".join([*lines, yaml.safe_dump(tree, sort_keys=False, width=120)])
 
 
-def _base(cfg: Any) -> nn.Module:
-    """The config's model without PEFT, with its weights."""
+def _base(cfg: Any) -> tuple[nn.Module, list[str]]:
+    """The config's model without PEFT, with its weights, and which heads of another class count start anew."""
     from peft_d2.engine.checks import build_model
 
     plain = cfg.clone()
@@ -151,9 +151,11 @@ def _base(cfg: Any) -> nn.Module:
     plain.MODEL.META_ARCHITECTURE = cfg.MODEL.PEFT.META_ARCHITECTURE or cfg.MODEL.META_ARCHITECTURE
     plain.freeze()
     model = build_model(plain)
-    if cfg.MODEL.WEIGHTS:
-        adapters.load_base(model, cfg.MODEL.WEIGHTS)
-    return model
+    if not cfg.MODEL.WEIGHTS:
+        return model, []
+    anew = [name for name, *_ in adapters.load_base(model, cfg.MODEL.WEIGHTS).reinitialised]
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    return model, list(dict.fromkeys(name.rpartition(".")[0] for name in anew if name in parameters))
 
 
 def _losses(model: nn.Module, batches: Sequence[Any], seed: int) -> Iterator[Any]:

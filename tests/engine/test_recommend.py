@@ -20,7 +20,7 @@ from peft_d2.engine.config import load_config  # noqa: E402
 from peft_d2.engine.errors import ConfigError  # noqa: E402
 from peft_d2.engine.trainer import Trainer  # noqa: E402
 
-from .conftest import HEADS, TINY  # noqa: E402
+from .conftest import DINO, HEADS, TINY  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -45,6 +45,25 @@ def test_auto(make_cfg: Callable[..., Any], base_weights: Path, tmp_path: Path) 
     assert again.MODEL.PEFT.METHODS == node.METHODS and cfg.MODEL.PEFT.METHODS == ["auto"]
     written = load_config(str(TINY), str(tmp_path / recommend.FILE)).cfg  # a file for --peft-config
     assert written.MODEL.PEFT.METHODS == node.METHODS and written.MODEL.META_ARCHITECTURE == "PEFTModel"
+
+
+@pytest.mark.parametrize("config", [TINY, DINO], ids=["mask2former", "mask_dino"])
+def test_a_training_takes_it(make_cfg: Callable[..., Any], weights_of: Callable[[Path], Path], config: Path) -> None:
+    """Steps with the liveness proof before the first one, an adapter, and the adapter in a model of its own."""
+    cfg = make_cfg(
+        *("MODEL.PEFT.METHODS", "auto", "MODEL.WEIGHTS", weights_of(config), "SOLVER.MAX_ITER", 2, "SEED", 3),
+        config=config,
+    )
+    cfg.DATASETS.TEST = ()
+    settled = recommend.settled(cfg)
+    trainer = Trainer(settled)
+    trainer.resume_or_load(resume=False)
+    trainer.train()
+    settled = settled.clone()
+    settled.defrost()
+    settled.MODEL.PEFT.WEIGHTS = f"{cfg.OUTPUT_DIR}/adapter_final"
+    stored, own = (peft.adapter_state_dict(model) for model in (Trainer.build_model(settled), trainer.model))
+    assert stored.keys() == own.keys() and all(torch.equal(stored[name], own[name]) for name in own)
 
 
 def test_auto_in_a_file_and_on_the_command_line(tmp_path: Path) -> None:
