@@ -42,12 +42,19 @@ FORMATS = ("onnx", "torchscript", "pt2")
 
 def export_parser() -> argparse.ArgumentParser:
     """The arguments of ``tools/export.py``."""
-    parser = argparse.ArgumentParser(description="Write a model as ONNX, TorchScript or a torch.export program.")
+    example = (
+        "--config-file output/mine/config.yaml --output mine.onnx --opts MODEL.PEFT.WEIGHTS output/mine/adapter_final"
+    )
+    parser = argparse.ArgumentParser(
+        description="Write a model as ONNX, TorchScript or a torch.export program.",
+        epilog=f"an example:\n  %(prog)s {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--config-file", required=True, metavar="FILE", help="e.g. OUTPUT_DIR/config.yaml of a run")
     parser.add_argument("--peft-config", default="", metavar="FILE", help="one of configs/peft, on top")
-    parser.add_argument("--format", choices=FORMATS, default="onnx")
+    parser.add_argument("--format", choices=FORMATS, default="onnx", help="default: %(default)s")
     parser.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help="of padded images, px; not for SAM")
-    parser.add_argument("--output", required=True, metavar="FILE")
+    parser.add_argument("--output", required=True, metavar="FILE", help="the file to write")
     parser.add_argument("--adapter-inputs", action="store_true", help="the adapter's tensors are inputs of the graph")
     parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="config KEY VALUE pairs")
     return parser
