@@ -21,6 +21,7 @@ _EXPORTS = {
     "save_adapter": "adapters",
     "load_adapter": "adapters",
     "load_adapters": "adapters",
+    "load_trained": "adapters",
     "save_merged": "adapters",
     "set_adapter": "peft",
     "merge": "peft",
@@ -33,7 +34,7 @@ _EXPORTS = {
 __all__ = ["__version__", *_EXPORTS]
 
 if TYPE_CHECKING:
-    from peft_d2.adapters import inject, load_adapter, load_adapters, load_base, save_adapter, save_merged
+    from peft_d2.adapters import inject, load_adapter, load_adapters, load_base, load_trained, save_adapter, save_merged
     from peft_d2.engine.config import add_config
     from peft_d2.engine.factory import register
     from peft_d2.memory import fit_memory

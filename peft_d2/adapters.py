@@ -47,6 +47,31 @@ def load_base(model: nn.Module, path: str | os.PathLike[str]) -> LoadReport:
     return checkpoint.load_base(model, _local_file(os.fspath(path)), logger=logger)
 
 
+def load_trained(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Load what somebody's trainer saved of an injected model, such as ``model_final.pth``: base and adapter in one.
+
+    Args:
+        model: injected as in training, on the same base.
+        path: a state dict, by itself or under ``model``; DistributedDataParallel's prefix is taken off.
+
+    Raises:
+        CheckpointError: the file is damaged, or was not written of this model with this adapter. Nothing was loaded.
+        InjectionError: the model has no injection, or the file has another base under its adapter.
+    """
+    root = peft.injected_root(model)
+    if root is None:
+        raise peft.InjectionError("inject the model as it was trained, then load what was trained")
+    state = {key.removeprefix("module."): value for key, value in checkpoint.read_checkpoint(path).state.items()}
+    own = {key: value.shape for key, value in root.state_dict().items() if _is_tensor(value)}
+    given = {key: value.shape for key, value in state.items()}
+    if wrong := [key for key in own if given.get(key) != own[key]]:
+        raise CheckpointError(
+            f"{os.fspath(path)} was not written of this model with this adapter: {len(wrong)} of {len(own)} tensors "
+            f"are missing or of another shape, {shortened(wrong, 4)}. Build and inject the model as it was trained."
+        )
+    root.load_state_dict({key: value for key, value in state.items() if key in own})
+
+
 def inject(
     model: nn.Module,
     methods: Iterable[Mapping[str, Any]] | None = (),

@@ -103,15 +103,18 @@ TRACKING:
 """
 
 
-def add_config(cfg: Any) -> None:
+def add_config(cfg: Any, models: bool = True) -> None:
     """Add ``MODEL.PEFT``, the models' own nodes and the data keys to a Detectron2 config.
 
-    What exists already keeps its value, so it is safe after an upstream ``add_*_config`` and twice.
+    What exists already keeps its value, so it is safe after an upstream ``add_*_config`` and twice. Without ``models``
+    it is ``MODEL.PEFT`` alone, for code that has models, data and a trainer of its own.
     """
     require_detectron2()
     from peft_d2.data.config import add_data_config, add_keys
     from peft_d2.models import add_models_config
 
+    if not models:
+        return add_keys(cfg, {"MODEL": {"PEFT": yaml.safe_load(KEYS)["MODEL"]["PEFT"]}})
     add_keys(cfg, KEYS)  # first: a plain Detectron2 config keeps its optimizer, whatever a model's files choose
     add_data_config(cfg)
     add_models_config(cfg)
