@@ -211,7 +211,7 @@ def write(model: nn.Module, cfg: Any, path: Path, kind: str, size: tuple[int, in
     record: dict[str, Any] = {
         "format": cfg.INPUT.FORMAT, "size": list(size), "adapter_inputs": keys,
         "resize": [cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST], "top_k": cfg.TEST.DETECTIONS_PER_IMAGE,
-        "pad": list(cfg.MODEL.PIXEL_MEAN),
+        "pad": [0.0] * channels if getattr(model, "pads_with_black", False) else list(cfg.MODEL.PIXEL_MEAN),
     }  # fmt: skip
     files = [path]
     if peft.base_class(model) is SegmentAnything:  # SAM 2 encodes into several maps
@@ -238,7 +238,7 @@ def write(model: nn.Module, cfg: Any, path: Path, kind: str, size: tuple[int, in
         export(graph, {"image": image}, names, path, kind, tensors)
     else:
         raise ConfigError(
-            f"MODEL: {type(model).__name__} is none of Mask2Former, Mask DINO, SEEM and Segment Anything."
+            f"MODEL: {type(model).__name__} is none of Mask2Former, Mask DINO, SEEM, EoMT and Segment Anything."
         )
     record["graphs"] = [file.name for file in files]
     atomic.write_bytes(f"{path}.json", json.dumps(record, indent=1).encode())

@@ -30,12 +30,13 @@ from peft_d2.engine.config import load_config
 from peft_d2.models.sam.prompt_encoder import Prompts
 from peft_d2.models.seem.vocabulary import ClassVectors
 
-from ..models.conftest import make_config
+from ..models.conftest import SMALL_EOMT, make_config
 from ..tiny_sam import SAM_TINY
 
 ROOT = Path(__file__).parents[2]
 ENGINE = ROOT / "tests" / "engine"
 SIZE = (64, 96)
+DINOV3 = "vit_small_patch16_dinov3_qkvb"
 LORA = [{"NAME": "lora", "TARGETS": ["qkv", "self_attn.value_proj", "multihead_attn"], "RANK": 2}]
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -47,6 +48,9 @@ def build(family: str) -> tuple[Any, Any]:
         cfg = make_config(
             "", {**SAM_TINY, "MODEL.META_ARCHITECTURE": "PD2SegmentAnything", "MODEL.SAM.MULTIMASK": True}
         )
+    elif family == "eomt":
+        pytest.importorskip("timm")
+        cfg = make_config("eomt/coco/instance_dinov3_small_640.yaml", {**SMALL_EOMT, "MODEL.TIMM.NAME": DINOV3})
     else:
         cfg = load_config(str(ENGINE / f"{family}.yaml")).cfg
     model = build_model(cfg).eval()
@@ -68,7 +72,7 @@ def assert_near(found: Any, expected: tuple[Tensor, ...]) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", ["tiny", "tiny_mask_dino", "tiny_seem"])
+@pytest.mark.parametrize("family", ["tiny", "tiny_mask_dino", "tiny_seem", "eomt"])
 def test_mask_classifiers_in_onnxruntime(family: str, tmp_path: Path) -> None:
     cfg, model = build(family)
     export.write(model, cfg, tmp_path / "model.onnx", "onnx", SIZE, with_adapter=False)
@@ -247,3 +251,6 @@ def test_what_is_beside_a_graph(tmp_path: Path) -> None:
     export.write(model, cfg, tmp_path / "model.pt", "torchscript", SIZE, with_adapter=False)
     record = json.loads((tmp_path / "model.pt.json").read_text())
     assert record["size"] == [64, 96] and record["pad"] == cfg.MODEL.PIXEL_MEAN and record["scores"] == "softmax"
+    cfg, model = build("eomt")
+    export.write(model, cfg, tmp_path / "model.pt", "torchscript", SIZE, with_adapter=False)
+    assert json.loads((tmp_path / "model.pt.json").read_text())["pad"] == [0, 0, 0]  # black, as it was trained

@@ -92,6 +92,6 @@ class EoMTHead(nn.Module):
         inside = F.interpolate(masks, size=grid, mode="bilinear", align_corners=False).flatten(2) > 0
         free = torch.rand(inside.shape[:2], device=masks.device)[..., None] if self.training else 0.5
         inside |= probability < free
-        allowed = torch.ones(len(masks), tokens, tokens, dtype=torch.bool, device=masks.device)
+        allowed = torch.ones(masks.shape[0], tokens, tokens, dtype=torch.bool, device=masks.device)
         allowed[:, :queries, -patches:] = inside
         return allowed[:, None]

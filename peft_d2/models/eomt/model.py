@@ -43,6 +43,8 @@ MODEL:
 class EoMT(MaskFormer):
     """EoMT: see :class:`~peft_d2.models.layers.mask_classifier.MaskClassifier`; ``MODEL.TIMM`` names the encoder."""
 
+    pads_with_black = True
+
     def __init__(self, cfg: CfgNode) -> None:
         super().__init__(cfg)
         node, joint = cfg.MODEL.EOMT, cfg.MODEL.MASK_FORMER.DEC_LAYERS - 1
@@ -94,14 +96,14 @@ class EoMT(MaskFormer):
         """The last prediction and, as ``aux_outputs``, those before the joint blocks that need or train them."""
         head, encoder = self.sem_seg_head, self.backbone
         tokens, grid, rope = (features[key] for key in ("tokens", "grid", "rope"))
-        queries = head.query_feat.weight.to(tokens.dtype).expand(len(tokens), -1, -1)
+        queries = head.query_feat.weight.to(tokens.dtype).expand(tokens.shape[0], -1, -1)
         tokens = torch.cat([queries, tokens], dim=1)
         probabilities = head.query_feat.attn_mask_probs
         # A block that masks nothing needs no prediction before it; a compiled graph cannot depend on that.
         always = self.training or torch.compiler.is_compiling()
         masked = [True] * len(probabilities) if always else (probabilities >= 0.5).tolist()
         predictions = []
-        for block, is_masked, probability in zip(encoder.joint_blocks, masked, probabilities, strict=True):
+        for block, is_masked, probability in zip(encoder.joint_blocks, masked, probabilities.unbind(), strict=True):
             mask = None
             if is_masked:
                 predictions.append(head(encoder.normed(tokens), grid))
