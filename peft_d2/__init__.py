@@ -23,6 +23,7 @@ _EXPORTS = {
     "load_adapters": "adapters",
     "load_trained": "adapters",
     "save_merged": "adapters",
+    "push_to_hub": "storage.hub",
     "set_adapter": "peft",
     "merge": "peft",
     "unmerge": "peft",
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from peft_d2.memory import fit_memory
     from peft_d2.ops import ms_deform_attn
     from peft_d2.peft import disabled, merge, prove_live, set_adapter, unmerge
+    from peft_d2.storage.hub import push_to_hub
 
 
 def __getattr__(name: str) -> Any:

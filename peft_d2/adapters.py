@@ -20,7 +20,7 @@ from peft_d2.peft.adapted import walk
 from peft_d2.peft.errors import shortened
 from peft_d2.peft.lora import LowRank
 from peft_d2.peft.state import tensor_hash
-from peft_d2.storage import CheckpointError, LoadReport, adapter_file, atomic, checkpoint, huggingface
+from peft_d2.storage import CheckpointError, LoadReport, adapter_file, atomic, checkpoint, hub, huggingface
 from peft_d2.storage.adapter_file import AdapterFile, AdapterFileError, Fingerprint, difference, fingerprint
 
 logger = logging.getLogger(__name__)
@@ -191,7 +191,8 @@ def load_adapter(
 
     Args:
         model: the model with its base's weights, injected or not.
-        folder: written by `save_adapter` or by `peft`'s `save_pretrained`.
+        folder: written by `save_adapter` or by `peft`'s `save_pretrained`; or `user/name@revision` on the Hugging Face
+            hub, which needs the extra `hub`.
         name: the adapter's name in the model.
         allow_other_base: only warn when the base has other tensors than the adapter was made for.
 
@@ -257,6 +258,7 @@ def _load(
     if empty := next((name for name, value in model.named_parameters() if value.is_meta), ""):
         remedy = "give it its base's weights first: model.to_empty(device=...), then peft_d2.load_base(model, path)"
         raise AdapterFileError(folder, f"the model is on the meta device ({empty} has no values)", remedy)
+    folder = hub.local_folder(folder)
     is_theirs = huggingface.is_huggingface(folder)
     if is_theirs:
         with _base_of(model):

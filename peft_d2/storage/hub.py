@@ -1,0 +1,131 @@
+"""Adapters on the Hugging Face hub: ``user/name@revision``, and a model card made of what the run wrote."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from peft_d2.storage import adapter_file
+from peft_d2.storage.adapter_file import FILES, AdapterFileError
+
+_ADDRESS = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)@(?P<revision>[\w./-]+)")
+_INSTALL = "pip install 'peft_d2[hub]'"
+logger = logging.getLogger(__name__)
+
+
+def local_folder(folder: str | os.PathLike[str]) -> str | os.PathLike[str]:
+    """The folder itself, or for ``user/name@revision`` the one in the hub's cache, fetched where it is not there.
+
+    The revision is required, so that a run names what it used; the log says which commit that is. Offline
+    (HF_HUB_OFFLINE) the cache alone is asked.
+
+    Raises:
+        AdapterFileError: it cannot be fetched, or ``huggingface_hub`` is missing.
+    """
+    address = _ADDRESS.fullmatch(os.fspath(folder))
+    if address is None or os.path.exists(folder):
+        return folder
+    hub = _hub(folder)
+    try:
+        local = hub.snapshot_download(address["repo"], revision=address["revision"], allow_patterns=list(FILES))
+    except (OSError, ValueError) as error:  # the library's own errors are of these
+        said = str(error).strip().partition("\n")[0]
+        remedy = "check the name, the revision and your access (hf auth login); offline it has to be in the cache"
+        raise AdapterFileError(folder, f"cannot be fetched from the hub: {said}", remedy) from error
+    logger.info("Adapter %s is commit %s of %s, in %s", folder, Path(local).name, address["repo"], local)
+    return local
+
+
+def push_to_hub(
+    folder: str | os.PathLike[str],
+    repo: str,
+    picture: str | os.PathLike[str] | None = None,
+    private: bool = False,
+    command: str = "",
+) -> str:
+    """Upload an adapter's folder with a model card, made of it and of the run's ``config.yaml`` if that is beside it.
+
+    Args:
+        folder: written by :func:`peft_d2.save_adapter`, such as ``output/adapter_final``.
+        repo: ``user/name``; made where it does not exist.
+        picture: shown on the card.
+        private: of a repository that is made.
+        command: how it was trained, for the card.
+
+    Returns:
+        ``user/name@commit``, as :func:`peft_d2.load_adapter` takes it.
+
+    Raises:
+        AdapterFileError: the folder is damaged, or ``huggingface_hub`` is missing.
+    """
+    adapter_file.read(folder)  # whole, and with the checksums that it names
+    api = _hub(folder).HfApi()
+    api.create_repo(repo, private=private, exist_ok=True)
+    with tempfile.TemporaryDirectory() as temporary:
+        for name in FILES:
+            shutil.copyfile(Path(folder, name), Path(temporary, name))
+        shown = ""
+        if picture is not None:
+            shown = f"picture{Path(picture).suffix}"
+            shutil.copyfile(picture, Path(temporary, shown))
+        Path(temporary, "README.md").write_text(model_card(folder, repo, shown, command), encoding="utf-8")
+        commit = api.upload_folder(repo_id=repo, folder_path=temporary, commit_message="Adapter of peft_d2")
+    return f"{repo}@{commit.oid}"
+
+
+def model_card(folder: str | os.PathLike[str], repo: str, picture: str = "", command: str = "") -> str:
+    """The card of an adapter: its base and fingerprint, data, methods, metrics, command, and how to load it."""
+    record = json.loads(Path(folder, "peft_d2.json").read_bytes())
+    hf = json.loads(Path(folder, "adapter_config.json").read_bytes()).get("peft_type") == "LORA"
+    beside = Path(folder).parent / "config.yaml"
+    run: dict[str, Any] = (yaml.safe_load(beside.read_bytes()) or {}) if beside.is_file() else {}
+    base, data = run.get("MODEL", {}).get("WEIGHTS") or "not named by the run", run.get("DATASETS", {})
+    header = {
+        "library_name": "peft_d2",
+        "tags": ["detectron2", "peft", "image-segmentation", *(["lora"] if hf else [])],
+    }
+    rows = [
+        ("base", f"`{base}`, {record['base']['count']} tensors, fingerprint `{record['base']['weights'][:16]}`"),
+        *(
+            (f"data, {split.lower()}", ", ".join(map(str, data.get(split) or ())) or "not named")
+            for split in ("TRAIN", "TEST")
+        ),
+        *(("method", _method(entry)) for entry in record["methods"]),
+        ("trained in full", ", ".join(f"`{name}`" for name in record["train"]) or "nothing"),
+        *(
+            (key, f"{value:.4g}" if isinstance(value, float) else value)
+            for key, value in sorted(record["metrics"].items())
+        ),
+        ("written by", f"peft_d2 {record['peft_d2_version']}"),
+    ]
+    lines = [f"---\n{yaml.safe_dump(header, sort_keys=False)}---", f"# {repo}", ""]
+    lines += [*([f"![Predictions]({picture})", ""] if picture else []), "| | |", "|---|---|"]
+    lines += [f"| {key} | {value} |".replace("\n", " ") for key, value in rows]
+    lines += ["", "```python", f'peft_d2.load_adapter(model, "{repo}@main")  # or a commit, which stays', "```", ""]
+    lines += [f"Trained by `{command}`.", ""] if command else []
+    lines.append(f"Hugging Face's `peft` {'opens it as it is' if hf else 'cannot compute what it does'}.")
+    return "\n".join(lines) + "\n"
+
+
+def _method(entry: dict[str, Any]) -> str:
+    shown = {
+        key: value for key, value in entry.items() if key not in ("NAME", "TARGETS") and value not in ([], {}, None)
+    }
+    targets = ", ".join(f"`{name}`" for name in entry["TARGETS"])
+    return f"{entry['NAME']} on {targets} ({', '.join(f'{key} {value}' for key, value in shown.items())})"
+
+
+def _hub(folder: str | os.PathLike[str]) -> Any:
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise AdapterFileError(folder, "the hub needs the package huggingface_hub", _INSTALL) from error
+    return huggingface_hub

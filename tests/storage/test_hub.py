@@ -1,0 +1,109 @@
+"""Sharing through the hub, against a cache as its library lays it out; no network."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from torch import nn
+
+import peft_d2
+from peft_d2 import peft
+from peft_d2.storage import hub
+from peft_d2.storage.adapter_file import AdapterFileError
+
+huggingface_hub = pytest.importorskip("huggingface_hub")
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The library's cache, offline, into which the API's uploads go."""
+    folder = tmp_path / "cache"
+    constants = importlib.import_module("huggingface_hub.constants")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+
+    class Api:
+        def create_repo(self, repo: str, private: bool, exist_ok: bool) -> None:
+            (folder / f"models--{repo.replace('/', '--')}" / "refs").mkdir(parents=True, exist_ok=exist_ok)
+
+        def upload_folder(self, repo_id: str, folder_path: str, commit_message: str) -> Any:
+            place = folder / f"models--{repo_id.replace('/', '--')}"
+            (place / "refs" / "main").write_text(COMMIT)
+            (place / "snapshots" / COMMIT).mkdir(parents=True)
+            for file in Path(folder_path).iterdir():
+                (place / "snapshots" / COMMIT / file.name).write_bytes(file.read_bytes())
+            return types.SimpleNamespace(oid=COMMIT)
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    return folder
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> tuple[Path, nn.Module]:
+    trained = model()
+    peft_d2.inject(trained, [{"NAME": "lora", "TARGETS": ["0"], "RANK": 2}], train=["2"])
+    with torch.no_grad():
+        for item in peft.trained_parameters(trained):
+            item.param.add_(0.5)
+    peft_d2.save_adapter(trained, tmp_path / "run" / "adapter_final", metrics={"segm/AP": 36.54321})
+    config = {"MODEL": {"WEIGHTS": "base.pth"}, "DATASETS": {"TRAIN": ["night_train"], "TEST": ["night_val"]}}
+    (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(config))
+    return tmp_path / "run" / "adapter_final", trained
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("revision", [COMMIT, "main"])
+def test_what_is_pushed_is_loaded(revision: str, cache: Path, run: tuple[Path, nn.Module], caplog: Any) -> None:
+    picture = run[0].parent / "seen.png"
+    picture.write_bytes(b"picture")
+    assert peft_d2.push_to_hub(run[0], "user/night", picture) == f"user/night@{COMMIT}"
+    fresh = model()
+    with caplog.at_level("INFO", "peft_d2"):
+        peft_d2.load_adapter(fresh, f"user/night@{revision}")
+    assert COMMIT in caplog.text  # what a run used is in its log, whatever a branch is later
+    x = torch.randn(3, 4)
+    assert torch.equal(fresh(x), run[1](x))
+    several = model()
+    peft_d2.load_adapters(several, {"night": f"user/night@{revision}"})
+    peft_d2.set_adapter(several, "night")
+    assert torch.equal(several(x), run[1](x))
+
+
+def test_the_card_tells_the_run(run: tuple[Path, nn.Module]) -> None:
+    card = hub.model_card(run[0], "user/night", "picture.png", "tools/train_net.py --config-file x.yaml")
+    header = yaml.safe_load(card.split("---")[1])
+    assert header["library_name"] == "peft_d2" and "detectron2" in header["tags"]
+    told = ["`base.pth`, 4 tensors", "night_train", "night_val", "lora on `0`", "RANK 2", "| trained in full | `2` |"]
+    told += ["| segm/AP | 36.54 |", "![Predictions](picture.png)", "--config-file x.yaml", '"user/night@main"']
+    for part in told:
+        assert part in card, part
+
+
+def test_refusals(cache: Path, run: tuple[Path, nn.Module], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fresh = model()
+    with pytest.raises(AdapterFileError, match="user/nobody@main.*cannot be fetched from the hub"):
+        peft_d2.load_adapter(fresh, "user/nobody@main")
+    with pytest.raises(AdapterFileError) as without_revision:  # a folder that does not exist, not a download
+        peft_d2.load_adapter(fresh, "user/night")
+    assert "hub" not in str(without_revision.value)
+    assert type(fresh) is nn.Sequential
+    (run[0] / "adapter_model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(AdapterFileError):
+        peft_d2.push_to_hub(run[0], "user/night")
+    assert not cache.exists()
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(AdapterFileError, match=r"needs the package huggingface_hub.*pip install 'peft_d2\[hub\]'"):
+        peft_d2.load_adapter(fresh, "user/night@main")
