@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from peft_d2 import peft
+from peft_d2 import memory, peft
 from peft_d2.memory import saved_by_module
+from peft_d2.memory.blocks import Block
 
 pytest.importorskip("detectron2")
 
@@ -75,6 +76,26 @@ def test_every_adapter_gets_a_gradient_and_the_backbone_keeps_nothing() -> None:
     # 7 blocks, two adapters each, six tensors each.
     assert len(trained) == 7 * 2 * 6
     assert all(p.grad is not None and bool(p.grad.any()) for p in trained)
+
+
+def test_gradients_are_the_same_where_blocks_recompute() -> None:
+    model, x = Model().train(), torch.randn(1, 3, 64, 64)
+    peft.inject(model, [{"NAME": "e3va", "TARGETS": ["backbone"]}], train=["backbone.norm2", "backbone.layers.3"])
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "up2" in name:
+                parameter.normal_(std=0.1)
+    runs = []
+    for _ in range(2):
+        model.zero_grad()
+        model(x).backward()
+        runs.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+        memory.fit_memory(model, x, None)
+        for module in model.modules():
+            if isinstance(module, Block):
+                module.memory_block.mode = "recompute"
+    assert runs[0].keys() == runs[1].keys() and len(runs[0]) > 7 * 2 * 6
+    assert all(torch.equal(value, runs[1][name]) for name, value in runs[0].items())
 
 
 def test_where_it_cannot_go() -> None:
