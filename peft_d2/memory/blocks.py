@@ -29,7 +29,8 @@ from .frozen import FrozenConvolutions
 Mode = Literal["keep", "recompute", "offload"]
 _FIELD = "memory_block"
 _CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
-_SLACK = 96 * 2**20  # freed bytes that malloc may hold back
+_M_MMAP_THRESHOLD, _LARGE = -3, 8 * 2**20  # mallopt's key, and bytes
+_SLACK = 64 * 2**20  # freed bytes that malloc may hold back
 
 
 class Recorder(Protocol):
@@ -187,6 +188,11 @@ class _Malloc:
             library.malloc_trim(0)
             self._least = resident_bytes() - self._used()
 
+    def map_large(self) -> None:
+        """Give each large block pages of its own, which go back when it is freed, from now on."""
+        if self._library is not None:
+            self._library.mallopt(_M_MMAP_THRESHOLD, _LARGE)
+
     def give_back(self, ceiling: int) -> None:
         """Give back what is held, if it is much and the process has more than ``ceiling`` resident bytes."""
         if self._library is None:
@@ -217,3 +223,8 @@ _malloc = functools.cache(_Malloc)
 def return_freed_memory(ceiling: int = 0) -> None:
     """Let malloc give back what it holds of freed tensors; without it, a CPU's peak is up to twice what is used."""
     _malloc().give_back(ceiling)
+
+
+def map_large_blocks() -> None:
+    """Let malloc give large tensors pages of their own: freed ones leave no holes, at the price of page faults."""
+    _malloc().map_large()

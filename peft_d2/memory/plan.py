@@ -21,12 +21,22 @@ from torch.utils.checkpoint import checkpoint
 
 from peft_d2.peft.errors import PeftError
 
-from .blocks import BlockState, Mode, find_blocks, make_block, release_block, resident_bytes, return_freed_memory
+from .blocks import (
+    BlockState,
+    Mode,
+    find_blocks,
+    make_block,
+    map_large_blocks,
+    release_block,
+    resident_bytes,
+    return_freed_memory,
+)
 from .meter import Meter, ProcessPeak, device_of, free_bytes, untouched
 
 GIB = 2**30
 AUTO_SHARE = 0.9  # of what is free: allocators need some room between tensors
-_FILLED = 0.9  # of the planned peak, up to which malloc may hold freed memory: giving it back takes time
+_FILLED = 0.8  # of the planned peak, up to which malloc may hold freed memory: giving it back takes time
+_CPU_SHARE = 0.95  # of the room beside the weights: malloc leaves holes between what is kept
 _FAR_ABOVE = 2**62
 
 Forward = Callable[[nn.Module, Any], Any]
@@ -135,6 +145,8 @@ def fit_memory(
     """
     limit = _limit(budget, model)
     release_memory(model)
+    if limit is not None and device_of(model).type == "cpu":
+        map_large_blocks()
     states = {name: make_block(module, name) for name, module in find_blocks(model)}
     resident = _resident(model, optimizer_states)
     smallest: int | None = None
@@ -147,7 +159,8 @@ def fit_memory(
                 except torch.cuda.OutOfMemoryError:
                     agree(_FAR_ABOVE)
                     continue
-                plan = step.choose(None if limit is None else limit - resident, resident, mode, count)
+                share = _CPU_SHARE if device_of(model).type == "cpu" else 1.0
+                plan = step.choose(None if limit is None else int(share * (limit - resident)), resident, mode, count)
                 smallest = min(smallest or plan.smallest, plan.smallest)
                 if agree(0 if limit is None else plan.peak - limit) <= 0:
                     plan.budget, plan.smallest = limit, smallest
