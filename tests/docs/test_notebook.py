@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 pytest.importorskip("detectron2")
+pytest.importorskip("timm")
 NOTEBOOK = Path(__file__).parents[2] / "docs" / "notebooks" / "own_data.ipynb"
 
 

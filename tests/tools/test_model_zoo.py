@@ -29,7 +29,7 @@ def test_every_config_and_method_is_listed() -> None:
     assert listed == files - bases - {"configs/peft/mask_rcnn/lora.yaml"}
 
 
-@pytest.mark.parametrize("title", ["The demo", "Small models for nuclei"])
+@pytest.mark.parametrize("title", ["The toy world", "Small models for nuclei"])
 def test_chapters_are_up_to_date(title: str) -> None:
     register()
     (family,) = (family for family in zoo.FAMILIES if family.title == title)
@@ -52,7 +52,7 @@ def test_results_are_of_configs_that_exist() -> None:
 
 def test_what_is_out_of_date_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(ROOT / "configs" / "demo", tmp_path / "configs" / "demo")
-    monkeypatch.setattr(zoo, "FAMILIES", [family for family in zoo.FAMILIES if family.title == "The demo"])
+    monkeypatch.setattr(zoo, "FAMILIES", [family for family in zoo.FAMILIES if family.title == "The toy world"])
     with pytest.raises(ConfigError, match="out of date"):
         zoo.write(tmp_path, check=True)
     zoo.write(tmp_path)
@@ -62,7 +62,7 @@ def test_what_is_out_of_date_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyP
     (tmp_path / zoo.MEASURED).write_text(json.dumps({"settings": {"here": "By hand."}, "results": results}))
     with pytest.raises(ConfigError, match="out of date"):
         zoo.write(tmp_path, check=True)
-    zoo.write(tmp_path, only="The demo")
+    zoo.write(tmp_path, only="The toy world")
     zoo.write(tmp_path, check=True)
     text = (tmp_path / zoo.ZOO).read_text(encoding="utf-8")
     assert re.search(r"demo/lora\b.* %, [\d.]+ MB \| 12.5 \| here \|", text) and "Setting here: By hand." in text
