@@ -175,19 +175,27 @@ def test_adapters_are_swapped_and_served_without_torch(tmp_path: Path) -> None:
 
 
 def test_the_demos_base_has_the_same_ap_in_onnxruntime(tmp_path: Path) -> None:
-    from peft_d2.data import toy
+    """On the demo's pictures, inverted and grey: nuclei are bright then, as the base knows them."""
+    pytest.importorskip("timm")
+    import run_demo
+
     from peft_d2.data.registration import register_from_config
     from peft_d2.engine.checkpointer import Checkpointer
     from peft_d2.engine.trainer import Trainer
 
     peft_d2.register()
-    day = toy.generate(tmp_path / "day", "day", 12, seed=77)
-    cfg = load_config(str(ROOT / "configs" / "demo" / "base.yaml")).cfg
-    cfg.DATASETS.REGISTER = [{"NAME": "exported_day", "JSON": str(day.json), "IMAGES": str(day.images)}]
-    cfg.DATASETS.TEST, cfg.OUTPUT_DIR = ("exported_day",), str(tmp_path)
+    folder = run_demo.cut("val", 1, tmp_path)
+    for file in (folder / "images").iterdir():
+        grey = 255.0 - np.asarray(Image.open(file).convert("L"))
+        Image.fromarray((1.2 * (grey - 60)).clip(0, 255).astype(np.uint8)).convert("RGB").save(file)
+    cfg = load_config(str(ROOT / "configs" / "nuclei" / "efficientnet" / "model.yaml")).cfg
+    cfg.DATASETS.REGISTER = [
+        {"NAME": "exported", "JSON": str(folder / "annotations.json"), "IMAGES": str(folder / "images")}
+    ]
+    cfg.DATASETS.TEST, cfg.OUTPUT_DIR = ("exported",), str(tmp_path)
     register_from_config(cfg)
     model = Trainer.build_model(cfg)
-    Checkpointer(model).load(str(ROOT / "peft_d2" / "assets" / "demo_base.safetensors"))
+    Checkpointer(model).load(str(ROOT / "peft_d2" / "assets" / "nuclei_base.safetensors"))
     with torch.no_grad():
         expected = Trainer.test(cfg, model)["segm"]["AP"]
         side = cfg.INPUT.MIN_SIZE_TEST
@@ -195,7 +203,7 @@ def test_the_demos_base_has_the_same_ap_in_onnxruntime(tmp_path: Path) -> None:
         model.backbone = _Pixels(model)
         model.sem_seg_head = _Graph(model.sem_seg_head, tmp_path / "model.onnx")
         found = Trainer.test(cfg, model)["segm"]["AP"]
-    assert expected > 60 and abs(found - expected) < 0.1
+    assert expected > 15 and abs(found - expected) < 0.1
 
 
 class _Pixels(nn.Module):
@@ -232,7 +240,8 @@ def test_resizing_is_torchs(shape: tuple[int, int], size: tuple[int, int]) -> No
 def test_looking_at_a_model_never_raises(family: str) -> None:
     """Tracers ask modules for every attribute."""
     for module in build(family)[1].modules():
-        assert all(hasattr(module, name) or True for name in dir(type(module)))
+        for name in dir(type(module)):
+            getattr(module, name, None)  # raises what is no AttributeError
 
 
 def test_refusals(tmp_path: Path) -> None:
