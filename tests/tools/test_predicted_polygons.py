@@ -50,7 +50,7 @@ def written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     class Predictor:
         prompted = False
 
-        def __init__(self, cfg: object) -> None:
+        def __init__(self, cfg: object, adapters: object) -> None:
             self.metadata = metadata
 
         def __call__(self, path: Path, boxes: object) -> tuple[np.ndarray, dict]:

@@ -202,13 +202,14 @@ def test_own_data_as_labelme_and_yolo_have_it(run: Callable[..., str], tmp_path:
     (tmp_path / "labelme" / "a.json").write_text(json.dumps({"imagePath": "a.png", "shapes": [shape]}))
     out = tmp_path / "out"
     common = ["--config-file", TINY, "--train-data", tmp_path / "labelme", "--val-data", tmp_path / "yolo"]
+    common += ["--name", "labelled"]
     settings = ["MODEL.DEVICE", "cpu", "SOLVER.MAX_ITER", 1, "SOLVER.IMS_PER_BATCH", 1, "OUTPUT_DIR", out]
-    assert "kitten" in run("train_net", *common, "--name", "unpaired", *settings, fails=True)
+    assert "kitten" in run("train_net", *common[:-1], "unpaired", *settings, fails=True)
     error = run("train_net", *common, "--class-map", "kitten=cat,dog=cat", *settings, fails=True)
     assert "'dog' is no class of this data. It has cat, kitten" in error
     said = run("train_net", *common, "--class-map", "kitten=cat", *settings)
     assert "labelme: 1 images, 1 objects, 1 class(es): cat" in said and "YOLO segmentation: 1 images, 1 objects" in said
-    results = json.loads((out / "inference" / "own_val" / "coco_instances_results.json").read_text())
+    results = json.loads((out / "inference" / "labelled_val" / "coco_instances_results.json").read_text())
     assert {row["category_id"] for row in results} == {1}
     again = run(
         "train_net", "--config-file", out / "config.yaml", "--eval-only", "MODEL.WEIGHTS", out / "model_final.pth"
