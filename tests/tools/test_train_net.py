@@ -20,6 +20,7 @@ pytest.importorskip("detectron2")
 
 import demo  # noqa: E402
 import inspect_targets  # noqa: E402
+from detectron2.data import DatasetCatalog, MetadataCatalog  # noqa: E402
 
 from peft_d2.data import toy  # noqa: E402
 from peft_d2.engine import launch  # noqa: E402
@@ -45,6 +46,9 @@ def process(tool: str, *arguments: object) -> str:
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str], forget_loggers: Callable[[], None], one_thread: None) -> Callable[..., str]:
     """Run a tool in this process, which is quicker; returns what it printed, of one that must fail only stderr."""
+    for name in {"own_train", "own_val"} & set(DatasetCatalog):  # those of another module's tests
+        DatasetCatalog.remove(name)
+        MetadataCatalog.pop(name, None)
 
     def call(tool: str, *arguments: object, fails: bool = False) -> str:
         forget_loggers()
