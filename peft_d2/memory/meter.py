@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from .blocks import resident_bytes
 
 
 class SavedTensors:
@@ -148,13 +150,13 @@ class ProcessPeak:
 
     def __enter__(self) -> ProcessPeak:
         self.bytes = 0
-        self._start = _resident("VmRSS")
+        self._start = resident_bytes()
         with contextlib.suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")  # the highest mark begins anew
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.bytes = max(0, _resident("VmHWM") - self._start)
+        self.bytes = max(0, _bytes_of("/proc/self/status", "VmHWM") - self._start)
 
 
 class StepPeak:
@@ -179,24 +181,23 @@ class StepPeak:
         return self._weights + self._process.bytes
 
 
-def _resident(key: str) -> int:
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:")), 0)
-
-
 def free_bytes(device: torch.device) -> int:
     """What is free on ``device`` for tensors yet to come."""
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return min(int(line.split()[1]) * 1024, _group_limit())
+    if available := _bytes_of("/proc/meminfo", "MemAvailable"):
+        return min(available, _group_limit())
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _bytes_of(file: str, key: str) -> int:
+    """A row of such a table of Linux's, which counts kilobytes; 0 where there is none."""
+    try:
+        lines = Path(file).read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:")), 0)
 
 
 def _group_limit() -> int:
@@ -211,24 +212,3 @@ def _group_limit() -> int:
 def device_of(model: nn.Module) -> torch.device:
     """Where the model's first parameter is."""
     return next(iter(model.parameters())).device
-
-
-@contextlib.contextmanager
-def untouched(model: nn.Module) -> Iterator[None]:
-    """Leave gradients, buffers, modes and the random state as they were."""
-    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
-    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-    modes = [(module, module.training) for module in model.modules()]
-    devices = [torch.cuda.current_device()] if device_of(model).type == "cuda" else []
-    for parameter, _ in gradients:
-        parameter.grad = None
-    try:
-        with torch.random.fork_rng(devices):
-            yield
-    finally:
-        for parameter, gradient in gradients:
-            parameter.grad = gradient
-        for buffer, value in buffers:
-            buffer.detach().copy_(value)
-        for module, mode in modes:
-            module.training = mode

@@ -9,7 +9,6 @@ between their forward and their backward pass. Blocks are then kept in the order
 from __future__ import annotations
 
 import contextlib
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from peft_d2.peft.checks import as_it_was, own_event_storage
 from peft_d2.peft.errors import PeftError
 
 from .blocks import (
@@ -31,7 +31,7 @@ from .blocks import (
     resident_bytes,
     return_freed_memory,
 )
-from .meter import Meter, ProcessPeak, device_of, free_bytes, untouched
+from .meter import Meter, ProcessPeak, device_of, free_bytes
 
 GIB = 2**30
 AUTO_SHARE = 0.9  # of what is free: allocators need some room between tensors
@@ -346,7 +346,8 @@ class _Step:
 def _measure(model: nn.Module, batch: Any, forward: Forward, states: dict[str, BlockState], mode: Mode) -> _Step:
     """One step at its leanest, three times: to warm up, for its time and the process's peak, and for its tensors."""
     device = device_of(model)
-    with untouched(model), _own_storage():
+    devices = [torch.cuda.current_device()] if device.type == "cuda" else []
+    with as_it_was(model), torch.random.fork_rng(devices), own_event_storage():
         with _recording(states, timed := _Recorder(None)):
             _step(model, batch, forward)
         return_freed_memory()
@@ -381,15 +382,3 @@ def _recording(states: dict[str, BlockState], recorder: _Recorder) -> Iterator[N
     finally:
         for state in states.values():
             state.recorder = None
-
-
-@contextlib.contextmanager
-def _own_storage() -> Iterator[None]:
-    """Let what Detectron2's models log while they are measured go nowhere."""
-    if "detectron2" not in sys.modules:
-        yield
-        return
-    from detectron2.utils.events import EventStorage
-
-    with EventStorage(0):
-        yield

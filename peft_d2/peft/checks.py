@@ -111,7 +111,7 @@ def not_live(model: nn.Module, *batches: Any) -> list[NotLive]:
         for method, layer in module.peft_layers().items()
     }
     full = {item.name: item.param for item in trained_parameters(model) if item.kind == "full"}
-    with _as_it_was(root), torch.random.fork_rng(), _own_event_storage():
+    with as_it_was(root), torch.random.fork_rng(), own_event_storage():
         seen = _Pass(root)
         for number, batch in enumerate([*batches, *batches[:1]]):
             shown = seen.reached.issuperset(map(id, (*injection.current.injected, *full.values())))
@@ -129,10 +129,13 @@ def not_live(model: nn.Module, *batches: Any) -> list[NotLive]:
     return found
 
 
-def _own_event_storage() -> AbstractContextManager[Any]:
+def own_event_storage() -> AbstractContextManager[Any]:
     """Where Detectron2's models put figures in training: they refuse without one, and a run's own stays clean."""
-    events = sys.modules.get("detectron2.utils.events")
-    return events.EventStorage() if events is not None else nullcontext()
+    if "detectron2" not in sys.modules:
+        return nullcontext()
+    from detectron2.utils.events import EventStorage
+
+    return EventStorage()
 
 
 class _Pass:
@@ -264,7 +267,7 @@ def _finds_nothing(output: Any) -> bool:
 
 
 @contextmanager
-def _as_it_was(root: nn.Module) -> Iterator[None]:
+def as_it_was(root: nn.Module) -> Iterator[None]:
     """Restores modes, gradients, flags, buffers, and Python's and NumPy's random states."""
     modes = [(module, module.training) for module in root.modules()]
     parameters = [(parameter, parameter.grad, parameter.requires_grad) for parameter in root.parameters()]

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapted import join
-from .checks import _as_it_was
+from .checks import as_it_was
 from .errors import InjectionError
 from .inject import resolve_train
 from .lora import Lora
@@ -113,7 +113,7 @@ def measure(
     """Mean gradients of every parameter over the even and the odd batches, by the parameters' first names."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     halves: tuple[Gradients, Gradients] = ({}, {})
-    with _as_it_was(model), torch.random.fork_rng(), torch.enable_grad():
+    with as_it_was(model), torch.random.fork_rng(), torch.enable_grad():
         model.train()
         for module in model.modules():
             if getattr(module, "running_mean", None) is not None:
