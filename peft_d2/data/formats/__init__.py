@@ -18,7 +18,6 @@ from peft_d2.data.formats.export import Export, Images, common_folder, jsons
 from peft_d2.data.formats.masks import read_masks, read_voc
 from peft_d2.data.formats.shapes import read_cvat, read_label_studio, read_labelme, read_yolo
 from peft_d2.data.images import DatasetError
-from peft_d2.data.records import read_json
 from peft_d2.peft.errors import shortened
 from peft_d2.storage import atomic
 
@@ -111,21 +110,21 @@ def _mapped(data: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
 
 def read_coco(folder: Path, split: str) -> tuple[dict[str, Any], Path] | None:
     """A json of COCO's format, with the images wherever its names lead below the folder."""
-    found = []
+    found: dict[Path, Any] = {}
     for path, data in jsons(folder):
         if isinstance(data, dict) and "shapes" in data:
             return None
         if isinstance(data, dict) and {"images", "categories"} <= data.keys():
-            found.append(path)
+            found[path] = data
     words = ("val", "test") if split == "val" else ("train",)
     matching = [path for path in found if any(word in path.relative_to(folder).as_posix().lower() for word in words)]
-    chosen = matching or found
+    chosen = matching or list(found)
     if not chosen:
         return None
     if len(chosen) > 1:
         names = shortened([path.name for path in chosen])
         raise DatasetError(f"{folder}: several COCO jsons, {names}. Name one with --{split}-json.")
-    data, images = read_json(chosen[0]), Images(folder)
+    data, images = found[chosen[0]], Images(folder)
     paths = {image["id"]: images.find(image["file_name"], chosen[0]) for image in data["images"]}
     root = common_folder(paths.values())
     renamed = [{**image, "file_name": paths[image["id"]].relative_to(root).as_posix()} for image in data["images"]]
