@@ -6,9 +6,11 @@ import difflib
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from functools import reduce
+from operator import getitem
 from typing import Any
 
-from peft_d2.data.config import base_architecture
+from peft_d2.data.config import CLASS_COUNT_KEYS, PROMPTED, published_name
 from peft_d2.data.images import DatasetError
 from peft_d2.data.records import read_categories
 from peft_d2.data.registration import register_from_config, require_registered
@@ -82,11 +84,7 @@ def check_classes(cfg: Any) -> None:
         kind = _metadata(name).get("evaluator_type")
         if kind in _BY_CATEGORY:
             category_indices(cfg, name)
-        elif cfg.DATASETS.TRAIN and base_architecture(cfg).removeprefix("PD2") not in (
-            "SEEM",
-            "SegmentAnything",
-            "SAM2",
-        ):
+        elif cfg.DATASETS.TRAIN and published_name(cfg) not in ("SEEM", *PROMPTED):
             key = "thing_classes" if kind in ("pascal_voc", "cityscapes_instance") else "stuff_classes"
             trained, tested = (_metadata(n).get(key) for n in (cfg.DATASETS.TRAIN[0], name))
             if trained and tested and list(trained) != list(tested):
@@ -98,25 +96,15 @@ def check_classes(cfg: Any) -> None:
 
 def _trained_classes(cfg: Any, tested: Mapping[int, str]) -> list[str]:
     """What the indices of a model's predictions stand for; nothing where that is not known."""
-    architecture = base_architecture(cfg).removeprefix("PD2")
+    architecture = published_name(cfg)
     if architecture == "SEEM":
         return list(cfg.MODEL.SEEM.CLASS_NAMES)
     first = next(iter([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]), None)
-    if (
-        first is None
-        or architecture in ("SegmentAnything", "SAM2")
-        or "panoptic" in _metadata(first).get("evaluator_type", "")
-    ):
+    if first is None or architecture in PROMPTED or "panoptic" in _metadata(first).get("evaluator_type", ""):
         return []
     found = list((_category_names(first) or {}).values()) or list(_metadata(first).get("thing_classes", ()))
-    count = {
-        "GeneralizedRCNN": cfg.MODEL.ROI_HEADS.NUM_CLASSES,
-        "PanopticFPN": cfg.MODEL.ROI_HEADS.NUM_CLASSES,
-        "RetinaNet": cfg.MODEL.RETINANET.NUM_CLASSES,
-        "MaskFormer": cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES,
-        "MaskDINO": cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES,
-        "EoMT": cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES,
-    }.get(architecture, len(found))
+    key = CLASS_COUNT_KEYS.get(architecture)
+    count = len(found) if key is None else reduce(getitem, key.split("."), cfg)
     other_model = count != len(found) and count == len(tested)  # the config's training set is not its own
     return [] if other_model else found
 

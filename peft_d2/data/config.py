@@ -8,6 +8,13 @@ from typing import Any
 import yaml
 
 PEFT_ARCHITECTURE = "PEFTModel"
+PROMPTED = ("SegmentAnything", "SAM2")  # models that are told their classes with their prompts
+CLASS_COUNT_KEYS = {  # published name of a model -> the key that counts its classes
+    "GeneralizedRCNN": "MODEL.ROI_HEADS.NUM_CLASSES",
+    "RetinaNet": "MODEL.RETINANET.NUM_CLASSES",
+    "PanopticFPN": "MODEL.ROI_HEADS.NUM_CLASSES",
+    **dict.fromkeys(("MaskFormer", "MaskDINO", "EoMT"), "MODEL.SEM_SEG_HEAD.NUM_CLASSES"),
+}
 KEYS = """
 DATASETS:
   # One's own data sets, a list of {NAME, JSON, IMAGES}: COCO annotations and the folder of their images.
@@ -65,3 +72,8 @@ def base_architecture(cfg: Any) -> str:
     """Name of the model itself, whether or not PEFT is applied to it."""
     node = cfg.MODEL
     return node.PEFT.META_ARCHITECTURE if node.META_ARCHITECTURE == PEFT_ARCHITECTURE else node.META_ARCHITECTURE
+
+
+def published_name(cfg: Any) -> str:
+    """Name of the model itself as its authors have it, without this project's prefix."""
+    return base_architecture(cfg).removeprefix("PD2")

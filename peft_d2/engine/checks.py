@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from peft_d2.data.config import base_architecture
+from peft_d2.data.config import CLASS_COUNT_KEYS, published_name
 from peft_d2.engine.config import leaves
 from peft_d2.engine.errors import ConfigError
 from peft_d2.evaluation.augmented import check_augmentation
@@ -24,13 +24,6 @@ from peft_d2.evaluation.build import check_evaluators
 
 logger = logging.getLogger(__name__)
 
-_DEFAULT_COUNT = "MODEL.SEM_SEG_HEAD.NUM_CLASSES"
-_CLASS_COUNTS = {
-    "GeneralizedRCNN": "MODEL.ROI_HEADS.NUM_CLASSES",
-    "RetinaNet": "MODEL.RETINANET.NUM_CLASSES",
-    "PanopticFPN": "MODEL.ROI_HEADS.NUM_CLASSES",
-}
-_CLASS_COUNTS |= dict.fromkeys(("PD2MaskFormer", "MaskFormer", "PD2EoMT", "PD2MaskDINO", "MaskDINO"), _DEFAULT_COUNT)
 _RATES = (
     *("BASE_LR", "WEIGHT_DECAY", "WEIGHT_DECAY_NORM", "WEIGHT_DECAY_EMBED", "MOMENTUM", "GAMMA", "WARMUP_FACTOR"),
     *("BACKBONE_MULTIPLIER", "BIAS_LR_FACTOR", "POLY_LR_POWER", "POLY_LR_CONSTANT_ENDING"),
@@ -247,7 +240,7 @@ def _near(name: str, known: Iterable[str]) -> str:
 
 def class_count_key(cfg: Any) -> str:
     """The config key that holds the number of thing classes of this config's model."""
-    return _CLASS_COUNTS.get(base_architecture(cfg), _DEFAULT_COUNT)
+    return CLASS_COUNT_KEYS.get(published_name(cfg), "MODEL.SEM_SEG_HEAD.NUM_CLASSES")
 
 
 def apply_class_count(cfg: Any, explicit: Mapping[str, int] | None = None) -> None:
@@ -296,7 +289,7 @@ def check_class_count(cfg: Any) -> None:
     """
     from detectron2.data import MetadataCatalog
 
-    if (key := _CLASS_COUNTS.get(base_architecture(cfg))) is None:
+    if (key := CLASS_COUNT_KEYS.get(published_name(cfg))) is None:
         return
     count = dict(leaves(cfg))[key]
     for name in cfg.DATASETS.TRAIN:

@@ -15,7 +15,7 @@ from detectron2.evaluation import (
 )
 
 from peft_d2.data.classes import category_indices, check_classes
-from peft_d2.data.config import base_architecture
+from peft_d2.data.config import base_architecture, published_name
 from peft_d2.data.registration import register_from_config
 from peft_d2.evaluation.cityscapes import CityscapesInstanceEvaluator, CityscapesSemSegEvaluator
 from peft_d2.evaluation.coco import FastCOCOEvaluator
@@ -95,6 +95,6 @@ def _makers(cfg: Any, name: str, folder: str | None) -> list[Callable[[], Datase
 
 def outputs_node(cfg: Any) -> Any:
     """Where the model's config says which results there are; None for models without such a node."""
-    name = base_architecture(cfg).removeprefix("PD2")
+    name = published_name(cfg)
     node = "MaskDINO" if name == "MaskDINO" else "MASK_FORMER" if name in ("MaskFormer", "SEEM", "EoMT") else ""
     return cfg.MODEL[node].TEST if node in cfg.MODEL else None
