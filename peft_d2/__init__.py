@@ -16,7 +16,7 @@ _EXPORTS = {
     "add_config": "engine.config",
     "register": "engine.factory",
     "load_base": "adapters",
-    "inject": "adapters",
+    "inject": "peft",
     "prove_live": "peft",
     "save_adapter": "adapters",
     "load_adapter": "adapters",
@@ -35,12 +35,12 @@ _EXPORTS = {
 __all__ = ["__version__", *_EXPORTS]
 
 if TYPE_CHECKING:
-    from peft_d2.adapters import inject, load_adapter, load_adapters, load_base, load_trained, save_adapter, save_merged
+    from peft_d2.adapters import load_adapter, load_adapters, load_base, load_trained, save_adapter, save_merged
     from peft_d2.engine.config import add_config
     from peft_d2.engine.factory import register
     from peft_d2.memory import fit_memory
     from peft_d2.ops import ms_deform_attn
-    from peft_d2.peft import disabled, merge, prove_live, set_adapter, unmerge
+    from peft_d2.peft import disabled, inject, merge, prove_live, set_adapter, unmerge
     from peft_d2.storage.hub import push_to_hub
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -21,7 +21,7 @@ from peft_d2.peft.errors import shortened
 from peft_d2.peft.lora import LowRank
 from peft_d2.peft.state import tensor_hash
 from peft_d2.storage import CheckpointError, LoadReport, adapter_file, atomic, checkpoint, hub, huggingface
-from peft_d2.storage.adapter_file import AdapterFile, AdapterFileError, Fingerprint, difference, fingerprint
+from peft_d2.storage.adapter_file import RECORD, AdapterFile, AdapterFileError, Fingerprint, difference, fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -70,26 +70,6 @@ def load_trained(model: nn.Module, path: str | os.PathLike[str]) -> None:
             f"are missing or of another shape, {shortened(wrong, 4)}. Build and inject the model as it was trained."
         )
     root.load_state_dict({key: value for key, value in state.items() if key in own})
-
-
-def inject(
-    model: nn.Module,
-    methods: Iterable[Mapping[str, Any]] | None = (),
-    train: Iterable[str] | None = (),
-    name: str = "default",
-) -> peft.Report:
-    """As `peft_d2.peft.inject`; refuses besides what no adapter file could hold. See there.
-
-    Raises:
-        InjectionError: the name of a tensor that would be trained cannot be stored. The model is as it was.
-    """
-    report = peft.inject(model, methods, train, name)
-    try:
-        adapter_file.require_storable(peft.adapter_state_dict(model, name))
-    except ValueError as error:
-        peft.remove(model)
-        raise peft.InjectionError(str(error)) from error
-    return report
 
 
 def load_base_of_any(model: nn.Module, path: str) -> tuple[LoadReport, dict[str, Tensor]]:
@@ -258,8 +238,9 @@ def _load(
     if empty := next((name for name, value in model.named_parameters() if value.is_meta), ""):
         remedy = "give it its base's weights first: model.to_empty(device=...), then peft_d2.load_base(model, path)"
         raise AdapterFileError(folder, f"the model is on the meta device ({empty} has no values)", remedy)
-    folder = hub.local_folder(folder)
-    is_theirs = huggingface.is_huggingface(folder)
+    if not os.path.exists(folder):
+        folder = hub.local_folder(folder)
+    is_theirs = not os.path.lexists(os.path.join(folder, RECORD)) and huggingface.is_huggingface(folder)
     if is_theirs:
         with _base_of(model):
             content = huggingface.read(folder, model)
@@ -443,10 +424,10 @@ def _base_fingerprint(model: nn.Module, tensors: Collection[str]) -> Fingerprint
     The values of `tensors`, an adapter's names, do not count where they are the base's, trained in full; nor do those
     of buffers that count steps.
     """
-    injected = peft.injected_root(model) is not None
-    state = peft.base_values(model) if injected else {k: v for k, v in model.state_dict().items() if _is_tensor(v)}
+    injection = peft.get_injection(model)
+    state = peft.base_values(model) if injection else {k: v for k, v in model.state_dict().items() if _is_tensor(v)}
     left_out = _with_aliases(model, state, tensors) | peft.counters(model)
-    return fingerprint(state, trained=left_out, memo=peft.hash_memo(model) if injected else None)
+    return fingerprint(state, trained=left_out, memo=injection.hashes if injection else None)
 
 
 def _without_classes(

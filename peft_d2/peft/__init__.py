@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from .adapted import Adapted, AdapterLayer, base_class
-from .checks import NotLive, dead_parts, describe, frozen_hash, not_live, prove_live, require_intact
+from .checks import NotLive, dead_parts, describe, frozen_hash, not_live, prove_live
 from .errors import (
     AdapterStateError,
     DeadPartError,
@@ -27,11 +27,11 @@ from .state import (
     base_values,
     counters,
     get_injection,
-    hash_memo,
     injected_keys,
     injected_root,
     is_untrained,
     load_adapter_state_dict,
     refuse_wrapper,
+    require_intact,
     trained_parameters,
 )

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .errors import InjectionError, LivenessError, shortened
+from .errors import LivenessError, shortened
 from .inject import EVERYTHING, resolve_train
-from .state import Injection, base_values, counters, injected, tensor_hash, trained_parameters
+from .state import Injection, base_values, counters, injected, require_intact, tensor_hash, trained_parameters
 from .targets import ModelIndex
 
 logger = logging.getLogger(__name__)
@@ -205,7 +205,7 @@ def _of_parameters(
     off from the losses, or runs where no gradients are recorded, is a fault.
     """
     reasons = {name: seen.reason([parameter], []) for name, parameter in full.items()}
-    patterns = injection.train
+    patterns = injection.current.train
     faults: set[str] = set()
     for pattern in patterns if EVERYTHING not in patterns else ():
         names = [name for name in resolve_train(ModelIndex.of(root), [pattern])[0] if name in reasons]
@@ -326,26 +326,3 @@ def frozen_hash(model: nn.Module) -> str:
         if key not in left_out:
             digest.update(f"{key} {tensor_hash(value)}\n".encode())
     return digest.hexdigest()
-
-
-def require_intact(model: nn.Module) -> None:
-    """Raise InjectionError where something injected, trained or kept frozen is not in the model any more."""
-    root, injection = injected(model)
-    modules = dict(root.named_modules(remove_duplicate=False))
-    ours = [(module, "adapted") for module in injection.current.modules]
-    ours += [(module, "a norm whose statistics are frozen") for module, _ in injection.statistics]
-    gone = [f"{module.peft_name} ({what})" for module, what in ours if modules.get(module.peft_name) is not module]
-    for name in injection.current.full:
-        path, _, leaf = name.rpartition(".")
-        tables = (modules[path]._parameters, modules[path]._buffers) if path in modules else ()
-        first, key = injection.full[name].places[0]
-        if key not in first or not any(table.get(leaf) is first[key] for table in tables):
-            gone.append(f"{name} (trained in full)")
-    here = {name for name, _ in root.named_parameters()} | set(injection.current.full)
-    gone += [f"{name} (of the base)" for name in injection.was_trainable if name not in here]
-    if gone:
-        raise InjectionError(
-            f"what was injected is no longer in the model: {shortened(gone, 8)}. Modules were changed after inject (a "
-            "new head, SyncBatchNorm, weight_norm, fused, quantised, pruned or tied layers): change the model first, "
-            "then inject it; compile a part in place, part.compile()"
-        )

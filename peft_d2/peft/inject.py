@@ -13,7 +13,7 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -58,6 +58,7 @@ from .state import (
     start_hashes,
     take_not_installed,
     tensor_hash,
+    unstorable,
 )
 from .targets import ModelIndex, Target, is_literal, match, names_outright, resolve
 
@@ -86,7 +87,8 @@ def inject(model: nn.Module, methods: Entries = (), train: Patterns = (), name: 
     Raises:
         MethodError: an unknown method, key or value, or a module that a method cannot go on.
         PatternError: a pattern that matches nothing.
-        InjectionError: the model or a part of it is injected, it is wrapped or lazy, or nothing would be trained.
+        InjectionError: the model or a part of it is injected, it is wrapped or lazy, nothing would be trained, or the
+            name of what would be trained cannot be stored.
     On an error the model is as it was.
     """
     _check_model(model)
@@ -130,7 +132,7 @@ def add_adapter(model: nn.Module, name: str, methods: Entries = None, train: Pat
         raise InjectionError(f"there is an adapter {name!r} already")
     injection.require_plain()
     entries = injection.methods if methods is None else _listed(methods, "methods", MethodError)
-    patterns = injection.train if train is None else _listed(train, "TRAIN", PatternError)
+    patterns = injection.current.train if train is None else _listed(train, "TRAIN", PatternError)
     if any(EVERYTHING in item for item in (patterns, *(record.train for record in injection.adapters.values()))):
         raise InjectionError("TRAIN '*' trains the base itself; it cannot be one of several adapters")
     plan = Plan(root, entries, patterns, name == BASE)
@@ -184,6 +186,9 @@ class Plan:
         chosen = set(full)
         self.full = [first for first in index.tensors if first in chosen]
         self._check_full(EVERYTHING in train)
+        injected_names = [join(target.name, key) for _, target, layer in self.layers for key in layer.state_dict()]
+        if problem := unstorable([*injected_names, *self.full]):
+            raise InjectionError(problem)
 
     def record(self) -> AdapterRecord:
         """The adapter without its places and tensors."""
@@ -550,38 +555,17 @@ class ReportRow:
 
 
 @dataclass(frozen=True)
-class Report:
-    """Parameters by part, and places by method; ``total``, ``injected``, ``trainable`` and ``percent`` are of all."""
+class Report(ReportRow):
+    """Parameters of an adapted model, in all and in ``rows`` by part, and where the adapter's layers are."""
 
-    adapter: str
-    rows: list[ReportRow]
-    places: list[LayerRecord]
-    train: list[str]
-
-    @property
-    def all(self) -> ReportRow:
-        columns = [(row.total, row.injected, row.full) for row in self.rows]
-        return ReportRow("all", *map(sum, zip(*columns, strict=True)))
-
-    @property
-    def total(self) -> int:
-        return self.all.total
-
-    @property
-    def injected(self) -> int:
-        return self.all.injected
-
-    @property
-    def trainable(self) -> int:
-        return self.all.trainable
-
-    @property
-    def percent(self) -> float:
-        return self.all.percent
+    adapter: str = ""
+    rows: list[ReportRow] = field(default_factory=list)
+    places: list[LayerRecord] = field(default_factory=list)
+    train: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         table = [("part", "parameters", "injected", "in full", "trained %")]
-        for row in (*self.rows, self.all):
+        for row in (*self.rows, self):
             numbers = (f"{row.total:,}", f"{row.injected:,}", f"{row.full:,}", f"{row.percent:.2f}")
             table.append((row.part, *numbers))
         first, *others = [max(map(len, column)) for column in zip(*table, strict=True)]
@@ -621,4 +605,5 @@ def make_report(model: nn.Module, adapter: str | None = None) -> Report:
                 seen.add(id(parameter))
                 count.update({"total": parameter.numel(), kind: parameter.numel()})
     rows = [ReportRow(part, n["total"], n["injected"], n["full"]) for part, n in counts.items() if n]
-    return Report(name, rows, record.places, record.train)
+    n = sum(counts.values(), Counter[str]())
+    return Report("all", n["total"], n["injected"], n["full"], name, rows, record.places, record.train)

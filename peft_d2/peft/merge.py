@@ -65,7 +65,7 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
     injection = injected(model)[1]
     if injection.full and not injection.base:
         raise InjectionError("TRAIN '*' trains the base itself and keeps no copy of it: it cannot be disabled")
-    if not injection.enabled:
+    if not injection.running.enabled:
         yield model
         return
     merged = injection.merged
@@ -143,7 +143,7 @@ def remove(model: nn.Module, keep: bool = False) -> nn.Module:
         InjectionError: ``keep`` and some layers cannot be merged; they are named. Or it is within ``disabled``.
     """
     root, injection = injected(model)
-    if not injection.enabled:
+    if not injection.running.enabled:
         raise InjectionError("adapters are disabled: leave the disabled(model) block first")
     if keep:
         merge_whole(model)

@@ -7,7 +7,8 @@ back without them, the values that are not installed now: the base's of what is 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -22,6 +23,16 @@ _ATTRIBUTE = "_peft_injection"
 BASE = "base"  # the adapter without layers and values of its own, which is the base itself
 _WRAPPERS = ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "OptimizedModule")
 _BASE, _VALUES = f"{STORE}_base", f"{STORE}_values"  # first level of keys of values that are not installed
+
+# A name that a file can hold, and the endings of a LoRA's names in the model, each with Hugging Face's in the file.
+NAME = re.compile(r"[^.\x00-\x1f\x7f-\x9f\u2028\u2029]+(\.[^.\x00-\x1f\x7f-\x9f\u2028\u2029]+)*")
+SUFFIXES = {
+    ".lora_a": ".lora_A.weight",
+    ".lora_b": ".lora_B.weight",
+    ".lora_magnitude": ".lora_magnitude_vector",
+    ".lora_embedding_a": ".lora_embedding_A",
+    ".lora_embedding_b": ".lora_embedding_B",
+}
 
 
 @dataclass
@@ -80,24 +91,9 @@ class Injection:
         return self.adapters[self.active]
 
     @property
-    def enabled(self) -> bool:
-        """False within ``disabled``."""
-        return self.running.enabled
-
-    @property
     def methods(self) -> list[dict[str, Any]]:
         """Methods of the active adapter."""
         return self.current.methods
-
-    @property
-    def train(self) -> list[str]:
-        """TRAIN patterns of the active adapter."""
-        return self.current.train
-
-    @property
-    def places(self) -> list[LayerRecord]:
-        """Layers of the active adapter."""
-        return self.current.places
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A copy that is made within ``disabled`` has its adapters on, see :class:`ActiveAdapter`."""
@@ -124,7 +120,7 @@ class Injection:
         """Raise while adapters are merged or disabled."""
         if self.merged:
             raise InjectionError("the adapter is merged into the weights: call unmerge(model) first")
-        if not self.enabled:
+        if not self.running.enabled:
             raise InjectionError("adapters are disabled: leave the disabled(model) block first")
 
     def adapter(self, name: str) -> AdapterRecord:
@@ -184,9 +180,27 @@ def get_injection(model: nn.Module) -> Injection | None:
     return injected(model)[1] if injected_root(model) is not None else None
 
 
-def hash_memo(model: nn.Module) -> dict[str, Any]:
-    """Where hashes of the base's tensors are kept, so that not every checkpoint hashes all of them again."""
-    return injected(model)[1].hashes
+def require_intact(model: nn.Module) -> None:
+    """Raise InjectionError where something injected, trained or kept frozen is not in the model any more."""
+    root, injection = injected(model)
+    modules = dict(root.named_modules(remove_duplicate=False))
+    ours = [(module, "adapted") for module in injection.current.modules]
+    ours += [(module, "a norm whose statistics are frozen") for module, _ in injection.statistics]
+    gone = [f"{module.peft_name} ({what})" for module, what in ours if modules.get(module.peft_name) is not module]
+    for name in injection.current.full:
+        path, _, leaf = name.rpartition(".")
+        tables = (modules[path]._parameters, modules[path]._buffers) if path in modules else ()
+        first, key = injection.full[name].places[0]
+        if key not in first or not any(table.get(leaf) is first[key] for table in tables):
+            gone.append(f"{name} (trained in full)")
+    here = {name for name, _ in root.named_parameters()} | set(injection.current.full)
+    gone += [f"{name} (of the base)" for name in injection.was_trainable if name not in here]
+    if gone:
+        raise InjectionError(
+            f"what was injected is no longer in the model: {shortened(gone, 8)}. Modules were changed after inject (a "
+            "new head, SyncBatchNorm, weight_norm, fused, quantised, pruned or tied layers): change the model first, "
+            "then inject it; compile a part in place, part.compile()"
+        )
 
 
 @dataclass(frozen=True)
@@ -208,6 +222,18 @@ def trained_parameters(model: nn.Module) -> Iterator[TrainedParameter]:
         tensor = injection.full[name].get()
         if isinstance(tensor, nn.Parameter) and tensor.requires_grad:
             yield TrainedParameter(name, tensor, "full")
+
+
+def unstorable(names: Iterable[str]) -> str:
+    """Why one of these names of tensors cannot be stored in an adapter's files; "" when all can."""
+    theirs = tuple(SUFFIXES.values())
+    for name in names:
+        if name.endswith(theirs) or not NAME.fullmatch(name):
+            return (
+                f"the tensor name {name!r} cannot be stored in an adapter file: it holds control characters, or ends "
+                "as the factors of a LoRA do there. Rename the module, or choose another place"
+            )
+    return ""
 
 
 def adapter_state_dict(model: nn.Module, name: str = "default") -> dict[str, Tensor]:

@@ -14,18 +14,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from peft_d2.peft.state import NAME, SUFFIXES
+
 PREFIX = "base_model.model."
 LORA, OWN = "LORA", "PEFT_D2"
-A, B, MAGNITUDE = ".lora_a", ".lora_b", ".lora_magnitude"
-EMBEDDING_A, EMBEDDING_B = ".lora_embedding_a", ".lora_embedding_b"
-NAME = re.compile(r"[^.\x00-\x1f\x7f-\x9f\u2028\u2029]+(\.[^.\x00-\x1f\x7f-\x9f\u2028\u2029]+)*")
-SUFFIXES = {
-    A: ".lora_A.weight",
-    B: ".lora_B.weight",
-    MAGNITUDE: ".lora_magnitude_vector",
-    EMBEDDING_A: ".lora_embedding_A",
-    EMBEDDING_B: ".lora_embedding_B",
-}
+A, B, MAGNITUDE, EMBEDDING_A, EMBEDDING_B = SUFFIXES
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 # What `peft` adds below a module that it adapts; its `modules_to_save` are compared with these names, too.
 _LAYER_NAMES = [".base_layer", ".lora_embedding_A", ".lora_embedding_B"]

@@ -20,7 +20,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from peft_d2.peft.errors import shortened
+from peft_d2.peft.state import unstorable
 from peft_d2.storage import adapter_config, atomic
 from peft_d2.storage.atomic import Defect
 
@@ -229,7 +230,8 @@ def contents(
     """
     from peft_d2 import __version__
 
-    require_storable(tensors)
+    if problem := unstorable(tensors):
+        raise ValueError(problem)
     config = adapter_config.describe(tensors, base.tensors, scales or {}, modules)
     adapter_config.scales(tensors, config)  # what could not be read is not written
     data = {
@@ -250,20 +252,6 @@ def contents(
         return {**data, RECORD: sign(record)}
     except Defect as error:
         raise ValueError(f"methods or metrics cannot be stored: {error}") from None
-
-
-def require_storable(names: Iterable[str]) -> None:
-    """Refuse names of tensors that an adapter's files cannot hold.
-
-    Raises:
-        ValueError: with the first of them.
-    """
-    for name in names:
-        if adapter_config.model_name(adapter_config.file_name(name)) != name or not adapter_config.NAME.fullmatch(name):
-            raise ValueError(
-                f"the tensor name {name!r} cannot be stored in an adapter file: it holds control characters, or ends "
-                "as the factors of a LoRA do there. Rename the module, or choose another place"
-            )
 
 
 def read(folder: str | os.PathLike[str]) -> AdapterFile:

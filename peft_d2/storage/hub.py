@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 def local_folder(folder: str | os.PathLike[str]) -> str | os.PathLike[str]:
-    """The folder itself, or for ``user/name@revision`` the one in the hub's cache, fetched where it is not there.
+    """For ``user/name@revision`` the folder in the hub's cache, fetched where it is not there; others as they are.
 
     The revision is required, so that a run names what it used; the log says which commit that is. Offline
     (HF_HUB_OFFLINE) the cache alone is asked.
@@ -31,7 +31,7 @@ def local_folder(folder: str | os.PathLike[str]) -> str | os.PathLike[str]:
         AdapterFileError: it cannot be fetched, or ``huggingface_hub`` is missing.
     """
     address = _ADDRESS.fullmatch(os.fspath(folder))
-    if address is None or os.path.exists(folder):
+    if address is None:
         return folder
     hub = _hub(folder)
     try:

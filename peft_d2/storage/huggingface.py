@@ -20,7 +20,6 @@ from peft_d2.storage.adapter_config import EMBEDDING_A, MAGNITUDE, SUFFIXES, A, 
 from peft_d2.storage.adapter_file import (
     CONFIG,
     MARK,
-    RECORD,
     TENSORS,
     AdapterFile,
     AdapterFileError,
@@ -67,9 +66,9 @@ _OTHER_BASE = re.compile(r"pissa_niter_\d+|olora|corda|loftq|lora_ga", re.IGNORE
 
 
 def is_huggingface(folder: str | os.PathLike[str]) -> bool:
-    """Whether a folder was written by Hugging Face peft: it has its files, and not the marks of ours."""
+    """Whether a folder without our record was written by Hugging Face peft: it has its files, and not our mark."""
     root = Path(folder)
-    if os.path.lexists(root / RECORD) or not os.path.isfile(root / CONFIG):
+    if not os.path.isfile(root / CONFIG):
         return False
     if not os.path.isfile(root / TENSORS):
         return os.path.isfile(root / _PICKLE)

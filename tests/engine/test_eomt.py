@@ -99,7 +99,7 @@ def test_each_adapter_has_its_own_share_of_masks(eomt_cfg: Callable[..., Any], t
     image, scores = {"image": torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8)}, {}
     for name, share in (("masked", 1.0), ("free", 0.0)):
         model = base()
-        adapters.inject(model, [{"NAME": "mona", "TARGETS": ["blocks.*.mlp"], "BOTTLENECK": 8}], train=["sem_seg_head"])
+        peft.inject(model, [{"NAME": "mona", "TARGETS": ["blocks.*.mlp"], "BOTTLENECK": 8}], train=["sem_seg_head"])
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(0.05 * torch.randn_like(parameter) * parameter.requires_grad)

@@ -208,7 +208,7 @@ def test_any_iterable_names_what_is_trained(train: Callable[[list[str]], Any], t
     with pytest.raises(peft.PatternError, match="expected a list"):
         peft.inject(toy, iter([LORA]), train={"head": None})
     peft.inject(toy, iter([LORA]), train=train(["head"]))
-    assert peft.get_injection(toy).train == ["head"] and toy.head.weight.requires_grad  # type: ignore[union-attr]
+    assert peft.get_injection(toy).current.train == ["head"] and toy.head.weight.requires_grad  # type: ignore[union-attr]
 
 
 def saved(tmp_path: Path, toy: nn.Module, disturb: Callable[..., None], methods: Any, train: Any) -> Path:
