@@ -26,12 +26,13 @@ logger = logging.getLogger(__name__)
 
 _RATES = (
     *("BASE_LR", "WEIGHT_DECAY", "WEIGHT_DECAY_NORM", "WEIGHT_DECAY_EMBED", "MOMENTUM", "GAMMA", "WARMUP_FACTOR"),
-    *("BACKBONE_MULTIPLIER", "BIAS_LR_FACTOR", "POLY_LR_POWER", "POLY_LR_CONSTANT_ENDING"),
+    *("BACKBONE_MULTIPLIER", "BIAS_LR_FACTOR", "POLY_LR_POWER", "POLY_LR_CONSTANT_ENDING", "LAYER_DECAY"),
 )
 _FINITE = (*(f"SOLVER.{name}" for name in _RATES), "MODEL.PEFT.LR_FACTOR", "MODEL.PEFT.TRAIN_LR_FACTOR")
 _COUNTS = {
     **dict.fromkeys(("SOLVER.MAX_ITER", "SOLVER.CHECKPOINT_PERIOD", "SOLVER.ACCUMULATE"), (1, 2**31 - 1)),
     **dict.fromkeys(("SOLVER.WARMUP_ITERS", "SOLVER.REFERENCE_IMS", "SOLVER.CHECKPOINTS_TO_KEEP"), (0, 2**31 - 1)),
+    **dict.fromkeys(("SOLVER.BACKBONE_WARMUP_ITERS", "SOLVER.LAYER_DECAY_SPARED"), (0, 2**31 - 1)),
     "DATALOADER.NUM_WORKERS": (0, 1024),
 }
 _RESNET_BUILDERS = {"build_resnet_backbone", "build_resnet_fpn_backbone", "build_retinanet_resnet_fpn_backbone"}

@@ -79,6 +79,12 @@ SOLVER:
   OPTIMIZER: SGD
   # Factor on BASE_LR for what is trained in full inside a backbone.
   BACKBONE_MULTIPLIER: 1.0
+  # Layer-wise decay: what is trained in full in a block learns at so much of the rate of the block after it.
+  LAYER_DECAY: 1.0
+  # Which modules are these blocks (a pattern), from the first to the last.
+  LAYER_DECAY_BLOCKS: backbone.net.blocks.*
+  # So many of the last blocks learn at the full rate all the same.
+  LAYER_DECAY_SPARED: 0
   # In how many pieces each process computes its share of a batch, to save memory; gradients are the whole batch's.
   ACCUMULATE: 1
   # The batch size that BASE_LR was chosen for. 0: the files' own, where the command line changes IMS_PER_BATCH and not
@@ -86,10 +92,12 @@ SOLVER:
   REFERENCE_IMS: 0
   # How many periodic checkpoints stay on disk; 0 keeps all.
   CHECKPOINTS_TO_KEEP: 0
-  # Exponent of WarmupPolyLR.
+  # Exponent of WarmupPolyLR and TwoStagePolyLR.
   POLY_LR_POWER: 0.9
   # The share of BASE_LR below which WarmupPolyLR does not fall.
   POLY_LR_CONSTANT_ENDING: 0.0
+  # In TwoStagePolyLR what is trained in full in a backbone starts after WARMUP_ITERS, and warms up in so many steps.
+  BACKBONE_WARMUP_ITERS: 0
   AMP:
     # auto (bf16 where the device has it, else fp16), bf16 or fp16.
     DTYPE: auto

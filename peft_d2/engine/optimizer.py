@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
+import os
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from typing import Any
@@ -13,6 +14,8 @@ import torch
 from torch import nn
 
 from peft_d2.engine.errors import ConfigError
+from peft_d2.peft.errors import PatternError
+from peft_d2.peft.targets import match
 from peft_d2.storage import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -29,6 +32,7 @@ _NORMS = (
     nn.LayerNorm,
     nn.LocalResponseNorm,
 )
+_TWO_STAGES = "TwoStagePolyLR"
 _POSITION_TABLES = ("relative_position_bias_table", "absolute_pos_embed")
 
 
@@ -58,8 +62,8 @@ def build_optimizer(cfg: Any, model: nn.Module) -> torch.optim.Optimizer:
     """AdamW or SGD over what is trained, with Mask2Former's weight-decay rules and gradient clipping.
 
     Injected parameters learn at ``BASE_LR * MODEL.PEFT.LR_FACTOR`` wherever they sit; modules trained in full at
-    ``BASE_LR * TRAIN_LR_FACTOR``, in the backbone times ``BACKBONE_MULTIPLIER`` besides; either times the factor of the
-    first entry of ``LR_FACTORS`` whose pattern the parameter's name matches.
+    ``BASE_LR * TRAIN_LR_FACTOR``, in the backbone times ``BACKBONE_MULTIPLIER`` and :func:`layer_factors` besides;
+    either times the factor of the first entry of ``LR_FACTORS`` whose pattern the parameter's name matches.
 
     Raises:
         ConfigError: nothing to train, an unknown optimizer or clipping, or a pattern that matches nothing.
@@ -90,21 +94,28 @@ def build_optimizer(cfg: Any, model: nn.Module) -> torch.optim.Optimizer:
 
 
 def _parameter_groups(cfg: Any, model: nn.Module) -> list[dict[str, Any]]:
-    """One group per distinct (learning rate, weight decay): few groups keep the fused kernels busy."""
+    """One group per distinct (learning rate, weight decay, lateness): few groups keep the fused kernels busy.
+
+    What is trained in full in a backbone is ``late``, if the schedule tells the two apart.
+    """
     from peft_d2 import peft
 
     is_peft = peft.get_injection(model) is not None
     injected = {id(t.param) for t in peft.trained_parameters(model) if t.kind == "injected"} if is_peft else set()
-    groups: dict[tuple[float, float], dict[str, Any]] = {}
+    groups: dict[tuple[float, float, bool], dict[str, Any]] = {}
     trained = list(_trained(model))
     factors = _named_factors(cfg, [name for name, _, _ in trained])
+    layers, staged = layer_factors(cfg, model), cfg.SOLVER.LR_SCHEDULER_NAME == _TWO_STAGES
     for name, module, parameter in trained:
-        rate = _learning_rate(cfg, name, id(parameter) in injected, is_peft) * factors.get(name, 1.0)
+        full = id(parameter) not in injected
+        rate = _learning_rate(cfg, name, not full, is_peft) * factors.get(name, 1.0)
+        rate *= layers.get(name, 1.0) if full else 1.0
         decay = _weight_decay(cfg, name, module)
         if name.endswith("bias"):
             rate *= cfg.SOLVER.BIAS_LR_FACTOR or 1.0
-        group = groups.setdefault((rate, decay), {"params": [], "lr": rate, "weight_decay": decay})
-        group["params"].append(parameter)
+        late = staged and full and _in_backbone(name)
+        group: dict[str, Any] = {"params": [], "lr": rate, "weight_decay": decay, "late": late}
+        groups.setdefault((rate, decay, late), group)["params"].append(parameter)
     return list(groups.values())
 
 
@@ -122,7 +133,41 @@ def _learning_rate(cfg: Any, name: str, injected: bool, is_peft: bool) -> float:
     if injected:
         return cfg.SOLVER.BASE_LR * cfg.MODEL.PEFT.LR_FACTOR
     rate = cfg.SOLVER.BASE_LR * (cfg.MODEL.PEFT.TRAIN_LR_FACTOR if is_peft else 1.0)
-    return rate * cfg.SOLVER.BACKBONE_MULTIPLIER if "backbone" in name.rpartition(".")[0] else rate
+    return rate * cfg.SOLVER.BACKBONE_MULTIPLIER if _in_backbone(name) else rate
+
+
+def _in_backbone(name: str) -> bool:
+    return "backbone" in name.rpartition(".")[0]
+
+
+def layer_factors(cfg: Any, model: nn.Module) -> dict[str, float]:
+    """Factors on the rates of an encoder's parameters, by their names, as ``SOLVER.LAYER_DECAY`` says.
+
+    The last of the ``LAYER_DECAY_BLOCKS`` has 1, each other one ``LAYER_DECAY`` of the next; what is before a block has
+    its factor, what is after all of them 1. So have the last ``LAYER_DECAY_SPARED`` blocks. Source: EoMT's published
+    training (Kerssies et al., CVPR 2025).
+
+    Raises:
+        ConfigError: the pattern matches no module, or too few.
+    """
+    decay, pattern, spared = (cfg.SOLVER[f"LAYER_DECAY{end}"] for end in ("", "_BLOCKS", "_SPARED"))
+    if decay == 1.0:
+        return {}
+    try:
+        blocks = match(pattern, [name for name, _ in model.named_modules() if name])
+    except PatternError as error:
+        raise ConfigError(f"SOLVER.LAYER_DECAY_BLOCKS: {error} A LAYER_DECAY of 1.0 needs none.") from error
+    if spared > len(blocks):
+        raise ConfigError(f"SOLVER.LAYER_DECAY_SPARED is {spared}, but {pattern!r} are {len(blocks)} blocks.")
+    path = os.path.commonprefix([block.split(".")[:-1] for block in blocks])
+    if isinstance(model.get_submodule(".".join(path)), nn.ModuleList | nn.Sequential):
+        path = path[:-1]  # the encoder holds the list of blocks
+    factors, before = {}, 1.0
+    for name in reversed([name for name, _ in model.named_parameters() if name.split(".")[: len(path)] == path]):
+        inside = [number for number, block in enumerate(blocks) if name.startswith(f"{block}.")]
+        before = decay ** (len(blocks) - 1 - inside[0]) if inside else before
+        factors[name] = 1.0 if inside and inside[0] >= len(blocks) - spared else before
+    return factors
 
 
 def _named_factors(cfg: Any, names: list[str]) -> dict[str, float]:
@@ -192,7 +237,7 @@ def _add_clipping(cfg: Any, optimizer: torch.optim.Optimizer) -> torch.optim.Opt
 
 
 def build_lr_scheduler(cfg: Any, optimizer: torch.optim.Optimizer) -> Any:
-    """Detectron2's schedules, and ``WarmupPolyLR`` of DeepLab and Mask2Former.
+    """Detectron2's schedules, ``WarmupPolyLR`` of DeepLab and Mask2Former, and EoMT's ``TwoStagePolyLR``.
 
     Raises:
         ConfigError: an unknown schedule or way to warm up, or steps that cannot be.
@@ -204,12 +249,15 @@ def build_lr_scheduler(cfg: Any, optimizer: torch.optim.Optimizer) -> Any:
         raise ConfigError(f"SOLVER.WARMUP_METHOD is {warm_up!r}; expected 'linear' or 'constant'.")
     if name == "WarmupPolyLR":
         return _warmup_poly(cfg, optimizer)
+    if name == _TWO_STAGES:
+        return _two_stage_poly(cfg, optimizer)
     try:
         return build_detectron2_scheduler(cfg, optimizer)
     except ValueError as error:
         raise ConfigError(
             f"SOLVER.LR_SCHEDULER_NAME {name!r} with STEPS {cfg.SOLVER.STEPS}: {error}. Expected WarmupPolyLR, "
-            f"WarmupCosineLR, or WarmupMultiStepLR with steps that grow and stay below MAX_ITER {cfg.SOLVER.MAX_ITER}."
+            f"TwoStagePolyLR, WarmupCosineLR, or WarmupMultiStepLR with steps that grow and stay below MAX_ITER "
+            f"{cfg.SOLVER.MAX_ITER}."
         ) from error
 
 
@@ -233,6 +281,36 @@ def _warmup_poly(cfg: Any, optimizer: torch.optim.Optimizer) -> Any:
             return warm * decay
 
     return LRMultiplier(optimizer, multiplier=WarmupPoly(), max_iter=solver.MAX_ITER)
+
+
+def _two_stage_poly(cfg: Any, optimizer: torch.optim.Optimizer) -> Any:
+    """From 0 up in a line, then down as ``(1 - t) ** power``; late groups begin where the others have warmed up.
+
+    Source: EoMT's published training (Kerssies et al., CVPR 2025).
+    """
+    from detectron2.solver import LRMultiplier
+    from fvcore.common.param_scheduler import ConstantParamScheduler
+
+    solver = cfg.SOLVER
+    if solver.MAX_ITER <= solver.WARMUP_ITERS and any(group.get("late") for group in optimizer.param_groups):
+        raise ConfigError(
+            f"SOLVER.MAX_ITER {solver.MAX_ITER} ends before what is trained in the backbone starts to learn, which "
+            f"{_TWO_STAGES} does after WARMUP_ITERS {solver.WARMUP_ITERS}: lower WARMUP_ITERS."
+        )
+
+    def share(step: int, late: bool) -> float:
+        begin, warm = (solver.WARMUP_ITERS, solver.BACKBONE_WARMUP_ITERS) if late else (0, solver.WARMUP_ITERS)
+        if step < begin + warm:
+            return max(0.0, (step - begin) / max(1, warm))
+        done = (step - begin - warm) / max(1, solver.MAX_ITER - begin - warm)
+        return max(0.0, 1.0 - done) ** solver.POLY_LR_POWER
+
+    class TwoStagePoly(LRMultiplier):
+        def get_lr(self) -> list[float]:
+            pairs = zip(self.base_lrs, self.optimizer.param_groups, strict=True)
+            return [base * share(self.last_epoch, group.get("late", False)) for base, group in pairs]
+
+    return TwoStagePoly(optimizer, multiplier=ConstantParamScheduler(1.0), max_iter=solver.MAX_ITER)
 
 
 def parameter_names(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from peft_d2 import peft
 from peft_d2.engine.config import load_config
 from peft_d2.engine.errors import ConfigError
 from peft_d2.engine.optimizer import build_lr_scheduler, build_optimizer, scale_learning_rate
+
+from ..models.conftest import ROOT, SMALL_EOMT
 
 
 def rates(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, tuple[float, float]]:
@@ -166,6 +169,87 @@ def test_poly_schedule_equals_detectron2_deeplab(make_cfg: Callable[..., Any]) -
         for optimizer, scheduler in ((ours, schedule), (theirs, reference)):
             optimizer.step()
             scheduler.step()
+
+
+EOMT = ROOT / "configs" / "eomt" / "coco" / "instance_dinov2_small_640.yaml"
+
+
+def eomt(make_cfg: Callable[..., Any], *opts: Any) -> tuple[Any, nn.Module]:
+    """A config and a model of four blocks, of which two see the queries."""
+    pytest.importorskip("timm", reason="needs timm, of the test extra")
+    pairs = [part for item in SMALL_EOMT.items() if "NUM_CLASSES" not in item[0] for part in item]
+    cfg = make_cfg(*pairs, "SOLVER.BASE_LR", 0.001, *opts, config=EOMT)
+    return cfg, build_model(cfg)
+
+
+@pytest.mark.parametrize(("spared", "blocks"), [(0, [0.512, 0.64, 0.8, 1.0]), (2, [0.512, 0.64, 1.0, 1.0])])
+def test_layer_decay_as_eomt_is_trained(make_cfg: Callable[..., Any], spared: int, blocks: list[float]) -> None:
+    cfg, model = eomt(make_cfg, "SOLVER.LAYER_DECAY_SPARED", spared)
+    found = rates(model, build_optimizer(cfg, model))
+    assert found.keys() == {name for name, _ in model.named_parameters()}
+    for name, (rate, decay) in found.items():
+        block = re.match(r"backbone\.net\.blocks\.(\d)", name)
+        before = re.match(r"backbone\.net\.(cls|reg|pos|patch)", name)
+        expected = blocks[int(block[1])] if block else 0.512 if before else 1.0
+        assert (rate, decay) == (pytest.approx(expected), 0.05), name
+
+
+def test_layer_decay_of_stages_and_of_what_is_injected(make_cfg: Callable[..., Any]) -> None:
+    """The tiny Swin's stages are a block each; what is between two of them goes with the second, injected parts learn
+    at one rate."""
+    keys = ("SOLVER.LAYER_DECAY", 0.5, "SOLVER.LAYER_DECAY_BLOCKS", "backbone.layers.*.blocks.*")
+    cfg = make_cfg(*keys, "SOLVER.BACKBONE_MULTIPLIER", 1.0)
+    model = build_model(cfg)
+    count = sum(cfg.MODEL.SWIN.DEPTHS)
+    found = rates(model, build_optimizer(cfg, model))
+    assert found["backbone.patch_embed.proj.weight"][0] == found["backbone.layers.0.blocks.0.mlp.fc1.weight"][0]
+    assert found["backbone.layers.0.blocks.0.mlp.fc1.weight"][0] == pytest.approx(0.5 ** (count - 1))
+    last = cfg.MODEL.SWIN.DEPTHS[-1]
+    assert found["backbone.layers.2.downsample.reduction.weight"][0] == pytest.approx(0.5 ** (last - 1))
+    assert found["backbone.layers.3.blocks.0.attn.qkv.weight"][0] == pytest.approx(0.5 ** (last - 1))
+    assert found["backbone.norm3.weight"][0] == found["sem_seg_head.predictor.class_embed.weight"][0] == 1.0
+    cfg = make_cfg(*keys, peft=True)
+    cfg.MODEL.PEFT.TRAIN = [*cfg.MODEL.PEFT.TRAIN, "backbone.patch_embed"]
+    model = build_model(cfg)
+    found = rates(model, build_optimizer(cfg, model))
+    injected = {found[name][0] for name in found if "lora" in name and name.startswith("backbone.")}
+    assert injected == {1.0} and found["backbone.patch_embed.proj.weight"][0] == pytest.approx(0.1 * 0.5 ** (count - 1))
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        (("SOLVER.LAYER_DECAY_BLOCKS", "backbone.stages.*"), "LAYER_DECAY_BLOCKS: pattern 'backbone.stages.*' matches"),
+        (("SOLVER.LAYER_DECAY_SPARED", 5), "LAYER_DECAY_SPARED is 5, but .* are 4 blocks"),
+    ],
+)
+def test_layer_decay_that_makes_no_sense(make_cfg: Callable[..., Any], keys: tuple[Any, ...], said: str) -> None:
+    cfg, model = eomt(make_cfg, *keys)
+    with pytest.raises(ConfigError, match=said):
+        build_optimizer(cfg, model)
+
+
+def test_a_backbone_starts_after_the_rest(make_cfg: Callable[..., Any]) -> None:
+    """Rates at steps, computed by hand: 0.25 ** 0.9 is 0.287175."""
+    stages = ("SOLVER.WARMUP_ITERS", 4, "SOLVER.BACKBONE_WARMUP_ITERS", 2, "SOLVER.MAX_ITER", 20)
+    cfg, model = eomt(make_cfg, *stages, "SOLVER.LAYER_DECAY", 1.0)
+    optimizer = build_optimizer(cfg, model)
+    schedule = build_lr_scheduler(cfg, optimizer)
+    head, encoder = "sem_seg_head.class_embed.weight", "backbone.net.norm.weight"
+    seen: list[list[float]] = []
+    for _ in range(21):
+        found = rates(model, optimizer)
+        seen.append([found[head][0], found[encoder][0]])
+        optimizer.step()
+        schedule.step()
+    expected = {0: [0, 0], 1: [0.25, 0], 4: [1, 0], 5: [(15 / 16) ** 0.9, 0.5], 6: [(14 / 16) ** 0.9, 1]}
+    expected |= {16: [0.287175, (4 / 14) ** 0.9], 20: [0, 0]}
+    for step, pair in expected.items():
+        assert seen[step] == pytest.approx(pair, abs=1e-6), step
+    cfg.SOLVER.MAX_ITER = 4
+    with pytest.raises(ConfigError, match="MAX_ITER 4 ends before .* backbone starts .* WARMUP_ITERS 4"):
+        build_lr_scheduler(cfg, optimizer)
+    build_lr_scheduler(cfg, build_optimizer(cfg, model.sem_seg_head))
 
 
 @pytest.mark.parametrize("name", ["WarmupMultiStepLR", "WarmupCosineLR"])

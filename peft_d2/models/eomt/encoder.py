@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from typing import Any
 
 from detectron2.config import CfgNode
@@ -106,6 +107,18 @@ class EoMTEncoder(Backbone):
         placed = self.net._pos_embed(self.net.patch_embed(x))
         tokens, rope = placed if isinstance(placed, tuple) else (placed, None)
         return self.net.norm_pre(tokens), rope
+
+    def fit_positions(self, state: dict[str, Tensor], name: str = "backbone.net.pos_embed") -> None:
+        """Interpolate positions of another square grid in a model's ``state`` to this one's, in place."""
+        net, found = self.net, state.get(name)
+        wanted = getattr(net, "pos_embed", None)
+        if found is None or wanted is None or found.shape[1] == wanted.shape[1]:
+            return
+        from timm.layers import resample_abs_pos_embed
+
+        before = 0 if net.no_embed_class else net.num_prefix_tokens
+        if math.isqrt(found.shape[1] - before) ** 2 == found.shape[1] - before:  # else the shapes will be refused
+            state[name] = resample_abs_pos_embed(found, list(net.patch_embed.grid_size), num_prefix_tokens=before)
 
     @staticmethod
     def run(block: nn.Module, tokens: Tensor, rope: Tensor | None, mask: Tensor | None = None) -> Tensor:

@@ -128,8 +128,12 @@ class EoMT(MaskFormer):
         return F.interpolate((total[:-1] / total[-1])[None], size=wanted, mode="bilinear", align_corners=False)[0]
 
     def upgrade_state_dict(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """A published checkpoint under this model's names; with ``DELTA``, the sum with what it refers to."""
+        """A published checkpoint under this model's names; with ``DELTA``, the sum with what it refers to.
+
+        Positions for images of another size are interpolated.
+        """
         state, published = with_own_names(state, self.state_dict().keys()), state
+        self.backbone.fit_positions(state)
         if self._delta_to is not None and state.keys() != published.keys():
             base = {
                 f"backbone.net.{name}": value for name, value in timm_of_config(self._delta_to).state_dict().items()

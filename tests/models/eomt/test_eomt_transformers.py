@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from peft_d2.adapters import load_base
+from peft_d2.storage import CheckpointError
 
 from ..test_training import sample
-from .conftest import CLASSES, QUERIES, SIDE
+from .conftest import CLASSES, QUERIES, SIDE, SIZES
 
 transformers = pytest.importorskip("transformers", minversion="5.0", reason="its EoMT and DINOv3 are of release 5")
 
@@ -78,6 +79,34 @@ def test_same_outputs_from_their_checkpoint(
     assert len(found["aux_outputs"]) == (2 if probability else 0)
 
 
+def test_positions_for_another_size(eomt: Any, theirs: Any, filler: Any, tmp_path: Any) -> None:
+    """Bicubic and smoothed, as timm does it in the forward pass; a grid that is no square is refused by its shape."""
+    their = theirs("dinov2")
+    torch.save(their.state_dict(), tmp_path / "theirs.pth")
+    sides = f"{{{SIZES.replace('img_size: 64', 'img_size: 96')}, init_values: 0.7}}"
+    large = eomt("dinov2", {"MODEL.TIMM.KWARGS": sides, "MODEL.MASK_FORMER.SIZE_DIVISIBILITY": 96}).eval()
+    report = load_base(large, tmp_path / "theirs.pth")
+    assert not report.initial and not report.unexpected, report
+    found = large.backbone.net.pos_embed[0]
+    square = their.embeddings.position_embeddings.weight.T.reshape(1, 48, 4, 4)
+    expected = nn.functional.interpolate(square, size=(6, 6), mode="bicubic", antialias=True)
+    torch.testing.assert_close(found, expected.flatten(2)[0].T, rtol=0, atol=1e-5)
+    small = eomt(
+        "dinov2", {"MODEL.MASK_FORMER.SIZE_DIVISIBILITY": -1}
+    ).eval()  # fits 4 x 4, and interpolates by itself for a larger image
+    load_base(small, tmp_path / "theirs.pth")
+    image = [{"image": filler.image(3, 96, 96)}]
+    with torch.no_grad():
+        torch.testing.assert_close(
+            outputs(large, image)["pred_masks"], outputs(small, image)["pred_masks"], rtol=0, atol=1e-4
+        )
+    state = their.state_dict()
+    state["embeddings.position_embeddings.weight"] = torch.zeros(18, 48)
+    torch.save(state, tmp_path / "odd.pth")
+    with pytest.raises(CheckpointError, match="pos_embed .*18, 48.* -> .*36, 48"):
+        load_base(large, tmp_path / "odd.pth")
+
+
 @pytest.mark.parametrize("probability", [1.0, 0.4])
 @pytest.mark.parametrize("kind", KINDS)
 def test_same_losses_in_expectation(eomt: Any, theirs: Any, kind: str, probability: float) -> None:
@@ -103,7 +132,7 @@ def test_same_losses_in_expectation(eomt: Any, theirs: Any, kind: str, probabili
     assert abs(float(mine.mean() - other.mean())) < 4 * error
 
 
-SIZES = [(48, SIDE), (SIDE, 40)]
+PICTURES = [(48, SIDE), (SIDE, 40)]
 
 
 @pytest.fixture
@@ -133,16 +162,16 @@ def test_same_results_on_whole_images(eomt: Any, theirs: Any, filler: Any, proce
     ours.load_state_dict(ours.upgrade_state_dict(their.state_dict()))
     stuff = [3, 4]
     ours.metadata = SimpleNamespace(thing_dataset_id_to_contiguous_id={i: i for i in range(CLASSES) if i not in stuff})
-    pictures = [filler.image(seed, *size).round().to(torch.uint8) for seed, size in enumerate(SIZES)]
+    pictures = [filler.image(seed, *size).round().to(torch.uint8) for seed, size in enumerate(PICTURES)]
     process = processor()
     with torch.no_grad():
         inputs = process(images=pictures, return_tensors="pt")
         outputs = their(pixel_values=inputs["pixel_values"])
         found = ours([{"image": picture} for picture in pictures])
         panoptic = process.post_process_panoptic_segmentation(
-            outputs, SIZES, threshold=0.05, overlap_mask_area_threshold=0.05, stuff_classes=stuff
+            outputs, PICTURES, threshold=0.05, overlap_mask_area_threshold=0.05, stuff_classes=stuff
         )
-        instances = process.post_process_instance_segmentation(outputs, SIZES, threshold=0.0)
+        instances = process.post_process_instance_segmentation(outputs, PICTURES, threshold=0.0)
     for mine, whole, each in zip(found, panoptic, instances, strict=True):
         ids, segments = mine["panoptic_seg"]
         assert [s["category_id"] for s in segments] == [s["label_id"] for s in whole["segments_info"]] and segments
