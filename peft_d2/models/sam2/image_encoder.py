@@ -28,7 +28,10 @@ MODEL:
   # Segment Anything 2: Hiera; all else is MODEL.SAM's. The defaults are the published tiny model.
   SAM2:
     {EMBED_DIM: 96, NUM_HEADS: 1, DEPTHS: [1, 2, 7, 2], WINDOW_SIZES: [8, 4, 14, 7], GLOBAL_BLOCKS: [5, 7, 9],
-     POSITIONS: [7, 7], MLP_RATIO: 4.0, USE_CHECKPOINT: false}
+     POSITIONS: [7, 7], MLP_RATIO: 4.0, USE_CHECKPOINT: false,
+     # In inference the single mask of a prompt gives way to the best of three where it is not stable, as published.
+     # False where training has taught the single mask alone: it would give way to masks that have learned nothing.
+     DYNAMIC_MULTIMASK: true}
 """
 
 

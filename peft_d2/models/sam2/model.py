@@ -47,6 +47,7 @@ class SAM2MaskDecoder(SAMMaskDecoder):
     def __init__(self, cfg: CfgNode) -> None:
         super().__init__(cfg)
         dim = cfg.MODEL.SAM.OUT_CHANNELS
+        self.dynamic_multimask = cfg.MODEL.SAM2.DYNAMIC_MULTIMASK
         self.obj_score_token = nn.Embedding(1, dim)
         self.conv_s0 = nn.Conv2d(dim, dim // 8, kernel_size=1)
         self.conv_s1 = nn.Conv2d(dim, dim // 4, kernel_size=1)
@@ -71,13 +72,13 @@ class SAM2MaskDecoder(SAMMaskDecoder):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """As Segment Anything's, and logits (B, 1) of an object being there.
 
-        ``fine`` are maps (1, C, 4 G, 4 G) and (1, C, 2 G, 2 G) of the image. In inference a single mask that is not
-        stable gives way to the best of the three.
+        ``fine`` are maps (1, C, 4 G, 4 G) and (1, C, 2 G, 2 G) of the image. In inference, with DYNAMIC_MULTIMASK, a
+        single mask that is not stable gives way to the best of the three.
         """
         tokens, upscaled = self.attend(embedding, positions, tokens, dense, fine)
         there = self.pred_obj_score_head(tokens[:, 0])
         quality = self.iou_prediction_head(tokens[:, 1]).sigmoid()
-        if self.training and not multimask:
+        if not multimask and (self.training or not self.dynamic_multimask):
             return self.masks(tokens[:, 2:], upscaled, [0]), quality[:, :1], there
         masks = self.masks(tokens[:, 2:], upscaled, range(len(self.output_hypernetworks_mlps)))
         if multimask:

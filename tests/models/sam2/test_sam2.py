@@ -190,6 +190,11 @@ def test_a_mask_that_is_not_stable_gives_way(sam2: Any) -> None:
         expected = torch.where((inside < 0.98 * around)[:, None, None], three[0][rows, best], single[0][:, 0])
     assert single[0].shape == (3, 1, 32, 32) and three[0].shape == (3, 3, 32, 32)
     torch.testing.assert_close(found[0][:, 0], expected)
+    decoder.dynamic_multimask = False
+    with torch.no_grad():
+        alone = decoder(*given, False, fine)
+    assert not torch.equal(alone[0], found[0])  # one at least was not stable
+    torch.testing.assert_close(alone[0], single[0])
 
 
 RECIPES = sorted(path.stem for path in (ROOT / "configs" / "peft" / "sam2").glob("*.yaml"))
