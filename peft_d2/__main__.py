@@ -12,6 +12,7 @@ COMMANDS = {  # name: the program, arguments that stand before the user's, what 
     "train": ("train_net.py", [], "train on your data, or go on with --resume"),
     "eval": ("train_net.py", ["--eval-only"], "evaluate a run's adapter, or a base"),
     "predict": ("demo.py", [], "predict on images: pictures, COCO json, polygons"),
+    "ui": ("ui.py", [], "a page in the browser: drop a picture, see adapters side by side, click boxes"),
     "merge": ("merge_adapter.py", [], "merge an adapter into its base: one ordinary checkpoint"),
     "export": ("export.py", [], "write a model for use without this package"),
     "inspect": ("inspect_targets.py", [], "what a config trains, and what a pattern matches"),

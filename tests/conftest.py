@@ -31,7 +31,7 @@ SLOW = {
     *(f"models/test_{name}.py" for name in ("timm", "training", "configs", "habits")),
     *(
         f"tools/test_{name}.py"
-        for name in ("train_net", "export", "analyze_peft", "visualize_data", "model_zoo", "nuclei_study")
+        for name in ("train_net", "export", "analyze_peft", "visualize_data", "model_zoo", "nuclei_study", "ui")
     ),
     *(
         "engine/test_eomt.py",

@@ -13,7 +13,7 @@ import argparse
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -342,8 +342,21 @@ class Predictor:
             self._resize = LongestSide(cfg.MODEL.SAM.IMAGE_SIZE)
 
     @torch.no_grad()
-    def __call__(self, path: Path, boxes: list[list[float]] | None = None) -> tuple[np.ndarray, dict[str, Any]]:
-        """Returns the image as RGB (H, W, 3) uint8 and the model's output for it, prompted with ``boxes`` (px)."""
+    def __call__(
+        self, path: Path, boxes: list[list[float]] | None = None, points: list[list[float]] | None = None,
+        adapters: Sequence[str] = (),
+    ) -> tuple[np.ndarray, dict[str, Any]]:  # fmt: skip
+        """Predict on an image.
+
+        Args:
+            path: its file.
+            boxes: prompts, x0, y0, x1, y1 in px each, one an object.
+            points: prompts, x, y in px, and 1 on the object, 0 off it; all of one object.
+            adapters: those that are wanted, "base" among them; by default all.
+
+        Returns:
+            The image as RGB (H, W, 3) uint8 and the model's output for it, or its outputs by adapter.
+        """
         from peft_d2.data.images import as_rgb, read_image
 
         try:
@@ -358,11 +371,14 @@ class Predictor:
         item = {"image": tensor, "height": height, "width": width, "file_name": str(path)}
         if boxes is not None:
             item["boxes"] = transform.apply_box(np.array(boxes, dtype=np.float64).reshape(-1, 4))
+        if points is not None:
+            rows = np.array(points, dtype=np.float64).reshape(-1, 3)
+            item |= {"point_coords": transform.apply_coords(rows[:, :2])[None], "point_labels": rows[None, :, 2]}
         if self.by_adapter:
-            predictions = self.base.predict_with(item, list(self.by_adapter))  # type: ignore[operator]
+            predictions = self.base.predict_with(item, list(adapters or self.by_adapter))  # type: ignore[operator]
         else:
             predictions = {"": self.model([item])[0]}
-        if boxes is not None:
+        if self.prompted:
             for prediction in predictions.values():
                 prediction["instances"].remove("pred_classes")  # a box has none, and would be drawn as the first
         return image, predictions if self.by_adapter else predictions[""]

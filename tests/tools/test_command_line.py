@@ -47,6 +47,14 @@ def test_a_command_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None
     assert {"train", "setup-detectron2"} < set(capsys.readouterr().out.split())
 
 
+def test_the_docs_name_every_command() -> None:
+    page = (ROOT / "docs" / "getting-started.md").read_text()
+    (words,) = re.findall(r'complete -o default -W "([^"]*)"', page)
+    assert words.split() == list(COMMANDS)
+    table = page.partition("## The command line")[2]
+    assert all(f"`{name}`" in table for name in COMMANDS)
+
+
 def test_an_installed_wheel_has_its_tools_and_configs(tmp_path: Path) -> None:
     """One wheel for every Python, which needs no checkout: neither on the path nor as the working directory."""
     source, work = tmp_path / "source", tmp_path / "work"
