@@ -29,7 +29,7 @@ from peft_d2.engine.checks import build_model
 from peft_d2.engine.errors import ConfigError
 from peft_d2.engine.launch import one_line_errors, prepare_config, warn_of_untrained
 from peft_d2.models.layers.mask_classifier import MaskClassifier
-from peft_d2.models.layers.ms_deform_attn import MSDeformAttn
+from peft_d2.models.layers.transformer import MSDeformAttn
 from peft_d2.models.sam.model import SegmentAnything
 from peft_d2.models.sam.prompt_encoder import NOT_A_POINT
 from peft_d2.peft.state import get_injection, injected_tensors, layer_tensors

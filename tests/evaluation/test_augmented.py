@@ -14,7 +14,7 @@ from torch import nn  # noqa: E402
 
 from peft_d2.data.config import add_data_config  # noqa: E402
 from peft_d2.evaluation.augmented import AugmentedModel, check_augmentation  # noqa: E402
-from peft_d2.models.layers.postprocess import mask_boxes  # noqa: E402
+from peft_d2.models.layers.boxes import mask_boxes  # noqa: E402
 
 HEIGHT, WIDTH = 40, 60
 

@@ -18,7 +18,7 @@ from peft_d2.engine.config import load_config  # noqa: E402
 from peft_d2.evaluation.augmented import AugmentedModel  # noqa: E402
 from peft_d2.evaluation.results import instances_to_results  # noqa: E402
 from peft_d2.memory import SavedTensors  # noqa: E402
-from peft_d2.models.layers import postprocess  # noqa: E402
+from peft_d2.models.layers import boxes, postprocess  # noqa: E402
 
 from ..tiny_sam import SAM_TINY  # noqa: E402
 
@@ -101,7 +101,7 @@ class Finds(torch.nn.Module):
             found.pred_masks = torch.zeros(100, *size, dtype=torch.bool)
             for number, mask in enumerate(found.pred_masks):
                 mask[number : number + 20, number : number + 20] = True
-            found.pred_boxes = Boxes(postprocess.mask_boxes(found.pred_masks))
+            found.pred_boxes = Boxes(boxes.mask_boxes(found.pred_masks))
             found.scores, found.pred_classes = torch.linspace(0.1, 1, 100), torch.zeros(100, dtype=torch.int64)
             outputs.append({"instances": found})
         return outputs

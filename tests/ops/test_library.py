@@ -13,7 +13,7 @@ import torch
 from op_cases import BAD_LEVELS, Case, random_case
 
 from peft_d2 import ops
-from peft_d2.models.layers.ms_deform_attn import MSDeformAttn
+from peft_d2.models.layers.transformer import MSDeformAttn
 from peft_d2.ops import library
 
 pytestmark = pytest.mark.skipif(bool(ops.backends()["cpu"]), reason=f"compiled operator: {ops.backends()['cpu']}")

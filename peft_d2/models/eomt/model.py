@@ -21,7 +21,7 @@ from torch import Tensor
 from peft_d2.models.backbones.timm import timm_of_config
 from peft_d2.models.checks import expect, expect_numbers
 from peft_d2.models.eomt.names import with_own_names
-from peft_d2.models.layers.inputs import Target
+from peft_d2.models.layers.criterion import Target
 from peft_d2.models.mask2former.model import MaskFormer
 from peft_d2.models.registration import entry
 

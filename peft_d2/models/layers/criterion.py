@@ -1,4 +1,4 @@
-"""Matching and losses of mask classification.
+"""Ground truth, matching and losses of mask classification.
 
 Sources: Cheng et al., Mask2Former, CVPR 2022, sections 3.3 and 4.1; Carion et al., DETR, ECCV 2020, section 3.1; losses
 at points: Kirillov et al., PointRend, CVPR 2020, section 3.1.
@@ -6,20 +6,96 @@ at points: Kirillov et al., PointRend, CVPR 2020, section 3.1.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from detectron2.structures import BitMasks, ImageList, PolygonMasks
+from detectron2.structures.masks import polygons_to_bitmask
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
-from peft_d2.models.layers.inputs import Target
+from peft_d2.models.checks import ModelConfigError
 
 Match = tuple[Tensor, Tensor]  # (query indices, target indices), both int64 on the CPU, sorted by target
 Prediction = dict[str, Tensor]  # pred_logits (N, Q, K + 1), pred_masks (N, Q, H, W)
 _FORBIDDEN = 1e6  # replaces a cost that is not finite: far above any real one, small enough to be summed exactly
+
+
+@dataclass
+class Target:
+    """Ground truth of an image: labels (T,) int64, masks (T, H, W) of 0 and 1, H and W those of the padded batch.
+
+    ``boxes`` (T, 4), where a model asks for them: (centre x, centre y, width, height), relative to the image.
+    """
+
+    labels: Tensor
+    masks: Tensor
+    boxes: Tensor | None = None
+
+    def centre_boxes(self) -> Tensor:
+        """``boxes``, which have to be there."""
+        if self.boxes is None:
+            raise ValueError("this target has no boxes; call add_boxes on what prepare_targets returns")
+        return self.boxes
+
+
+def bitmaps(masks: Any, height: int, width: int) -> Tensor:
+    """(T, H, W) of whatever holds an image's masks; an instance that a crop left without polygons is an empty mask."""
+    if isinstance(masks, PolygonMasks):
+        found = np.zeros((len(masks), height, width), bool)
+        for bitmap, polygons in zip(found, masks.polygons, strict=True):
+            bitmap[:] = polygons_to_bitmask(polygons, height, width) if len(polygons) else False
+        return torch.from_numpy(found)
+    tensor = masks.tensor if isinstance(masks, BitMasks) else masks
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"gt_masks is {type(masks).__name__}; expected BitMasks, PolygonMasks or a tensor (T, H, W)")
+    return tensor
+
+
+def prepare_targets(inputs: list[dict[str, Any]], images: ImageList, ignore_value: int) -> list[Target]:
+    """Targets of a batch, with float32 masks zero-padded to the size of ``images``.
+
+    Inputs are mapped dicts with ``instances`` (``gt_classes``, and ``gt_masks`` unless there are none) or, without it,
+    ``sem_seg`` (H, W) of class ids: one mask per class other than ``ignore_value``, as in MaskFormer.
+    """
+    device, (height, width) = images.tensor.device, images.tensor.shape[-2:]
+    targets = []
+    for item, size in zip(inputs, images.image_sizes, strict=True):
+        if "instances" in item:
+            labels = item["instances"].gt_classes
+            if len(labels) and not item["instances"].has("gt_masks"):
+                raise ModelConfigError(
+                    f"training input {item.get('file_name', '')!r} has objects without masks (gt_masks), which this "
+                    "model is trained on. Detectron2's own mapper gives them with MODEL.MASK_ON True"
+                )
+            masks = bitmaps(item["instances"].gt_masks, *size) if len(labels) else torch.zeros(0, *size)
+        elif "sem_seg" in item:
+            classes = item["sem_seg"].unique()
+            labels = classes[classes != ignore_value]
+            masks = item["sem_seg"][None] == labels[:, None, None]
+        else:
+            raise KeyError(
+                f"training input {item.get('file_name', '')!r} has neither 'instances' nor 'sem_seg'; "
+                "the dataset mapper has to keep its annotations"
+            )
+        padded = torch.zeros(len(labels), height, width, device=device)
+        padded[:, : masks.shape[-2], : masks.shape[-1]] = masks.to(device)
+        targets.append(Target(labels.to(device).long(), padded))
+    return targets
+
+
+def count_objects(item: Mapping[str, Any], ignore_value: int = 255) -> int:
+    """How many targets a mapped dict becomes: instances, or classes in ``sem_seg`` other than ``ignore_value``."""
+    if "instances" in item:
+        return len(item["instances"])
+    if "sem_seg" in item:
+        return int((item["sem_seg"].unique() != ignore_value).sum())
+    return 0
 
 
 def sample_points(maps: Tensor, points: Tensor) -> Tensor:

@@ -51,17 +51,6 @@ class Canvas:
         return (slice(start, min(start + step, count)) for start in range(0, count, step))
 
 
-def mask_boxes(masks: Tensor) -> Tensor:
-    """Tight boxes (M, 4) float32 of masks (M, H, W): x0, y0 and, one past the last pixel, x1, y1; zeros where empty."""
-    sides = []
-    for hit in (masks.any(1), masks.any(2)):  # columns, rows
-        hit = hit.to(torch.uint8)
-        sides.append((hit.argmax(1), hit.shape[1] - hit.flip(1).argmax(1)))
-    (x0, x1), (y0, y1) = sides
-    boxes = torch.stack([x0, y0, x1, y1], dim=1).float()
-    return boxes * masks.flatten(1).any(1)[:, None]
-
-
 def instance_inference(
     probability: Tensor,
     mask_logits: Tensor,

@@ -1,11 +1,12 @@
 """Transformer sublayers with residual and norm, one module each, so that anything can be put after any of them.
 
-Sequences come first, (length, N, C), but in deformable attention. The parts are children of the usual torch types that
-are called, never read. Deformable encoder: Zhu et al., Deformable DETR, ICLR 2021, section 4.
+Sequences come first, (length, N, C), but in deformable attention (Zhu et al., Deformable DETR, ICLR 2021, section 4),
+whose modules follow the position codes. The parts are children of the usual torch types that are called, never read.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
@@ -17,8 +18,9 @@ from detectron2.layers import Conv2d
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from peft_d2.models.layers.geometry import SinePosition2d, pixel_centres
-from peft_d2.models.layers.ms_deform_attn import MSDeformAttn
+from peft_d2.ops import ms_deform_attn_fused
+
+_TEMPERATURE = 10000.0
 
 
 def run_block(block: nn.Module, *inputs: Any, use_checkpoint: bool) -> Tensor:
@@ -189,6 +191,116 @@ def input_projections(in_channels: int, channels: int, levels: int, enforce: boo
             projections.append(Conv2d(in_channels, channels, kernel_size=1))
             weight_init.c2_xavier_fill(projections[-1])
     return nn.ModuleList(projections)
+
+
+def sine_code(place: Tensor, channels: int) -> Tensor:
+    """Sines and cosines of ``place`` in turn: (...) -> (..., channels).
+
+    Wavelengths grow geometrically, by a factor of 10,000 over the channels; 1 is a full turn of the shortest.
+    """
+    pair = torch.arange(channels, dtype=torch.float32, device=place.device) // 2
+    wavelength = _TEMPERATURE ** (2 * pair / channels)
+    angle = (place * (2 * math.pi))[..., None] / wavelength
+    return torch.stack([angle[..., 0::2].sin(), angle[..., 1::2].cos()], dim=-1).flatten(-2)
+
+
+class SinePosition2d(nn.Module):
+    """Fixed sine and cosine codes of ``channels``, a multiple of 4: y in the first half of them and x in the second.
+
+    Pixel centres count 1..H and 1..W and are normalised to 2 pi, so that the code depends on the relative place alone
+    (Carion et al., End-to-End Object Detection with Transformers, ECCV 2020, appendix A.4).
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        if channels % 4:
+            raise ValueError(f"SinePosition2d: channels is {channels}; it should be a multiple of 4")
+        self.channels = channels
+
+    def forward(self, height: int, width: int, device: torch.device) -> Tensor:
+        """Codes of a map without padding: (height * width, channels) float32, row by row."""
+        y, x = (
+            sine_code(torch.arange(1, n + 1, dtype=torch.float32, device=device) / (n + 1e-6), self.channels // 2)
+            for n in (height, width)
+        )
+        return torch.cat([y[:, None].expand(-1, width, -1), x.expand(height, -1, -1)], dim=-1).flatten(0, 1)
+
+
+def pixel_centres(height: int, width: int, device: torch.device) -> Tensor:
+    """(height * width, 2) centres as (x, y) in [0, 1], row by row, float32."""
+    y = (torch.arange(height, dtype=torch.float32, device=device) + 0.5) / height
+    x = (torch.arange(width, dtype=torch.float32, device=device) + 0.5) / width
+    return torch.stack([x.expand(height, width), y[:, None].expand(height, width)], dim=-1).flatten(0, 1)
+
+
+class MSDeformAttn(nn.Module):
+    """Attention from each query to a few learned points around its reference point on every level.
+
+    Channels ``d_model`` of queries, memory and output are a multiple of ``n_heads``. ``backend`` is that of
+    :func:`peft_d2.ops.ms_deform_attn`.
+    """
+
+    backend: str | None = None
+
+    def __init__(self, d_model: int = 256, n_levels: int = 4, n_heads: int = 8, n_points: int = 4) -> None:
+        super().__init__()
+        if d_model % n_heads:
+            raise ValueError(f"MSDeformAttn: d_model is {d_model}; it should be a multiple of n_heads = {n_heads}")
+        self.d_model, self.n_levels, self.n_heads, self.n_points = d_model, n_levels, n_heads, n_points
+        self.sampling_offsets = nn.Linear(d_model, n_heads * n_levels * n_points * 2)
+        self.attention_weights = nn.Linear(d_model, n_heads * n_levels * n_points)
+        self.value_proj = nn.Linear(d_model, d_model)
+        self.output_proj = nn.Linear(d_model, d_model)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Head m looks along direction m of M around the circle, point p at distance p + 1; attention is uniform."""
+        angle = torch.arange(self.n_heads, dtype=torch.float32) * (2 * math.pi / self.n_heads)
+        direction = torch.stack([angle.cos(), angle.sin()], dim=-1)
+        # On the unit square rather than the unit circle: the farther coordinate is one pixel a step.
+        direction = direction / direction.abs().amax(dim=-1, keepdim=True)
+        distance = torch.arange(1, self.n_points + 1, dtype=torch.float32)
+        bias = direction[:, None, None, :] * distance[None, None, :, None]
+        self.sampling_offsets.bias.copy_(bias.expand(-1, self.n_levels, -1, -1).flatten())
+        nn.init.zeros_(self.sampling_offsets.weight)
+        nn.init.zeros_(self.attention_weights.weight)
+        nn.init.zeros_(self.attention_weights.bias)
+        for projection in (self.value_proj, self.output_proj):
+            nn.init.xavier_uniform_(projection.weight)
+            nn.init.zeros_(projection.bias)
+
+    def forward(
+        self,
+        query: Tensor,
+        reference_points: Tensor,
+        input_flatten: Tensor,
+        input_spatial_shapes: Tensor,
+        input_level_start_index: Tensor,
+        input_padding_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Sample the levels around each reference point, as far as each query (N, Q, C) wants: (N, Q, C).
+
+        Args:
+            reference_points: (N, Q, L, 2) as (x, y) or (N, Q, L, 4) as (centre x, centre y, width, height), in [0, 1].
+            input_flatten: (N, S, C), the levels' pixels one level after the other.
+            input_spatial_shapes, input_level_start_index: (L, 2) as (H, W), and (L,).
+            input_padding_mask: (N, S), True at padding, which then contributes nothing.
+        """
+        n, queries, _ = query.shape
+        value = self.value_proj(input_flatten)
+        if input_padding_mask is not None:
+            value = value.masked_fill(input_padding_mask[..., None], 0.0)
+        output = ms_deform_attn_fused(
+            value.view(n, -1, self.n_heads, self.d_model // self.n_heads),
+            input_spatial_shapes,
+            input_level_start_index,
+            reference_points,
+            self.sampling_offsets(query).view(n, queries, self.n_heads, self.n_levels, self.n_points, 2),
+            self.attention_weights(query).view(n, queries, self.n_heads, self.n_levels * self.n_points),
+            self.backend,
+        )
+        return self.output_proj(output)
 
 
 class Levels:

@@ -17,8 +17,12 @@ from detectron2.modeling import SEM_SEG_HEADS_REGISTRY
 from torch import Tensor, nn
 
 from peft_d2.models.checks import expect, expect_heads, expect_norm, expect_numbers, expect_some_of
-from peft_d2.models.layers.geometry import SinePosition2d
-from peft_d2.models.layers.transformer import MultiScaleDeformableTransformer, TransformerEncoder, init_transformer
+from peft_d2.models.layers.transformer import (
+    MultiScaleDeformableTransformer,
+    SinePosition2d,
+    TransformerEncoder,
+    init_transformer,
+)
 from peft_d2.models.registration import entry
 
 _GROUPS = 32  # of the norms behind the projections

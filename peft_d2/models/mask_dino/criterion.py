@@ -13,23 +13,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import sigmoid_focal_loss
 
-from peft_d2.models.layers.criterion import HungarianMatcher, Matched, Prediction, SetCriterion, average_count, pair_up
-from peft_d2.models.layers.geometry import to_corners
-from peft_d2.models.layers.inputs import Target
-from peft_d2.models.mask_dino.denoising import DenoisingQueries
-
-_EPSILON = 1e-6  # keeps the overlap of boxes without area finite
-
-
-def generalized_iou(a: Tensor, b: Tensor) -> Tensor:
-    """Generalised intersection over union (...) in [-1, 1] (Rezatofighi et al., CVPR 2019, algorithm 1).
-
-    ``a`` and ``b`` are corners (..., 4), broadcast against each other: ``a[:, None], b[None]`` compares all pairs.
-    """
-    inner = (torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])).clamp(min=0).prod(-1)
-    outer = (torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2])).clamp(min=0).prod(-1)
-    union = (a[..., 2:] - a[..., :2]).prod(-1) + (b[..., 2:] - b[..., :2]).prod(-1) - inner
-    return inner / (union + _EPSILON) - (outer - union) / (outer + _EPSILON)
+from peft_d2.models.layers.boxes import generalized_iou, to_corners
+from peft_d2.models.layers.criterion import (
+    HungarianMatcher,
+    Matched,
+    Prediction,
+    SetCriterion,
+    Target,
+    average_count,
+    pair_up,
+)
+from peft_d2.models.mask_dino.transformer_decoder import DenoisingQueries
 
 
 class BoxMaskMatcher(HungarianMatcher):

@@ -14,8 +14,8 @@ from detectron2.structures import ImageList, Instances
 from torch import Tensor
 
 from peft_d2.models.checks import expect
-from peft_d2.models.layers.geometry import to_corners
-from peft_d2.models.layers.inputs import Target, add_boxes
+from peft_d2.models.layers.boxes import mask_boxes, to_centres, to_corners
+from peft_d2.models.layers.criterion import Target
 from peft_d2.models.layers.mask_classifier import MaskClassifier
 from peft_d2.models.layers.postprocess import Canvas
 from peft_d2.models.mask2former.model import MaskFormerHead
@@ -149,6 +149,21 @@ class MaskDINO(MaskClassifier):
             no_object_weight=dino.NO_OBJECT_WEIGHT,
             points=(dino.TRAIN_NUM_POINTS, dino.OVERSAMPLE_RATIO, dino.IMPORTANCE_SAMPLE_RATIO),
         )
+
+
+def add_boxes(targets: list[Target], inputs: list[dict[str, Any]], images: ImageList, of_padded: bool) -> None:
+    """Set the targets' boxes, in place: ``gt_boxes`` where the inputs have them, else those around the masks.
+
+    They are relative to the padded batch, as masks are; without ``of_padded`` to each image's own size, as published.
+    """
+    for target, item, size in zip(targets, inputs, images.image_sizes, strict=True):
+        instances = item.get("instances")
+        if instances is not None and instances.has("gt_boxes"):
+            corners, size = instances.gt_boxes.tensor.to(target.labels.device), instances.image_size
+        else:
+            corners = mask_boxes(target.masks > 0)
+        height, width = images.tensor.shape[-2:] if of_padded else size
+        target.boxes = to_centres(corners.float()) / corners.new_tensor([width, height, width, height])
 
 
 def loss_weights(dino: CfgNode) -> dict[str, float]:

@@ -1,12 +1,14 @@
 """The transformer decoder of Mask DINO: queries chosen from the encoder's maps, refined as boxes, read out as masks.
 
-Sources: Li et al., Mask DINO, CVPR 2023, sections 3.2 to 3.4; Zhang et al., DINO, ICLR 2023, sections 3.3 to 3.5; Zhu
-et al., Deformable DETR, ICLR 2021, section 4 and appendix A.4; Liu et al., DAB-DETR, ICLR 2022.
+In training it also restores queries made of disturbed ground truth, without any matching. Sources: Li et al., Mask
+DINO, CVPR 2023, sections 3.2 to 3.4; Zhang et al., DINO, ICLR 2023, sections 3.3 to 3.5; Li et al., DN-DETR, CVPR 2022,
+section 4; Zhu et al., Deformable DETR, ICLR 2021, section 4 and appendix A.4; Liu et al., DAB-DETR, ICLR 2022.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,17 +17,30 @@ from detectron2.config import CfgNode
 from torch import Tensor, nn
 
 from peft_d2.models.checks import expect, expect_numbers, expect_width
-from peft_d2.models.layers.geometry import box_code, inverse_sigmoid, pixel_centres, to_centres
-from peft_d2.models.layers.inputs import Target
-from peft_d2.models.layers.ms_deform_attn import MSDeformAttn
-from peft_d2.models.layers.postprocess import mask_boxes
-from peft_d2.models.layers.transformer import MLP, Levels, init_transformer, input_projections
-from peft_d2.models.mask_dino.denoising import DenoisingQueries, denoising_queries
+from peft_d2.models.layers.boxes import inverse_sigmoid, mask_boxes, to_centres
+from peft_d2.models.layers.criterion import Match, Target
+from peft_d2.models.layers.transformer import (
+    MLP,
+    Levels,
+    MSDeformAttn,
+    init_transformer,
+    input_projections,
+    pixel_centres,
+    sine_code,
+)
 from peft_d2.models.registration import TRANSFORMER_DECODER_REGISTRY, entry
 
 _DENOISING = ("no", "standard", "seg")
 _BOX_STARTS = ("no", "bitmask", "mask2box")
 _FINEST_PROPOSAL = 0.05  # side of a proposal on the first level, relative to the image; it doubles by level
+
+
+def box_code(boxes: Tensor, channels: int) -> Tensor:
+    """Code of boxes (..., 4) as (x, y, width, height) in [0, 1]: (..., 4 * channels) in the order y, x, width, height.
+
+    Source: Liu et al., DAB-DETR, ICLR 2022, section 3.2 (equation 4).
+    """
+    return sine_code(boxes[..., [1, 0, 2, 3]], channels).flatten(-2)
 
 
 class DeformableDecoderLayer(nn.Module):
@@ -248,6 +263,65 @@ class MaskDINODecoder(nn.Module):
             corners[:, 2:] -= 1
             corners[~flat.flatten(1).any(1)] = corners.new_tensor([2.0 * width, 2.0 * height, 0, 0])  # -> (1, 1, 0, 0)
         return (to_centres(corners) / corners.new_tensor([width, height] * 2)).view(*masks.shape[:2], 4)
+
+
+@dataclass
+class DenoisingQueries:
+    """The queries of a batch: ``groups`` times all targets of an image, each group padded to ``group_size`` by zeros.
+
+    ``content`` (N, D, C), D = groups * group_size, one group after the other; ``box_logits`` (N, D, 4).
+    """
+
+    content: Tensor
+    box_logits: Tensor
+    groups: int
+    group_size: int
+
+    def __len__(self) -> int:
+        return self.groups * self.group_size
+
+    def matches(self, targets: Sequence[Target]) -> list[Match]:
+        """Which query restores which target, by image."""
+        starts = torch.arange(self.groups)[:, None] * self.group_size
+        objects = [torch.arange(len(target.labels)) for target in targets]
+        return [((starts + indices).flatten(), indices.repeat(self.groups)) for indices in objects]
+
+    def blocked(self, matching: int) -> Tensor:
+        """(D + matching, D + matching), True where a query must not see another.
+
+        A group sees itself and the ``matching`` queries that follow all groups; those see each other alone.
+        """
+        device = self.content.device
+        group = torch.arange(len(self) + matching, device=device) // max(self.group_size, 1)
+        group[len(self) :] = self.groups
+        return (group[:, None] != group[None]) & (group[None] != self.groups)
+
+
+def denoising_queries(
+    targets: Sequence[Target], label_embedding: nn.Embedding, count: int, noise_scale: float
+) -> DenoisingQueries | None:
+    """Disturb the targets, with boxes: a label is replaced with probability noise_scale / 2, a box moves and grows.
+
+    A box's centre moves by up to noise_scale / 2 of its size, its sides change by up to noise_scale of themselves. With
+    T targets in the largest image there are ``count // T`` groups; None if there are no targets, or T > ``count``.
+    """
+    group_size = max((len(target.labels) for target in targets), default=0)
+    groups = count // group_size if group_size else 0
+    if groups == 0:
+        return None
+    device = label_embedding.weight.device
+    content = torch.zeros(len(targets), groups, group_size, label_embedding.embedding_dim, device=device)
+    box_logits = torch.zeros(len(targets), groups, group_size, 4, device=device)
+    for image, target in enumerate(targets):
+        labels = target.labels.expand(groups, -1)
+        replaced = torch.rand(labels.shape, device=device) < noise_scale / 2
+        labels = torch.where(replaced, torch.randint_like(labels, label_embedding.num_embeddings), labels)
+        boxes = target.centre_boxes().expand(groups, -1, -1)
+        reach = torch.cat([boxes[..., 2:] / 2, boxes[..., 2:]], dim=-1) * noise_scale
+        boxes = (boxes + (2 * torch.rand_like(boxes) - 1) * reach).clamp(0, 1)
+        content[image, :, : len(target.labels)] = label_embedding(labels).to(content.dtype)
+        box_logits[image, :, : len(target.labels)] = inverse_sigmoid(boxes)
+    return DenoisingQueries(content.flatten(1, 2), box_logits.flatten(1, 2), groups, group_size)
 
 
 def proposal_logits(sizes: Sequence[tuple[int, int]], device: torch.device) -> tuple[Tensor, Tensor]:

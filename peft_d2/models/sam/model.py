@@ -18,9 +18,17 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from peft_d2.models.checks import expect, expect_numbers
-from peft_d2.models.layers.criterion import average_count, dice_loss, mask_loss, objects_of_all
-from peft_d2.models.layers.inputs import PixelModel, Target, count_objects
-from peft_d2.models.layers.postprocess import Canvas, mask_boxes
+from peft_d2.models.layers.boxes import mask_boxes
+from peft_d2.models.layers.criterion import (
+    Target,
+    average_count,
+    count_objects,
+    dice_loss,
+    mask_loss,
+    objects_of_all,
+)
+from peft_d2.models.layers.mask_classifier import PixelModel
+from peft_d2.models.layers.postprocess import Canvas
 from peft_d2.models.registration import entry
 from peft_d2.models.sam.image_encoder import ImageEncoder
 from peft_d2.models.sam.mask_decoder import SAMMaskDecoder

@@ -13,8 +13,7 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from torch import Tensor, nn
 
 from peft_d2.models.layers.transformer import MLP
-from peft_d2.models.mask2former.model import MaskFormer
-from peft_d2.models.mask2former.transformer_decoder import MaskedTransformerDecoder
+from peft_d2.models.mask2former.model import MaskedTransformerDecoder, MaskFormer
 from peft_d2.models.registration import TRANSFORMER_DECODER_REGISTRY, entry
 from peft_d2.models.seem.text_encoder import TextEncoder
 from peft_d2.models.seem.vocabulary import ClassVectors, ClassVectorsError, Vocabulary, vocabularies

@@ -12,9 +12,11 @@ import torch
 import torchvision
 from torch import Tensor
 
+from peft_d2.models.layers.boxes import inverse_sigmoid, to_centres, to_corners
 from peft_d2.models.layers.criterion import (
     HungarianMatcher,
     SetCriterion,
+    Target,
     assign,
     dice_cost,
     mask_cost,
@@ -22,8 +24,6 @@ from peft_d2.models.layers.criterion import (
     sample_points,
     uncertain_points,
 )
-from peft_d2.models.layers.geometry import inverse_sigmoid, to_centres, to_corners
-from peft_d2.models.layers.inputs import Target
 from peft_d2.models.mask_dino.criterion import BoxMaskCriterion, BoxMaskMatcher, generalized_iou
 
 CLASSES, QUERIES, SIZE = 3, 5, 16

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peft_d2.models.layers import postprocess
+from peft_d2.models.layers.boxes import mask_boxes
 from peft_d2.models.layers.postprocess import (
     Canvas,
     instance_inference,
-    mask_boxes,
     panoptic_inference,
     semantic_inference,
 )

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from peft_d2.models.layers.inputs import Target
-from peft_d2.models.mask_dino import denoising
+from peft_d2.models.layers.criterion import Target
+from peft_d2.models.mask_dino.transformer_decoder import denoising_queries
 
 from ..test_training import sample, step
 
@@ -91,7 +91,7 @@ def test_denoising_queries() -> None:
         Target(torch.tensor([1]), torch.zeros(1, 4, 4)),
     ]
     targets[1].boxes = boxes[:1]
-    queries = denoising.denoising_queries(targets, embedding, 7, 0.4)
+    queries = denoising_queries(targets, embedding, 7, 0.4)
     assert queries is not None and (queries.groups, queries.group_size, len(queries)) == (3, 2, 6)
     (first, _), (second, indices) = queries.matches(targets)
     assert first.tolist() == list(range(6)) and second.tolist() == [0, 2, 4] and indices.tolist() == [0, 0, 0]
@@ -104,7 +104,7 @@ def test_denoising_queries() -> None:
         for j in range(8):
             sees = i // 2 == j // 2 if j < 6 else True  # its own group, and what is matched; that sees itself alone
             assert bool(blocked[i, j]) == (not sees)
-    assert denoising.denoising_queries(targets, embedding, 1, 0.4) is None
-    quiet = denoising.denoising_queries(targets, embedding, 7, 0.0)
+    assert denoising_queries(targets, embedding, 1, 0.4) is None
+    quiet = denoising_queries(targets, embedding, 7, 0.0)
     torch.testing.assert_close(quiet.box_logits[0].sigmoid(), boxes.repeat(3, 1))
     assert torch.equal(quiet.content[0], embedding(torch.tensor([0, 2] * 3)))
