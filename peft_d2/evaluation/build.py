@@ -64,9 +64,12 @@ def _makers(cfg: Any, name: str, folder: str | None) -> list[Callable[[], Datase
         test is None or bool(test[key]) for key in ("INSTANCE_ON", "SEMANTIC_ON", "PANOPTIC_ON")
     )
     prompted = base_architecture(cfg) in ("PD2SegmentAnything", "PD2SAM2") and not cfg.INPUT.PROMPTS.DETECTIONS
+    shared = {
+        "output_dir": folder, "classes": classes, "report": cfg.TEST.get("REPORT", False),
+        "outside": cfg.DATASETS.get("ALLOW_FILES_OUTSIDE", False),
+    }  # fmt: skip
     coco = partial(
-        FastCOCOEvaluator, output_dir=folder, kpt_oks_sigmas=tuple(cfg.TEST.KEYPOINT_OKS_SIGMAS), classes=classes,
-        report=cfg.TEST.get("REPORT", False), outside=cfg.DATASETS.get("ALLOW_FILES_OUTSIDE", False),
+        FastCOCOEvaluator, **shared, kpt_oks_sigmas=tuple(cfg.TEST.KEYPOINT_OKS_SIGMAS),
         max_detections=cfg.TEST.get("MAX_DETECTIONS", 100),
     )  # fmt: skip
     cityscapes = kind == "cityscapes_panoptic_seg"
@@ -78,10 +81,7 @@ def _makers(cfg: Any, name: str, folder: str | None) -> list[Callable[[], Datase
         (kind in _PANOPTIC and panoptic, PanopticQualityEvaluator),
         (kind == "cityscapes_instance" or (cityscapes and instance), CityscapesInstanceEvaluator),
         (kind == "cityscapes_sem_seg" or (cityscapes and semantic), CityscapesSemSegEvaluator),
-        (kind == "lvis", partial(
-            FastLVISEvaluator, output_dir=folder, classes=classes, report=cfg.TEST.get("REPORT", False),
-            outside=cfg.DATASETS.get("ALLOW_FILES_OUTSIDE", False),
-        )),
+        (kind == "lvis", partial(FastLVISEvaluator, **shared)),
         (kind == "pascal_voc", PascalVOCDetectionEvaluator),
     )  # fmt: skip
     found: list[Callable[[], DatasetEvaluator]] = [partial(make, name) for wanted, make in rows if wanted]

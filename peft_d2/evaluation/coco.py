@@ -95,6 +95,8 @@ class FastCOCOEvaluator(COCOEvaluator):
         outside: whether the report may show images that lie outside the set's folder.
     """
 
+    results_file = "coco_instances_results.json"
+
     def __init__(
         self, dataset_name: str, output_dir: str | None = None, distributed: bool = True, report: bool = False,
         classes: Mapping[int, int] | None = None, max_detections: int = 100, outside: bool = False, **more: Any,
@@ -138,22 +140,27 @@ class FastCOCOEvaluator(COCOEvaluator):
             return
         results = restore_category_ids(results, self._classes or own, subset=self._classes is not None)
         if self._output_dir:
-            write_results(results, os.path.join(self._output_dir, "coco_instances_results.json"))
+            write_results(results, os.path.join(self._output_dir, self.results_file))
         if not self._do_evaluation:
             logger.info("the json has no annotations: predictions are written, nothing is evaluated.")
             return
-        max_dets = sorted({1, 10, self._max_detections})
         evaluations: dict[str, Evaluation] = {}
         for task in sorted(tasks):
             if results:
-                evaluations[task] = evaluate_coco(self._coco_api.dataset, results, task, img_ids, max_dets)
-            classes = self._metadata.get("thing_classes")
-            self._results[task] = self._derive_coco_results(evaluations.get(task), task, class_names=classes)
+                evaluations[task] = self._evaluated(results, task, img_ids)
+            self._results[task] = self._figures(evaluations.get(task), task)
         if self._report and self._output_dir and evaluations:
             figures = {task: self._results[task] for task in evaluations}
             root = self._metadata.get("image_root", "")
             path = write_report(self._output_dir, self._metadata.name, root, evaluations, figures, self._outside)
             logger.info("Report with curves and pictures: %s", path)
+
+    def _evaluated(self, results: Sequence[dict[str, Any]], task: str, img_ids: Sequence[Any] | None) -> Evaluation:
+        max_dets = sorted({1, 10, self._max_detections})
+        return evaluate_coco(self._coco_api.dataset, results, task, img_ids, max_dets)
+
+    def _figures(self, evaluation: Evaluation | None, task: str) -> dict[str, float]:
+        return self._derive_coco_results(evaluation, task, class_names=self._metadata.get("thing_classes"))
 
 
 def evaluate_coco(

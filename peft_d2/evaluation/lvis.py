@@ -1,94 +1,34 @@
-"""Detectron2's LVIS evaluator on faster-coco-eval: the package lvis is not needed, whose figures these are."""
+"""LVIS's figures by the evaluator of COCO-format sets: the package lvis is not needed, whose figures these are."""
 
 from __future__ import annotations
 
-import itertools
-import json
 import logging
-import os
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
-from detectron2.data import MetadataCatalog
-from detectron2.evaluation import LVISEvaluator
-from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import create_small_table
 from faster_coco_eval import COCO
 
-from peft_d2.evaluation.coco import (
-    Evaluation,
-    complete,
-    mean_precision,
-    predictions,
-    renumbered,
-    restore_category_ids,
-    write_results,
-)
-from peft_d2.evaluation.report import write_report
-from peft_d2.evaluation.results import instances_to_results
+from peft_d2.evaluation.coco import Evaluation, FastCOCOEvaluator, mean_precision, predictions, renumbered
 
 _MAX_DETECTIONS = 300  # of an image, over all classes
 logger = logging.getLogger(__name__)
 
 
-class FastLVISEvaluator(LVISEvaluator):
-    """LVIS v1's AP, by size and by frequency of the class (APr, APc, APf); federated annotation is respected.
+class FastLVISEvaluator(FastCOCOEvaluator):
+    """LVIS v1's AP, by size and by frequency of the class (APr, APc, APf); federated annotation is respected."""
 
-    ``classes``, ``report``, ``outside``: as :class:`FastCOCOEvaluator` takes them.
-    """
+    results_file = "lvis_instances_results.json"
 
-    def __init__(
-        self, dataset_name: str, output_dir: str | None = None, distributed: bool = True,
-        classes: Mapping[int, int] | None = None, report: bool = False, outside: bool = False,
-    ) -> None:  # fmt: skip
-        # Detectron2's constructor needs the lvis package; these are the attributes that its methods use.
-        self._logger = logger
-        self._tasks = None
-        self._distributed = distributed
-        self._output_dir = output_dir
-        self._cpu_device = torch.device("cpu")
-        self._classes, self._report, self._outside = classes, report, outside
-        self._metadata = MetadataCatalog.get(dataset_name)
-        with PathManager.open(self._metadata.json_file) as file:
-            self._dataset = json.load(file)
-        complete(self._dataset)
-        self._do_evaluation = bool(self._dataset.get("annotations"))
+    def _evaluated(self, results: Sequence[dict[str, Any]], task: str, img_ids: Sequence[Any] | None) -> Evaluation:
+        return lvis_evaluation(self._coco_api.dataset, results, task)
 
-    def process(self, inputs: Sequence[dict[str, Any]], outputs: Sequence[dict[str, Any]]) -> None:
-        """Keep the ``instances`` of each output, masks as run lengths."""
-        for record, output in zip(inputs, outputs, strict=True):
-            results = instances_to_results(output["instances"], record["image_id"])
-            self._predictions.append({"image_id": record["image_id"], "instances": results})
-
-    def _eval_predictions(self, gathered: Sequence[dict[str, Any]]) -> None:
-        results = list(itertools.chain.from_iterable(p["instances"] for p in gathered))
-        contiguous = self._metadata.get("thing_dataset_id_to_contiguous_id")
-        if contiguous is None:
-            contiguous = {c: i for i, c in enumerate(sorted(c["id"] for c in self._dataset["categories"]))}
-        results = restore_category_ids(results, self._classes or contiguous, subset=self._classes is not None)
-        if self._output_dir:
-            write_results(results, os.path.join(self._output_dir, "lvis_instances_results.json"))
-        if not self._do_evaluation:
-            logger.info("the json has no annotations: predictions are written, nothing is evaluated.")
-            return
-        evaluations = {}
-        for task in sorted(self._tasks_from_predictions(results)):
-            if results:
-                evaluations[task] = lvis_evaluation(self._dataset, results, task)
-            self._results[task] = figures(evaluations.get(task))
-            logger.info("Evaluation results for %s: \n%s", task, create_small_table(self._results[task]))
-        if self._report and self._output_dir and evaluations:
-            root = self._metadata.get("image_root", "")
-            path = write_report(self._output_dir, self._metadata.name, root, evaluations, self._results, self._outside)
-            logger.info("Report with curves and pictures: %s", path)
-
-
-def evaluate_lvis(dataset: dict[str, Any], results: Sequence[dict[str, Any]], task: str) -> dict[str, float]:
-    """The :func:`figures` of what :func:`lvis_evaluation` takes, without results nan."""
-    return figures(lvis_evaluation(dataset, results, task) if results else None)
+    def _figures(self, evaluation: Evaluation | None, task: str) -> dict[str, float]:
+        found = figures(evaluation)
+        logger.info("Evaluation results for %s: \n%s", task, create_small_table(found))
+        return found
 
 
 def lvis_evaluation(dataset: dict[str, Any], results: Sequence[dict[str, Any]], task: str) -> Evaluation:

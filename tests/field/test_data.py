@@ -34,9 +34,9 @@ from peft_d2.data.registration import register_from_config  # noqa: E402
 from peft_d2.data.segmentation import segmentation_to_mask  # noqa: E402
 from peft_d2.data.validation import check_coco, check_datasets  # noqa: E402
 from peft_d2.engine.config import load_config  # noqa: E402
+from peft_d2.evaluation import lvis  # noqa: E402
 from peft_d2.evaluation.build import build_evaluator  # noqa: E402
 from peft_d2.evaluation.coco import evaluate_coco  # noqa: E402
-from peft_d2.evaluation.lvis import evaluate_lvis  # noqa: E402
 
 from .conftest import TINY, Own  # noqa: E402
 
@@ -105,11 +105,11 @@ def test_figures_do_not_depend_on_ids(kind, name, seed):
         truth.createIndex()
         reference = COCOeval(truth, truth.loadRes(copy.deepcopy(results)), "bbox")
         reference.evaluate(), reference.accumulate(), reference.summarize()
-    clean = evaluate_lvis(copy.deepcopy(data), results, "bbox")
+    clean = lvis.figures(lvis.lvis_evaluation(copy.deepcopy(data), results, "bbox"))
     other = _renamed(data, results, kind, rename)
     assert 0.05 < reference.stats[0] < 0.95
     assert evaluate_coco(*copy.deepcopy(other), "bbox").stats[:12].tolist() == pytest.approx(reference.stats.tolist())
-    assert evaluate_lvis(*other, "bbox") == pytest.approx(clean)
+    assert lvis.figures(lvis.lvis_evaluation(*other, "bbox")) == pytest.approx(clean)
 
 
 # ---------------------------------------------------------------------------------- classes (A8)
