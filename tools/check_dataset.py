@@ -13,15 +13,17 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from peft_d2.data.formats import READERS, map_classes, read_class_map, read_folder, store
 from peft_d2.data.images import read_rgb, set_pixel_limit
-from peft_d2.data.pictures import contact_sheet
+from peft_d2.data.pictures import overlay, sheet
 from peft_d2.data.records import read_json
-from peft_d2.data.registration import coco_files
+from peft_d2.data.registration import register_builtin, require_registered
+from peft_d2.data.segmentation import segmentation_to_mask
 from peft_d2.data.validation import Rules, check_coco, summary
 
 
@@ -73,6 +75,22 @@ def _files(args: argparse.Namespace, target: Path) -> tuple[str, str]:
     return str(path), images
 
 
+def coco_files(name: str) -> tuple[str, str]:
+    """The json and the image folder of a registered or built-in COCO-format set.
+
+    Raises:
+        ValueError: there is no such set, or it is in another format.
+    """
+    from detectron2.data import MetadataCatalog
+
+    register_builtin([name])
+    require_registered(name)
+    meta = MetadataCatalog.get(name).as_dict()
+    if meta.get("evaluator_type") != "coco":
+        raise ValueError(f"data set {name!r} is not in COCO's format of instances ({meta.get('evaluator_type')}).")
+    return meta["json_file"], meta["image_root"]
+
+
 def _check(args: argparse.Namespace, json_path: str, images: str) -> int:
     problems = check_coco(json_path, images, Rules(test=args.test, outside=args.outside))
     for line in summary(problems, args.per_kind):
@@ -96,6 +114,27 @@ def _check(args: argparse.Namespace, json_path: str, images: str) -> int:
             print(f"wrote {args.sheet}")
     print(f"{errors} error(s), {len(problems) - errors} warning(s)")
     return 1 if errors else 0
+
+
+def contact_sheet(data: dict[str, Any], image_root: str | Path, images: int = 24, cell: int = 192) -> Image.Image:
+    """The first images of a COCO-format set with their masks, or boxes, in cells of ``cell`` px, six in a row."""
+    categories = sorted(data["categories"], key=lambda c: c["id"])
+    order, names = {c["id"]: i for i, c in enumerate(categories)}, [c["name"] for c in categories]
+    chosen = data["images"][:images]
+    objects: dict[Any, list[dict[str, Any]]] = {record["id"]: [] for record in chosen}
+    for annotation in data.get("annotations", ()):
+        if annotation["image_id"] in objects:
+            objects[annotation["image_id"]].append(annotation)
+    pictures = []
+    for record in chosen:
+        image, masks = read_rgb(Path(image_root) / record["file_name"]), []
+        for annotation in objects[record["id"]]:
+            x, y, w, h = annotation["bbox"]
+            form = annotation.get("segmentation") or [[x, y, x + w, y, x + w, y + h, x, y + h]]
+            masks.append(segmentation_to_mask(form, *image.shape[:2]))
+        labels = [order[annotation["category_id"]] for annotation in objects[record["id"]]]
+        pictures.append(Image.fromarray(overlay(image, masks, labels, names if len(names) > 1 else ())))
+    return sheet(pictures, cell)
 
 
 def pixel_statistics(paths: Sequence[str | Path], limit: int = 1000) -> tuple[list[float], list[float]]:

@@ -384,7 +384,7 @@ def measure_merged(model: Any, side: int, device: str) -> dict[str, float]:
 
 def runs(run: Run) -> None:
     """The demo's training stopped half-way and resumed, then the same in one process under torchrun (NCCL on GPUs)."""
-    from peft_d2.data import toy
+    import toy
 
     data = toy.generate(run.work / "toy", "night", 8 if run.dry else 64, seed=1, size=64 if run.dry else 128)
     config = ["--config-file", "configs/demo/lora.yaml"]

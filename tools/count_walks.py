@@ -72,11 +72,11 @@ def walks(folder: Path) -> dict[str, Walk]:
     """Take each walk once."""
     import runpy
 
+    import toy
     from detectron2.modeling import build_model
 
     import peft_d2
     import peft_d2.engine.trainer  # before the walk: what importing runs is no part of it
-    from peft_d2.data import toy
     from peft_d2.engine.config import load_config
     from peft_d2.engine.factory import register
 

@@ -26,8 +26,8 @@ import numpy as np
 from converting import CocoJson, converter_main, in_parallel, read_label_image, require_folder
 from PIL import Image
 
-from peft_d2.data.builtin import ade20k_instance_categories, panoptic_categories
 from peft_d2.data.images import image_size
+from peft_d2.data.registration import ade20k_instance_categories, panoptic_categories
 from peft_d2.data.segmentation import mask_box
 from peft_d2.storage import atomic
 

@@ -21,9 +21,9 @@ from typing import Any
 
 from converting import CocoJson, converter_main, require_folder, split_names, write_coco
 
-from peft_d2.data.builtin import NWPU_VHR10_CLASSES
 from peft_d2.data.images import image_size
 from peft_d2.data.records import read_json
+from peft_d2.data.registration import NWPU_VHR10_CLASSES
 
 _VAL_SHARE = 130 / 650
 _BOX = re.compile(r"\(\s*(\d+)\s*,\s*(\d+)\s*\)\s*,\s*\(\s*(\d+)\s*,\s*(\d+)\s*\)\s*,\s*(\d+)")

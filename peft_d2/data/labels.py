@@ -1,4 +1,4 @@
-"""Label images: reading them, and what can be wrong with them."""
+"""What can be wrong with records that have no json: their entries, their label images; and reading these."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -16,13 +16,26 @@ from peft_d2.compat import require_cityscapes
 from peft_d2.data.images import DatasetError, read_header
 from peft_d2.data.segmentation import Level
 
-Row = tuple[Level, str, str, str, str]  # level, kind, where, what, remedy
+_WHOLE: tuple[type, ...] = (int, np.integer)
 _AGAIN = "Write label images with one channel, whose values are class numbers from 0."
 _TRUTHS = {  # what the evaluations of Cityscapes read, by evaluator_type
     "cityscapes_instance": ("instanceIds",),
     "cityscapes_sem_seg": ("labelIds",),
     "cityscapes_panoptic_seg": ("instanceIds", "labelIds"),
 }
+
+
+class Problem(NamedTuple):
+    """One defect of a data set."""
+
+    level: Level
+    kind: str
+    where: str  # "images[id 3 a.png]", "annotations[id 7, image 3]", "categories", ...
+    what: str
+    remedy: str
+
+    def __str__(self) -> str:
+        return f"{self.level}: {self.where}: {self.what}. {self.remedy}"
 
 
 class _Fault(Exception):
@@ -45,7 +58,7 @@ def read_labels(path: str) -> np.ndarray:
 
 def check_labels(
     records: Sequence[Mapping[str, Any]], classes: Sequence[str], ignore: int, as_grey: bool = False
-) -> Iterator[Row]:
+) -> Iterator[Problem]:
     """What is wrong with the images and label images of a set's records.
 
     Args:
@@ -69,20 +82,20 @@ def check_labels(
         return found, _Fault("label values", record["sem_seg_file_name"], what, _AGAIN)
 
     values: Counter[int] = Counter()
-    faults: list[Row] = []
+    faults: list[Problem] = []
     with ThreadPoolExecutor(max_workers=8) as pool:
         for found, fault in pool.map(look, records):
             values.update(found)
-            faults += [("error", *fault.args)] if fault else []
+            faults += [Problem("error", *fault.args)] if fault else []
     if set(values) == {0, 255} and len(classes) >= 2:
         what = f"the labels hold 0 and 255 alone, but there are {len(classes)} classes"
         what += ", and 255 means no label: nothing but the class 0 would be learnt" if ignore == 255 else ""
-        faults = [("error", "label values", records[0]["sem_seg_file_name"], what, "Write 1 in place of 255.")]
+        faults = [Problem("error", "label values", records[0]["sem_seg_file_name"], what, "Write 1 in place of 255.")]
     yield from faults
     for number, name in enumerate(classes if values and not faults else ()):
         if not values[number]:
             where, advice = f"class {number} {name!r}", "It is never learnt, and its IoU is nan."
-            yield "warning", "empty class", where, "is in no label image", advice
+            yield Problem("warning", "empty class", where, "is in no label image", advice)
 
 
 def _label_values(record: Mapping[str, Any], as_grey: bool) -> dict[int, int]:
@@ -120,7 +133,62 @@ def _label_values(record: Mapping[str, Any], as_grey: bool) -> dict[int, int]:
     return dict(zip(*(part.tolist() for part in np.unique(labels.astype(np.int64), return_counts=True)), strict=True))
 
 
-def unpaired(image_root: str, label_root: str) -> Iterator[Row]:
+def check_records(records: Sequence[Any], count: int, test: bool) -> Iterator[Problem]:
+    """What is wrong with records that somebody's function registers, of which there is no json to look at.
+
+    Args:
+        records: Detectron2's.
+        count: how many classes the set has; 0 where that is not known.
+        test: the set is evaluated on, which needs more than training does.
+    """
+    needed: dict[str, tuple[type, ...]] = {
+        "file_name": (str, os.PathLike),
+        **({"image_id": (*_WHOLE, str)} if test else {}),
+    }
+    needed |= dict.fromkeys(("height", "width"), _WHOLE) if test else {}
+    ids: Counter[Any] = Counter()
+    if not records:
+        advice = "Let the registered function return at least one."
+        yield Problem("error", "no images", "records", "there are none", advice)
+    for number, record in enumerate(records):
+        where = f"records[{number} {record.get('file_name')}]"
+        for key in (key for key, kinds in needed.items() if not isinstance(record.get(key), kinds)):
+            what = f"lacks a usable {key} ({record.get(key)!r})"
+            advice = "Detectron2's format of data sets says what it has to be."
+            yield Problem("error", "incomplete record", where, what, advice)
+        path = str(record.get("file_name", ""))
+        if path and "://" not in path and not os.path.isfile(path):
+            yield Problem("error", "missing file", where, "is no file", "Correct the name or put the file there.")
+        ids[record.get("image_id")] += 1
+        for position, thing in enumerate(record.get("annotations", ())):
+            for what, advice in _defects(thing, count, test):
+                yield Problem("error", "annotation", f"{where}: annotations[{position}]", what, advice)
+    for value, times in ids.items():
+        if test and value is not None and times > 1:
+            what = f"the image_id {value!r} is that of {times} records"
+            yield Problem("error", "duplicate id", "records", what, "Every image needs its own.")
+
+
+def _defects(thing: Mapping[str, Any], count: int, test: bool) -> Iterator[tuple[str, str]]:
+    """What is wrong with an annotation of a record, and the remedy."""
+    from detectron2.structures import BoxMode
+
+    category, box, masks = (thing.get(key) for key in ("category_id", "bbox", "segmentation"))
+    if not isinstance(category, int | np.integer) or not 0 <= category < (count or category + 1):
+        known = f"from 0 to {count - 1}, by the order of thing_classes" if count else "from 0"
+        yield f"category_id is {category!r}", f"Expected a whole number {known}."
+    if not isinstance(box, list | tuple | np.ndarray) or len(box) not in (4, 5):
+        yield f"bbox is {box!r}", "Expected four numbers, as bbox_mode says."
+    elif thing.get("bbox_mode") not in list(BoxMode):
+        yield (
+            f"bbox_mode is {thing.get('bbox_mode')!r}",
+            "Expected BoxMode.XYXY_ABS, BoxMode.XYWH_ABS or another of it.",
+        )
+    if isinstance(masks, dict) and not isinstance(masks.get("counts"), str | bytes) and test:
+        yield "its run lengths are not compressed", "Compress them with pycocotools.mask.frPyObjects."
+
+
+def unpaired(image_root: str, label_root: str) -> Iterator[Problem]:
     """Images without a label image of the same name, and the reverse, which Detectron2's loader leaves out."""
     images, labels = (
         {str(path.relative_to(root).with_suffix("")): path for path in sorted(Path(root).rglob("*")) if path.is_file()}
@@ -134,7 +202,7 @@ def unpaired(image_root: str, label_root: str) -> Iterator[Row]:
         alone = [found[stem] for stem in found.keys() - other.keys()]
         if alone and len(alone) < len(found):
             text = f"{len(alone)} {what} of the same name, and would be left out"
-            yield level, "unpaired", str(min(alone)), text, "Add or remove them."
+            yield Problem(level, "unpaired", str(min(alone)), text, "Add or remove them.")
 
 
 def check_cityscapes(name: str, meta: Mapping[str, Any]) -> None:

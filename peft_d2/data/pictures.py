@@ -4,14 +4,9 @@ from __future__ import annotations
 
 import colorsys
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
-
-from peft_d2.data.images import read_rgb
-from peft_d2.data.segmentation import segmentation_to_mask
 
 
 def overlay(
@@ -44,24 +39,3 @@ def sheet(pictures: Sequence[Image.Image], cell: int = 0, columns: int = 6) -> I
         thumbnail.thumbnail((cell, cell))
         canvas.paste(thumbnail, (position % columns * cell, position // columns * cell))
     return canvas
-
-
-def contact_sheet(data: dict[str, Any], image_root: str | Path, images: int = 24, cell: int = 192) -> Image.Image:
-    """The first images of a COCO-format set with their masks, or boxes, in cells of ``cell`` px, six in a row."""
-    categories = sorted(data["categories"], key=lambda c: c["id"])
-    order, names = {c["id"]: i for i, c in enumerate(categories)}, [c["name"] for c in categories]
-    chosen = data["images"][:images]
-    objects: dict[Any, list[dict[str, Any]]] = {record["id"]: [] for record in chosen}
-    for annotation in data.get("annotations", ()):
-        if annotation["image_id"] in objects:
-            objects[annotation["image_id"]].append(annotation)
-    pictures = []
-    for record in chosen:
-        image, masks = read_rgb(Path(image_root) / record["file_name"]), []
-        for annotation in objects[record["id"]]:
-            x, y, w, h = annotation["bbox"]
-            form = annotation.get("segmentation") or [[x, y, x + w, y, x + w, y + h, x, y + h]]
-            masks.append(segmentation_to_mask(form, *image.shape[:2]))
-        labels = [order[annotation["category_id"]] for annotation in objects[record["id"]]]
-        pictures.append(Image.fromarray(overlay(image, masks, labels, names if len(names) > 1 else ())))
-    return sheet(pictures, cell)

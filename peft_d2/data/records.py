@@ -6,7 +6,7 @@ import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,11 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from peft_d2.data.images import DatasetError, path_inside
-from peft_d2.data.labels import Row
 from peft_d2.data.segmentation import mask_box, mask_to_compressed_rle, polygon_area, run_lengths
 from peft_d2.storage import atomic
-
-_WHOLE: tuple[type, ...] = (int, np.integer)
 
 logger = logging.getLogger(__name__)
 
@@ -190,59 +187,6 @@ def load_coco(name: str, json_path: str, image_root: str, outside: bool = False)
     logger.info("%d images in %s.", len(records), json_path)
     numbered = all(isinstance(image, int) for image in records)
     return [records[image] for image in sorted(records, key=None if numbered else str)]
-
-
-def check_records(records: Sequence[Any], count: int, test: bool) -> Iterator[Row]:
-    """What is wrong with records that somebody's function registers, of which there is no json to look at.
-
-    Args:
-        records: Detectron2's.
-        count: how many classes the set has; 0 where that is not known.
-        test: the set is evaluated on, which needs more than training does.
-    """
-    needed: dict[str, tuple[type, ...]] = {
-        "file_name": (str, os.PathLike),
-        **({"image_id": (*_WHOLE, str)} if test else {}),
-    }
-    needed |= dict.fromkeys(("height", "width"), _WHOLE) if test else {}
-    ids: Counter[Any] = Counter()
-    if not records:
-        yield "error", "no images", "records", "there are none", "Let the registered function return at least one."
-    for number, record in enumerate(records):
-        where = f"records[{number} {record.get('file_name')}]"
-        for key in (key for key, kinds in needed.items() if not isinstance(record.get(key), kinds)):
-            what = f"lacks a usable {key} ({record.get(key)!r})"
-            yield "error", "incomplete record", where, what, "Detectron2's format of data sets says what it has to be."
-        path = str(record.get("file_name", ""))
-        if path and "://" not in path and not os.path.isfile(path):
-            yield "error", "missing file", where, "is no file", "Correct the name or put the file there."
-        ids[record.get("image_id")] += 1
-        for position, thing in enumerate(record.get("annotations", ())):
-            for what, advice in _defects(thing, count, test):
-                yield "error", "annotation", f"{where}: annotations[{position}]", what, advice
-    for value, times in ids.items():
-        if test and value is not None and times > 1:
-            what = f"the image_id {value!r} is that of {times} records"
-            yield "error", "duplicate id", "records", what, "Every image needs its own."
-
-
-def _defects(thing: Mapping[str, Any], count: int, test: bool) -> Iterator[tuple[str, str]]:
-    """What is wrong with an annotation of a record, and the remedy."""
-    from detectron2.structures import BoxMode
-
-    category, box, masks = (thing.get(key) for key in ("category_id", "bbox", "segmentation"))
-    if not isinstance(category, int | np.integer) or not 0 <= category < (count or category + 1):
-        known = f"from 0 to {count - 1}, by the order of thing_classes" if count else "from 0"
-        yield f"category_id is {category!r}", f"Expected a whole number {known}."
-    if not isinstance(box, list | tuple | np.ndarray) or len(box) not in (4, 5):
-        yield f"bbox is {box!r}", "Expected four numbers, as bbox_mode says."
-    elif thing.get("bbox_mode") not in list(BoxMode):
-        yield (
-            f"bbox_mode is {thing.get('bbox_mode')!r}",
-            "Expected BoxMode.XYXY_ABS, BoxMode.XYWH_ABS or another of it.",
-        )
-    if isinstance(masks, dict) and not isinstance(masks.get("counts"), str | bytes) and test:
-        yield "its run lengths are not compressed", "Compress them with pycocotools.mask.frPyObjects."
 
 
 def _object(annotation: dict[str, Any], contiguous: Mapping[int, int]) -> dict[str, Any]:

@@ -15,32 +15,19 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from peft_d2.data.builtin import remedy
 from peft_d2.data.images import DatasetError, lies_inside, read_header, seems_cut_off
-from peft_d2.data.labels import check_cityscapes, check_labels, unpaired
-from peft_d2.data.records import check_records, load_coco
+from peft_d2.data.labels import Problem, check_cityscapes, check_labels, check_records, unpaired
+from peft_d2.data.records import load_coco
+from peft_d2.data.registration import remedy
 from peft_d2.data.segmentation import HUGE, Level, extent, polygon_defect, run_length_defect
 
 _RULES = 5  # raised when the checks change, so that no older verdict is recalled
 _NO_ANNOTATIONS = "no annotations"
 logger = logging.getLogger(__name__)
-
-
-class Problem(NamedTuple):
-    """One defect of a data set."""
-
-    level: Level
-    kind: str
-    where: str  # "images[id 3 a.png]", "annotations[id 7, image 3]", "categories", ...
-    what: str
-    remedy: str
-
-    def __str__(self) -> str:
-        return f"{self.level}: {self.where}: {self.what}. {self.remedy}"
 
 
 @dataclass(frozen=True)
@@ -129,7 +116,7 @@ def _check_loaded(cfg: Any, name: str, meta: Mapping[str, Any]) -> list[Problem]
         return [Problem("error", "not loaded", name, text, "Check the set's folders and files.")]
     if not any("sem_seg_file_name" in r or "pan_seg_file_name" in r for r in records):
         count, test = len(meta.get("thing_classes", ())), name in cfg.DATASETS.TEST
-        return [] if meta.get("json_file") else [Problem(*row) for row in check_records(records, count, test)]
+        return [] if meta.get("json_file") else list(check_records(records, count, test))
     return _check_labels(cfg, name, meta, [r for r in records if "sem_seg_file_name" in r or "pan_seg_file_name" in r])
 
 
@@ -147,11 +134,11 @@ def _check_labels(cfg: Any, name: str, meta: Mapping[str, Any], records: Sequenc
     memory = _Memory((name, classes, ignore, as_grey), "")
     if (problems := memory.recall(files)) is None:
         logger.info("data set %r: reading %d label images, once.", name, len(records))
-        problems = [Problem(*row) for row in check_labels(records, classes, ignore, as_grey)]
+        problems = list(check_labels(records, classes, ignore, as_grey))
         memory.keep(problems, files)
     roots = [str(meta.get(key, "")) for key in ("image_root", "sem_seg_root")]
     if all(os.path.isdir(root) for root in roots) and "panoptic_root" not in meta:
-        problems += [Problem(*row) for row in unpaired(*roots)]
+        problems += unpaired(*roots)
     return problems
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import toy
 from PIL import Image
 
-from peft_d2.data import toy
 from peft_d2.engine.trainer import Trainer
 
 from .world import Child, Result, World

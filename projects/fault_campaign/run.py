@@ -8,7 +8,8 @@ projects/fault_campaign/run.py --only kills mutations --json counts.json
 import sys
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "projects"), str(ROOT / "tools")]
 
 from fault_campaign.campaign import main  # noqa: E402
 

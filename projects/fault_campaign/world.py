@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import toy
 
 import peft_d2
-from peft_d2.data import toy
 from peft_d2.engine.checks import apply_class_count
 from peft_d2.engine.config import load_config
 

@@ -102,7 +102,7 @@ FAMILIES = (
         ),
     ),
     Family("Small models for nuclei", "From fluorescence to histology: see the README.", ("nuclei",), {}),
-    Family("The toy world", "What tests and `tools/analyze_peft.py` use: `peft_d2.data.toy`.", ("demo",), {}),
+    Family("The toy world", "What tests and `tools/analyze_peft.py` use: `tools/toy.py`.", ("demo",), {}),
 )
 INTRODUCTION = """# Model zoo
 

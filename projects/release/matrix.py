@@ -26,7 +26,8 @@ HEADER = (
 LEFT_OUT = ("test_build.py", "test_sanitizers.py", "test_cuda_on_host.py", "test_check_gpu.py", "test_benchmark.py")
 MAKE_DATA = """
 import sys
-from peft_d2.data import toy
+sys.path.append(sys.argv[2])
+import toy
 made = toy.generate(sys.argv[1], "night", 8, seed=1)
 print(made.json, made.images)
 """
@@ -87,7 +88,7 @@ def _tests(folder: Path, run) -> str:
 
 
 def _training(folder: Path, run) -> str:
-    json, images = run("python", "-c", MAKE_DATA, folder / "toy").stdout.split()
+    json, images = run("python", "-c", MAKE_DATA, folder / "toy", ROOT / "tools").stdout.split()
     assets = Path(run("python", "-c", "import peft_d2; print(peft_d2.__file__)").stdout.strip()).parent / "assets"
     assert folder in assets.parents, f"{assets}: not the installed package"
     command = ["--config-file", "configs/demo/lora.yaml", "--train-json", json, "--train-images", images]

@@ -6,8 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-
-from peft_d2.data import toy
+import toy
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))  # the converters are programs
 

@@ -14,16 +14,16 @@ from prepare_ade20k import convert_ade20k  # noqa: E402
 from prepare_coco_panoptic import convert_coco_panoptic  # noqa: E402
 from prepare_ndd20 import convert_ndd20  # noqa: E402
 
-from peft_d2.data.builtin import (  # noqa: E402
-    COCO_SETS,
-    NAMES,
-    register_builtin,  # noqa: E402
-    remedy,
-)
 from peft_d2.data.classes import class_names  # noqa: E402
 from peft_d2.data.config import add_data_config  # noqa: E402
 from peft_d2.data.records import load_lvis  # noqa: E402
-from peft_d2.data.registration import register_from_config  # noqa: E402
+from peft_d2.data.registration import (  # noqa: E402
+    COCO_SETS,
+    NAMES,
+    register_builtin,  # noqa: E402
+    register_from_config,  # noqa: E402
+    remedy,
+)
 from peft_d2.data.validation import DatasetError, check_datasets  # noqa: E402
 
 from . import published  # noqa: E402

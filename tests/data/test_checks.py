@@ -176,7 +176,8 @@ def test_memory_notices_a_changed_image_and_the_tool_always_looks(root):
 
 
 def test_training_refuses_errors_and_says_which(make_cfg, tmp_path):
-    from peft_d2.data import toy
+    import toy
+
     from peft_d2.data.registration import register_from_config
 
     made = toy.generate(tmp_path / "set", "day", 4, 0, size=48)

@@ -21,7 +21,7 @@ from prepare_ndd20 import convert_ndd20, read_via, region_polygon  # noqa: E402
 from prepare_nwpu_vhr10 import convert_nwpu_vhr10  # noqa: E402
 from prepare_ssdd import convert_ssdd  # noqa: E402
 
-from peft_d2.data.builtin import NWPU_VHR10_CLASSES  # noqa: E402
+from peft_d2.data.registration import NWPU_VHR10_CLASSES  # noqa: E402
 from peft_d2.data.segmentation import segmentation_to_mask  # noqa: E402
 from peft_d2.data.validation import check_coco  # noqa: E402
 

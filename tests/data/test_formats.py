@@ -14,6 +14,7 @@ from PIL import Image
 
 pytest.importorskip("detectron2", reason="needs Detectron2")
 
+import toy  # noqa: E402
 from detectron2.data import DatasetCatalog, MetadataCatalog  # noqa: E402
 from detectron2.data.datasets.builtin_meta import _get_builtin_metadata  # noqa: E402
 from detectron2.data.datasets.cityscapes import load_cityscapes_instances, load_cityscapes_semantic  # noqa: E402
@@ -29,14 +30,13 @@ from pycocotools.cocoeval import COCOeval  # noqa: E402
 
 import peft_d2  # noqa: E402
 from peft_d2.compat import require_cityscapes  # noqa: E402
-from peft_d2.data import toy  # noqa: E402
-from peft_d2.data.builtin import (
-    NAMES,  # noqa: E402
-    register_builtin,  # noqa: E402
-)
 from peft_d2.data.loader import build_test_loader  # noqa: E402
 from peft_d2.data.records import load_lvis  # noqa: E402
-from peft_d2.data.registration import register_coco  # noqa: E402
+from peft_d2.data.registration import (
+    NAMES,  # noqa: E402
+    register_builtin,  # noqa: E402
+    register_coco,  # noqa: E402
+)
 from peft_d2.data.segmentation import mask_to_compressed_rle, segmentation_to_mask  # noqa: E402
 from peft_d2.engine.config import load_config  # noqa: E402
 from peft_d2.engine.trainer import Trainer  # noqa: E402

@@ -12,10 +12,10 @@ from PIL import Image, ImageOps
 
 pytest.importorskip("detectron2", reason="needs Detectron2")
 
+import toy  # noqa: E402
 from check_dataset import contact_sheet  # noqa: E402
 from detectron2.data import DatasetCatalog, MetadataCatalog  # noqa: E402
 
-from peft_d2.data import toy  # noqa: E402
 from peft_d2.data.classes import class_names  # noqa: E402
 from peft_d2.data.loader import build_test_loader, build_train_loader  # noqa: E402
 from peft_d2.data.segmentation import mask_to_compressed_rle  # noqa: E402

@@ -12,9 +12,9 @@ import torch
 
 pytest.importorskip("detectron2", reason="needs Detectron2")
 
+import toy  # noqa: E402
 from detectron2.utils import comm  # noqa: E402
 
-from peft_d2.data import toy  # noqa: E402
 from peft_d2.data.loader import build_test_loader, build_train_loader  # noqa: E402
 
 

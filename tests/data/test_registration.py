@@ -10,9 +10,9 @@ import pytest
 
 pytest.importorskip("detectron2", reason="needs Detectron2")
 
+import toy  # noqa: E402
 from detectron2.data import DatasetCatalog, MetadataCatalog  # noqa: E402
 
-from peft_d2.data import toy  # noqa: E402
 from peft_d2.data.classes import class_names  # noqa: E402
 from peft_d2.data.registration import register_from_config  # noqa: E402
 

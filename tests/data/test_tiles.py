@@ -6,12 +6,12 @@ import json
 
 import numpy as np
 import pytest
+import toy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from tile_dataset import tile_coco
 
-from peft_d2.data import toy
 from peft_d2.data.segmentation import segmentation_to_mask
 from peft_d2.data.tiles import tile_starts
 from peft_d2.data.validation import check_coco

@@ -6,9 +6,9 @@ import json
 
 import numpy as np
 import pytest
+import toy
 from PIL import Image
 
-from peft_d2.data import toy
 from peft_d2.data.segmentation import segmentation_to_mask
 from peft_d2.data.validation import check_coco
 

@@ -11,8 +11,9 @@ import torch
 
 pytest.importorskip("detectron2")
 
+import toy  # noqa: E402
+
 import peft_d2  # noqa: E402
-from peft_d2.data import toy  # noqa: E402
 from peft_d2.engine.checks import apply_class_count  # noqa: E402
 from peft_d2.engine.config import load_config  # noqa: E402
 

@@ -6,9 +6,9 @@ import logging
 from pathlib import Path
 
 import pytest
+import toy
 
 import peft_d2
-from peft_d2.data import toy
 from peft_d2.engine.checks import apply_class_count
 from peft_d2.engine.config import load_config
 from peft_d2.engine.errors import ConfigError

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import toy
 from detectron2 import model_zoo
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import get_cfg
@@ -18,7 +19,6 @@ from detectron2.modeling import build_model
 
 import peft_d2
 from peft_d2 import peft
-from peft_d2.data import toy
 from peft_d2.data.registration import register_coco
 from peft_d2.engine.trainer import Trainer
 

@@ -14,10 +14,11 @@ import torch
 pytest.importorskip("detectron2")
 
 import inspect_targets as targets  # noqa: E402
+import toy  # noqa: E402
 
 import peft_d2  # noqa: E402
 from peft_d2 import peft  # noqa: E402
-from peft_d2.data import builtin, toy  # noqa: E402
+from peft_d2.data import registration  # noqa: E402
 from peft_d2.data.loader import build_train_loader  # noqa: E402
 from peft_d2.data.registration import register_from_config  # noqa: E402
 from peft_d2.engine.checks import build_without_weights, check_run  # noqa: E402
@@ -103,7 +104,7 @@ def test_every_config_builds_and_sets_what_the_paper_says(file: str) -> None:
     recipe = "mask2former/lora_cobot_sam" if "mask2former" in file else "sam/lora_cobot"
     cfg = load_config(str(CONFIGS / file), str(CONFIGS / "peft" / f"{recipe}.yaml")).cfg
     for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
-        assert name in builtin.NAMES or name.startswith("coco_2017_")
+        assert name in registration.NAMES or name.startswith("coco_2017_")
     model = build_without_weights(cfg)
     if "mask2former" in file:
         sizes = [p.numel() for p in model.backbone.net.parameters() if p.requires_grad]

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import toy
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 
-from peft_d2.data import toy
 from peft_d2.data.segmentation import segmentation_to_mask
 
 from .conftest import DINO, TINY

@@ -13,11 +13,11 @@ import torch
 
 pytest.importorskip("detectron2", reason="needs Detectron2")
 
+import toy  # noqa: E402
 from detectron2.data import MetadataCatalog  # noqa: E402
 from detectron2.evaluation import COCOEvaluator  # noqa: E402
 from detectron2.structures import Boxes, Instances  # noqa: E402
 
-from peft_d2.data import toy  # noqa: E402
 from peft_d2.data.registration import register_coco  # noqa: E402
 from peft_d2.data.segmentation import segmentation_to_mask  # noqa: E402
 from peft_d2.evaluation.coco import FastCOCOEvaluator, complete, evaluate_coco  # noqa: E402

@@ -8,11 +8,11 @@ import torch
 
 pytest.importorskip("detectron2", reason="needs Detectron2")
 
+import toy  # noqa: E402
 from detectron2.config import CfgNode, get_cfg  # noqa: E402
 from detectron2.data import DatasetCatalog, MetadataCatalog  # noqa: E402
 from detectron2.structures import Instances  # noqa: E402
 
-from peft_d2.data import toy  # noqa: E402
 from peft_d2.data.config import add_data_config  # noqa: E402
 from peft_d2.evaluation.build import build_evaluator  # noqa: E402
 from peft_d2.evaluation.prompted import PromptedMaskEvaluator  # noqa: E402

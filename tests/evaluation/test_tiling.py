@@ -8,11 +8,11 @@ import torch
 
 pytest.importorskip("detectron2", reason="needs Detectron2")
 
+import toy  # noqa: E402
 from detectron2.config import get_cfg  # noqa: E402
 from detectron2.structures import BitMasks, Instances  # noqa: E402
 from torch import nn  # noqa: E402
 
-from peft_d2.data import toy  # noqa: E402
 from peft_d2.data.config import add_data_config  # noqa: E402
 from peft_d2.evaluation import tiling  # noqa: E402
 from peft_d2.evaluation.results import instances_to_results  # noqa: E402

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+import toy
 
 from peft_d2 import peft
-from peft_d2.data import toy
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SMALL = {

@@ -13,7 +13,7 @@ import pytest
 
 pytest.importorskip("detectron2")
 
-from peft_d2.data import toy  # noqa: E402
+import toy  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "tests" / "engine" / "tiny.yaml"

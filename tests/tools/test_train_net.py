@@ -20,9 +20,9 @@ pytest.importorskip("detectron2")
 
 import demo  # noqa: E402
 import inspect_targets  # noqa: E402
+import toy  # noqa: E402
 from detectron2.data import DatasetCatalog, MetadataCatalog  # noqa: E402
 
-from peft_d2.data import toy  # noqa: E402
 from peft_d2.engine import launch  # noqa: E402
 
 from ..models.conftest import SMALL_EOMT  # noqa: E402

@@ -12,7 +12,7 @@ from PIL import Image
 
 pytest.importorskip("detectron2")
 
-from peft_d2.data import toy  # noqa: E402
+import toy  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 
