@@ -249,15 +249,15 @@ def apply_class_count(cfg: Any, explicit: Mapping[str, int] | None = None) -> No
 
     Args:
         cfg: changed in place. Sets that Detectron2 registers itself leave it as it is; those of
-            :mod:`peft_d2.data.builtin` set it where they are instances whose classes are known.
+            :mod:`peft_d2.data.registration` set it where they are instances whose classes are known.
         explicit: keys that the user wrote himself, see :class:`peft_d2.engine.config.LoadedConfig`.
 
     Raises:
         ConfigError: a count contradicts the json, and was written where the data set was named or later. A count that
             came with a config's own data sets says nothing about those that replace them on the command line.
     """
-    from peft_d2.data.builtin import COCO_SETS
     from peft_d2.data.classes import class_names
+    from peft_d2.data.registration import COCO_SETS
 
     own = {entry["NAME"] for entry in cfg.DATASETS.REGISTER if "NAME" in entry} | COCO_SETS.keys()
     split = "TRAIN" if cfg.DATASETS.TRAIN else "TEST"
