@@ -138,7 +138,9 @@ def test_ade20k_and_coco_panoptic_as_mask2former_has_them(datasets):
     names = ["ade20k_panoptic_val", "ade20k_instance_val", "coco_2017_val_panoptic_with_sem_seg"]
     register_builtin(names)
     for name in (names[0], names[2]):
-        for record in DatasetCatalog.get(name):
+        records = DatasetCatalog.get(name)
+        assert records and all(record["segments_info"] for record in records)
+        for record in records:
             assert all(Path(record[k]).is_file() for k in ("file_name", "pan_seg_file_name", "sem_seg_file_name"))
             meta = MetadataCatalog.get(name)
             for segment in record["segments_info"]:

@@ -35,6 +35,7 @@ def test_mask2former_rules(make_cfg: Callable[..., Any]) -> None:
     found = rates(model, build_optimizer(cfg, model))
     assert len(found) == len(list(model.parameters()))
     norms = {f"{n}.weight" for n, m in model.named_modules() if isinstance(m, (nn.LayerNorm, nn.GroupNorm))}
+    assert norms and norms <= found.keys()
     for name, (rate, decay) in found.items():
         assert rate == pytest.approx(0.1 if name.startswith("backbone.") else 1.0), name
         if name in norms:

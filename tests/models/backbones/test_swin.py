@@ -24,8 +24,9 @@ def swin(**keys: Any) -> SwinTransformer:
 def test_any_image_size(size: tuple[int, int]) -> None:
     outputs = swin()(torch.randn(1, 3, *size))
     height, width = (-(-length // 4) for length in size)
-    for i, (name, feature) in enumerate(outputs.items()):
-        assert name == f"res{i + 2}" and feature.shape == (1, 12 * 2**i, height, width)
+    assert list(outputs) == ["res2", "res3", "res4", "res5"]
+    for i, feature in enumerate(outputs.values()):
+        assert feature.shape == (1, 12 * 2**i, height, width)
         height, width = -(-height // 2), -(-width // 2)
 
 
