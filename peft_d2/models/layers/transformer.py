@@ -7,7 +7,7 @@ whose modules follow the position codes. The parts are children of the usual tor
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -120,25 +120,32 @@ class TransformerEncoderLayer(nn.Module):
         return x if self.pre_norm else self.norm2(x)
 
 
-class TransformerEncoder(nn.Module):
-    """A stack of :class:`TransformerEncoderLayer`; with ``pre_norm``, one more norm at its end.
+class Layers(nn.Module):
+    """Layers one after the other, each called with what the first one is, and a norm at the end if there is one.
 
-    ``use_checkpoint`` recomputes activations in the backward pass; the position is added in every layer.
+    ``use_checkpoint`` recomputes activations in the backward pass.
     """
+
+    def __init__(self, layers: Iterable[nn.Module], norm: nn.Module | None = None) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        self.norm = norm
+        self.use_checkpoint = False
+
+    def forward(self, x: Tensor, *arguments: Tensor | None) -> Tensor:
+        for layer in self.layers:
+            x = run_block(layer, x, *arguments, use_checkpoint=self.use_checkpoint)
+        return x if self.norm is None else self.norm(x)
+
+
+class TransformerEncoder(Layers):
+    """A stack of :class:`TransformerEncoderLayer`; with ``pre_norm``, one more norm at its end."""
 
     def __init__(
         self, n_layers: int, d_model: int, n_heads: int, d_ffn: int, dropout: float = 0.0, pre_norm: bool = False
     ) -> None:
-        super().__init__()
         layers = (TransformerEncoderLayer(d_model, n_heads, d_ffn, dropout, pre_norm) for _ in range(n_layers))
-        self.layers = nn.ModuleList(layers)
-        self.norm = nn.LayerNorm(d_model) if pre_norm else None
-        self.use_checkpoint = False
-
-    def forward(self, x: Tensor, position: Tensor | None = None) -> Tensor:
-        for layer in self.layers:
-            x = run_block(layer, x, position, use_checkpoint=self.use_checkpoint)
-        return x if self.norm is None else self.norm(x)
+        super().__init__(layers, nn.LayerNorm(d_model) if pre_norm else None)
 
 
 class MLP(nn.Module):
@@ -347,20 +354,6 @@ class DeformableEncoderLayer(nn.Module):
         return self.norm2(x + self.dropout3(hidden))
 
 
-class DeformableEncoder(nn.Module):
-    """A stack of :class:`DeformableEncoderLayer`; ``use_checkpoint`` recomputes activations in the backward pass."""
-
-    def __init__(self, n_layers: int, *layer: float) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(DeformableEncoderLayer(*layer) for _ in range(n_layers))  # type: ignore[arg-type]
-        self.use_checkpoint = False
-
-    def forward(self, x: Tensor, *arguments: Tensor) -> Tensor:
-        for layer in self.layers:
-            x = run_block(layer, x, *arguments, use_checkpoint=self.use_checkpoint)
-        return x
-
-
 class MultiScaleDeformableTransformer(nn.Module):
     """The encoder over several feature maps, with level embeddings and sine positions.
 
@@ -372,7 +365,8 @@ class MultiScaleDeformableTransformer(nn.Module):
     ) -> None:
         super().__init__()
         self.level_embed = nn.Parameter(torch.empty(n_levels, d_model))
-        self.encoder = DeformableEncoder(n_layers, d_model, d_ffn, dropout, n_levels, n_heads, n_points)
+        layer = d_model, d_ffn, dropout, n_levels, n_heads, n_points
+        self.encoder = Layers(DeformableEncoderLayer(*layer) for _ in range(n_layers))
         self.position = SinePosition2d(d_model)
         init_transformer(self)
         nn.init.normal_(self.level_embed)
