@@ -25,7 +25,13 @@ from peft_d2.storage.adapter_file import RECORD, AdapterFile, AdapterFileError, 
 
 logger = logging.getLogger(__name__)
 
-_FREE = {"TARGETS", "EXCLUDE", "DROPOUT", "INIT"}  # keys of a method that may differ between the file and the model
+_FREE = {
+    "TARGETS",
+    "EXCLUDE",
+    "DROPOUT",
+    "INIT",
+    "OUTPUTS",
+}  # keys of a method that may differ between the file and the model
 _OTHER_BASE = (
     "load the base weights that the adapter was trained on, peft_d2.load_base(model, path) or MODEL.WEIGHTS, before "
     "the adapter; MODEL.PEFT.ALLOW_OTHER_BASE True (allow_other_base=True) loads it all the same"

@@ -27,7 +27,7 @@ from peft_d2.data.config import PEFT_ARCHITECTURE
 from peft_d2.engine.errors import ConfigError
 
 BASE_KEY = "_BASE_"
-AUTO, _METHODS = "auto", "MODEL.PEFT.METHODS"
+AUTO = "auto"
 _MAX_VALUES, _MAX_DEPTH, _MAX_SIZES = 100_000, 50, 10_000
 _NUMBER = r"(\d{1,6}(?:\.\d{1,6})?)"
 _SIZES = re.compile(rf"\[int\(x\*{_NUMBER}\*{_NUMBER}\)forxinrange\((\d{{1,6}}),(\d{{1,6}})\)\]")
@@ -217,10 +217,8 @@ def _merge_file(loaded: LoadedConfig, path: str, level: int) -> None:
     known = dict(leaves(cfg))
     for key, value in leaves(tree):
         _refuse_repeated_keys(f"{path}: {key}", value)
-        if (key, value) == (_METHODS, AUTO):
-            tree["MODEL"]["PEFT"]["METHODS"] = [AUTO]
         _refuse_nothing(f"{path}: {key}", value, known.get(key))
-    _take_whole_numbers(tree, cfg)
+    _adjust(tree, cfg)
     tree.setdefault("VERSION", cfg.VERSION)
     with tempfile.TemporaryDirectory() as folder:
         # Detectron2's merge, which upgrades old versions, takes a file: it gets one without bases and tags.
@@ -248,10 +246,7 @@ def _merge_pairs(loaded: LoadedConfig, opts: Sequence[str]) -> None:
         if key not in known:
             raise ConfigError(_unknown_key("command line", key, loaded.cfg))
         _refuse_repeated_keys(f"command line: {key}", value)
-        if (key, value) == (_METHODS, AUTO):
-            value = str([AUTO])
-        if isinstance(known[key], float) and re.fullmatch(r"[+-]?\d+", str(value)):
-            value = f"{value}.0"  # a rate of 1 is one of 1.0
+        value = _adjusted(key, value, known[key])
         _refuse_nothing(f"command line: {key}", None if value == "None" else value, known[key])
         try:
             loaded.cfg.merge_from_list([key, value])
@@ -262,14 +257,21 @@ def _merge_pairs(loaded: LoadedConfig, opts: Sequence[str]) -> None:
         loaded.explicit[key] = 2
 
 
-def _take_whole_numbers(tree: dict[str, Any], node: Any) -> None:
-    """Make whole numbers of a file real ones, where these are expected: a rate of 1 is one of 1.0."""
+def _adjust(tree: dict[str, Any], node: Any, prefix: str = "") -> None:
+    """Take the values of a file as :func:`_adjusted` says."""
     for key, value in tree.items():
         default = node.get(key) if isinstance(node, Mapping) else None
         if isinstance(value, dict):
-            _take_whole_numbers(value, default)
-        elif isinstance(default, float) and type(value) is int:
-            tree[key] = float(value)
+            _adjust(value, default, f"{prefix}{key}.")
+        else:
+            tree[key] = _adjusted(f"{prefix}{key}", value, default)
+
+
+def _adjusted(key: str, value: Any, default: Any) -> Any:
+    """A value as Detectron2 takes it: a whole number where a real one is expected, and ``METHODS: auto``."""
+    if isinstance(default, float) and re.fullmatch(r"[+-]?\d+", str(value)):
+        return float(value)
+    return [AUTO] if (key, value) == ("MODEL.PEFT.METHODS", AUTO) else value
 
 
 def _refuse_nothing(where: str, value: Any, default: Any) -> None:

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from peft_d2.peft.checks import as_it_was, own_event_storage
 from peft_d2.peft.errors import PeftError
+from peft_d2.peft.probe import as_it_was, own_event_storage
 
 from .blocks import (
     BlockState,

@@ -9,14 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import random
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -24,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from .errors import LivenessError, shortened
 from .inject import EVERYTHING, resolve_train
+from .probe import as_it_was, call, own_event_storage
 from .state import Injection, base_values, counters, injected, require_intact, tensor_hash, trained_parameters
 from .targets import ModelIndex
 
@@ -129,15 +126,6 @@ def not_live(model: nn.Module, *batches: Any) -> list[NotLive]:
     return found
 
 
-def own_event_storage() -> AbstractContextManager[Any]:
-    """Where Detectron2's models put figures in training: they refuse without one, and a run's own stays clean."""
-    if "detectron2" not in sys.modules:
-        return nullcontext()
-    from detectron2.utils.events import EventStorage
-
-    return EventStorage()
-
-
 class _Pass:
     """What passes through the model show of its tensors, by their ids."""
 
@@ -157,7 +145,7 @@ class _Pass:
         self.root.zero_grad(set_to_none=True)
         torch.manual_seed(seed)
         with torch.enable_grad(), _Uses(self.used, self.recorded):
-            outputs = _tensors(_call(self.root, batch))
+            outputs = _tensors(call(self.root, batch))
             _require_numbers(self.root, outputs)
             losses = [_finite_sum(value * torch.randn_like(value)) for value in outputs if value.requires_grad]
             if losses:
@@ -172,7 +160,7 @@ class _Pass:
         """One pass in eval mode, where torch takes its shortcuts; True for a detector that finds nothing."""
         self.root.eval()
         with torch.no_grad(), _Uses(self.used, self.recorded):
-            output = _call(self.root, batch)
+            output = call(self.root, batch)
         self.reached = self.moved = self.used
         return _finds_nothing(output)
 
@@ -232,14 +220,6 @@ class _Uses(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _call(model: nn.Module, batch: Any) -> Any:
-    if callable(batch) and not isinstance(batch, Tensor):
-        return batch(model)
-    if isinstance(batch, list):  # models change the dicts that they are given
-        batch = [dict(sample) if isinstance(sample, Mapping) else sample for sample in batch]
-    return model(*batch) if isinstance(batch, tuple) else model(batch)
-
-
 def _finite_sum(value: Tensor) -> Tensor:
     return torch.where(value.isfinite(), value, torch.zeros_like(value)).sum().real
 
@@ -264,34 +244,6 @@ def _finds_nothing(output: Any) -> bool:
     if not isinstance(output, list) or not output:
         return False
     return all(isinstance(found, Mapping) and len(found.get("instances", "?")) == 0 for found in output)
-
-
-@contextmanager
-def as_it_was(root: nn.Module) -> Iterator[None]:
-    """Restores modes, gradients, flags, buffers, and Python's and NumPy's random states."""
-    modes = [(module, module.training) for module in root.modules()]
-    parameters = [(parameter, parameter.grad, parameter.requires_grad) for parameter in root.parameters()]
-    buffers = [
-        (module._buffers, name, value, value.detach().clone())
-        for module in root.modules()
-        for name, value in module._buffers.items()
-        if value is not None
-    ]
-    states = random.getstate(), np.random.get_state()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-        for parameter, gradient, flag in parameters:
-            parameter.grad = gradient
-            parameter.requires_grad_(flag)
-        for table, name, value, kept in buffers:
-            table[name] = value
-            if value.shape == kept.shape:
-                value.detach().copy_(kept)
-        random.setstate(states[0])
-        np.random.set_state(states[1])
 
 
 def _tensors(output: Any) -> list[Tensor]:

@@ -148,15 +148,17 @@ class ConvLoraLayer(AdapterLayer, nn.ModuleDict):
     """The experts of a layer, ``whole``, or of some of q, k, v, under their letters."""
 
     def __init__(self, target: Target, options: ConvLoraOptions) -> None:
-        weight, made = target.module.get_parameter("weight"), target.factory_kwargs()
+        weight, made = target.module.get_parameter("weight").flatten(1), target.factory_kwargs()
         rows = dict(zip(_LETTERS, weight.chunk(3), strict=True)) if options.parts else {"whole": weight}
         wanted = options.parts or ["whole"]
         super().__init__({part: ConvExperts(rows[part], options, made) for part in rows if part in wanted})
         self.parts = tuple(rows)
         self.grid = TokenGrid(target, options.grid)
+        self.channels_first = isinstance(target.module, nn.Conv2d)
 
     def adapted_forward(self, module: Any, forward: Any, *args: Any, **kwargs: Any) -> Tensor:
-        return self(first_input(args, kwargs), forward(*args, **kwargs))
+        x, out = first_input(args, kwargs), forward(*args, **kwargs)
+        return self(x.movedim(1, -1), out.movedim(1, -1)).movedim(-1, 1) if self.channels_first else self(x, out)
 
     def forward(self, x: Tensor, out: Tensor) -> Tensor:
         """The adapted output for the layer's input (N, L, in) or (N, H, W, in) and output."""
@@ -177,10 +179,16 @@ class ConvLora(Method):
     options: ConvLoraOptions
 
     def refusal(self, target: Target) -> str:
-        base = base_class(target.module)
-        if base is not nn.Linear:
-            return f"{base.__qualname__} is no nn.Linear (exact type)"
-        out, inputs = target.module.get_parameter("weight").shape
+        base, module = base_class(target.module), target.module
+        is_pointwise = (
+            base is nn.Conv2d
+            and isinstance(module, nn.Conv2d)
+            and (module.kernel_size, module.stride, module.groups) == ((1, 1), (1, 1), 1)
+            and module.padding in ((0, 0), "valid", "same")
+        )
+        if base is not nn.Linear and not is_pointwise:
+            return f"{base.__qualname__} is no nn.Linear or 1 x 1 nn.Conv2d (exact type)"
+        out, inputs = module.get_parameter("weight").flatten(1).shape
         if self.options.parts and out != 3 * inputs:
             return f"PARTS needs a fused qkv, d -> 3 d; this is {inputs} -> {out}"
         return never_called(target)

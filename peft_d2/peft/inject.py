@@ -39,6 +39,7 @@ from .adapted import (
 from .errors import InjectionError, MethodError, PatternError, PeftError, shortened
 from .method import Method, normalised, parse
 from .methods import METHODS
+from .probe import watch
 from .state import (
     BASE,
     AdapterRecord,
@@ -75,7 +76,9 @@ def match_targets(model: nn.Module, pattern: str) -> list[str]:
     return match(pattern, ModelIndex.of(model).module_names())
 
 
-def inject(model: nn.Module, methods: Entries = (), train: Patterns = (), name: str = "default") -> Report:
+def inject(
+    model: nn.Module, methods: Entries = (), train: Patterns = (), name: str = "default", example: Any = None
+) -> Report:
     """Make ``model`` train only what ``methods`` put into it and what ``train`` names. In place; returns the report.
 
     Args:
@@ -83,6 +86,8 @@ def inject(model: nn.Module, methods: Entries = (), train: Patterns = (), name: 
         methods: entries such as ``{"NAME": "lora", "TARGETS": ["self_attn.value_proj"], "RANK": 8}``.
         train: patterns of modules or parameters to train in full; ``"*"`` is full fine-tuning, as the base would.
         name: the first adapter's name.
+        example: what the model is called with to predict, its argument or a tuple of them. A forward pass on it shows
+            the width of outputs that modules do not tell; by default it is a small image or some tokens.
 
     Raises:
         MethodError: an unknown method, key or value, or a module that a method cannot go on.
@@ -93,7 +98,8 @@ def inject(model: nn.Module, methods: Entries = (), train: Patterns = (), name: 
     """
     _check_model(model)
     _check_name(name)
-    plan = Plan(model, _listed(methods, "methods", MethodError), _listed(train, "TRAIN", PatternError), name == BASE)
+    entries, patterns = _listed(methods, "methods", MethodError), _listed(train, "TRAIN", PatternError)
+    plan = Plan(model, entries, patterns, name == BASE, example)
     everything = EVERYTHING in plan.train
     injection = Injection({name: plan.record()}, ActiveAdapter(name), installed=name)
     injection.was_trainable = {key: value.requires_grad for key, value in model.named_parameters()}
@@ -116,7 +122,9 @@ def inject(model: nn.Module, methods: Entries = (), train: Patterns = (), name: 
     return make_report(model)
 
 
-def add_adapter(model: nn.Module, name: str, methods: Entries = None, train: Patterns = None) -> Report:
+def add_adapter(
+    model: nn.Module, name: str, methods: Entries = None, train: Patterns = None, example: Any = None
+) -> Report:
     """Add another adapter, not active yet. Methods and TRAIN are the active adapter's unless given.
 
     Its layers start anew and its fully trained modules start from the base's values.
@@ -135,7 +143,7 @@ def add_adapter(model: nn.Module, name: str, methods: Entries = None, train: Pat
     patterns = injection.current.train if train is None else _listed(train, "TRAIN", PatternError)
     if any(EVERYTHING in item for item in (patterns, *(record.train for record in injection.adapters.values()))):
         raise InjectionError("TRAIN '*' trains the base itself; it cannot be one of several adapters")
-    plan = Plan(root, entries, patterns, name == BASE)
+    plan = Plan(root, entries, patterns, name == BASE, example)
     with _undone_on_error(lambda: forget_adapter(root, name)):
         record = injection.adapters[name] = plan.record()
         for key in plan.full:
@@ -154,7 +162,9 @@ def add_adapter(model: nn.Module, name: str, methods: Entries = None, train: Pat
 class Plan:
     """All that can be wrong, found before anything is changed: methods, their layers, what is trained in full."""
 
-    def __init__(self, model: nn.Module, entries: list[Any], train: list[str], is_base: bool = False) -> None:
+    def __init__(
+        self, model: nn.Module, entries: list[Any], train: list[str], is_base: bool = False, example: Any = None
+    ) -> None:
         if is_base and (entries or train):
             raise InjectionError(f"{BASE!r} names the base itself, without an adapter: choose another name")
         if not entries and not train and not is_base:
@@ -165,6 +175,7 @@ class Plan:
         self.layers: Layers = []
         full, self.full_modules = resolve_train(index, train)
         taken: dict[tuple[int, str], int] = {}
+        chosen: list[tuple[Method, list[Target]]] = []
         for number, method in enumerate(self.methods):
             targets = choose_targets(index, method)
             if method.selects:
@@ -181,10 +192,12 @@ class Plan:
                         f"{target.name} is chosen by two {method.name!r} entries ({other} and {number}); EXCLUDE it in "
                         "one"
                     )
-            self.layers += layers_of(method, targets)
+            chosen.append((method, targets))
+        _look_at_outputs(model, chosen, example)
+        self.layers += [layer for method, targets in chosen for layer in layers_of(method, targets)]
         self._refuse_two_changes()
-        chosen = set(full)
-        self.full = [first for first in index.tensors if first in chosen]
+        in_full = set(full)
+        self.full = [first for first in index.tensors if first in in_full]
         self._check_full(EVERYTHING in train)
         injected_names = [join(target.name, key) for _, target, layer in self.layers for key in layer.state_dict()]
         if problem := unstorable([*injected_names, *self.full]):
@@ -223,6 +236,15 @@ class Plan:
                     f"{name} is {dtype}, and what is trained in full must be float32: call model.float() before "
                     "inject (and train under autocast), or .half() after the adapter was loaded for inference"
                 )
+
+
+def _look_at_outputs(model: nn.Module, chosen: Sequence[tuple[Method, Sequence[Target]]], example: Any) -> None:
+    """Let one forward pass tell the methods what modules do not say of their outputs, where there are such."""
+    unsure = [(method, method.unsure(targets)) for method, targets in chosen]
+    if modules := {target.name: target.module for _, targets in unsure for target in targets}:
+        seen = watch(model, modules, example)
+        for method, targets in unsure:
+            method.learn(targets, seen)
 
 
 def layers_of(method: Method, targets: Sequence[Target]) -> Layers:

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 from .adapted import AdapterLayer
 from .errors import MethodError
+from .probe import Outputs
 from .targets import Target, nearest
 
 _LARGEST = {"NUM": 1024, "EXPERTS": 1024}  # whole numbers; the others have 2**16: beyond it is a typing error
@@ -63,6 +64,13 @@ class Method:
     def only_by_name(self, target: Target) -> str:
         """Why a pattern that ends in a wildcard passes over ``target``; empty when it does not."""
         return ""
+
+    def unsure(self, targets: Sequence[Target]) -> list[Target]:
+        """Those of the targets whose output the layers must know and a forward pass has to show."""
+        return []
+
+    def learn(self, targets: Sequence[Target], seen: Outputs) -> None:
+        """Take what a forward pass has shown of the outputs of the :meth:`unsure` targets."""
 
     def make_layers(self, targets: Sequence[Target]) -> list[tuple[Target, AdapterLayer]]:
         """The adapter layers of all chosen modules, in order; MethodError where the options leave something open."""

@@ -1,14 +1,15 @@
 """Layers on a module's output, and what they must know of it: its width, the axis of its channels, its image grid.
 
 Adapter layers must exist before the optimizer does, so nothing waits for the first batch: the width is read off the
-module, and what cannot be read is asked for.
+module; what it does not say is seen in a forward pass on a small image, or asked for.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -18,7 +19,8 @@ from .adapted import STORE, AdapterLayer, base_class, walk
 from .errors import MethodError
 from .lora.factors import match_dtype
 from .method import Method, Options, expect
-from .targets import Target
+from .probe import Outputs
+from .targets import Target, first_match
 
 LAYOUTS = ("auto", "last", "first")
 GRIDS = ("auto", "square")
@@ -36,17 +38,22 @@ _ATTRIBUTES = ("out_channels", "d_model", "embed_dim", "hidden_size", "hidden_di
 
 @dataclass(frozen=True)
 class OutputOptions(Options):
-    """``DIM`` is the output's width where the module does not say it. ``LAYOUT``: last (..., C), first (N, C, ...), or
-    auto.
+    """``DIM`` is the output's width. ``LAYOUT``: last (..., C), first (N, C, ...), or auto.
+
+    ``OUTPUTS`` says both of single modules, ``{"stages.0.blocks.1": "40 first"}``: what a forward pass has shown.
     """
 
     dim: int | None = None
     layout: str = "auto"
+    outputs: dict[str, str] = field(default_factory=dict)
 
     def check(self) -> None:
         super().check()
         expect(self.dim is None or self.dim > 0, "DIM", self.dim, "a positive integer")
         expect(self.layout in LAYOUTS, "LAYOUT", self.layout, f"one of {', '.join(LAYOUTS)}")
+        for value in self.outputs.values():
+            fits = re.fullmatch("[1-9][0-9]{0,5} (first|last)", value)
+            expect(fits is not None, "OUTPUTS", self.outputs, "widths and layouts by name, such as '40 first'")
 
 
 class OutputLayer(AdapterLayer):
@@ -54,7 +61,7 @@ class OutputLayer(AdapterLayer):
 
     Args:
         target: the module.
-        options: ``DIM`` and ``LAYOUT`` override what the module says of its output.
+        options: ``DIM``, ``LAYOUT`` and ``OUTPUTS`` override what the module says of its output.
 
     Raises:
         MethodError: the output's width is unknown.
@@ -94,6 +101,33 @@ class OutputMethod(Method):
     """A method that puts one ``layer_class(target, options)`` after each target module."""
 
     layer_class: ClassVar[type[OutputLayer]]
+    options: Any
+
+    def unsure(self, targets: Sequence[Target]) -> list[Target]:
+        options = self.options
+        asked = options.dim is None or options.layout == "auto"
+        return [t for t in targets if asked and t.name not in options.outputs and not read_output(t).is_sure]
+
+    def learn(self, targets: Sequence[Target], seen: Outputs) -> None:
+        """Note in ``OUTPUTS`` what a pass has shown other than the modules say.
+
+        Raises:
+            MethodError: neither says the width of a module's output.
+        """
+        for target in targets:
+            read, shapes = read_output(target), [tuple(shape) for shape, _ in seen.shapes.get(target.name, ())]
+            found = seen.channels(target.name, read.widths, read.first)
+            if found is not None and (read.widths, read.first) != ({found[0]}, found[1]):
+                text = f"{found[0]} {'first' if found[1] else 'last'}"
+                self.options = replace(self.options, outputs={**self.options.outputs, target.name: text})
+            try:
+                output_width(target, self.options, trust=found is not None or not shapes)
+            except MethodError as error:
+                why = f"gave {shapes}" if shapes else f"did not reach it ({seen.problem or 'no input is known'})"
+                raise MethodError(
+                    f"{error}, and LAYOUT; or give inject an example, what the model is called with. A forward pass on "
+                    f"a small image {why}"
+                ) from error
 
     def refusal(self, target: Target) -> str:
         return never_called(target)
@@ -124,47 +158,77 @@ def map_first_tensor(out: Any, change: Callable[[Tensor], Tensor], name: str) ->
     )
 
 
-def output_width(target: Target, options: OutputOptions) -> tuple[int, bool]:
+@dataclass(frozen=True)
+class ReadOutput:
+    """What a module says of its output: possible widths, and whether they are on axis 1; ``is_sure`` if no pass need
+    be run to know.
+    """
+
+    widths: set[int]
+    first: bool
+    is_sure: bool
+
+
+def output_width(target: Target, options: OutputOptions, trust: bool = True) -> tuple[int, bool]:
     """Channels of the (first) output at ``target``, and whether they are on axis 1 instead of the last one.
+
+    Without ``trust`` only the options count.
 
     Raises:
         MethodError: the module does not say, or says two things.
     """
-    module = target.module
-    widths = _widths(module)
-    if not widths and target.parent is not None and not module._parameters and set(module._modules) <= {STORE}:
-        widths = _widths(target.parent)  # a dropout or an activation: what its siblings are made for
-    first = _is_channels_first(module) if options.layout == "auto" else options.layout == "first"
+    read = read_output(target)
+    widths, first = read.widths if trust else set[int](), read.first
+    if said := options.outputs.get(target.name) or first_match(options.outputs, target.name):
+        width, layout = said.split()
+        widths, first = {int(width)}, layout == "first"
+    if options.layout != "auto":
+        first = options.layout == "first"
     if options.dim is None and len(widths) != 1:
         says = f"it could be {' or '.join(map(str, sorted(widths)))}" if widths else "it does not say"
         raise MethodError(
-            f"{target.name} ({base_class(module).__name__}): the width of its output is unknown, {says}; set DIM"
+            f"{target.name} ({base_class(target.module).__name__}): the width of its output is unknown, {says}; set DIM"
         )
-    return options.dim or widths.pop(), first
+    return options.dim or next(iter(widths)), first
 
 
-def _is_channels_first(module: nn.Module) -> bool:
+def read_output(target: Target) -> ReadOutput:
+    """What the module at ``target`` says; of a dropout or an activation, what its siblings are made for."""
+    module = target.module
+    is_alone = not (module._parameters or set(module._modules) - {STORE} or _widths(module)[0])
+    if is_alone and target.parent is not None:
+        module = target.parent
+    widths, is_said = _widths(module)
     known = (*_CHANNELS_FIRST, nn.Linear, nn.LayerNorm, nn.MultiheadAttention)
     inside = [child for _, child, _ in walk(module) if isinstance(child, known)]
-    return isinstance(module, _CHANNELS_FIRST) or {isinstance(child, _CHANNELS_FIRST) for child in inside} == {True}
+    layouts = {isinstance(child, _CHANNELS_FIRST) for child in inside}
+    # A norm of another make may have channels anywhere: timm's LayerNorm2d is a LayerNorm.
+    usual = all(not isinstance(child, nn.LayerNorm) or base_class(child) is nn.LayerNorm for child in inside)
+    first = isinstance(module, _CHANNELS_FIRST) or layouts == {True}
+    agrees = usual and (isinstance(module, known) or len(layouts) == 1)
+    return ReadOutput(widths, first, is_said and agrees and len(widths) == 1 and not is_alone)
 
 
-def _widths(module: nn.Module) -> set[int]:
-    """Possible output widths: one when the module says it, none when it does not."""
-    for attribute in [name for kind, name in _LEAVES if isinstance(module, kind)] or _ATTRIBUTES:
-        value = getattr(module, attribute, None)
-        value = value[-1] if isinstance(module, nn.LayerNorm) else value  # type: ignore[index]
-        if type(value) is int:
-            return {value}
+def _widths(module: nn.Module) -> tuple[set[int], bool]:
+    """Possible output widths, one where the module says it, none where it does not; and whether that is no guess."""
+    for attribute in [name for kind, name in _LEAVES if isinstance(module, kind)]:
+        value: Any = getattr(module, attribute)
+        return {value if isinstance(value, int) else value[-1]}, True
     children = [child for name, child in module.named_children() if name != STORE]
+    linears = [child for child in children if isinstance(child, nn.Linear)]
+    norms: set[int] = set().union(*(_widths(child)[0] for child in children if isinstance(child, nn.LayerNorm)))
+    ends = norms | {child.out_features for child in linears[-1:]}
+    for attribute in _ATTRIBUTES:
+        if type(value := getattr(module, attribute, None)) is int:
+            return {value}, attribute == "out_channels" or ends == {value}
     if not isinstance(module, nn.ModuleList):
-        if norms := [child for child in children if isinstance(child, nn.LayerNorm)]:
-            return set().union(*map(_widths, norms))
-        linears = [child for child in children if isinstance(child, nn.Linear)]
+        if norms:
+            return norms, ends == norms
         if linears and linears[0].in_features == linears[-1].out_features:
-            return {linears[-1].out_features}  # a perceptron or an attention: in and out are as wide
+            return ends, True  # a perceptron or an attention: in and out are as wide
     # The last child that says one: most run in order, and the first forward compares.
-    return next((widths for child in reversed(children) if (widths := _widths(child))), set())
+    widths, is_said = next((said for child in reversed(children) if (said := _widths(child))[0]), (set(), False))
+    return widths, is_said and isinstance(module, nn.Sequential)
 
 
 class TokenGrid:

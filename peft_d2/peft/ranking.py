@@ -20,11 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from .adapted import join
-from .checks import as_it_was
 from .errors import InjectionError
 from .inject import resolve_train
 from .lora import Lora
 from .method import parse
+from .probe import as_it_was
 from .targets import ModelIndex, Target, match
 
 RANKS = (2, 4, 8, 16, 32)

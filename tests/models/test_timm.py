@@ -34,15 +34,17 @@ STAGED = [
     ("hiera_tiny_224", {"img_size": (96, 64)}, [96, 192, 384, 768]),
 ]
 PLAIN = ["vit_tiny_patch16_224", "vit_small_patch14_reg4_dinov2", "vit_small_patch16_dinov3"]
-# model -> arguments, weights for LoRA, blocks that keep their width, an MLP or such
+# model -> arguments, weights for LoRA, blocks whose width does not change in them
 PLACES: dict[str, tuple[dict[str, Any], str, str]] = {
     "tf_efficientnet_lite0": ({}, "conv_pwl", "re:.*blocks\\.3\\.[12]"),
-    "convnext_atto": ({}, "mlp.{fc1,fc2}", "mlp"),
-    "swin_tiny_patch4_window7_224": ({"depths": (1, 1, 2, 1), "embed_dim": 48}, "attn.qkv", "mlp"),
+    "convnext_atto": ({}, "mlp.{fc1,fc2}", "stages.1.blocks.1"),
+    "swin_tiny_patch4_window7_224": ({"depths": (1, 1, 2, 1), "embed_dim": 48}, "attn.qkv", "layers.2.blocks.1"),
+    "hiera_tiny_224": ({"img_size": (64, 64), "stages": (1, 1, 2, 1)}, "attn.qkv", "blocks.3"),
+    "maxvit_rmlp_pico_rw_256": ({"img_size": 64}, "attn.qkv", "stages.1.blocks.1"),
     "vit_tiny_patch16_224": ({"depth": 2, "embed_dim": 96}, "attn.qkv", "mlp"),
     "resnet18": ({"zero_init_last": False}, "layer{1,2}.*.conv2", "layer3.1"),  # its blocks would start as identities
 }
-WEIGHTS, BLOCKS, EVERYWHERE = 1, 2, 0
+WEIGHTS, BLOCKS, EVERYWHERE, WHOLE = 1, 2, 0, -1
 METHODS: dict[str, tuple[dict[str, Any], int]] = {
     "lora": ({"NAME": "lora"}, WEIGHTS),
     "dora": ({"NAME": "lora", "DORA": True}, WEIGHTS),
@@ -50,21 +52,27 @@ METHODS: dict[str, tuple[dict[str, Any], int]] = {
     "rslora": ({"NAME": "lora", "RSLORA": True}, WEIGHTS),
     "q and v": ({"NAME": "lora", "PARTS": ["q", "v"]}, WEIGHTS),
     "cobot": ({"NAME": "lora", "PARTS": ["q", "v"], "COBOT": True, "RANK": 4}, WEIGHTS),
+    "conv_lora": ({"NAME": "conv_lora", "EXPERTS": 1}, WEIGHTS),
     "adapter": ({"NAME": "adapter", "NUM": 2}, BLOCKS),
     "adaptformer": ({"NAME": "adaptformer"}, BLOCKS),
     "mona": ({"NAME": "mona"}, BLOCKS),
     "last_blocks": ({"NAME": "last_blocks"}, BLOCKS),
     "bitfit": ({"NAME": "bitfit"}, EVERYWHERE),
     "norm": ({"NAME": "norm"}, EVERYWHERE),
+    "e3va": ({"NAME": "e3va", "TARGETS": ["net"]}, WHOLE),
 }
-# q and v are parts of a fused qkv; a grid of tokens is what Mona's convolutions need
+# q and v are parts of a fused qkv; convolutions in an adapter need the grid of tokens; e3va knows stages as this
+# project's Swin has them
 REFUSED = {
     **{
         (name, way): "PARTS"
         for name in ("tf_efficientnet_lite0", "convnext_atto", "resnet18")
         for way in ("q and v", "cobot")
     },
-    **{(name, "mona"): "grid" for name in ("swin_tiny_patch4_window7_224", "vit_tiny_patch16_224")},
+    ("hiera_tiny_224", "mona"): "grid",
+    **{(name, "conv_lora"): "grid" for name in ("swin_tiny_patch4_window7_224", "hiera_tiny_224")},
+    ("resnet18", "conv_lora"): "no nn.Linear or 1 x 1",
+    **{(name, "e3va"): "whole backbone|its maps no norm" for name in PLACES},
 }
 
 
@@ -191,18 +199,20 @@ def test_methods(name: str, way: str) -> None:
     torch.manual_seed(0)
     arguments, *_ = PLACES[name]
     entry, place = METHODS[way]
-    entry = {**entry, "TARGETS": [PLACES[name][place]]} if place else entry
+    entry = {**entry, "TARGETS": [PLACES[name][place]]} if place > 0 else entry
     backbone = TimmBackbone(create_timm_model(name, kwargs=arguments)).eval()
     images = torch.randn(1, 3, 64, 64)
-    before = backbone(images)
+    with torch.no_grad():
+        before = backbone(images)
     if (name, way) in REFUSED:
         with pytest.raises(peft.MethodError, match=REFUSED[name, way]):
             peft_d2.inject(backbone, [entry])
             backbone(images)
         return
     peft_d2.inject(backbone, [entry])
-    for a, b in zip(backbone(images).values(), before.values(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
+        for a, b in zip(backbone(images).values(), before.values(), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
     peft.prove_live(backbone, lambda model: list(model(images).values()))
 
 

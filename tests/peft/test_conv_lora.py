@@ -62,6 +62,20 @@ def test_it_is_the_formula_image_by_image() -> None:
     torch.testing.assert_close(model.qkv(x.flatten(1, 2)), expected.flatten(1, 2))
 
 
+def test_a_pointwise_convolution_is_a_linear_layer_on_an_image() -> None:
+    entry = {**ENTRY, "TARGETS": ["0"], "PARTS": [], "GRID": "auto"}
+    linear, x = nn.Sequential(nn.Linear(12, 8)).double().eval(), torch.randn(3, 5, 7, 12, dtype=torch.float64)
+    state = disturbed(entry, linear)
+    model = nn.Sequential(nn.Conv2d(12, 8, 1)).double().eval()
+    model[0].load_state_dict({"weight": linear[0].weight[..., None, None], "bias": linear[0].bias})
+    peft.inject(model, [entry])
+    peft.load_adapter_state_dict(model, {f"0.{key.removeprefix('0.')}": value for key, value in state.items()})
+    torch.testing.assert_close(model(x.movedim(-1, 1)).movedim(1, -1), linear(x))
+    for kwargs in ({"stride": 2}, {"padding": 1}, {"groups": 2}):
+        with pytest.raises(peft.MethodError, match="1 x 1 nn.Conv2d"):
+            peft.inject(nn.Sequential(nn.Conv2d(12, 8, 1, **kwargs)), [entry])  # type: ignore[arg-type]
+
+
 def test_the_start_is_the_layer_in_both_modes() -> None:
     model, x = attention(), torch.randn(3, 16, 12)
     before = model.qkv(x)
@@ -148,7 +162,7 @@ def test_no_weight_can_hold_it() -> None:
 @pytest.mark.parametrize(
     ("model", "change", "said"),
     [
-        (nn.Sequential(nn.Conv2d(3, 8, 3)), {"TARGETS": ["0"], "PARTS": []}, "Conv2d is no nn.Linear"),
+        (nn.Sequential(nn.Conv2d(3, 8, 3)), {"TARGETS": ["0"], "PARTS": []}, "Conv2d is no nn.Linear or 1 x 1"),
         (nn.MultiheadAttention(8, 2), {"TARGETS": ["out_proj"], "PARTS": []}, "no nn.Linear"),
         (nn.Sequential(nn.Linear(8, 8)), {"TARGETS": ["0"]}, "PARTS needs a fused qkv"),
         (attention(), {"PARTS": ["out"]}, "PARTS is"),

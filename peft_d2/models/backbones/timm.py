@@ -138,6 +138,10 @@ class TimmBackbone(Backbone):
         height, width = (side // 16 * self._patch for side in x.shape[-2:])
         if (height, width) != tuple(x.shape[-2:]):  # patches of 14 px: their grid is that of 16-px patches
             x = F.interpolate(x, size=(height, width), mode="bilinear", align_corners=False)
+        for block in getattr(net, "blocks", ()):  # where methods that need the tokens' grid look for it
+            for module in (block, getattr(block, "attn", block)):
+                module.H, module.W = height // self._patch, width // self._patch
+                module.num_prefix_tokens = net.num_prefix_tokens
         [patches] = net.forward_intermediates(x, indices=1, norm=True, intermediates_only=True, output_fmt="NCHW")
         return {"patches": patches}
 

@@ -1,0 +1,180 @@
+"""Forward passes that leave a model as it was, and what one on a small image shows of its modules' outputs."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+_TOKENS = 6
+_FEATURES = {nn.Linear: "in_features", nn.MultiheadAttention: "embed_dim", nn.LayerNorm: "normalized_shape"}
+Size = tuple[int, int]
+
+
+@contextmanager
+def as_it_was(root: nn.Module) -> Iterator[None]:
+    """Restores modes, gradients, flags, buffers, and Python's and NumPy's random states."""
+    modes = [(module, module.training) for module in root.modules()]
+    parameters = [(parameter, parameter.grad, parameter.requires_grad) for parameter in root.parameters()]
+    buffers = [
+        (module._buffers, name, value, value.detach().clone())
+        for module in root.modules()
+        for name, value in module._buffers.items()
+        if value is not None
+    ]
+    states = random.getstate(), np.random.get_state()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        for parameter, gradient, flag in parameters:
+            parameter.grad = gradient
+            parameter.requires_grad_(flag)
+        for table, name, value, kept in buffers:
+            table[name] = value
+            if value.shape == kept.shape:
+                value.detach().copy_(kept)
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+
+
+def own_event_storage() -> AbstractContextManager[Any]:
+    """Where Detectron2's models put figures in training: they refuse without one, and a run's own stays clean."""
+    if "detectron2" not in sys.modules:
+        return nullcontext()
+    from detectron2.utils.events import EventStorage
+
+    return EventStorage()
+
+
+def call(model: nn.Module, batch: Any) -> Any:
+    """The model's output for a batch: its only argument, or a tuple of them; a callable is given the model instead."""
+    if callable(batch) and not isinstance(batch, Tensor):
+        return batch(model)
+    if isinstance(batch, list):  # models change the dicts that they are given
+        batch = [dict(sample) if isinstance(sample, Mapping) else sample for sample in batch]
+    return model(*batch) if isinstance(batch, tuple) else model(batch)
+
+
+@dataclass
+class Outputs:
+    """What a pass has shown: of each module the shapes of its output, each with (H, W) of the image that it was for.
+
+    ``problem`` says what ended the last pass, where some modules were not reached.
+    """
+
+    shapes: dict[str, set[tuple[torch.Size, Size]]] = field(default_factory=lambda: defaultdict(set))
+    problem: str = ""
+
+    def note(self, name: str, output: Any, image: Size) -> None:
+        first = output[0] if isinstance(output, tuple) and output else output
+        if isinstance(first, Tensor):
+            self.shapes[name].add((first.shape, image))
+
+    def channels(self, name: str, widths: set[int], first: bool) -> tuple[int, bool] | None:
+        """Width of a module's outputs and whether it is on axis 1; None where they do not tell, or disagree.
+
+        The image's axes are those that are as long to each other as its sides, or, of windows, as long as each other.
+        Where that leaves both ways open, the one that ``widths`` has counts, or ``first``.
+        """
+        shapes = self.shapes.get(name, set())
+        found = {entry for shape, image in shapes if (entry := _beside_the_image(shape, image))}
+        found = found or {_by_width(shape, widths, first) for shape, _ in shapes if len(shape) > 1}
+        return found.pop() if len(found) == 1 else None
+
+
+def _beside_the_image(shape: torch.Size, image: Size) -> tuple[int, bool] | None:
+    last, first = (_is_image(*pair, image) for pair in (shape[1:3], shape[2:])) if len(shape) == 4 else (False, False)
+    return None if last == first else (shape[1], True) if first else (shape[-1], False)
+
+
+def _by_width(shape: torch.Size, widths: set[int], first: bool) -> tuple[int, bool]:
+    last, second = shape[-1] in widths, shape[1] in widths
+    on_second = len(shape) > 2 and (second if last != second else first)
+    return (shape[1], True) if on_second else (shape[-1], False)
+
+
+def _is_image(height: int, width: int, image: Size) -> bool:
+    return height == width or height * image[1] == width * image[0]
+
+
+def watch(model: nn.Module, modules: Mapping[str, nn.Module], example: Any = None) -> Outputs:
+    """What ``modules`` (by name) give out when ``model`` predicts for ``example``, or for small images made up for it.
+
+    Nothing is raised: ``problem`` says why a module was not reached. The model, attributes that its modules set in a
+    pass included, and the random state are as before.
+    """
+    outputs = Outputs()
+    attributes = [(module.__dict__, dict(module.__dict__)) for module in model.modules()]
+    devices = {value.device.index for value in model.parameters() if value.is_cuda}
+    with ExitStack() as stack:
+        for context in (as_it_was(model), torch.random.fork_rng(sorted(devices)), own_event_storage(), torch.no_grad()):
+            stack.enter_context(context)
+        model.eval()
+        image: Size = (0, 0)
+        for name, module in modules.items():
+            hook = module.register_forward_hook(lambda _, given, out, name=name: outputs.note(name, out, image))
+            stack.callback(hook.remove)
+        for batch in small_inputs(model) if example is None else (example,):
+            image = _size_of(batch)
+            try:
+                call(model, batch)
+                outputs.problem = "the model does not call it"
+            except Exception as error:  # whatever a foreign model makes of an image that it does not expect
+                outputs.problem = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            if outputs.shapes.keys() >= modules.keys():
+                break
+    for now, before in attributes:
+        now.clear()
+        now.update(before)
+    return outputs
+
+
+def small_inputs(model: nn.Module) -> Iterator[Any]:
+    """What a model could be called with to predict, the smallest first: images of the mean, tokens of zeros."""
+    kinds = (*_FEATURES, nn.Embedding, nn.modules.conv._ConvNd)
+    first: Any = next((module for module in model.modules() if isinstance(module, kinds)), None)
+    mean: Any = getattr(model, "pixel_mean", None)
+    like = next((value for value in model.parameters() if value.is_floating_point()), torch.zeros(()))
+    kwargs: dict[str, Any] = {"dtype": like.dtype, "device": like.device}
+    if isinstance(mean, Tensor):  # Detectron2's models
+        for height, width in _sizes(model):
+            image = mean.detach().flatten()[:, None, None].expand(-1, height, width)
+            yield [{"image": image, "height": height, "width": width}]
+    elif isinstance(first, nn.Embedding):
+        yield torch.zeros(1, _TOKENS, dtype=torch.int64, device=like.device)
+    elif isinstance(first, nn.modules.conv._ConvNd):
+        for size in _sizes(model):
+            sides = {1: size[:1], 2: size, 3: (8, *size)}[len(first.kernel_size)]
+            yield torch.zeros(1, first.in_channels, *sides, **kwargs)
+    elif first is not None:
+        features = next(getattr(first, key) for kind, key in _FEATURES.items() if isinstance(first, kind))
+        last = features if isinstance(features, int) else features[-1]
+        yield from (torch.zeros(2, *tokens, last, **kwargs) for tokens in ((_TOKENS,), ()))
+
+
+def _sizes(model: nn.Module) -> Iterator[Size]:
+    """Small, of unequal sides; then what modules say that they were made for; then the most usual one."""
+    known = [getattr(module, key, None) for module in model.modules() for key in ("img_size", "image_size")]
+    published = [getattr(module, "pretrained_cfg", None) for module in model.modules()]  # of timm
+    known += [entry.get("input_size", ())[1:] for entry in published if isinstance(entry, dict)]
+    step = max([32, *(v for m in model.modules() if type(v := getattr(m, "size_divisibility", 0)) is int)])
+    declared = [(size, size) if isinstance(size, int) else tuple(size) for size in known if size]
+    sizes = [(2 * step, 3 * step), *(size for size in declared if len(size) == 2), (224, 224)]
+    yield from dict.fromkeys(sizes)
+
+
+def _size_of(batch: Any) -> Size:
+    """(H, W) of the first image in a batch; (0, 0) where there is none."""
+    images = [value.shape[-2:] for value in tree_leaves(batch) if isinstance(value, Tensor) and value.dim() > 2]
+    return (images[0][0], images[0][1]) if images else (0, 0)
