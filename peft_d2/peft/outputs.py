@@ -105,7 +105,7 @@ class OutputMethod(Method):
 
     def unsure(self, targets: Sequence[Target]) -> list[Target]:
         options = self.options
-        asked = options.dim is None or options.layout == "auto"
+        asked = isinstance(options, OutputOptions) and (options.dim is None or options.layout == "auto")
         return [t for t in targets if asked and t.name not in options.outputs and not read_output(t).is_sure]
 
     def learn(self, targets: Sequence[Target], seen: Outputs) -> None:
