@@ -16,11 +16,13 @@ timm = pytest.importorskip("timm", reason="needs timm, of the test extra")
 from detectron2.modeling import build_model  # noqa: E402
 
 from peft_d2 import adapters, peft  # noqa: E402
+from peft_d2.engine import launch  # noqa: E402
 from peft_d2.engine.trainer import Trainer  # noqa: E402
 
 from ..models.conftest import SMALL_EOMT  # noqa: E402
 from .test_mask_dino import methods_of  # noqa: E402
-from .test_training import assert_equal, train, trained  # noqa: E402
+from .test_processes import BATCH, assert_same, one_of_two, steps_of  # noqa: E402
+from .test_training import StopAfter, assert_equal, train, trained  # noqa: E402
 
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "eomt" / "coco" / "instance_dinov2_small_640.yaml"
 SMALL: dict[str, Any] = {
@@ -113,3 +115,41 @@ def test_each_adapter_has_its_own_share_of_masks(eomt_cfg: Callable[..., Any], t
         peft.set_adapter(both, name)
         with torch.no_grad():
             assert torch.equal(both([image])[0]["instances"].scores, scores[name])
+
+
+WITHOUT_CHANCE = ("INPUT.DATASET_MAPPER_NAME", "mask_former_instance", "INPUT.MIN_SIZE_TRAIN", (64,))
+WITHOUT_CHANCE += ("INPUT.RANDOM_FLIP", "none", "INPUT.COLOR_AUG_SSD", False, "TEST.EVAL_PERIOD", 0)
+
+
+def test_two_processes_equal_one(eomt_cfg: Callable[..., Any], tmp_path: Path) -> None:
+    """LoRA on a frozen DINOv3, its head in full. The second step is made NaN, on one rank."""
+    encoder = "vit_small_patch16_dinov3_qkvb"
+    torch.manual_seed(3)
+    torch.save({"model": build_model(eomt_cfg("MODEL.TIMM.NAME", encoder)).state_dict()}, tmp_path / "base.pth")
+    options = (*BATCH, *methods_of("eomt/lora.yaml"), *WITHOUT_CHANCE, "MODEL.TIMM.NAME", encoder)
+    options = (*options, "MODEL.WEIGHTS", tmp_path / "base.pth")
+    one = steps_of(eomt_cfg(*options, "SOLVER.MAX_ITER", 1, "OUTPUT_DIR", tmp_path / "one"))
+    cfg = eomt_cfg(*options, "OUTPUT_DIR", tmp_path / "two")
+    with pytest.raises(SystemExit):
+        launch.launch(one_of_two, (cfg, str(tmp_path)), launch.Layout(2, on_cpu=True))
+    for rank in (0, 1):
+        assert "LossNotFinite" in (tmp_path / f"{rank}.txt").read_text()
+        figures = {n: v for n, v in one[0].items() if rank == 0 or "loss" not in n}  # rank 0 alone records losses
+        assert_same(figures, torch.load(tmp_path / f"{rank}.pth")[0])
+
+
+def test_a_stopped_run_continues_in_the_middle_of_the_annealing(eomt_cfg: Callable[..., Any], tmp_path: Path) -> None:
+    """Which queries are masked is drawn anew in each step, in full training and with what is injected."""
+    for name in ("lora", ""):
+        methods = methods_of(f"eomt/{name}.yaml") if name else ()
+        options = (*methods, "TEST.EVAL_PERIOD", 0, "MODEL.EOMT.ANNEALING_START", [0.0, 0.2])
+        options = (*options, "SOLVER.BACKBONE_WARMUP_ITERS", 2)
+        whole = train(eomt_cfg(*options, "OUTPUT_DIR", tmp_path / f"whole{name}"))
+        stopped = eomt_cfg(*options, "OUTPUT_DIR", tmp_path / f"stopped{name}")
+        with pytest.raises(KeyboardInterrupt):
+            train(stopped, StopAfter(3))
+        resumed = train(stopped, resume=True)
+        assert resumed.start_iter == 3
+        assert_equal(trained(whole), trained(resumed))
+        shares = [trainer.model.sem_seg_head.query_feat.attn_mask_probs for trainer in (whole, resumed)]
+        assert torch.equal(*shares) and 0 < shares[0][1] < 1

@@ -13,12 +13,15 @@ import torch
 pytest.importorskip("detectron2")
 
 from peft_d2 import peft  # noqa: E402
+from peft_d2.engine import launch  # noqa: E402
 from peft_d2.data.loader import build_train_loader  # noqa: E402
 from peft_d2.engine.trainer import Trainer  # noqa: E402
 
 from ..models.sam2.test_sam2 import TINY as SMALL  # noqa: E402
 from .test_mask_dino import methods_of  # noqa: E402
+from .test_processes import BATCH, assert_same, one_of_two, steps_of  # noqa: E402
 from .test_sam import CONFIGS, TINY, loss  # noqa: E402
+from .test_training import StopAfter, assert_equal, train, trained  # noqa: E402
 
 KEYS = {
     **{key: value for key, value in TINY.items() if not key.startswith("MODEL.SAM.")},
@@ -87,3 +90,29 @@ def test_a_run_with_kept_features_learns_the_same(sam2_cfg: Callable[..., Any], 
         losses.append(loss(trainer.model, batch))
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)
     assert calls == [2 * (12 + 6), 6 + 12 + 6]  # images in six steps of two and in the evaluation; six of them once
+
+
+def test_two_processes_equal_one(sam2_cfg: Callable[..., Any], tmp_path: Path) -> None:
+    """No trained tensor is left without a gradient, which two processes would wait for. The second step is NaN."""
+    torch.save(Trainer.build_model(sam2_cfg("decoder")).state_dict(), tmp_path / "base.pth")
+    options = (*BATCH, "INPUT.PROMPTS.BOX_NOISE", 0.0, "INPUT.RANDOM_FLIP", "none")
+    options = (*options, "MODEL.WEIGHTS", tmp_path / "base.pth")
+    one = steps_of(sam2_cfg("lora", *options, "SOLVER.MAX_ITER", 1, "OUTPUT_DIR", tmp_path / "one"))
+    cfg = sam2_cfg("lora", *options, "OUTPUT_DIR", tmp_path / "two")
+    with pytest.raises(SystemExit):
+        launch.launch(one_of_two, (cfg, str(tmp_path)), launch.Layout(2, on_cpu=True))
+    for rank in (0, 1):
+        assert "LossNotFinite" in (tmp_path / f"{rank}.txt").read_text()
+        figures = {n: v for n, v in one[0].items() if rank == 0 or "loss" not in n}  # rank 0 alone records losses
+        assert_same(figures, torch.load(tmp_path / f"{rank}.pth")[0])
+
+
+def test_a_stopped_run_continues(sam2_cfg: Callable[..., Any], tmp_path: Path) -> None:
+    options = ("SOLVER.MAX_ITER", 6, "SOLVER.CHECKPOINT_PERIOD", 3)
+    whole = trained(train(sam2_cfg("adaptformer_cobot", *options, "OUTPUT_DIR", tmp_path / "whole")))
+    stopped = sam2_cfg("adaptformer_cobot", *options, "OUTPUT_DIR", tmp_path / "stopped")
+    with pytest.raises(KeyboardInterrupt):
+        train(stopped, StopAfter(3))
+    resumed = train(stopped, resume=True)
+    assert resumed.start_iter == 3
+    assert_equal(whole, trained(resumed))
