@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_d2.engine.errors import ConfigError
+from peft_d2.peft.adapted import STORE, Adapted
 from peft_d2.storage import atomic
 from peft_d2.storage.adapter_file import dump_tensors, load_tensors
 
@@ -89,10 +90,12 @@ class FeatureCache:
         self.folder, self.encoder, self.settings, self.count = Path(folder), encoder, settings, count
         self._steps: list[str] = list(getattr(encoder, "steps", ()))
         self._run: Any = getattr(encoder, "first", None) or type(encoder).forward.__get__(encoder)
-        self._hashed: tuple[int, str] = (-1, "")
+        self._hashed: tuple[Any, str] = (None, "")
 
     @torch.compiler.disable
     def __call__(self, images: Tensor) -> Any:
+        if not self._is_fixed():
+            return type(self.encoder).forward(self.encoder, images)
         features = self._first(images)
         if not self._steps:
             return features
@@ -120,11 +123,22 @@ class FeatureCache:
         start = f"{self._weights()} {precision} {images.dtype} {tuple(images.shape[1:])}".encode()
         return [hashlib.sha256(start + image.cpu().contiguous().numpy().tobytes()).hexdigest() for image in images]
 
+    def _is_kept(self, name: str) -> bool:
+        return not self._steps or _step(name, self._steps) < self.count
+
+    def _is_fixed(self) -> bool:
+        """Whether what is kept is fixed by now: nothing in it learns, or has an adapter, which can be switched."""
+        return not any(p.requires_grad and self._is_kept(n) for n, p in self.encoder.named_parameters()) and not any(
+            isinstance(m, Adapted) and STORE in m._modules and self._is_kept(f"{n}.")
+            for n, m in self.encoder.named_modules()
+        )
+
     def _weights(self) -> str:
         """Hash of settings and of the tensors of what is kept, anew after each change of one of these."""
-        tensors = self.encoder.state_dict(keep_vars=True)
-        state = {n: t for n, t in tensors.items() if not self._steps or _step(n, self._steps) < self.count}
-        changes = sum(tensor._version for tensor in state.values())
+        state = {n: t for n, t in self.encoder.state_dict(keep_vars=True).items() if self._is_kept(n)}
+        # A change through .data has no version: numbers here and there of each tensor show it.
+        some = [t.detach().reshape(-1)[:: max(1, t.numel() // 16)].double() for t in state.values()]
+        changes = [(t.data_ptr(), t._version) for t in state.values()], torch.cat(some).tolist() if some else []
         if self._hashed[0] != changes:
             digest = hashlib.sha256(f"{self.settings} {self.count}".encode())
             for name, tensor in state.items():

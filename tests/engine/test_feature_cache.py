@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from torch import nn
 
 pytest.importorskip("detectron2")
 
+import peft_d2  # noqa: E402
 from peft_d2.data.loader import build_train_loader  # noqa: E402
 from peft_d2.engine.errors import ConfigError  # noqa: E402
 from peft_d2.engine.trainer import Trainer  # noqa: E402
@@ -37,7 +40,7 @@ class Counting(nn.Module):
 
 @pytest.fixture
 def encoder() -> Counting:
-    return Counting()
+    return Counting().requires_grad_(False)
 
 
 def test_an_image_is_encoded_once(encoder: Counting, tmp_path: Path) -> None:
@@ -65,6 +68,73 @@ def test_everything_that_decides_the_result_is_in_the_key(encoder: Counting, tmp
     encoder.load_state_dict({name: value + 1 for name, value in encoder.state_dict().items()})
     torch.testing.assert_close(cache(images), encoder.layer(images))
     assert encoder.seen == 5
+    encoder.layer.weight.data = encoder.layer.weight.data.clone() + 1
+    torch.testing.assert_close(cache(images), encoder.layer(images))
+    encoder.layer.weight.data.mul_(2)
+    torch.testing.assert_close(cache(images), encoder.layer(images))
+    assert encoder.seen == 7
+
+
+def test_nothing_is_kept_of_what_learns_by_now(encoder: Counting, tmp_path: Path) -> None:
+    images = torch.rand(1, 3, 16, 16)
+    cache = FeatureCache(tmp_path, encoder, "a")
+    cache(images)
+    encoder.requires_grad_(True)
+    cache(images).sum().backward()
+    assert encoder.seen == 2 and encoder.layer.weight.grad is not None
+
+
+def test_an_adapter_that_comes_later_is_not_given_what_another_kept(
+    frozen_cfg: Callable[..., Any], tmp_path: Path
+) -> None:
+    """One in the last block, as it is trained with kept features, then one in the first, and each in turn."""
+    image = [{"image": torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8)}]
+
+    def with_lora(block: int, name: str, *opts: Any) -> nn.Module:
+        targets = f"[{{'NAME': 'lora', 'TARGETS': ['net.blocks.{block}.attn.qkv'], 'RANK': 2}}]"
+        cfg = frozen_cfg("eomt lora", "MODEL.PEFT.METHODS", targets, "SEED", 3, *opts)
+        torch.manual_seed(3)
+        model = Trainer.build_model(cfg).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(block)))
+        peft_d2.save_adapter(model, tmp_path / name)
+        return model
+
+    expected = {"late": with_lora(3, "late"), "early": with_lora(0, "early")}
+    model = with_lora(3, "default", "MODEL.FEATURE_CACHE", tmp_path / "cache")
+    assert isinstance(model.backbone.forward, FeatureCache)
+    for name in expected:
+        peft_d2.load_adapter(model, tmp_path / name, name=name)
+    with torch.no_grad():
+        for name in ("late", "early", "late", "early"):
+            peft_d2.set_adapter(model, name)
+            found, other = (m(image)[0]["instances"].scores for m in (model, expected[name]))
+            torch.testing.assert_close(found, other, rtol=0, atol=1e-6)
+        scores = [m(image)[0]["instances"].scores for m in expected.values()]
+    assert (scores[0] - scores[1]).abs().max() > 1e-3  # they differ
+
+
+WRITER = """
+import sys, torch
+from torch import nn
+from peft_d2.models.feature_cache import FeatureCache
+torch.manual_seed(0)
+encoder = nn.Conv2d(3, 4, 8, 8).requires_grad_(False)
+images = torch.rand(40, 3, 64, 64)
+cache = FeatureCache(sys.argv[1], encoder, "a")
+for start in range(0, 40, 4):
+    batch = images[start : start + 4]
+    assert torch.equal(cache(batch), encoder._conv_forward(batch, encoder.weight, encoder.bias))
+"""
+
+
+def test_two_processes_write_at_once(tmp_path: Path) -> None:
+    runs = [subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path)], cwd=Path.cwd()) for _ in range(2)]
+    assert [run.wait(timeout=240) for run in runs] == [0, 0]
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) == 40 and {path.suffix for path in files} == {".safetensors"}
 
 
 def test_a_damaged_file_is_computed_again(encoder: Counting, tmp_path: Path) -> None:

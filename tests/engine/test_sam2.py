@@ -13,8 +13,8 @@ import torch
 pytest.importorskip("detectron2")
 
 from peft_d2 import peft  # noqa: E402
-from peft_d2.engine import launch  # noqa: E402
 from peft_d2.data.loader import build_train_loader  # noqa: E402
+from peft_d2.engine import launch  # noqa: E402
 from peft_d2.engine.trainer import Trainer  # noqa: E402
 
 from ..models.sam2.test_sam2 import TINY as SMALL  # noqa: E402

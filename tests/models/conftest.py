@@ -65,7 +65,8 @@ SMALL_DINO = {
 SMALL_EOMT = {
     **{key: value for key, value in _SMALL.items() if "RESNETS" not in key},
     "MODEL.TIMM.NAME": "vit_small_patch14_reg4_dinov2",
-    "MODEL.TIMM.KWARGS": "{embed_dim: 32, num_heads: 4, patch_size: 16, depth: 4, img_size: 64}",
+    # Layer scales as after some training, so that the blocks have an effect.
+    "MODEL.TIMM.KWARGS": "{embed_dim: 32, num_heads: 4, patch_size: 16, depth: 4, img_size: 64, init_values: 0.7}",
     "MODEL.TIMM.WEIGHTS": "",
     "MODEL.MASK_FORMER.DEC_LAYERS": 3,
     "MODEL.MASK_FORMER.NUM_OBJECT_QUERIES": 6,

@@ -36,6 +36,8 @@ MODEL:
     WINDOW: 0
     # MODEL.WEIGHTS holds the encoder as a difference to MODEL.TIMM.WEIGHTS, as the authors publish it for DINOv3.
     DELTA: false
+SOLVER:
+  {LAYER_DECAY: 1.0, LAYER_DECAY_BLOCKS: "backbone.net.blocks.*", LAYER_DECAY_SPARED: 0, BACKBONE_WARMUP_ITERS: 0}
 """
 
 

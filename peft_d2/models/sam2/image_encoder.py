@@ -20,6 +20,7 @@ from peft_d2.models.checks import expect, expect_heads, expect_lengths, expect_n
 from peft_d2.models.layers.transformer import run_block
 from peft_d2.models.registration import entry
 from peft_d2.models.sam.image_encoder import MLPBlock
+from peft_d2.models.sam2.names import with_own_names
 
 _STRIDE = 4  # of the patches
 _LEVELS = ("res2", "res3", "res4", "res5")
@@ -207,16 +208,3 @@ class SAM2Hiera(Backbone):
         trunk = "image_encoder.trunk."
         inside = {n.removeprefix(trunk): value for n, value in with_own_names(state).items() if n.startswith(trunk)}
         return {f"{prefix}net.{name}": value for name, value in inside.items()} if inside else dict(state)
-
-
-def with_own_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A published state dict with Segment Anything's names for what both have; the part for videos is left out."""
-    if not any(name.startswith("image_encoder.trunk.") for name in state):
-        return dict(state)
-    renamed = {}
-    for name, value in state.items():
-        name = name.replace("sam_prompt_encoder.", "prompt_encoder.").replace("sam_mask_decoder.", "mask_decoder.")
-        name = name.replace(".mlp.layers.0.", ".mlp.lin1.").replace(".mlp.layers.1.", ".mlp.lin2.")
-        renamed[name] = value[0, 0] if name == "no_mem_embed" and value.dim() == 3 else value
-    kept = ("image_encoder.", "prompt_encoder.", "mask_decoder.", "no_mem_embed")
-    return {name: value for name, value in renamed.items() if name.startswith(kept)}

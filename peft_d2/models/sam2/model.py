@@ -23,7 +23,8 @@ from peft_d2.models.registration import entry
 from peft_d2.models.sam.mask_decoder import SAMMaskDecoder
 from peft_d2.models.sam.model import SegmentAnything
 from peft_d2.models.sam.prompt_encoder import PromptEncoder, Prompts
-from peft_d2.models.sam2.image_encoder import SAM2ImageEncoder, with_own_names
+from peft_d2.models.sam2.image_encoder import SAM2ImageEncoder
+from peft_d2.models.sam2.names import with_own_names
 
 _STABLE, _MARGIN = 0.98, 0.05  # a mask is stable whose area changes by no more within so many logits
 _STRIDE = 16  # of the image's embedding

@@ -11,6 +11,7 @@ import torch
 from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import peft_d2
@@ -120,13 +121,23 @@ def theirs(filler: Any) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("multimask", [False, True])
-def test_same_outputs_from_the_published_form(
-    sam2: Any, filler: Any, theirs: Any, tmp_path: Any, multimask: bool
+@pytest.mark.parametrize(("form", "multimask"), [("meta", False), ("meta", True), ("transformers", False)])
+def test_same_outputs_from_both_published_forms(
+    sam2: Any, filler: Any, theirs: Any, tmp_path: Any, form: str, multimask: bool
 ) -> None:
-    torch.save({"model": published(theirs.state_dict())}, tmp_path / "sam2.pt")
+    """Meta's .pt, and transformers' model.safetensors, which is of the model for videos."""
+    if form == "meta":
+        path = tmp_path / "sam2.pt"
+        torch.save({"model": published(theirs.state_dict())}, path)
+    else:
+        path = tmp_path / "model.safetensors"
+        video = {
+            "memory_attention.layers.0.linear1.weight": torch.zeros(4, 4),
+            "object_pointer_proj.proj_in.bias": torch.zeros(4),
+        }
+        save_file({**{n: v.clone() for n, v in theirs.state_dict().items()}, **video}, path)
     ours = sam2().eval()
-    report = adapters.load_base(ours, tmp_path / "sam2.pt")
+    report = adapters.load_base(ours, path)
     assert not report.initial and not report.unexpected, report
     boxes = torch.tensor([[10.0, 20.0, 70.0, 60.0], [30.0, 5.0, 120.0, 88.0]])
     points = torch.tensor([[[40.0, 33.0]], [[64.0, 50.5]]]), torch.tensor([[1], [0]])
@@ -153,6 +164,13 @@ def test_same_outputs_from_the_published_form(
             torch.testing.assert_close(logits, expected.pred_masks[0], rtol=0, atol=1e-4)
             torch.testing.assert_close(quality, expected.iou_scores[0], rtol=0, atol=1e-4)
             torch.testing.assert_close(there, expected.object_score_logits[0], rtol=0, atol=1e-4)
+
+
+def test_both_forms_are_the_same_tensors(sam2: Any, theirs: Any) -> None:
+    """All that the model has, under its names."""
+    one, other = (sam2().upgrade_state_dict(state) for state in (theirs.state_dict(), published(theirs.state_dict())))
+    assert one.keys() == other.keys() == sam2().state_dict().keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 @pytest.mark.parametrize("size", [(90, 128), (64, 40)])
