@@ -27,6 +27,8 @@ SLOW = {
         for name in ("sam", "mask_dino", "mask_rcnn", "failing_evaluation", "tracking", "tasks")
     ),
     *(f"engine/test_{name}.py" for name in ("load_order", "augmented", "recompute", "memory_budget")),
+    *("engine/test_feature_cache.py", "engine/test_recommend.py", "evaluation/test_memory.py"),
+    *("memory/test_plan.py", "memory/test_side.py", "models/mask_dino/test_mask_dino_losses.py"),
     *(f"peft/test_{name}.py" for name in ("execution", "whole_model", "ddp", "lora_layers")),
     *(f"models/test_{name}.py" for name in ("timm", "training", "configs", "habits")),
     *(
