@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+from collections import OrderedDict
 from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from typing import Any
@@ -75,7 +76,7 @@ def load_trained(model: nn.Module, path: str | os.PathLike[str]) -> None:
             f"{os.fspath(path)} was not written of this model with this adapter: {len(wrong)} of {len(own)} tensors "
             f"are missing or of another shape, {shortened(wrong, 4)}. Build and inject the model as it was trained."
         )
-    root.load_state_dict({key: value for key, value in state.items() if key in own})
+    _load_named_as_now(root, {key: value for key, value in state.items() if key in own})
 
 
 def load_base_of_any(model: nn.Module, path: str) -> tuple[LoadReport, dict[str, Tensor]]:
@@ -100,8 +101,17 @@ def load_layers(model: nn.Module, path: str, state: Mapping[str, Tensor]) -> Non
             f"the checkpoint {path} is of a model with other adapters: {shortened(sorted(own ^ given), 4)} are not in "
             "both. Give the MODEL.PEFT that it was trained with"
         )
-    model.load_state_dict(dict(state), strict=False)
+    _load_named_as_now(model, state, strict=False)
     logger.info("%s is of a model with adapters: their %d tensors are in effect.", path, len(given))
+
+
+def _load_named_as_now(model: nn.Module, tensors: Mapping[str, Tensor], strict: bool = True) -> None:
+    """Load tensors that have the model's own names: without a version beside them, modules that rename what an older
+    version of them saved (the official Mask2Former's head) would do so.
+    """
+    state = OrderedDict(tensors)
+    state._metadata = getattr(model.state_dict(), "_metadata", {})  # type: ignore[attr-defined]
+    model.load_state_dict(state, strict=strict)
 
 
 def require_trained(model: nn.Module, report: LoadReport) -> None:

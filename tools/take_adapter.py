@@ -5,14 +5,15 @@
         --import mask2former:add_maskformer2_config --adapter adapter --merged merged.pth
 
 The config is the run's, with ``MODEL.PEFT``; ``--import`` names the functions that add their own keys, as their
-``train_net.py`` calls them, and so registers their models. Beside ``merged.pth`` comes ``merged.yaml``, which their
-code reads without this package.
+``train_net.py`` calls them (or one that makes the config, such as ``adet.config:get_cfg``), and so registers their
+models. Beside ``merged.pth`` comes ``merged.yaml``, which their code reads without this package.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import inspect
 import os
 import sys
 from pathlib import Path
@@ -23,6 +24,7 @@ from peft_d2.data.config import PEFT_ARCHITECTURE
 from peft_d2.engine.errors import ConfigError
 from peft_d2.engine.factory import PEFTModel
 from peft_d2.engine.launch import one_line_errors
+from peft_d2.ops.official import serve_official
 from peft_d2.storage import atomic
 
 
@@ -48,13 +50,18 @@ def their_config(args: argparse.Namespace) -> Any:
     from detectron2.config import get_cfg
 
     cfg = get_cfg()
+    serve_official()
     sys.path.insert(0, os.getcwd())  # where their train_net.py is started
     for adder in args.adders:
         module, _, name = adder.partition(":")
         try:
-            getattr(importlib.import_module(module), name)(cfg)
+            function = getattr(importlib.import_module(module), name)
+            cfg = function() if not inspect.signature(function).parameters else function(cfg) or cfg
         except (ImportError, AttributeError, ValueError) as error:
-            raise ConfigError(f"--import {adder}: {error}. Expected PKG.MOD:FN, a function of a config.") from error
+            said = " ".join(str(error).split())
+            raise ConfigError(
+                f"--import {module}:{name}: {said}. Expected PKG.MOD:FN, a function of a config."
+            ) from error
     peft_d2.register()
     peft_d2.add_config(cfg, models=False)
     try:
@@ -67,7 +74,6 @@ def their_config(args: argparse.Namespace) -> Any:
             f"MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE!r}, not {PEFT_ARCHITECTURE}: this run's adapter "
             "is not in its config. Use peft_d2.load_trained in the code that injected it."
         )
-    cfg.MODEL.DEVICE = "cpu"
     return cfg
 
 
@@ -81,7 +87,9 @@ def take_adapter(args: argparse.Namespace) -> list[str]:
     if not (args.adapter or args.merged):
         raise ConfigError("there is nothing to write: name --adapter, --merged or both.")
     cfg = their_config(args)
-    model = PEFTModel(cfg)
+    on_cpu = cfg.clone()
+    on_cpu.MODEL.DEVICE = "cpu"
+    model = PEFTModel(on_cpu)
     peft_d2.load_trained(model, args.checkpoint)
     written = []
     if args.adapter:

@@ -91,6 +91,8 @@ class Checkpointer(DetectionCheckpointer):
                 record = {**_RECORD, "run": self._run, "adapter": _tie(files), **_digest(folder / TRAINING_STATE)}
                 for filename, data in {**files, STATE_RECORD: adapter_file.sign(record)}.items():
                     (folder / filename).write_bytes(data)
+            if name.endswith("final"):
+                adapter_file.say_why_not_peft(target, files)
         else:
             with atomic.file(target) as path:
                 torch.save({"model": _dense(self.model.state_dict()), **state}, path)

@@ -9,6 +9,7 @@ import logging
 import logging.handlers
 import os
 import re
+import shlex
 import signal
 import socket
 import sys
@@ -186,12 +187,14 @@ def prepare_config(args: argparse.Namespace) -> Any:
     """
     from peft_d2.data.registration import register_from_config
     from peft_d2.engine.factory import register
+    from peft_d2.storage import hub
 
     try:
         register(upstream_names=True)
         loaded = load_config(args.config_file, args.peft_config, args.opts)
         _take_own_data(loaded, args)
         _make_paths_absolute(loaded.cfg)
+        loaded.cfg.MODEL.PEFT.WEIGHTS = hub.pinned(loaded.cfg.MODEL.PEFT.WEIGHTS)
         register_from_config(loaded.cfg)
         apply_class_count(loaded.cfg, loaded.explicit)
     except (ValueError, FileNotFoundError) as error:
@@ -283,6 +286,7 @@ def start_logs(cfg: Any, args: argparse.Namespace) -> None:
             if type(handler.formatter) is not logging.Formatter:  # Detectron2's coloured one is the terminal's
                 handler.addFilter(_for_the_terminal)
     logger.info("Environment info:\n%s", collect_env_info(), extra=FILE_ONLY)
+    logger.info("Command: %s", shlex.join(sys.argv), extra=FILE_ONLY)
     logger.info("Process %d of %d; arguments: %s", comm.get_rank(), comm.get_world_size(), args, extra=FILE_ONLY)
     logger.info("Running with full config:\n%s", cfg.dump(), extra=FILE_ONLY)
 

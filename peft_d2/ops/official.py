@@ -7,6 +7,7 @@ each compiles from its own copy of the CUDA source, and fail without it; detrex 
 from __future__ import annotations
 
 import importlib
+import importlib.machinery
 import importlib.util
 import logging
 import sys
@@ -88,7 +89,7 @@ def serve_official() -> list[str]:
         sys.modules[OFFICIAL] = _module(OFFICIAL)
         served.append(OFFICIAL)
     if _installed("detrex"):
-        if _is_free("detrex._C"):
+        if "detrex._C" not in sys.modules and not _has_extension("detrex"):
             if "detrex.layers.multi_scale_deform_attn" in sys.modules:
                 raise RuntimeError("detrex was imported already, without its operator: call serve_official() before it")
             sys.modules["detrex._C"] = _module("detrex._C")
@@ -152,6 +153,13 @@ def _installed(name: str) -> bool:
         return importlib.util.find_spec(name) is not None
     except (ValueError, ImportError):  # without a spec, or below a package that cannot be imported
         return name in sys.modules
+
+
+def _has_extension(package: str) -> bool:
+    """Whether a package has a compiled ``_C``; looked up beside its files, since importing it would need one."""
+    spec = importlib.util.find_spec(package)
+    places = spec.submodule_search_locations if spec is not None else None
+    return importlib.machinery.PathFinder.find_spec(f"{package}._C", places) is not None
 
 
 def _is_ours(path: Path) -> bool:

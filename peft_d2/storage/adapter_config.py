@@ -96,8 +96,8 @@ def lora_ranks(tensors: Mapping[str, Tensor]) -> dict[str, int]:
 
 def describe(
     tensors: Mapping[str, Tensor], base: Collection[str], scales: Mapping[str, float], modules: Modules = ()
-) -> dict[str, Any]:
-    """The content of `adapter_config.json`.
+) -> tuple[dict[str, Any], str]:
+    """The content of `adapter_config.json`, and why `peft` cannot open the folder, "" where it can.
 
     Args:
         tensors: injected tensors and those trained in full, by name in the model.
@@ -107,24 +107,16 @@ def describe(
             `peft` finds the same modules and computes the same in them is not checked.
     """
     injected, full = set(tensors) - set(base), set(tensors) & set(base)
-    ranks, by_name = lora_ranks(tensors), dict(modules)
+    ranks = lora_ranks(tensors)
     dora = [path for path in ranks if path + MAGNITUDE in tensors]
     saved = _saved_modules(full, base, list(ranks), modules)
     targets = _targets(list(ranks), saved or [], modules)
-    expressible = (
-        saved is not None
-        and bool(targets)
-        and injected == {path + suffix for path in ranks for suffix in SUFFIXES if path + suffix in tensors}
-        and ranks.keys() <= scales.keys()
-        and len(dora) in (0, len(ranks))
-        and (not modules or all(path in by_name and not difference_to_peft(path, by_name) for path in ranks))
-        and not any(_in_encoder_layer(path, by_name) for path in ranks if modules)
-    )
-    if not expressible:
+    unknown = sorted(injected - {path + suffix for path in ranks for suffix in SUFFIXES})
+    if reason := _not_for_peft(ranks, unknown, dora, saved, targets, scales, modules):
         places = sorted({name.rpartition(".")[0] for name in injected})
         owners = sorted({name.rpartition(".")[0] or name for name in full})
         own = {"peft_type": OWN, "target_modules": places, "modules_to_save": owners or None, "inference_mode": True}
-        return {**own, "lora_scales": {path: float(value) for path, value in scales.items()}}
+        return {**own, "lora_scales": {path: float(value) for path, value in scales.items()}}, reason
     alphas = {path: scales[path] * rank for path, rank in ranks.items()}
     alphas = {path: round(v) if math.isclose(v, round(v), rel_tol=1e-9) else v for path, v in alphas.items()}
     rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
@@ -145,7 +137,35 @@ def describe(
         "use_rslora": False,
         "use_dora": bool(dora),
         "modules_to_save": saved or None,
-    }
+    }, ""
+
+
+def _not_for_peft(
+    ranks: Mapping[str, int], unknown: Sequence[str], dora: Sequence[str], saved: list[str] | None,
+    targets: list[str] | str | None, scales: Mapping[str, float], modules: Modules,
+) -> str:  # fmt: skip
+    """Why `peft` would not open the folder, or would compute something else with it; empty where it does."""
+    by_name = dict(modules)
+    if unknown:
+        return f"{unknown[0]} belongs to a method that peft does not have ({len(unknown)} such tensors)"
+    if not ranks:
+        return "it has no LoRA, and peft needs one"
+    if saved is None:
+        return (
+            "what is trained in full is shared, no whole module, or of a name that modules_to_save finds elsewhere too"
+        )
+    if not targets:
+        return "an adapted module lies in one that is trained in full, where peft leaves it out"
+    if not ranks.keys() <= scales.keys():
+        return "the factor of a LoRA is not known"
+    if len(dora) not in (0, len(ranks)):
+        return "some modules have DoRA and some have not, and peft has one use_dora for all"
+    for path in ranks if modules else ():
+        if reason := "it is not in the base" if path not in by_name else difference_to_peft(path, by_name):
+            return f"{path}: {reason}"
+        if _in_encoder_layer(path, by_name):
+            return f"{path}: torch's fast path of nn.TransformerEncoderLayer passes peft's layer by in eval mode"
+    return ""
 
 
 def _saved_modules(

@@ -17,6 +17,7 @@ import dataclasses
 import errno
 import hashlib
 import json
+import logging
 import math
 import os
 import re
@@ -34,8 +35,11 @@ from peft_d2.peft.state import unstorable
 from peft_d2.storage import adapter_config, atomic
 from peft_d2.storage.atomic import Defect
 
+logger = logging.getLogger(__name__)
+
 FORMAT, FORMAT_VERSION = "peft_d2-adapter", 1
 TENSORS, CONFIG, RECORD = FILES = "adapter_model.safetensors", "adapter_config.json", "peft_d2.json"
+WHY_NOT_PEFT = "why_not_peft"  # of the record, where Hugging Face's peft cannot open the folder as it is
 MARK = "peft_d2"  # in the tensors' header: tells our folder that lost its record from one of Hugging Face's
 MAX_JSON = 32 * 2**20  # bytes
 
@@ -202,6 +206,13 @@ def write(folder: str | os.PathLike[str], tensors: Mapping[str, Tensor], **descr
     with atomic.folder(folder, FILES) as temporary:
         for name, content in data.items():
             (temporary / name).write_bytes(content)
+    say_why_not_peft(folder, data)
+
+
+def say_why_not_peft(folder: str | os.PathLike[str], files: Mapping[str, bytes]) -> None:
+    """Log why Hugging Face's `peft` cannot open what was written, where it cannot."""
+    if reason := json.loads(files[RECORD]).get(WHY_NOT_PEFT):
+        logger.info("Hugging Face's peft cannot open %s, this package can: %s.", folder, reason)
 
 
 def contents(
@@ -232,7 +243,7 @@ def contents(
 
     if problem := unstorable(tensors):
         raise ValueError(problem)
-    config = adapter_config.describe(tensors, base.tensors, scales or {}, modules)
+    config, reason = adapter_config.describe(tensors, base.tensors, scales or {}, modules)
     adapter_config.scales(tensors, config)  # what could not be read is not written
     data = {
         TENSORS: dump_tensors(adapter_config.to_file(tensors), {MARK: str(FORMAT_VERSION)}),
@@ -247,6 +258,7 @@ def contents(
         "base": base.to_json(),
         "metrics": _plain(dict(metrics or {}), "the metrics"),
         "files": {name: {"bytes": len(content), "sha256": _sha256(content)} for name, content in data.items()},
+        **({WHY_NOT_PEFT: reason} if reason else {}),
     }
     try:
         return {**data, RECORD: sign(record)}
@@ -343,7 +355,7 @@ def _read_record(root: Path) -> dict[str, Any]:
         raise AdapterFileError(path, "its checksum does not match: it was damaged or edited", _DAMAGED)
     if (
         record.get("format") != FORMAT
-        or {key: type(value) for key, value in record.items()} != _TYPES
+        or {WHY_NOT_PEFT: str, **{key: type(value) for key, value in record.items()}} != {WHY_NOT_PEFT: str, **_TYPES}
         or record["files"].keys() != {TENSORS, CONFIG}  # fixed names: none can point elsewhere
         or any(not isinstance(entry, dict) or entry.keys() != {"bytes", "sha256"} for entry in record["files"].values())
         or any(not isinstance(entry["bytes"], int) for entry in record["files"].values())

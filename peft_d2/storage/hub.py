@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from peft_d2.storage import adapter_file
-from peft_d2.storage.adapter_file import FILES, AdapterFileError
+from peft_d2.storage.adapter_file import FILES, WHY_NOT_PEFT, AdapterFileError
 
 _ADDRESS = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)@(?P<revision>[\w./-]+)")
 _INSTALL = "pip install 'peft_d2[hub]'"
@@ -44,6 +44,12 @@ def local_folder(folder: str | os.PathLike[str]) -> str | os.PathLike[str]:
     return local
 
 
+def pinned(folder: str) -> str:
+    """``user/name@<commit>`` for ``user/name@main``, for a run's record; any other path as it is."""
+    local = local_folder(folder)
+    return folder if local == folder else f"{folder.partition('@')[0]}@{Path(local).name}"
+
+
 def push_to_hub(
     folder: str | os.PathLike[str],
     repo: str,
@@ -58,7 +64,7 @@ def push_to_hub(
         repo: ``user/name``; made where it does not exist.
         picture: shown on the card.
         private: of a repository that is made.
-        command: how it was trained, for the card.
+        command: how it was trained, for the card; else what the run's ``log.txt`` says.
 
     Returns:
         ``user/name@commit``, as :func:`peft_d2.load_adapter` takes it.
@@ -92,7 +98,9 @@ def model_card(folder: str | os.PathLike[str], repo: str, picture: str = "", com
         "library_name": "peft_d2",
         "tags": ["detectron2", "peft", "image-segmentation", *(["lora"] if hf else [])],
     }
+    start = run.get("MODEL", {}).get("PEFT", {}).get("WEIGHTS")
     rows = [
+        *([("started from", f"`{start}`")] if start else []),
         ("base", f"`{base}`, {record['base']['count']} tensors, fingerprint `{record['base']['weights'][:16]}`"),
         *(
             (f"data, {split.lower()}", ", ".join(map(str, data.get(split) or ())) or "not named")
@@ -110,9 +118,17 @@ def model_card(folder: str | os.PathLike[str], repo: str, picture: str = "", com
     lines += [*([f"![Predictions]({picture})", ""] if picture else []), "| | |", "|---|---|"]
     lines += [f"| {key} | {value} |".replace("\n", " ") for key, value in rows]
     lines += ["", "```python", f'peft_d2.load_adapter(model, "{repo}@main")  # or a commit, which stays', "```", ""]
+    command = command or _command(beside.with_name("log.txt"))
     lines += [f"Trained by `{command}`.", ""] if command else []
-    lines.append(f"Hugging Face's `peft` {'opens it as it is' if hf else 'cannot compute what it does'}.")
+    reason = record.get(WHY_NOT_PEFT) or "see peft_type in adapter_config.json"
+    lines.append(f"Hugging Face's `peft` {'opens it as it is' if hf else f'cannot open it: {reason}'}.")
     return "\n".join(lines) + "\n"
+
+
+def _command(log: Path) -> str:
+    """The command line that a run wrote into its log, the newest where it was resumed."""
+    text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
+    return (re.findall(r"Command: (.+)", text) or [""])[-1].replace("`", "'")
 
 
 def _method(entry: dict[str, Any]) -> str:

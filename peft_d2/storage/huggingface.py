@@ -104,6 +104,10 @@ def read(folder: str | os.PathLike[str], model: nn.Module | None = None) -> Adap
         raise AdapterFileError(path, str(error), _SAVE_AGAIN) from None
     except OSError as error:
         raise AdapterFileError(path, error.strerror or str(error), remedy) from error
+    if wrapper := _wrapper(stored, model):
+        defect = f"its tensors lie below {wrapper!r}, as of a model inside another (DistributedDataParallel, say)"
+        remedy = "peft itself loads it into no other model, either: save it there from the model inside the wrapper"
+        raise AdapterFileError(path, defect, remedy)
     try:
         return _Reader({key: value for key, value in config.items() if value is not None}, stored, model).content()
     except ValueError as error:
@@ -333,6 +337,15 @@ def _check_fields(config: Mapping[str, Any]) -> None:
         other = "it changed the base's weights in a way that the files do not tell"
         reason = other if _OTHER_BASE.fullmatch(start) else "it is not known here"
         raise ValueError(f"adapter_config.json: init_lora_weights is {start[:80]!r}: {reason}")
+
+
+def _wrapper(stored: Mapping[str, Tensor], model: nn.Module | None) -> str:
+    """The module's name, such as "module", that all tensors lie below and the model does not have, "" for none."""
+    names = [(adapter_config.model_name(name) or name).split(".") for name in stored]
+    children = {name for name, _ in model.named_children()} if model is not None else set()
+    first = {name[0] for name in names}
+    inside = len(first) == 1 and not first & children and all(len(n) > 1 and n[1] in children for n in names)
+    return first.pop() if inside else ""
 
 
 def _named_as_in_model(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:

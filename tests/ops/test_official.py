@@ -87,8 +87,8 @@ def test_a_real_one_wins(tmp_path: Path) -> None:
 def test_detrex_gets_the_operator_and_loses_its_slow_function(tmp_path: Path) -> None:
     layers = tmp_path / "detrex" / "layers"
     layers.mkdir(parents=True)
-    for folder in (layers.parent, layers):
-        (folder / "__init__.py").write_text("")
+    (layers.parent / "__init__.py").write_text("from detrex import layers\n")  # as the real one: importing it runs all
+    (layers / "__init__.py").write_text("from . import multi_scale_deform_attn\n")
     (layers / "multi_scale_deform_attn.py").write_text(DETREX)
     case = random_case(reference=0, dtype=torch.float32)
     expected = case.run("torch")

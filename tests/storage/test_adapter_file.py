@@ -199,7 +199,7 @@ def test_a_record_with_other_content_is_refused(tmp_path: Path, change: Any, mes
 
 def test_a_rank_that_is_not_the_described_one_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     describe = adapter_config.describe
-    monkeypatch.setattr(adapter_config, "describe", lambda *a: {**describe(*a), "r": 4})
+    monkeypatch.setattr(adapter_config, "describe", lambda *a: ({**describe(*a)[0], "r": 4}, ""))
     with pytest.raises(AdapterFileError, match=r"LoRA of enc\.fc has rank 2, and adapter_config\.json says 4"):
         adapter_file.read(save(tmp_path / "adapter"))
 

@@ -59,7 +59,9 @@ def run(tmp_path: Path) -> tuple[Path, nn.Module]:
         for item in peft.trained_parameters(trained):
             item.param.add_(0.5)
     peft_d2.save_adapter(trained, tmp_path / "run" / "adapter_final", metrics={"segm/AP": 36.54321})
-    config = {"MODEL": {"WEIGHTS": "base.pth"}, "DATASETS": {"TRAIN": ["night_train"], "TEST": ["night_val"]}}
+    (tmp_path / "run" / "log.txt").write_text("old Command: a\n[11/27] Command: tools/train_net.py --resume\n")
+    config = {"MODEL": {"WEIGHTS": "base.pth", "PEFT": {"WEIGHTS": f"user/day@{COMMIT}"}}}
+    config |= {"DATASETS": {"TRAIN": ["night_train"], "TEST": ["night_val"]}}
     (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(config))
     return tmp_path / "run" / "adapter_final", trained
 
@@ -76,6 +78,7 @@ def test_what_is_pushed_is_loaded(revision: str, cache: Path, run: tuple[Path, n
     assert COMMIT in caplog.text  # what a run used is in its log, whatever a branch is later
     x = torch.randn(3, 4)
     assert torch.equal(fresh(x), run[1](x))
+    assert hub.pinned(f"user/night@{revision}") == f"user/night@{COMMIT}" and hub.pinned("here") == "here"
     several = model()
     peft_d2.load_adapters(several, {"night": f"user/night@{revision}"})
     peft_d2.set_adapter(several, "night")
@@ -88,8 +91,10 @@ def test_the_card_tells_the_run(run: tuple[Path, nn.Module]) -> None:
     assert header["library_name"] == "peft_d2" and "detectron2" in header["tags"]
     told = ["`base.pth`, 4 tensors", "night_train", "night_val", "lora on `0`", "RANK 2", "| trained in full | `2` |"]
     told += ["| segm/AP | 36.54 |", "![Predictions](picture.png)", "--config-file x.yaml", '"user/night@main"']
+    told += [f"| started from | `user/day@{COMMIT}` |", "Hugging Face's `peft` opens it as it is."]
     for part in told:
         assert part in card, part
+    assert "Trained by `tools/train_net.py --resume`." in hub.model_card(run[0], "user/night")
 
 
 def test_refusals(cache: Path, run: tuple[Path, nn.Module], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

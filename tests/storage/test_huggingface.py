@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import warnings
@@ -173,6 +174,21 @@ def test_theirs_loads_into_a_model_injected_alike_and_no_other(tmp_path: Path) -
     peft_d2.inject(other, [{**OURS["plain"][0][0], "ALPHA": 4.0}])
     with pytest.raises(AdapterFileError, match=r"scaled by 1 in the model and by 1\.5 in the file"):
         load_adapter(other, tmp_path / "hf")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("saved", [None, ["head"]])
+def test_an_adapter_of_a_wrapped_model_loads_in_neither(tmp_path: Path, saved: list[str] | None) -> None:
+    wrapped = nn.ModuleDict({"module": base()})  # as below DistributedDataParallel
+    adapted = hf.get_peft_model(wrapped, hf.LoraConfig(target_modules=EVERYWHERE, modules_to_save=saved))
+    move(parameter for parameter in adapted.parameters() if parameter.requires_grad)
+    adapted.save_pretrained(tmp_path / "hf")
+    bare, before = base(), output(base())
+    with contextlib.suppress(KeyError):  # without modules_to_save peft warns and leaves the factors at their start
+        torch.testing.assert_close(output(hf.PeftModel.from_pretrained(base(), str(tmp_path / "hf"))), before)
+    with pytest.raises(AdapterFileError, match="its tensors lie below 'module'.*from the model inside the wrapper"):
+        load_adapter(bare, tmp_path / "hf")
+    assert torch.equal(output(bare), before)
 
 
 def test_what_peft_cannot_express_is_refused_by_both(tmp_path: Path) -> None:

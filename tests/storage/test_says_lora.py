@@ -151,9 +151,20 @@ SAYS: dict[str, tuple[list[dict[str, Any]], tuple[str, ...], str]] = {
 }  # fmt: skip
 
 
+REASONS = {
+    "a bias": "trained in full is shared, no whole module",
+    "heads alone": "it has no LoRA",
+    "trained in full as well": "an adapted module lies in one that is trained in full",
+    "dora and none": "some modules have DoRA and some have not",
+    "grouped": "grouped: peft's branch of a grouped convolution mixes all groups",
+    "an adapter beside": "belongs to a method that peft does not have",
+    "torch's encoder layer": "passes peft's layer by in eval mode",
+}
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("case", SAYS)
-def test_says_lora_where_peft_gives_our_output(tmp_path: Path, case: str) -> None:
+def test_says_lora_where_peft_gives_our_output(tmp_path: Path, case: str, caplog: pytest.LogCaptureFixture) -> None:
     methods, train, kind = SAYS[case]
     model = base()
     peft_d2.inject(model, methods, train=train)
@@ -161,8 +172,12 @@ def test_says_lora_where_peft_gives_our_output(tmp_path: Path, case: str) -> Non
     with torch.no_grad():
         for item in ours.trained_parameters(model):
             item.param.add_(0.1 * torch.randn(item.param.shape, generator=generator))
-    save_adapter(model, tmp_path / "ours")
+    with caplog.at_level("INFO", "peft_d2"):
+        save_adapter(model, tmp_path / "ours")
     assert json.loads((tmp_path / "ours" / "adapter_config.json").read_text())["peft_type"] == kind
+    reason = json.loads((tmp_path / "ours" / "peft_d2.json").read_text()).get("why_not_peft", "")
+    assert bool(reason) == (kind == "PEFT_D2") == ("peft cannot open" in caplog.text) and reason in caplog.text
+    assert REASONS.get(case, "") in reason
     back = base()
     load_adapter(back, tmp_path / "ours")
     assert torch.equal(output(back), output(model))

@@ -29,6 +29,14 @@ def add_theirs_config(cfg):
 
 @META_ARCH_REGISTRY.register()
 class TheirModel(nn.Module):
+    _version = 2
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
+        if local_metadata.get("version", 1) < 2:  # renames what an older version saved, as Mask2Former's head does
+            for key in [key for key in state_dict if key.startswith(prefix + "fc.")]:
+                state_dict[prefix + "renamed." + key] = state_dict.pop(key)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+
     def __init__(self, cfg):
         super().__init__()
         self.fc = nn.Linear(4, cfg.MODEL.THEIRS.WIDTH)
@@ -81,6 +89,15 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     META_ARCH_REGISTRY._obj_map.pop("TheirModel", None)
 
 
+def config_of_theirs() -> Any:
+    """As AdelaiDet has it: a config of their own instead of a function that adds keys."""
+    from detectron2.config import get_cfg
+
+    cfg = get_cfg()
+    sys.modules["field_theirs"].add_theirs_config(cfg)
+    return cfg
+
+
 def arguments(*more: str) -> Any:
     adders = ["--import", "field_theirs:add_theirs_config"]
     return take_adapter.take_parser().parse_args(
@@ -114,6 +131,18 @@ def test_a_checkpoint_of_parallel_training(run: torch.nn.Module) -> None:
     take_adapter.take_adapter(arguments("--adapter", "adapter"))
     model = PEFTModel(take_adapter.their_config(arguments("MODEL.PEFT.WEIGHTS", "adapter")))
     assert torch.equal(model(torch.ones(2, 4)), run(torch.ones(2, 4)))
+
+
+def test_a_function_that_makes_the_config(run: torch.nn.Module) -> None:
+    own = take_adapter.take_parser().parse_args(
+        ["--config-file", "config.yaml", "--checkpoint", "", "--import", f"{__name__}:config_of_theirs"]
+    )
+    assert take_adapter.their_config(own) == take_adapter.their_config(arguments())
+
+
+def test_the_device_of_the_run_stays(run: torch.nn.Module, tmp_path: Path) -> None:
+    take_adapter.take_adapter(arguments("--merged", "merged.pth", "MODEL.DEVICE", "cuda"))
+    assert "DEVICE: cuda\n" in (tmp_path / "merged.yaml").read_text()
 
 
 def test_refusals(run: torch.nn.Module) -> None:
