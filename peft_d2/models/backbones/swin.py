@@ -40,25 +40,44 @@ def shift_mask(height: int, width: int, window: int, shift: int, device: torch.d
     return (windows[:, None] != windows[:, :, None]).float() * _SHIFT_PENALTY
 
 
-class _BiasGradient(torch.autograd.Function):
-    """Gives the bias its gradient, which torch's fused attention does not on a CPU, and leaves the output as it is.
+def _masked(bias: Tensor, mask: Tensor | None, rows: int) -> Tensor:
+    """What is added to the logits (rows, heads, T, T): the bias, and the mask of the window that a row is."""
+    if mask is None:
+        return bias
+    return (bias + mask[:, None]).expand(rows // len(mask), -1, -1, -1, -1).flatten(0, 1)
 
-    With P = softmax(scale Q K^T + bias), O = P V and G the gradient of O, that of the logits is
-    P * (G V^T - rowsum(G * O)) (FlashAttention, arXiv 2205.14135, appendix B.2). P is computed again, not kept.
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, _masked(bias, mask, len(q)).to(q.dtype), scale=scale)
+
+
+class _FusedAttention(torch.autograd.Function):
+    """softmax(scale Q K^T + bias) V by torch's fused kernel, and the gradients of q, k, v and bias.
+
+    The kernel has no gradient of the bias on a CPU, and one of bfloat16 there that takes eight times as long as that of
+    float32. With P the weights, O the output and G its gradient, that of the logits is P * (G V^T - rowsum(G * O))
+    (FlashAttention, arXiv 2205.14135, appendix B.2). P is computed again, not kept; on a CPU in float32 at least.
     """
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
-        ctx.save_for_backward(output, q, k, v, bias)
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+        output = _attend(q, k, v, bias.detach(), mask, scale)
+        ctx.save_for_backward(output, q, k, v, bias, mask)
         ctx.scale = scale
-        return output.view_as(output)
+        return output
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        output, q, k, v, bias = ctx.saved_tensors
-        weights = ((q * ctx.scale) @ k.transpose(-2, -1) + bias).softmax(-1)
-        of_logits = weights * (grad @ v.transpose(-2, -1) - (grad * output).sum(-1, keepdim=True))
-        return grad, None, None, None, of_logits.sum_to_size(bias.shape), None
+        output, q, k, v, bias, mask = ctx.saved_tensors
+        wide = torch.promote_types(q.dtype, torch.float32) if q.device.type == "cpu" else q.dtype
+        output, query, key, value, outer = (tensor.to(wide) for tensor in (output, q, k, v, grad))
+        with torch.autocast(q.device.type, enabled=False):
+            weights = ((query * ctx.scale) @ key.transpose(-2, -1) + _masked(bias, mask, len(q))).softmax(-1).to(wide)
+            of_logits = (outer @ value.transpose(-2, -1)).sub_((outer * output).sum(-1, keepdim=True)).mul_(weights)
+            of_value = weights.transpose(-2, -1) @ outer
+            of_query, of_key = of_logits @ key * ctx.scale, of_logits.transpose(-2, -1) @ query * ctx.scale
+        of_bias = of_logits.sum_to_size(bias.shape) if ctx.needs_input_grad[3] else None
+        return of_query.to(q.dtype), of_key.to(q.dtype), of_value.to(q.dtype), of_bias, None, None
 
 
 class WindowAttention(nn.Module):
@@ -86,14 +105,12 @@ class WindowAttention(nn.Module):
         rows, tokens, channels = x.shape
         q, k, v = self.qkv(x).view(rows, tokens, 3, self.n_heads, -1).permute(2, 0, 3, 1, 4)
         bias = self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)[None]
-        if mask is not None:
-            bias = (bias + mask[:, None]).expand(rows // len(mask), -1, -1, -1, -1).flatten(0, 1)
         if self.training and self.attn_drop.p:
-            x = self.attn_drop(((q * self.scale) @ k.transpose(-2, -1) + bias).softmax(-1)) @ v
+            x = self.attn_drop(((q * self.scale) @ k.transpose(-2, -1) + _masked(bias, mask, rows)).softmax(-1)) @ v
+        elif bias.requires_grad or (x.device.type == "cpu" and q.dtype.itemsize < 4 and q.requires_grad):
+            x = _FusedAttention.apply(q, k, v, bias, mask, self.scale)
         else:
-            x = F.scaled_dot_product_attention(q, k, v, bias.detach().to(q.dtype), scale=self.scale)
-            if bias.requires_grad:
-                x = _BiasGradient.apply(x, q.detach(), k.detach(), v.detach(), bias, self.scale)
+            x = _attend(q, k, v, bias, mask, self.scale)
         return self.proj_drop(self.proj(x.transpose(1, 2).reshape(rows, tokens, channels)))
 
 
