@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
 
+from peft_d2.memory import SavedTensors
 from peft_d2.models.backbones.stages import from_windows, to_windows
 from peft_d2.models.backbones.swin import SwinTransformer, shift_mask
 
@@ -92,6 +94,27 @@ def test_attention_and_its_gradients_are_the_papers(shifted: bool) -> None:
         results.append([out, *torch.autograd.grad(out.pow(3).sum(), weights)])
     for found, expected in zip(*results, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("trained", [True, False], ids=["bias trained", "bias frozen"])
+def test_bfloat16_gradients_are_as_near_as_the_forward_pass(trained: bool) -> None:
+    """Beside double precision, with the same q, k, v in bfloat16; the mask is kept once, not by head."""
+    attention = swin().layers[0].blocks[0].attn
+    attention.relative_position_bias_table.requires_grad_(trained)
+    mask, x = shift_mask(8, 8, 4, 2, torch.device("cpu")), torch.randn(8, 16, 12, requires_grad=True)
+    wanted = [x, *(p for p in attention.parameters() if p.requires_grad)]
+    with torch.autocast("cpu", torch.bfloat16), SavedTensors(attention) as saved:
+        out = attention(x, mask)
+    found = torch.autograd.grad(out.float().pow(2).sum(), wanted)
+    with torch.autocast("cpu", torch.bfloat16), SavedTensors(attention) as saved_without_mask:
+        attention(x)
+    assert saved.bytes - saved_without_mask.bytes == mask.nbytes
+    exact = copy.deepcopy(attention).double()
+    y = x.detach().double().requires_grad_()
+    doubles = [y, *(p for p in exact.parameters() if p.requires_grad)]
+    expected = torch.autograd.grad(exact(y, mask.double()).pow(2).sum(), doubles)
+    for one, other in zip(found, expected, strict=True):
+        assert (one - other).norm() < 0.02 * other.norm()
 
 
 def test_a_frozen_bias_changes_no_bit() -> None:
