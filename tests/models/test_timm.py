@@ -287,3 +287,45 @@ def test_under_a_head(head: str, name: str, monkeypatch: pytest.MonkeyPatch) -> 
     with torch.no_grad():
         [result] = model.eval()([{**item, "height": 64, "width": 80}])
     assert result["instances"].image_size == (64, 80)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "tf_efficientnet_lite0"])
+def test_under_a_prompted_decoder(name: str) -> None:
+    """Segment Anything's decoder on any backbone: the embedding has its maps from stride 8 on, a step reaches them."""
+    root = Path(__file__).resolve().parents[2]
+    peft_d2.register()
+    keys = ["MODEL.TIMM.NAME", name]
+    cfg = load_config(str(root / "configs/nuclei/efficientnet_sam/model.yaml"), opts=keys).cfg
+    torch.manual_seed(0)
+    model = build_model(cfg)
+    encoder = model.image_encoder
+    images = torch.randn(1, 3, 192, 192)
+    maps = encoder.backbone.eval()(images)
+    assert list(maps) == ["res3", "res4", "res5"] and encoder.eval()(images).shape == (1, 64, 24, 24)
+    peft_d2.inject(model, [{"NAME": "adapter", "TARGETS": ["re:.*backbone[.]net[.].*[.]1"]}], train=["mask_decoder"])
+    item = sample("bitmasks", count=2)
+    item["instances"].gt_boxes = item["instances"].gt_masks.get_bounding_boxes()
+    with EventStorage():
+        losses = step(model, [item])
+    assert all(loss.isfinite() for loss in losses.values())
+    ends = {item.name: item.param.grad for item in peft.trained_parameters(model) if item.name.endswith("up.bias")}
+    assert len(ends) > 3 and all(gradient is not None and bool(gradient.any()) for gradient in ends.values())
+    with torch.no_grad():
+        [result] = model.eval()([{**item, "boxes": item["instances"].gt_boxes.tensor, "height": 64, "width": 80}])
+    assert result["instances"].pred_masks.shape == (2, 64, 80)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (["MODEL.SAM.ENCODER", "swin"], "MODEL.SAM.ENCODER is 'swin'"),
+        (["MODEL.SAM.PATCH_SIZE", "4"], "MODEL.SAM.PATCH_SIZE is 4.*the stride of a map of PD2Timm"),
+        (["MODEL.SAM.IMAGE_SIZE", "200"], "MODEL.SAM.IMAGE_SIZE is 200.*a multiple of the backbone's stride, 32"),
+        (["MODEL.META_ARCHITECTURE", "PD2SAM2", "MODEL.SAM.PATCH_SIZE", "16"], "MODEL.SAM.ENCODER is 'backbone'"),
+    ],
+)
+def test_encoders_that_cannot_be(keys: list[str], message: str) -> None:
+    root = Path(__file__).resolve().parents[2]
+    peft_d2.register()
+    with pytest.raises(ModelConfigError, match=message):
+        build_model(load_config(str(root / "configs/nuclei/efficientnet_sam/model.yaml"), opts=keys).cfg)

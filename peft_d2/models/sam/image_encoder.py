@@ -11,6 +11,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from detectron2.config import CfgNode
+from detectron2.modeling import build_backbone
 from torch import Tensor, nn
 
 from peft_d2.models.backbones.stages import PatchEmbed, from_windows, pad_bottom_right, to_windows
@@ -95,6 +96,31 @@ class ImageEncoder(nn.Module):
         for block in self.blocks[count:]:
             features = run_block(block, features, use_checkpoint=self.use_checkpoint)
         return self.neck(features.permute(0, 3, 1, 2))
+
+
+class BackboneEncoder(nn.Module):
+    """``MODEL.BACKBONE`` as an image encoder: its maps from stride PATCH_SIZE on, joined at that one, and the neck."""
+
+    def __init__(self, cfg: CfgNode) -> None:
+        super().__init__()
+        node = cfg.MODEL.SAM
+        self.backbone = build_backbone(cfg)
+        shapes = {name: s for name, s in self.backbone.output_shape().items() if s.stride >= node.PATCH_SIZE}
+        self.names = sorted(shapes, key=lambda name: shapes[name].stride)
+        strides = [shapes[name].stride for name in self.names]
+        has_own = strides[:1] == [node.PATCH_SIZE]
+        expect(has_own, "MODEL.SAM.PATCH_SIZE", node.PATCH_SIZE, f"the stride of a map of {cfg.MODEL.BACKBONE.NAME}")
+        whole = node.IMAGE_SIZE % strides[-1] == 0
+        expect(whole, "MODEL.SAM.IMAGE_SIZE", node.IMAGE_SIZE, f"a multiple of the backbone's stride, {strides[-1]}")
+        channels = sum(shapes[name].channels for name in self.names)
+        self.neck = nn.Sequential(*normed_convolutions(channels, node.OUT_CHANNELS))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Image (N, C, S, S), normalised, to embedding (N, channels, S / patch, S / patch)."""
+        maps = self.backbone(x)
+        first, *others = (maps[name] for name in self.names)
+        enlarged = (F.interpolate(m, size=first.shape[2:], mode="bilinear", align_corners=False) for m in others)
+        return self.neck(torch.cat([first, *enlarged], dim=1))
 
 
 class EncoderBlock(nn.Module):

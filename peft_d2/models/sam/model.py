@@ -30,7 +30,7 @@ from peft_d2.models.layers.criterion import (
 from peft_d2.models.layers.mask_classifier import PixelModel
 from peft_d2.models.layers.postprocess import Canvas
 from peft_d2.models.registration import entry
-from peft_d2.models.sam.image_encoder import ImageEncoder
+from peft_d2.models.sam.image_encoder import BackboneEncoder, ImageEncoder
 from peft_d2.models.sam.mask_decoder import SAMMaskDecoder
 from peft_d2.models.sam.prompt_encoder import PromptEncoder, PromptError, Prompts, read_prompts
 
@@ -45,6 +45,9 @@ MODEL:
      DECODER_HEADS: 8, DECODER_MLP_DIM: 2048, IOU_HEAD_DEPTH: 3, IOU_HEAD_HIDDEN: 256,
      # Inference: three masks per prompt, of which the one with the best expected IoU is taken; prompts in one call.
      MULTIMASK: false, PROMPTS_PER_CALL: 64,
+     # What encodes images: "" is Segment Anything's ViT, "backbone" is MODEL.BACKBONE, its maps from stride PATCH_SIZE
+     # on joined.
+     ENCODER: "",
      # The older name of MODEL.FEATURE_CACHE.
      FEATURE_CACHE: "",
      MASK_WEIGHT: 1.0, DICE_WEIGHT: 1.0, IOU_WEIGHT: 0.0}
@@ -73,7 +76,7 @@ class SegmentAnything(PixelModel):
         shared_out = node.OUT_CHANNELS >= 1 and node.OUT_CHANNELS % shares == 0
         expected = f"a multiple of {shares}, with DECODER_HEADS {node.DECODER_HEADS}"
         expect(shared_out, f"{path}.OUT_CHANNELS", node.OUT_CHANNELS, expected)
-        self.image_encoder: Any = self.image_encoder_class(cfg)
+        self.image_encoder: Any = self._encoder_class(node.ENCODER)(cfg)
         grid = node.IMAGE_SIZE // node.PATCH_SIZE
         prompts = node.OUT_CHANNELS, grid, node.IMAGE_SIZE, node.MASK_IN_CHANNELS
         self.prompt_encoder = self.prompt_encoder_class(*prompts)
@@ -106,6 +109,12 @@ class SegmentAnything(PixelModel):
             {"instances": self.inference(embedding, item)}
             for embedding, item in zip(embeddings, batched_inputs, strict=True)
         ]
+
+    def _encoder_class(self, name: str) -> type[nn.Module]:
+        known = {"": self.image_encoder_class, "backbone": BackboneEncoder}
+        fits = name in known and (not name or self.image_encoder_class is ImageEncoder)
+        expect(fits, "MODEL.SAM.ENCODER", name, "'', or 'backbone' for PD2SegmentAnything")
+        return known[name]
 
     def encode(self, images: Tensor) -> list[Any]:
         """What :meth:`decode` takes of each of the images (N, C, S, S)."""
