@@ -29,6 +29,8 @@ SLOW = {
     *(f"engine/test_{name}.py" for name in ("load_order", "augmented", "recompute", "memory_budget")),
     *("engine/test_feature_cache.py", "engine/test_recommend.py", "evaluation/test_memory.py"),
     *("memory/test_plan.py", "memory/test_side.py", "models/mask_dino/test_mask_dino_losses.py"),
+    *("models/sam/test_sam_training.py", "models/test_mixed_batches.py", "tools/test_take_adapter.py"),
+    *("ops/test_official.py", "ops/test_build.py"),
     *(f"peft/test_{name}.py" for name in ("execution", "whole_model", "ddp", "lora_layers")),
     *(f"models/test_{name}.py" for name in ("timm", "training", "configs", "habits")),
     *(
