@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import sys
+import warnings
 from types import ModuleType
 
 from peft_d2.compat import bundled
@@ -14,9 +15,11 @@ COMMANDS = {  # name: the program, arguments that stand before the user's, what 
     "predict": ("demo.py", [], "predict on images: pictures, COCO json, polygons"),
     "ui": ("ui.py", [], "a page in the browser: drop a picture, see adapters side by side, click boxes"),
     "merge": ("merge_adapter.py", [], "merge an adapter into its base: one ordinary checkpoint"),
+    "take-adapter": ("take_adapter.py", [], "make an adapter of a checkpoint of somebody else's trainer"),
     "export": ("export.py", [], "write a model for use without this package"),
     "inspect": ("inspect_targets.py", [], "what a config trains, and what a pattern matches"),
     "check-data": ("check_dataset.py", [], "find what would crash or mislead a training; picture a data set"),
+    "tile": ("tile_dataset.py", [], "cut a data set of large images into tiles to train on"),
     "analyze": ("analyze_peft.py", [], "measure methods beside full fine-tuning: time, memory, size"),
     "recommend": ("recommend.py", [], "which method fits your data, memory and time"),
     "doctor": ("doctor.py", [], "what this environment has, what is missing, what to do about it"),
@@ -46,6 +49,8 @@ def main(arguments: list[str] | None = None) -> int:
     # As if Python had been called with the program, for it and for processes that it spawns; but it has another name.
     file = bundled(f"tools/{program}")
     sys.argv = [f"peft-d2 {name}", *before, *rest]
+    # For the authors of fvcore and Detectron2, at every start; who uses them can do nothing about it.
+    warnings.filterwarnings("ignore", r".*torch\.jit\.script", FutureWarning)
     sys.path.insert(0, str(file.parent))
     sys.modules["__main__"] = module = ModuleType("__main__")
     module.__file__ = str(file)

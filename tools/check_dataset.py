@@ -2,7 +2,7 @@
 """Check a data set before training, and picture it; exit code 0: no errors, 1: errors.
 
 an example:
-  %(prog)s --data export/ --sheet train.jpg
+  %(prog)s --data export/ --preview seen.jpg
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ def main() -> int:
     parser.add_argument("--split", choices=("train", "val"), default="train", help="which part of --data")
     parser.add_argument("--class-map", default="", metavar="MAP", help="old=new,other=new,unwanted= or a yaml of these")
     parser.add_argument("--save-json", metavar="DIR", help="keep what was understood there, as a COCO-format json")
-    parser.add_argument("--sheet", help="write a picture of the first images with their masks to this file")
-    parser.add_argument("--sheet-images", type=int, default=24, help="how many images it shows")
+    parser.add_argument("--preview", "--sheet", dest="sheet", metavar="FILE", help="picture the first images there")
+    parser.add_argument("--sheet-images", type=int, default=24, help="how many images the preview shows")
     parser.add_argument("--statistics", action="store_true", help="print MODEL.PIXEL_MEAN and PIXEL_STD of the images")
     parser.add_argument("--test", action="store_true", help="a test set: its annotations may be missing")
     parser.add_argument("--outside", action="store_true", help="images may lie outside the folder")
@@ -109,9 +109,11 @@ def _check(args: argparse.Namespace, json_path: str, images: str) -> int:
             try:
                 contact_sheet(data, images, args.sheet_images).save(args.sheet)
             except (OSError, ValueError) as error:
-                print(f"error: --sheet {args.sheet}: {error}. Give a .jpg or .png file.", file=sys.stderr)
+                print(f"error: --preview {args.sheet}: {error}. Give a .jpg or .png file.", file=sys.stderr)
                 return 1
-            print(f"wrote {args.sheet}")
+            print(f"wrote {args.sheet}: the first images with their masks")
+        else:
+            print("To see what was understood, add --preview seen.jpg")
     print(f"{errors} error(s), {len(problems) - errors} warning(s)")
     return 1 if errors else 0
 

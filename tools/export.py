@@ -263,6 +263,8 @@ def main(arguments: list[str] | None = None) -> None:
             raise ConfigError(f"--size {size[0]} {size[1]}: expected multiples of {step}, to which images are padded.")
         for file in write(model, cfg, Path(args.output), args.format, size, args.adapter_inputs):  # type: ignore[arg-type]
             print(f"{file}: {file.stat().st_size:,} bytes")
+        if args.format == "onnx":
+            print(f"To use it where there is no torch, copy {Path(__file__).with_name('serve_onnx.py')} beside it.")
 
     one_line_errors(run)
 

@@ -30,7 +30,12 @@ from peft_d2.storage import atomic
 
 def take_parser() -> argparse.ArgumentParser:
     """The arguments of ``tools/take_adapter.py``."""
-    parser = argparse.ArgumentParser(description="An adapter or a merged checkpoint from another trainer's checkpoint.")
+    parser = argparse.ArgumentParser(
+        description="Make an adapter's folder or a merged checkpoint of what somebody else's trainer saved.",
+        epilog="an example:\n  %(prog)s --config-file output/config.yaml --checkpoint output/model_final.pth \\\n"
+        "    --import mask2former:add_maskformer2_config --adapter output/adapter",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--config-file", required=True, metavar="FILE", help="the run's config.yaml")
     parser.add_argument("--checkpoint", required=True, metavar="FILE", help="what the trainer saved: model_final.pth")
     parser.add_argument("--import", dest="adders", action="append", default=[], metavar="PKG.MOD:FN",

@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Cut a COCO-format data set into enlarged tiles.
 
-python tools/tile_dataset.py --json train.json --images train/ --output tiles/train --tile 96 --scale 2
+an example:
+  %(prog)s --json train.json --images train/ --output tiles/train --tile 96 --scale 2
 """
 
 from __future__ import annotations

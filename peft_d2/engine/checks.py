@@ -10,6 +10,7 @@ import math
 import os
 import platform
 import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -191,6 +192,9 @@ def _check_annotations(cfg: Any) -> None:
 
 
 def _check_writable(folder: str) -> None:
+    if re.search("[\ud800-\udfff]", folder):  # bytes that Python could not decode: TensorBoard cannot name them
+        encoding = sys.getfilesystemencoding()
+        raise ConfigError(f"OUTPUT_DIR {folder!r} is no text in this environment's {encoding}. Set PYTHONUTF8=1.")
     try:
         os.makedirs(folder, exist_ok=True)
     except OSError as error:

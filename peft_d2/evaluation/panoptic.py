@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import os
@@ -16,27 +17,37 @@ from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import create_small_table
 from PIL import Image
 
+from peft_d2.data.images import DatasetError, read_rgb
+from peft_d2.evaluation.report import IMAGES, Drawn, side_by_side, write_panoptic_report
+
 _VOID = 0
+_Segments = tuple[np.ndarray, Mapping[int, int]]  # segment ids (H, W), and the category of each
+_Ranked = tuple[float, str, str]  # quality or its negative, file name, HTML
 logger = logging.getLogger(__name__)
 
 
 class PanopticQualityEvaluator(COCOPanopticEvaluator):
     """PQ, SQ and RQ of all classes, things and stuff, as Detectron2 reports them.
 
-    Each image is compared as it comes, so that nothing but four numbers a class is kept and gathered.
+    Each image is compared as it comes, so that nothing but four numbers a class is kept and gathered, and of a
+    ``report`` (:mod:`peft_d2.evaluation.report`), written to ``output_dir``, its best and worst images.
     """
 
-    def __init__(self, dataset_name: str) -> None:
+    def __init__(self, dataset_name: str, output_dir: str | None = None, report: bool = False) -> None:
         super().__init__(dataset_name, output_dir=None)
+        self._folder = output_dir if report else None
         with PathManager.open(self._metadata.panoptic_json) as file:
             truth = json.load(file)
         self._truth = {a["image_id"]: a for a in truth["annotations"]}
         self._is_thing = {c["id"]: bool(c["isthing"]) for c in truth["categories"]}
+        self._names = {c["id"]: str(c.get("name", c["id"])) for c in truth["categories"]}
         self.reset()
 
     def reset(self) -> None:
         """Forget what was counted."""
         self._statistics = {category: np.zeros(4) for category in self._is_thing}
+        self._images = 0
+        self._shown: tuple[list[_Ranked], list[_Ranked]] = [], []  # the best images, the worst
 
     def process(self, inputs: Sequence[dict[str, Any]], outputs: Sequence[dict[str, Any]]) -> None:
         """Count each output's ``panoptic_seg``, ids (H, W) and their segments, against the image's truth.
@@ -46,6 +57,7 @@ class PanopticQualityEvaluator(COCOPanopticEvaluator):
         Raises:
             KeyError: an image that the truth does not know.
         """
+        self._images += len(inputs)
         for record, output in zip(inputs, outputs, strict=True):
             found, segments = output["panoptic_seg"]
             ids = found.cpu().numpy().astype(np.int64)
@@ -55,12 +67,38 @@ class PanopticQualityEvaluator(COCOPanopticEvaluator):
             annotation = self._truth[record["image_id"]]
             with Image.open(os.path.join(self._metadata.panoptic_root, annotation["file_name"])) as opened:
                 colours = np.asarray(opened.convert("RGB")).astype(np.int64)
-            compare(colours @ (1, 256, 256 * 256), annotation["segments_info"], ids, categories, self._statistics)
+            truth = colours @ (1, 256, 256 * 256)
+            statistics = {category: np.zeros(4) for category in self._statistics}
+            compare(truth, annotation["segments_info"], ids, categories, statistics)
+            for category, counted in statistics.items():
+                self._statistics[category] += counted
+            if self._folder:
+                true = {s["id"]: s["category_id"] for s in annotation["segments_info"]}
+                self._show(record, sum(statistics.values()), (truth, true), (ids, categories))
+
+    def _show(self, record: dict[str, Any], counted: Any, truth: _Segments, found: _Segments) -> None:
+        """Keep an image's pictures if it is among the best or the worst so far; one that cannot be read is left out."""
+        iou, true, false, missed = counted
+        weight = true + 0.5 * false + 0.5 * missed
+        quality, name = float(iou / weight) if weight else 1.0, os.path.basename(record["file_name"])
+        html = ""
+        for rows, sign in zip(self._shown, (-1, 1), strict=True):
+            if len(rows) == IMAGES and (sign * quality, name) >= rows[-1][:2]:
+                continue
+            try:
+                html = html or side_by_side(
+                    read_rgb(record["file_name"]), _masks(*truth), _masks(*found), name, quality
+                )
+            except (OSError, DatasetError, Image.DecompressionBombError):
+                return
+            rows.append((sign * quality, name, html))
+            rows.sort()
+            del rows[IMAGES:]
 
     def evaluate(self) -> OrderedDict[str, dict[str, float]] | None:
         """The figures in per cent on the main process, None on the others."""
         comm.synchronize()
-        gathered = comm.gather(self._statistics)
+        gathered, shown = comm.gather(self._statistics), comm.gather((self._images, *self._shown))
         if not comm.is_main_process():
             return None
         total = {c: sum(part[c] for part in gathered) for c in self._is_thing}
@@ -70,7 +108,20 @@ class PanopticQualityEvaluator(COCOPanopticEvaluator):
             for name, value in quality(chosen).items():
                 figures[name + suffix] = 100 * value
         logger.info("Panoptic Evaluation Results:\n%s", create_small_table(figures))
+        if self._folder:
+            self._report(figures, total, shown)
         return OrderedDict(panoptic_seg=figures)
+
+    def _report(self, figures: Mapping[str, float], total: Mapping[int, Any], gathered: Sequence[Any]) -> None:
+        classes = []
+        for category, thing in self._is_thing.items():
+            row = [100 * value for value in quality([total[category]]).values()]
+            classes.append([self._names[category], "thing" if thing else "stuff", *row, *total[category][1:]])
+        images, best, worst = zip(*gathered, strict=True)
+        chosen = [[html for *_, html in sorted(itertools.chain(*rows))[:IMAGES]] for rows in (best, worst)]
+        assert self._folder is not None
+        path = write_panoptic_report(self._folder, self._metadata.name, sum(images), figures, classes, *chosen)
+        logger.info("Report with classes and pictures: %s", path)
 
     def _from_labels(self, labels: np.ndarray) -> tuple[np.ndarray, list[dict[str, Any]]]:
         """Segments of an image of category * divisor + instance, -1 where there is none."""
@@ -80,6 +131,10 @@ class PanopticQualityEvaluator(COCOPanopticEvaluator):
             category = label // self._metadata.label_divisor
             segments.append({"id": label + 1, "category_id": category, "isthing": category in things})
         return labels + 1, segments
+
+
+def _masks(ids: np.ndarray, categories: Mapping[int, int]) -> Drawn:
+    return [ids == number for number in categories], list(categories.values())
 
 
 def compare(

@@ -19,7 +19,7 @@ from peft_d2.data.pictures import overlay
 from peft_d2.data.segmentation import segmentation_to_mask
 
 REPORT_FILE = "report.html"
-_IMAGES = 6  # of the best, and of the worst
+IMAGES = 6  # of the best, and of the worst
 _LARGEST = 40_000_000  # px of an image that is shown: its masks are drawn at full size
 _WIDTH = 360  # of a picture, px
 _CURVES = 60  # classes whose curves are drawn
@@ -28,6 +28,9 @@ _FRAME = (
     '<path d="M20 10V140H150" fill="none" stroke="#999"/><g font-size="9" fill="#888"><text x="2" y="16">1</text>'
     '<text x="2" y="142">0</text><text x="144" y="152">1</text></g>'
 )
+
+
+Drawn = tuple[Sequence[np.ndarray], Sequence[int]]  # masks (H, W) bool, and the class of each
 
 
 class _Judged(NamedTuple):
@@ -59,19 +62,55 @@ def write_report(
     judged = sorted(judge_images(evaluation, thresholds), key=lambda image: -image.quality)
     names = [name for name in next(iter(figures.values())) if not name.startswith("AP-")]
     rows = [[escape(key), *(_number(row.get(name)) for name in names)] for key, row in figures.items()]
-    page = Template(Path(__file__).with_suffix(".html").read_text(encoding="utf-8")).substitute(
+    counts = len(evaluation.params.imgIds), len(evaluation.cocoGt.anns), len(evaluation.cocoDt.anns)
+    return _write(
+        Path(folder) / REPORT_FILE,
         title=escape(title),
-        images=len(evaluation.params.imgIds),
-        objects=len(evaluation.cocoGt.anns),
-        predictions=len(evaluation.cocoDt.anns),
+        counts="{} images, {} objects, {} predictions".format(*counts),
         figures=_table(["", *map(escape, names)], rows),
-        task=task,
+        classes_title=f"Classes ({task})",
         classes=_classes(evaluation, thresholds),
         curves=_curves(evaluation),
-        best="".join(_pair(image, evaluation, image_root, outside) for image in judged[:_IMAGES]),
-        worst="".join(_pair(image, evaluation, image_root, outside) for image in judged[::-1][:_IMAGES]),
+        shown=": those above the score at which their class has its best F1",
+        best="".join(_pair(image, evaluation, image_root, outside) for image in judged[:IMAGES]),
+        worst="".join(_pair(image, evaluation, image_root, outside) for image in judged[::-1][:IMAGES]),
     )
-    path = Path(folder) / REPORT_FILE
+
+
+def write_panoptic_report(
+    folder: str | Path, title: str, images: int, figures: Mapping[str, float], classes: Sequence[Sequence[Any]],
+    best: Sequence[str], worst: Sequence[str],
+) -> Path:  # fmt: skip
+    """Write ``folder/report_panoptic.html``.
+
+    Args:
+        folder: where to.
+        title: the data set's name.
+        images: how many were evaluated.
+        figures: PQ, SQ, RQ and those with ``_th``, ``_st``, in per cent.
+        classes: of each its name, thing or stuff, PQ, SQ, RQ in per cent, and true positives, false ones and missed.
+        best, worst: what :func:`side_by_side` makes of the images to show.
+    """
+    groups = (("all", ""), ("things", "_th"), ("stuff", "_st"))
+    rows = [[name, *(_number(figures[key + suffix]) for key in ("PQ", "SQ", "RQ"))] for name, suffix in groups]
+    table = [[escape(name), kind, *map(_number, row[:3]), *(f"{n:.0f}" for n in row[3:]), _bar(row[0])]
+             for name, kind, *row in classes]  # fmt: skip
+    return _write(
+        Path(folder) / "report_panoptic.html",
+        title=escape(title),
+        counts=f"{images} images",
+        figures=_table(["", "PQ", "SQ", "RQ"], rows),
+        classes_title="Classes",
+        classes=_table(["class", "", "PQ", "SQ", "RQ", "found", "false", "missed", ""], table),
+        curves="",
+        shown="",
+        best="".join(best),
+        worst="".join(worst),
+    )
+
+
+def _write(path: Path, **parts: str) -> Path:
+    page = Template(Path(__file__).with_suffix(".html").read_text(encoding="utf-8")).substitute(parts)
     path.write_text(page, encoding="utf-8")
     return path
 
@@ -137,15 +176,19 @@ def _classes(evaluation: COCOeval_faster, thresholds: Mapping[Any, float]) -> st
         part = np.where(precision[:, :, k] > -1, precision[:, :, k], np.nan)
         aps = [100 * float(np.nanmean(p)) if (p > -1).any() else np.nan for p in (part, part[0], part[5])]
         score = thresholds[category]
-        name, bar = escape(str(evaluation.cocoGt.cats[category]["name"])), 0 if np.isnan(aps[0]) else aps[0]
+        name = escape(str(evaluation.cocoGt.cats[category]["name"]))
         shown = "" if np.isinf(score) else f"{score:.2f}"
-        bar_cell = f'<td class="bar"><i style="width:{bar:.1f}%"></i></td>'
-        rows.append([name, str(objects.count(category)), *map(_number, aps), shown, bar_cell])
+        rows.append([name, str(objects.count(category)), *map(_number, aps), shown, _bar(aps[0])])
     return _table(["class", "objects", "AP", "AP50", "AP75", "score of best F1", ""], rows)
 
 
+def _bar(value: float) -> str:
+    return f'<td class="bar"><i style="width:{0 if np.isnan(value) else value:.1f}%"></i></td>'
+
+
 def _number(value: float | None) -> str:
-    return "" if value is None or np.isnan(value) else f"{value:.1f}"
+    # LVIS gives -100 where there are no objects of a size.
+    return "" if value is None or np.isnan(value) or value < 0 else f"{value:.1f}"
 
 
 def _curves(evaluation: COCOeval_faster) -> str:
@@ -165,7 +208,7 @@ def _curves(evaluation: COCOeval_faster) -> str:
     legend = ", ".join(f'<b style="color:{colour}">IoU {iou}</b>' for iou, colour in _IOUS)
     rest = len(evaluation.params.catIds) - _CURVES
     more = f" Of {rest} more classes the table above has the figures." if rest > 0 else ""
-    return f'<p>{legend}.{more}</p><div class="curves">{"".join(drawn)}</div>'
+    return f'<h2>Precision over recall</h2><p>{legend}.{more}</p><div class="curves">{"".join(drawn)}</div>'
 
 
 def _pair(judged: _Judged, evaluation: COCOeval_faster, image_root: str | Path, outside: bool) -> str:
@@ -177,16 +220,24 @@ def _pair(judged: _Judged, evaluation: COCOeval_faster, image_root: str | Path, 
         pixels = read_rgb(path_inside(image_root, record["file_name"], outside))
     except (OSError, DatasetError, Image.DecompressionBombError):
         return ""
-    pictures = ""
+    both = []
     for rows in (evaluation.cocoGt.imgToAnns[judged.image], [evaluation.cocoDt.anns[i] for i in judged.found]):
         masks = [_mask(row, record["height"], record["width"]) for row in rows]
-        drawn = Image.fromarray(overlay(pixels, masks, [int(row["category_id"]) for row in rows]))
+        both.append((masks, [int(row["category_id"]) for row in rows]))
+    return side_by_side(pixels, both[0], both[1], str(record["file_name"]), judged.quality)
+
+
+def side_by_side(pixels: np.ndarray, truth: Drawn, found: Drawn, name: str, quality: float) -> str:
+    """HTML of an image (H, W, 3), RGB, with what is true and with what was found, and its quality of 0 to 1."""
+    pictures = ""
+    for masks, classes in (truth, found):
+        drawn = Image.fromarray(overlay(pixels, masks, classes))
         drawn.thumbnail((_WIDTH, 2 * _WIDTH))
         stream = io.BytesIO()
         drawn.save(stream, format="JPEG", quality=85)
         pictures += f'<img alt="" src="data:image/jpeg;base64,{base64.b64encode(stream.getvalue()).decode()}">'
-    name = f"{escape(str(record['file_name']))}: quality {100 * judged.quality:.1f}"
-    return f"<figure><div>{pictures}</div><figcaption>{name}</figcaption></figure>"
+    caption = f"{escape(name)}: quality {100 * quality:.1f}"
+    return f"<figure><div>{pictures}</div><figcaption>{caption}</figcaption></figure>"
 
 
 def _mask(row: Mapping[str, Any], height: int, width: int) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -152,6 +153,13 @@ def test_numbers_out_of_range(make_cfg: Callable[..., Any], key: str, value: flo
     cfg.merge_from_list([key, value])
     with pytest.raises(ConfigError, match=rf"{key} is .*expected"):
         check_run(cfg, evaluate=False)
+
+
+def test_an_output_folder_whose_name_cannot_be_decoded(make_cfg: Callable[..., Any], tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"tr\xe4ining")
+    with pytest.raises(ConfigError, match="Set PYTHONUTF8=1"):
+        check_run(make_cfg("OUTPUT_DIR", str(folder)), evaluate=False)
+    assert not folder.exists()
 
 
 def test_a_bug_keeps_its_traceback() -> None:

@@ -161,4 +161,5 @@ def test_evaluator(tmp_path, request):
     assert results["bbox"]["AP"] == pytest.approx(100)
     assert {"APr", "APc", "APf"} < set(results["bbox"])
     page = (tmp_path / "out" / "report.html").read_text()
+    assert "-100" not in page  # there are no large objects
     assert "<th>APr</th>" in page and page.count("<figcaption>val2017/") == 12  # the best 6 and the worst 6 of 8 images

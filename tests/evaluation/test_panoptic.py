@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -124,3 +125,36 @@ def test_nothing_found_is_zero(evaluator):
     for image, (labels, _) in truths.items():
         evaluator.process([{"image_id": image}], [{"panoptic_seg": (torch.zeros(labels.shape, dtype=torch.int32), [])}])
     assert evaluator.evaluate()["panoptic_seg"]["PQ"] == 0
+
+
+def test_the_report_shows_the_best_and_the_worst(evaluator, tmp_path):
+    """Of ten images, of which k segments were left out: quality (n - k) / (n - k / 2)."""
+    evaluator, truths = evaluator
+    labels, segments = truths[1]
+    own = PanopticQualityEvaluator(evaluator._metadata.name, str(tmp_path), report=True)
+    for k in (3, 0, 1, 4, 2, 0, 3, 1, 4, 2):
+        name = tmp_path / f"{k}.jpg"
+        Image.fromarray(np.full((24, 24, 3), 90, np.uint8)).save(name)
+        kept = [{"id": s["id"], "category_id": s["category_id"] // 10 - 1, "isthing": s["category_id"] < 30}
+                for s in segments[k:]]  # fmt: skip
+        ids = np.where(np.isin(labels, [s["id"] for s in kept]), labels, 0)
+        own.process(
+            [{"image_id": 1, "file_name": str(name)}],
+            [{"panoptic_seg": (torch.from_numpy(ids.astype(np.int32)), kept)}],
+        )
+    figures = own.evaluate()["panoptic_seg"]
+    page = (tmp_path / "report_panoptic.html").read_text()
+    assert "10 images" in page and f"<td>all</td><td>{figures['PQ']:.1f}</td>" in page
+    best, worst = (re.findall(r"(\d)\.jpg: quality ([\d.]+)", part) for part in page.split("Worst images"))
+    assert [int(k) for k, _ in best] == [0, 0, 1, 1, 2, 2] and [int(k) for k, _ in worst] == [4, 4, 3, 3, 2, 2]
+    assert page.count("<img") == 2 * 12
+    n = len(segments)
+    assert [float(q) for _, q in best] == pytest.approx(
+        [100 * (n - k) / (n - k / 2) for k in (0, 0, 1, 1, 2, 2)], abs=0.05
+    )
+    for category, (iou, true, false, missed) in own._statistics.items():
+        weight = true + (false + missed) / 2
+        kind = "stuff" if category == 30 else "thing"
+        mean = f"{100 * iou / weight:.1f}" if weight else ""
+        assert f"<td>{category}</td><td>{kind}</td><td>{mean}</td>" in page
+        assert f"<td>{true:.0f}</td><td>{false:.0f}</td><td>{missed:.0f}</td>" in page
