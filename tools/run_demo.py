@@ -112,7 +112,7 @@ def draw_before_after(
         after: the same of the adapted model; its first ``DATASETS.TEST`` gives the images and the truth.
         target: file to write.
         before_classes: the base's class names, where they differ from the data set's.
-        images: which images of the data set.
+        images: which images of the data set, as far as it has them; the first if it has none of them.
         width: of each column, in pixels.
         threshold: predictions of a lower score are not drawn.
     """
@@ -123,8 +123,7 @@ def draw_before_after(
     classes = MetadataCatalog.get(name).thing_classes
     samples = DatasetCatalog.get(name)
     rows = []
-    for index in images:
-        sample = samples[index]
+    for sample in [samples[index] for index in images if index < len(samples)] or samples[:1]:
         picture, adapted_output = adapted(Path(sample["file_name"]))
         _, base_output = base(Path(sample["file_name"]))
         rows.append(
