@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from peft_d2.models.backbones.stages import note_freeze_at
 from peft_d2.models.checks import expect_some_of
+from peft_d2.models.layers.transformer import LayerNorm2d
 from peft_d2.models.registration import entry
-from peft_d2.models.sam.image_encoder import ImageEncoder, LayerNorm2d, normed_convolutions
+from peft_d2.models.sam.image_encoder import ImageEncoder, normed_convolutions
 
 STRIDES = {"res2": 4, "res3": 8, "res4": 16, "res5": 32}  # of patches of 16 px
 _SEEM_CHANNELS = {"res2": 128, "res3": 256, "res4": 512, "res5": 1024}

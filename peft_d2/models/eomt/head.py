@@ -14,8 +14,8 @@ from detectron2.modeling import SEM_SEG_HEADS_REGISTRY
 from torch import Tensor, nn
 
 from peft_d2.models.checks import expect_numbers
+from peft_d2.models.layers.transformer import LayerNorm2d
 from peft_d2.models.registration import entry
-from peft_d2.models.sam.image_encoder import LayerNorm2d
 
 
 class AnnealedQueries(nn.Embedding):

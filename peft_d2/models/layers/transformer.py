@@ -188,6 +188,20 @@ class FeedForward(nn.Module):
         return self.drop(second(self.drop(self.act(first(x)))))
 
 
+class LayerNorm2d(nn.Module):
+    """Normalises (N, C, H, W) over C at each pixel, with a gain and an offset per channel."""
+
+    def __init__(self, channels: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = F.layer_norm(x.movedim(1, -1), self.weight.shape, self.weight, self.bias, self.eps)
+        return normed.movedim(-1, 1)
+
+
 def input_projections(in_channels: int, channels: int, levels: int, enforce: bool) -> nn.ModuleList:
     """A 1 x 1 convolution per level; an identity, without keys, where the channels fit, unless ``enforce`` is set."""
     projections: list[nn.Module] = []

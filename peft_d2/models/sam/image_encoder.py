@@ -16,23 +16,9 @@ from torch import Tensor, nn
 
 from peft_d2.models.backbones.stages import PatchEmbed, from_windows, pad_bottom_right, to_windows
 from peft_d2.models.checks import expect, expect_heads, expect_numbers
-from peft_d2.models.layers.transformer import FeedForward, run_block
+from peft_d2.models.layers.transformer import FeedForward, LayerNorm2d, run_block
 
 MLPBlock = partial(FeedForward, names=("lin1", "lin2"))
-
-
-class LayerNorm2d(nn.Module):
-    """Normalises (N, C, H, W) over C at each pixel, with a gain and an offset per channel."""
-
-    def __init__(self, channels: int, eps: float = 1e-6) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(channels))
-        self.bias = nn.Parameter(torch.zeros(channels))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        normed = F.layer_norm(x.movedim(1, -1), self.weight.shape, self.weight, self.bias, self.eps)
-        return normed.movedim(-1, 1)
 
 
 def normed_convolutions(in_channels: int, channels: int) -> tuple[nn.Module, ...]:

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from detectron2.config import CfgNode
 from torch import Tensor, nn
 
-from peft_d2.models.layers.transformer import MLP
-from peft_d2.models.sam.image_encoder import LayerNorm2d, MLPBlock
+from peft_d2.models.layers.transformer import MLP, LayerNorm2d
+from peft_d2.models.sam.image_encoder import MLPBlock
 
 _AMBIGUOUS = 3  # masks for a prompt that could mean several things; one more is for a prompt that cannot
 _DOWNSAMPLE = 2  # by this the attentions between tokens and image reduce the channels

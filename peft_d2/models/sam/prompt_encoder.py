@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from torchvision.ops import clip_boxes_to_image
 
 from peft_d2.data.images import DatasetError
-from peft_d2.models.layers.transformer import pixel_centres
-from peft_d2.models.sam.image_encoder import LayerNorm2d
+from peft_d2.models.layers.transformer import LayerNorm2d, pixel_centres
 
 NOT_A_POINT, BACKGROUND, FOREGROUND = -1, 0, 1
 _TOP_LEFT, _BOTTOM_RIGHT = 2, 3
