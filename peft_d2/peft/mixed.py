@@ -13,9 +13,9 @@ samples' results are taken; parts that get the same inputs again give what they 
 from __future__ import annotations
 
 import logging
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -31,6 +31,7 @@ from .merge import set_adapter
 from .state import BASE, Injection, get_injection, injected
 
 logger = logging.getLogger(__name__)
+_METHODS = ("forward", "forward_features")  # the latter is how heads call their pixel decoders
 _PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device, torch.Size)
 
 
@@ -130,18 +131,18 @@ def _running(injection: Injection, name: str) -> Iterator[None]:
 
 
 @contextmanager
-def _replaced(modules: Sequence[nn.Module], call: Callable[..., Any]) -> Iterator[None]:
-    """Within the block ``call(module, its own forward, ...)`` stands for each module's forward."""
-    before = [(module, module.__dict__.get("forward")) for module in modules]
+def _replaced(modules: Sequence[nn.Module], call: Callable[..., Any], method: str = "forward") -> Iterator[None]:
+    """Within the block ``call(module, its own method, ...)`` stands for each module's method."""
+    before = [(module, module.__dict__.get(method)) for module in modules]
     for module, _ in before:
-        module.__dict__["forward"] = partial(call, module, module.forward)
+        module.__dict__[method] = partial(call, module, getattr(module, method))
     try:
         yield
     finally:
         for module, own in before:
-            del module.__dict__["forward"]
+            del module.__dict__[method]
             if own is not None:
-                module.__dict__["forward"] = own
+                module.__dict__[method] = own
 
 
 # ---- one run per adapter: frozen parts that get the same inputs again
@@ -159,17 +160,16 @@ class _Recording:
 
     def __init__(self, root: nn.Module, injection: Injection) -> None:
         specific = {id(module) for module in _specific_modules(root, injection)}
-        self.parts = [
-            m for m in dict.fromkeys(root.modules()) if not any(id(child) in specific for child in m.modules())
-        ]
-        self.calls: dict[int, list[_Call]] = {id(part): [] for part in self.parts}
-        self.number: Counter[int] = Counter()
+        self.parts = [m for m in root.modules() if not any(id(child) in specific for child in m.modules())]
+        self.calls: defaultdict[Any, list[_Call]] = defaultdict(list)
+        self.number: Counter[Any] = Counter()
         self.inside = False
-        self.block: Any = None
+        self.block = ExitStack()
 
     def __enter__(self) -> _Recording:
-        self.block = _replaced(self.parts, self.call)
-        self.block.__enter__()
+        for method in _METHODS:
+            own = [part for part in self.parts if hasattr(part, method)]
+            self.block.enter_context(_replaced(own, partial(self.call, method), method))
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -179,11 +179,11 @@ class _Recording:
         """Another run begins."""
         self.number.clear()
 
-    def call(self, part: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def call(self, method: str, part: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if self.inside:
             return forward(*args, **kwargs)
-        calls, number = self.calls[id(part)], self.number[id(part)]
-        self.number[id(part)] += 1
+        calls, number = self.calls[id(part), method], self.number[id(part), method]
+        self.number[id(part), method] += 1
         if number < len(calls):
             known = calls[number]
             if [t._version for t in _tensors_in(known.output)] == known.versions and _same(

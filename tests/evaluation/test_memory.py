@@ -52,9 +52,9 @@ def test_evaluation_stays_near_the_forward_pass(monkeypatch: pytest.MonkeyPatch)
 
     with torch.no_grad():
         forward = peak(lambda: model.predict(model.backbone(((image - model.pixel_mean) / model.pixel_std)[None])))
-        monkeypatch.setattr(
-            postprocess, "CHUNK_VALUES", 2**19
-        )  # the share of such an image that 2**24 is of 2048 x 1024
+        monkeypatch.setattr(postprocess, "CACHE_VALUES", 2**40)
+        # The share of such an image that 2**24 is of 2048 x 1024.
+        monkeypatch.setattr(postprocess, "CHUNK_VALUES", 2**19)
         assert peak(evaluate) < 1.5 * forward
         monkeypatch.setattr(postprocess, "CHUNK_VALUES", 2**40)  # all masks at once
         assert peak(evaluate) > 1.5 * forward

@@ -170,6 +170,36 @@ def test_a_common_frozen_part_runs_once_for_one_image(own: tuple[dict, dict], mo
     assert convolutions.sizes == [1]
 
 
+def test_a_pixel_decoder_runs_once_for_one_image(own: tuple[dict, dict]) -> None:
+    """Heads call it by another method than forward."""
+
+    class Pixels(nn.Module):
+        def forward_features(self, image: Tensor) -> Tensor:
+            return F.relu(image - image.mean())
+
+    class Called(Detector):
+        def forward(self, batch: list[dict[str, Any]]) -> list[dict[str, Tensor]]:
+            image = torch.stack([item["image"] for item in batch])
+            return super().forward([{"image": x} for x in self.pixels.forward_features(image)])
+
+    model = detector()
+    model.__class__, model.pixels = Called, Pixels()  # type: ignore[assignment]
+    image, ran = samples([None])[0]["image"], []
+    peft_d2.load_adapters(model, {"a": own[1]["heads"], "b": own[1]["lora"]})
+    before = model.pixels.forward_features
+    model.pixels.forward_features = lambda x: (ran.append(x), before(x))[1]  # type: ignore[method-assign, assignment]
+    results = model.predict_with(image, ["a", "b"])
+    assert len(ran) == 1
+    for name in ("a", "b"):
+        peft_d2.set_adapter(model, name)
+        assert torch.equal(results[name]["scores"], scores_of(model, image))
+
+
+@torch.no_grad()
+def scores_of(model: nn.Module, image: Tensor) -> Tensor:
+    return model([{"image": image}])[0]["scores"]
+
+
 @pytest.mark.parametrize("declared", [True, False], ids=["by sample", "one run each"])
 def test_heads_of_other_class_counts(own: tuple[dict, dict], tmp_path: Path, declared: bool) -> None:
     other = detector(classes=9)

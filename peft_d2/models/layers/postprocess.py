@@ -14,6 +14,7 @@ from detectron2.structures import Instances
 from torch import Tensor
 
 CHUNK_VALUES = 2**24  # float32 values that are held at full size at once: 64 MiB
+CACHE_VALUES = 2**19  # and in inference on a CPU: 2 MiB, which its cache holds
 
 
 @dataclass(frozen=True)
@@ -39,15 +40,18 @@ class Canvas:
 
     def crop_and_resize(self, maps: Tensor) -> Tensor:
         """(M, *padded) -> (M, *output)."""
-        inside, mode = maps[None, :, : self.image[0], : self.image[1]], "bicubic" if self.bicubic else "bilinear"
-        return F.interpolate(inside, size=self.output, mode=mode, align_corners=False, antialias=self.bicubic)[0]
+        inside, mode = maps[:, : self.image[0], : self.image[1]], "bicubic" if self.bicubic else "bilinear"
+        if self.image == self.output and not self.bicubic:
+            return inside
+        return F.interpolate(inside[None], size=self.output, mode=mode, align_corners=False, antialias=self.bicubic)[0]
 
-    def chunks(self, count: int, full_size: bool = True) -> Iterator[slice]:
-        """Slices of ``count`` masks that fit into :data:`CHUNK_VALUES` each."""
+    def chunks(self, count: int, full_size: bool = True, device: str = "") -> Iterator[slice]:
+        """Slices of ``count`` masks: :data:`CHUNK_VALUES` each, on a ``device`` "cpu" :data:`CACHE_VALUES`."""
         height, width = self.padded
         if full_size:
             height, width = max(height, self.output[0]), max(width, self.output[1])
-        step = max(1, CHUNK_VALUES // (height * width))
+        values = min(CHUNK_VALUES, CACHE_VALUES) if device == "cpu" else CHUNK_VALUES
+        step = max(1, values // (height * width))
         return (slice(start, min(start + step, count)) for start in range(0, count, step))
 
 
@@ -76,10 +80,11 @@ def instance_inference(
     used, slot = queries.unique(return_inverse=True)
     masks = torch.zeros(len(used), *canvas.output, dtype=torch.bool, device=mask_logits.device)
     quality = torch.zeros(len(used), device=mask_logits.device)
-    for part in canvas.chunks(len(used)):
+    for part in canvas.chunks(len(used), device=masks.device.type):
         logits = canvas.upsample(mask_logits[used[part]])
         inside = torch.gt(logits, 0, out=masks[part])
-        quality[part] = (logits.sigmoid() * inside).flatten(1).sum(1) / (inside.flatten(1).sum(1) + 1e-6)
+        area = inside.view(torch.uint8).flatten(1).sum(1, dtype=torch.int32)
+        quality[part] = logits.sigmoid_().mul_(inside).flatten(1).sum(1) / (area + 1e-6)
     scores, order = (scores * quality[slot] if mask_quality else scores).sort(descending=True, stable=True)
     result = Instances(canvas.output)
     result.pred_masks = masks[slot[order]]
@@ -97,7 +102,7 @@ def semantic_inference(probability: Tensor, mask_logits: Tensor, canvas: Canvas,
     resize = canvas.to_padded if resize_last else canvas.upsample
     size = canvas.padded if resize_last else canvas.output
     total = torch.zeros(probability.shape[1], *size, device=mask_logits.device)
-    for part in canvas.chunks(len(mask_logits), full_size=not resize_last):
+    for part in canvas.chunks(len(mask_logits), full_size=not resize_last, device=mask_logits.device.type):
         masks = resize(mask_logits[part]).sigmoid_()
         total += torch.einsum("qc,qhw->chw", probability[part], masks)
     return canvas.crop_and_resize(total) if resize_last else total
@@ -144,7 +149,7 @@ def _compete(scores: Tensor, mask_logits: Tensor, canvas: Canvas) -> tuple[Tenso
     winner = torch.zeros(canvas.output, dtype=torch.int64, device=device)
     painted = torch.zeros(canvas.output, dtype=torch.bool, device=device)
     areas = torch.zeros(len(scores), dtype=torch.int64, device=device)
-    for part in canvas.chunks(len(scores)):
+    for part in canvas.chunks(len(scores), device=device.type):
         masks = canvas.upsample(mask_logits[part]).sigmoid_()
         areas[part] = (masks >= 0.5).flatten(1).sum(1)
         value, index = (scores[part, None, None] * masks).max(0)

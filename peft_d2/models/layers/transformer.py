@@ -67,7 +67,7 @@ class AttentionLayer(nn.Module):
         """Update the queries x (Q, N, C), to which ``position`` is added for attending.
 
         ``memory`` are keys and values (S, N, C), positions added already, as several layers share them; None: the
-        queries. ``attn_mask`` (N * heads, Q, S) is True where attending is forbidden.
+        queries. ``attn_mask`` (N * heads, Q, S) is True, or -inf, where attending is forbidden.
         """
         source = self.norm(x) if self.pre_norm else x
         query = source + position

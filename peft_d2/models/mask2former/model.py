@@ -212,8 +212,8 @@ class MaskedTransformerDecoder(nn.Module):
         )
         for number, (cross_attention, self_attention, ffn) in enumerate(layers):
             level = number % _LEVELS
-            blocked = self.attention_mask(predictions[-1]["pred_masks"], sizes[level])
-            x = cross_attention(x, position, (keys[level], values[level]), blocked)
+            bias = self.attention_mask(predictions[-1]["pred_masks"], sizes[level])
+            x = cross_attention(x, position, (keys[level], values[level]), bias)
             x = ffn(self_attention(x, position))
             predictions.append(self.predict(x, mask_features, classify))
         return {**predictions[-1], "aux_outputs": predictions[:-1]}
@@ -230,11 +230,13 @@ class MaskedTransformerDecoder(nn.Module):
 
     @torch.no_grad()
     def attention_mask(self, masks: Tensor, size: tuple[int, int]) -> Tensor:
-        """(N * heads, Q, h * w), True where a query must not attend: outside of its mask, unless that is empty."""
+        """(N * heads, Q, h * w), -inf where a query must not attend, outside of its mask if it has any; else 0."""
         resized = F.interpolate(masks, size=size, mode="bilinear", align_corners=False)
         blocked = resized.sigmoid().flatten(2) < 0.5
         blocked &= ~blocked.all(-1, keepdim=True)
-        return blocked.repeat_interleave(self.num_heads, dim=0)
+        # Torch would make such numbers of bools for each head anew, which takes longer than attending itself.
+        bias = torch.zeros_like(blocked, dtype=self.level_embed.weight.dtype).masked_fill_(blocked, -torch.inf)
+        return bias.repeat_interleave(self.num_heads, dim=0)
 
     def _flatten(self, level: int, feature: Tensor) -> Tensor:
         x = self.input_proj[level](feature).flatten(2) + self.level_embed.weight[level][:, None]

@@ -215,7 +215,7 @@ class SegmentAnything(PixelModel):
             logits, quality = self.decode(embedding, part, self.multimask)
             score, best = quality.float().max(1)
             chosen = logits[torch.arange(len(best), device=self.device), best]
-            for rows in canvas.chunks(len(chosen)):
+            for rows in canvas.chunks(len(chosen), device=self.device.type):
                 torch.gt(canvas.upsample(chosen[rows]), THRESHOLD, out=masks[done:][rows])
             scores.append(score)
             done += len(score)
