@@ -32,11 +32,13 @@ from peft_d2.models.layers.mask_classifier import MaskClassifier
 from peft_d2.models.layers.transformer import MSDeformAttn
 from peft_d2.models.sam.model import SegmentAnything
 from peft_d2.models.sam.prompt_encoder import NOT_A_POINT
+from peft_d2.models.sam2.model import SAM2
 from peft_d2.peft.state import get_injection, injected_tensors, layer_tensors
 from peft_d2.storage import adapter_config, atomic
 
 # 18 is the lowest that torch's exporter writes itself: antialiased Resize, and LayerNormalization (17) as one node.
 OPSET = 18
+MAPS = ("embedding", "finest", "finer")  # what prompts need of an image; the latter two, 4 G and 2 G wide, of SAM 2
 FORMATS = ("onnx", "torchscript", "pt2")
 
 
@@ -79,34 +81,44 @@ class RawOutputs(nn.Module):
 
 
 class SamImages(nn.Module):
-    """Segment Anything's images (N, C, H, W), padded, to embeddings (N, D, G, G)."""
+    """Segment Anything's images (N, C, S, S), padded or, of SAM 2, stretched, to :data:`MAPS`, of SAM the first."""
 
     def __init__(self, model: SegmentAnything) -> None:
         super().__init__()
         self.model = model
 
-    def forward(self, image: Tensor) -> Tensor:
+    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         model = self.model
-        return model.image_encoder((image - model.pixel_mean) / model.pixel_std)
+        return model.image_maps((image - model.pixel_mean) / model.pixel_std)
 
 
 class SamPrompts(nn.Module):
-    """Segment Anything's prompts on one embedding (1, D, G, G) to mask logits (P, K, 4 G, 4 G) and IoU (P, K).
+    """Segment Anything's prompts on the maps of one image to mask logits (P, K, 4 G, 4 G) and IoU (P, K).
 
-    ``points`` (P, T, 2) are x and y in px of the padded image, ``labels`` (P, T) what they are: 1 on the object, 0
-    beside it, 2 and 3 the top left and bottom right corner of a box, -1 nothing. A prompt of points without a box ends
-    with one of -1.
+    ``points`` (P, T, 2) are x and y in px of the image that was encoded, ``labels`` (P, T) what they are: 1 on the
+    object, 0 beside it, 2 and 3 the top left and bottom right corner of a box, -1 nothing. A prompt of points without a
+    box ends with one of -1, and of SAM 2 every prompt.
     """
 
     def __init__(self, model: SegmentAnything) -> None:
         super().__init__()
         self.model = model
 
-    def forward(self, embedding: Tensor, points: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self,
+        points: Tensor,
+        labels: Tensor,
+        embedding: Tensor,
+        finest: Tensor | None = None,
+        finer: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
         prompts = self.model.prompt_encoder
         tokens = prompts.embed_points(points, labels, alone=False)
         dense = prompts.no_mask_embed.weight[:, :, None, None].expand(tokens.shape[0], -1, prompts.grid, prompts.grid)
-        return self.model.mask_decoder(embedding, prompts.dense_positions(), tokens, dense, self.model.multimask)
+        inputs = embedding, prompts.dense_positions(), tokens, dense, self.model.multimask
+        if finest is None:
+            return self.model.mask_decoder(*inputs)
+        return self.model.mask_decoder(*inputs, (finest, finer))[:2]
 
 
 class WithAdapter(nn.Module):
@@ -146,7 +158,7 @@ def export(
     """Write one graph.
 
     Args:
-        graph: takes the ``inputs`` in their order; their first axis may be any, but of one called ``embedding``.
+        graph: takes the ``inputs`` in their order; their first axis may be any, but of an image's :data:`MAPS`.
         inputs: examples by name: ``image``, ``points`` and ``labels`` may have any number of rows, points any number
             of columns.
         outputs: what the outputs are called.
@@ -158,11 +170,10 @@ def export(
     rows, points = torch.export.Dim("rows", min=1, max=1024), torch.export.Dim("points", min=2, max=256)
     axes: dict[str, Any] = {
         "image": {0: rows},
-        "embedding": None,
         "points": {0: rows, 1: points},
         "labels": {0: rows, 1: points},
     }
-    open_axes = tuple(axes[name] for name in inputs)
+    open_axes: Any = tuple(axes.get(name) for name in inputs)
     if adapter:
         graph = WithAdapter(graph, list(adapter))
         arguments: tuple[Any, ...] = (examples, tuple(adapter.values()))
@@ -214,15 +225,18 @@ def write(model: nn.Module, cfg: Any, path: Path, kind: str, size: tuple[int, in
         "pad": [0.0] * channels if getattr(model, "pads_with_black", False) else list(cfg.MODEL.PIXEL_MEAN),
     }  # fmt: skip
     files = [path]
-    if peft.base_class(model) is SegmentAnything:  # SAM 2 encodes into several maps
+    if isinstance(model, SegmentAnything):
         side = model.image_size
-        grid = model.prompt_encoder.grid
-        record |= {"model": "sam", "size": [side, side]}
-        export(SamImages(model), {"image": torch.rand(2, channels, side, side)}, ["embedding"], path, kind, tensors)
+        stretched = isinstance(model, SAM2)
+        record |= {"model": "sam2" if stretched else "sam", "size": [side, side]}
+        image = torch.rand(2, channels, side, side)
+        with torch.no_grad():
+            maps = dict(zip(MAPS, SamImages(model)(image), strict=False))
+        export(SamImages(model), {"image": image}, list(maps), path, kind, tensors)
         prompts = {
-            "embedding": torch.rand(1, model.prompt_encoder.dim, grid, grid),
             "points": torch.rand(2, 5, 2) * side,
             "labels": torch.tensor([[1, 0, 2, 3, NOT_A_POINT]] * 2),
+            **{name: value[:1] for name, value in maps.items()},
         }
         files.append(path.with_name(f"{path.stem}_decoder{path.suffix}"))
         export(SamPrompts(model), prompts, ["masks", "iou"], files[1], kind, tensors)
@@ -238,7 +252,7 @@ def write(model: nn.Module, cfg: Any, path: Path, kind: str, size: tuple[int, in
         export(graph, {"image": image}, names, path, kind, tensors)
     else:
         raise ConfigError(
-            f"MODEL: {type(model).__name__} is none of Mask2Former, Mask DINO, SEEM, EoMT and Segment Anything."
+            f"MODEL: {type(model).__name__} is none of Mask2Former, Mask DINO, SEEM, EoMT and Segment Anything 1 and 2."
         )
     record["graphs"] = [file.name for file in files]
     atomic.write_bytes(f"{path}.json", json.dumps(record, indent=1).encode())

@@ -58,10 +58,13 @@ class Model:
             picture = picture[..., ::-1]
         (height, width), (side_y, side_x) = picture.shape[:2], self.record["size"]
         scale = min(side_y / height, side_x / width)
-        if self.record["model"] != "sam":
+        prompted = self.record["model"] in ("sam", "sam2")
+        if not prompted:
             short, longest = self.record["resize"]
             scale = min(scale, short / min(height, width), longest / max(height, width))
         inside = (max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5)))
+        if self.record["model"] == "sam2":  # stretched, not padded
+            inside = (side_y, side_x)
         planes = [
             np.asarray(Image.fromarray(plane.astype(np.uint8)).resize(inside[::-1], Image.Resampling.BILINEAR))
             for plane in np.moveaxis(picture, -1, 0)
@@ -70,13 +73,16 @@ class Model:
         padded = np.empty((1, len(planes), side_y, side_x), np.float32)
         padded[:] = np.asarray(self.record["pad"], np.float32)[:, None, None]
         padded[0, :, : inside[0], : inside[1]] = planes
-        if self.record["model"] == "sam":
+        if prompted:
             if boxes is None:
                 raise SystemExit("Segment Anything takes boxes as prompts: --box X0 Y0 X1 Y1")
             points = boxes.reshape(-1, 2, 2) * np.array([inside[1] / width, inside[0] / height])
             labels = np.tile(np.array([2, 3], np.int64), (len(boxes), 1))
-            (embedding,) = self.run(0, image=padded)
-            masks, iou = self.run(1, embedding=embedding, points=points.astype(np.float32), labels=labels)
+            if self.record["model"] == "sam2":  # after each prompt a point that is none
+                points = np.pad(points, ((0, 0), (0, 1), (0, 0)))
+                labels = np.pad(labels, ((0, 0), (0, 1)), constant_values=-1)
+            maps = dict(zip(("embedding", "finest", "finer"), self.run(0, image=padded), strict=False))
+            masks, iou = self.run(1, points=points.astype(np.float32), labels=labels, **maps)
             best = iou.argmax(1)
             rows = np.arange(len(best))
             logits = self._full_size(masks[rows, best], inside, (height, width))
@@ -105,6 +111,8 @@ class Model:
 
     def _full_size(self, masks: Array, inside: tuple[int, int], output: tuple[int, int]) -> Array:
         """Mask logits (M, h, w) of the padded image at the size of the picture."""
+        if self.record["model"] == "sam2":
+            return resize(masks, *output)
         padded = resize(masks, *self.record["size"])
         return resize(padded[:, : inside[0], : inside[1]], *output)
 

@@ -118,7 +118,11 @@ class SegmentAnything(PixelModel):
 
     def encode(self, images: Tensor) -> list[Any]:
         """What :meth:`decode` takes of each of the images (N, C, S, S)."""
-        return list(self.image_encoder(images).split(1))
+        return list(self.image_maps(images)[0].split(1))
+
+    def image_maps(self, images: Tensor) -> tuple[Tensor, ...]:
+        """The embeddings (N, C, G, G) of images (N, C, S, S), normalised."""
+        return (self.image_encoder(images),)
 
     def preprocess(self, image: Tensor, name: str = "an image") -> Tensor:
         """Normalise (C, H, W), then pad with zeros at the bottom and on the right to (C, S, S)."""

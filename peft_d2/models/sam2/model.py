@@ -86,7 +86,8 @@ class SAM2MaskDecoder(SAMMaskDecoder):
             return masks[:, 1:], quality[:, 1:], there
         inside, around = ((masks[:, 0] > limit).flatten(1).sum(1) for limit in (_MARGIN, -_MARGIN))
         stable = inside >= _STABLE * around  # an empty mask is
-        rows, best = torch.arange(len(masks), device=masks.device), 1 + quality[:, 1:].argmax(1)
+        rows = torch.arange(masks.shape[0], device=masks.device)  # no len(): an export keeps the number open
+        best = 1 + quality[:, 1:].argmax(1)
         chosen = torch.where(stable, 0, best)
         return masks[rows, chosen][:, None], quality[rows, chosen][:, None], there
 
@@ -107,9 +108,12 @@ class SAM2(SegmentAnything):
         self.no_mem_embed = nn.Parameter(torch.zeros(node.OUT_CHANNELS))
 
     def encode(self, images: Tensor) -> list[Any]:
+        return list(zip(*(maps.split(1) for maps in self.image_maps(images)), strict=True))
+
+    def image_maps(self, images: Tensor) -> tuple[Tensor, ...]:
+        """The embeddings (N, C, G, G) of images (N, 3, S, S), and their finer maps, at 4 G and at 2 G."""
         maps = self.image_encoder(images)
-        coarse = maps["res4"] + self.no_mem_embed[:, None, None]
-        return list(zip(coarse.split(1), maps["res2"].split(1), maps["res3"].split(1), strict=True))
+        return maps["res4"] + self.no_mem_embed[:, None, None], maps["res2"], maps["res3"]
 
     def preprocess(self, image: Tensor, name: str = "an image") -> Tensor:
         """Normalise (C, H, W), then stretch to (C, S, S)."""
