@@ -48,7 +48,8 @@ def _masked(bias: Tensor, mask: Tensor | None, rows: int) -> Tensor:
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    return F.scaled_dot_product_attention(q, k, v, _masked(bias, mask, len(q)).to(q.dtype), scale=scale)
+    # No len(): an export keeps the number of images open.
+    return F.scaled_dot_product_attention(q, k, v, _masked(bias, mask, q.shape[0]).to(q.dtype), scale=scale)
 
 
 class _FusedAttention(torch.autograd.Function):
