@@ -185,6 +185,7 @@ def export(
             torch.jit.trace(graph, arguments, check_trace=False).save(str(temporary))
             return
         program = torch.export.export(graph, arguments, dynamic_shapes=shapes, strict=False)
+        program.graph.eliminate_dead_code()  # blocks without autocast whose results nobody reads cannot be saved
         if kind == "pt2":
             with open(temporary, "wb") as file:
                 torch.export.save(program, file)

@@ -126,9 +126,12 @@ def _normed(model: Any, image: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", ["torchscript", "pt2"])
-def test_torchs_own_formats(kind: str, tmp_path: Path) -> None:
-    cfg, model = build("tiny")
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    [("tiny", "torchscript"), ("tiny_mask_dino", "torchscript"), ("tiny", "pt2"), ("tiny_seem", "pt2")],
+)
+def test_torchs_own_formats(family: str, kind: str, tmp_path: Path) -> None:
+    cfg, model = build(family)
     path = tmp_path / "model.pt"
     export.write(model, cfg, path, kind, SIZE, with_adapter=False)
     loaded = torch.jit.load(path) if kind == "torchscript" else torch.export.load(path).module()

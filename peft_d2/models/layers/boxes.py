@@ -22,8 +22,9 @@ def inverse_sigmoid(x: Tensor, margin: float = 1e-5) -> Tensor:
 def mask_boxes(masks: Tensor) -> Tensor:
     """Tight boxes (M, 4) float32 of masks (M, H, W): x0, y0 and, one past the last pixel, x1, y1; zeros where empty."""
     sides = []
-    # The largest of bytes is found many times faster than any of bools; ONNX has no view of other numbers.
-    flags = masks.to(torch.uint8) if torch.compiler.is_compiling() else masks.view(torch.uint8)
+    # The largest of bytes is found many times faster than any of bools; exported graphs have no view of other numbers.
+    exported = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    flags = masks.to(torch.uint8) if exported else masks.view(torch.uint8)
     for hit in (flags.amax(1), flags.amax(2)):  # columns, rows
         sides.append((hit.argmax(1), hit.shape[1] - hit.flip(1).argmax(1)))
     (x0, x1), (y0, y1) = sides
