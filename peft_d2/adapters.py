@@ -9,7 +9,7 @@ import contextlib
 import logging
 import os
 from collections import OrderedDict
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -19,20 +19,14 @@ from torch import Tensor, nn
 from peft_d2 import peft
 from peft_d2.peft.adapted import walk
 from peft_d2.peft.errors import shortened
-from peft_d2.peft.lora import LowRank
-from peft_d2.peft.state import tensor_hash
+from peft_d2.peft.state import low_ranks, tensor_hash
 from peft_d2.storage import CheckpointError, LoadReport, adapter_file, atomic, checkpoint, hub, huggingface
 from peft_d2.storage.adapter_file import RECORD, AdapterFile, AdapterFileError, Fingerprint, difference, fingerprint
 
 logger = logging.getLogger(__name__)
 
-_FREE = {
-    "TARGETS",
-    "EXCLUDE",
-    "DROPOUT",
-    "INIT",
-    "OUTPUTS",
-}  # keys of a method that may differ between the file and the model
+# Keys of a method that may differ between the file and the model.
+_FREE = {"TARGETS", "EXCLUDE", "DROPOUT", "INIT", "OUTPUTS"}
 _OTHER_BASE = (
     "load the base weights that the adapter was trained on, peft_d2.load_base(model, path) or MODEL.WEIGHTS, before "
     "the adapter; MODEL.PEFT.ALLOW_OTHER_BASE True (allow_other_base=True) loads it all the same"
@@ -51,7 +45,7 @@ def load_base(model: nn.Module, path: str | os.PathLike[str]) -> LoadReport:
         CheckpointError: the file does not exist, is damaged or does not fit. Nothing was loaded.
         InjectionError: the model has adapters already, on another base than this.
     """
-    return checkpoint.load_base(model, _local_file(os.fspath(path)), logger=logger)
+    return checkpoint.load_base(model, _local_file(os.fspath(path)))
 
 
 def load_trained(model: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -69,7 +63,7 @@ def load_trained(model: nn.Module, path: str | os.PathLike[str]) -> None:
     if root is None:
         raise peft.InjectionError("inject the model as it was trained, then load what was trained")
     state = {key.removeprefix("module."): value for key, value in checkpoint.read_checkpoint(path).state.items()}
-    own = {key: value.shape for key, value in root.state_dict().items() if _is_tensor(value)}
+    own = {key: value.shape for key, value in root.state_dict().items() if isinstance(value, Tensor)}
     given = {key: value.shape for key, value in state.items()}
     if wrong := [key for key in own if given.get(key) != own[key]]:
         raise CheckpointError(
@@ -85,7 +79,7 @@ def load_base_of_any(model: nn.Module, path: str) -> tuple[LoadReport, dict[str,
     """
     file = checkpoint.read_checkpoint(_local_file(path))
     layers = {name: value for name, value in file.state.items() if checkpoint.is_layer(name)}
-    report = checkpoint.load_base(model, file, logger=logger, of_injected=True)
+    report = checkpoint.load_base(model, file, of_injected=True)
     return report, file.state if layers else {}
 
 
@@ -173,7 +167,7 @@ def _stored(model: nn.Module, metrics: Mapping[str, Any] | None, name: str | Non
         "train": injection.adapters[name].train,
         "base": _base_fingerprint(model, tensors),
         "metrics": metrics,
-        "scales": _scales(model, name),
+        "scales": {path: float(item.scale) for path, item in low_ranks(injection, name).items()},
         "modules": [(path, module) for path, module, _ in walk(model)],
     }
 
@@ -229,21 +223,30 @@ def load_adapters(
         before.require_plain()
     if taken := [name for name in folders if name == peft.BASE or (before is not None and name in before.adapters)]:
         raise peft.InjectionError(f"the name {taken[0]!r} is taken: give the adapter another one")
-    active, served = (before.active, peft.BASE in before.adapters) if before is not None else ("", False)
-    contents: dict[str, AdapterFile] = {}
-    try:
+    with _as_before_on_error(root):
         peft.serve_adapters(root)
-        for name, folder in folders.items():
-            contents[name] = _load(root, folder, name, allow_other_base, other_classes=True)
+        return {
+            name: _load(root, folder, name, allow_other_base, other_classes=True) for name, folder in folders.items()
+        }
+
+
+@contextlib.contextmanager
+def _as_before_on_error(model: nn.Module) -> Iterator[None]:
+    """Where the block fails, take out the adapters that came in it, or the whole injection if there was none."""
+    before = peft.get_injection(model)
+    known, active = (set(before.adapters), before.active) if before is not None else (set[str](), "")
+    try:
+        yield
     except BaseException:
-        if before is None and peft.get_injection(root) is not None:
-            peft.remove(root)
-        elif before is not None:
-            peft.set_adapter(root, active)
-            for name in [*contents, *([] if served or peft.BASE not in before.adapters else [peft.BASE])]:
-                peft.delete_adapter(root, name)
+        now = peft.get_injection(model)
+        if now is not None and before is None:
+            peft.remove(model)
+        elif now is not None:
+            if now.active != active:
+                peft.set_adapter(model, active)
+            for name in now.adapters.keys() - known:
+                peft.delete_adapter(model, name)
         raise
-    return contents
 
 
 def _load(
@@ -262,31 +265,22 @@ def _load(
             content = huggingface.read(folder, model)
     else:
         content = adapter_file.read(folder)
-    if defect := adapter_file.not_finite(content.tensors, {name for name, _ in _all_tensors(model, parameters=False)}):
+    if defect := adapter_file.not_finite(content.tensors, dict(model.named_buffers(remove_duplicate=False)).keys()):
         remedy = "use an earlier checkpoint: this one comes from a training that diverged, or is damaged"
         raise AdapterFileError(folder, f"it holds {defect}", remedy)
     if content.base is not None:
-        bases = content.base, _base_fingerprint(model, content.tensors)
-        differs = difference(*(_without_classes(model, content, *bases) if other_classes else bases))
-        _refuse_other_base(differs, folder, allow_other_base)
-    before = peft.get_injection(model)
-    known = set(before.adapters) if before is not None else set()
+        _refuse_other_base(model, content, folder, allow_other_base, other_classes)
     try:
-        if before is None:
-            peft.inject(model, content.methods, content.train, name)
-        elif name not in known:
-            peft.add_adapter(model, name, content.methods, content.train)
-        _check_methods(model, content, name, compare_entries=not is_theirs)
-        peft.load_adapter_state_dict(model, content.tensors, name, other_classes)
+        with _as_before_on_error(model):
+            injection = peft.get_injection(model)
+            if injection is None:
+                peft.inject(model, content.methods, content.train, name)
+            elif name not in injection.adapters:
+                peft.add_adapter(model, name, content.methods, content.train)
+            _check_methods(model, content, name, compare_entries=not is_theirs)
+            peft.load_adapter_state_dict(model, content.tensors, name, other_classes)
     except (ValueError, KeyError, RuntimeError) as error:
-        now = peft.get_injection(model)
-        if before is None and now is not None:
-            peft.remove(model)
-        elif now is not None and name in now.adapters and name not in known:
-            peft.delete_adapter(model, name)
-        remedy = (
-            "inject the model as the adapter was trained (its peft_d2.json lists the methods), or let the file do it"
-        )
+        remedy = "inject the model as the adapter was trained (its peft_d2.json has the methods), or let the file do it"
         raise AdapterFileError(folder, f"it does not fit the model: {error}", remedy) from error
     if is_theirs:
         logger.info("%s was written by Hugging Face peft: it does not say for which base", folder)
@@ -395,18 +389,22 @@ def _say_in_effect(model: nn.Module, content: AdapterFile, folder: str | os.Path
 
 def _check_methods(model: nn.Module, content: AdapterFile, name: str, compare_entries: bool) -> None:
     """A tensor of the right shape may still mean another thing: compare what the file and the model compute with it."""
-    for path, scale in _scales(model, name).items():
-        expected = content.scales.get(path, scale)
+    injection = peft.get_injection(model)
+    assert injection is not None
+    for path, item in low_ranks(injection, name).items():
+        scale, expected = item.scale, content.scales.get(path, item.scale)
         if abs(scale - expected) > 1e-6 * expected:
             raise ValueError(f"the LoRA of {path} is scaled by {scale:g} in the model and by {expected:g} in the file")
-    injection = peft.get_injection(model)
-    if injection is None or not compare_entries:
+    if not compare_entries:
         return
     methods = injection.adapters[name].methods
     own, stored = ([_meaning(entry) for entry in entries] for entries in (methods, content.methods))
     if own != stored:
-        pairs = [(a, b) for a, b in zip(own, stored, strict=False) if a != b]
-        detail = _first_difference(*pairs[0]) if pairs else f"{len(own)} methods instead of {len(stored)}"
+        detail = f"{len(own)} methods instead of {len(stored)}"
+        for here, there in [(a, b) for a, b in zip(own, stored, strict=False) if a != b][:1]:
+            keys = ["NAME", *sorted({*here, *there})]
+            key = next(key for key in keys if here.get(key) != there.get(key))
+            detail = f"{key} is {here.get(key)!r} in the model and {there.get(key)!r} in the file"
         names = ", ".join(str(entry.get("NAME")) for entry in content.methods) or "modules trained in full"
         raise ValueError(f"the model's methods are not the file's, which is an adapter of {names} ({detail})")
 
@@ -418,18 +416,25 @@ def _meaning(entry: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in {**defaults, **entry}.items() if key not in _FREE}
 
 
-def _first_difference(found: Mapping[str, Any], expected: Mapping[str, Any]) -> str:
-    keys = ["NAME", *sorted({*found, *expected})]
-    key = next(key for key in keys if found.get(key) != expected.get(key))
-    return f"{key} is {found.get(key)!r} in the model and {expected.get(key)!r} in the file"
-
-
-def _refuse_other_base(differs: str, folder: str | os.PathLike[str], allowed: bool) -> None:
+def _refuse_other_base(
+    model: nn.Module, content: AdapterFile, folder: str | os.PathLike[str], allowed: bool, other_classes: bool
+) -> None:
+    """Compare the base with the one that the adapter was made for; ``other_classes`` forgives what these explain:
+    other first sizes of what is trained in full, and a loss's weights by class.
+    """
+    assert content.base is not None
+    expected, found = content.base, _base_fingerprint(model, content.tensors)
+    if other_classes:
+        old, new = expected.parts(), found.parts()
+        free = {*content.tensors, *getattr(model, "by_class_in_training", ()), *dict(model.named_buffers())}
+        sizes = {name: [shape[name][0].split("x") for shape in (old, new)] for name in free & old.keys() & new.keys()}
+        other = {name for name, (a, b) in sizes.items() if a != b and a[1:] == b[1:]}
+        expected, found = expected.without(other), found.without(other)
+    differs = difference(expected, found)
     if differs and not allowed:
         half = "load the adapter on the base as it was trained, then convert both (model.half()); otherwise "
-        raise AdapterFileError(
-            folder, f"it was made for another base ({differs})", (half if "dtype" in differs else "") + _OTHER_BASE
-        )
+        remedy = (half if "dtype" in differs else "") + _OTHER_BASE
+        raise AdapterFileError(folder, f"it was made for another base ({differs})", remedy)
     if differs:
         logger.warning("Adapter %s was made for another base (%s); loaded because that is allowed", folder, differs)
 
@@ -441,29 +446,13 @@ def _base_fingerprint(model: nn.Module, tensors: Collection[str]) -> Fingerprint
     of buffers that count steps.
     """
     injection = peft.get_injection(model)
-    state = peft.base_values(model) if injection else {k: v for k, v in model.state_dict().items() if _is_tensor(v)}
-    left_out = _with_aliases(model, state, tensors) | peft.counters(model)
+    state = (
+        peft.base_values(model) if injection else {k: v for k, v in model.state_dict().items() if isinstance(v, Tensor)}
+    )
+    all_names = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    chosen = {id(value) for name, value in all_names if name in tensors}  # a shared module has several names for each
+    left_out = {name for name, value in all_names if id(value) in chosen} | peft.counters(model)
     return fingerprint(state, trained=left_out, memo=injection.hashes if injection else None)
-
-
-def _without_classes(
-    model: nn.Module, content: AdapterFile, expected: Fingerprint, found: Fingerprint
-) -> tuple[Fingerprint, Fingerprint]:
-    """Both without the tensors that another class count explains: trained in full, or a loss's weights by class."""
-    free = {*content.tensors, *(name for name, _ in model.named_buffers()), *getattr(model, "by_class_in_training", ())}
-    old, new = expected.parts(), found.parts()
-    sizes = {name: [shape[name][0].split("x") for shape in (old, new)] for name in free & old.keys() & new.keys()}
-    other = {name for name, (a, b) in sizes.items() if a != b and a[1:] == b[1:]}
-    return Fingerprint(*_left(expected, other)), Fingerprint(*_left(found, other))
-
-
-def _left(base: Fingerprint, without: Collection[str]) -> tuple[dict[str, str], dict[str, str]]:
-    tensors, halves = ({k: v for k, v in table.items() if k not in without} for table in (base.tensors, base.halves))
-    return tensors, halves
-
-
-def _is_tensor(value: Any) -> bool:
-    return isinstance(value, Tensor)
 
 
 def _base_of(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
@@ -471,25 +460,3 @@ def _base_of(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
     injection = peft.get_injection(model)
     hidden = injection is not None and not any("*" in record.train for record in injection.adapters.values())
     return peft.disabled(model) if hidden else contextlib.nullcontext()
-
-
-def _with_aliases(model: nn.Module, state: Mapping[str, Tensor], names: Collection[str]) -> set[str]:
-    """The names in `state` of tensors that one of `names` calls; a shared module has several for each."""
-    chosen = {id(value) for name, value in _all_tensors(model) if name in names}
-    return {name for name, value in _all_tensors(model) if name in state and id(value) in chosen}
-
-
-def _all_tensors(model: nn.Module, parameters: bool = True) -> list[tuple[str, Tensor]]:
-    found = list(model.named_parameters(remove_duplicate=False)) if parameters else []
-    return [*found, *model.named_buffers(remove_duplicate=False)]
-
-
-def _scales(model: nn.Module, name: str) -> dict[str, float]:
-    """Path of each pair of LoRA factors, as in the file -> the factor on its branch."""
-    scales = {}
-    for path, module in model.named_modules():
-        for layer in module.peft_layers(name).values() if isinstance(module, peft.Adapted) else ():
-            for local, factors in layer.named_modules():
-                if isinstance(factors, LowRank):
-                    scales[f"{path}.{local}" if local else path] = float(factors.scale)
-    return scales

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from .adapted import Adapted, AdapterLayer, base_class
-from .checks import NotLive, dead_parts, describe, frozen_hash, not_live, prove_live
+from .checks import NotLive, describe, frozen_hash, not_live, prove_live
 from .errors import (
     AdapterStateError,
     DeadPartError,

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .errors import MethodError
-from .method import expect
+from .method import Positive
 from .outputs import OutputLayer, OutputMethod, OutputOptions
 from .targets import Target
 
@@ -28,13 +28,8 @@ from .targets import Target
 class AdapterOptions(OutputOptions):
     """``NUM`` adapters in a chain, each with a bottleneck of width / ``REDUCTION``."""
 
-    num: int = 1
-    reduction: int = 4
-
-    def check(self) -> None:
-        super().check()
-        expect(self.num > 0, "NUM", self.num, "a positive integer")
-        expect(self.reduction > 0, "REDUCTION", self.reduction, "a positive integer")
+    num: Positive = 1
+    reduction: Positive = 4
 
 
 class Bottleneck(nn.Module):

@@ -11,14 +11,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .adapted import AdapterLayer, first_input
 from .cobot import CobotOptions, CobotStep, orchestrate
-from .method import expect
+from .method import Allowed, Positive, Probability
 from .outputs import OutputLayer, OutputMethod, OutputOptions, map_first_tensor
 from .targets import Target
 
@@ -27,16 +27,13 @@ from .targets import Target
 class AdaptFormerOptions(OutputOptions, CobotOptions):
     """``BOTTLENECK`` is the width inside, ``SCALE`` the factor s."""
 
-    bottleneck: int = 16
-    scale: float = 1.0
-    dropout: float = 0.1
+    bottleneck: Positive = 16
+    scale: Annotated[float, Allowed(bool, "a number other than 0")] = 1.0
+    dropout: Probability = 0.1
 
     def check(self) -> None:
         super().check()
-        expect(self.bottleneck > 0, "BOTTLENECK", self.bottleneck, "a positive integer")
         self.check_width("BOTTLENECK", self.bottleneck)
-        expect(self.scale != 0, "SCALE", self.scale, "a number other than 0")
-        expect(0 <= self.dropout < 1, "DROPOUT", self.dropout, "a probability below 1")
 
 
 class AdaptFormerBranch(OutputLayer):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,10 +19,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from .errors import LivenessError, shortened
-from .inject import EVERYTHING, resolve_train
 from .probe import as_it_was, call, own_event_storage
 from .state import Injection, base_values, counters, injected, require_intact, tensor_hash, trained_parameters
-from .targets import ModelIndex
+from .targets import EVERYTHING, ModelIndex, resolve_train
 
 logger = logging.getLogger(__name__)
 
@@ -85,12 +84,6 @@ def describe(found: Sequence[NotLive]) -> str:
         if names:
             lines.append(f"{shortened(names, 12)}. {meaning}.")
     return f"these injected parts cannot change the output, or are trained without effect: {' '.join(lines)}"
-
-
-def dead_parts(model: nn.Module, forward: Callable[[nn.Module], Any], training: bool) -> list[str]:
-    """Layers (``path: method``) of the active adapter that are not live in one mode."""
-    mode = "train" if training else "eval"
-    return [item.name for item in not_live(model, forward) if item.mode == mode and item.is_fault]
 
 
 def not_live(model: nn.Module, *batches: Any) -> list[NotLive]:

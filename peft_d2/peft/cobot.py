@@ -12,19 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .method import Options, expect
-
-_VALUES = {  # of each switch, its default first
-    "cobot_coefficients": ("both", "shared", "own", "none"),
-    "cobot_relation": ("learned", "fixed", "random"),
-    "cobot_mix": ("quaternion", "linear", "none"),
-}
+from .method import Options, expect, one_of
 
 
 @dataclass(frozen=True)
@@ -38,18 +32,16 @@ class CobotOptions(Options):
     """
 
     cobot: bool = False
-    cobot_coefficients: str = "both"
-    cobot_relation: str = "learned"
-    cobot_mix: str = "quaternion"
+    cobot_coefficients: Annotated[str, one_of("both", "shared", "own", "none")] = "both"
+    cobot_relation: Annotated[str, one_of("learned", "fixed", "random")] = "learned"
+    cobot_mix: Annotated[str, one_of("quaternion", "linear", "none")] = "quaternion"
 
     def check(self) -> None:
-        """As the base's; values that are known and go together, and none but the defaults without ``COBOT: true``."""
+        """As the base's; switches that go together, and none but the defaults without ``COBOT: true``."""
         super().check()
-        for key, values in _VALUES.items():
-            value = getattr(self, key)
-            expect(value in values, key.upper(), value, f"one of {', '.join(values)}")
-            expect(self.cobot or value == values[0], "COBOT", self.cobot, "true where another COBOT_ key is set")
-        sets, relation, mix = (getattr(self, key) for key in _VALUES)
+        switches = sets, relation, mix = self.cobot_coefficients, self.cobot_relation, self.cobot_mix
+        plain = switches == ("both", "learned", "quaternion")
+        expect(self.cobot or plain, "COBOT", self.cobot, "true where another COBOT_ key is set")
         fits = relation == "learned" or sets in ("both", "shared")
         expect(fits, "COBOT_RELATION", relation, "to be left out without shared sets")
         expect(sets != "none" or mix != "none", "COBOT_MIX", mix, "a layer where COBOT_COEFFICIENTS is none")

@@ -15,9 +15,9 @@ layer. The function of x is not linear, so no weight can hold it.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +25,8 @@ from torch.nn import functional as F
 
 from .adapted import AdapterLayer, base_class, first_input
 from .lora.factors import match_dtype
-from .method import Method, Options, expect
-from .outputs import GRIDS, TokenGrid, never_called, with_others
+from .method import Allowed, Factor, Method, Options, Positive, Probability, one_of
+from .outputs import Grid, TokenGrid, never_called, with_others
 from .targets import Target
 
 _LETTERS = ("q", "k", "v")
@@ -41,23 +41,13 @@ class ConvLoraOptions(Options):
     image, see :class:`~peft_d2.peft.outputs.TokenGrid`.
     """
 
-    rank: int = 3
-    alpha: float | None = None
-    dropout: float = 0.0
-    experts: int = 8
-    balance: float = 0.01
-    parts: list[str] = field(default_factory=list)
-    grid: str = "auto"
-
-    def check(self) -> None:
-        super().check()
-        for key in ("rank", "experts"):
-            expect(getattr(self, key) > 0, key.upper(), getattr(self, key), "a positive integer")
-        expect(self.alpha is None or self.alpha > 0, "ALPHA", self.alpha, "a positive number")
-        expect(0 <= self.dropout < 1, "DROPOUT", self.dropout, "a probability below 1")
-        expect(self.balance >= 0, "BALANCE", self.balance, "0 or more")
-        expect(set(self.parts) <= set(_LETTERS), "PARTS", self.parts, f"a list out of {', '.join(_LETTERS)}")
-        expect(self.grid in GRIDS, "GRID", self.grid, f"one of {', '.join(GRIDS)}")
+    rank: Positive = 3
+    alpha: Factor | None = None
+    dropout: Probability = 0.0
+    experts: Positive = 8
+    balance: Annotated[float, Allowed(lambda value: value >= 0, "0 or more")] = 0.01
+    parts: Annotated[list[str], one_of(*_LETTERS)] = field(default_factory=list)
+    grid: Grid = "auto"
 
 
 class AddGradient(torch.autograd.Function):
@@ -176,7 +166,7 @@ class ConvLora(Method):
 
     name = "conv_lora"
     options_class = ConvLoraOptions
-    options: ConvLoraOptions
+    layer_class = ConvLoraLayer
 
     def refusal(self, target: Target) -> str:
         base, module = base_class(target.module), target.module
@@ -192,6 +182,3 @@ class ConvLora(Method):
         if self.options.parts and out != 3 * inputs:
             return f"PARTS needs a fused qkv, d -> 3 d; this is {inputs} -> {out}"
         return never_called(target)
-
-    def make_layers(self, targets: Sequence[Target]) -> list[tuple[Target, AdapterLayer]]:
-        return [(target, ConvLoraLayer(target, self.options)) for target in targets]

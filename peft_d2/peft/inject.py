@@ -13,7 +13,7 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,7 +23,6 @@ from torch.nn.parameter import is_lazy
 from .adapted import (
     ActiveAdapter,
     Adapted,
-    AdapterLayer,
     adapt,
     adapt_problem,
     adapted_modules,
@@ -36,39 +35,30 @@ from .adapted import (
     restore,
     walk,
 )
-from .errors import InjectionError, MethodError, PatternError, PeftError, shortened
-from .method import Method, normalised, parse
+from .errors import InjectionError, MethodError, PatternError, PeftError
+from .method import Layers, Method, choose_targets, layers_of, normalised, parse
 from .methods import METHODS
 from .probe import watch
 from .state import (
+    ATTRIBUTE,
     BASE,
     AdapterRecord,
     Injection,
     LayerRecord,
     after_state_dict,
-    attach,
-    base_values,
-    counters,
-    detach,
+    before_load,
     injected,
-    injected_keys,
     injected_root,
-    is_untrained,
-    layer_tensors,
     refuse_wrapper,
     start_hashes,
-    take_not_installed,
-    tensor_hash,
     unstorable,
 )
-from .targets import ModelIndex, Target, is_literal, match, names_outright, resolve
+from .targets import EVERYTHING, ModelIndex, Target, match, resolve_train
 
 logger = logging.getLogger(__name__)
 
-EVERYTHING = "*"
 Entries = Iterable[Mapping[str, Any]] | None
 Patterns = Iterable[str] | None
-Layers = list[tuple[Method, Target, AdapterLayer]]
 
 
 def match_targets(model: nn.Module, pattern: str) -> list[str]:
@@ -103,7 +93,7 @@ def inject(
     everything = EVERYTHING in plan.train
     injection = Injection({name: plan.record()}, ActiveAdapter(name), installed=name)
     injection.was_trainable = {key: value.requires_grad for key, value in model.named_parameters()}
-    with _undone_on_error(lambda: _undo(model, injection)):
+    with _undone_on_error(lambda: undo(model, injection)):
         for key in plan.full:
             injection.full[key] = plan.index.tensors[key]
             injection.original[key] = tensor = injection.full[key].get()
@@ -115,7 +105,7 @@ def inject(
             for tensor in injection.original.values():
                 _set_trainable(tensor)
         _place(model, injection, name, plan, freeze_statistics=not everything)
-        attach(model, injection)
+        model.__dict__[ATTRIBUTE] = injection
         model._register_load_state_dict_pre_hook(before_load, with_module=True)
         model._register_state_dict_hook(after_state_dict)
         injection.current.start = start_hashes(injection, name)
@@ -247,91 +237,6 @@ def _look_at_outputs(model: nn.Module, chosen: Sequence[tuple[Method, Sequence[T
             method.learn(targets, seen)
 
 
-def layers_of(method: Method, targets: Sequence[Target]) -> Layers:
-    """The adapter layers of one method; whatever it raises is one of our errors."""
-    try:
-        made = method.make_layers(targets)
-    except PeftError:
-        raise
-    except Exception as error:  # out of memory, a package's own error
-        raise MethodError(f"method {method.name!r}: {type(error).__name__}: {error}") from error
-    for target, _ in made:
-        if problem := adapt_problem(target.module):
-            raise MethodError(f"method {method.name!r} cannot go on {target.name}: {problem}")
-    return [(method, target, layer) for target, layer in made]
-
-
-def choose_targets(index: ModelIndex, method: Method) -> list[Target]:
-    """The modules of one method: patterns resolved, exclusions taken out, redirected, and all of them possible."""
-    names = index.module_names()
-    try:
-        exclude = resolve(method.options.exclude, names)
-    except PatternError as error:
-        raise PatternError(f"method {method.name!r}, EXCLUDE: {error}") from error
-    excluded = set().union(*exclude.values())
-    wanted = resolve(method.options.targets, names)
-    for pattern, taken_back in exclude.items():
-        if not set(taken_back) & set().union(*wanted.values()):
-            logger.warning("Method %r: EXCLUDE %r takes back none of what TARGETS choose.", method.name, pattern)
-    chosen: dict[int, Target] = {}
-    for pattern, matched in wanted.items():
-        refused: dict[str, str] = {}
-        for name in matched:
-            own = index.targets[id(index.modules[name])]
-            if name in excluded or own.name in excluded:
-                continue
-            target = method.redirect(own, index.targets)
-            reason = method.refusal(target)
-            if not reason and not names_outright(pattern, name):
-                reason = method.only_by_name(target)
-            before = chosen.get(id(target.module))
-            if reason:
-                refused[own.name] = reason
-            elif before is None:
-                chosen[id(target.module)] = target
-            elif before.parts:
-                parts = tuple(dict.fromkeys(before.parts + target.parts)) if target.parts else ()
-                chosen[id(target.module)] = replace(before, parts=parts)
-        _check_refused(method, pattern, matched, refused)
-    if not chosen:
-        raise MethodError(f"method {method.name!r}: EXCLUDE takes back everything that TARGETS choose")
-    order = {key: position for position, key in enumerate(index.targets)}
-    return sorted(chosen.values(), key=lambda target: order[id(target.module)])
-
-
-def _check_refused(method: Method, pattern: str, matched: list[str], refused: dict[str, str]) -> None:
-    """A sweeping pattern may pass over modules that a method cannot go on; a plain name must be possible."""
-    if not refused or (not is_literal(pattern) and len(refused) < len(matched)):
-        return
-    name, reason = next(iter(refused.items()))
-    more = f" (and {len(refused) - 1} more)" if len(refused) > 1 else ""
-    deeper = "" if is_literal(pattern) else f"; {pattern.rstrip('*')}** reaches deeper levels"
-    raise MethodError(
-        f"method {method.name!r} cannot go on {name}{more}, which pattern {pattern!r} chooses: {reason}{deeper}"
-    )
-
-
-def resolve_train(index: ModelIndex, train: Sequence[str]) -> tuple[list[str], list[nn.Module]]:
-    """First names of the tensors that TRAIN chooses, and the modules among them (with all they contain)."""
-    if EVERYTHING in train:
-        return list(index.tensors), list(index.modules.values())
-    names = [*index.module_names(), *index.parameter_names()]
-    tensors: list[str] = []
-    modules: list[nn.Module] = []
-    for pattern, matched in resolve(train, names, "module or parameter").items():
-        under: list[str] = []
-        for name in matched:
-            if name in index.modules:
-                under += index.tensors_under(name)
-                modules += index.modules[name].modules()
-            else:
-                under.append(index.first_name[name])
-        if not any(isinstance(index.tensors[first].get(), nn.Parameter) for first in under):
-            raise PatternError(f"TRAIN pattern {pattern!r} matches {matched[0]}, which has no parameters")
-        tensors += under
-    return tensors, modules
-
-
 def _listed(items: Any, what: str, error: type[PeftError]) -> list[Any]:
     """Any iterable as a list; None is an empty one."""
     if isinstance(items, str | bytes | Mapping) or not isinstance(items, Iterable | None):
@@ -392,7 +297,7 @@ def forget_adapter(root: nn.Module, name: str) -> None:
             restore(module)
 
 
-def _undo(model: nn.Module, injection: Injection) -> None:
+def undo(model: nn.Module, injection: Injection) -> None:
     """Take everything out again: classes, Parameters, flags and modes are those of before the injection."""
     for key, original in injection.original.items():
         injection.full[key].put(original)
@@ -405,20 +310,9 @@ def _undo(model: nn.Module, injection: Injection) -> None:
         for number, hook in list(table.items()):
             if getattr(hook, "hook", hook) in (before_load, after_state_dict):
                 del table[number]
-    detach(model)
+    model.__dict__.pop(ATTRIBUTE, None)
     for key, parameter in model.named_parameters():
         parameter.requires_grad_(injection.was_trainable.get(key, parameter.requires_grad))
-
-
-@torch.no_grad()
-def take_out(model: nn.Module, keep_values: bool) -> None:
-    """Undo an injection that is whole; ``keep_values`` leaves in what was trained in full, else the base comes back."""
-    injection = injected(model)[1]
-    for key, original in injection.original.items():
-        now = injection.full[key].get() if keep_values or key not in injection.base else injection.base[key]
-        if now is not original:
-            original.data = now.detach().clone()  # of another class count, perhaps
-    _undo(model, injection)
 
 
 @contextlib.contextmanager
@@ -475,87 +369,6 @@ def _check_model(model: nn.Module) -> None:
     lazy = [name for name, parameter in model.named_parameters() if is_lazy(parameter)]
     if lazy:
         raise InjectionError(f"{lazy[0]} has no shape yet (a lazy module): run the model once, then inject")
-
-
-@torch.no_grad()
-def before_load(root: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """torch's hook before ``load_state_dict``: the one place where weights meet a model that is injected.
-
-    - A state dict with injected keys was one of such a model, and all of it is loaded.
-    - Without them it is a base's. The base that the adapters are on changes nothing, not what is trained in full
-      either. Another one is taken as long as nothing was trained or loaded: the adapters then start anew on it.
-    - Where adapters only train modules in full, other values of just these are what was trained, and are loaded.
-
-    Raises:
-        InjectionError: these are the weights of another base; or the model is merged.
-    """
-    injection, index = injected(root)[1], ModelIndex.of(root)
-    base, layers = base_values(root), layer_tensors(root)
-    given = {key: state[prefix + key] for key in base if isinstance(state.get(prefix + key), Tensor)}
-    if given and injection.merged:
-        raise InjectionError("the adapter is merged into the weights: call unmerge(model) before loading others")
-    if any(prefix + key in state for key in injected_keys(root)):
-        return take_not_installed(injection, state, prefix)
-    if not given:
-        return None
-    if any(value.is_meta for value in base.values()):
-        raise InjectionError(
-            "the model was on the meta device when it was injected, so what is trained has no values: give the model "
-            "its weights first, then inject"
-        )
-    fits = {key for key, value in given.items() if value.shape == base[key].shape}
-    different = [
-        key for key in sorted(fits - counters(root)) if not _is_base(injection, index, key, given[key], base[key])
-    ]
-    own = {alias for key in injection.current.values for alias in injection.full[key].names}
-    if different:
-        open_to_others = is_untrained(root) and not injection.base_file
-        if own.issuperset(different) and not layers and (fits - own or not open_to_others):
-            return None  # only what is trained in full
-        if not open_to_others:
-            file = f" (from {injection.base_file})" if injection.base_file else ""
-            raise InjectionError(
-                f"these are the weights of another base than the one{file} under adapter {injection.active!r}: "
-                f"{len(different)} of {len(fits)} tensors differ, {shortened(different, 4)}; nothing was loaded. Load "
-                "the base before you inject: peft_d2.load_base(model, path), then inject(model, ...) or "
-                "load_adapter(model, folder); with PEFTModel it is MODEL.WEIGHTS"
-            )
-        _start_anew(injection, index, {key: given[key] for key in fits})
-    else:
-        logger.info(
-            "These weights are the base's, which the model has: all %d tensors of adapter %r stay in effect.",
-            *(len(injection.current.start), injection.active),
-        )
-        fits |= own  # a head of another class count is not missing either
-    state.update({prefix + key: index.tensors[index.first_name[key]].get() for key in fits if key in index.first_name})
-    state.update({prefix + key: value for key, value in layers.items()})
-    return None
-
-
-def _is_base(injection: Injection, index: ModelIndex, key: str, given: Tensor, base: Tensor) -> bool:
-    """Whether a given tensor is the base's own of that name, in the base's dtype."""
-    same_kind = given.to(base.device, base.dtype)
-    if injection.base or not injection.full:
-        equal = same_kind == base
-        return bool(equal.all()) or bool((equal | (same_kind.isnan() & base.isnan())).all())
-    start = injection.current.start.get(index.first_name.get(key, ""))
-    return start in (tensor_hash(given), tensor_hash(same_kind))
-
-
-def _start_anew(injection: Injection, index: ModelIndex, weights: Mapping[str, Tensor]) -> None:
-    """Exchange the base under adapters that are not trained; their layers get new values in the tensors they have."""
-    for key, value in weights.items():
-        first = index.first_name.get(key, key)
-        kept = [injection.base.get(first), *(record.values.get(first) for record in injection.adapters.values())]
-        for tensor in (index.tensors[first].get(), *kept):
-            if tensor is not None:
-                tensor.copy_(value)
-    for name, record in injection.adapters.items():
-        for method in (parse(entry, METHODS) for entry in record.methods):
-            for _, target, layer in [] if method.selects else layers_of(method, choose_targets(index, method)):
-                target.module.peft_layers(name)[method.name].load_state_dict(layer.state_dict())  # type: ignore[operator]
-        record.start = start_hashes(injection, name)
-    logger.info("The base's weights came after inject, before anything was trained: the adapters start anew on them.")
 
 
 @dataclass(frozen=True)

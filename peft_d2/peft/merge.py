@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from .adapted import STORE, Adapted, join
 from .errors import InjectionError, shortened
-from .inject import Report, add_adapter, forget_adapter, take_out
+from .inject import Report, add_adapter, forget_adapter, undo
 from .lora.factors import LowRank
-from .state import AdapterRecord, injected
+from .state import Injection, injected, low_ranks
 
 logger = logging.getLogger(__name__)
 KINDS = ("linear", "svd")
@@ -151,7 +151,11 @@ def remove(model: nn.Module, keep: bool = False) -> nn.Module:
             module.peft_backup.clear()
     else:
         unmerge(model)
-    take_out(root, keep_values=keep)
+    for key, original in injection.original.items():
+        now = injection.full[key].get() if keep or key not in injection.base else injection.base[key]
+        if now is not original:
+            original.data = now.detach().clone()  # of another class count, perhaps
+    undo(root, injection)
     return root
 
 
@@ -236,8 +240,8 @@ def combine_adapters(
     places = [({(p.name, p.method) for p in record.places}, record.full) for record in records.values()]
     if any(place != places[0] for place in places):
         raise InjectionError(f"{', '.join(weights)} do not adapt the same places and cannot be combined")
-    sources = [(weight, _low_ranks(records[adapter], adapter)) for adapter, weight in weights.items()]
-    others = [(weight, _others(records[adapter], adapter)) for adapter, weight in weights.items()]
+    sources = [(weight, low_ranks(injection, adapter)) for adapter, weight in weights.items()]
+    others = [(weight, _others(injection, adapter)) for adapter, weight in weights.items()]
     _refuse(sources, others, kind)
     largest = [max((item.lora_a.shape[0] for item in factors.values()), default=0) for _, factors in sources]
     starts = any(item.lora_a_start is not None for _, factors in sources for item in factors.values())
@@ -245,14 +249,14 @@ def combine_adapters(
     first = records[next(iter(weights))]
     report = add_adapter(model, name, [_entry(entry, width) for entry in first.methods], first.train)
     record = injection.adapters[name]
-    for key, target in _low_ranks(record, name).items():
+    for key, target in low_ranks(injection, name).items():
         terms = [(weight, factors[key]) for weight, factors in sources]
         b, a = _side_by_side(terms) if kind == "linear" else _truncated(terms, width)
         target.lora_a.zero_()
         target.lora_b.zero_()
         target.lora_a.flatten(1)[: a.shape[0]].copy_(a)
         target.lora_b.flatten(1)[:, : b.shape[1]].copy_(b / target.scale)
-    for key, value in _others(record, name).items():
+    for key, value in _others(injection, name).items():
         value.copy_(sum(weight * tensors[key] for weight, tensors in others))  # type: ignore[arg-type]
     for key, value in record.values.items():
         if value.is_floating_point():
@@ -261,23 +265,12 @@ def combine_adapters(
     return report
 
 
-def _low_ranks(record: AdapterRecord, adapter: str) -> dict[str, LowRank]:
-    """All LoRA factors of an adapter, by target module, method and position in the layer."""
-    return {
-        f"{module.peft_name} {method} {path}": item
-        for module in record.modules
-        for method, layer in module.peft_layers(adapter).items()
-        for path, item in layer.named_modules()
-        if isinstance(item, LowRank)
-    }
-
-
-def _others(record: AdapterRecord, adapter: str) -> dict[str, Tensor]:
+def _others(injection: Injection, adapter: str) -> dict[str, Tensor]:
     """All other injected parameters of an adapter."""
-    inside = {id(value) for item in _low_ranks(record, adapter).values() for value in item.parameters()}
+    inside = {id(value) for item in low_ranks(injection, adapter).values() for value in item.parameters()}
     return {
         f"{module.peft_name}.{local}": value
-        for module in record.modules
+        for module in injection.adapters[adapter].modules
         for local, value in module.peft_parameters(adapter).items()
         if id(value) not in inside
     }

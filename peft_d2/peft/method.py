@@ -1,19 +1,40 @@
-"""What a method is: options with upper-case config keys, the modules it can go on, and the adapter layers it makes."""
+"""What a method is: options with upper-case config keys, the modules of a model it goes on, and the layers it makes."""
 
 from __future__ import annotations
 
 import dataclasses
+import logging
 import typing
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Any, ClassVar
 
-from .adapted import AdapterLayer
-from .errors import MethodError
+from .adapted import AdapterLayer, adapt_problem
+from .errors import MethodError, PatternError, PeftError
 from .probe import Outputs
-from .targets import Target, nearest
+from .targets import ModelIndex, Target, is_literal, names_outright, nearest, resolve
 
+logger = logging.getLogger(__name__)
 _LARGEST = {"NUM": 1024, "EXPERTS": 1024}  # whole numbers; the others have 2**16: beyond it is a typing error
+
+
+@dataclass(frozen=True)
+class Allowed:
+    """Which values an option may have, as the second part of its type: ``Annotated[int, Allowed(...)]``."""
+
+    holds: Callable[[Any], Any]
+    expected: str
+
+
+def one_of(*values: str) -> Allowed:
+    """One of these texts, or a list of some of them."""
+    expected = f"one of {', '.join(values)}"
+    return Allowed(lambda given: {*([given] if isinstance(given, str) else given)} <= {*values}, expected)
+
+
+Positive = Annotated[int, Allowed(lambda value: value > 0, "a positive integer")]
+Factor = Annotated[float, Allowed(lambda value: value > 0, "a positive number")]
+Probability = Annotated[float, Allowed(lambda value: 0 <= value < 1, "a probability below 1")]
 
 
 @dataclass(frozen=True)
@@ -24,7 +45,7 @@ class Options:
     exclude: list[str] = field(default_factory=list)
 
     def check(self) -> None:
-        """Raise :class:`MethodError` when a value is out of range."""
+        """Raise :class:`MethodError` when values do not go together."""
         if not self.targets:
             raise MethodError("TARGETS is empty: name at least one pattern of module names")
 
@@ -48,6 +69,7 @@ class Method:
 
     name: ClassVar[str]
     options_class: ClassVar[type[Options]] = Options
+    layer_class: ClassVar[Any]  # makes the AdapterLayer of a target module from (target, options)
     selects: ClassVar[bool] = False  # True: trains chosen base parameters in full instead of injecting
 
     def __init__(self, options: Any) -> None:
@@ -74,11 +96,14 @@ class Method:
 
     def make_layers(self, targets: Sequence[Target]) -> list[tuple[Target, AdapterLayer]]:
         """The adapter layers of all chosen modules, in order; MethodError where the options leave something open."""
-        raise NotImplementedError(f"method {self.name!r} injects nothing")
+        return [(target, self.layer_class(target, self.options)) for target in targets]
 
     def select(self, targets: Sequence[Target]) -> Selection:
         """The base parameters that a selecting method trains; MethodError where there are none."""
         raise NotImplementedError(f"method {self.name!r} selects nothing")
+
+
+Layers = list[tuple[Method, Target, AdapterLayer]]
 
 
 def parse(entry: Mapping[str, Any], registry: Mapping[str, type[Method]]) -> Method:
@@ -92,7 +117,7 @@ def parse(entry: Mapping[str, Any], registry: Mapping[str, type[Method]]) -> Met
         raise MethodError(f"method NAME {entry['NAME']!r} does not exist.{closest(name, list(registry))}")
     method = registry[name]
     known = {item.name.upper(): item for item in dataclasses.fields(method.options_class)}
-    types = typing.get_type_hints(method.options_class)
+    types = typing.get_type_hints(method.options_class, include_extras=True)
     values = {}
     for key, value in entry.items():
         if key == "NAME":
@@ -114,6 +139,70 @@ def normalised(method: Method) -> dict[str, Any]:
     return {"NAME": method.name, **{key.upper(): value for key, value in values.items()}}
 
 
+def choose_targets(index: ModelIndex, method: Method) -> list[Target]:
+    """The modules of one method: patterns resolved, exclusions taken out, redirected, and all of them possible."""
+    names = index.module_names()
+    try:
+        exclude = resolve(method.options.exclude, names)
+    except PatternError as error:
+        raise PatternError(f"method {method.name!r}, EXCLUDE: {error}") from error
+    excluded = set().union(*exclude.values())
+    wanted = resolve(method.options.targets, names)
+    for pattern, taken_back in exclude.items():
+        if not set(taken_back) & set().union(*wanted.values()):
+            logger.warning("Method %r: EXCLUDE %r takes back none of what TARGETS choose.", method.name, pattern)
+    chosen: dict[int, Target] = {}
+    for pattern, matched in wanted.items():
+        refused: dict[str, str] = {}
+        for name in matched:
+            own = index.targets[id(index.modules[name])]
+            if name in excluded or own.name in excluded:
+                continue
+            target = method.redirect(own, index.targets)
+            reason = method.refusal(target)
+            if not reason and not names_outright(pattern, name):
+                reason = method.only_by_name(target)
+            before = chosen.get(id(target.module))
+            if reason:
+                refused[own.name] = reason
+            elif before is None:
+                chosen[id(target.module)] = target
+            elif before.parts:
+                parts = tuple(dict.fromkeys(before.parts + target.parts)) if target.parts else ()
+                chosen[id(target.module)] = replace(before, parts=parts)
+        _check_refused(method, pattern, matched, refused)
+    if not chosen:
+        raise MethodError(f"method {method.name!r}: EXCLUDE takes back everything that TARGETS choose")
+    order = {key: position for position, key in enumerate(index.targets)}
+    return sorted(chosen.values(), key=lambda target: order[id(target.module)])
+
+
+def _check_refused(method: Method, pattern: str, matched: list[str], refused: dict[str, str]) -> None:
+    """A sweeping pattern may pass over modules that a method cannot go on; a plain name must be possible."""
+    if not refused or (not is_literal(pattern) and len(refused) < len(matched)):
+        return
+    name, reason = next(iter(refused.items()))
+    more = f" (and {len(refused) - 1} more)" if len(refused) > 1 else ""
+    deeper = "" if is_literal(pattern) else f"; {pattern.rstrip('*')}** reaches deeper levels"
+    raise MethodError(
+        f"method {method.name!r} cannot go on {name}{more}, which pattern {pattern!r} chooses: {reason}{deeper}"
+    )
+
+
+def layers_of(method: Method, targets: Sequence[Target]) -> Layers:
+    """The adapter layers of one method; whatever it raises is one of our errors."""
+    try:
+        made = method.make_layers(targets)
+    except PeftError:
+        raise
+    except Exception as error:  # out of memory, a package's own error
+        raise MethodError(f"method {method.name!r}: {type(error).__name__}: {error}") from error
+    for target, _ in made:
+        if problem := adapt_problem(target.module):
+            raise MethodError(f"method {method.name!r} cannot go on {target.name}: {problem}")
+    return [(method, target, layer) for target, layer in made]
+
+
 def closest(wanted: str, known: list[str]) -> str:
     """The end of an error about an unknown name: the known ones, those that resemble it first."""
     near = nearest(wanted, known)
@@ -122,10 +211,16 @@ def closest(wanted: str, known: list[str]) -> str:
 
 def _convert(method: str, key: str, value: Any, hint: Any) -> Any:
     """A value as its option's type; ints serve as floats, tuples as lists; nothing else is converted."""
-    options = typing.get_args(hint) if typing.get_origin(hint) not in (list, dict) else ()
+    options = typing.get_args(hint) if typing.get_origin(hint) not in (list, dict, Annotated) else ()
     if value is None and type(None) in options:
         return None
     plain = next((item for item in options if item is not type(None)), hint)
+    if typing.get_origin(plain) is Annotated:
+        inner, allowed = typing.get_args(plain)
+        value = _convert(method, key, value, inner)
+        if not allowed.holds(value):
+            raise MethodError(f"method {method!r}: {key} is {value!r}: expected {allowed.expected}")
+        return value
     origin = typing.get_origin(plain) or plain
     if origin is list and isinstance(value, list | tuple) and all(isinstance(item, str) for item in value):
         return list(value)

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .method import expect
-from .outputs import GRIDS, OutputLayer, OutputMethod, OutputOptions, TokenGrid, with_others
+from .method import Positive, Probability
+from .outputs import Grid, OutputLayer, OutputMethod, OutputOptions, TokenGrid, with_others
 from .targets import Target
 
 
@@ -27,15 +27,9 @@ class MonaOptions(OutputOptions):
     outputs need none.
     """
 
-    bottleneck: int = 64
-    dropout: float = 0.1
-    grid: str = "auto"
-
-    def check(self) -> None:
-        super().check()
-        expect(self.bottleneck > 0, "BOTTLENECK", self.bottleneck, "a positive integer")
-        expect(0 <= self.dropout < 1, "DROPOUT", self.dropout, "a probability below 1")
-        expect(self.grid in GRIDS, "GRID", self.grid, f"one of {', '.join(GRIDS)}")
+    bottleneck: Positive = 64
+    dropout: Probability = 0.1
+    grid: Grid = "auto"
 
 
 class MonaAdapter(OutputLayer):

@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from .adapted import STORE, AdapterLayer, base_class, walk
 from .errors import MethodError
 from .lora.factors import match_dtype
-from .method import Method, Options, expect
+from .method import Allowed, Method, Options, Positive, one_of
 from .probe import Outputs
 from .targets import Target, first_match
 
-LAYOUTS = ("auto", "last", "first")
-GRIDS = ("auto", "square")
+_OUTPUT = re.compile("[1-9][0-9]{0,5} (first|last)").fullmatch
+Grid = Annotated[str, one_of("auto", "square")]
 _CHANNELS_FIRST = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm)
 _LEAVES: tuple[tuple[type[nn.Module], str], ...] = (
     (nn.Linear, "out_features"),
@@ -43,17 +43,11 @@ class OutputOptions(Options):
     ``OUTPUTS`` says both of single modules, ``{"stages.0.blocks.1": "40 first"}``: what a forward pass has shown.
     """
 
-    dim: int | None = None
-    layout: str = "auto"
-    outputs: dict[str, str] = field(default_factory=dict)
-
-    def check(self) -> None:
-        super().check()
-        expect(self.dim is None or self.dim > 0, "DIM", self.dim, "a positive integer")
-        expect(self.layout in LAYOUTS, "LAYOUT", self.layout, f"one of {', '.join(LAYOUTS)}")
-        for value in self.outputs.values():
-            fits = re.fullmatch("[1-9][0-9]{0,5} (first|last)", value)
-            expect(fits is not None, "OUTPUTS", self.outputs, "widths and layouts by name, such as '40 first'")
+    dim: Positive | None = None
+    layout: Annotated[str, one_of("auto", "last", "first")] = "auto"
+    outputs: dict[str, Annotated[str, Allowed(_OUTPUT, "a width and a layout, such as '40 first'")]] = field(
+        default_factory=dict
+    )
 
 
 class OutputLayer(AdapterLayer):
@@ -98,9 +92,8 @@ class OutputLayer(AdapterLayer):
 
 
 class OutputMethod(Method):
-    """A method that puts one ``layer_class(target, options)`` after each target module."""
+    """A method that puts one ``layer_class``, an :class:`OutputLayer`, after each target module."""
 
-    layer_class: ClassVar[type[OutputLayer]]
     options: Any
 
     def unsure(self, targets: Sequence[Target]) -> list[Target]:
@@ -131,9 +124,6 @@ class OutputMethod(Method):
 
     def refusal(self, target: Target) -> str:
         return never_called(target)
-
-    def make_layers(self, targets: Sequence[Target]) -> list[tuple[Target, AdapterLayer]]:
-        return [(target, self.layer_class(target, self.options)) for target in targets]
 
 
 def never_called(target: Target) -> str:

@@ -21,11 +21,10 @@ from torch import Tensor, nn
 
 from .adapted import join
 from .errors import InjectionError
-from .inject import resolve_train
 from .lora import Lora
 from .method import parse
-from .probe import as_it_was
-from .targets import ModelIndex, Target, match
+from .probe import as_it_was, call
+from .targets import ModelIndex, Target, match, resolve_train
 
 RANKS = (2, 4, 8, 16, 32)
 _DIGITS = re.compile(r"\d+")
@@ -239,6 +238,6 @@ def patterns_of(names: Sequence[str], known: Sequence[str]) -> list[str]:
 
 
 def _sum_of_losses(model: nn.Module, batch: Any) -> Tensor:
-    found = model([dict(sample) for sample in batch] if isinstance(batch, list) else batch)
+    found = call(model, batch)
     values = found.values() if isinstance(found, dict) else [found]
     return torch.stack([value.float() for value in values]).sum()

@@ -18,7 +18,7 @@ from torch import nn
 
 from .adapted import base_class, walk
 from .errors import MethodError
-from .method import Method, Options, Selection, expect
+from .method import Method, Options, Positive, Selection
 from .targets import Target
 
 _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
@@ -82,11 +82,7 @@ class NormTuning(_ByParameter):
 class LastBlocksOptions(Options):
     """``TARGETS`` choose the blocks of a stack, ``NUM`` is how many of the last of them are trained."""
 
-    num: int = 1
-
-    def check(self) -> None:
-        super().check()
-        expect(self.num > 0, "NUM", self.num, "a positive integer")
+    num: Positive = 1
 
 
 class LastBlocks(Method):

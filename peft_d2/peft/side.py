@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from .adapted import AdapterLayer
 from .errors import MethodError
 from .lora.factors import match_dtype
-from .method import Method, Options, expect
+from .method import Method, Options, Positive
 from .targets import Target
 
 _PARTS = ("attention", "mlp")
@@ -36,13 +36,8 @@ _PARTS = ("attention", "mlp")
 class E3vaOptions(Options):
     """``BOTTLENECK`` is the width inside each adapter, ``RANK`` that of the factors of its two projections."""
 
-    bottleneck: int = 64
-    rank: int = 16
-
-    def check(self) -> None:
-        super().check()
-        expect(self.bottleneck > 0, "BOTTLENECK", self.bottleneck, "a positive integer")
-        expect(self.rank > 0, "RANK", self.rank, "a positive integer")
+    bottleneck: Positive = 64
+    rank: Positive = 16
 
 
 class SideAdapter(nn.Module):
@@ -143,7 +138,7 @@ class E3va(Method):
 
     name = "e3va"
     options_class = E3vaOptions
-    options: E3vaOptions
+    layer_class = Highway
 
     def refusal(self, target: Target) -> str:
         stages = _stages(target.module)
@@ -159,4 +154,4 @@ class E3va(Method):
     def make_layers(self, targets: Sequence[Target]) -> list[tuple[Target, AdapterLayer]]:
         if len(targets) > 1:
             raise MethodError(f"e3va has one highway; TARGETS choose {len(targets)} backbones")
-        return [(target, Highway(target, self.options)) for target in targets]
+        return super().make_layers(targets)

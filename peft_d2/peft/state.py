@@ -1,4 +1,4 @@
-"""What an injected model remembers, and its tensors: an adapter's, the base's, and what is trained of both.
+"""What an injected model remembers, its tensors (an adapter's, the base's, what is trained), and how weights meet it.
 
 ``state_dict()`` of an injected model holds the base's keys, the adapter layers, and, where an adapter could not be had
 back without them, the values that are not installed now: the base's of what is trained in full, and other adapters'.
@@ -7,6 +7,7 @@ back without them, the values that are not installed now: the base's of what is 
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -17,9 +18,13 @@ from torch import Tensor, nn
 
 from .adapted import STORE, ActiveAdapter, Adapted, join, walk_adapted
 from .errors import AdapterStateError, InjectionError, shortened
-from .targets import BaseTensor
+from .lora.factors import LowRank
+from .method import choose_targets, layers_of, parse
+from .methods import METHODS
+from .targets import BaseTensor, ModelIndex
 
-_ATTRIBUTE = "_peft_injection"
+logger = logging.getLogger(__name__)
+ATTRIBUTE = "_peft_injection"  # of the model itself, so that copies and pickles carry their own
 BASE = "base"  # the adapter without layers and values of its own, which is the base itself
 _WRAPPERS = ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "OptimizedModule")
 _BASE, _VALUES = f"{STORE}_base", f"{STORE}_values"  # first level of keys of values that are not installed
@@ -134,21 +139,11 @@ class Injection:
         return self.adapters[name]
 
 
-def attach(model: nn.Module, injection: Injection) -> None:
-    """Remember it on the model itself, so that copies and pickles carry their own."""
-    model.__dict__[_ATTRIBUTE] = injection
-
-
-def detach(model: nn.Module) -> None:
-    """Forget it."""
-    model.__dict__.pop(_ATTRIBUTE, None)
-
-
 def injected_root(model: nn.Module) -> nn.Module | None:
     """The module that was given to ``inject``: ``model``, or what DataParallel, DDP or ``torch.compile`` wrap."""
     seen: nn.Module | None = model
     while isinstance(seen, nn.Module):
-        if _ATTRIBUTE in seen.__dict__:
+        if ATTRIBUTE in seen.__dict__:
             return seen
         seen = seen._modules.get("module") or seen._modules.get("_orig_mod")
     return None
@@ -172,7 +167,7 @@ def injected(model: nn.Module) -> tuple[nn.Module, Injection]:
         raise InjectionError(
             f"{type(model).__name__} has no injection: call inject(model, methods, train) on the whole model first"
         )
-    return root, root.__dict__[_ATTRIBUTE]
+    return root, root.__dict__[ATTRIBUTE]
 
 
 def get_injection(model: nn.Module) -> Injection | None:
@@ -297,6 +292,17 @@ def injected_tensors(injection: Injection, name: str) -> dict[str, Tensor]:
                 seen.add(id(value))
                 tensors[join(module.peft_name, local)] = value
     return tensors
+
+
+def low_ranks(injection: Injection, name: str) -> dict[str, LowRank]:
+    """All pairs of LoRA's factors of one adapter, by their path in a file."""
+    return {
+        join(module.peft_name, local).removesuffix("."): item
+        for module in injection.adapters[name].modules
+        for layer in module.peft_layers(name).values()
+        for local, item in layer.named_modules()
+        if isinstance(item, LowRank)
+    }
 
 
 def _tensors(injection: Injection, name: str) -> dict[str, Tensor]:
@@ -435,3 +441,84 @@ def take_not_installed(injection: Injection, state: dict[str, Any], prefix: str)
     for adapter, values in kept.items():
         for name, value in values.items():
             tables[adapter][name].copy_(value)
+
+
+@torch.no_grad()
+def before_load(root: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """torch's hook before ``load_state_dict``: the one place where weights meet a model that is injected.
+
+    - A state dict with injected keys was one of such a model, and all of it is loaded.
+    - Without them it is a base's. The base that the adapters are on changes nothing, not what is trained in full
+      either. Another one is taken as long as nothing was trained or loaded: the adapters then start anew on it.
+    - Where adapters only train modules in full, other values of just these are what was trained, and are loaded.
+
+    Raises:
+        InjectionError: these are the weights of another base; or the model is merged.
+    """
+    injection, index = injected(root)[1], ModelIndex.of(root)
+    base, layers = base_values(root), layer_tensors(root)
+    given = {key: state[prefix + key] for key in base if isinstance(state.get(prefix + key), Tensor)}
+    if given and injection.merged:
+        raise InjectionError("the adapter is merged into the weights: call unmerge(model) before loading others")
+    if any(prefix + key in state for key in injected_keys(root)):
+        return take_not_installed(injection, state, prefix)
+    if not given:
+        return None
+    if any(value.is_meta for value in base.values()):
+        raise InjectionError(
+            "the model was on the meta device when it was injected, so what is trained has no values: give the model "
+            "its weights first, then inject"
+        )
+    fits = {key for key, value in given.items() if value.shape == base[key].shape}
+    different = [
+        key for key in sorted(fits - counters(root)) if not _is_base(injection, index, key, given[key], base[key])
+    ]
+    own = {alias for key in injection.current.values for alias in injection.full[key].names}
+    if different:
+        open_to_others = is_untrained(root) and not injection.base_file
+        if own.issuperset(different) and not layers and (fits - own or not open_to_others):
+            return None  # only what is trained in full
+        if not open_to_others:
+            file = f" (from {injection.base_file})" if injection.base_file else ""
+            raise InjectionError(
+                f"these are the weights of another base than the one{file} under adapter {injection.active!r}: "
+                f"{len(different)} of {len(fits)} tensors differ, {shortened(different, 4)}; nothing was loaded. Load "
+                "the base before you inject: peft_d2.load_base(model, path), then inject(model, ...) or "
+                "load_adapter(model, folder); with PEFTModel it is MODEL.WEIGHTS"
+            )
+        _start_anew(injection, index, {key: given[key] for key in fits})
+    else:
+        logger.info(
+            "These weights are the base's, which the model has: all %d tensors of adapter %r stay in effect.",
+            *(len(injection.current.start), injection.active),
+        )
+        fits |= own  # a head of another class count is not missing either
+    state.update({prefix + key: index.tensors[index.first_name[key]].get() for key in fits if key in index.first_name})
+    state.update({prefix + key: value for key, value in layers.items()})
+    return None
+
+
+def _is_base(injection: Injection, index: ModelIndex, key: str, given: Tensor, base: Tensor) -> bool:
+    """Whether a given tensor is the base's own of that name, in the base's dtype."""
+    same_kind = given.to(base.device, base.dtype)
+    if injection.base or not injection.full:
+        equal = same_kind == base
+        return bool(equal.all()) or bool((equal | (same_kind.isnan() & base.isnan())).all())
+    start = injection.current.start.get(index.first_name.get(key, ""))
+    return start in (tensor_hash(given), tensor_hash(same_kind))
+
+
+def _start_anew(injection: Injection, index: ModelIndex, weights: Mapping[str, Tensor]) -> None:
+    """Exchange the base under adapters that are not trained; their layers get new values in the tensors they have."""
+    for key, value in weights.items():
+        first = index.first_name.get(key, key)
+        kept = [injection.base.get(first), *(record.values.get(first) for record in injection.adapters.values())]
+        for tensor in (index.tensors[first].get(), *kept):
+            if tensor is not None:
+                tensor.copy_(value)
+    for name, record in injection.adapters.items():
+        for method in (parse(entry, METHODS) for entry in record.methods):
+            for _, target, layer in [] if method.selects else layers_of(method, choose_targets(index, method)):
+                target.module.peft_layers(name)[method.name].load_state_dict(layer.state_dict())  # type: ignore[operator]
+        record.start = start_hashes(injection, name)
+    logger.info("The base's weights came after inject, before anything was trained: the adapters start anew on them.")

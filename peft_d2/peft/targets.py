@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from .adapted import join, walk
 from .errors import PatternError
 
-REGEX_PREFIX = "re:"
+EVERYTHING, REGEX_PREFIX = "*", "re:"
 T = TypeVar("T")
 _WILDCARDS = re.compile(r"[*?\[]")
 _DIGITS = re.compile(r"\d+")
@@ -267,3 +267,24 @@ class ModelIndex:
         """First names of all parameters and persistent buffers of one module."""
         prefix = join(name, "")
         return list(dict.fromkeys(first for alias, first in self.first_name.items() if alias.startswith(prefix)))
+
+
+def resolve_train(index: ModelIndex, train: Sequence[str]) -> tuple[list[str], list[nn.Module]]:
+    """First names of the tensors that TRAIN chooses, and the modules among them (with all they contain)."""
+    if EVERYTHING in train:
+        return list(index.tensors), list(index.modules.values())
+    names = [*index.module_names(), *index.parameter_names()]
+    tensors: list[str] = []
+    modules: list[nn.Module] = []
+    for pattern, matched in resolve(train, names, "module or parameter").items():
+        under: list[str] = []
+        for name in matched:
+            if name in index.modules:
+                under += index.tensors_under(name)
+                modules += index.modules[name].modules()
+            else:
+                under.append(index.first_name[name])
+        if not any(isinstance(index.tensors[first].get(), nn.Parameter) for first in under):
+            raise PatternError(f"TRAIN pattern {pattern!r} matches {matched[0]}, which has no parameters")
+        tensors += under
+    return tensors, modules

@@ -28,36 +28,18 @@ _LAYER_NAMES += [".lora_magnitude_vector", ".lora_magnitude_vector.default"]
 Modules = Sequence[tuple[str, nn.Module]]
 
 
-def file_name(name: str) -> str:
-    """Name in the file of a tensor of the model: "fc.lora_a" -> "base_model.model.fc.lora_A.weight"."""
-    for own, theirs in SUFFIXES.items():
-        if name.endswith(own):
-            return PREFIX + name.removesuffix(own) + theirs
-    return PREFIX + name
-
-
-def model_name(name: str) -> str | None:
-    """Reverse of `file_name`; None for a name that `file_name` cannot have given."""
-    if not name.startswith(PREFIX):
-        return None
-    name = name.removeprefix(PREFIX)
-    for own, theirs in SUFFIXES.items():
-        if name.endswith(theirs):
-            return name.removesuffix(theirs) + own
-        if name.endswith(own):
-            return None
-    return name
-
-
 def to_file(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of the model as they are stored: `peft` keeps DoRA's magnitude of a convolution as (1, out, 1, 1)."""
+    """Tensors of the model under their names in the file: "fc.lora_a" is "base_model.model.fc.lora_A.weight" there.
+
+    `peft` keeps DoRA's magnitude of a convolution as (1, out, 1, 1).
+    """
     stored = {}
     for name, value in tensors.items():
-        if name.endswith(MAGNITUDE):
-            a = tensors.get(name.removesuffix(MAGNITUDE) + A)
-            if a is not None and a.ndim > 2:
-                value = value.reshape(1, -1, *[1] * (a.ndim - 2))
-        stored[file_name(name)] = value
+        own = next((suffix for suffix in SUFFIXES if name.endswith(suffix)), "")
+        a = tensors.get(name.removesuffix(own) + A)
+        if own == MAGNITUDE and a is not None and a.ndim > 2:
+            value = value.reshape(1, -1, *[1] * (a.ndim - 2))
+        stored[PREFIX + name.removesuffix(own) + SUFFIXES.get(own, "")] = value
     return stored
 
 
@@ -69,10 +51,11 @@ def to_model(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """
     tensors = {}
     for name, value in stored.items():
-        own = model_name(name)
-        if own is None or not NAME.fullmatch(own):
+        suffix, theirs = next((pair for pair in SUFFIXES.items() if name.endswith(pair[1])), ("", ""))
+        own = name.removeprefix(PREFIX).removesuffix(theirs) + suffix
+        if not name.startswith(PREFIX) or name.endswith(tuple(SUFFIXES)) or not NAME.fullmatch(own):
             raise ValueError(f"the tensor name {name[:80]!r} is not one of an adapter")
-        tensors[own] = value.flatten() if own.endswith(MAGNITUDE) else value
+        tensors[own] = value.flatten() if suffix == MAGNITUDE else value
     return tensors
 
 

@@ -91,6 +91,10 @@ class Fingerprint:
         """Name -> shape and hash, both as texts; the hash is "" where the value does not count."""
         return {name: entry.partition(":")[::2] for name, entry in self.tensors.items()}
 
+    def without(self, names: Collection[str]) -> Fingerprint:
+        """The fingerprint of the other tensors alone."""
+        return Fingerprint(*({k: v for k, v in t.items() if k not in names} for t in (self.tensors, self.halves)))
+
     def to_json(self) -> dict[str, Any]:
         """A plain record; `from_json` reverses it."""
         record: dict[str, Any] = {"structure": self.structure, "weights": self.weights, "count": len(self.tensors)}

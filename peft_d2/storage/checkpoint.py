@@ -49,6 +49,7 @@ _WRAPPERS = ("module", "_orig_mod", "model", "student", "net", "network", "ema",
              "detector", "_forward_module", "online")  # fmt: skip
 _NESTS = ("model", "state_dict", "model_state", "model_state_dict", "blobs", "module")  # around the state dict itself
 
+logger = logging.getLogger(__name__)
 _REMEDY = "Download or copy it again; if it is meant to hold more than tensors, save its state dict alone and use that"
 _GIVE_ADAPTER = "MODEL.WEIGHTS takes the weights of a whole model; an adapter's folder goes into MODEL.PEFT.WEIGHTS"
 SYSTEM_ERRORS = {errno.EMFILE, errno.ENFILE, errno.EACCES, errno.EPERM, errno.ENOMEM}
@@ -196,9 +197,6 @@ def is_layer(name: str) -> bool:
 def load_base(
     model: nn.Module,
     checkpoint: Checkpoint | str | os.PathLike[str],
-    *,
-    resizable: Sequence[str] = CLASS_HEADS,
-    logger: logging.Logger | None = None,
     of_injected: bool = False,
 ) -> LoadReport:
     """Load base weights; what is not loaded is named in the report, which is logged, or in the error.
@@ -206,9 +204,6 @@ def load_base(
     Args:
         model: any module; its own `upgrade_state_dict(state) -> state` is applied first where it has one.
         checkpoint: a file, or what `read_checkpoint` returned.
-        resizable: glob patterns of tensors whose first dimension counts classes. Where only that dimension differs,
-            the model's initial values are kept and listed.
-        logger: where the report goes; the module's own logger when None.
         of_injected: the file may be the state dict of an injected model, of which the base is taken.
 
     Raises:
@@ -233,7 +228,7 @@ def load_base(
     matched, heads, misshaped = {}, [], []
     for name in sorted(state.keys() & own.keys()):
         old, new = tuple(state[name].shape), tuple(own[name].shape)
-        is_head = any(_any(alias, resizable) for alias in aliases.get(name, [name]))
+        is_head = any(_any(alias, CLASS_HEADS) for alias in aliases.get(name, [name]))
         if old == new:
             matched[name] = state[name]
         elif len(old) == len(new) > 0 and old[1:] == new[1:] and is_head:
@@ -260,7 +255,7 @@ def load_base(
     if lost := model.load_state_dict(named_as_now, strict=False).unexpected_keys:
         raise CheckpointError(f"the model's own loading hooks lost tensors of {file.path}: {shortened(sorted(lost))}")
     report = LoadReport(file.path, sorted(matched), heads, missing, unexpected, backbone, removed)
-    (logger or logging.getLogger(__name__)).info("%s", report)
+    logger.info("%s", report)
     return report
 
 

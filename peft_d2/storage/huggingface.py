@@ -1,4 +1,4 @@
-"""Folders of Hugging Face `peft`: read into ours, and ours written for it. The package itself is not needed.
+"""Folders of Hugging Face `peft`, read into ours. The package itself is not needed.
 
 Every field of its `LoraConfig` (0.21) that changes what the tensors mean is honoured, or refused by its name.
 """
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_d2.storage import adapter_config, atomic
+from peft_d2.storage import adapter_config
 from peft_d2.storage.adapter_config import EMBEDDING_A, MAGNITUDE, SUFFIXES, A, B, expression
 from peft_d2.storage.adapter_file import (
     CONFIG,
@@ -26,12 +26,10 @@ from peft_d2.storage.adapter_file import (
     load_json,
     load_tensors,
 )
-from peft_d2.storage.adapter_file import read as read_own
 from peft_d2.storage.atomic import Defect
 
 logger = logging.getLogger(__name__)
 
-_MAX_CONFIG_BYTES = 4 * 2**20
 _PICKLE = "adapter_model.bin"
 _SAVE_AGAIN = "save it again with peft's save_pretrained"
 _OUT_PROJ, _TOKENS = ".base_layer.out_proj", ".token_adapter.trainable_tokens_delta"
@@ -95,8 +93,6 @@ def read(folder: str | os.PathLike[str], model: nn.Module | None = None) -> Adap
     root = Path(folder)
     path, remedy = root / CONFIG, _SAVE_AGAIN
     try:
-        if path.stat().st_size > _MAX_CONFIG_BYTES:
-            raise Defect("it is larger than any such file")
         config = load_json(path.read_bytes())
         path, remedy = root / TENSORS, f"{_SAVE_AGAIN} (safe_serialization=True): {_PICKLE} is a pickle and is not read"
         stored, _ = load_tensors(path.read_bytes())
@@ -113,23 +109,6 @@ def read(folder: str | os.PathLike[str], model: nn.Module | None = None) -> Adap
     except ValueError as error:
         remedy = "train a plain LoRA or DoRA in peft, or merge this one there into the base (merge_and_unload)"
         raise AdapterFileError(root, str(error), remedy) from None
-
-
-def export(source: str | os.PathLike[str], destination: str | os.PathLike[str]) -> None:
-    """Write an adapter of ours as a folder of Hugging Face `peft`, without our record.
-
-    Raises:
-        AdapterFileError: the source is damaged, or holds a method that `peft` does not have.
-    """
-    read_own(source)
-    data = {name: Path(source, name).read_bytes() for name in (CONFIG, TENSORS)}
-    if load_json(data[CONFIG])["peft_type"] != adapter_config.LORA:
-        defect = "it holds methods or modules that Hugging Face peft cannot express"
-        remedy = "export one that has only LoRA or DoRA on linear and convolution layers, or merge it into a checkpoint"
-        raise AdapterFileError(source, defect, remedy)
-    with atomic.folder(destination, tuple(data)) as temporary:
-        for name, content in data.items():
-            (temporary / name).write_bytes(content)
 
 
 class _Reader:
@@ -341,7 +320,7 @@ def _check_fields(config: Mapping[str, Any]) -> None:
 
 def _wrapper(stored: Mapping[str, Tensor], model: nn.Module | None) -> str:
     """The module's name, such as "module", that all tensors lie below and the model does not have, "" for none."""
-    names = [(adapter_config.model_name(name) or name).split(".") for name in stored]
+    names = [name.removeprefix(adapter_config.PREFIX).split(".") for name in stored]
     children = {name for name, _ in model.named_children()} if model is not None else set()
     first = {name[0] for name in names}
     inside = len(first) == 1 and not first & children and all(len(n) > 1 and n[1] in children for n in names)

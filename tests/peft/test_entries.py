@@ -82,9 +82,9 @@ def test_report_counts_and_prints(toy: nn.Module) -> None:
     for part in ("lora on 6 Linear: 1,024 parameters, blocks.0.proj", "trained in full: head", "blocks.1", "%"):
         assert part in text
     record = peft.get_injection(toy)
-    assert record is not None and record.methods[0]["RANK"] == 4 and record.train == ["head"]
+    assert record is not None and record.methods[0]["RANK"] == 4 and record.current.train == ["head"]
     copied = copy.deepcopy(record)
-    assert copied == record and len(copied.places) == 6
+    assert copied == record and len(copied.current.places) == 6
 
 
 def test_rank_and_alpha_per_pattern(toy: nn.Module) -> None:

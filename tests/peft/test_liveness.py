@@ -42,7 +42,7 @@ def test_dead_parts_are_named_by_mode() -> None:
     peft.inject(model, methods)
     x = torch.randn(64, 4)
     forward = lambda m: m(x)  # noqa: E731
-    assert peft.dead_parts(model, forward, training=False) == [
+    assert [item.name for item in peft.not_live(model, forward) if item.mode == "eval" and item.is_fault] == [
         "read: lora",
         "read: adapter",
         "train_only: lora",

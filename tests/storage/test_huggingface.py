@@ -132,17 +132,18 @@ def injected(form: str) -> Model:
     return model
 
 
-@pytest.mark.parametrize("exported", [False, True])
+@pytest.mark.parametrize("bare", [False, True])
 @pytest.mark.parametrize("form", OURS)
-def test_ours_gives_the_same_outputs_in_theirs(tmp_path: Path, form: str, exported: bool) -> None:
-    """peft reads our folder as it is, and the exported one, without a warning of missing or unknown keys."""
+def test_ours_gives_the_same_outputs_in_theirs(tmp_path: Path, form: str, bare: bool) -> None:
+    """peft reads our folder as it is, and without our record, and does not warn of missing or unknown keys."""
     model = injected(form)
     save_adapter(model, tmp_path / "ours")
     folder = tmp_path / "ours"
-    if exported:
+    if bare:
         folder = tmp_path / "hf"
-        huggingface.export(tmp_path / "ours", folder)
-        assert sorted(path.name for path in folder.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+        folder.mkdir()
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            shutil.copyfile(tmp_path / "ours" / name, folder / name)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         loaded = hf.PeftModel.from_pretrained(base(), str(folder))
@@ -196,8 +197,6 @@ def test_what_peft_cannot_express_is_refused_by_both(tmp_path: Path) -> None:
     peft_d2.inject(model, [{"NAME": "adapter", "TARGETS": ["q_proj"], "REDUCTION": 2}])
     save_adapter(model, tmp_path / "ours")
     assert json.loads((tmp_path / "ours" / "adapter_config.json").read_text())["peft_type"] == "PEFT_D2"
-    with pytest.raises(AdapterFileError, match="cannot express"):
-        huggingface.export(tmp_path / "ours", tmp_path / "hf")
     with pytest.raises(Exception, match="PEFT_D2"):
         hf.PeftModel.from_pretrained(base(), str(tmp_path / "ours"))
 

@@ -22,7 +22,6 @@ import peft_d2  # noqa: E402
 from peft_d2 import adapters, peft  # noqa: E402
 from peft_d2.engine.config import load_config  # noqa: E402
 from peft_d2.engine.errors import ConfigError  # noqa: E402
-from peft_d2.storage import huggingface  # noqa: E402
 
 from ..tiny_sam import SIZES  # noqa: E402
 
@@ -140,12 +139,9 @@ def test_what_no_weight_can_hold_and_no_other_format_knows(config: Path) -> None
     adapted(config, ADAPTFORMER)
     with pytest.raises(peft.PeftError, match="no weight can hold"):
         merged(config)
-    with pytest.raises(ValueError, match="cannot express"):
-        huggingface.export(config.parent / "adapter", config.parent / "foreign")
+    assert json.loads((config.parent / "adapter" / "adapter_config.json").read_text())["peft_type"] == "PEFT_D2"
 
 
 def test_lora_with_cobot_is_no_plain_lora(config: Path) -> None:
     adapted(config, LORA)
-    with pytest.raises(ValueError, match="cannot express"):
-        huggingface.export(config.parent / "adapter", config.parent / "foreign")
-    assert not (config.parent / "foreign").exists()
+    assert json.loads((config.parent / "adapter" / "adapter_config.json").read_text())["peft_type"] == "PEFT_D2"

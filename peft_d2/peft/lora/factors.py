@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -25,10 +25,9 @@ from torch.nn import functional as F
 from ..adapted import AdapterLayer
 from ..cobot import CobotOptions, CobotStep
 from ..errors import MethodError
-from ..method import expect
+from ..method import Factor, Positive, Probability, expect, one_of
 from ..targets import first_match
 
-INITS = ("default", "gaussian", "xavier", "pissa")
 PARTS = ("q", "k", "v", "out")
 
 
@@ -44,27 +43,21 @@ class LoraOptions(CobotOptions):
     ``RANK_PATTERN`` and ``ALPHA_PATTERN``: module-name pattern -> value; the first match counts.
     """
 
-    rank: int = 8
-    alpha: float | None = None
-    dropout: float = 0.0
-    init: str = "default"
+    rank: Positive = 8
+    alpha: Factor | None = None
+    dropout: Probability = 0.0
+    init: Annotated[str, one_of("default", "gaussian", "xavier", "pissa")] = "default"
     rslora: bool = False
     dora: bool = False
     freeze_a: bool = False
-    parts: list[str] = field(default_factory=list)
-    rank_pattern: dict[str, int] = field(default_factory=dict)
-    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    parts: Annotated[list[str], one_of(*PARTS)] = field(default_factory=list)
+    rank_pattern: dict[str, Positive] = field(default_factory=dict)
+    alpha_pattern: dict[str, Factor] = field(default_factory=dict)
 
     def check(self) -> None:
         super().check()
         for rank in (self.rank, *self.rank_pattern.values()):
-            expect(rank > 0, "RANK", rank, "a positive integer")
             self.check_width("RANK", rank)
-        for alpha in (self.alpha, *self.alpha_pattern.values()):
-            expect(alpha is None or alpha > 0, "ALPHA", alpha, "a positive number")
-        expect(0 <= self.dropout < 1, "DROPOUT", self.dropout, "a probability below 1")
-        expect(self.init in INITS, "INIT", self.init, f"one of {', '.join(INITS)}")
-        expect(set(self.parts) <= set(PARTS), "PARTS", self.parts, f"a list out of {', '.join(PARTS)}")
         expect(not (self.dora and self.cobot), "DORA", self.dora, "false together with COBOT")
         expect(not (self.cobot and self.init == "pissa"), "INIT", self.init, "another start together with COBOT")
 
