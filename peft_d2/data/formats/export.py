@@ -104,7 +104,8 @@ class Images:
         beside = [path for path in found if path.parent == named_by.parent]
         found = beside if len(found) > 1 and beside else found
         if not found:
-            raise FileNotFoundError(f"{named_by}: names the image {name!r}, which is not below {self.folder}.")
+            where = f"which is not below {self.folder}. Give the folder that holds both"
+            raise FileNotFoundError(f"{named_by}: names the image {name!r}, {where}.")
         if len(found) > 1:
             raise DatasetError(f"{named_by}: {name!r} may be {found[0]} or {found[1]}. Give the folder of one of them.")
         return found[0]
