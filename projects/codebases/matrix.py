@@ -214,7 +214,8 @@ class Row:
         )
         (self.place / "log.txt").open("a").write(f"$ {command}\n{done.stdout}{done.stderr}\n")
         if done.returncode:
-            failure = Failure((done.stderr.strip().splitlines() or ["no output"])[-1][:300].replace("|", "/"))
+            said = (done.stderr.strip().splitlines() or ["no output"])[-1][:300].replace("|", "/")
+            failure = Failure(re.sub(r" \(/[^)]*\)", "", said))  # where a module lies on this machine
             failure.stdout = done.stdout
             raise failure
         return (done.stdout.strip().splitlines() or [""])[-1].partition("RESULT ")[2]
