@@ -111,6 +111,7 @@ def write_panoptic_report(
 
 def _write(path: Path, **parts: str) -> Path:
     page = Template(Path(__file__).with_suffix(".html").read_text(encoding="utf-8")).substitute(parts)
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page, encoding="utf-8")
     return path
 

@@ -190,7 +190,7 @@ def test_a_merged_model_stores_what_was_trained_and_not_what_is_merged_into_it(t
 def test_parameters_that_no_adapter_holds_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     model = trained("lora")
     save_adapter(model, tmp_path / "adapter")
-    assert not caplog.records
+    assert "require gradients" not in caplog.text
     model.requires_grad_(True)
     save_adapter(model, tmp_path / "adapter")
     assert "require gradients and are in no adapter" in caplog.text

@@ -452,6 +452,7 @@ def test_a_frozen_vit_is_adapted_and_merged(run: Callable[..., str], data: toy.T
         **{key: value for key, value in SMALL_EOMT.items() if "NUM_CLASSES" not in key},
         **{"SOLVER.MAX_ITER": 2, "SOLVER.IMS_PER_BATCH": 2, "SOLVER.AMP.ENABLED": False, "DATALOADER.NUM_WORKERS": 0},
         **{"INPUT.IMAGE_SIZE": 64, "INPUT.MIN_SIZE_TEST": 64, "INPUT.MAX_SIZE_TEST": 64, "SEED": 1},
+        "SOLVER.WARMUP_ITERS": 0,
     }
     opts = [part for item in tiny.items() for part in item]
     config = ("--config-file", ROOT / "configs/eomt/coco/instance_dinov2_small_640.yaml", *files, "--name", "toys")

@@ -97,16 +97,22 @@ def test_clicked_boxes_are_segmented_by_each_adapter(browser: Any, address: str,
     browser.goto(address)
     browser.locator("input[type=file]").set_input_files(photo)
     shown = browser.locator(".image-frame img")
-    area = shown.bounding_box()
-
-    def click(x: float, y: float) -> None:
-        shown.click(position={"x": x * area["width"], "y": y * area["height"]})
-
     prompts = browser.get_by_label("Prompts")
-    click(0.75, 0.75)
-    browser.wait_for_function("box => box.value.startsWith('a corner')", arg=prompts.element_handle())
-    click(0.25, 0.25)
-    browser.wait_for_function("box => box.value.startsWith('box')", arg=prompts.element_handle())
+
+    def click(x: float, y: float, said: str) -> None:
+        """Until the page says what it has understood: a click before it has taken the picture is lost."""
+        for _ in range(6):
+            browser.wait_for_function("img => img.complete && img.naturalWidth > 0", arg=shown.element_handle())
+            area = shown.bounding_box()  # now: the layout moves until the picture is there
+            shown.click(position={"x": x * area["width"], "y": y * area["height"]})
+            for _ in range(100):
+                if prompts.input_value().startswith(said):
+                    return
+                browser.wait_for_timeout(100)
+        raise AssertionError(f"{said!r} is not said: {prompts.input_value()!r}")
+
+    click(0.75, 0.75, "a corner")
+    click(0.25, 0.25, "box")
     box = [float(side) for side in prompts.input_value().split()[1:]]
     np.testing.assert_allclose(box, [22.5, 10, 67.5, 30], atol=1)
 
