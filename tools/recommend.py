@@ -1,9 +1,6 @@
 #!/usr/bin/env python
 """Recommend what to train of a model on given data: methods, places, ranks and a rate, as a file for --peft-config.
 
-    %(prog)s --config-file configs/nuclei/efficientnet/adapt.yaml --train-json a.json --train-images a/ \
-        --output recommended.yaml MODEL.WEIGHTS base.pth
-
 One pass of gradients over some batches ranks the places, and a few steps at each of four rates choose the rate. What
 the config's TRAIN names (new heads) is trained in full and counts; its METHODS do not.
 """
@@ -30,7 +27,13 @@ def main(arguments: list[str] | None = None) -> None:
 
 def recommend_parser() -> argparse.ArgumentParser:
     """The arguments of ``tools/recommend.py``."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    example = (
+        "an example:\n  %(prog)s --config-file configs/nuclei/efficientnet/adapt.yaml --train-json a.json \\\n"
+        "    --train-images a/ --output recommended.yaml MODEL.WEIGHTS base.pth"
+    )
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=example, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--config-file", required=True, metavar="FILE", help="a model's config, or a PEFT run's")
     parser.add_argument("--peft-config", default="", metavar="FILE", help="one of configs/peft, on top, for its TRAIN")
     parser.add_argument("--train-json", default="", metavar="FILE", help="annotations, COCO format")

@@ -62,6 +62,11 @@ _EXAMPLE = """an example, on your own data:
     --val-json b.json --val-images b/ MODEL.WEIGHTS model_final.pkl OUTPUT_DIR output/mine
 and to evaluate it:
   %(prog)s --config-file output/mine/config.yaml --eval-only MODEL.PEFT.WEIGHTS output/mine/adapter_final"""
+_EVAL = """an example, of a run on your own data:
+  %(prog)s --config-file output/mine/config.yaml MODEL.PEFT.WEIGHTS output/mine/adapter_final
+and of a base as it is:
+  %(prog)s --config-file configs/coco/instance/mask2former_r50.yaml \\
+    --val-json b.json --val-images b/ MODEL.WEIGHTS model_final.pkl OUTPUT_DIR output/base"""
 _CONTROL = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]|[\x00-\x08\x0b-\x1f\x7f\x80-\x9f]")
 logger = logging.getLogger(__name__)
 
@@ -72,6 +77,8 @@ def training_parser() -> argparse.ArgumentParser:
     from detectron2.engine import default_argument_parser
 
     parser = default_argument_parser(epilog=_EXAMPLE)
+    if parser.prog.endswith(" eval"):  # of the command line, which adds --eval-only
+        parser.epilog = _EVAL
     parser.usage = "%(prog)s [arguments] [KEY VALUE ...]"
     for action in parser._actions:  # shorter words than Detectron2's, and true here
         action.help = _HELP.get(action.dest, action.help)
