@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from peft_d2.peft.errors import PeftError
+from peft_d2.peft.errors import InjectionError, PeftError
 from peft_d2.peft.probe import as_it_was, own_event_storage
 
 from .blocks import (
@@ -141,9 +141,12 @@ def fit_memory(
         agree: of several processes' excess over the budget, the one that counts for all; they must take equal pieces.
 
     Raises:
+        InjectionError: nothing is trained.
         MemoryBudgetError: the budget cannot be met; the message names the smallest that can.
     """
     limit = _limit(budget, model)
+    if not _trained_bytes(model):
+        raise InjectionError("no parameter of the model is trained: inject before fit_memory, or set requires_grad")
     release_memory(model)
     if limit is not None and device_of(model).type == "cpu":
         map_large_blocks()

@@ -15,6 +15,7 @@ from peft_d2 import memory, peft
 from peft_d2.memory.blocks import Block, BlockState, find_blocks, make_block
 from peft_d2.memory.meter import Meter
 from peft_d2.memory.plan import _measure, _Step
+from peft_d2.peft.errors import InjectionError
 
 GIB = 2**30
 
@@ -175,6 +176,11 @@ def test_a_batch_goes_in_pieces_where_recomputing_does_not_do() -> None:
     whole = peft_d2.fit_memory(model, batch, None)
     plan = peft_d2.fit_memory(model, batch, (whole.resident + 0.6 * (whole.smallest - whole.resident)) / GIB)
     assert plan.pieces in (2, 4)
+
+
+def test_a_model_of_which_nothing_is_trained() -> None:
+    with pytest.raises(InjectionError, match="inject before fit_memory"):
+        peft_d2.fit_memory(net(depth=1).requires_grad_(False), torch.randn(4, 8), 1.0)
 
 
 @pytest.mark.parametrize("budget", [0, -1.0, "much", float("nan"), True])
