@@ -7,7 +7,7 @@ import sys
 import warnings
 from types import ModuleType
 
-from peft_d2.compat import bundled
+from peft_d2.compat import HOW_TO_GET_DETECTRON2, bundled
 
 COMMANDS = {  # name: the program, arguments that stand before the user's, what it does
     "train": ("train_net.py", [], "train on your data, or go on with --resume"),
@@ -54,8 +54,14 @@ def main(arguments: list[str] | None = None) -> int:
     sys.path.insert(0, str(file.parent))
     sys.modules["__main__"] = module = ModuleType("__main__")
     module.__file__ = str(file)
-    exec(compile(file.read_bytes(), str(file), "exec"), vars(module))
-    return 0
+    try:
+        exec(compile(file.read_bytes(), str(file), "exec"), vars(module))
+        return 0
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "detectron2":
+            raise
+        print(f"error: Detectron2 is not installed, and {name} needs it. {HOW_TO_GET_DETECTRON2}.", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

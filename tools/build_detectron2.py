@@ -309,6 +309,16 @@ def installed() -> str | None:
         return "unknown (on the path, not installed)"
 
 
+def install_build_tools() -> None:
+    """pip install what old archives are built with, where it is missing: an environment of venv has no `wheel`."""
+    tools = {"setuptools": "setuptools<82", "wheel": "wheel"}
+    missing = [requirement for module, requirement in tools.items() if importlib.util.find_spec(module) is None]
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    if missing and subprocess.run([*pip, *missing], stdout=sys.stderr).returncode:
+        raise BuildError(f"pip could not install {' and '.join(missing)} (its message is above)")
+    importlib.invalidate_caches()
+
+
 def install(wheel: Path) -> None:
     """pip install `wheel` and what it requires; requirements that are old archives build with this setuptools."""
     pip = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check"]
@@ -334,6 +344,8 @@ def main() -> int:
         print(f"Detectron2 {present} is installed; left alone")
         return 0
     try:
+        if arguments.install:
+            install_build_tools()
         wheel = build(arguments.cache, arguments.sdist)
         print(wheel)
         if arguments.install:

@@ -66,7 +66,7 @@ def check(folder: Path, wheel: Path, torch: str, python: str) -> str:
     version = run(python, "-c", "import platform; print(platform.python_version())").stdout.strip()
     steps = (
         (python, "-m", "venv", "env"),
-        ("pip", "install", "-q", "--no-cache-dir", f"torch=={torch}", "torchvision", "setuptools<81", "wheel"),
+        ("pip", "install", "-q", "--no-cache-dir", f"torch=={torch}", "torchvision"),
         ("pip", "install", "-q", wheel, "pytest", "hypothesis"),
         ("peft-d2", "setup-detectron2"),
         ("peft-d2", "doctor"),

@@ -47,6 +47,20 @@ def test_a_command_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None
     assert {"train", "setup-detectron2"} < set(capsys.readouterr().out.split())
 
 
+@pytest.mark.parametrize("name", ["train", "demo", "predict", "check-data"])
+def test_without_detectron2_one_line_says_how_to_get_it(name: str) -> None:
+    block = "import sys; sys.modules['detectron2'] = None; from peft_d2.__main__ import main"
+    code = f"{block}; sys.exit(main([{name!r}, '--help']))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    if name == "check-data":  # works without
+        assert done.returncode == 0 and done.stdout.startswith("usage: peft-d2 check-data")
+        return
+    assert done.returncode == 1
+    told = done.stderr.splitlines()
+    assert told[-1].startswith(f"error: Detectron2 is not installed, and {name} needs it. Run `peft-d2 setup")
+    assert "Traceback" not in done.stderr
+
+
 def test_the_docs_name_every_command() -> None:
     page = (ROOT / "docs" / "getting-started.md").read_text()
     (words,) = re.findall(r'complete -o default -W "([^"]*)"', page)
