@@ -12,6 +12,7 @@ where it stopped.
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -28,6 +29,7 @@ from peft_d2.engine.factory import register  # noqa: E402
 from peft_d2.engine.launch import one_line_errors  # noqa: E402
 
 CONFIGS = ROOT / "configs" / "nuclei"
+TRAIN_NET = [sys.executable, str(ROOT / "tools" / "train_net.py")]
 NOT_VARIANTS = {"model", "fluorescence", "adapt"}
 # A base that starts with parts of another's. From nothing a small Segment Anything 2 learns to draw all nuclei at once,
 # by the fine maps of its encoder, and then no longer to follow a box.
@@ -84,7 +86,6 @@ def own_data(data: Path, tiles: Path, domain: str) -> list[str]:
 
 def study(model: str, tiles: dict[str, list[str]], output: Path, args: argparse.Namespace) -> list[Result]:
     """Train a model's base, then its variants; all results, from the fewest trained parameters to the most."""
-    train_net = [sys.executable, str(ROOT / "tools" / "train_net.py")]
     folder, metrics = CONFIGS / model, metrics_of(model)
     variants = {path.stem: path for path in sorted(folder.glob("*.yaml")) if path.stem not in NOT_VARIANTS}
     if unknown := sorted(set(args.variants) - set(variants)):
@@ -93,7 +94,7 @@ def study(model: str, tiles: dict[str, list[str]], output: Path, args: argparse.
     print(f"{model}: its adaptation to histology", flush=True)
     chosen = args.variants or variants
     runs = [Run(name, str(variants[name]), seed) for seed in args.seeds for name in chosen]
-    results = compare(runs, output / model, [*train_net, *tiles["histology"]], [*weights, *args.opts], metrics)
+    results = compare(runs, output / model, [*TRAIN_NET, *tiles["histology"]], [*weights, *args.opts], metrics)
     return sorted(results, key=lambda result: result.trainable)
 
 
@@ -109,9 +110,13 @@ def train_base(model: str, tiles: list[str], output: Path, opts: list[str]) -> P
         torch.save({"model": state}, output / f"{model}_start.pth")
         start = ["MODEL.WEIGHTS", str(output / f"{model}_start.pth")]
     print(f"{model}: the base on fluorescence", flush=True)
+    return run_base(model, tiles, output / model, [*start, *opts], metrics_of(model))
+
+
+def run_base(model: str, tiles: list[str], folder: Path, opts: Sequence[str], metrics: Sequence[str]) -> Path:
+    """Train a folder of configs/nuclei on fluorescence, below ``folder``; its checkpoint."""
     base = Run("base", str(CONFIGS / model / "fluorescence.yaml"))
-    train_net = [sys.executable, str(ROOT / "tools" / "train_net.py"), *tiles]
-    [trained] = compare([base], output / model, train_net, [*start, *opts], metrics_of(model))
+    [trained] = compare([base], folder, [*TRAIN_NET, *tiles], opts, metrics)
     return Path(trained.folder, "model_final.pth")
 
 

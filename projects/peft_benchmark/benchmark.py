@@ -25,7 +25,7 @@ sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "projects" / "nuclei")]
 import toy  # noqa: E402
 from compare import METRICS, Result, Run, compare, plot_tradeoff, table  # noqa: E402
 from run_demo import BASE_WEIGHTS, PICTURES, SCALE, TILE  # noqa: E402
-from study import PROMPTED_METRICS, own_data  # noqa: E402
+from study import PROMPTED_METRICS, TRAIN_NET, own_data, run_base  # noqa: E402
 from tile_dataset import tile_coco  # noqa: E402
 
 from peft_d2.engine.errors import ConfigError  # noqa: E402
@@ -104,16 +104,13 @@ def main() -> None:
 
 def make_base(model: Model, output: Path, nuclei: str) -> Path:
     """The model's base, trained on fluorescence where that is not done yet."""
-    base = output / "base" / "base"
-    if not (base / "model_final.pth").exists():
-        if not nuclei:
-            raise ConfigError(f"--nuclei: the base of {model.folder} is trained first, on what that folder holds.")
-        data = own_data(Path(nuclei), output / "tiles", "fluorescence")
-        command_line = [sys.executable, str(ROOT / "tools" / "train_net.py"), *data]
-        run = Run("base", str(ROOT / "configs" / "nuclei" / model.folder / "fluorescence.yaml"))
-        [result] = compare([run], output / "base", command_line, metrics=model.metrics)
-        base = Path(result.folder)
-    return base / "model_final.pth"
+    base = output / "base" / "base" / "model_final.pth"
+    if base.exists():
+        return base
+    if not nuclei:
+        raise ConfigError(f"--nuclei: the base of {model.folder} is trained first, on what that folder holds.")
+    data = own_data(Path(nuclei), output / "tiles", "fluorescence")
+    return run_base(model.folder, data, output / "base", [], model.metrics)
 
 
 def run_row(
@@ -143,7 +140,7 @@ def run_row(
 
 def command(parts: dict[str, Path], tested: str) -> list[str]:
     """The training program on the training part, evaluated on ``tested``."""
-    arguments = [sys.executable, str(ROOT / "tools" / "train_net.py"), "--name", "histology"]
+    arguments = [*TRAIN_NET, "--name", "histology"]
     for split, part in (("train", "train"), ("val", tested)):
         folder = parts[part]
         arguments += [f"--{split}-json", str(folder / "annotations.json"), f"--{split}-images", str(folder / "images")]
