@@ -295,7 +295,7 @@ def _named_as_in_model(model: nn.Module, file: Checkpoint, own: Mapping[str, Ten
     elif state.keys() >= _TORCHVISION and not any(name.endswith("layer1.0.conv1.weight") for name in own):
         if problem := _misfit(model):
             raise CheckpointError(f"{file.path} is a ResNet of torchvision's make, and {problem}")
-        state = {_renamed(name, _FROM_TORCHVISION): value for name, value in state.items()}
+        state = {renamed(name, _FROM_TORCHVISION): value for name, value in state.items()}
     upgrade: Any = getattr(model, "upgrade_state_dict", None)
     if upgrade is not None:
         state = upgrade(state)
@@ -372,7 +372,8 @@ _FROM_TORCHVISION = (
 _TORCHVISION = {"conv1.weight", "bn1.running_mean", "layer1.0.conv1.weight", "layer4.0.bn2.weight"}
 
 
-def _renamed(name: str, table: Sequence[tuple[str, str]]) -> str:
+def renamed(name: str, table: Sequence[tuple[str, str]]) -> str:
+    """A tensor's name after the rows (pattern, replacement) of ``table``, applied one after the other."""
     for pattern, new in table:
         name = re.sub(pattern, new, name)
     return name
@@ -383,7 +384,7 @@ def from_caffe2(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     Caffe2's affine channels have no statistics; mean 0 and variance 1 are added, as Detectron2's frozen norm expects.
     """
-    result = {_renamed(name, _FROM_CAFFE2): value for name, value in state.items()}
+    result = {renamed(name, _FROM_CAFFE2): value for name, value in state.items()}
     for name, value in list(result.items()):
         if name.endswith(".norm.weight"):
             result.setdefault(name.removesuffix("weight") + "running_mean", torch.zeros_like(value))

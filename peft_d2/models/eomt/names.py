@@ -8,6 +8,8 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor
 
+from peft_d2.storage.checkpoint import renamed
+
 _NET, _HEAD = "backbone.net.", "sem_seg_head."
 _QUERIES = {"q.weight", "query.weight"}  # of the authors, of transformers
 _DROPPED = re.compile(r"^encoder\.pixel_|rope_embeddings")
@@ -34,26 +36,25 @@ _RULES = (
     (r"\.layer_scale(\d)\.lambda1", r".ls\1.gamma"),
     (r"\.mlp\.up_proj\.", ".mlp.fc1."),
     (r"\.mlp\.down_proj\.", ".mlp.fc2."),
-)  # applied one after the other
+)
 
 
 def with_own_names(state: Mapping[str, Tensor], own: Collection[str]) -> dict[str, Tensor]:
     """``state``, if it is a published EoMT, with the names ``own`` of a model; other states as they are."""
     if not _QUERIES & state.keys():
         return dict(state)
-    renamed = {}
+    found = {}
     for name, value in state.items():
-        for pattern, replacement in _RULES:
-            name = re.sub(pattern, replacement, name)
+        name = renamed(name, _RULES)
         if name.endswith("attn_mask_probs"):
             value = value.clamp(0, 1)  # a difference to what a training starts with is -1
         if not _DROPPED.search(name):
-            renamed[name] = value[None] if name == _NET + "pos_embed" and value.dim() == 2 else value
+            found[name] = value[None] if name == _NET + "pos_embed" and value.dim() == 2 else value
     if f"{_NET}blocks.0.gamma_1" in own:
-        renamed = {re.sub(r"\.ls(\d)\.gamma$", r".gamma_\1", name): value for name, value in renamed.items()}
-    for block in {name.partition(".attn.")[0] for name in renamed if ".attn." in name}:
-        _fit_attention(renamed, own, block + ".attn.")
-    return renamed
+        found = {re.sub(r"\.ls(\d)\.gamma$", r".gamma_\1", name): value for name, value in found.items()}
+    for block in {name.partition(".attn.")[0] for name in found if ".attn." in name}:
+        _fit_attention(found, own, block + ".attn.")
+    return found
 
 
 def _fit_attention(state: dict[str, Tensor], own: Collection[str], attn: str) -> None:

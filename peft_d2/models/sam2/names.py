@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 
 from torch import Tensor
+
+from peft_d2.storage.checkpoint import renamed
 
 _OURS = ("image_encoder.", "prompt_encoder.", "mask_decoder.", "no_mem_embed")  # the rest is for videos
 _META = (
@@ -35,7 +36,7 @@ _TRANSFORMERS = (
     (r"(mlps\.\d+|_head)\.layers\.0\.", r"\1.layers.1."),
     (r"\.proj_in\.", ".layers.0."),
     (r"\.proj_out\.", ".layers.2."),
-)  # applied one after the other
+)
 _TWICE = "prompt_encoder.shared_embedding."  # in transformers' form, the same tensor once more
 
 
@@ -47,12 +48,11 @@ def with_own_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         rules = _TRANSFORMERS
     else:
         return dict(state)
-    renamed: dict[str, Tensor] = {}
+    own: dict[str, Tensor] = {}
     for name, value in state.items():
-        for pattern, replacement in rules:
-            name = re.sub(pattern, replacement, name)
+        name = renamed(name, rules)
         if name == "prompt_encoder.point_embed.weight":
-            renamed |= {f"prompt_encoder.point_embeddings.{i}.weight": row[None] for i, row in enumerate(value)}
+            own |= {f"prompt_encoder.point_embeddings.{i}.weight": row[None] for i, row in enumerate(value)}
         elif name.startswith(_OURS) and not name.startswith(_TWICE):
-            renamed[name] = value[0, 0] if name == "no_mem_embed" and value.dim() == 3 else value
-    return renamed
+            own[name] = value[0, 0] if name == "no_mem_embed" and value.dim() == 3 else value
+    return own
