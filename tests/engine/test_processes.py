@@ -98,6 +98,19 @@ def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) ->
         assert float((value - other[name]).abs().max()) <= 1e-5 * scale, name
 
 
+def assert_two_equal_one(one: list[dict[str, torch.Tensor]], cfg: Any, folder: Path) -> None:
+    """A step of two processes of ``cfg`` is the one of one process, and both stop at the next, NaN on rank 1."""
+    with pytest.raises(SystemExit) as left:
+        launch.launch(one_of_two, (cfg, str(folder)), launch.Layout(2, on_cpu=True))
+    assert left.value.code == 1
+    for rank in (0, 1):
+        assert "LossNotFinite: iteration 1: rank 1: loss is not finite" in (folder / f"{rank}.txt").read_text()
+        found = torch.load(folder / f"{rank}.pth")
+        assert len(found) == 1
+        figures = {n: v for n, v in one[0].items() if rank == 0 or "loss" not in n}  # rank 0 alone records losses
+        assert_same(figures, found[0])
+
+
 @pytest.mark.parametrize("peft", [False, True], ids=["full", "peft"])
 @pytest.mark.parametrize(("config", "pieces"), [(TINY, 2), (TINY, 4), (DINO, 4)], ids=["2", "4", "mask_dino-4"])
 def test_pieces_equal_the_joined_batch(
@@ -132,18 +145,9 @@ def test_two_processes_equal_one_and_stop_together(
     common = (*BATCH, "MODEL.WEIGHTS", weights_of(config), *WITHOUT_CHANCE)
     one = steps_of(make_cfg(*common, "SOLVER.MAX_ITER", 1, peft=True, config=config, output=tmp_path / "one"))
     cfg = make_cfg(*common, peft=True, config=config, output=tmp_path / "two")
-    layout = launch.Layout(2, on_cpu=True)
-    with pytest.raises(SystemExit) as left:
-        launch.launch(one_of_two, (cfg, str(tmp_path)), layout)
-    assert left.value.code == 1
+    assert_two_equal_one(one, cfg, tmp_path)
     error = capfd.readouterr().err
     assert error.count("error: iteration 1: rank 1: loss is not finite") == 1, error
-    for rank in (0, 1):
-        assert "LossNotFinite: iteration 1: rank 1: loss is not finite" in (tmp_path / f"{rank}.txt").read_text()
-        found = torch.load(tmp_path / f"{rank}.pth")
-        assert len(found) == 1
-        gradients = {n: v for n, v in one[0].items() if rank == 0 or "loss" not in n}  # rank 0 alone records
-        assert_same(gradients, found[0])
 
 
 def arguments(**given: Any) -> argparse.Namespace:
