@@ -37,6 +37,7 @@ class SavedTensors:
 
     @property
     def bytes(self) -> int:
+        """In all, by now."""
         return sum(self._storages.values())
 
     def _pack(self, tensor: Tensor) -> Tensor:

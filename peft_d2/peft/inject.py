@@ -382,10 +382,12 @@ class ReportRow:
 
     @property
     def trainable(self) -> int:
+        """Injected, and trained in full."""
         return self.injected + self.full
 
     @property
     def percent(self) -> float:
+        """Trainable of all, 0 to 100."""
         return 100 * self.trainable / max(1, self.total)
 
 

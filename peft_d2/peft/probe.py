@@ -77,6 +77,7 @@ class Outputs:
     problem: str = ""
 
     def note(self, name: str, output: Any, image: Size) -> None:
+        """Add the output of the module ``name``, or its first, for an image of (H, W)."""
         first = output[0] if isinstance(output, tuple) and output else output
         if isinstance(first, Tensor):
             self.shapes[name].add((first.shape, image))

@@ -72,6 +72,7 @@ class ChannelAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(N, H, W, C) -> the same."""
         q, k, v = self.qkv(x.flatten(1, 2)).unflatten(-1, (3, self.n_groups, -1)).permute(2, 0, 3, 4, 1)
         return self.proj(_attend(q, k, v).flatten(1, 2).transpose(1, 2)).view(x.shape)
 

@@ -55,6 +55,7 @@ class FocalModulation(nn.Module):
         self.ln = nn.LayerNorm(dim) if node.USE_POSTLN_IN_MODULATION else None
 
     def forward(self, x: Tensor) -> Tensor:
+        """(N, H, W, dim) -> the same."""
         contexts = len(self.focal_layers) + 1
         projected = self.f(x).permute(0, 3, 1, 2).contiguous()
         query, context, gates = projected.split((self.dim, self.dim, contexts), dim=1)
@@ -97,6 +98,7 @@ class FocalBlock(nn.Module):
         self.mlp = FeedForward(dim, int(dim * node.MLP_RATIO), drop=node.DROP_RATE)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(N, H, W, dim) -> the same."""
         x = self._half(x, self.dw1, self.norm1, self.modulation, self.gamma_1)
         return self._half(x, self.dw2, self.norm2, self.mlp, self.gamma_2)
 

@@ -96,6 +96,7 @@ class GroupNormPyramid(nn.Module):
         self.down_32 = nn.Sequential(*_group_normed(nn.Conv2d(dim, coarse, 2, stride=2)), *_output(coarse, "res5"))
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """The levels ``res2`` to ``res5``, at strides 4 to 32."""
         return {name: self.get_submodule(f"down_{stride}")(x) for name, stride in STRIDES.items()}
 
 

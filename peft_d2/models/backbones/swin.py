@@ -129,6 +129,7 @@ class SwinBlock(nn.Module):
         self.mlp = FeedForward(dim, int(dim * node.MLP_RATIO), drop=node.DROP_RATE)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(N, H, W, dim) -> the same, for any H and W."""
         height, width = x.shape[1:3]
         inside = pad_bottom_right(self.norm1(x), self.window)
         padded, mask = inside.shape[1:3], None

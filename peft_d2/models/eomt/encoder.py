@@ -71,6 +71,7 @@ class EoMTEncoder(Backbone):
 
     @property
     def steps(self) -> list[str]:
+        """Prefixes of the names of what runs one after the other, the joint blocks included."""
         return [f"net.blocks.{i}." for i in range(len(self.net.blocks))] + ["net.norm."]
 
     def first(self, x: Tensor, count: int) -> Tensor:
@@ -127,7 +128,9 @@ class EoMTEncoder(Backbone):
 
     @property
     def joint_blocks(self) -> Any:
+        """The last blocks, which queries and patches pass together."""
         return self.net.blocks[self.first_joint :]
 
     def normed(self, tokens: Tensor) -> Tensor:
+        """Tokens (N, T, dim) after the encoder's last norm."""
         return self.net.norm(tokens)

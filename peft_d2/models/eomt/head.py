@@ -72,6 +72,7 @@ class EoMTHead(nn.Module):
 
     @property
     def num_queries(self) -> int:
+        """Q: how many queries join the patches."""
         return self.query_feat.num_embeddings
 
     def forward(self, tokens: Tensor, grid: tuple[int, int]) -> dict[str, Tensor]:

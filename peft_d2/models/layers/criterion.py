@@ -232,6 +232,7 @@ class Matched(NamedTuple):
 
 
 def pair_up(targets: Sequence[Target], matches: Sequence[Match]) -> list[Matched]:
+    """Each image's target beside its match, which the matcher gives on the CPU."""
     return [
         Matched(target, *(indices.to(target.labels.device) for indices in match))
         for target, match in zip(targets, matches, strict=True)
@@ -278,6 +279,7 @@ class SetCriterion(nn.Module):
     def matched_losses(
         self, outputs: dict, targets: Sequence[Target], objects: Sequence[Sequence[int]]
     ) -> dict[str, Tensor]:
+        """As :meth:`forward`, outside of autocast; ``objects`` are known."""
         predictions = self.supervised(outputs)
         matches = self.matcher(list(predictions.values()), targets)
         losses = {}

@@ -34,6 +34,7 @@ class PixelModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
+        """Where the model is, and its images go."""
         return self.pixel_mean.device
 
     def normalised(self, image: Tensor, name: Any = "an image") -> Tensor:
@@ -125,6 +126,7 @@ class MaskClassifier(PixelModel):
         return self.sem_seg_head(features)
 
     def targets(self, batched_inputs: list[dict[str, Any]], batch: ImageList) -> list[Target]:
+        """What each image of the padded ``batch`` holds, as the criterion takes it."""
         return prepare_targets(batched_inputs, batch, self.sem_seg_head.ignore_value)
 
     def inference(self, prediction: dict[str, Tensor], canvas: Canvas) -> dict[str, Any]:

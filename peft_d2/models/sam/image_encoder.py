@@ -121,6 +121,7 @@ class EncoderBlock(nn.Module):
         self.window = window
 
     def forward(self, x: Tensor) -> Tensor:
+        """(N, H, W, dim) -> the same."""
         x = x + self._attend(self.norm1(x))
         return x + self.mlp(self.norm2(x))
 

@@ -59,6 +59,7 @@ class TwoWayBlock(nn.Module):
         self.first = first
 
     def forward(self, tokens: Tensor, pixels: Tensor, token_pos: Tensor, pixel_pos: Tensor) -> tuple[Tensor, Tensor]:
+        """The tokens and the pixels after the block, in their shapes."""
         if self.first:
             tokens = self.self_attn(tokens, tokens, tokens)
         else:
@@ -82,6 +83,7 @@ class TwoWayTransformer(nn.Module):
         self.norm_final_attn = nn.LayerNorm(dim)
 
     def forward(self, tokens: Tensor, pixels: Tensor, pixel_pos: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens (B, T, C) and pixels (B, S, C), whose positions have their shape, after attending; the same shapes."""
         token_pos = tokens
         for layer in self.layers:
             tokens, pixels = layer(tokens, pixels, token_pos, pixel_pos)
@@ -123,6 +125,7 @@ class SAMMaskDecoder(nn.Module):
         return self.masks(tokens[:, 1:], upscaled, chosen), self.iou_prediction_head(tokens[:, 0])[:, chosen]
 
     def own_tokens(self) -> Tensor:
+        """Of the expected IoU and of the masks: (1 + masks, C)."""
         return torch.cat([self.iou_token.weight, self.mask_tokens.weight])
 
     def upscale(self, pixels: Tensor, fine: Sequence[Tensor]) -> Tensor:

@@ -140,6 +140,7 @@ class SegmentAnything(PixelModel):
         return height, width
 
     def count_objects(self, batched_inputs: list[dict[str, Any]]) -> list[int]:
+        """How many objects each image holds: what a trainer of several processes or pieces tells all of them."""
         return [count_objects(item) for item in batched_inputs]
 
     def decode(self, embedding: Any, prompts: Prompts, multimask: bool = False) -> tuple[Tensor, Tensor]:

@@ -72,6 +72,7 @@ class HieraBlock(nn.Module):
             self.proj = nn.Linear(dim, dim_out)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(N, H, W, dim) -> (N, H, W, dim_out), or half as high and wide where it pools."""
         shortcut, x = x, self.norm1(x)
         if self.pool:
             shortcut = pooled(self.proj(x))
@@ -140,6 +141,7 @@ class Hiera(nn.Module):
         return x, maps
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """Images (N, C, H, W) to the maps ``res2`` to ``res5`` (N, C_l, H_l, W_l)."""
         return self.run(self.embed(x), {}, 0, len(self.blocks))[1]
 
 
@@ -176,6 +178,7 @@ class SAM2ImageEncoder(nn.Module):
         return self.pyramid(self.trunk.run(features["features"], maps, count, len(self.trunk.blocks))[1])
 
     def pyramid(self, maps: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The neck's three maps of the trunk's four."""
         convs = reversed(list(self.neck.get_submodule("convs").children()))
         laterals = {name: conv(maps[name]) for name, conv in zip(_LEVELS, convs, strict=True)}
         coarse = F.interpolate(laterals.pop("res5").float(), scale_factor=2.0, mode="nearest")
