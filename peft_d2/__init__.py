@@ -23,6 +23,7 @@ _EXPORTS = {
     "load_adapters": "adapters",
     "load_trained": "adapters",
     "save_merged": "adapters",
+    "take_adapter": "engine.convert",
     "push_to_hub": "storage.hub",
     "set_adapter": "peft",
     "merge": "peft",
@@ -37,6 +38,7 @@ __all__ = ["__version__", *_EXPORTS]
 if TYPE_CHECKING:
     from peft_d2.adapters import load_adapter, load_adapters, load_base, load_trained, save_adapter, save_merged
     from peft_d2.engine.config import add_config
+    from peft_d2.engine.convert import take_adapter
     from peft_d2.engine.factory import register
     from peft_d2.memory import fit_memory
     from peft_d2.ops import ms_deform_attn

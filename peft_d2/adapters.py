@@ -53,7 +53,8 @@ def load_trained(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
     Args:
         model: injected as in training, on the same base.
-        path: a state dict, by itself or under ``model``; DistributedDataParallel's prefix is taken off.
+        path: a state dict, by itself or under ``model``; prefixes of DistributedDataParallel and ``torch.compile`` are
+            taken off.
 
     Raises:
         CheckpointError: the file is damaged, or was not written of this model with this adapter. Nothing was loaded.
@@ -62,13 +63,16 @@ def load_trained(model: nn.Module, path: str | os.PathLike[str]) -> None:
     root = peft.injected_root(model)
     if root is None:
         raise peft.InjectionError("inject the model as it was trained, then load what was trained")
-    state = {key.removeprefix("module."): value for key, value in checkpoint.read_checkpoint(path).state.items()}
-    own = {key: value.shape for key, value in root.state_dict().items() if isinstance(value, Tensor)}
-    given = {key: value.shape for key, value in state.items()}
-    if wrong := [key for key in own if given.get(key) != own[key]]:
+    state = checkpoint.read_checkpoint(path).state
+    own = {key: tuple(value.shape) for key, value in root.state_dict().items() if isinstance(value, Tensor)}
+    given = {key: tuple(value.shape) for key, value in state.items()}
+    wrong = [f"{key} {given.get(key, 'missing')} instead of {own[key]}" for key in own if given.get(key) != own[key]]
+    if wrong:
+        is_base = peft.injected_keys(root) and not any(map(checkpoint.is_layer, given))
+        what = "holds a base alone" if is_base else "was not written of this model with this adapter"
         raise CheckpointError(
-            f"{os.fspath(path)} was not written of this model with this adapter: {len(wrong)} of {len(own)} tensors "
-            f"are missing or of another shape, {shortened(wrong, 4)}. Build and inject the model as it was trained."
+            f"{os.fspath(path)} {what}: {len(wrong)} of {len(own)} tensors are missing or of another shape, "
+            f"{shortened(wrong, 4)}. Build and inject the model as it was trained, and give what was saved after that."
         )
     _load_named_as_now(root, {key: value for key, value in state.items() if key in own})
 
@@ -89,11 +93,14 @@ def load_layers(model: nn.Module, path: str, state: Mapping[str, Tensor]) -> Non
     Raises:
         CheckpointError: the model has other adapter layers than the file.
     """
-    own, given = peft.injected_keys(model), {name for name in state if checkpoint.is_layer(name)}
+    keys, current = peft.injected_keys(model), model.state_dict()
+    own = {(name, tuple(current[name].shape)) for name in keys}
+    given = {(name, tuple(value.shape)) for name, value in state.items() if checkpoint.is_layer(name)}
     if own != given:
+        names = sorted({f"{name} {shape}" for name, shape in own ^ given})
         raise CheckpointError(
-            f"the checkpoint {path} is of a model with other adapters: {shortened(sorted(own ^ given), 4)} are not in "
-            "both. Give the MODEL.PEFT that it was trained with"
+            f"the checkpoint {path} is of a model with other adapters: {shortened(names, 4)} are not in both. Give the "
+            "MODEL.PEFT that it was trained with"
         )
     _load_named_as_now(model, state, strict=False)
     logger.info("%s is of a model with adapters: their %d tensors are in effect.", path, len(given))
@@ -119,7 +126,8 @@ def require_trained(model: nn.Module, report: LoadReport) -> None:
     if frozen:
         raise CheckpointError(
             f"a head of another class count starts at random and is not trained: {', '.join(frozen)}. "
-            f"Add {frozen[0].rpartition('.')[0]!r} and its like to MODEL.PEFT.TRAIN."
+            f"Add {frozen[0].rpartition('.')[0]!r} and its like to MODEL.PEFT.TRAIN, or give the config the class "
+            f"count of {report.path}."
         )
 
 
@@ -295,9 +303,11 @@ def save_merged(model: nn.Module, path: str | os.PathLike[str]) -> None:
     one afterwards.
 
     Raises:
+        CheckpointError: the file's name is that of another kind of file.
         InjectionError: a layer is no change of weights (a sequential adapter, say) and cannot be in such a checkpoint.
         peft_d2.storage.StorageError: the disk is full; what was there before stays, the model too.
     """
+    require_torch_name(path)
     model = _root(model)
     injection = peft.get_injection(model)
     was_merged = injection is not None and injection.merged
@@ -314,6 +324,14 @@ def save_merged(model: nn.Module, path: str | os.PathLike[str]) -> None:
             peft.unmerge(model)
         raise
     peft.remove(model, keep=True)
+
+
+def require_torch_name(path: str | os.PathLike[str]) -> None:
+    """Refuse a name by which programs, Detectron2 among them, would read the file as one that is not torch's."""
+    if (suffix := os.path.splitext(os.fspath(path))[1]) in (".pkl", ".safetensors", ".yaml", ".onnx"):
+        raise CheckpointError(
+            f"{os.fspath(path)}: a merged checkpoint is a file of torch's, not {suffix}. Call it .pth."
+        )
 
 
 def _local_file(path: str) -> str:

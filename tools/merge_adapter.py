@@ -2,15 +2,18 @@
 """Merge an adapter into its base: one checkpoint that needs no peft_d2 to be loaded.
 
 tools/merge_adapter.py --config-file output/lora/config.yaml --adapter output/lora/adapter_final --output merged.pth
+
+For somebody else's code ``--import`` names the functions that add its keys, as its ``train_net.py`` calls them; beside
+``merged.pth`` comes ``merged.yaml`` then, which that code reads without this package.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 
-from peft_d2.data.config import base_architecture
-from peft_d2.engine.checks import build_model
-from peft_d2.engine.errors import ConfigError
+from peft_d2.engine import convert
 from peft_d2.engine.launch import one_line_errors, prepare_config
 
 
@@ -25,33 +28,22 @@ def merge_parser() -> argparse.ArgumentParser:
     parser.add_argument("--config-file", required=True, metavar="FILE", help="the base's or the PEFT run's config")
     parser.add_argument("--adapter", required=True, metavar="DIR", help="the adapter's folder")
     parser.add_argument("--output", required=True, metavar="FILE", help="the checkpoint to write (.pth)")
+    parser.add_argument("--import", dest="adders", action="append", default=[], metavar="PKG.MOD:FN",
+                        help="adds somebody else's keys to a config; several in their order")  # fmt: skip
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="config KEY VALUE pairs, MODEL.WEIGHTS among them")
     return parser
 
 
 def merge_adapter(args: argparse.Namespace) -> str:
-    """Build, load the base, load the adapter, merge, write; returns the line to print.
-
-    Raises:
-        ConfigError: no base weights are named.
-        CheckpointError, AdapterFileError, InjectionError: what cannot be loaded or merged, by name.
-    """
-    from peft_d2 import adapters
-    from peft_d2.engine.checkpointer import Checkpointer
-
-    args.peft_config = ""
-    cfg = prepare_config(args).clone()
-    cfg.defrost()
-    if not cfg.MODEL.WEIGHTS:
-        raise ConfigError("MODEL.WEIGHTS is empty: append MODEL.WEIGHTS and the base checkpoint to the command.")
-    cfg.MODEL.META_ARCHITECTURE = base_architecture(cfg)
-    cfg.MODEL.DEVICE = "cpu"
-    cfg.freeze()
-    model = build_model(cfg)
-    Checkpointer(model).load(cfg.MODEL.WEIGHTS)
-    adapters.load_adapter(model, args.adapter, allow_other_base=cfg.MODEL.PEFT.ALLOW_OTHER_BASE)
-    adapters.save_merged(model, args.output)
-    return f"{args.output}: {cfg.MODEL.WEIGHTS} with {args.adapter} merged in, {len(model.state_dict())} tensors"
+    """Merge what the arguments ask for; returns the line to print."""
+    if args.adders:
+        sys.path.insert(0, os.getcwd())  # where their train_net.py is started
+        cfg = convert.their_config(args.config_file, args.adders, args.opts)
+    else:
+        args.peft_config = ""
+        cfg = prepare_config(args)
+    written = convert.merge_adapter(cfg, args.adapter, args.output, with_config=bool(args.adders))
+    return f"{' and '.join(written)}: {cfg.MODEL.WEIGHTS} with {args.adapter} merged in"
 
 
 if __name__ == "__main__":

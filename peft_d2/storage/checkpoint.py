@@ -116,7 +116,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """Read `.pkl` (Detectron2's zoo and Caffe2), `.pth`, `.pt`, `.bin` (torch), or `.safetensors`.
 
     Nothing in the file is executed: see `torch_file`. A state dict under "model", "state_dict" and the like is taken
-    out, a "module." before every name removed; `load_base` knows more such prefixes.
+    out, "module." and "_orig_mod." before every name removed; `load_base` knows more such prefixes.
 
     Raises:
         CheckpointError: the file is missing, cut short, damaged, holds no tensors, is an adapter, or wants to run code.
@@ -140,8 +140,10 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     if "__author__" not in metadata and of_caffe2:
         metadata.update({"__author__": "Caffe2", "matching_heuristics": True})
         state = {name: value for name, value in state.items() if not name.endswith("_momentum")}
-    if all(name.startswith("module.") for name in state):
-        state = {name.removeprefix("module."): value for name, value in state.items()}
+    while (prefix := next(iter(state), "").partition(".")[0] + ".") in ("module.", "_orig_mod."):
+        if not all(name.startswith(prefix) for name in state):
+            break
+        state = {name.removeprefix(prefix): value for name, value in state.items()}
     return Checkpoint(state, metadata, str(path))
 
 
