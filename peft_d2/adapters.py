@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from peft_d2 import peft
 from peft_d2.peft.adapted import walk
 from peft_d2.peft.errors import shortened
-from peft_d2.peft.state import low_ranks, tensor_hash
+from peft_d2.peft.state import injected, low_ranks, tensor_hash
 from peft_d2.storage import CheckpointError, LoadReport, adapter_file, atomic, checkpoint, hub, huggingface
 from peft_d2.storage.adapter_file import RECORD, AdapterFile, AdapterFileError, Fingerprint, difference, fingerprint
 
@@ -177,6 +177,7 @@ def _stored(model: nn.Module, metrics: Mapping[str, Any] | None, name: str | Non
         "metrics": metrics,
         "scales": {path: float(item.scale) for path, item in low_ranks(injection, name).items()},
         "modules": [(path, module) for path, module, _ in walk(model)],
+        "started_from": injection.adapters[name].started_from,
     }
 
 
@@ -265,8 +266,7 @@ def _load(
     if empty := next((name for name, value in model.named_parameters() if value.is_meta), ""):
         remedy = "give it its base's weights first: model.to_empty(device=...), then peft_d2.load_base(model, path)"
         raise AdapterFileError(folder, f"the model is on the meta device ({empty} has no values)", remedy)
-    if not os.path.exists(folder):
-        folder = hub.local_folder(folder)
+    folder, pinned = hub.resolved(folder)
     is_theirs = not os.path.lexists(os.path.join(folder, RECORD)) and huggingface.is_huggingface(folder)
     if is_theirs:
         with _base_of(model):
@@ -292,6 +292,7 @@ def _load(
         raise AdapterFileError(folder, f"it does not fit the model: {error}", remedy) from error
     if is_theirs:
         logger.info("%s was written by Hugging Face peft: it does not say for which base", folder)
+    injected(model)[1].adapters[name].started_from = pinned or content.started_from
     _say_in_effect(model, content, folder, name)
     return content
 

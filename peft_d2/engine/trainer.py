@@ -340,12 +340,15 @@ def _distributed(model: nn.Module) -> nn.Module:
 
 def _report(model: nn.Module) -> dict[str, Any]:
     """Log what is trained, as a table, and give its figures."""
-    if peft.get_injection(model) is None:
+    injection = peft.get_injection(model)
+    if injection is None:
         total = sum(p.numel() for p in model.parameters())
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         logger.info("No PEFT: %s of %s parameters are trained.", f"{trainable:,}", f"{total:,}")
         return {"trainable": trainable, "total": total, "percent": 100 * trainable / total, "rows": []}
     report = peft.make_report(model)
     logger.info("What is trained:\n%s", report)
-    figures = {"trainable": report.trainable, "total": report.total, "percent": report.percent}
+    figures: dict[str, Any] = {"trainable": report.trainable, "total": report.total, "percent": report.percent}
+    if start := injection.current.started_from:
+        figures["started_from"] = start
     return {**figures, "rows": [dataclasses.asdict(row) for row in report.rows]}

@@ -61,6 +61,7 @@ class AdapterRecord:
     injected: list[nn.Parameter] = field(default_factory=list, compare=False, repr=False)
     values: dict[str, Tensor] = field(default_factory=dict, compare=False, repr=False)  # trained in full, by first name
     start: dict[str, str] = field(default_factory=dict, compare=False, repr=False)  # hashes of its tensors, untrained
+    started_from: str = field(default="", compare=False)  # "user/name@commit" on the hub, if it was loaded from there
 
     @property
     def full(self) -> list[str]:

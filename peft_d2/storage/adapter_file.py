@@ -39,7 +39,9 @@ logger = logging.getLogger(__name__)
 
 FORMAT, FORMAT_VERSION = "peft_d2-adapter", 1
 TENSORS, CONFIG, RECORD = FILES = "adapter_model.safetensors", "adapter_config.json", "peft_d2.json"
-WHY_NOT_PEFT = "why_not_peft"  # of the record, where Hugging Face's peft cannot open the folder as it is
+# Of the record, where there is something to say: why Hugging Face's peft cannot open the folder as it is, and which
+# commit of which adapter on the hub the training started from.
+WHY_NOT_PEFT, STARTED_FROM = "why_not_peft", "started_from"
 MARK = "peft_d2"  # in the tensors' header: tells our folder that lost its record from one of Hugging Face's
 MAX_JSON = 32 * 2**20  # bytes
 
@@ -53,6 +55,7 @@ _DAMAGED = "copy the folder again from where it was saved, or use an earlier che
 _AGAIN = "save the adapter again with this version of peft_d2"
 _TYPES = {"base": dict, "checksum": str, "files": dict, "format": str, "format_version": int, "methods": list,
           "metrics": dict, "peft_d2_version": str, "train": list}  # fmt: skip
+_OPTIONAL = {WHY_NOT_PEFT: str, STARTED_FROM: str}
 _ENTRY = re.compile(r"(?P<shape>|\d{1,12}(x\d{1,12}){0,15})(:(?P<hash>[0-9a-f]{16}))?")
 
 
@@ -188,6 +191,7 @@ class AdapterFile:
         metrics: what was measured when it was saved.
         version: of peft_d2 that wrote it.
         scales: path of each LoRA that `adapter_config.json` describes -> factor on its branch.
+        started_from: `user/name@commit` of the adapter on the hub that its training started from, or "".
     """
 
     tensors: dict[str, Tensor]
@@ -197,6 +201,7 @@ class AdapterFile:
     metrics: dict[str, Any]
     version: str
     scales: dict[str, float]
+    started_from: str = ""
 
 
 def write(folder: str | os.PathLike[str], tensors: Mapping[str, Tensor], **described: Any) -> None:
@@ -228,6 +233,7 @@ def contents(
     metrics: Mapping[str, Any] | None = None,
     scales: Mapping[str, float] | None = None,
     modules: adapter_config.Modules = (),
+    started_from: str = "",
 ) -> dict[str, bytes]:
     """The three files of an adapter, by name.
 
@@ -239,6 +245,7 @@ def contents(
         metrics: what was measured; numbers, texts, lists, dicts.
         scales: path of a LoRA -> factor on B A x; with it the folder is one that Hugging Face `peft` reads.
         modules: (name, module) of the base model: the folder says so only where `peft` computes the same.
+        started_from: `user/name@commit` of the adapter on the hub that the training started from.
 
     Raises:
         ValueError: a tensor name or a value cannot be stored.
@@ -262,7 +269,7 @@ def contents(
         "base": base.to_json(),
         "metrics": _plain(dict(metrics or {}), "the metrics"),
         "files": {name: {"bytes": len(content), "sha256": _sha256(content)} for name, content in data.items()},
-        **({WHY_NOT_PEFT: reason} if reason else {}),
+        **{key: said for key, said in ((WHY_NOT_PEFT, reason), (STARTED_FROM, started_from)) if said},
     }
     try:
         return {**data, RECORD: sign(record)}
@@ -341,7 +348,8 @@ def _read(root: Path) -> AdapterFile:
     except ValueError as error:
         raise AdapterFileError(root, str(error), _AGAIN) from None
     version, train = record["peft_d2_version"], tuple(record["train"])
-    return AdapterFile(tensors, record["methods"], train, base, record["metrics"], version, scales)
+    start = record.get(STARTED_FROM, "")
+    return AdapterFile(tensors, record["methods"], train, base, record["metrics"], version, scales, start)
 
 
 def _read_record(root: Path) -> dict[str, Any]:
@@ -359,7 +367,7 @@ def _read_record(root: Path) -> dict[str, Any]:
         raise AdapterFileError(path, "its checksum does not match: it was damaged or edited", _DAMAGED)
     if (
         record.get("format") != FORMAT
-        or {WHY_NOT_PEFT: str, **{key: type(value) for key, value in record.items()}} != {WHY_NOT_PEFT: str, **_TYPES}
+        or {**_OPTIONAL, **{key: type(value) for key, value in record.items()}} != {**_OPTIONAL, **_TYPES}
         or record["files"].keys() != {TENSORS, CONFIG}  # fixed names: none can point elsewhere
         or any(not isinstance(entry, dict) or entry.keys() != {"bytes", "sha256"} for entry in record["files"].values())
         or any(not isinstance(entry["bytes"], int) for entry in record["files"].values())

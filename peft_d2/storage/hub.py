@@ -1,8 +1,7 @@
-"""Adapters on the Hugging Face hub: ``user/name@revision``, and a model card made of what the run wrote."""
+"""Adapters on the Hugging Face hub: ``user/name@revision``, to load and to upload."""
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
@@ -11,28 +10,26 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from peft_d2.storage import adapter_file
-from peft_d2.storage.adapter_file import FILES, WHY_NOT_PEFT, AdapterFileError
+from peft_d2.storage import adapter_file, card
+from peft_d2.storage.adapter_file import FILES, AdapterFileError
 
 _ADDRESS = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)@(?P<revision>[\w./-]+)")
 _INSTALL = "pip install 'peft_d2[hub]'"
 logger = logging.getLogger(__name__)
 
 
-def local_folder(folder: str | os.PathLike[str]) -> str | os.PathLike[str]:
-    """For ``user/name@revision`` the folder in the hub's cache, fetched where it is not there; others as they are.
+def resolved(folder: str | os.PathLike[str]) -> tuple[str | os.PathLike[str], str]:
+    """For ``user/name@revision`` the folder in the hub's cache, fetched where that is needed, and ``user/name@commit``.
 
-    The revision is required, so that a run names what it used; the log says which commit that is. Offline
-    (HF_HUB_OFFLINE) the cache alone is asked.
+    Other folders, and those that exist, are as they are, and "". The revision is required, so that a run names what it
+    used. Offline (HF_HUB_OFFLINE) the cache alone is asked.
 
     Raises:
         AdapterFileError: it cannot be fetched, or ``huggingface_hub`` is missing.
     """
     address = _ADDRESS.fullmatch(os.fspath(folder))
-    if address is None:
-        return folder
+    if address is None or os.path.exists(folder):
+        return folder, ""
     hub = _hub(folder)
     try:
         local = hub.snapshot_download(address["repo"], revision=address["revision"], allow_patterns=list(FILES))
@@ -41,13 +38,12 @@ def local_folder(folder: str | os.PathLike[str]) -> str | os.PathLike[str]:
         remedy = "check the name, the revision and your access (hf auth login); offline it has to be in the cache"
         raise AdapterFileError(folder, f"cannot be fetched from the hub: {said}", remedy) from error
     logger.info("Adapter %s is commit %s of %s, in %s", folder, Path(local).name, address["repo"], local)
-    return local
+    return local, f"{address['repo']}@{Path(local).name}"
 
 
 def pinned(folder: str) -> str:
     """``user/name@<commit>`` for ``user/name@main``, for a run's record; any other path as it is."""
-    local = local_folder(folder)
-    return folder if local == folder else f"{folder.partition('@')[0]}@{Path(local).name}"
+    return resolved(folder)[1] or folder
 
 
 def push_to_hub(
@@ -57,12 +53,15 @@ def push_to_hub(
     private: bool = False,
     command: str = "",
 ) -> str:
-    """Upload an adapter's folder with a model card, made of it and of the run's ``config.yaml`` if that is beside it.
+    """Upload an adapter's folder with a model card, made of it and of what the run wrote if that is beside it.
 
     Args:
         folder: written by :func:`peft_d2.save_adapter`, such as ``output/adapter_final``.
         repo: ``user/name``; made where it does not exist.
-        picture: shown on the card.
+        picture: shown on the card: an image file; or the ``report.html`` of an evaluation, of which the best and the
+            worst image are shown with the truth and with what was found, so that these images are published. When
+            None, the precision over recall of the run's last evaluation, if ``folder`` is its ``adapter_final``; ""
+            for none.
         private: of a repository that is made.
         command: how it was trained, for the card; else what the run's ``log.txt`` says.
 
@@ -78,65 +77,11 @@ def push_to_hub(
     with tempfile.TemporaryDirectory() as temporary:
         for name in FILES:
             shutil.copyfile(Path(folder, name), Path(temporary, name))
-        shown = ""
-        if picture is not None:
-            shown = f"picture{Path(picture).suffix}"
-            shutil.copyfile(picture, Path(temporary, shown))
-        Path(temporary, "README.md").write_text(model_card(folder, repo, shown, command), encoding="utf-8")
+        shown, caption = card.add_picture(folder, picture, temporary)
+        text = card.model_card(folder, repo, shown, command, caption)
+        Path(temporary, "README.md").write_text(text, encoding="utf-8")
         commit = api.upload_folder(repo_id=repo, folder_path=temporary, commit_message="Adapter of peft_d2")
     return f"{repo}@{commit.oid}"
-
-
-def model_card(folder: str | os.PathLike[str], repo: str, picture: str = "", command: str = "") -> str:
-    """The card of an adapter: its base and fingerprint, data, methods, metrics, command, and how to load it."""
-    record = json.loads(Path(folder, "peft_d2.json").read_bytes())
-    hf = json.loads(Path(folder, "adapter_config.json").read_bytes()).get("peft_type") == "LORA"
-    beside = Path(folder).parent / "config.yaml"
-    run: dict[str, Any] = (yaml.safe_load(beside.read_bytes()) or {}) if beside.is_file() else {}
-    base, data = run.get("MODEL", {}).get("WEIGHTS") or "not named by the run", run.get("DATASETS", {})
-    header = {
-        "library_name": "peft_d2",
-        "tags": ["detectron2", "peft", "image-segmentation", *(["lora"] if hf else [])],
-    }
-    start = run.get("MODEL", {}).get("PEFT", {}).get("WEIGHTS")
-    rows = [
-        *([("started from", f"`{start}`")] if start else []),
-        ("base", f"`{base}`, {record['base']['count']} tensors, fingerprint `{record['base']['weights'][:16]}`"),
-        *(
-            (f"data, {split.lower()}", ", ".join(map(str, data.get(split) or ())) or "not named")
-            for split in ("TRAIN", "TEST")
-        ),
-        *(("method", _method(entry)) for entry in record["methods"]),
-        ("trained in full", ", ".join(f"`{name}`" for name in record["train"]) or "nothing"),
-        *(
-            (key, f"{value:.4g}" if isinstance(value, float) else value)
-            for key, value in sorted(record["metrics"].items())
-        ),
-        ("written by", f"peft_d2 {record['peft_d2_version']}"),
-    ]
-    lines = [f"---\n{yaml.safe_dump(header, sort_keys=False)}---", f"# {repo}", ""]
-    lines += [*([f"![Predictions]({picture})", ""] if picture else []), "| | |", "|---|---|"]
-    lines += [f"| {key} | {value} |".replace("\n", " ") for key, value in rows]
-    lines += ["", "```python", f'peft_d2.load_adapter(model, "{repo}@main")  # or a commit, which stays', "```", ""]
-    command = command or _command(beside.with_name("log.txt"))
-    lines += [f"Trained by `{command}`.", ""] if command else []
-    reason = record.get(WHY_NOT_PEFT) or "see peft_type in adapter_config.json"
-    lines.append(f"Hugging Face's `peft` {'opens it as it is' if hf else f'cannot open it: {reason}'}.")
-    return "\n".join(lines) + "\n"
-
-
-def _command(log: Path) -> str:
-    """The command line that a run wrote into its log, the newest where it was resumed."""
-    text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
-    return (re.findall(r"Command: (.+)", text) or [""])[-1].replace("`", "'")
-
-
-def _method(entry: dict[str, Any]) -> str:
-    shown = {
-        key: value for key, value in entry.items() if key not in ("NAME", "TARGETS") and value not in ([], {}, None)
-    }
-    targets = ", ".join(f"`{name}`" for name in entry["TARGETS"])
-    return f"{entry['NAME']} on {targets} ({', '.join(f'{key} {value}' for key, value in shown.items())})"
 
 
 def _hub(folder: str | os.PathLike[str]) -> Any:

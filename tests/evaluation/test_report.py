@@ -17,6 +17,7 @@ from pycocotools import mask as coco_mask  # noqa: E402
 
 from peft_d2.evaluation.coco import evaluate_coco  # noqa: E402
 from peft_d2.evaluation.report import best_thresholds, judge_images, write_report  # noqa: E402
+from peft_d2.storage import card  # noqa: E402
 
 from .worlds import random_world  # noqa: E402
 
@@ -68,6 +69,31 @@ def test_the_page_is_whole_and_self_contained(tmp_path):
     assert "my &lt;set&gt;" in text and "&lt;b&gt;bold &amp; brave&lt;/b&gt;" in text and "<b>bold" not in text
     ap = 100 * evaluate_coco(copy.deepcopy(data), results, "segm").stats[0]
     assert f"<td>{ap:.1f}</td>" in text and "AP-star" not in text
+
+
+def test_a_model_card_takes_its_picture_from_the_page(tmp_path):
+    """A curve of each class by default, which shows nobody's image; the best and the worst image where asked for."""
+    data, results = _world()
+    run = tmp_path / "run"
+    folder = run / "inference" / "night_val"
+    folder.mkdir(parents=True)
+    page = Balanced(_report(folder, data, results))
+    curves = [dict(attrs) for tag, attrs in page.seen if tag == "polyline"]
+    name, caption = card.add_picture(run / "adapter_final", None, tmp_path)
+    assert name == "picture.png" and "night_val" in caption
+    image = np.asarray(Image.open(tmp_path / name).convert("RGB")).astype(int)
+    classes = [tag for tag, _ in page.seen].count("svg")
+    assert image.shape == (165, 160 * classes, 3)
+    for line in curves[:3]:  # of the first class: where a curve ends, its colour is not the paper's
+        x, y = (float(number) for number in line["points"].split()[0].split(","))
+        assert image[int(y) - 2 : int(y) + 3, int(x) - 1 : int(x) + 4].min() < 200
+    assert card.add_picture(run / "adapter_0000009", None, tmp_path) == ("", "")  # another checkpoint's figures
+    assert card.add_picture(tmp_path / "adapter_final", None, tmp_path) == ("", "")  # nothing was evaluated
+    name, caption = card.add_picture(run / "adapter_final", folder / "report.html", tmp_path)
+    assert "best and the worst" in caption
+    shown = np.asarray(Image.open(tmp_path / name).convert("RGB")).astype(int)
+    assert shown.shape == (320, 320, 3)
+    assert np.abs(shown - (40, 60, 80)).max(-1).min() < 6  # the images' own colour, between the masks
 
 
 def test_boxes_alone_and_missing_pictures(tmp_path):

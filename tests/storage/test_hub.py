@@ -15,7 +15,7 @@ from torch import nn
 
 import peft_d2
 from peft_d2 import peft
-from peft_d2.storage import hub
+from peft_d2.storage import adapter_file, card, hub
 from peft_d2.storage.adapter_file import AdapterFileError
 
 huggingface_hub = pytest.importorskip("huggingface_hub")
@@ -86,15 +86,34 @@ def test_what_is_pushed_is_loaded(revision: str, cache: Path, run: tuple[Path, n
 
 
 def test_the_card_tells_the_run(run: tuple[Path, nn.Module]) -> None:
-    card = hub.model_card(run[0], "user/night", "picture.png", "tools/train_net.py --config-file x.yaml")
-    header = yaml.safe_load(card.split("---")[1])
+    text = card.model_card(run[0], "user/night", "picture.png", "tools/train_net.py --config-file x.yaml")
+    header = yaml.safe_load(text.split("---")[1])
     assert header["library_name"] == "peft_d2" and "detectron2" in header["tags"]
     told = ["`base.pth`, 4 tensors", "night_train", "night_val", "lora on `0`", "RANK 2", "| trained in full | `2` |"]
     told += ["| segm/AP | 36.54 |", "![Predictions](picture.png)", "--config-file x.yaml", '"user/night@main"']
     told += [f"| started from | `user/day@{COMMIT}` |", "Hugging Face's `peft` opens it as it is."]
     for part in told:
-        assert part in card, part
-    assert "Trained by `tools/train_net.py --resume`." in hub.model_card(run[0], "user/night")
+        assert part in text, part
+    assert "Trained by `tools/train_net.py --resume`." in card.model_card(run[0], "user/night")
+
+
+def test_an_adapter_says_which_commit_its_training_started_from(
+    cache: Path, run: tuple[Path, nn.Module], tmp_path: Path
+) -> None:
+    """Also after it was loaded again, under another name; of a plain folder there is nothing to say."""
+    peft_d2.push_to_hub(run[0], "user/night")
+    trained = model()
+    peft_d2.load_adapter(trained, "user/night@main")
+    with torch.no_grad():
+        next(peft.trained_parameters(trained)).param.add_(1.0)
+    peft_d2.save_adapter(trained, tmp_path / "later" / "adapter_final")
+    again = model()
+    peft_d2.load_adapters(again, {"other": tmp_path / "later" / "adapter_final", "plain": run[0]})
+    for name, start in (("other", f"user/night@{COMMIT}"), ("plain", "")):
+        peft_d2.save_adapter(again, tmp_path / name, name=name)
+        assert adapter_file.read(tmp_path / name).started_from == start
+    assert f"| started from | `user/night@{COMMIT}` |" in card.model_card(tmp_path / "other", "user/later")
+    assert "started from" not in card.model_card(tmp_path / "plain", "user/plain")
 
 
 def test_refusals(cache: Path, run: tuple[Path, nn.Module], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
