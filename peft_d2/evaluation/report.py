@@ -19,6 +19,7 @@ from peft_d2.data.pictures import overlay
 from peft_d2.data.segmentation import segmentation_to_mask
 
 REPORT_FILE = "report.html"
+CURVE_FILE = "precision.png"
 IMAGES = 6  # of the best, and of the worst
 _LARGEST = 40_000_000  # px of an image that is shown: its masks are drawn at full size
 _WIDTH = 360  # of a picture, px
@@ -45,7 +46,7 @@ def write_report(
     folder: str | Path, title: str, image_root: str | Path, evaluations: Mapping[str, COCOeval_faster],
     figures: Mapping[str, Mapping[str, float]], outside: bool = False,
 ) -> Path:  # fmt: skip
-    """Write ``folder/report.html``.
+    """Write ``folder/report.html``, and ``folder/precision.png``, which shows none of the images.
 
     Args:
         folder: where to.
@@ -63,6 +64,7 @@ def write_report(
     names = [name for name in next(iter(figures.values())) if not name.startswith("AP-")]
     rows = [[escape(key), *(_number(row.get(name)) for name in names)] for key, row in figures.items()]
     counts = len(evaluation.params.imgIds), len(evaluation.cocoGt.anns), len(evaluation.cocoDt.anns)
+    draw_precision(evaluation, f"{title} ({task})", Path(folder) / CURVE_FILE)
     return _write(
         Path(folder) / REPORT_FILE,
         title=escape(title),
@@ -210,6 +212,23 @@ def _curves(evaluation: COCOeval_faster) -> str:
     rest = len(evaluation.params.catIds) - _CURVES
     more = f" Of {rest} more classes the table above has the figures." if rest > 0 else ""
     return f'<h2>Precision over recall</h2><p>{legend}.{more}</p><div class="curves">{"".join(drawn)}</div>'
+
+
+def draw_precision(evaluation: COCOeval_faster, title: str, path: Path) -> None:
+    """Draw precision over recall, the mean of the classes, at three IoUs."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4, 3), layout="constrained")
+    axes = figure.subplots()
+    precision = evaluation.eval["precision"][..., 0, -1]  # (IoU, recall, class)
+    present = (precision > -1).any(axis=(0, 1))
+    for iou, colour in _IOUS if present.any() else ():
+        row = precision[int(np.argmin(np.abs(np.asarray(evaluation.params.iouThrs) - iou)))]
+        axes.plot(evaluation.params.recThrs, row[:, present].mean(axis=1), color=colour, label=f"IoU {iou}")
+    axes.set(title=title, xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02))
+    axes.legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
 
 
 def _pair(judged: _Judged, evaluation: COCOeval_faster, image_root: str | Path, outside: bool) -> str:

@@ -1,7 +1,8 @@
-"""Adapters on the Hugging Face hub: ``user/name@revision``, to load and to upload."""
+"""Adapters on the Hugging Face hub: ``user/name@revision``, and a model card made of what the run wrote."""
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
@@ -10,8 +11,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from peft_d2.storage import adapter_file, card
-from peft_d2.storage.adapter_file import FILES, AdapterFileError
+import yaml
+
+from peft_d2.storage import adapter_file
+from peft_d2.storage.adapter_file import FILES, STARTED_FROM, WHY_NOT_PEFT, AdapterFileError
 
 _ADDRESS = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)@(?P<revision>[\w./-]+)")
 _INSTALL = "pip install 'peft_d2[hub]'"
@@ -58,10 +61,8 @@ def push_to_hub(
     Args:
         folder: written by :func:`peft_d2.save_adapter`, such as ``output/adapter_final``.
         repo: ``user/name``; made where it does not exist.
-        picture: shown on the card: an image file; or the ``report.html`` of an evaluation, of which the best and the
-            worst image are shown with the truth and with what was found, so that these images are published. When
-            None, the precision over recall of the run's last evaluation, if ``folder`` is its ``adapter_final``; ""
-            for none.
+        picture: shown on the card. When None and ``folder`` is a run's ``adapter_final``, the precision over recall of
+            its last evaluation, which shows nobody's images; "" for none.
         private: of a repository that is made.
         command: how it was trained, for the card; else what the run's ``log.txt`` says.
 
@@ -77,11 +78,75 @@ def push_to_hub(
     with tempfile.TemporaryDirectory() as temporary:
         for name in FILES:
             shutil.copyfile(Path(folder, name), Path(temporary, name))
-        shown, caption = card.add_picture(folder, picture, temporary)
-        text = card.model_card(folder, repo, shown, command, caption)
-        Path(temporary, "README.md").write_text(text, encoding="utf-8")
+        picture, shown = _curves(Path(folder)) if picture is None else picture, ""
+        if picture:
+            shown = f"picture{Path(picture).suffix}"
+            shutil.copyfile(picture, Path(temporary, shown))
+        Path(temporary, "README.md").write_text(model_card(folder, repo, shown, command), encoding="utf-8")
         commit = api.upload_folder(repo_id=repo, folder_path=temporary, commit_message="Adapter of peft_d2")
     return f"{repo}@{commit.oid}"
+
+
+def _curves(folder: Path) -> Path | None:
+    """The picture of a run's last evaluation, where the folder is what that has evaluated."""
+    last = folder.resolve()
+    return (
+        next(iter(sorted(last.parent.glob("inference/*/precision.png"))), None)
+        if last.name == "adapter_final"
+        else None
+    )
+
+
+def model_card(folder: str | os.PathLike[str], repo: str, picture: str = "", command: str = "") -> str:
+    """The card of an adapter: its base and fingerprint, data, methods, metrics, command, and how to load it."""
+    record = json.loads(Path(folder, "peft_d2.json").read_bytes())
+    hf = json.loads(Path(folder, "adapter_config.json").read_bytes()).get("peft_type") == "LORA"
+    beside = Path(folder).parent / "config.yaml"
+    run: dict[str, Any] = (yaml.safe_load(beside.read_bytes()) or {}) if beside.is_file() else {}
+    base, data = run.get("MODEL", {}).get("WEIGHTS") or "not named by the run", run.get("DATASETS", {})
+    header = {
+        "library_name": "peft_d2",
+        "tags": ["detectron2", "peft", "image-segmentation", *(["lora"] if hf else [])],
+    }
+    start = record.get(STARTED_FROM) or run.get("MODEL", {}).get("PEFT", {}).get("WEIGHTS")
+    rows = [
+        *([("started from", f"`{start}`")] if start else []),
+        ("base", f"`{base}`, {record['base']['count']} tensors, fingerprint `{record['base']['weights'][:16]}`"),
+        *(
+            (f"data, {split.lower()}", ", ".join(map(str, data.get(split) or ())) or "not named")
+            for split in ("TRAIN", "TEST")
+        ),
+        *(("method", _method(entry)) for entry in record["methods"]),
+        ("trained in full", ", ".join(f"`{name}`" for name in record["train"]) or "nothing"),
+        *(
+            (key, f"{value:.4g}" if isinstance(value, float) else value)
+            for key, value in sorted(record["metrics"].items())
+        ),
+        ("written by", f"peft_d2 {record['peft_d2_version']}"),
+    ]
+    lines = [f"---\n{yaml.safe_dump(header, sort_keys=False)}---", f"# {repo}", ""]
+    lines += [*([f"![Evaluation]({picture})", ""] if picture else []), "| | |", "|---|---|"]
+    lines += [f"| {key} | {value} |".replace("\n", " ") for key, value in rows]
+    lines += ["", "```python", f'peft_d2.load_adapter(model, "{repo}@main")  # or a commit, which stays', "```", ""]
+    command = command or _command(beside.with_name("log.txt"))
+    lines += [f"Trained by `{command}`.", ""] if command else []
+    reason = record.get(WHY_NOT_PEFT) or "see peft_type in adapter_config.json"
+    lines.append(f"Hugging Face's `peft` {'opens it as it is' if hf else f'cannot open it: {reason}'}.")
+    return "\n".join(lines) + "\n"
+
+
+def _command(log: Path) -> str:
+    """The command line that a run wrote into its log, the newest where it was resumed."""
+    text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
+    return (re.findall(r"Command: (.+)", text) or [""])[-1].replace("`", "'")
+
+
+def _method(entry: dict[str, Any]) -> str:
+    shown = {
+        key: value for key, value in entry.items() if key not in ("NAME", "TARGETS") and value not in ([], {}, None)
+    }
+    targets = ", ".join(f"`{name}`" for name in entry["TARGETS"])
+    return f"{entry['NAME']} on {targets} ({', '.join(f'{key} {value}' for key, value in shown.items())})"
 
 
 def _hub(folder: str | os.PathLike[str]) -> Any:

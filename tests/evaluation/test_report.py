@@ -17,7 +17,6 @@ from pycocotools import mask as coco_mask  # noqa: E402
 
 from peft_d2.evaluation.coco import evaluate_coco  # noqa: E402
 from peft_d2.evaluation.report import best_thresholds, judge_images, write_report  # noqa: E402
-from peft_d2.storage import card  # noqa: E402
 
 from .worlds import random_world  # noqa: E402
 
@@ -71,29 +70,21 @@ def test_the_page_is_whole_and_self_contained(tmp_path):
     assert f"<td>{ap:.1f}</td>" in text and "AP-star" not in text
 
 
-def test_a_model_card_takes_its_picture_from_the_page(tmp_path):
-    """A curve of each class by default, which shows nobody's image; the best and the worst image where asked for."""
+def test_precision_is_drawn_beside_the_page(tmp_path):
+    """At a recall of 0.3 the line of an IoU is as high as the mean of the classes' precision there."""
     data, results = _world()
-    run = tmp_path / "run"
-    folder = run / "inference" / "night_val"
-    folder.mkdir(parents=True)
-    page = Balanced(_report(folder, data, results))
-    curves = [dict(attrs) for tag, attrs in page.seen if tag == "polyline"]
-    name, caption = card.add_picture(run / "adapter_final", None, tmp_path)
-    assert name == "picture.png" and "night_val" in caption
-    image = np.asarray(Image.open(tmp_path / name).convert("RGB")).astype(int)
-    classes = [tag for tag, _ in page.seen].count("svg")
-    assert image.shape == (165, 160 * classes, 3)
-    for line in curves[:3]:  # of the first class: where a curve ends, its colour is not the paper's
-        x, y = (float(number) for number in line["points"].split()[0].split(","))
-        assert image[int(y) - 2 : int(y) + 3, int(x) - 1 : int(x) + 4].min() < 200
-    assert card.add_picture(run / "adapter_0000009", None, tmp_path) == ("", "")  # another checkpoint's figures
-    assert card.add_picture(tmp_path / "adapter_final", None, tmp_path) == ("", "")  # nothing was evaluated
-    name, caption = card.add_picture(run / "adapter_final", folder / "report.html", tmp_path)
-    assert "best and the worst" in caption
-    shown = np.asarray(Image.open(tmp_path / name).convert("RGB")).astype(int)
-    assert shown.shape == (320, 320, 3)
-    assert np.abs(shown - (40, 60, 80)).max(-1).min() < 6  # the images' own colour, between the masks
+    _report(tmp_path, data, results)
+    image = np.asarray(Image.open(tmp_path / "precision.png").convert("RGB")).astype(int)
+    dark = image.max(-1) < 60  # the frame
+    top, *_, bottom = np.flatnonzero(dark.mean(1) > 0.6)
+    left, *_, right = np.flatnonzero(dark.mean(0) > 0.6)
+    precision = evaluate_coco(copy.deepcopy(data), results, "segm").eval["precision"][..., 0, -1]
+    present = (precision > -1).any(axis=(0, 1))
+    column = image[top:bottom, left + round(0.3 * (right - left))]
+    for index, colour in ((0, (42, 120, 214)), (8, (176, 69, 90))):
+        line = np.flatnonzero(np.abs(column - colour).max(-1) < 40).mean()
+        height = 1.02 * (bottom - top - line) / (bottom - top)
+        assert height == pytest.approx(precision[index, 30, present].mean(), abs=0.03)
 
 
 def test_boxes_alone_and_missing_pictures(tmp_path):

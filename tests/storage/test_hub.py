@@ -15,7 +15,7 @@ from torch import nn
 
 import peft_d2
 from peft_d2 import peft
-from peft_d2.storage import adapter_file, card, hub
+from peft_d2.storage import adapter_file, hub
 from peft_d2.storage.adapter_file import AdapterFileError
 
 huggingface_hub = pytest.importorskip("huggingface_hub")
@@ -86,15 +86,27 @@ def test_what_is_pushed_is_loaded(revision: str, cache: Path, run: tuple[Path, n
 
 
 def test_the_card_tells_the_run(run: tuple[Path, nn.Module]) -> None:
-    text = card.model_card(run[0], "user/night", "picture.png", "tools/train_net.py --config-file x.yaml")
+    text = hub.model_card(run[0], "user/night", "picture.png", "tools/train_net.py --config-file x.yaml")
     header = yaml.safe_load(text.split("---")[1])
     assert header["library_name"] == "peft_d2" and "detectron2" in header["tags"]
     told = ["`base.pth`, 4 tensors", "night_train", "night_val", "lora on `0`", "RANK 2", "| trained in full | `2` |"]
-    told += ["| segm/AP | 36.54 |", "![Predictions](picture.png)", "--config-file x.yaml", '"user/night@main"']
+    told += ["| segm/AP | 36.54 |", "![Evaluation](picture.png)", "--config-file x.yaml", '"user/night@main"']
     told += [f"| started from | `user/day@{COMMIT}` |", "Hugging Face's `peft` opens it as it is."]
     for part in told:
         assert part in text, part
-    assert "Trained by `tools/train_net.py --resume`." in card.model_card(run[0], "user/night")
+    assert "Trained by `tools/train_net.py --resume`." in hub.model_card(run[0], "user/night")
+
+
+def test_the_card_shows_the_last_evaluation_of_the_run(cache: Path, run: tuple[Path, nn.Module]) -> None:
+    (evaluated := run[0].parent / "inference" / "night_val").mkdir(parents=True)
+    (evaluated / "precision.png").write_bytes(b"curve")
+    earlier = run[0].rename(run[0].with_name("adapter_0000009"))
+    for repo, shown in (("user/earlier", False), ("user/last", True)):
+        folder = earlier.rename(run[0]) if shown else earlier
+        peft_d2.push_to_hub(folder, repo)
+        pushed = cache / f"models--{repo.replace('/', '--')}" / "snapshots" / COMMIT
+        assert (pushed / "picture.png").exists() == shown
+        assert ("![Evaluation](picture.png)" in (pushed / "README.md").read_text()) == shown
 
 
 def test_an_adapter_says_which_commit_its_training_started_from(
@@ -112,8 +124,8 @@ def test_an_adapter_says_which_commit_its_training_started_from(
     for name, start in (("other", f"user/night@{COMMIT}"), ("plain", "")):
         peft_d2.save_adapter(again, tmp_path / name, name=name)
         assert adapter_file.read(tmp_path / name).started_from == start
-    assert f"| started from | `user/night@{COMMIT}` |" in card.model_card(tmp_path / "other", "user/later")
-    assert "started from" not in card.model_card(tmp_path / "plain", "user/plain")
+    assert f"| started from | `user/night@{COMMIT}` |" in hub.model_card(tmp_path / "other", "user/later")
+    assert "started from" not in hub.model_card(tmp_path / "plain", "user/plain")
 
 
 def test_refusals(cache: Path, run: tuple[Path, nn.Module], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
