@@ -293,7 +293,8 @@ def start_logs(cfg: Any, args: argparse.Namespace) -> None:
             if type(handler.formatter) is not logging.Formatter:  # Detectron2's coloured one is the terminal's
                 handler.addFilter(_for_the_terminal)
     logger.info("Environment info:\n%s", collect_env_info(), extra=FILE_ONLY)
-    logger.info("Command: %s", shlex.join(sys.argv), extra=FILE_ONLY)
+    program = sys.argv[0] if sys.argv[0].startswith("peft-d2 ") else shlex.quote(sys.argv[0])
+    logger.info("Command: %s %s", program, shlex.join(sys.argv[1:]), extra=FILE_ONLY)
     logger.info("Process %d of %d; arguments: %s", comm.get_rank(), comm.get_world_size(), args, extra=FILE_ONLY)
     logger.info("Running with full config:\n%s", cfg.dump(), extra=FILE_ONLY)
 

@@ -8,11 +8,13 @@ import os
 import re
 import shutil
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from peft_d2.peft import METHODS
 from peft_d2.storage import adapter_file
 from peft_d2.storage.adapter_file import FILES, STARTED_FROM, WHY_NOT_PEFT, AdapterFileError
 
@@ -103,12 +105,12 @@ def model_card(folder: str | os.PathLike[str], repo: str, picture: str = "", com
     hf = json.loads(Path(folder, "adapter_config.json").read_bytes()).get("peft_type") == "LORA"
     beside = Path(folder).parent / "config.yaml"
     run: dict[str, Any] = (yaml.safe_load(beside.read_bytes()) or {}) if beside.is_file() else {}
-    base, data = run.get("MODEL", {}).get("WEIGHTS") or "not named by the run", run.get("DATASETS", {})
+    base, data = _shown(run.get("MODEL", {}).get("WEIGHTS") or "not named by the run"), run.get("DATASETS", {})
     header = {
         "library_name": "peft_d2",
         "tags": ["detectron2", "peft", "image-segmentation", *(["lora"] if hf else [])],
     }
-    start = record.get(STARTED_FROM) or run.get("MODEL", {}).get("PEFT", {}).get("WEIGHTS")
+    start = record.get(STARTED_FROM) or _shown(run.get("MODEL", {}).get("PEFT", {}).get("WEIGHTS") or "")
     rows = [
         *([("started from", f"`{start}`")] if start else []),
         ("base", f"`{base}`, {record['base']['count']} tensors, fingerprint `{record['base']['weights'][:16]}`"),
@@ -141,12 +143,22 @@ def _command(log: Path) -> str:
     return (re.findall(r"Command: (.+)", text) or [""])[-1].replace("`", "'")
 
 
+def _shown(path: str) -> str:
+    """A path as strangers can use it: of a file on this machine its name."""
+    return os.path.basename(path.rstrip("/")) if os.path.isabs(path) else path
+
+
 def _method(entry: dict[str, Any]) -> str:
-    shown = {
-        key: value for key, value in entry.items() if key not in ("NAME", "TARGETS") and value not in ([], {}, None)
-    }
+    """A method, where, and what is not as it is by default."""
+    kind = METHODS.get(entry["NAME"])
+    defaults = {} if kind is None else {key.upper(): value for key, value in asdict(kind.options_class()).items()}
+    shown = ", ".join(
+        f"{key} {value}"
+        for key, value in entry.items()
+        if key in ("RANK", "ALPHA") or (key not in ("NAME", "TARGETS") and value != defaults.get(key))
+    )
     targets = ", ".join(f"`{name}`" for name in entry["TARGETS"])
-    return f"{entry['NAME']} on {targets} ({', '.join(f'{key} {value}' for key, value in shown.items())})"
+    return f"{entry['NAME']} on {targets}" + (f" ({shown})" if shown else "")
 
 
 def _hub(folder: str | os.PathLike[str]) -> Any:

@@ -84,6 +84,8 @@ def codebases() -> dict[str, dict[str, Any]]:
         "not_run": "",
         "adders": [],
         "empty": [],
+        "shorten": {},
+        "unseen": [],
         "serve": False,
         "opts": [],
     }
@@ -142,6 +144,8 @@ class Row:
                 "import": entry["import"],
                 "serve": entry["serve"],
                 "empty": entry["empty"],
+                "shorten": entry["shorten"],
+                "unseen": entry["unseen"],
                 "folder": str(place),
             },
             **{"config": str(self.checkout / entry["config"]), "peft_config": str(place / "peft.yaml")},

@@ -13,7 +13,9 @@ import types
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 
@@ -28,17 +30,13 @@ def main() -> None:
 
 def step0(job: dict[str, Any]) -> None:
     """The injected model computes what their model computes, bit for bit; writes ``base.pth``."""
-    if job["serve"]:
-        from peft_d2.ops.official import serve_official
-
-        serve_official()
-    importlib.import_module(job["import"])
+    _import(job)
     print("RESULT imported", flush=True)
     if job["not_run"]:
         sys.exit(f"not run: {job['not_run']}")
     plain = _build(job, job["config"])
     torch.save({"model": plain.state_dict()}, job["folder"] + "/base.pth")
-    expected, found = _outputs(plain), _outputs(_build(job, job["peft_config"]))
+    expected, found = _outputs(plain, job), _outputs(_build(job, job["peft_config"]), job)
     wrong = [name for name in expected if not torch.equal(expected[name], found[name])]
     assert not wrong, f"{len(wrong)} of {len(expected)} outputs differ at step 0, from {wrong[0]} on"
 
@@ -49,6 +47,7 @@ def train(job: dict[str, Any]) -> str:
     Everything that is trained has moved then, and the base has not; returns what share of the parameters that is.
     """
     _draw(Path(job["folder"], "datasets", "coco"))
+    _import(job)
     sys.argv = [job["script"], "--config-file", job["peft_config"], "--num-gpus", "1", *job["opts"]]
     try:
         runpy.run_path(job["script"], run_name="__main__")
@@ -84,8 +83,8 @@ def saved(job: dict[str, Any]) -> None:
     runpy.run_path(job["take"], run_name="__main__")
     model = _build(job, job["peft_config"])
     peft_d2.load_trained(model, job["folder"] + "/run/model_final.pth")
-    expected = _outputs(model)
-    found = _outputs(_build(job, job["peft_config"], "MODEL.PEFT.WEIGHTS", job["folder"] + "/adapter"))
+    expected = _outputs(model, job)
+    found = _outputs(_build(job, job["peft_config"], "MODEL.PEFT.WEIGHTS", job["folder"] + "/adapter"), job)
     wrong = [name for name in expected if not torch.equal(expected[name], found[name])]
     assert not wrong, f"{len(wrong)} of {len(expected)} outputs differ after loading, from {wrong[0]} on"
     torch.save(expected, job["folder"] + "/trained.pt")
@@ -122,7 +121,7 @@ def strict(job: dict[str, Any]) -> str:
     model = _build(job, job["folder"] + "/merged.yaml", pairs=False)
     model.load_state_dict(torch.load(job["folder"] + "/merged.pth", weights_only=True)["model"], strict=True)
     assert "peft_d2" not in sys.modules
-    expected, found, worst = torch.load(job["folder"] + "/trained.pt"), _outputs(model), 0.0
+    expected, found, worst = torch.load(job["folder"] + "/trained.pt"), _outputs(model, job), 0.0
     for name in found:
         if expected[name].shape == found[name].shape and expected[name].numel():
             scale = expected[name].double().abs().max().clamp_min(1e-6)
@@ -131,6 +130,24 @@ def strict(job: dict[str, Any]) -> str:
 
 
 STAGES = {stage.__name__: stage for stage in (step0, train, saved, speed, strict)}
+
+
+def _import(job: dict[str, Any]) -> None:
+    """Import their package as the diff does, and shorten what would take hours on a CPU."""
+    if job["serve"]:
+        from peft_d2.ops.official import serve_official
+
+        serve_official()
+    importlib.import_module(job["import"])
+    _shorten(job)
+
+
+def _shorten(job: dict[str, Any]) -> None:
+    for where, count in job["shorten"].items():
+        module, _, name = where.partition(":")
+        items = getattr(importlib.import_module(module), name)
+        for values in items.values() if isinstance(items, dict) else [items]:
+            del values[count:]
 
 
 def _draw(root: Path) -> None:
@@ -147,7 +164,39 @@ def _draw(root: Path) -> None:
         data["categories"] = [{"id": x["id"], "name": x["name"]} for x in COCO_CATEGORIES if x["isthing"]]
         (root / "annotations" / f"instances_{split}.json").write_text(json.dumps(data))
         for image in made.images.iterdir():
+            Image.open(image).save(root / split / f"{image.stem}.jpg", quality=95)  # of panoptic and semantic sets
             image.rename(root / split / image.name)
+        _draw_regions(root, split, data)
+
+
+def _draw_regions(root: Path, split: str, data: dict[str, Any]) -> None:
+    """The same objects as a panoptic and as two semantic sets: a label image each, where their registrations look."""
+    from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
+
+    from peft_d2.data.segmentation import segmentation_to_mask
+
+    number = {row["id"]: i for i, row in enumerate(COCO_CATEGORIES)}
+    folders = [
+        root / f"panoptic_{split}",
+        root / f"panoptic_semseg_{split}",
+        root / "stuffthingmaps_detectron2" / split,
+    ]
+    for folder in folders:
+        folder.mkdir(parents=True, exist_ok=True)
+    records = []
+    for image in data["images"]:
+        rows = [row for row in data["annotations"] if row["image_id"] == image["id"]]
+        ids = np.zeros((image["height"], image["width"], 3), dtype=np.uint8)
+        classes = np.full(ids.shape[:2], 255, dtype=np.uint8)
+        for i, row in enumerate(rows, 1):
+            mask = segmentation_to_mask(row["segmentation"], image["height"], image["width"])
+            ids[mask], classes[mask] = (i, 0, 0), number[row["category_id"]]
+        segments = [{**row, "id": i} for i, row in enumerate(rows, 1)]
+        records.append({"image_id": image["id"], "file_name": image["file_name"], "segments_info": segments})
+        for folder, labels in zip(folders, (ids, classes, classes), strict=True):
+            Image.fromarray(labels).save(folder / image["file_name"])
+    panoptic = {"images": data["images"], "annotations": records, "categories": COCO_CATEGORIES}
+    (root / "annotations" / f"panoptic_{split}.json").write_text(json.dumps(panoptic))
 
 
 def _build(job: dict[str, Any], config: str, *opts: str, pairs: bool = True) -> nn.Module:
@@ -167,6 +216,7 @@ def _setup(job: dict[str, Any], config: str, *opts: str, pairs: bool = True) -> 
         assert spec is not None and spec.loader is not None
         program = sys.modules["their_program"] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(program)
+        _shorten(job)
     from detectron2.engine import default_argument_parser
 
     given = [*(job["opts"] if pairs else ()), *opts, "OUTPUT_DIR", job["folder"] + "/probe"]
@@ -174,10 +224,15 @@ def _setup(job: dict[str, Any], config: str, *opts: str, pairs: bool = True) -> 
 
 
 @torch.no_grad()
-def _outputs(model: nn.Module) -> dict[str, Tensor]:
-    """What each module of a model gives for one picture, in evaluation mode, by its name and the number of its call."""
+def _outputs(model: nn.Module, job: dict[str, Any]) -> dict[str, Tensor]:
+    """What each module of a model gives for one picture, in evaluation mode, by its name and the number of its call.
+
+    The modules below those that the job calls ``unseen`` (text encoders) are left out, for their size.
+    """
     taken: dict[str, Tensor] = {}
     for name, module in model.named_modules():
+        if name.startswith(tuple(job["unseen"])):
+            continue
 
         def take(_: nn.Module, __: Any, output: Any, name: str = name) -> None:
             for value in _tensors(output):
@@ -187,7 +242,7 @@ def _outputs(model: nn.Module) -> dict[str, Tensor]:
         module.register_forward_hook(take)
     picture = torch.randint(0, 256, (3, 128, 160), generator=torch.Generator().manual_seed(2)).float()
     torch.manual_seed(3)
-    model.eval()([{"image": picture, "height": 128, "width": 160}])
+    model.eval()([{"image": picture, "height": 128, "width": 160, "task": "The task is instance"}])
     return taken
 
 

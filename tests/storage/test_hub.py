@@ -60,7 +60,7 @@ def run(tmp_path: Path) -> tuple[Path, nn.Module]:
             item.param.add_(0.5)
     peft_d2.save_adapter(trained, tmp_path / "run" / "adapter_final", metrics={"segm/AP": 36.54321})
     (tmp_path / "run" / "log.txt").write_text("old Command: a\n[11/27] Command: tools/train_net.py --resume\n")
-    config = {"MODEL": {"WEIGHTS": "base.pth", "PEFT": {"WEIGHTS": f"user/day@{COMMIT}"}}}
+    config = {"MODEL": {"WEIGHTS": "/home/me/base.pth", "PEFT": {"WEIGHTS": f"user/day@{COMMIT}"}}}
     config |= {"DATASETS": {"TRAIN": ["night_train"], "TEST": ["night_val"]}}
     (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(config))
     return tmp_path / "run" / "adapter_final", trained
@@ -90,6 +90,7 @@ def test_the_card_tells_the_run(run: tuple[Path, nn.Module]) -> None:
     header = yaml.safe_load(text.split("---")[1])
     assert header["library_name"] == "peft_d2" and "detectron2" in header["tags"]
     told = ["`base.pth`, 4 tensors", "night_train", "night_val", "lora on `0`", "RANK 2", "| trained in full | `2` |"]
+    assert "DROPOUT" not in text and "/home/me" not in text  # what is as always, and where it lies on this machine
     told += ["| segm/AP | 36.54 |", "![Evaluation](picture.png)", "--config-file x.yaml", '"user/night@main"']
     told += [f"| started from | `user/day@{COMMIT}` |", "Hugging Face's `peft` opens it as it is."]
     for part in told:
