@@ -31,7 +31,7 @@ from torch import nn
 
 from peft_d2.engine.checks import build_model
 from peft_d2.engine.errors import ConfigError
-from peft_d2.engine.launch import one_line_errors, prepare_config
+from peft_d2.engine.launch import one_line_errors, prepare_config, take_pairs
 from peft_d2.memory import MemoryPlan, SavedTensors, fit_memory
 from peft_d2.memory.blocks import resident_bytes, return_freed_memory
 from peft_d2.memory.meter import ProcessPeak
@@ -101,7 +101,7 @@ def analysis_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--json", default="", metavar="FILE", help="write the figures there, too")
     parser.add_argument("--plot", default="", metavar="FILE", help="draw peak against time there")
-    parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="config KEY VALUE pairs")
+    take_pairs(parser)
     return parser
 
 

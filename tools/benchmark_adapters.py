@@ -21,7 +21,7 @@ import torch
 import peft_d2
 from peft_d2 import peft
 from peft_d2.engine.checks import build_model
-from peft_d2.engine.launch import one_line_errors, prepare_config
+from peft_d2.engine.launch import one_line_errors, prepare_config, take_pairs
 
 
 def benchmark_parser() -> argparse.ArgumentParser:
@@ -32,7 +32,7 @@ def benchmark_parser() -> argparse.ArgumentParser:
     parser.add_argument("--adapters", type=int, default=8, help="how many, and the size of the batch")
     parser.add_argument("--size", type=int, default=320, help="side of the images, px")
     parser.add_argument("--runs", type=int, default=5, help="of each; the fastest counts")
-    parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="config KEY VALUE pairs")
+    take_pairs(parser)
     return parser
 
 

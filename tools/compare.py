@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from peft_d2.engine.errors import ConfigError
-from peft_d2.engine.launch import one_line_errors
+from peft_d2.engine.launch import one_line_errors, take_pairs
 
 TRAIN_NET = Path(__file__).with_name("train_net.py")
 OWN_DATA = ("train-json", "train-images", "val-json", "val-images", "name")
@@ -320,7 +320,7 @@ def main() -> None:
     parser.add_argument("--title", default="", help="of the plot")
     for flag in OWN_DATA:
         parser.add_argument(f"--{flag}", help="as in tools/train_net.py")
-    parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="config KEY VALUE pairs for every run")
+    take_pairs(parser, "config KEY VALUE pairs for every run")
     args = parser.parse_args()
 
     given = {flag: getattr(args, flag.replace("-", "_")) for flag in OWN_DATA}

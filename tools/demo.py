@@ -27,7 +27,7 @@ from peft_d2.data.segmentation import mask_outlines, mask_to_polygons
 from peft_d2.engine.checks import build_model
 from peft_d2.engine.config import PEFT_ARCHITECTURE
 from peft_d2.engine.errors import ConfigError
-from peft_d2.engine.launch import one_line_errors, prepare_config, warn_of_untrained
+from peft_d2.engine.launch import one_line_errors, prepare_config, take_pairs, warn_of_untrained
 from peft_d2.storage import atomic
 
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif"}
@@ -63,7 +63,7 @@ def demo_parser() -> argparse.ArgumentParser:
     parser.add_argument("--simplify", type=float, default=0.0, metavar="PX", help="polygons may be off by so much")
     parser.add_argument("--boxes", default="", metavar="FILE", help="prompts: json of image name to x0 y0 x1 y1, px")
     parser.add_argument("--adapters", nargs="+", default=[], metavar="NAME=DIR", help="draw each beside the base")
-    parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="config KEY VALUE pairs")
+    take_pairs(parser)
     return parser
 
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from peft_d2.engine.checkpointer import Checkpointer
 from peft_d2.engine.checks import build_model
 from peft_d2.engine.errors import ConfigError
-from peft_d2.engine.launch import one_line_errors, prepare_config
+from peft_d2.engine.launch import one_line_errors, prepare_config, take_pairs
 from peft_d2.engine.trainer import Trainer
 from peft_d2.models.sam.model import SegmentAnything
 from peft_d2.models.sam.prompt_encoder import NOT_A_POINT, Prompts
@@ -40,7 +40,7 @@ def evaluate_parser() -> argparse.ArgumentParser:
     parser.add_argument("--val-json", default="", metavar="FILE", help="COCO annotations of a data set of your own")
     parser.add_argument("--val-images", default="", metavar="DIR", help="folder of its images")
     parser.add_argument("--name", default="exported", help="of that data set; default: %(default)s")
-    parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="config KEY VALUE pairs")
+    take_pairs(parser)
     return parser
 
 

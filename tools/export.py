@@ -27,7 +27,7 @@ from torch.func import functional_call
 from peft_d2 import peft
 from peft_d2.engine.checks import build_model
 from peft_d2.engine.errors import ConfigError
-from peft_d2.engine.launch import one_line_errors, prepare_config, warn_of_untrained
+from peft_d2.engine.launch import one_line_errors, prepare_config, take_pairs, warn_of_untrained
 from peft_d2.models.layers.mask_classifier import MaskClassifier
 from peft_d2.models.layers.transformer import MSDeformAttn
 from peft_d2.models.sam.model import SegmentAnything
@@ -58,7 +58,7 @@ def export_parser() -> argparse.ArgumentParser:
     parser.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help="of padded images, px; not for SAM")
     parser.add_argument("--output", required=True, metavar="FILE", help="the file to write")
     parser.add_argument("--adapter-inputs", action="store_true", help="the adapter's tensors are inputs of the graph")
-    parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="config KEY VALUE pairs")
+    take_pairs(parser)
     return parser
 
 

@@ -14,7 +14,7 @@ from collections import Counter
 from torch import nn
 
 from peft_d2.engine.checks import build_without_weights
-from peft_d2.engine.launch import one_line_errors, prepare_config
+from peft_d2.engine.launch import one_line_errors, prepare_config, take_pairs
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -35,7 +35,7 @@ def inspect_parser() -> argparse.ArgumentParser:
     parser.add_argument("--peft-config", default="", metavar="FILE", help="one of configs/peft, on top")
     parser.add_argument("--pattern", action="append", default=[], help="list what this pattern matches (repeatable)")
     parser.add_argument("--modules", action="store_true", help="list every module with its type and parameters")
-    parser.add_argument("opts", nargs=argparse.REMAINDER, help="config KEY VALUE pairs")
+    take_pairs(parser)
     return parser
 
 

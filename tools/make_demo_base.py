@@ -14,7 +14,7 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from peft_d2.engine.launch import one_line_errors
+from peft_d2.engine.launch import one_line_errors, take_pairs
 from peft_d2.storage import read_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -27,7 +27,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", default="output/base", metavar="DIR", help="data, checkpoints and logs")
     parser.add_argument("--nuclei", required=True, metavar="DIR", help="what tools/prepare_dsb2018.py wrote")
-    parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="config KEY VALUE pairs")
+    take_pairs(parser)
     args = parser.parse_args()
 
     output = Path(args.output).resolve()

@@ -14,7 +14,7 @@ import os
 import sys
 
 from peft_d2.engine import convert
-from peft_d2.engine.launch import one_line_errors, prepare_config
+from peft_d2.engine.launch import one_line_errors, prepare_config, take_pairs
 
 
 def merge_parser() -> argparse.ArgumentParser:
@@ -30,7 +30,7 @@ def merge_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", required=True, metavar="FILE", help="the checkpoint to write (.pth)")
     parser.add_argument("--import", dest="adders", action="append", default=[], metavar="PKG.MOD:FN",
                         help="adds somebody else's keys to a config; several in their order")  # fmt: skip
-    parser.add_argument("opts", nargs=argparse.REMAINDER, help="config KEY VALUE pairs, MODEL.WEIGHTS among them")
+    take_pairs(parser, "config KEY VALUE pairs, MODEL.WEIGHTS among them")
     return parser
 
 

@@ -11,7 +11,7 @@ import argparse
 from pathlib import Path
 
 from peft_d2.engine.errors import ConfigError
-from peft_d2.engine.launch import one_line_errors, prepare_config
+from peft_d2.engine.launch import one_line_errors, prepare_config, take_pairs
 
 BYTES = 16  # of a trained parameter: itself, its gradient and two moments, in float32
 
@@ -45,7 +45,7 @@ def recommend_parser() -> argparse.ArgumentParser:
         "--memory", type=float, default=0.0, metavar="MIB", help="for what is trained, moments included"
     )
     parser.add_argument("--output", default="", metavar="FILE", help="write it there, too")
-    parser.add_argument("opts", nargs=argparse.REMAINDER, help="config KEY VALUE pairs")
+    take_pairs(parser)
     return parser
 
 

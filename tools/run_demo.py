@@ -29,7 +29,7 @@ import peft_d2
 from peft_d2.data.pictures import overlay
 from peft_d2.data.segmentation import segmentation_to_mask
 from peft_d2.engine.errors import ConfigError
-from peft_d2.engine.launch import one_line_errors, prepare_config
+from peft_d2.engine.launch import one_line_errors, prepare_config, take_pairs
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs" / "nuclei" / "efficientnet"
@@ -56,7 +56,7 @@ def main() -> None:
     parser.add_argument("--train-images", type=int, default=48, help="pictures of histology to train on, of 48")
     parser.add_argument("--val-images", type=int, default=12, help="pictures to evaluate on, of 24")
     parser.add_argument("--seed", type=int, default=1, help="of the trainings")
-    parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="config KEY VALUE pairs for every run")
+    take_pairs(parser, "config KEY VALUE pairs for every run")
     args = parser.parse_args()
 
     if importlib.util.find_spec("timm") is None:

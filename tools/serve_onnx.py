@@ -27,7 +27,10 @@ class Model:
     """The graphs of one export, with an adapter's tensors where they are inputs."""
 
     def __init__(self, path: Path, adapter: Path | None = None) -> None:
-        self.record = json.loads(Path(f"{path}.json").read_text())
+        record = Path(f"{path}.json")
+        if not path.is_file() or not record.is_file():
+            raise SystemExit(f"error: {path} and {record.name} beside it are needed, as tools/export.py wrote them")
+        self.record = json.loads(record.read_text())
         providers = onnxruntime.get_available_providers()
         self.graphs = [
             onnxruntime.InferenceSession(str(path.with_name(name)), providers=providers)
@@ -36,7 +39,7 @@ class Model:
         self.tensors: dict[str, Array] = {}
         if keys := self.record["adapter_inputs"]:
             if adapter is None:
-                raise SystemExit(f"{path} takes an adapter's tensors as inputs: name its folder, --adapter DIR")
+                raise SystemExit(f"error: {path} takes an adapter's tensors as inputs: name its folder, --adapter DIR")
             from safetensors.numpy import load_file
 
             stored = load_file(adapter / "adapter_model.safetensors")
@@ -147,7 +150,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--box", type=float, nargs=4, action="append", metavar=("X0", "Y0", "X1", "Y1"))
     parser.add_argument("--confidence-threshold", type=float, default=0.5)
     args = parser.parse_args(arguments)
-    image = Image.open(args.image)
+    try:
+        image = Image.open(args.image)
+    except OSError as error:
+        raise SystemExit(f"error: {args.image}: {error.strerror or error}") from error
     model = Model(args.model, args.adapter)
     scores, classes, masks = model.predict(image, np.array(args.box) if args.box else None)
     kept = scores >= args.confidence_threshold

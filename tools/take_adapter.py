@@ -16,7 +16,7 @@ import os
 import sys
 
 from peft_d2.engine import convert
-from peft_d2.engine.launch import one_line_errors
+from peft_d2.engine.launch import one_line_errors, take_pairs
 
 
 def take_parser() -> argparse.ArgumentParser:
@@ -34,7 +34,7 @@ def take_parser() -> argparse.ArgumentParser:
     parser.add_argument("--adapter", default="", metavar="DIR", help="write the adapter's folder there")
     parser.add_argument("--merged", default="", metavar="FILE",
                         help="write a checkpoint with the base's keys there (.pth)")  # fmt: skip
-    parser.add_argument("opts", nargs=argparse.REMAINDER, help="config KEY VALUE pairs")
+    take_pairs(parser)
     return parser
 
 

@@ -85,6 +85,7 @@ def training_parser() -> argparse.ArgumentParser:
     parser.set_defaults(dist_url="auto")  # Detectron2's is one port per user: two runs would meet there
     parser.add_argument("--num-processes", type=int, default=0, metavar="N", help="processes per machine on the CPU")
     parser.add_argument("--peft-config", default="", metavar="FILE", help="one of configs/peft, on top")
+    parser.add_argument("--opts", action="store_true", dest="pairs_follow", help=argparse.SUPPRESS)
     own = parser.add_argument_group(
         "own data: COCO format, or folders of YOLO, VOC, labelme, CVAT, Label Studio, masks"
     )
@@ -99,6 +100,14 @@ def training_parser() -> argparse.ArgumentParser:
     own.add_argument("--class-map", default="", metavar="MAP", help="old=new,other=new,unwanted= or a yaml of these")
     own.add_argument("--name", default="own", help="what the data sets are called: NAME_train and NAME_val")
     return parser
+
+
+def take_pairs(parser: argparse.ArgumentParser, help: str = "config KEY VALUE pairs") -> None:
+    """Let a command line end with KEY VALUE pairs, ``args.opts``, with the word ``--opts`` before them or without."""
+    parser.add_argument(
+        "--opts", action="store_true", dest="pairs_follow", help="KEY VALUE pairs follow; can be left out"
+    )
+    parser.add_argument("opts", nargs=argparse.REMAINDER, help=help)
 
 
 def main(arguments: list[str] | None = None) -> Any:

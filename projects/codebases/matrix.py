@@ -86,6 +86,7 @@ def codebases() -> dict[str, dict[str, Any]]:
         "empty": [],
         "shorten": {},
         "unseen": [],
+        "names_of": "",
         "serve": False,
         "opts": [],
     }
@@ -146,6 +147,7 @@ class Row:
                 "empty": entry["empty"],
                 "shorten": entry["shorten"],
                 "unseen": entry["unseen"],
+                "names_of": entry["names_of"],
                 "folder": str(place),
             },
             **{"config": str(self.checkout / entry["config"]), "peft_config": str(place / "peft.yaml")},

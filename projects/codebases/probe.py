@@ -242,7 +242,8 @@ def _outputs(model: nn.Module, job: dict[str, Any]) -> dict[str, Tensor]:
         module.register_forward_hook(take)
     picture = torch.randint(0, 256, (3, 128, 160), generator=torch.Generator().manual_seed(2)).float()
     torch.manual_seed(3)
-    model.eval()([{"image": picture, "height": 128, "width": 160, "task": "The task is instance"}])
+    sample = {"image": picture, "height": 128, "width": 160}
+    model.eval()([{**sample, "task": "The task is instance", "meta": {"dataset_name": job["names_of"]}}])
     return taken
 
 

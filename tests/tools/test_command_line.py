@@ -93,3 +93,22 @@ def test_an_installed_wheel_has_its_tools_and_configs(tmp_path: Path) -> None:
 
     assert "5.02 %" in run("inspect", "--config-file", "configs/demo/lora.yaml")
     assert str(work / "site") in run("doctor")
+
+
+@pytest.mark.parametrize("word", [["--opts"], []], ids=["with_the_word", "without"])
+def test_config_pairs_end_a_command_line_with_the_word_opts_or_without(word: list[str]) -> None:
+    from demo import demo_parser
+    from export import export_parser
+    from merge_adapter import merge_parser
+
+    from peft_d2.engine.launch import training_parser
+
+    for parser, flags in (
+        (training_parser(), []),
+        (demo_parser(), ["--input", "a.png", "b.png", "--output", "drawn"]),
+        (export_parser(), ["--output", "m.onnx"]),
+        (merge_parser(), ["--adapter", "a", "--output", "m.pth"]),
+    ):
+        args = parser.parse_args(["--config-file", "c.yaml", *flags, *word, "SEED", "-1"])
+        assert args.opts == ["SEED", "-1"]
+        assert parser.parse_args(["--config-file", "c.yaml", *flags]).opts == []

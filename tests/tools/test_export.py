@@ -151,6 +151,20 @@ def adapted(folder: Path, seed: int) -> nn.Module:
 
 
 @torch.no_grad()
+def test_the_server_says_in_one_line_what_is_missing(tmp_path: Path) -> None:
+    """A picture that is none, a graph without its record."""
+    (tmp_path / "a.png").write_bytes(b"no picture")
+    (tmp_path / "m.onnx").write_bytes(b"")
+    for picture, said in (
+        ("a.png", "cannot identify"),
+        ("none.png", "No such file"),
+        ("b.png", "m.onnx.json beside it"),
+    ):
+        serve_onnx.Image.new("RGB", (8, 8)).save(tmp_path / "b.png")
+        with pytest.raises(SystemExit, match=f"^error: .*{said}"):
+            serve_onnx.main([str(tmp_path / "m.onnx"), str(tmp_path / picture), "--output", str(tmp_path / "c.png")])
+
+
 def test_adapters_are_swapped_and_served_without_torch(tmp_path: Path) -> None:
     """One graph takes either adapter; a process without torch serves it as Detectron2's predictor would."""
     cfg = build("tiny")[0]
