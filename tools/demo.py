@@ -28,7 +28,7 @@ from peft_d2.engine.checks import build_model
 from peft_d2.engine.config import PEFT_ARCHITECTURE
 from peft_d2.engine.errors import ConfigError
 from peft_d2.engine.launch import one_line_errors, prepare_config, take_pairs, warn_of_untrained
-from peft_d2.storage import atomic
+from peft_d2.storage import atomic, hub
 
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif"}
 _SHORT_SIDE = 480
@@ -269,17 +269,22 @@ def find_images(inputs: list[str], output: Path) -> dict[Path, Path]:
 
 
 def read_adapters(arguments: list[str]) -> dict[str, Path]:
-    """Folders by name, from ``NAME=DIR`` each.
+    """Folders by name, from ``NAME=DIR`` each, or ``NAME=user/name@revision`` on the hub.
 
     Raises:
         ConfigError: another form, a name twice, or a folder that does not exist.
+        AdapterFileError: it cannot be fetched.
     """
     folders: dict[str, Path] = {}
     for argument in arguments:
-        name, _, folder = argument.partition("=")
-        if not name or not folder or name in folders or not Path(folder).is_dir():
-            raise ConfigError(f"--adapters {argument}: expected NAME=DIR, an adapter's folder under a name of its own.")
-        folders[name] = Path(folder)
+        name, _, given = argument.partition("=")
+        folder = Path(hub.resolved(given)[0])
+        if not name or not given or name in folders or not folder.is_dir():
+            raise ConfigError(
+                f"--adapters {argument}: expected NAME=DIR, an adapter's folder (or user/name@revision on the hub) "
+                "under a name of its own."
+            )
+        folders[name] = folder
     return folders
 
 
