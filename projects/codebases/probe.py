@@ -162,7 +162,8 @@ def _draw(root: Path) -> None:
         made = toy.generate(root / split, "night", 4, seed=seed)
         data = json.loads(made.json.read_text())
         data["categories"] = [{"id": x["id"], "name": x["name"]} for x in COCO_CATEGORIES if x["isthing"]]
-        (root / "annotations" / f"instances_{split}.json").write_text(json.dumps(data))
+        for name in ("instances", "panoptic2instances"):
+            (root / "annotations" / f"{name}_{split}.json").write_text(json.dumps(data))
         for image in made.images.iterdir():
             Image.open(image).save(root / split / f"{image.stem}.jpg", quality=95)  # of panoptic and semantic sets
             image.rename(root / split / image.name)
