@@ -53,3 +53,14 @@ def test_each_adapter_is_drawn_beside_the_base(tmp_path: Path, monkeypatch: pyte
 def test_what_is_no_adapter_is_refused(argument: str, tmp_path: Path) -> None:
     with pytest.raises(demo.ConfigError, match="expected NAME=DIR"):
         demo.read_adapters([argument.format(folder=tmp_path)])
+
+
+def test_an_adapter_on_the_hub_is_one_of_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    constants = pytest.importorskip("huggingface_hub.constants")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    commit = tmp_path / "models--user--night" / "snapshots" / ("0" * 40)
+    commit.mkdir(parents=True)
+    (commit.parents[1] / "refs").mkdir()
+    (commit.parents[1] / "refs" / "main").write_text(commit.name)
+    assert demo.read_adapters(["night=user/night@main"]) == {"night": commit}
