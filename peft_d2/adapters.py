@@ -100,7 +100,7 @@ def load_layers(model: nn.Module, path: str, state: Mapping[str, Tensor]) -> Non
         names = sorted({f"{name} {shape}" for name, shape in own ^ given})
         raise CheckpointError(
             f"the checkpoint {path} is of a model with other adapters: {shortened(names, 4)} are not in both. Give the "
-            "MODEL.PEFT that it was trained with"
+            "config that it was trained with: MODEL.PEFT, class counts"
         )
     _load_named_as_now(model, state, strict=False)
     logger.info("%s is of a model with adapters: their %d tensors are in effect.", path, len(given))
