@@ -155,18 +155,28 @@ class RelativePositionAttention(nn.Module):
         self.H, self.W = size  # what is injected into qkv may have to know how its tokens lie
         batch, tokens, channels = x.shape
         q, k, v = self.qkv(x).view(batch, tokens, 3, self.n_heads, -1).permute(2, 0, 3, 1, 4)
-        bias = decomposed_bias(q, self.rel_pos_h, self.rel_pos_w, size)
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        x = attend_on_map(q, k, v, self.rel_pos_h, self.rel_pos_w, size)
         return self.proj(x.transpose(1, 2).reshape(batch, tokens, channels))
 
 
-def decomposed_bias(q: Tensor, table_h: Tensor, table_w: Tensor, size: tuple[int, int]) -> Tensor:
-    """What is added to the logits: (B, M, T, T) for unscaled q (B, M, T, d) on a map of ``size`` (H, W), T = H W."""
-    height, width = size
-    grid = q.unflatten(2, size)
-    rows = torch.einsum("bmyxd,ykd->bmyxk", grid, relative_rows(table_h, height, height).to(q.dtype))
-    columns = torch.einsum("bmyxd,xkd->bmyxk", grid, relative_rows(table_w, width, width).to(q.dtype))
-    return (rows[..., :, None] + columns[..., None, :]).flatten(4).flatten(2, 3)
+def attend_on_map(q: Tensor, k: Tensor, v: Tensor, table_h: Tensor, table_w: Tensor, size: tuple[int, int]) -> Tensor:
+    """Softmax of the logits above times v, for q, k, v (B, M, T, d) of a map of ``size`` (H, W), T = H W.
+
+    A fused kernel takes no bias that has a gradient, and a bias is (T, T) a head: 768 MiB in float32 for 4096 tokens
+    and 12 heads. So the terms of rows and columns are H + W more channels of q, and those of k say where a key lies.
+    """
+    (height, width), channels = size, q.shape[-1]
+    grid, unscaled = q.unflatten(2, size), channels**0.5
+    of_rows = (relative_rows(table_h, height, height) * unscaled).to(q.dtype)
+    of_columns = (relative_rows(table_w, width, width) * unscaled).to(q.dtype)
+    rows = torch.einsum("bmyxd,ykd->bmyxk", grid, of_rows)
+    columns = torch.einsum("bmyxd,xkd->bmyxk", grid, of_columns)
+    in_row = torch.eye(height, dtype=k.dtype, device=k.device).repeat_interleave(width, 0)
+    in_column = torch.eye(width, dtype=k.dtype, device=k.device).repeat(height, 1)
+    q = torch.cat([grid, rows, columns], dim=-1).flatten(2, 3)
+    k = torch.cat([k, torch.cat([in_row, in_column], dim=-1).expand(*k.shape[:2], -1, -1)], dim=-1)
+    v = F.pad(v, (0, height + width))  # kernels want as many channels
+    return F.scaled_dot_product_attention(q, k, v, scale=channels**-0.5)[..., :channels]
 
 
 def relative_rows(table: Tensor, queries: int, keys: int) -> Tensor:

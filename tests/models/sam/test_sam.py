@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 import peft_d2
 from peft_d2.data.augmentation import LongestSide
+from peft_d2.memory import SavedTensors
 from peft_d2.models.layers.postprocess import Canvas
-from peft_d2.models.sam.image_encoder import RelativePositionAttention, decomposed_bias, relative_rows
+from peft_d2.models.sam.image_encoder import RelativePositionAttention, relative_rows
 from peft_d2.models.sam.prompt_encoder import Prompts
 
 from ..conftest import GOLDENS, ROOT
@@ -167,7 +168,15 @@ def test_attention_is_the_plain_form(size: tuple[int, int]) -> None:
     expected = attention.proj((logits.softmax(-1) @ v).transpose(1, 2).flatten(2))
     found = attention(x, size)
     torch.testing.assert_close(found[:, : i + 1], expected[:, : i + 1], rtol=0, atol=TOLERANCE)
-    assert decomposed_bias(q, attention.rel_pos_h, attention.rel_pos_w, size).std() > 0.5
+    without = attention.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+    assert (found - without).abs().mean() > 100 * TOLERANCE
+
+
+def test_attention_keeps_nothing_of_the_size_of_all_pairs() -> None:
+    attention = RelativePositionAttention(24, 3, (32, 32))
+    with SavedTensors(attention) as saved:
+        attention(torch.randn(1, 1024, 24), (32, 32))
+    assert saved.bytes < 3 * 1024 * 1024 * 4 / 2
 
 
 def test_half_precision_is_close(sam: Any, filler: Any, prompts: dict[str, Tensor]) -> None:
