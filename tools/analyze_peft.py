@@ -22,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -32,13 +33,14 @@ from torch import nn
 from peft_d2.engine.checks import build_model
 from peft_d2.engine.errors import ConfigError
 from peft_d2.engine.launch import one_line_errors, prepare_config, take_pairs
-from peft_d2.memory import MemoryPlan, SavedTensors, fit_memory
+from peft_d2.memory import MemoryBudgetError, MemoryPlan, SavedTensors, fit_memory
 from peft_d2.memory.blocks import resident_bytes, return_freed_memory
 from peft_d2.memory.meter import ProcessPeak
 
 FULL = "full fine-tuning"
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 _OBJECTS = 5
+_ROOM = 1.05  # beside the smallest budget, which is not measured the same twice
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ class Figures:
     Attributes:
         peak_memory: the highest of all training steps: the weights, and what the process grew by beyond the idle
             model, or memory allocated on its GPU.
+        weights: the model's, part of every peak.
         planned_memory: what the plan of a memory budget expects it to be; None without one.
         saved_bytes, saved_tensors: what autograd keeps between forward and backward, weights not counted.
         merged_time: of inference with the adapter merged; None where it is no change of weights.
@@ -59,6 +62,7 @@ class Figures:
     percent: float
     step_time: float
     peak_memory: int
+    weights: int
     saved_bytes: int
     saved_tensors: int
     file_size: int
@@ -85,7 +89,12 @@ def analysis_parser() -> argparse.ArgumentParser:
     parser.add_argument("--config-file", required=True, metavar="FILE", help="the model's config")
     parser.add_argument("--peft-config", nargs="*", default=[], metavar="FILE", help="one or more of configs/peft")
     parser.add_argument(
-        "--budget", type=float, nargs="*", default=[], metavar="GIB", help="each of them under these budgets, too"
+        "--budget",
+        type=float,
+        nargs="*",
+        default=[],
+        metavar="GIB",
+        help="each of them under these budgets, too; 0: the smallest that it can meet",
     )
     parser.add_argument("--size", type=int, default=512, help="height and width of the images")
     parser.add_argument("--batch", type=int, default=1, help="images of a training step; inference takes one")
@@ -122,28 +131,41 @@ def analyze(args: argparse.Namespace) -> list[Figures]:
     if len(set(names)) < len(names):
         names = list(args.peft_config)
     with contextlib.ExitStack() as stack:
-        peers = [stack.enter_context(_Peer(FULL, "", args))]
+        peers = [stack.enter_context(Peer(FULL, "", args))]
         for name, path in zip(names, args.peft_config, strict=True):
-            peers.append(stack.enter_context(_Peer(name, path, args)))
+            peers.append(stack.enter_context(Peer(name, path, args)))
             for budget in args.budget:
-                peers.append(stack.enter_context(_Peer(f"{name}, {budget:g} GiB", path, args, budget=budget)))
-        for number in range(args.rounds + 1):
-            for whats in (("step",), ("infer", "merged")):  # what is compared follows one another at once
-                for peer in peers:
-                    for what in whats:
-                        peer.measure(what, keep=number > 0)
-            print(f"round {number} of {args.rounds} done", file=sys.stderr, flush=True)
-        figures = [peer.figures() for peer in peers]
+                limit = f"{budget:g} GiB" if budget else "smallest budget"
+                peers.append(stack.enter_context(Peer(f"{name}, {limit}", path, args, budget=budget)))
+        figures = take_turns(peers, args.rounds, [("step",), ("infer", "merged")])
         operator = peers[0].ask("operator")
     print(table(figures))
     if args.plot:
         plot(figures, args.plot)
     if args.json:
-        about = {"config": args.config_file, "size": args.size, "batch": args.batch, "rounds": args.rounds}
-        about |= {"torch": torch.__version__, "machine": platform.processor() or platform.machine()}
-        about |= {"threads": torch.get_num_threads(), "clock": args.clock, "opts": args.opts, "operator": operator}
-        Path(args.json).write_text(json.dumps({"run": about, "cases": [asdict(f) for f in figures]}, indent=1) + "\n")
+        write_json(args.json, args, figures, operator)
     return figures
+
+
+def take_turns(
+    peers: Sequence[Peer], rounds: int, groups: Sequence[Sequence[str]], warm: bool = False
+) -> list[Figures]:
+    """Measure every peer ``rounds`` times, after one to warm up unless they are; all do one of ``groups`` at a time."""
+    for number in range(int(warm), rounds + 1):
+        for whats in groups:  # what is compared follows one another at once
+            for peer in peers:
+                for what in whats:
+                    peer.measure(what, keep=number > 0)
+        print(f"round {number} of {rounds} done", file=sys.stderr, flush=True)
+    return [peer.figures() for peer in peers]
+
+
+def write_json(path: str | Path, args: argparse.Namespace, figures: Sequence[Figures], operator: str) -> None:
+    """Write the figures and what they were measured on."""
+    about = {"config": args.config_file, "size": args.size, "batch": args.batch, "rounds": args.rounds}
+    about |= {"torch": torch.__version__, "machine": platform.processor() or platform.machine()}
+    about |= {"threads": torch.get_num_threads(), "clock": args.clock, "opts": args.opts, "operator": operator}
+    Path(path).write_text(json.dumps({"run": about, "cases": [asdict(f) for f in figures]}, indent=1) + "\n")
 
 
 def table(figures: Sequence[Figures]) -> str:
@@ -208,7 +230,7 @@ def _beside(value: float, reference: float, unit: float, digits: int = 0) -> str
     return f"{value / unit:.{digits}f} ({value / reference:.2f}x)" if reference else f"{value / unit:.{digits}f}"
 
 
-class _Peer:
+class Peer:
     """This side of a case's process, and of another one that runs the operator's twin where that is asked for."""
 
     def __init__(
@@ -216,12 +238,12 @@ class _Peer:
     ) -> None:
         context = multiprocessing.get_context("spawn")
         self.name = name
-        self.twin = _Peer(f"{name}, twin", peft_config, args, "torch", budget) if args.twin and not backend else None
+        self.twin = Peer(f"{name}, twin", peft_config, args, "torch", budget) if args.twin and not backend else None
         self.times: dict[str, list[float]] = {"step": [], "infer": [], "merged": []}
         self._connection, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, peft_config, args, backend, budget), daemon=True)
 
-    def __enter__(self) -> _Peer:
+    def __enter__(self) -> Peer:
         self._process.start()
         if self.twin is not None:
             self.twin.__enter__()
@@ -298,7 +320,7 @@ class Case:
     Args:
         peft_config: a file, or "" for full fine-tuning.
         args: see :func:`analysis_parser`.
-        budget: GiB that a step may take; None: no limit.
+        budget: GiB that a step may take; 0: the smallest that it can meet; None: no limit.
     """
 
     def __init__(self, peft_config: str, args: argparse.Namespace, budget: float | None = None) -> None:
@@ -324,7 +346,13 @@ class Case:
             with self._step.precision():
                 return model(batch)
 
-        plan = fit_memory(self.model.train(), self.batch, budget, forward=forward)
+        fit = partial(fit_memory, self.model.train(), self.batch, forward=forward)
+        try:
+            plan = fit(budget or 1 / 2**20)
+        except MemoryBudgetError as error:
+            if budget:
+                raise
+            plan = fit(_ROOM * error.smallest)
         self._step.pieces = plan.pieces
         return plan
 
@@ -372,18 +400,22 @@ class Case:
 
         return ops.default_backend(self.cfg.MODEL.DEVICE.partition(":")[0])
 
+    def peak(self) -> int:
+        """The highest memory of all training steps until now, the weights counted in."""
+        return torch.cuda.max_memory_allocated() if self._on_gpu() else self._peak + self._weights()
+
+    def _weights(self) -> int:
+        return sum(tensor.nbytes for tensor in (*self.model.parameters(), *self.model.buffers()))
+
     def figures(self) -> dict[str, Any]:
         """What is counted, not timed."""
         from peft_d2 import peft
 
-        if self._on_gpu():
-            peak = torch.cuda.max_memory_allocated()
-        else:
-            peak = self._peak + sum(tensor.nbytes for tensor in (*self.model.parameters(), *self.model.buffers()))
         report = peft.make_report(self.model)
         saved = self._saved()
         return {
-            **{"trainable": report.trainable, "percent": report.percent, "peak_memory": peak},
+            **{"trainable": report.trainable, "percent": report.percent, "peak_memory": self.peak()},
+            "weights": self._weights(),
             **{"saved_bytes": saved.bytes, "saved_tensors": saved.count, "file_size": self._file_size()},
             "planned_memory": None if self._plan is None else self._plan.peak,
         }

@@ -134,6 +134,6 @@ def test_each_case_beside_the_operators_twin(
 
 def test_the_twins_process_runs_the_twin() -> None:
     args = analysis.analysis_parser().parse_args(["--config-file", str(TINY), "--size", "64", "--twin"])
-    with analysis._Peer("full", "", args) as peer:
+    with analysis.Peer("full", "", args) as peer:
         assert peer.twin is not None
         assert (peer.ask("operator"), peer.twin.ask("operator")) == (ops.default_backend("cpu"), "torch")
