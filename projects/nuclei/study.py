@@ -27,14 +27,16 @@ from peft_d2.engine.config import load_config  # noqa: E402
 from peft_d2.engine.errors import ConfigError  # noqa: E402
 from peft_d2.engine.factory import register  # noqa: E402
 from peft_d2.engine.launch import one_line_errors  # noqa: E402
+from peft_d2.models.layers.transformer import SinePosition2d  # noqa: E402
 
 CONFIGS = ROOT / "configs" / "nuclei"
 TRAIN_NET = [sys.executable, str(ROOT / "tools" / "train_net.py")]
 NOT_VARIANTS = {"model", "fluorescence", "adapt"}
-# A base that starts with parts of another's. From nothing a small Segment Anything 2 learns to draw all nuclei at once,
-# by the fine maps of its encoder, and then no longer to follow a box.
-STARTS_WITH = {"sam2": ("sam", ("prompt_encoder.", "mask_decoder."))}
 PROMPTED_METRICS = ("masks/mIoU", "masks/DSC", "segm/AP")
+EOMT_GRID, POSITION_SCALE = (
+    (24, 128),
+    2.0,
+)  # patches a side and channels of configs/nuclei/eomt; of sines within -1 to 1
 TILE, SCALE = 96, 2.0  # px of the source, and how much they are enlarged
 
 
@@ -99,18 +101,33 @@ def study(model: str, tiles: dict[str, list[str]], output: Path, args: argparse.
 
 
 def train_base(model: str, tiles: list[str], output: Path, opts: list[str]) -> Path:
-    """Train a model on fluorescence, after the one it starts with where there is one; its checkpoint."""
-    start = []
-    if model in STARTS_WITH:
-        other, parts = STARTS_WITH[model]
-        trained_tensors = torch.load(train_base(other, tiles, output, opts), weights_only=True)["model"]
+    """Train a model on fluorescence; its checkpoint."""
+    start = start_of(model, tiles, output, opts)
+    weights = []
+    if start:
         torch.manual_seed(1)
         state = build_model(load_config(str(CONFIGS / model / "fluorescence.yaml")).cfg).state_dict()
-        state |= {name: tensor for name, tensor in trained_tensors.items() if name.startswith(parts)}
-        torch.save({"model": state}, output / f"{model}_start.pth")
-        start = ["MODEL.WEIGHTS", str(output / f"{model}_start.pth")]
+        torch.save({"model": state | start}, output / f"{model}_start.pth")
+        weights = ["MODEL.WEIGHTS", str(output / f"{model}_start.pth")]
     print(f"{model}: the base on fluorescence", flush=True)
-    return run_base(model, tiles, output / model, [*start, *opts], metrics_of(model))
+    return run_base(model, tiles, output / model, [*weights, *opts], metrics_of(model))
+
+
+def start_of(model: str, tiles: list[str], output: Path, opts: list[str]) -> dict[str, torch.Tensor]:
+    """What does not start at random: what these models lack that learned from millions of images before.
+
+    - A small Segment Anything 2 learns to draw all nuclei at once, by the fine maps of its encoder, and then no longer
+      to follow a box: it starts with the small Segment Anything's prompt encoder and mask decoder.
+    - A ViT from nothing has no positions by which the queries of an EoMT tell objects apart: it starts with sines.
+    """
+    if model == "sam2":
+        trained = torch.load(train_base("sam", tiles, output, opts), weights_only=True)["model"]
+        return {name: value for name, value in trained.items() if name.startswith(("prompt_encoder.", "mask_decoder."))}
+    if model == "eomt":
+        size, dim = EOMT_GRID
+        sines = SinePosition2d(dim)(size, size, torch.device("cpu"))
+        return {"backbone.net.pos_embed": POSITION_SCALE * sines.view(1, size * size, dim)}
+    return {}
 
 
 def run_base(model: str, tiles: list[str], folder: Path, opts: Sequence[str], metrics: Sequence[str]) -> Path:
