@@ -150,7 +150,6 @@ def adapted(folder: Path, seed: int) -> nn.Module:
     return model.eval()
 
 
-@torch.no_grad()
 def test_the_server_says_in_one_line_what_is_missing(tmp_path: Path) -> None:
     """A picture that is none, a graph without its record."""
     (tmp_path / "a.png").write_bytes(b"no picture")
@@ -165,6 +164,7 @@ def test_the_server_says_in_one_line_what_is_missing(tmp_path: Path) -> None:
             serve_onnx.main([str(tmp_path / "m.onnx"), str(tmp_path / picture), "--output", str(tmp_path / "c.png")])
 
 
+@torch.no_grad()
 def test_adapters_are_swapped_and_served_without_torch(tmp_path: Path) -> None:
     """One graph takes either adapter; a process without torch serves it as Detectron2's predictor would."""
     cfg = build("tiny")[0]
