@@ -64,8 +64,7 @@ def write_report(
     names = [name for name in next(iter(figures.values())) if not name.startswith("AP-")]
     rows = [[escape(key), *(_number(row.get(name)) for name in names)] for key, row in figures.items()]
     counts = len(evaluation.params.imgIds), len(evaluation.cocoGt.anns), len(evaluation.cocoDt.anns)
-    draw_precision(evaluation, f"{title} ({task})", Path(folder) / CURVE_FILE)
-    return _write(
+    path = _write(
         Path(folder) / REPORT_FILE,
         title=escape(title),
         counts="{} images, {} objects, {} predictions".format(*counts),
@@ -77,6 +76,8 @@ def write_report(
         best="".join(_pair(image, evaluation, image_root, outside) for image in judged[:IMAGES]),
         worst="".join(_pair(image, evaluation, image_root, outside) for image in judged[::-1][:IMAGES]),
     )
+    draw_precision(evaluation, f"{title} ({task})", path.with_name(CURVE_FILE))
+    return path
 
 
 def write_panoptic_report(
@@ -195,12 +196,11 @@ def _number(value: float | None) -> str:
 
 
 def _curves(evaluation: COCOeval_faster) -> str:
-    precision, recall = evaluation.eval["precision"][..., 0, -1], np.asarray(evaluation.params.recThrs)
-    drawn = []
+    recall, drawn = np.asarray(evaluation.params.recThrs), []
     for k, category in list(enumerate(evaluation.params.catIds))[:_CURVES]:
         lines = ""
         for iou, colour in _IOUS:
-            row = precision[int(np.argmin(np.abs(np.asarray(evaluation.params.iouThrs) - iou))), :, k]
+            row = _precision(evaluation, iou)[:, k]
             if (row > -1).any():
                 points = " ".join(f"{20 + 130 * r:.1f},{140 - 130 * p:.1f}" for r, p in zip(recall, row, strict=True))
                 lines += f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="1.6"/>'
@@ -220,15 +220,20 @@ def draw_precision(evaluation: COCOeval_faster, title: str, path: Path) -> None:
 
     figure = Figure(figsize=(4, 3), layout="constrained")
     axes = figure.subplots()
-    precision = evaluation.eval["precision"][..., 0, -1]  # (IoU, recall, class)
-    present = (precision > -1).any(axis=(0, 1))
+    present = (evaluation.eval["precision"][..., 0, -1] > -1).any(axis=(0, 1))
     for iou, colour in _IOUS if present.any() else ():
-        row = precision[int(np.argmin(np.abs(np.asarray(evaluation.params.iouThrs) - iou)))]
-        axes.plot(evaluation.params.recThrs, row[:, present].mean(axis=1), color=colour, label=f"IoU {iou}")
+        mean = _precision(evaluation, iou)[:, present].mean(axis=1)
+        axes.plot(evaluation.params.recThrs, mean, color=colour, label=f"IoU {iou}")
     axes.set(title=title, xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02))
     axes.legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
+
+
+def _precision(evaluation: COCOeval_faster, iou: float) -> np.ndarray:
+    """Precision (recall, class) at an IoU, -1 where there is none."""
+    return evaluation.eval["precision"][
+        int(np.argmin(np.abs(np.asarray(evaluation.params.iouThrs) - iou))), :, :, 0, -1
+    ]
 
 
 def _pair(judged: _Judged, evaluation: COCOeval_faster, image_root: str | Path, outside: bool) -> str:

@@ -92,11 +92,8 @@ def push_to_hub(
 def _curves(folder: Path) -> Path | None:
     """The picture of a run's last evaluation, where the folder is what that has evaluated."""
     last = folder.resolve()
-    return (
-        next(iter(sorted(last.parent.glob("inference/*/precision.png"))), None)
-        if last.name == "adapter_final"
-        else None
-    )
+    drawn = sorted(last.parent.glob("inference/*/precision.png")) if last.name == "adapter_final" else []
+    return drawn[0] if drawn else None
 
 
 def model_card(folder: str | os.PathLike[str], repo: str, picture: str = "", command: str = "") -> str:

@@ -11,6 +11,7 @@ where it stopped.
 """
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,10 +34,7 @@ CONFIGS = ROOT / "configs" / "nuclei"
 TRAIN_NET = [sys.executable, str(ROOT / "tools" / "train_net.py")]
 NOT_VARIANTS = {"model", "fluorescence", "adapt"}
 PROMPTED_METRICS = ("masks/mIoU", "masks/DSC", "segm/AP")
-EOMT_GRID, POSITION_SCALE = (
-    (24, 128),
-    2.0,
-)  # patches a side and channels of configs/nuclei/eomt; of sines within -1 to 1
+POSITION_SCALE = 2.0  # of sines within -1 to 1
 TILE, SCALE = 96, 2.0  # px of the source, and how much they are enlarged
 
 
@@ -102,32 +100,36 @@ def study(model: str, tiles: dict[str, list[str]], output: Path, args: argparse.
 
 def train_base(model: str, tiles: list[str], output: Path, opts: list[str]) -> Path:
     """Train a model on fluorescence; its checkpoint."""
-    start = start_of(model, tiles, output, opts)
     weights = []
-    if start:
+    if model in ("sam2", "eomt"):
         torch.manual_seed(1)
         state = build_model(load_config(str(CONFIGS / model / "fluorescence.yaml")).cfg).state_dict()
+        if model == "sam2":
+            start = decoder_of(train_base("sam", tiles, output, opts))
+        else:
+            start = sine_positions(state)
         torch.save({"model": state | start}, output / f"{model}_start.pth")
         weights = ["MODEL.WEIGHTS", str(output / f"{model}_start.pth")]
     print(f"{model}: the base on fluorescence", flush=True)
     return run_base(model, tiles, output / model, [*weights, *opts], metrics_of(model))
 
 
-def start_of(model: str, tiles: list[str], output: Path, opts: list[str]) -> dict[str, torch.Tensor]:
-    """What does not start at random: what these models lack that learned from millions of images before.
+def decoder_of(sam: Path) -> dict[str, torch.Tensor]:
+    """The small Segment Anything's prompt encoder and mask decoder, for Segment Anything 2 to start with.
 
-    - A small Segment Anything 2 learns to draw all nuclei at once, by the fine maps of its encoder, and then no longer
-      to follow a box: it starts with the small Segment Anything's prompt encoder and mask decoder.
-    - A ViT from nothing has no positions by which the queries of an EoMT tell objects apart: it starts with sines.
+    From nothing a small one learns to draw all nuclei at once, by the fine maps of its encoder, and then no longer to
+    follow a box.
     """
-    if model == "sam2":
-        trained = torch.load(train_base("sam", tiles, output, opts), weights_only=True)["model"]
-        return {name: value for name, value in trained.items() if name.startswith(("prompt_encoder.", "mask_decoder."))}
-    if model == "eomt":
-        size, dim = EOMT_GRID
-        sines = SinePosition2d(dim)(size, size, torch.device("cpu"))
-        return {"backbone.net.pos_embed": POSITION_SCALE * sines.view(1, size * size, dim)}
-    return {}
+    trained = torch.load(sam, weights_only=True)["model"]
+    return {name: value for name, value in trained.items() if name.startswith(("prompt_encoder.", "mask_decoder."))}
+
+
+def sine_positions(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Sines in the place of an EoMT's positions: a ViT from nothing has none by which queries tell objects apart."""
+    name = "backbone.net.pos_embed"
+    shape = state[name].shape  # (1, patches, channels)
+    side = math.isqrt(shape[1])
+    return {name: POSITION_SCALE * SinePosition2d(shape[2])(side, side, torch.device("cpu")).view(shape)}
 
 
 def run_base(model: str, tiles: list[str], folder: Path, opts: Sequence[str], metrics: Sequence[str]) -> Path:
