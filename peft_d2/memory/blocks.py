@@ -128,8 +128,9 @@ def find_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The modules whose activations can be computed again one by one: (name, module), none within another.
 
     These are the largest parts of the model that have weights and hold no further list of composed modules: blocks
-    of backbones, encoder and decoder layers, residual blocks, convolutions. A norm that learns its running statistics
-    would learn them twice, so what holds one is left out.
+    of backbones, encoder and decoder layers, residual blocks, convolutions; and those, without weights too, whose
+    ``is_memory_block`` is True. A norm that learns its running statistics would learn them twice, so what holds one is
+    left out.
     """
     seen: set[int] = set()
     for name, child in model.named_children():
@@ -137,7 +138,8 @@ def find_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _find(name: str, module: nn.Module, seen: set[int]) -> Iterator[tuple[str, nn.Module]]:
-    if id(module) in seen or not (_children(module) or isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)):
+    single = isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) or _is_marked(module)
+    if id(module) in seen or not (_children(module) or single):
         return
     seen.add(id(module))
     if _divides(module):
@@ -153,18 +155,24 @@ def _children(module: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def _divides(module: nn.Module) -> bool:
-    """Whether this is, or has in it, a list of modules that consist of others."""
+    """Whether this has in it a block that is marked, or is or has a list of modules that consist of others."""
     lists = nn.ModuleList | nn.Sequential | nn.ModuleDict
     inside = _children(module)
     here = isinstance(module, lists) and any(_children(child) for _, child in inside)
-    return here or any(_divides(child) for _, child in inside)
+    return here or any(_is_marked(child) or _divides(child) for _, child in inside)
+
+
+def _is_marked(module: nn.Module) -> bool:
+    """Whether a module says itself that it is a block."""
+    return getattr(module, "is_memory_block", False) is True
 
 
 def _can_run_twice(module: nn.Module) -> bool:
     parts = list(module.modules())
     learns_statistics = any(has_statistics(part) and part.training for part in parts)
     scripted = any(isinstance(part, torch.jit.ScriptModule) for part in parts)
-    return not learns_statistics and not scripted and any(True for _ in module.parameters())
+    worth_it = _is_marked(module) or any(True for _ in module.parameters())
+    return not learns_statistics and not scripted and worth_it
 
 
 class _MallocInfo(ctypes.Structure):

@@ -327,7 +327,7 @@ class _Step:
             peak=max(peaks) + resident,
             unplanned_peak=max(whole) + resident,
             smallest=smallest + resident,
-            largest_block=max(sizes.values(), default=0),
+            largest_block=max(map(self._size, self.calls), default=0),
             seconds=pieces * (nothing + sum(seconds for name, seconds in times.items() if name not in kept)),
             unplanned_seconds=pieces * nothing,
             modes={name: "keep" if name in kept else mode for name in blocks},

@@ -201,6 +201,24 @@ def test_prove_live_sees_through_recomputing() -> None:
     peft_d2.prove_live(model, batch)
 
 
+def test_a_module_without_weights_can_be_a_block() -> None:
+    class Heavy(nn.Module):
+        is_memory_block = True
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return (x * torch.rand_like(x)).exp().sin().square()
+
+    model = nn.Sequential(nn.Sequential(Heavy(), nn.Linear(8, 8)), nn.Linear(8, 8))
+    assert [name for name, _ in find_blocks(model)] == ["0.0"]
+    batch, gradients = torch.randn(50, 8, requires_grad=True), []
+    for recomputed in (False, True):
+        if recomputed:
+            all_recomputing(model)
+        torch.manual_seed(0)
+        gradients.append(torch.autograd.grad(model(batch).sum(), batch)[0])
+    assert torch.equal(*gradients)
+
+
 def test_a_norm_that_learns_its_statistics_is_not_run_twice() -> None:
     block = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3))
     model = nn.Sequential(nn.Sequential(block, block))

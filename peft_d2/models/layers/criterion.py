@@ -22,8 +22,51 @@ from torch import Tensor, nn
 from peft_d2.models.checks import ModelConfigError
 
 Match = tuple[Tensor, Tensor]  # (query indices, target indices), both int64 on the CPU, sorted by target
-Prediction = dict[str, Tensor]  # pred_logits (N, Q, K + 1), pred_masks (N, Q, H, W)
 _FORBIDDEN = 1e6  # replaces a cost that is not finite: far above any real one, small enough to be summed exactly
+
+
+class Prediction(dict[str, Any]):
+    """What a layer predicts by name: ``pred_logits`` (N, Q, K + 1), ``pred_masks`` (N, Q, H, W), and more of a query.
+
+    The losses look at the matched queries' masks, and at a few points of the others': in training these alone are
+    made, which takes far less memory. Whoever asks for ``pred_masks`` gets all of them, made then.
+    """
+
+    def with_masks(self, embedded: Tensor, features: Tensor, kept: bool) -> Prediction:
+        """Itself with masks, products of the queries' ``embedded`` (N, Q, C) and the image's ``features`` (N, C, H, W).
+
+        They are made now only if they are to be ``kept``.
+        """
+        self.update(mask_embed=embedded, mask_features=features)
+        if kept:
+            self["pred_masks"] = mask_product(embedded, features)
+        return self
+
+    def __missing__(self, name: str) -> Tensor:
+        if name != "pred_masks":
+            raise KeyError(name)
+        self[name] = self.masks()
+        return self[name]
+
+    def masks(self) -> Tensor:
+        """``pred_masks``, which are not kept if they are made here."""
+        made = self.get("pred_masks")
+        return mask_product(self["mask_embed"], self["mask_features"]) if made is None else made
+
+    def of_queries(self, part: slice) -> Prediction:
+        """The same of some queries."""
+        return Prediction((name, x if name == "mask_features" else x[:, part]) for name, x in self.items())
+
+
+def mask_product(embedded: Tensor, features: Tensor) -> Tensor:
+    """Mask logits (N, Q, H, W) of queries (N, Q, C) and an image's features (N, C, H, W)."""
+    return torch.einsum("bqc,bchw->bqhw", embedded, features)
+
+
+def autocast_type(x: Tensor) -> Tensor:
+    """``x`` in the type in which autocast has products, if it is on: once for all products that are made of it."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
 
 @dataclass
@@ -180,22 +223,29 @@ class HungarianMatcher(nn.Module):
         self.num_points = num_points
 
     @torch.no_grad()
-    def forward(self, predictions: Sequence[Prediction], targets: Sequence[Target]) -> list[list[Match]]:
+    def forward(self, predictions: Sequence[dict[str, Any]], targets: Sequence[Target]) -> list[list[Match]]:
         """``[layer][image]``: min(Q, T) pairs of every layer's prediction, each matched by itself."""
-        with torch.autocast(predictions[0]["pred_masks"].device.type, enabled=False):
+        with torch.autocast(predictions[0]["pred_logits"].device.type, enabled=False):
             costs = [self.costs(predictions, image, target) for image, target in enumerate(targets)]
         flat = torch.cat([cost.flatten() for cost in costs]).cpu().split([cost.numel() for cost in costs])
         by_image = [map(assign, values.view(cost.shape)) for cost, values in zip(costs, flat, strict=True)]
         return [list(layer) for layer in zip(*by_image, strict=True)]
 
-    def costs(self, predictions: Sequence[Prediction], image: int, target: Target) -> Tensor:
+    def costs(self, predictions: Sequence[dict[str, Any]], image: int, target: Target) -> Tensor:
         """(layers, Q, T) float32 costs of one image; layer by layer, as each has a value per query and point."""
         class_logits = torch.stack([p["pred_logits"][image] for p in predictions]).float()
         points = torch.rand(self.num_points, 2, device=class_logits.device)
         labels = sample_shared_points(target.masks, points)
         of_masks = []
+        features, sampled = None, points  # of the maps that the layers share
         for prediction in predictions:
-            logits = sample_shared_points(prediction["pred_masks"][image].float(), points)
+            if not isinstance(prediction, Prediction):
+                logits = sample_shared_points(prediction["pred_masks"][image].float(), points)
+            else:
+                if prediction["mask_features"] is not features:
+                    features = prediction["mask_features"]
+                    sampled = sample_shared_points(features[image].float(), points)
+                logits = prediction["mask_embed"][image].float() @ sampled
             of_masks.append(self.cost_mask * mask_cost(logits, labels) + self.cost_dice * dice_cost(logits, labels))
         return torch.stack(of_masks) + self.cost_class * self.class_cost(class_logits)[..., target.labels]
 
@@ -239,6 +289,47 @@ def pair_up(targets: Sequence[Target], matches: Sequence[Match]) -> list[Matched
     ]
 
 
+def matched_masks(prediction: dict[str, Any], matched: Sequence[Matched]) -> Tensor:
+    """The mask logits (M, H, W) of all images' matched queries."""
+    if isinstance(prediction, Prediction):
+        most, embedded = max(len(m.queries) for m in matched), prediction["mask_embed"]
+        padded = torch.stack([F.pad(m.queries, (0, most - len(m.queries))) for m in matched])
+        embedded = embedded.gather(1, padded[..., None].expand(-1, -1, embedded.shape[-1]))
+        masks = mask_product(embedded, prediction["mask_features"])
+        return torch.cat([of_image[: len(m.queries)] for of_image, m in zip(masks, matched, strict=True)])
+    return torch.cat([x.index_select(0, m.queries) for x, m in zip(prediction["pred_masks"], matched, strict=True)])
+
+
+class MaskLosses(nn.Module):
+    """The losses of matched masks at ``points``: what :func:`uncertain_points` takes.
+
+    Under a memory budget they are computed again like a block: they keep several numbers for each point.
+    """
+
+    is_memory_block = True
+
+    def __init__(self, points: tuple[int, float, float]) -> None:
+        super().__init__()
+        self.points = points
+
+    def forward(self, prediction: dict[str, Any], matched: Sequence[Matched], count: float) -> dict[str, Tensor]:
+        """Cross-entropy and dice of the matched masks at points chosen by uncertainty, divided by ``count``.
+
+        Without any target both are 0 and still depend on the masks, so that every worker has the same graph.
+        """
+        logits = matched_masks(prediction, matched).float()
+        if not len(logits):
+            return {"loss_mask": logits.sum(), "loss_dice": logits.sum()}
+        points = uncertain_points(logits, *self.points)
+        labels = [
+            # Without a copy where every mask is matched: matches are sorted by target.
+            sample_points((t.masks if len(objects) == len(t.masks) else t.masks[objects])[:, None], part).squeeze(1)
+            for (t, _, objects), part in zip(matched, points.split([len(m.queries) for m in matched]), strict=True)
+        ]
+        pair = sample_points(logits[:, None], points).squeeze(1), torch.cat(labels)
+        return {"loss_mask": mask_loss(*pair, count), "loss_dice": dice_loss(*pair, count)}
+
+
 class SetCriterion(nn.Module):
     """Matches each decoder layer's predictions to the targets and computes its losses, in float32.
 
@@ -262,18 +353,18 @@ class SetCriterion(nn.Module):
         self.weight_dict = weight_dict
         self.no_object_weight = no_object_weight
         self.register_buffer("empty_weight", torch.tensor([1.0] * num_classes + [no_object_weight]))
-        self.points = points
+        self.mask_losses = MaskLosses(points)
 
     def forward(
         self, outputs: dict, targets: Sequence[Target], objects: Sequence[Sequence[int]] | None = None
     ) -> dict[str, Tensor]:
         """``loss_ce``, ``loss_mask``, ``loss_dice`` of the last layer and, with ``_0``, ``_1``..., of the others.
 
-        ``outputs`` are the last layer's :data:`Prediction`, and ``aux_outputs``: a list of the others'. ``objects``:
-        how many each image of the whole batch has, by the parts whose losses are averaged; where it is not known,
-        ``targets`` and those of the other workers are the batch.
+        ``outputs`` are the last layer's :class:`Prediction`, or any dict with the same, and ``aux_outputs``: a list of
+        the others'. ``objects``: how many each image of the whole batch has, by the parts whose losses are averaged;
+        where it is not known, ``targets`` and those of the other workers are the batch.
         """
-        with torch.autocast(outputs["pred_masks"].device.type, enabled=False):
+        with torch.autocast(outputs["pred_logits"].device.type, enabled=False):
             return self.matched_losses(outputs, targets, objects or objects_of_all(targets))
 
     def matched_losses(
@@ -288,7 +379,7 @@ class SetCriterion(nn.Module):
             losses.update({name + suffix: value for name, value in values.items()})
         return losses
 
-    def supervised(self, outputs: dict) -> dict[str, Prediction]:
+    def supervised(self, outputs: dict) -> dict[str, dict[str, Any]]:
         """The predictions whose losses are wanted, by the suffix of the losses' names."""
         auxiliary = {f"_{i}": layer for i, layer in enumerate(outputs.get("aux_outputs", ()))}
         wanted = {suffix: layer for suffix, layer in auxiliary.items() if f"loss_ce{suffix}" in self.weight_dict}
@@ -296,15 +387,15 @@ class SetCriterion(nn.Module):
 
     def layer_losses(
         self,
-        prediction: Prediction,
+        prediction: dict[str, Any],
         matched: Sequence[Matched],
         count: float,
         objects: Sequence[Sequence[int]] | None,
         masks: bool = True,
     ) -> dict[str, Tensor]:
-        """The losses of one layer, or of its classes without ``masks``: see :meth:`class_loss`, :meth:`mask_losses`."""
+        """The losses of one layer, or of its classes without ``masks``: see :meth:`class_loss`, :class:`MaskLosses`."""
         losses = {"loss_ce": self.class_loss(prediction["pred_logits"].float(), matched, objects)}
-        return {**losses, **(self.mask_losses(prediction["pred_masks"], matched, count) if masks else {})}
+        return {**losses, **(self.mask_losses(prediction, matched, count) if masks else {})}
 
     def class_loss(self, logits: Tensor, matched: Sequence[Matched], objects: Sequence[Sequence[int]] | None) -> Tensor:
         """Cross-entropy over all queries, of which unmatched ones are no-object.
@@ -327,21 +418,3 @@ class SetCriterion(nn.Module):
         for row, (target, queries, objects) in zip(labels, matched, strict=True):
             row[queries] = target.labels[objects]
         return labels
-
-    def mask_losses(self, masks: Tensor, matched: Sequence[Matched], count: float) -> dict[str, Tensor]:
-        """Cross-entropy and dice of the matched masks at points chosen by uncertainty, divided by ``count``.
-
-        Without any target both are 0 and still depend on ``masks``, so that every worker has the same graph.
-        """
-        logits = torch.cat([m.index_select(0, queries) for m, (_, queries, _) in zip(masks, matched, strict=True)])
-        logits = logits.float()
-        if not len(logits):
-            return {"loss_mask": logits.sum(), "loss_dice": logits.sum()}
-        points = uncertain_points(logits, *self.points)
-        labels = [
-            # Without a copy where every mask is matched: matches are sorted by target.
-            sample_points((t.masks if len(objects) == len(t.masks) else t.masks[objects])[:, None], part).squeeze(1)
-            for (t, _, objects), part in zip(matched, points.split([len(m.queries) for m in matched]), strict=True)
-        ]
-        pair = sample_points(logits[:, None], points).squeeze(1), torch.cat(labels)
-        return {"loss_mask": mask_loss(*pair, count), "loss_dice": dice_loss(*pair, count)}

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from peft_d2.models.checks import expect, expect_numbers, expect_width
 from peft_d2.models.layers.boxes import mask_boxes
-from peft_d2.models.layers.criterion import HungarianMatcher, SetCriterion
+from peft_d2.models.layers.criterion import HungarianMatcher, Prediction, SetCriterion, autocast_type
 from peft_d2.models.layers.mask_classifier import MaskClassifier
 from peft_d2.models.layers.postprocess import Canvas
 from peft_d2.models.layers.transformer import MLP, AttentionLayer, FFNLayer, SinePosition2d, input_projections
@@ -188,18 +188,19 @@ class MaskedTransformerDecoder(nn.Module):
         self.level_embed = nn.Embedding(_LEVELS, channels)
         self.input_proj = input_projections(in_channels, channels, _LEVELS, former.ENFORCE_INPUT_PROJ)
 
-    def forward(self, features: Sequence[Tensor], mask_features: Tensor, mask: Tensor | None = None) -> dict[str, Any]:
+    def forward(self, features: Sequence[Tensor], mask_features: Tensor, mask: Tensor | None = None) -> Prediction:
         """``pred_logits`` (N, Q, K + 1) and ``pred_masks`` (N, Q, H, W) of the last layer, and of all before it.
 
-        The latter, ``aux_outputs``, begin with the raw queries'. ``features`` are three maps (N, C, H_l, W_l), coarsest
-        first; ``mask_features`` (N, mask_dim, H, W). ``mask`` is ignored: padding is attended to.
+        The latter, ``aux_outputs``, begin with the raw queries'. In training masks are made when somebody asks for
+        them. ``features`` are three maps (N, C, H_l, W_l), coarsest first; ``mask_features`` (N, mask_dim, H, W).
+        ``mask`` is ignored: padding is attended to.
         """
         if len(features) != _LEVELS:
             raise ValueError(f"the transformer decoder got {len(features)} feature maps; it needs {_LEVELS}")
         sizes = [(f.shape[-2], f.shape[-1]) for f in features]
         values = [self._flatten(level, feature) for level, feature in enumerate(features)]
         keys = [value + self.position(*size, value.device)[:, None] for value, size in zip(values, sizes, strict=True)]
-        batch = mask_features.shape[0]
+        batch, mask_features = mask_features.shape[0], autocast_type(mask_features)
         position = self.query_embed.weight[:, None].expand(-1, batch, -1)
         x = self.query_feat.weight[:, None].expand(-1, batch, -1)
         classify = self.classifier()
@@ -212,26 +213,26 @@ class MaskedTransformerDecoder(nn.Module):
         )
         for number, (cross_attention, self_attention, ffn) in enumerate(layers):
             level = number % _LEVELS
-            bias = self.attention_mask(predictions[-1]["pred_masks"], sizes[level])
+            bias = self.attention_mask(predictions[-1], sizes[level])
             x = cross_attention(x, position, (keys[level], values[level]), bias)
             x = ffn(self_attention(x, position))
             predictions.append(self.predict(x, mask_features, classify))
-        return {**predictions[-1], "aux_outputs": predictions[:-1]}
+        return Prediction(predictions[-1], aux_outputs=predictions[:-1])
 
     def classifier(self) -> Callable[[Tensor], Tensor]:
         """What scores the normalised hidden states (N, Q, C) in one pass: a function to logits (N, Q, K + 1)."""
         raise NotImplementedError
 
-    def predict(self, x: Tensor, mask_features: Tensor, classify: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+    def predict(self, x: Tensor, mask_features: Tensor, classify: Callable[[Tensor], Tensor]) -> Prediction:
         """Class and mask logits of hidden states (Q, N, C)."""
         hidden = self.decoder_norm(x).transpose(0, 1)
-        masks = torch.einsum("bqc,bchw->bqhw", self.mask_embed(hidden), mask_features)
-        return {"pred_logits": classify(hidden), "pred_masks": masks}
+        prediction = Prediction(pred_logits=classify(hidden))
+        return prediction.with_masks(self.mask_embed(hidden), mask_features, kept=not self.training)
 
     @torch.no_grad()
-    def attention_mask(self, masks: Tensor, size: tuple[int, int]) -> Tensor:
+    def attention_mask(self, prediction: Prediction, size: tuple[int, int]) -> Tensor:
         """(N * heads, Q, h * w), -inf where a query must not attend, outside of its mask if it has any; else 0."""
-        resized = F.interpolate(masks, size=size, mode="bilinear", align_corners=False)
+        resized = F.interpolate(prediction.masks(), size=size, mode="bilinear", align_corners=False)
         blocked = resized.sigmoid().flatten(2) < 0.5
         blocked &= ~blocked.all(-1, keepdim=True)
         # Torch would make such numbers of bools for each head anew, which takes longer than attending itself.

@@ -17,7 +17,6 @@ from peft_d2.models.layers.boxes import generalized_iou, to_corners
 from peft_d2.models.layers.criterion import (
     HungarianMatcher,
     Matched,
-    Prediction,
     SetCriterion,
     Target,
     average_count,
@@ -36,7 +35,7 @@ class BoxMaskMatcher(HungarianMatcher):
         super().__init__(**options)
         self.cost_box, self.cost_giou = cost_box, cost_giou
 
-    def costs(self, predictions: Sequence[Prediction], image: int, target: Target) -> Tensor:
+    def costs(self, predictions: Sequence[dict[str, Any]], image: int, target: Target) -> Tensor:
         boxes = torch.stack([p["pred_boxes"][image] for p in predictions]).float()[..., None, :]
         wanted = target.centre_boxes()
         return (
@@ -77,7 +76,7 @@ class BoxMaskCriterion(SetCriterion):
         zero = outputs["pred_logits"].sum() * 0.0  # every worker has the same losses, whatever its images hold
         return losses | {name: zero for name in self.weight_dict if "_dn" in name}
 
-    def supervised(self, outputs: dict) -> dict[str, Prediction]:
+    def supervised(self, outputs: dict) -> dict[str, dict[str, Any]]:
         wanted = super().supervised(outputs)
         if "interm_outputs" in outputs and "loss_ce_interm" in self.weight_dict:
             wanted["_interm"] = outputs["interm_outputs"]
@@ -103,7 +102,7 @@ class BoxMaskCriterion(SetCriterion):
 
     def layer_losses(
         self,
-        prediction: Prediction,
+        prediction: dict[str, Any],
         matched: Sequence[Matched],
         count: float,
         objects: Sequence[Sequence[int]] | None,

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from peft_d2.models.checks import expect, expect_numbers, expect_width
 from peft_d2.models.layers.boxes import inverse_sigmoid, mask_boxes, to_centres
-from peft_d2.models.layers.criterion import Match, Target
+from peft_d2.models.layers.criterion import Match, Prediction, Target, autocast_type
 from peft_d2.models.layers.transformer import (
     MLP,
     Levels,
@@ -174,12 +174,13 @@ class MaskDINODecoder(nn.Module):
         mask_features: Tensor,
         mask: Tensor | None = None,
         targets: Sequence[Target] | None = None,
-    ) -> dict[str, Any]:
+    ) -> Prediction:
         """``pred_logits`` (N, Q, K), ``pred_masks`` (N, Q, H, W) and ``pred_boxes`` (N, Q, 4) of the last layer.
 
-        Boxes are relative to the padded image. In training besides: ``aux_outputs``, the same of the queries themselves
-        and of every layer but the last; with two stages ``interm_outputs`` of the chosen places; ``denoising``: the
-        denoising queries and their predictions by layer, or None.
+        Boxes are relative to the padded image. In training masks are made when somebody asks for them, and there are
+        besides: ``aux_outputs``, the same of the queries themselves and of every layer but the last; with two stages
+        ``interm_outputs`` of the chosen places; ``denoising``: the denoising queries and their predictions by layer,
+        or None.
 
         ``features`` are maps (N, C, H_l, W_l) in the pixel decoder's order, which is reversed; ``mask_features`` are
         (N, mask_dim, H, W). ``mask`` is ignored: padding is looked at. Denoising needs ``targets`` with boxes.
@@ -187,6 +188,7 @@ class MaskDINODecoder(nn.Module):
         # In float32, as the decoder is, also where the maps come in the autocast type.
         projected = [projection(feature).float() for projection, feature in zip(self.input_proj, features, strict=True)]
         memory = Levels(projected[::-1])
+        mask_features = autocast_type(mask_features)
         content, box_logits, chosen = self.queries(memory, mask_features)
         noisy = blocked = None
         if self.training and self.denoising != "no":
@@ -206,22 +208,22 @@ class MaskDINODecoder(nn.Module):
         return self._training_outputs(predictions, noisy, chosen)
 
     def _training_outputs(
-        self, predictions: list[dict], noisy: DenoisingQueries | None, chosen: dict[str, Tensor] | None
-    ) -> dict[str, Any]:
+        self, predictions: list[Prediction], noisy: DenoisingQueries | None, chosen: Prediction | None
+    ) -> Prediction:
         """What :meth:`forward` gives in training; the denoising queries come first in every prediction."""
         if noisy is None:
             # The label embedding takes part all the same, so that every worker has the same graph.
             predictions[-1]["pred_logits"] = predictions[-1]["pred_logits"] + 0.0 * self.label_enc.weight.sum()
         first = 0 if noisy is None else len(noisy)
-        matching = [{name: value[:, first:] for name, value in p.items()} for p in predictions]
-        outputs: dict[str, Any] = {**matching[-1], "aux_outputs": matching[:-1], "denoising": None}
+        matching = [p.of_queries(slice(first, None)) for p in predictions]
+        outputs = Prediction(matching[-1], aux_outputs=matching[:-1], denoising=None)
         if chosen is not None:
             outputs["interm_outputs"] = chosen
         if noisy is not None:
-            outputs["denoising"] = (noisy, [{name: value[:, :first] for name, value in p.items()} for p in predictions])
+            outputs["denoising"] = (noisy, [p.of_queries(slice(first)) for p in predictions])
         return outputs
 
-    def queries(self, memory: Levels, mask_features: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor] | None]:
+    def queries(self, memory: Levels, mask_features: Tensor) -> tuple[Tensor, Tensor, Prediction | None]:
         """Content (N, Q, C) and box logits (N, Q, 4) to start from; with two stages the chosen places' prediction.
 
         The places are those with the highest class logits (DINO, section 3.4, "mixed query selection" with learned
@@ -239,15 +241,16 @@ class MaskDINODecoder(nn.Module):
         chosen = self.predict(content, mask_features, box_logits.sigmoid())
         start = box_logits.detach()
         if self.box_start != "no":
-            start = inverse_sigmoid(self._boxes_of(chosen["pred_masks"].detach() > 0))
+            with torch.no_grad():
+                start = inverse_sigmoid(self._boxes_of(chosen.masks() > 0))
         content = content.detach() if self.query_feat is None else self.query_feat.weight[:count].expand(n, -1, -1)
         return content, start, chosen
 
-    def predict(self, x: Tensor, mask_features: Tensor, boxes: Tensor) -> dict[str, Tensor]:
+    def predict(self, x: Tensor, mask_features: Tensor, boxes: Tensor) -> Prediction:
         """Class logits and masks of hidden states (N, Q, C), which are normalised here, next to their boxes."""
         hidden = self.decoder_norm(x)
-        masks = torch.einsum("bqc,bchw->bqhw", self.mask_embed(hidden), mask_features)
-        return {"pred_logits": self.class_embed(hidden), "pred_masks": masks, "pred_boxes": boxes}
+        prediction = Prediction(pred_logits=self.class_embed(hidden), pred_boxes=boxes)
+        return prediction.with_masks(self.mask_embed(hidden), mask_features, kept=not self.training)
 
     def _boxes(self, x: Tensor, reference: Tensor) -> Tensor:
         """A layer's boxes from its normalised output and what it started from, which is not detached (DINO, 3.5)."""

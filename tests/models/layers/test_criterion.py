@@ -15,6 +15,7 @@ from torch import Tensor
 from peft_d2.models.layers.boxes import inverse_sigmoid, to_centres, to_corners
 from peft_d2.models.layers.criterion import (
     HungarianMatcher,
+    Prediction,
     SetCriterion,
     Target,
     assign,
@@ -220,6 +221,32 @@ def test_boxes_and_focal_loss_against_torchvision() -> None:
     values = torch.rand(20)
     torch.testing.assert_close(inverse_sigmoid(values), values.logit(), atol=1e-5, rtol=1e-5)
     assert inverse_sigmoid(torch.tensor([-1.0, 2.0])).tolist() == pytest.approx([math.log(1e-5), -math.log(1e-5)])
+
+
+@pytest.mark.parametrize("counts", [(2, 3), (0, 4), (7, 1), (0, 0)])
+def test_masks_made_on_demand_have_the_same_losses_and_gradients(counts: tuple[int, ...]) -> None:
+    """As all of them, made before."""
+    criterion, targets = make_criterion(layers=3), make_batch(counts)[1]
+    features = torch.randn(len(counts), 6, SIZE // 2, SIZE // 2, requires_grad=True)
+    embedded = torch.randn(3, len(counts), QUERIES, 6, requires_grad=True)
+    logits = torch.randn(3, len(counts), QUERIES, CLASSES + 1)
+
+    def run(before: bool) -> tuple[list[Tensor], Prediction]:
+        torch.manual_seed(0)
+        pairs = zip(logits, embedded, strict=True)
+        last, *others = [Prediction(pred_logits=x).with_masks(e, features, before) for x, e in pairs]
+        outputs = Prediction(last, aux_outputs=others)
+        losses = criterion({**outputs, "aux_outputs": [dict(x) for x in others]} if before else outputs, targets)
+        return [*losses.values(), *torch.autograd.grad(sum(losses.values()), (features, embedded))], last
+
+    (expected, _), (found, last) = run(True), run(False)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert "pred_masks" not in last and last["pred_masks"].shape == (len(counts), QUERIES, SIZE // 2, SIZE // 2)
+    assert last["pred_masks"] is last["pred_masks"]  # once asked for, they are kept
+    part = Prediction(last).of_queries(slice(1, 3))
+    assert torch.equal(part["pred_masks"], last["pred_masks"][:, 1:3])
+    with pytest.raises(KeyError, match="pred_boxes"):
+        last["pred_boxes"]
 
 
 def test_costs_and_losses_of_boxes() -> None:
