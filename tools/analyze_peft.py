@@ -347,12 +347,14 @@ class Case:
                 return model(batch)
 
         fit = partial(fit_memory, self.model.train(), self.batch, forward=forward)
-        try:
-            plan = fit(budget or 1 / 2**20)
-        except MemoryBudgetError as error:
-            if budget:
-                raise
-            plan = fit(_ROOM * error.smallest)
+        plan, tried = None, [budget] if budget else [1 / 2**20]
+        while plan is None:
+            try:
+                plan = fit(tried[-1])
+            except MemoryBudgetError as error:
+                if budget or len(tried) > 3:
+                    raise
+                tried.append(_ROOM * error.smallest)
         self._step.pieces = plan.pieces
         return plan
 

@@ -131,8 +131,10 @@ def run_row(
     chosen = max(trials, key=lambda trial: trial.metrics[model.metrics[0]])
     opts = next(run.opts for run in runs if run.name == chosen.name)
     (folder / "chosen.json").write_text(json.dumps({t.name: t.metrics[model.metrics[0]] for t in trials}, indent=1))
-    tests = [Run(f"seed {seed}", str(config), seed, opts) for seed in args.seeds]
-    results = compare(tests, folder / "tests", command(parts, "test"), shared, model.metrics)
+    results = []
+    for seed in args.seeds:  # one by one, so that a folder's name does not depend on how many there are
+        tests = [Run(f"seed {seed}", str(config), seed, opts)]
+        results += compare(tests, folder / "tests", command(parts, "test"), shared, model.metrics)
     for result in results:
         result.name = name
     return results
