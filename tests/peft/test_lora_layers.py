@@ -127,6 +127,32 @@ def test_the_formula_its_gradients_and_merging(layer: str, variant: str, disturb
 
 
 @both
+def test_dora_where_outputs_died(layer: str) -> None:
+    """Rows of zeros, as pretrained CNNs have them, stay what they are at the start, and can be trained."""
+    make, x = LAYERS[layer]
+    model = nn.ModuleDict({"m": make()}).double().eval()
+    x = x.double() if x.is_floating_point() else x
+    module: Any = model["m"]
+    with torch.no_grad():
+        for place, _ in kernels(module, module.weight)[:2]:
+            module.weight[place] = 0
+        expected = module(x)
+    peft_d2.inject(model, [{"NAME": "lora", "TARGETS": ["m"], "RANK": 2, "DORA": True}])
+    torch.testing.assert_close(model["m"](x), expected, rtol=1e-10, atol=1e-10)
+    peft.prove_live(model, lambda m: m["m"](x))
+    trained = [item.param for item in peft.trained_parameters(model)]
+    optimizer = torch.optim.Adam(trained, lr=0.01)
+    for _ in range(3):
+        optimizer.zero_grad()
+        (model["m"](x) - 1).square().sum().backward()
+        optimizer.step()
+    assert all(p.isfinite().all() for p in trained)
+    found = model["m"](x)
+    peft.merge(model)
+    torch.testing.assert_close(model["m"](x), found, rtol=1e-10, atol=1e-10)
+
+
+@both
 def test_files(layer: str, tmp_path: Path, disturb: Callable) -> None:
     model, x = adapted(layer, torch.float32, DORA=True)
     disturb(model)

@@ -206,4 +206,5 @@ def match_dtype(x: Tensor, parameter: Tensor) -> Tensor:
 
 
 def _row_norm(weight: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(weight.flatten(1), dim=1)
+    """(out,), above 0: pretrained weights have outputs that died, whose rows are 0 and would make DoRA's gain 0 / 0."""
+    return torch.linalg.vector_norm(weight.flatten(1), dim=1).clamp_min(torch.finfo(weight.dtype).tiny)
