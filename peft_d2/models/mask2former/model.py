@@ -237,7 +237,7 @@ class MaskedTransformerDecoder(nn.Module):
         blocked &= ~blocked.all(-1, keepdim=True)
         # Torch would make such numbers of bools for each head anew, which takes longer than attending itself.
         bias = torch.zeros_like(blocked, dtype=self.level_embed.weight.dtype).masked_fill_(blocked, -torch.inf)
-        return bias.repeat_interleave(self.num_heads, dim=0)
+        return bias[:, None].expand(-1, self.num_heads, -1, -1).flatten(0, 1)  # of one image: the same memory
 
     def _flatten(self, level: int, feature: Tensor) -> Tensor:
         x = self.input_proj[level](feature).flatten(2) + self.level_embed.weight[level][:, None]
