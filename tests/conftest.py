@@ -1,8 +1,9 @@
-"""What all tests share: fixed seeds, which are slow, and the reason why GPU tests are skipped."""
+"""What all tests share: one thread, fixed seeds, which are slow, and the reason why GPU tests are skipped."""
 
 from __future__ import annotations
 
 import logging
+import os
 import random
 import sys
 from collections.abc import Callable, Iterator
@@ -15,6 +16,10 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 # Tools and projects are programs, not packages: tests import them, and what they are made of, by name.
 sys.path[:0] = [str(ROOT / folder) for folder in ("tools", "projects", "projects/model_zoo", "projects/nuclei")]
+
+# Tests run in several processes, and small tensors are slower on several threads: one each, in what they start too.
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
 
 # Files that train, start processes or compilers: `make test-fast` leaves them out.
 SLOW = {
@@ -75,12 +80,11 @@ def forget_loggers() -> Iterator[Callable[[], None]]:
 
 
 @pytest.fixture
-def one_thread() -> Iterator[None]:
-    """Small tensors are slower on several threads, and sums stay in one order."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def two_threads() -> Iterator[None]:
+    """For what depends on threads, and where tensors are large enough to gain."""
+    torch.set_num_threads(2)
     yield
-    torch.set_num_threads(threads)
+    torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -180,7 +180,7 @@ COCO_LIKE = ("coco polygons", "coco run lengths", "coco compressed", "lvis", "vi
 
 
 @pytest.fixture
-def made(request, tmp_path, monkeypatch, one_thread):
+def made(request, tmp_path, monkeypatch):
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
     _forget()
     yield FORMATS[request.param](tmp_path)

@@ -16,7 +16,6 @@ NOTEBOOK = Path(__file__).parents[2] / "docs" / "notebooks" / "own_data.ipynb"
 def test_every_cell_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("OUTPUT", str(tmp_path))
     monkeypatch.setenv("STEPS", "3")
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.chdir(NOTEBOOK.parent)
     namespace: dict[str, Any] = {"__name__": "notebook"}
     for cell in json.loads(NOTEBOOK.read_text())["cells"]:

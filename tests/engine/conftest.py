@@ -70,8 +70,3 @@ def weights_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Pat
 def base_weights(weights_of: Callable[[Path], Path]) -> Path:
     """Weights of the tiny Mask2Former."""
     return weights_of(TINY)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread(one_thread: None) -> None:
-    """In all of these tests."""

@@ -173,7 +173,6 @@ import peft_d2, torch
 from functools import partial
 from peft_d2.engine.config import load_config
 from tests.engine.test_loader_workers import any_iterable, mapped, trainer_of
-torch.set_num_threads(1)
 peft_d2.register()
 cfg = load_config({str(tmp_path / "config.yaml")!r}).cfg
 trainer = trainer_of(cfg, partial(any_iterable, mapper=partial(mapped, how="the data fails")))

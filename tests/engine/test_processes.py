@@ -189,7 +189,7 @@ def test_torchrun(toy_set: Any, base_weights: Path, tmp_path: Path) -> None:
     command += [ROOT / "tools" / "train_net.py", "--config-file", TINY]
     command += [item for pair in zip(own, paths, strict=True) for item in pair]
     command += ["OUTPUT_DIR", tmp_path, "SOLVER.MAX_ITER", 1, "MODEL.WEIGHTS", base_weights]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([str(c) for c in command], capture_output=True, text=True, env=environment, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "copypaste: Task: segm" in done.stdout + done.stderr
@@ -209,7 +209,7 @@ def test_two_machines(toy_set: Any, base_weights: Path, tmp_path: Path) -> None:
     url = f"tcp://127.0.0.1:{launch._free_port()}"
     own = ["--train-json", toy_set.json, "--train-images", toy_set.images, "--config-file", TINY]
     opts = ["OUTPUT_DIR", tmp_path, "MODEL.WEIGHTS", base_weights, "SOLVER.MAX_ITER", 1, "SOLVER.IMS_PER_BATCH", 8]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     machines = []
     for rank in (1, 0):
         place = ["--num-machines", 2, "--machine-rank", rank, "--dist-url", url]

@@ -32,9 +32,6 @@ SMALL = {
 }
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> toy.ToySet:
     return toy.generate(tmp_path_factory.mktemp("data"), sorted(toy.DOMAINS)[0], images=4, seed=0, size=64)

@@ -30,7 +30,6 @@ def tool(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
     forget_loggers: Callable[[], None],
-    one_thread: None,
 ) -> Callable[..., tuple[int, str]]:
     """``tool("train_net", ...)``: the exit status of a command line, and what it printed."""
 

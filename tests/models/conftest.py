@@ -174,12 +174,3 @@ def filler() -> ModuleType:
 def golden() -> Callable[[str], dict[str, Any]]:
     """The JSON of a golden."""
     return lambda name: json.loads((GOLDENS / f"{name}.json").read_text(encoding="utf-8"))
-
-
-@pytest.fixture
-def two_threads() -> Any:
-    """Golden figures move with the number of threads, by less than the tolerance; two keep them quick."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)

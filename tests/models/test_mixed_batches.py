@@ -20,7 +20,6 @@ from .conftest import CLASSIFIERS, make_config
 
 HEADS = ["sem_seg_head.predictor.class_embed", "sem_seg_head.predictor.mask_embed"]
 VALUES = [{"NAME": "lora", "TARGETS": ["self_attn.value_proj"], "RANK": 4}]
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def family(name: str) -> Callable[..., nn.Module]:

@@ -18,14 +18,6 @@ NEEDS_CPU = pytest.mark.skipif("cpu" not in BACKENDS, reason=f"compiled operator
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
-@pytest.fixture
-def two_threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
-
-
 def gradient_for(case: Case) -> torch.Tensor:
     n, _, heads, channels = case.value.shape
     return torch.randn(n, case.points.shape[1], heads * channels, dtype=torch.float64).to(case.value.dtype)

@@ -17,8 +17,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import peft_d2
 from peft_d2 import peft
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 class Attended(nn.Module):
     """Sequences first, (length, N, C), and a table that is read, not called."""

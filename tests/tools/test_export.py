@@ -39,7 +39,6 @@ ENGINE = ROOT / "tests" / "engine"
 SIZE = (64, 96)
 DINOV3 = "vit_small_patch16_dinov3_qkvb"
 LORA = [{"NAME": "lora", "TARGETS": ["qkv", "self_attn.value_proj", "multihead_attn"], "RANK": 2}]
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def build(family: str) -> tuple[Any, Any]:

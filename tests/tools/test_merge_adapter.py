@@ -33,9 +33,6 @@ OF_DINO = {
 HEADS = ("class_embed", "mask_embed")
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 def build(seed: int = 0, config: Path = TINY) -> torch.nn.Module:
     from detectron2.modeling import build_model
 

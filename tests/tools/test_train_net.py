@@ -36,7 +36,7 @@ HEADS = "['class_embed', 'mask_embed']"
 
 def process(tool: str, *arguments: object) -> str:
     """Run a tool in a process of its own; returns what it printed."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, str(ROOT / "tools" / f"{tool}.py"), *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:] + done.stdout[-3000:]
@@ -44,7 +44,7 @@ def process(tool: str, *arguments: object) -> str:
 
 
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], forget_loggers: Callable[[], None], one_thread: None) -> Callable[..., str]:
+def run(capsys: pytest.CaptureFixture[str], forget_loggers: Callable[[], None]) -> Callable[..., str]:
     """Run a tool in this process, which is quicker; returns what it printed, of one that must fail only stderr."""
     for name in {"own_train", "own_val"} & set(DatasetCatalog):  # those of another module's tests
         DatasetCatalog.remove(name)
@@ -171,7 +171,7 @@ def test_killed_and_resumed(finished: Path, run: Callable[..., str], tmp_path: P
     config = ("--config-file", finished / "lora" / "config.yaml")
     opts = ("OUTPUT_DIR", tmp_path, "SOLVER.MAX_ITER", 3000, "SOLVER.CHECKPOINT_PERIOD", 1, "DATASETS.TEST", "()")
     command = [sys.executable, ROOT / "tools" / "train_net.py", *config, *opts]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     training = subprocess.Popen([str(item) for item in command], env=environment, stdout=subprocess.DEVNULL)
     while not (tmp_path / "last_checkpoint").is_file() and training.poll() is None:
         time.sleep(0.02)
@@ -324,7 +324,7 @@ def test_a_limit_of_the_system_is_one_line_and_resumable(finished: Path, tmp_pat
     config = ("--config-file", finished / "lora" / "config.yaml", "OUTPUT_DIR", tmp_path, "DATASETS.TEST", "()")
     opts = ("SOLVER.MAX_ITER", 100_000, "SOLVER.CHECKPOINT_PERIOD", 1, "DATALOADER.NUM_WORKERS", 2)
     command = [sys.executable, ROOT / "tools" / "train_net.py", *config, *opts, "SOLVER.CHECKPOINTS_TO_KEEP", 2]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     with (tmp_path / "console.txt").open("w") as console:
         training = subprocess.Popen([str(c) for c in command], env=environment, stdout=console, stderr=console)
         while not (tmp_path / "last_checkpoint").is_file() and training.poll() is None:

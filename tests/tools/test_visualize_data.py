@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 def visualize(folder: Path, images: Path, annotations: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, ROOT / "tools" / "visualize_data.py", "--config-file", ROOT / "tests/engine/tiny.yaml"]
     own = ["--train-json", annotations, "--train-images", images, "--output", folder / "fed.png", *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.run(
         [*map(str, command), *map(str, own)], capture_output=True, text=True, env=environment, timeout=120
     )
