@@ -50,6 +50,10 @@ SLOW = {
         "models/mask2former/test_golden.py",
         "models/mask2former/test_transformers.py",
     ),
+    *("models/mask_dino/test_mask_dino.py", "models/mask_dino/test_mask_dino_peft.py"),
+    *("models/mask_dino/test_mask_dino_training.py", "models/seem/test_seem.py", "models/seem/test_seem_peft.py"),
+    *("models/eomt/test_eomt_transformers.py", "models/test_registration.py", "evaluation/test_lvis.py"),
+    *("storage/test_torchvision_names.py", "tools/test_peft_benchmark.py", "tools/test_memory_table.py"),
     *("test_environment.py", "storage/test_says_lora.py", "field/test_data.py", "field/test_runs.py"),
 }
 
