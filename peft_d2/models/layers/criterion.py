@@ -6,9 +6,9 @@ at points: Kirillov et al., PointRend, CVPR 2020, section 3.1.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
 import torch
@@ -29,33 +29,68 @@ class Prediction(dict[str, Any]):
     """What a layer predicts by name: ``pred_logits`` (N, Q, K + 1), ``pred_masks`` (N, Q, H, W), and more of a query.
 
     The losses look at the matched queries' masks, and at a few points of the others': in training these alone are
-    made, which takes far less memory. Whoever asks for ``pred_masks`` gets all of them, made then.
+    made, products of the queries' ``embedded`` (N, Q, C) and the image's ``features`` (N, C, H, W), which takes far
+    less memory. Whoever asks for ``pred_masks``, or goes through all that is there, gets all of them, made then.
     """
 
-    def with_masks(self, embedded: Tensor, features: Tensor, kept: bool) -> Prediction:
-        """Itself with masks, products of the queries' ``embedded`` (N, Q, C) and the image's ``features`` (N, C, H, W).
-
-        They are made now only if they are to be ``kept``.
-        """
-        self.update(mask_embed=embedded, mask_features=features)
-        if kept:
-            self["pred_masks"] = mask_product(embedded, features)
-        return self
+    def __init__(self, embedded: Tensor, features: Tensor, **others: Any) -> None:
+        super().__init__(others)
+        self.embedded, self.features = autocast_type(embedded), features
 
     def __missing__(self, name: str) -> Tensor:
         if name != "pred_masks":
             raise KeyError(name)
-        self[name] = self.masks()
+        self[name] = mask_product(self.embedded, self.features)
         return self[name]
 
-    def masks(self) -> Tensor:
-        """``pred_masks``, which are not kept if they are made here."""
-        made = self.get("pred_masks")
-        return mask_product(self["mask_embed"], self["mask_features"]) if made is None else made
+    # As of a dict that has had them from the start: other people's criteria copy and search what they are given.
+    def __contains__(self, name: object) -> bool:
+        return name == "pred_masks" or super().__contains__(name)
 
-    def of_queries(self, part: slice) -> Prediction:
-        """The same of some queries."""
-        return Prediction((name, x if name == "mask_features" else x[:, part]) for name, x in self.items())
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.keys())
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return super().get(name, default) if name != "pred_masks" else self[name]
+
+    def keys(self) -> Any:
+        self.get("pred_masks")
+        return super().keys()
+
+    def values(self) -> Any:
+        self.get("pred_masks")
+        return super().values()
+
+    def items(self) -> Any:
+        self.get("pred_masks")
+        return super().items()
+
+
+def predicted(embedded: Tensor, features: Tensor, kept: bool, **others: Any) -> dict[str, Any]:
+    """A layer's prediction, a plain dict with its masks if they are to be ``kept``: see :class:`Prediction`."""
+    if kept:
+        return {**others, "pred_masks": mask_product(embedded, features)}
+    return Prediction(embedded, features, **others)
+
+
+def lacks_masks(prediction: dict[str, Any]) -> TypeGuard[Prediction]:
+    """Whether nobody has made, or put there, ``pred_masks`` by now."""
+    return isinstance(prediction, Prediction) and not dict.__contains__(prediction, "pred_masks")
+
+
+def masks_of(prediction: dict[str, Any]) -> Tensor:
+    """``pred_masks``, which are not kept if they are made here."""
+    if lacks_masks(prediction):
+        return mask_product(prediction.embedded, prediction.features)
+    return prediction["pred_masks"]
+
+
+def of_queries(prediction: dict[str, Any], part: slice) -> dict[str, Any]:
+    """The same prediction of some queries."""
+    others = {name: x[:, part] for name, x in dict.items(prediction)}
+    if isinstance(prediction, Prediction):
+        return Prediction(prediction.embedded[:, part], prediction.features, **others)
+    return others
 
 
 def mask_product(embedded: Tensor, features: Tensor) -> Tensor:
@@ -239,13 +274,13 @@ class HungarianMatcher(nn.Module):
         of_masks = []
         features, sampled = None, points  # of the maps that the layers share
         for prediction in predictions:
-            if not isinstance(prediction, Prediction):
+            if not lacks_masks(prediction):
                 logits = sample_shared_points(prediction["pred_masks"][image].float(), points)
             else:
-                if prediction["mask_features"] is not features:
-                    features = prediction["mask_features"]
+                if prediction.features is not features:
+                    features = prediction.features
                     sampled = sample_shared_points(features[image].float(), points)
-                logits = prediction["mask_embed"][image].float() @ sampled
+                logits = prediction.embedded[image].float() @ sampled
             of_masks.append(self.cost_mask * mask_cost(logits, labels) + self.cost_dice * dice_cost(logits, labels))
         return torch.stack(of_masks) + self.cost_class * self.class_cost(class_logits)[..., target.labels]
 
@@ -291,11 +326,11 @@ def pair_up(targets: Sequence[Target], matches: Sequence[Match]) -> list[Matched
 
 def matched_masks(prediction: dict[str, Any], matched: Sequence[Matched]) -> Tensor:
     """The mask logits (M, H, W) of all images' matched queries."""
-    if isinstance(prediction, Prediction):
-        most, embedded = max(len(m.queries) for m in matched), prediction["mask_embed"]
+    if lacks_masks(prediction):
+        most, embedded = max(len(m.queries) for m in matched), prediction.embedded
         padded = torch.stack([F.pad(m.queries, (0, most - len(m.queries))) for m in matched])
         embedded = embedded.gather(1, padded[..., None].expand(-1, -1, embedded.shape[-1]))
-        masks = mask_product(embedded, prediction["mask_features"])
+        masks = mask_product(embedded, prediction.features)
         return torch.cat([of_image[: len(m.queries)] for of_image, m in zip(masks, matched, strict=True)])
     return torch.cat([x.index_select(0, m.queries) for x, m in zip(prediction["pred_masks"], matched, strict=True)])
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from peft_d2.models.checks import expect, expect_numbers, expect_width
 from peft_d2.models.layers.boxes import mask_boxes
-from peft_d2.models.layers.criterion import HungarianMatcher, Prediction, SetCriterion, autocast_type
+from peft_d2.models.layers.criterion import HungarianMatcher, SetCriterion, autocast_type, masks_of, predicted
 from peft_d2.models.layers.mask_classifier import MaskClassifier
 from peft_d2.models.layers.postprocess import Canvas
 from peft_d2.models.layers.transformer import MLP, AttentionLayer, FFNLayer, SinePosition2d, input_projections
@@ -188,7 +188,7 @@ class MaskedTransformerDecoder(nn.Module):
         self.level_embed = nn.Embedding(_LEVELS, channels)
         self.input_proj = input_projections(in_channels, channels, _LEVELS, former.ENFORCE_INPUT_PROJ)
 
-    def forward(self, features: Sequence[Tensor], mask_features: Tensor, mask: Tensor | None = None) -> Prediction:
+    def forward(self, features: Sequence[Tensor], mask_features: Tensor, mask: Tensor | None = None) -> dict[str, Any]:
         """``pred_logits`` (N, Q, K + 1) and ``pred_masks`` (N, Q, H, W) of the last layer, and of all before it.
 
         The latter, ``aux_outputs``, begin with the raw queries'. In training masks are made when somebody asks for
@@ -217,22 +217,23 @@ class MaskedTransformerDecoder(nn.Module):
             x = cross_attention(x, position, (keys[level], values[level]), bias)
             x = ffn(self_attention(x, position))
             predictions.append(self.predict(x, mask_features, classify))
-        return Prediction(predictions[-1], aux_outputs=predictions[:-1])
+        predictions[-1]["aux_outputs"] = predictions[:-1]
+        return predictions[-1]
 
     def classifier(self) -> Callable[[Tensor], Tensor]:
         """What scores the normalised hidden states (N, Q, C) in one pass: a function to logits (N, Q, K + 1)."""
         raise NotImplementedError
 
-    def predict(self, x: Tensor, mask_features: Tensor, classify: Callable[[Tensor], Tensor]) -> Prediction:
+    def predict(self, x: Tensor, mask_features: Tensor, classify: Callable[[Tensor], Tensor]) -> dict[str, Any]:
         """Class and mask logits of hidden states (Q, N, C)."""
         hidden = self.decoder_norm(x).transpose(0, 1)
-        prediction = Prediction(pred_logits=classify(hidden))
-        return prediction.with_masks(self.mask_embed(hidden), mask_features, kept=not self.training)
+        logits = classify(hidden)
+        return predicted(self.mask_embed(hidden), mask_features, kept=not self.training, pred_logits=logits)
 
     @torch.no_grad()
-    def attention_mask(self, prediction: Prediction, size: tuple[int, int]) -> Tensor:
+    def attention_mask(self, prediction: dict[str, Any], size: tuple[int, int]) -> Tensor:
         """(N * heads, Q, h * w), -inf where a query must not attend, outside of its mask if it has any; else 0."""
-        resized = F.interpolate(prediction.masks(), size=size, mode="bilinear", align_corners=False)
+        resized = F.interpolate(masks_of(prediction), size=size, mode="bilinear", align_corners=False)
         blocked = resized.sigmoid().flatten(2) < 0.5
         blocked &= ~blocked.all(-1, keepdim=True)
         # Torch would make such numbers of bools for each head anew, which takes longer than attending itself.

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from peft_d2.models.checks import expect, expect_numbers, expect_width
 from peft_d2.models.layers.boxes import inverse_sigmoid, mask_boxes, to_centres
-from peft_d2.models.layers.criterion import Match, Prediction, Target, autocast_type
+from peft_d2.models.layers.criterion import Match, Target, autocast_type, masks_of, of_queries, predicted
 from peft_d2.models.layers.transformer import (
     MLP,
     Levels,
@@ -174,7 +174,7 @@ class MaskDINODecoder(nn.Module):
         mask_features: Tensor,
         mask: Tensor | None = None,
         targets: Sequence[Target] | None = None,
-    ) -> Prediction:
+    ) -> dict[str, Any]:
         """``pred_logits`` (N, Q, K), ``pred_masks`` (N, Q, H, W) and ``pred_boxes`` (N, Q, 4) of the last layer.
 
         Boxes are relative to the padded image. In training masks are made when somebody asks for them, and there are
@@ -208,22 +208,23 @@ class MaskDINODecoder(nn.Module):
         return self._training_outputs(predictions, noisy, chosen)
 
     def _training_outputs(
-        self, predictions: list[Prediction], noisy: DenoisingQueries | None, chosen: Prediction | None
-    ) -> Prediction:
+        self, predictions: list[dict], noisy: DenoisingQueries | None, chosen: dict[str, Any] | None
+    ) -> dict[str, Any]:
         """What :meth:`forward` gives in training; the denoising queries come first in every prediction."""
         if noisy is None:
             # The label embedding takes part all the same, so that every worker has the same graph.
             predictions[-1]["pred_logits"] = predictions[-1]["pred_logits"] + 0.0 * self.label_enc.weight.sum()
         first = 0 if noisy is None else len(noisy)
-        matching = [p.of_queries(slice(first, None)) for p in predictions]
-        outputs = Prediction(matching[-1], aux_outputs=matching[:-1], denoising=None)
+        matching = [of_queries(p, slice(first, None)) for p in predictions]
+        outputs = matching[-1]
+        outputs.update(aux_outputs=matching[:-1], denoising=None)
         if chosen is not None:
             outputs["interm_outputs"] = chosen
         if noisy is not None:
-            outputs["denoising"] = (noisy, [p.of_queries(slice(first)) for p in predictions])
+            outputs["denoising"] = (noisy, [of_queries(p, slice(first)) for p in predictions])
         return outputs
 
-    def queries(self, memory: Levels, mask_features: Tensor) -> tuple[Tensor, Tensor, Prediction | None]:
+    def queries(self, memory: Levels, mask_features: Tensor) -> tuple[Tensor, Tensor, dict[str, Any] | None]:
         """Content (N, Q, C) and box logits (N, Q, 4) to start from; with two stages the chosen places' prediction.
 
         The places are those with the highest class logits (DINO, section 3.4, "mixed query selection" with learned
@@ -242,15 +243,15 @@ class MaskDINODecoder(nn.Module):
         start = box_logits.detach()
         if self.box_start != "no":
             with torch.no_grad():
-                start = inverse_sigmoid(self._boxes_of(chosen.masks() > 0))
+                start = inverse_sigmoid(self._boxes_of(masks_of(chosen) > 0))
         content = content.detach() if self.query_feat is None else self.query_feat.weight[:count].expand(n, -1, -1)
         return content, start, chosen
 
-    def predict(self, x: Tensor, mask_features: Tensor, boxes: Tensor) -> Prediction:
+    def predict(self, x: Tensor, mask_features: Tensor, boxes: Tensor) -> dict[str, Any]:
         """Class logits and masks of hidden states (N, Q, C), which are normalised here, next to their boxes."""
         hidden = self.decoder_norm(x)
-        prediction = Prediction(pred_logits=self.class_embed(hidden), pred_boxes=boxes)
-        return prediction.with_masks(self.mask_embed(hidden), mask_features, kept=not self.training)
+        others = {"pred_logits": self.class_embed(hidden), "pred_boxes": boxes}
+        return predicted(self.mask_embed(hidden), mask_features, kept=not self.training, **others)
 
     def _boxes(self, x: Tensor, reference: Tensor) -> Tensor:
         """A layer's boxes from its normalised output and what it started from, which is not detached (DINO, 3.5)."""

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
+import pickle
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -15,13 +18,14 @@ from torch import Tensor
 from peft_d2.models.layers.boxes import inverse_sigmoid, to_centres, to_corners
 from peft_d2.models.layers.criterion import (
     HungarianMatcher,
-    Prediction,
     SetCriterion,
     Target,
     assign,
     dice_cost,
     mask_cost,
+    of_queries,
     pair_up,
+    predicted,
     sample_points,
     uncertain_points,
 )
@@ -231,22 +235,58 @@ def test_masks_made_on_demand_have_the_same_losses_and_gradients(counts: tuple[i
     embedded = torch.randn(3, len(counts), QUERIES, 6, requires_grad=True)
     logits = torch.randn(3, len(counts), QUERIES, CLASSES + 1)
 
-    def run(before: bool) -> tuple[list[Tensor], Prediction]:
+    def run(before: bool) -> tuple[list[Tensor], dict]:
         torch.manual_seed(0)
         pairs = zip(logits, embedded, strict=True)
-        last, *others = [Prediction(pred_logits=x).with_masks(e, features, before) for x, e in pairs]
-        outputs = Prediction(last, aux_outputs=others)
-        losses = criterion({**outputs, "aux_outputs": [dict(x) for x in others]} if before else outputs, targets)
-        return [*losses.values(), *torch.autograd.grad(sum(losses.values()), (features, embedded))], last
+        last, *others = [predicted(e, features, before, pred_logits=x) for x, e in pairs]
+        last["aux_outputs"] = others
+        losses = criterion(last, targets)
+        return [*losses.values(), *torch.autograd.grad(sum(losses.values()), (features, embedded))], others[0]
 
     (expected, _), (found, last) = run(True), run(False)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-    assert "pred_masks" not in last and last["pred_masks"].shape == (len(counts), QUERIES, SIZE // 2, SIZE // 2)
+    assert not dict.__contains__(last, "pred_masks")
+    assert last["pred_masks"].shape == (len(counts), QUERIES, SIZE // 2, SIZE // 2)
     assert last["pred_masks"] is last["pred_masks"]  # once asked for, they are kept
-    part = Prediction(last).of_queries(slice(1, 3))
-    assert torch.equal(part["pred_masks"], last["pred_masks"][:, 1:3])
+    assert torch.equal(of_queries(last, slice(1, 3))["pred_masks"], last["pred_masks"][:, 1:3])
     with pytest.raises(KeyError, match="pred_boxes"):
         last["pred_boxes"]
+
+
+@pytest.mark.parametrize(
+    "copied",
+    [
+        dict,
+        copy.copy,
+        copy.deepcopy,
+        dict.copy,
+        lambda p: {**p},
+        lambda p: p | {},
+        lambda p: dict(zip(p, p.values(), strict=True)),
+    ]
+    + [lambda p: {k: v for k, v in p.items() if k != "aux_outputs"}, lambda p: pickle.loads(pickle.dumps(p))]
+    + [lambda p: {"pred_logits": p["pred_logits"], "pred_masks": p.get("pred_masks")} if "pred_masks" in p else {}],
+)
+def test_other_criteria_find_all_masks(copied: Callable[[dict], dict]) -> None:
+    """In whatever way they go through what a decoder predicts, as in a plain dict."""
+    values = torch.randn(2, 5, 4), torch.randn(2, 4, 6, 6)
+    expected = predicted(*values, kept=True, pred_logits=torch.zeros(2, 5, 3))
+    found = copied(predicted(*values, kept=False, pred_logits=torch.zeros(2, 5, 3)))
+    assert sorted(found) == sorted(expected) and found.get("pred_boxes", 1) == 1
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_masks_that_somebody_replaces_count() -> None:
+    """As a decoder does that refines them."""
+    criterion, targets = make_criterion(), make_batch((2, 3))[1]
+    masks = torch.randn(2, QUERIES, SIZE, SIZE)
+    plain = {"pred_logits": torch.randn(2, QUERIES, CLASSES + 1), "pred_masks": masks}
+    refined = predicted(torch.randn(2, QUERIES, 4), torch.randn(2, 4, SIZE, SIZE), kept=False, **plain)
+    losses = []
+    for outputs in (plain, refined):
+        torch.manual_seed(0)
+        losses.append(criterion(outputs, targets))
+    assert losses[0] == losses[1]
 
 
 def test_costs_and_losses_of_boxes() -> None:
