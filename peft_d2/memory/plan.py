@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from peft_d2.peft.errors import InjectionError, PeftError
-from peft_d2.peft.probe import as_it_was, own_event_storage
+from peft_d2.peft.probe import as_it_was, own_event_storage, with_own_dicts
 
 from .blocks import (
     BlockState,
@@ -373,7 +373,7 @@ def _step(model: nn.Module, batch: Any, forward: Forward) -> None:
     for parameter in model.parameters():
         parameter.grad = None
     with torch.enable_grad():
-        _total(forward(model, batch)).backward()
+        _total(forward(model, with_own_dicts(batch))).backward()
 
 
 @contextlib.contextmanager

@@ -22,8 +22,10 @@ Size = tuple[int, int]
 
 @contextmanager
 def as_it_was(root: nn.Module) -> Iterator[None]:
-    """Restores modes, gradients, flags, buffers, and Python's and NumPy's random states."""
-    modes = [(module, module.training) for module in root.modules()]
+    """Restores modes and what else modules hold themselves (a loss's running average), gradients, flags, buffers, and
+    Python's and NumPy's random states.
+    """
+    attributes = [(module.__dict__, dict(module.__dict__)) for module in root.modules()]
     parameters = [(parameter, parameter.grad, parameter.requires_grad) for parameter in root.parameters()]
     buffers = [
         (module._buffers, name, value, value.detach().clone())
@@ -35,8 +37,9 @@ def as_it_was(root: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for module, mode in modes:
-            module.training = mode
+        for now, before in attributes:
+            now.clear()
+            now.update(before)
         for parameter, gradient, flag in parameters:
             parameter.grad = gradient
             parameter.requires_grad_(flag)
@@ -61,9 +64,14 @@ def call(model: nn.Module, batch: Any) -> Any:
     """The model's output for a batch: its only argument, or a tuple of them; a callable is given the model instead."""
     if callable(batch) and not isinstance(batch, Tensor):
         return batch(model)
-    if isinstance(batch, list):  # models change the dicts that they are given
-        batch = [dict(sample) if isinstance(sample, Mapping) else sample for sample in batch]
-    return model(*batch) if isinstance(batch, tuple) else model(batch)
+    return model(*batch) if isinstance(batch, tuple) else model(with_own_dicts(batch))
+
+
+def with_own_dicts(batch: Any) -> Any:
+    """A list of dicts with copies of these: models change the dicts that they are given."""
+    if not isinstance(batch, list):
+        return batch
+    return [dict(sample) if isinstance(sample, Mapping) else sample for sample in batch]
 
 
 @dataclass
@@ -112,11 +120,9 @@ def _is_image(height: int, width: int, image: Size) -> bool:
 def watch(model: nn.Module, modules: Mapping[str, nn.Module], example: Any = None) -> Outputs:
     """What ``modules`` (by name) give out when ``model`` predicts for ``example``, or for small images made up for it.
 
-    Nothing is raised: ``problem`` says why a module was not reached. The model, attributes that its modules set in a
-    pass included, and the random state are as before.
+    Nothing is raised: ``problem`` says why a module was not reached. The model and the random state are as before.
     """
     outputs = Outputs()
-    attributes = [(module.__dict__, dict(module.__dict__)) for module in model.modules()]
     devices = {value.device.index for value in model.parameters() if value.is_cuda}
     with ExitStack() as stack:
         for context in (as_it_was(model), torch.random.fork_rng(sorted(devices)), own_event_storage(), torch.no_grad()):
@@ -135,9 +141,6 @@ def watch(model: nn.Module, modules: Mapping[str, nn.Module], example: Any = Non
                 outputs.problem = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             if outputs.shapes.keys() >= modules.keys():
                 break
-    for now, before in attributes:
-        now.clear()
-        now.update(before)
     return outputs
 
 

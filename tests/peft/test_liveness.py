@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves
 
 from peft_d2 import peft
+from peft_d2.memory import fit_memory
 
 
 class Functional(nn.Module):
@@ -73,6 +75,26 @@ def test_live_parts_pass_and_nothing_is_changed(entry: dict[str, Any], toy: nn.M
     assert all(torch.equal(value, before[name]) for name, value in toy.state_dict().items())
     assert modes == [module.training for module in toy.modules()]
     assert torch.equal(random, torch.get_rng_state()) and all(p.grad is None for p in toy.parameters())
+
+
+def test_what_modules_count_is_as_before(toy: nn.Module, images: Tensor) -> None:
+    """Detectron2's RetinaNet divides its losses by a running average that is a plain number."""
+
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.toy, self.average = toy, 100.0
+
+        def forward(self, batch: list[dict[str, Any]]) -> Tensor:
+            self.average = 0.9 * self.average
+            self.last = batch[0].pop("image")
+            return sum(value.sum() for value in tree_leaves(self.toy(self.last))) / self.average
+
+    model, batch = Counting(), [{"image": images}]
+    peft.inject(model, [{"NAME": "lora", "TARGETS": ["toy.*.proj"]}])
+    peft.prove_live(model, batch)
+    fit_memory(model, batch, None)
+    assert model.average == 100 and not hasattr(model, "last") and batch[0]["image"] is images
 
 
 def test_a_detached_output_proves_nothing(toy: nn.Module, images: Tensor) -> None:
