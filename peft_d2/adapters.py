@@ -201,6 +201,7 @@ def load_adapter(
     Raises:
         AdapterFileError: the files are missing or damaged, or belong to another base, rank, or method. The model is
             as it was.
+        InjectionError: an adapter is merged or disabled.
     """
     return _load(model, folder, name, allow_other_base)
 
@@ -263,6 +264,8 @@ def _load(
 ) -> AdapterFile:
     """Load one adapter; ``other_classes`` takes heads of another class count."""
     model = _root(model)
+    if injection := peft.get_injection(model):
+        injection.require_plain()
     if empty := next((name for name, value in model.named_parameters() if value.is_meta), ""):
         remedy = "give it its base's weights first: model.to_empty(device=...), then peft_d2.load_base(model, path)"
         raise AdapterFileError(folder, f"the model is on the meta device ({empty} has no values)", remedy)

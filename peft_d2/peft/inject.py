@@ -219,6 +219,11 @@ class Plan:
                 "to %s. Name the parts that are to be trained instead, if they should stay frozen.",
                 *(len(thawed), thawed[0], thawed[-1]),
             )
+        if scripted := [name for name in self.full if not isinstance(self.index.tensors[name].places[0][0], dict)]:
+            raise InjectionError(
+                f"{scripted[0]} is in a scripted module, whose tensors nothing in Python can hold: build the model "
+                "without torch.jit.script, or leave that module out of what is trained in full"
+            )
         for name in full:
             dtype = parameters[name].dtype
             if (name not in thawed or not everything) and dtype in (torch.float16, torch.bfloat16):

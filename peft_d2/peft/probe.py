@@ -25,7 +25,7 @@ def as_it_was(root: nn.Module) -> Iterator[None]:
     """Restores modes and what else modules hold themselves (a loss's running average), gradients, flags, buffers, and
     Python's and NumPy's random states.
     """
-    attributes = [(module.__dict__, dict(module.__dict__)) for module in root.modules()]
+    attributes = [(module, module.training, dict(module.__dict__)) for module in root.modules()]
     parameters = [(parameter, parameter.grad, parameter.requires_grad) for parameter in root.parameters()]
     buffers = [
         (module._buffers, name, value, value.detach().clone())
@@ -37,9 +37,10 @@ def as_it_was(root: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for now, before in attributes:
-            now.clear()
-            now.update(before)
+        for module, mode, before in attributes:
+            module.__dict__.clear()
+            module.__dict__.update(before)
+            module.training = mode  # of TorchScript's modules it is no entry
         for parameter, gradient, flag in parameters:
             parameter.grad = gradient
             parameter.requires_grad_(flag)

@@ -100,6 +100,17 @@ def test_a_wrapper_is_not_the_model(wrap: Callable[[nn.Module], nn.Module]) -> N
         peft.inject(wrap(small()), [LORA])
 
 
+def test_scripted_modules_can_be_around_and_are_not_trained() -> None:
+    model = small(lambda m: setattr(m, "head", torch.jit.script(m.head)))
+    with pytest.raises(peft.InjectionError, match="head.bias is in a scripted module"):
+        peft.inject(model, [LORA], ["head.bias"])
+    peft.inject(model, [LORA])
+    model.eval()
+    peft.prove_live(model, X)
+    assert not model.head.training
+    peft.require_intact(model)
+
+
 @pytest.mark.parametrize("entry", [ADAPTER, {**LORA, "TARGETS": ["head"]}], ids=["adapter", "lora elsewhere"])
 def test_parametrised_modules_can_be_around_and_adapted(entry: dict[str, Any], disturb: Callable) -> None:
     model = small(lambda m: nn.utils.parametrizations.weight_norm(m.body.fc1))

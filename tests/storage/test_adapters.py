@@ -151,6 +151,8 @@ def test_a_merged_model_saves_its_adapter(tmp_path: Path) -> None:
     peft.merge(model)
     save_adapter(model, tmp_path / "adapter")
     assert peft.get_injection(model).merged  # type: ignore[union-attr]
+    with pytest.raises(peft.InjectionError, match=r"merged.*unmerge.model. first$"):
+        load_adapter(model, tmp_path / "adapter", name="second")
     fresh = base()
     load_adapter(fresh, tmp_path / "adapter")
     assert torch.equal(output(fresh), expected)
