@@ -82,6 +82,8 @@ def polygon_defect(polygons: Sequence[Any], height: int, width: int) -> list[tup
     """(level, defect) pairs of COCO polygons ``[[x0, y0, x1, y1, ...], ...]`` on an image of (height, width)."""
     if not polygons:
         return [("error", "has an empty list of polygons")]
+    if isinstance(polygons[0], int | float):
+        return [("error", f"is one flat list ({polygons[0]}, ...), expected a list of such lists, one a polygon")]
     faults = [_one_polygon(polygon, height, width) for polygon in polygons]
     if any(faults):
         return [(fault[0], f"polygon {i}: {fault[1]}") for i, fault in enumerate(faults) if fault]
@@ -92,6 +94,8 @@ def polygon_defect(polygons: Sequence[Any], height: int, width: int) -> list[tup
 def _one_polygon(polygon: Any, height: int, width: int) -> tuple[Level, str] | None:
     if not isinstance(polygon, (list, tuple)):
         return "error", f"is {polygon!r}, expected a flat list of coordinates"
+    if polygon and isinstance(polygon[0], list | tuple | dict):
+        return "error", f"is a list of points ({polygon[0]}, ...), expected a flat list of coordinates"
     if len(polygon) % 2:
         return "error", f"has {len(polygon)} numbers, an odd length"
     if len(polygon) < 6:

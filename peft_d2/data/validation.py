@@ -6,6 +6,7 @@ Of COCO-format sets the json is read and each image's header, of sets with label
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
@@ -330,6 +331,11 @@ class _Check:
                     where = f"images[id {image['id']} {image['file_name']}]"
                     (self.warn if defect[0] == "cut off" else self.error)(defect[0], where, *defect[1:])
 
+    @functools.cached_property
+    def _listed_files(self) -> dict[str, str]:
+        """Names of the folder's files by their lower-case form."""
+        return {name.lower(): name for name in os.listdir(self.image_root)}
+
     def _file_defect(self, image: dict[str, Any]) -> tuple[str, str, str] | None:
         """(kind, what is wrong, remedy) of an image's file, None when nothing is."""
         given, name = (image["width"], image["height"]), image["file_name"]
@@ -343,6 +349,9 @@ class _Check:
             what = f"{path} is no file: its name has backslashes, as on Windows"
             return "backslashes", what, "Write / in place of them in the json."
         if not path.is_file():
+            if other := self._listed_files.get(path.name.lower()):
+                advice = "Correct file_name in the json, or the folder that is given."
+                return "missing file", f"{path} is no file, but {self.image_root / other} is", advice
             return "missing file", f"{path} is no file", "Correct the json or put the file there."
         found, defect, advice = read_header(path)
         if defect:
