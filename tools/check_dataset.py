@@ -106,6 +106,11 @@ def _check(args: argparse.Namespace, json_path: str, images: str) -> int:
             mean, std = pixel_statistics([Path(images) / image["file_name"] for image in data["images"]])
             print(f"MODEL.PIXEL_MEAN {mean} MODEL.PIXEL_STD {std}  # INPUT.FORMAT RGB; reversed for BGR")
         if args.sheet:
+            if Path(args.sheet).resolve() in {
+                (Path(images) / image["file_name"]).resolve() for image in data["images"]
+            }:
+                print(f"error: --preview {args.sheet} is an image of the set. Choose another name.", file=sys.stderr)
+                return 1
             try:
                 contact_sheet(data, images, args.sheet_images).save(args.sheet)
             except (OSError, ValueError) as error:

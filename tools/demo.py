@@ -23,6 +23,7 @@ from PIL import Image, ImageDraw
 from pycocotools import mask as coco_mask
 
 import peft_d2
+from peft_d2.data.images import visible
 from peft_d2.data.segmentation import mask_outlines, mask_to_polygons
 from peft_d2.engine.checks import build_model
 from peft_d2.engine.config import PEFT_ARCHITECTURE
@@ -83,6 +84,8 @@ def picture(args: argparse.Namespace) -> list[Path]:
         file = target.with_suffix(POLYGONS[args.polygons][0])
         if file.exists() and file.parent.resolve() == path.parent.resolve():
             raise ConfigError(f"--polygons: {file} is there already, beside its image. Choose another --output.")
+    for file in filter(None, (args.json, args.results)):
+        _keep_annotations(Path(file))
     boxes = read_boxes(args.boxes, images) if args.boxes else None
     if args.adapters and (args.json or args.results or args.polygons):
         raise ConfigError("--adapters draws several models' instances; --json, --results and --polygons take one's.")
@@ -223,6 +226,19 @@ def _targets(images: dict[Path, Path], output: Path) -> dict[Path, Path]:
     return targets
 
 
+def _keep_annotations(file: Path) -> None:
+    """Refuse to write predictions over anything but earlier ones, whose objects have scores."""
+    if not file.is_file():
+        return
+    try:
+        content = json.loads(file.read_bytes())
+    except (ValueError, RecursionError):
+        content = None
+    rows = content.get("annotations") if isinstance(content, dict) else content
+    if not isinstance(rows, list) or not all(isinstance(row, dict) and "score" in row for row in rows):
+        raise ConfigError(f"{file} holds something else than predictions and would be written over. Choose another.")
+
+
 def read_boxes(file: str, images: dict[Path, Path]) -> dict[Path, list[list[float]]]:
     """The boxes of each image, from a json of ``{"a.png": [[x0, y0, x1, y1], ...], ...}``, or paths below the input.
 
@@ -257,7 +273,7 @@ def find_images(inputs: list[str], output: Path) -> dict[Path, Path]:
         if item.is_file():
             found[item] = Path(item.name)
         elif item.is_dir():
-            inside = [path for path in sorted(item.rglob("*")) if path.suffix.lower() in _SUFFIXES and path.is_file()]
+            inside = [path for path in visible(item) if path.suffix.lower() in _SUFFIXES and path.is_file()]
             nested = output.resolve() != item.resolve() and output.resolve().is_relative_to(item.resolve())
             inside = [path for path in inside if not (nested and path.resolve().is_relative_to(output.resolve()))]
             if not inside:

@@ -67,13 +67,18 @@ def tile_coco(
         min_area: cut-off parts of objects below this area, in px of the source, are dropped; whole objects stay.
 
     Raises:
-        OSError, ValueError: a file that is missing, cannot be read, or lies outside the image folder.
+        OSError, ValueError: a file that is missing, cannot be read, lies outside the image folder, or would be lost.
 
     Returns:
         The path of the new json. Its images carry ``tile: {image_id, x, y, scale}``, its masks are run lengths.
     """
     source = read_json(json_path)
     output = Path(output)
+    path = output / "annotations.json"
+    if path.exists() and (path.samefile(json_path) or '"tile": {' not in path.read_text(encoding="utf-8")):
+        raise ValueError(f"{path} holds no tiles of an earlier call and would be written over: choose another folder.")
+    if (output / "images").resolve() == Path(image_root).resolve():
+        raise ValueError(f"the tiles would come among the images of {image_root}: choose another folder for them.")
     (output / "images").mkdir(parents=True, exist_ok=True)
     by_image: dict[Any, list[dict[str, Any]]] = {}
     for annotation in source["annotations"]:
@@ -86,7 +91,6 @@ def tile_coco(
         for annotation in by_image.get(record["id"], []):
             for part in _cut_annotation(annotation, picture.size, tiles, scale, min_area):
                 result["annotations"].append({**part, "id": len(result["annotations"]) + 1})
-    path = output / "annotations.json"
     path.write_text(json.dumps(result))
     return path
 

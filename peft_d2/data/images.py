@@ -177,6 +177,12 @@ def path_inside(root: str | Path, file_name: str, outside: bool = False) -> str:
     return path
 
 
+def visible(folder: Path, pattern: str = "*") -> list[Path]:
+    """What lies below a folder at any depth, sorted; nothing hidden, which macOS puts into archives (``._a.json``)."""
+    found = sorted(folder.rglob(pattern))
+    return [path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
+
+
 def lies_inside(root: str | Path, path: str) -> bool:
     """Whether a path is in a folder, by its name and, links followed, in truth."""
     if os.path.relpath(path, root).split(os.sep)[0] == "..":

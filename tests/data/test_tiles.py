@@ -70,6 +70,24 @@ def test_slivers_go_whole_objects_stay(tmp_path):
     assert kept == [(1, 9), (1, 56)]
 
 
+def test_a_set_is_not_written_over_by_its_tiles(tmp_path):
+    made = toy.generate(tmp_path / "set", sorted(toy.DOMAINS)[0], images=2, seed=0, size=64)
+    before = made.json.read_bytes()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "annotations.json").write_text("{}")
+    for output in (tmp_path / "set", tmp_path / "other"):
+        with pytest.raises(ValueError, match="annotations.json holds no tiles .* would be written over"):
+            tile_coco(made.json, made.images, output)
+    moved = made.json.rename(tmp_path / "set.json")
+    with pytest.raises(ValueError, match="would come among the images"):
+        tile_coco(moved, made.images, tmp_path / "set")
+    assert moved.read_bytes() == before and len(list(made.images.iterdir())) == 2
+    for _ in range(2):  # tiles may be made anew
+        path = tile_coco(moved, made.images, tmp_path / "tiles")
+    with pytest.raises(ValueError, match="would be written over"):
+        tile_coco(path, path.parent / "images", tmp_path / "tiles")
+
+
 def test_a_small_image_is_one_small_tile(tmp_path):
     made = toy.generate(tmp_path / "whole", "day", 1, seed=0, size=40)
     tiles = json.loads(tile_coco(made.json, made.images, tmp_path / "tiles", tile=96, scale=1.5).read_text())

@@ -85,6 +85,19 @@ def test_annotations_beside_the_photos_are_not_overwritten(written, tmp_path: Pa
     assert (tmp_path / "photos" / "a.json").read_text() == "by hand"
 
 
+@pytest.mark.parametrize("option", ["--json", "--results"])
+def test_predictions_are_written_over_earlier_ones_alone(written, tmp_path: Path, option: str) -> None:
+    file = tmp_path / "train.json"
+    truth = '{"images": [], "annotations": [{"id": 1, "bbox": [0, 0, 2, 2]}], "categories": []}'
+    for content in (truth, "[1, 2]", "a note"):
+        file.write_text(content)
+        with pytest.raises(ConfigError, match="train.json holds something else than predictions"):
+            written(option, str(file))
+        assert file.read_text() == content
+    for _ in range(2):
+        written(option, str(tmp_path / "found.json"))
+
+
 def _with_the_same_seed() -> np.ndarray:
     torch.manual_seed(0)
     return _masks().numpy()

@@ -248,6 +248,7 @@ def test_demo_inputs_that_need_care(run: Callable[..., str], finished: Path, dat
         picture.save(photos / name)
     picture.convert("RGBA").save(photos / "b.png")
     picture.convert("L").save(photos / "c.png")
+    (photos / "._c.png").write_bytes(b"as an archive made on macOS leaves them")
     common = ("--config-file", finished / "lora" / "config.yaml", "--input", photos)
     run("demo", *common, "--output", tmp_path / "out")
     names = {path.name for path in (tmp_path / "out").iterdir()}

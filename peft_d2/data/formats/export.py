@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from peft_d2.data.images import DatasetError, image_size
+from peft_d2.data.images import DatasetError, image_size, visible
 from peft_d2.data.records import CocoJson, read_json
 from peft_d2.data.segmentation import segmentation_to_mask
 
@@ -70,8 +70,7 @@ class Images:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        found = sorted(folder.rglob("*"))
-        self.paths = [path for path in found if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()]
+        self.paths = [path for path in visible(folder) if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()]
         self._by_name: dict[str, list[Path]] = defaultdict(list)
         self._by_stem: dict[str, list[Path]] = defaultdict(list)
         for path in self.paths:
@@ -113,7 +112,7 @@ class Images:
 
 def jsons(folder: Path, depth: int = 2) -> Iterator[tuple[Path, Any]]:
     """The jsons of a folder, up to so many folders deep, each with its content."""
-    for path in sorted(folder.rglob("*.json")):
+    for path in visible(folder, "*.json"):
         if len(path.relative_to(folder).parts) <= depth + 1:
             yield path, read_json(path)
 

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from peft_d2.data.formats.export import IMAGE_SUFFIXES, Export, Images, Thing
-from peft_d2.data.images import DatasetError
+from peft_d2.data.images import DatasetError, visible
 
 _FOLDERS = ("masks", "mask", "labels", "instances", "annotations")
 _ENDINGS = ("", "_mask", "_masks", "_label", "_labels", "_instance", "_instances", "_gt")
@@ -22,7 +22,7 @@ VOC_CLASSES = (
 
 def read_voc(folder: Path, split: str) -> Export | None:
     """Pascal VOC's masks: ``SegmentationObject`` tells objects, ``SegmentationClass`` their classes, by colours."""
-    root = next((path.parent for path in sorted(folder.rglob("SegmentationObject")) if path.is_dir()), None)
+    root = next((path.parent for path in visible(folder, "SegmentationObject") if path.is_dir()), None)
     if root is None:
         return None
     export, images = Export("Pascal VOC masks"), Images(root / "JPEGImages")
@@ -34,7 +34,7 @@ def read_voc(folder: Path, split: str) -> Export | None:
         export.classes = [row[0] for row in rows if row[0] != "background"]
     listed = root / "ImageSets" / "Segmentation" / f"{split}.txt"
     stems = set(listed.read_text().split()) if listed.is_file() else None
-    for file in sorted((root / "SegmentationObject").rglob("*.png")):
+    for file in visible(root / "SegmentationObject", "*.png"):
         stem = file.relative_to(root / "SegmentationObject").with_suffix("").as_posix()
         if stems is not None and stem not in stems:
             continue
@@ -62,7 +62,9 @@ def read_masks(folder: Path, split: str) -> Export | None:
         if any(part in _FOLDERS for part in path.relative_to(folder).parts[:-1]):
             continue
         for place in _mask_places(path, folder):
-            if place.is_dir() and (files := sorted(p for p in place.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)):
+            if place.is_dir() and (
+                files := [p for p in visible(place) if p.parent == place and p.suffix.lower() in IMAGE_SUFFIXES]
+            ):
                 export.images[path] = [Thing("object", mask=_colours(file) > 0) for file in files]
                 break
             if place.is_file():

@@ -29,7 +29,7 @@ def read_cvat(folder: Path, split: str) -> Export | None:
     export = Export("CVAT for images")
     images = Images(folder)
     found = False
-    for file in sorted(folder.glob("*.xml")):
+    for file in sorted(folder.glob("[!.]*.xml")):
         content = file.read_bytes()
         if b"<annotations" not in content[:1000]:
             continue
@@ -207,7 +207,7 @@ def read_yolo(folder: Path, split: str) -> Export | None:
 def _yolo_config(folder: Path) -> tuple[dict[str, Any], Path]:
     """The content of data.yaml or its like, or the names of classes.txt, in the folder or above; and where it is."""
     for above in (folder, *folder.parents[:2]):
-        for file in sorted(above.glob("*.y*ml")):
+        for file in sorted(above.glob("[!.]*.y*ml")):
             found = yaml.safe_load(file.read_text(encoding="utf-8"))
             if isinstance(found, dict) and found.get("names"):
                 return found, above
