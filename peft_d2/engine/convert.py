@@ -54,8 +54,8 @@ def their_config(config_file: str, adders: Sequence[str], opts: Sequence[str] = 
             read()
         except (KeyError, OSError, AssertionError, ValueError) as error:
             said = " ".join(str(error.args[0] if isinstance(error, KeyError) else error).split())
-            hint = "Name the functions that add its keys: --import." if isinstance(error, KeyError) else ""
-            raise ConfigError(f"{where}: {said}. {hint}".strip()) from error
+            hint = "Name the functions that add its keys: --import; peft_d2:add_config is the one for our own models."
+            raise ConfigError(f"{where}: {said}. {hint if isinstance(error, KeyError) else ''}".strip()) from error
     return cfg
 
 
