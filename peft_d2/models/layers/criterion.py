@@ -135,6 +135,19 @@ def bitmaps(masks: Any, height: int, width: int) -> Tensor:
     return tensor
 
 
+def object_masks(item: Mapping[str, Any], height: int, width: int) -> Tensor:
+    """(T, H, W) of a mapped dict's ``instances``, which may lack ``gt_masks`` where there are no objects."""
+    instances = item["instances"]
+    if not len(instances):
+        return torch.zeros(0, height, width)
+    if not instances.has("gt_masks"):
+        raise ModelConfigError(
+            f"training input {item.get('file_name', '')!r} has objects without masks (gt_masks), which this "
+            "model is trained on. Detectron2's own mapper gives them with MODEL.MASK_ON True"
+        )
+    return bitmaps(instances.gt_masks, height, width)
+
+
 def prepare_targets(inputs: list[dict[str, Any]], images: ImageList, ignore_value: int) -> list[Target]:
     """Targets of a batch, with float32 masks zero-padded to the size of ``images``.
 
@@ -145,13 +158,7 @@ def prepare_targets(inputs: list[dict[str, Any]], images: ImageList, ignore_valu
     targets = []
     for item, size in zip(inputs, images.image_sizes, strict=True):
         if "instances" in item:
-            labels = item["instances"].gt_classes
-            if len(labels) and not item["instances"].has("gt_masks"):
-                raise ModelConfigError(
-                    f"training input {item.get('file_name', '')!r} has objects without masks (gt_masks), which this "
-                    "model is trained on. Detectron2's own mapper gives them with MODEL.MASK_ON True"
-                )
-            masks = bitmaps(item["instances"].gt_masks, *size) if len(labels) else torch.zeros(0, *size)
+            labels, masks = item["instances"].gt_classes, object_masks(item, *size)
         elif "sem_seg" in item:
             classes = item["sem_seg"].unique()
             labels = classes[classes != ignore_value]

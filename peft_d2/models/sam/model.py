@@ -25,6 +25,7 @@ from peft_d2.models.layers.criterion import (
     count_objects,
     dice_loss,
     mask_loss,
+    object_masks,
     objects_of_all,
 )
 from peft_d2.models.layers.mask_classifier import PixelModel
@@ -151,7 +152,7 @@ class SegmentAnything(PixelModel):
     def losses(self, embeddings: list[Any], batched_inputs: list[dict[str, Any]]) -> dict[str, Tensor]:
         """The weighted losses, means over all objects of the batch."""
         totals = {name: torch.zeros((), device=self.device) for name, weight in self.weights.items() if weight}
-        targets = [_target(item["instances"], self.device) for item in batched_inputs]
+        targets = [_target(item, self.device) for item in batched_inputs]
         count = average_count(batched_inputs[0].get("batch_objects") or objects_of_all(targets))
         for embedding, item, target in zip(embeddings, batched_inputs, targets, strict=True):
             labels = target.masks
@@ -235,8 +236,7 @@ class SegmentAnything(PixelModel):
         return instances
 
 
-def _target(instances: Instances, device: torch.device) -> Target:
-    """Classes and bool masks (N, H, W), from a tensor or Detectron2's BitMasks."""
-    masks = instances.gt_masks
-    masks = masks if isinstance(masks, Tensor) else masks.tensor
-    return Target(instances.gt_classes.to(device), masks.to(device).bool())
+def _target(item: dict[str, Any], device: torch.device) -> Target:
+    """Classes and bool masks (N, H, W) of a mapped dict."""
+    masks = object_masks(item, *item["image"].shape[-2:])
+    return Target(item["instances"].gt_classes.to(device), masks.to(device).bool())

@@ -64,7 +64,8 @@ def read_prompts(item: Mapping[str, Any], size: tuple[int, int], mask_side: int,
             outside of the image; naming the image and the prompt.
     """
     name = str(item.get("file_name", "an image"))
-    given = {key: torch.as_tensor(item[key]).to(device) for key in _KEYS if item.get(key) is not None}
+    plain = {key: getattr(item[key], "tensor", item[key]) for key in _KEYS if item.get(key) is not None}  # of Boxes
+    given = {key: torch.as_tensor(value).to(device) for key, value in plain.items()}
     for key, value in given.items():
         if value.is_floating_point() and not torch.isfinite(value).all():
             raise PromptError(f"{name}: {key} holds values that are not finite")

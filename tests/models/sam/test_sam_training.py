@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from detectron2.structures import BitMasks, Boxes, Instances
+from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
 from torch import Tensor
 
 from peft_d2 import peft
+from peft_d2.models.checks import ModelConfigError
 from peft_d2.storage import checkpoint
 
 from ...tiny_sam import SAM_TINY
@@ -94,6 +95,20 @@ def test_bit_masks_are_masks(model: Any) -> None:
     plain = model([item])
     item["instances"].gt_masks = BitMasks(item["instances"].gt_masks)
     torch.testing.assert_close(model([item]), plain)
+    item["boxes"] = item["instances"].gt_boxes
+    torch.testing.assert_close(model([item]), plain)
+
+
+def test_what_detectron2s_own_mapper_gives(model: Any) -> None:
+    """Polygons by default, and no masks where there are no objects, or where MODEL.MASK_ON is False."""
+    item, empty = sample((10, 10, 60, 50)), sample()
+    plain = model([item])
+    item["instances"].gt_masks = PolygonMasks([[[10.0, 10, 60, 10, 60, 50, 10, 50]]])
+    empty["instances"].remove("gt_masks")
+    torch.testing.assert_close(model([item, empty]), plain, rtol=1e-4, atol=1e-6)
+    item["instances"].remove("gt_masks")
+    with pytest.raises(ModelConfigError, match="'a.png' has objects without masks"):
+        model([item])
 
 
 def test_an_image_without_objects_costs_nothing(model: Any) -> None:
