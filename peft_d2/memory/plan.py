@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from peft_d2.peft.errors import InjectionError, PeftError
-from peft_d2.peft.probe import as_it_was, own_event_storage, with_own_dicts
+from peft_d2.peft.probe import as_it_was, own_event_storage, tensors_of, with_own_dicts
 
 from .blocks import (
+    Block,
     BlockState,
     Mode,
     find_blocks,
@@ -143,10 +144,12 @@ def fit_memory(
     Raises:
         InjectionError: nothing is trained.
         MemoryBudgetError: the budget cannot be met; the message names the smallest that can.
+    After an error the model is as before, with an earlier plan if it had one.
     """
     limit = _limit(budget, model)
     if not _trained_bytes(model):
         raise InjectionError("no parameter of the model is trained: inject before fit_memory, or set requires_grad")
+    before = {module: module.memory_block for module in model.modules() if isinstance(module, Block)}
     release_memory(model)
     if limit is not None and device_of(model).type == "cpu":
         map_large_blocks()
@@ -174,9 +177,9 @@ def fit_memory(
                         state.ceiling = idle + int(_FILLED * (plan.above_idle - step.largest_growth))
                     return plan
     except BaseException:
-        release_memory(model)
+        _put_back(model, before)
         raise
-    release_memory(model)
+    _put_back(model, before)
     if smallest is None:
         raise MemoryBudgetError("even the leanest step does not fit on this device: use smaller images", float("inf"))
     assert limit is not None
@@ -193,6 +196,13 @@ def release_memory(model: nn.Module) -> None:
     """Undo :func:`fit_memory`: every block keeps its activations and has its own class again."""
     for module in model.modules():
         release_block(module)
+
+
+def _put_back(model: nn.Module, before: dict[Block, BlockState]) -> None:
+    """Let the blocks be those of ``before``, each with its state."""
+    release_memory(model)
+    for module, state in before.items():
+        vars(make_block(module, state.name)).update(vars(state))
 
 
 def _limit(budget: float | str | None, model: nn.Module) -> int | None:
@@ -226,10 +236,13 @@ def _call(model: nn.Module, batch: Any) -> Any:
 
 
 def _total(losses: Any) -> Tensor:
-    if isinstance(losses, Tensor):
-        return losses.float().sum()
-    values = list(losses.values()) if isinstance(losses, dict) else list(losses)
-    return torch.stack([_total(value) for value in values if not isinstance(value, str)]).sum()
+    values = [value.float().sum() for value in tensors_of(losses) if value.requires_grad]
+    if not values:
+        raise InjectionError(
+            f"what the model gives in training ({type(losses).__name__}) has no loss that depends on what is trained; "
+            "give fit_memory the losses, forward=lambda model, batch: ..."
+        )
+    return torch.stack(values).sum()
 
 
 @dataclass

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from .errors import LivenessError, shortened
-from .probe import as_it_was, call, own_event_storage
+from .probe import as_it_was, call, own_event_storage, tensors_of
 from .state import Injection, base_values, counters, injected, require_intact, tensor_hash, trained_parameters
 from .targets import EVERYTHING, ModelIndex, resolve_train
 
@@ -138,7 +138,7 @@ class _Pass:
         self.root.zero_grad(set_to_none=True)
         torch.manual_seed(seed)
         with torch.enable_grad(), _Uses(self.used, self.recorded):
-            outputs = _tensors(call(self.root, batch))
+            outputs = tensors_of(call(self.root, batch))
             _require_numbers(self.root, outputs)
             losses = [_finite_sum(value * torch.randn_like(value)) for value in outputs if value.requires_grad]
             if losses:
@@ -237,22 +237,6 @@ def _finds_nothing(output: Any) -> bool:
     if not isinstance(output, list) or not output:
         return False
     return all(isinstance(found, Mapping) and len(found.get("instances", "?")) == 0 for found in output)
-
-
-def _tensors(output: Any) -> list[Tensor]:
-    """All tensors of any nesting, Detectron2's structures included."""
-    if isinstance(output, Tensor):
-        return [output]
-    if isinstance(output, Mapping):
-        return [tensor for key in sorted(output, key=str) for tensor in _tensors(output[key])]
-    if isinstance(output, list | tuple):
-        return [tensor for item in output for tensor in _tensors(item)]
-    if callable(getattr(output, "get_fields", None)):  # Instances
-        return _tensors(output.get_fields())
-    if hasattr(output, "__dataclass_fields__"):
-        return _tensors(vars(output))
-    inner = getattr(output, "tensor", None)  # Boxes, BitMasks and the like
-    return [inner] if isinstance(inner, Tensor) else []
 
 
 def frozen_hash(model: nn.Module) -> str:

@@ -75,6 +75,22 @@ def with_own_dicts(batch: Any) -> Any:
     return [dict(sample) if isinstance(sample, Mapping) else sample for sample in batch]
 
 
+def tensors_of(output: Any) -> list[Tensor]:
+    """All tensors of any nesting, Detectron2's structures included."""
+    if isinstance(output, Tensor):
+        return [output]
+    if isinstance(output, Mapping):
+        return [tensor for key in sorted(output, key=str) for tensor in tensors_of(output[key])]
+    if isinstance(output, list | tuple):
+        return [tensor for item in output for tensor in tensors_of(item)]
+    if callable(getattr(output, "get_fields", None)):  # Instances
+        return tensors_of(output.get_fields())
+    if hasattr(output, "__dataclass_fields__"):
+        return tensors_of(vars(output))
+    inner = getattr(output, "tensor", None)  # Boxes, BitMasks and the like
+    return [inner] if isinstance(inner, Tensor) else []
+
+
 @dataclass
 class Outputs:
     """What a pass has shown: of each module the shapes of its output, each with (H, W) of the image that it was for.

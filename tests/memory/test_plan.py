@@ -189,6 +189,27 @@ def test_what_is_no_budget(budget: Any) -> None:
         peft_d2.fit_memory(net(), torch.randn(2, 5, 8), budget)
 
 
+def test_an_earlier_plan_outlives_a_refused_one() -> None:
+    model, batch = net(), torch.randn(2, 50, 8)
+    peft_d2.fit_memory(model, batch, None)
+    all_recomputing(model)
+    kinds, plan = [type(m) for m in model.modules()], [vars(m).get("memory_block") for m in model.modules()]
+    with pytest.raises(memory.MemoryBudgetError, match="smallest possible"):
+        peft_d2.fit_memory(model, batch, 1e-6)
+    with pytest.raises(TypeError):
+        peft_d2.fit_memory(model, "no batch", 1.0)
+    assert kinds == [type(m) for m in model.modules()]
+    assert plan == [vars(m).get("memory_block") for m in model.modules()]
+
+
+@pytest.mark.parametrize("others", [{"accuracy": 0.5, "count": torch.tensor(3), "name": None}, {"deep": ["a", {}]}])
+def test_figures_beside_the_losses(others: dict[str, Any]) -> None:
+    model, batch = net(), torch.randn(2, 5, 8)
+    peft_d2.fit_memory(model, batch, None, forward=lambda m, x: {**others, "loss": m(x)})
+    with pytest.raises(peft_d2.peft.InjectionError, match="has no loss that depends on what is trained"):
+        peft_d2.fit_memory(model, batch, None, forward=lambda m, x: others)
+
+
 def test_all_is_kept_where_there_is_room() -> None:
     assert not peft_d2.fit_memory(net(), torch.randn(2, 5, 8), 100.0).recomputed
     assert not peft_d2.fit_memory(net(), torch.randn(2, 5, 8), "auto").recomputed
