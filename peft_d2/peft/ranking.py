@@ -23,7 +23,7 @@ from .adapted import join
 from .errors import InjectionError
 from .lora import Lora
 from .method import parse
-from .probe import as_it_was, call
+from .probe import as_it_was, call, own_event_storage
 from .targets import ModelIndex, Target, match, resolve_train
 
 RANKS = (2, 4, 8, 16, 32)
@@ -112,7 +112,7 @@ def measure(
     """Mean gradients of every parameter over the even and the odd batches, by the parameters' first names."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     halves: tuple[Gradients, Gradients] = ({}, {})
-    with as_it_was(model), torch.random.fork_rng(), torch.enable_grad():
+    with as_it_was(model), torch.random.fork_rng(), own_event_storage(), torch.enable_grad():
         model.train()
         for module in model.modules():
             if getattr(module, "running_mean", None) is not None:

@@ -21,6 +21,7 @@ import peft_d2
 from peft_d2 import peft
 from peft_d2.data.registration import register_coco
 from peft_d2.engine.trainer import Trainer
+from peft_d2.peft.ranking import recommend
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 ZOO = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml"
@@ -78,7 +79,7 @@ def test_a_plain_script(toy_set: toy.ToySet, tmp_path: Path) -> None:
         assert torch.equal(value, again.state_dict()[name]), name
 
 
-def test_liveness_is_proved_outside_of_a_trainer(toy_set: toy.ToySet, tmp_path: Path) -> None:
+def test_trial_passes_outside_of_a_trainer(toy_set: toy.ToySet, tmp_path: Path) -> None:
     """As README says it: on a batch of one's own, without the storage that Detectron2's trainer provides."""
     peft_d2.register()
     cfg = zoo_config()
@@ -88,6 +89,9 @@ def test_liveness_is_proved_outside_of_a_trainer(toy_set: toy.ToySet, tmp_path: 
     peft_d2.inject(model, METHODS, train=["roi_heads.box_predictor"])
     batch = next(iter(DefaultTrainer.build_train_loader(cfg)))
     peft_d2.prove_live(model, batch)
+    peft_d2.fit_memory(model, batch, None)
+    found = recommend(build_model(cfg), [batch, batch], 200_000, ["roi_heads.box_predictor"])
+    assert 0 < found.parameters <= 200_000 and found.methods
 
 
 @pytest.mark.parametrize("threshold", [0.0, 1.0])
