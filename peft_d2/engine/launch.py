@@ -365,9 +365,12 @@ def _failures_named() -> Iterator[None]:
 
 
 def one_line_errors(function: Callable[[], Any]) -> Any:
-    """Call ``function``; what the user can put right ends the program with one line instead of a traceback."""
+    """Call ``function``; what the user can put right, and Ctrl-C, end the program with one line, not a traceback."""
     try:
         return function()
+    except KeyboardInterrupt:
+        print("error: interrupted. A training goes on from its newest checkpoint with --resume.", file=sys.stderr)
+        raise SystemExit(130) from None  # 128 and the signal's number, as shells have it
     except Exception as error:
         told = named(error)
         if not is_expected(told):

@@ -181,6 +181,15 @@ def test_a_bug_keeps_its_traceback() -> None:
         assert error.type is expected
 
 
+def test_an_interrupted_program_ends_with_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as left:
+        launch.one_line_errors(interrupted)
+    assert left.value.code == 130 and "--resume" in capsys.readouterr().err
+
+
 def test_more_classes_than_the_model_has(tmp_path: Path) -> None:
     """A set that Detectron2 knows; those of the config's own set the number themselves."""
     name = "five_classes"

@@ -201,6 +201,12 @@ def test_what_peft_cannot_express_is_refused_by_both(tmp_path: Path) -> None:
         hf.PeftModel.from_pretrained(base(), str(tmp_path / "ours"))
 
 
+def test_a_model_under_their_adapters_is_called_what_it_is() -> None:
+    model = hf.get_peft_model(base(), hf.LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(ours.MethodError, match=r"q_proj.* is a layer of Hugging Face's peft: merge_and_unload\(\)"):
+        peft_d2.inject(model, [{"NAME": "lora", "TARGETS": ["q_proj"]}])
+
+
 def test_ours_without_its_record_is_not_taken_for_theirs(tmp_path: Path) -> None:
     save_adapter(injected("plain"), tmp_path / "ours")
     (tmp_path / "ours" / "peft_d2.json").unlink()

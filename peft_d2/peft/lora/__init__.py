@@ -50,6 +50,8 @@ class Lora(Method):
     def refusal(self, target: Target) -> str:
         module: Any = target.module
         base, weight, parts = base_class(module), getattr(module, "weight", None), self.options.parts
+        if base.__module__.startswith("peft."):
+            return "it is a layer of Hugging Face's peft: merge_and_unload() its model, or load_adapter what it saved"
         if isinstance(weight, Tensor) and "weight" not in module._parameters:
             return "its weight is computed from others (weight_norm, spectral_norm); fold it into one weight first"
         if isinstance(weight, Tensor) and not weight.is_floating_point():
