@@ -446,14 +446,20 @@ def _refuse_other_base(
     """
     assert content.base is not None
     expected, found = content.base, _base_fingerprint(model, content.tensors)
+    old, new = expected.parts(), found.parts()
+    sizes = {name: [shape[name][0].split("x") for shape in (old, new)] for name in old.keys() & new.keys()}
+    resized = {name for name, (a, b) in sizes.items() if a != b}
+    rows = {name for name in resized if sizes[name][0][1:] == sizes[name][1][1:]}
     if other_classes:
-        old, new = expected.parts(), found.parts()
         free = {*content.tensors, *getattr(model, "by_class_in_training", ()), *dict(model.named_buffers())}
-        sizes = {name: [shape[name][0].split("x") for shape in (old, new)] for name in free & old.keys() & new.keys()}
-        other = {name for name, (a, b) in sizes.items() if a != b and a[1:] == b[1:]}
-        expected, found = expected.without(other), found.without(other)
+        expected, found = expected.without(rows & free), found.without(rows & free)
     differs = difference(expected, found)
     if differs and not allowed:
+        if old.keys() == new.keys() and resized == rows and rows & content.tensors.keys():
+            remedy = (
+                "build the model with as many classes as the adapter was trained with; load_adapters takes any number"
+            )
+            raise AdapterFileError(folder, f"its heads are of another size than the model's ({differs})", remedy)
         half = "load the adapter on the base as it was trained, then convert both (model.half()); otherwise "
         remedy = (half if "dtype" in differs else "") + _OTHER_BASE
         raise AdapterFileError(folder, f"it was made for another base ({differs})", remedy)
