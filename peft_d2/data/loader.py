@@ -12,6 +12,7 @@ import signal
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,6 +28,7 @@ from peft_d2.data.registration import register_from_config
 
 Mapper = Callable[[dict[str, Any]], "dict[str, Any] | None"]
 logger = logging.getLogger(__name__)
+_SIGNALS = {signal.SIGINT, signal.SIGTERM}
 
 
 class Draw(NamedTuple):
@@ -110,7 +112,11 @@ class TrainLoader(DataLoader):
     """A loader whose worker processes end when it is closed, even if an error's traceback still holds an iterator."""
 
     def __iter__(self) -> Any:
-        iterator = super().__iter__()
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # until a worker knows what to do about them
+        try:
+            iterator = super().__iter__()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         self._running = weakref.WeakSet([*getattr(self, "_running", ()), iterator])
         return iterator
 
@@ -133,8 +139,8 @@ def build_train_loader(
         cfg: data sets, batch and workers.
         start_iter: the first batch's number.
         mapper: in place of the config's.
-        closed: the caller is sure to call ``close()``: workers go on for a while after a SIGTERM for the whole job, so
-            that a training can end its step.
+        closed: the caller is sure to call ``close()``: workers go on after Ctrl-C, and for a while after a SIGTERM, for
+            the whole job, so that a training can end its step.
 
     Raises:
         DatasetError: no image is left to train on; unknown sampler, or mapper, see
@@ -157,7 +163,7 @@ def build_train_loader(
         _Samples(DatasetFromList(records, copy=False), feed, seed),
         batch_sampler=order,
         num_workers=cfg.DATALOADER.NUM_WORKERS,
-        worker_init_fn=_outlive_sigterm if closed else None,
+        worker_init_fn=partial(_begin_worker, closed),
         collate_fn=_as_list,
         generator=torch.Generator().manual_seed(seed),  # or iter() would draw from the training's random numbers
     )
@@ -222,9 +228,12 @@ class _Samples(Dataset):
         raise RuntimeError("the mapper refused 1000 images in a row. Check INPUT and the data set.")
 
 
-def _outlive_sigterm(worker: int) -> None:
-    """Let a worker go on for a minute after the signal."""
-    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(60))
+def _begin_worker(closed: bool, worker: int) -> None:
+    """Let a worker go on for a minute after SIGTERM, and after Ctrl-C for as long as its training does."""
+    if closed:
+        signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(60))
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
 
 
 def _as_list(batch: list[Any]) -> list[Any]:

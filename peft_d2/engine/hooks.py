@@ -8,6 +8,8 @@ import os
 import random
 import signal
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -20,7 +22,10 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from peft_d2 import memory, peft
+from peft_d2.engine.errors import INTERRUPTED
 from peft_d2.engine.step import unwrapped
+
+_SAME_KEY = 1.0  # seconds within which torchrun passes on the Ctrl-C that the terminal has sent already
 
 logger = logging.getLogger(__name__)
 
@@ -163,43 +168,57 @@ class ProveLive(HookBase):
 
 
 class SaveOnSignal(HookBase):
-    """On SIGTERM finish the step, save, and leave with exit code 0; ``--resume`` goes on from there."""
+    """On SIGTERM or Ctrl-C finish the step, save, and leave; ``--resume`` goes on from there.
+
+    A second Ctrl-C leaves at once. A signal that is ignored, as SIGINT is in the background, stays so.
+    """
 
     def __init__(self) -> None:
-        self._previous: Any = None
+        self._previous: dict[int, Any] = {}
         self._process = 0
+        self._interrupted = 0.0
 
     def before_train(self) -> None:
-        """Take the signal over."""
-        self._process = os.getpid()
-        try:
-            self._previous = signal.signal(signal.SIGTERM, self._request)
-        except ValueError:  # signals belong to the main thread
-            logger.debug("not in the main thread: SIGTERM keeps its meaning")
+        """Take the signals over."""
+        self._process, self._interrupted = os.getpid(), 0.0
+        if threading.current_thread() is not threading.main_thread():
+            logger.debug("not in the main thread: signals keep their meaning")
+            return
+        for number in (signal.SIGTERM, signal.SIGINT):
+            if signal.getsignal(number) != signal.SIG_IGN:
+                self._previous[number] = signal.signal(number, self._request)
 
     def _request(self, number: int, frame: Any) -> None:
         if os.getpid() != self._process:  # a fork, of a pool say, inherits the handler: it would never end
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
+        if number == signal.SIGINT:
+            now = time.monotonic()
+            if self._interrupted and now > self._interrupted + _SAME_KEY:
+                raise KeyboardInterrupt
+            self._interrupted = self._interrupted or now
+            os.write(2, INTERRUPTED)
         self.trainer._trainer.stop_requested = True  # the step tells all processes: all leave after the same one
 
     def after_step(self) -> None:
-        """Save and leave where the signal has come.
+        """Save and leave where a signal has come.
 
         Raises:
-            SystemExit: with code 0.
+            SystemExit: with code 0, after SIGTERM.
+            KeyboardInterrupt: after Ctrl-C.
         """
         trainer = self.trainer
         if trainer._trainer.stop and trainer.iter + 1 < trainer.max_iter:
             trainer.checkpointer.save(f"{trainer.checkpointer.prefix}_{trainer.iter:07d}", iteration=trainer.iter)
             comm.synchronize()
-            logger.info("SIGTERM: saved after iteration %d; run again with --resume.", trainer.iter)
-            raise SystemExit(0)
+            reason = "Ctrl-C" if self._interrupted else "SIGTERM"
+            logger.info("%s: saved after iteration %d; run again with --resume.", reason, trainer.iter)
+            raise KeyboardInterrupt if self._interrupted else SystemExit(0)
 
     def after_train(self) -> None:
-        """Give the signal its former meaning back."""
-        if self._previous is not None:
-            signal.signal(signal.SIGTERM, self._previous)
+        """Give the signals their former meaning back."""
+        while self._previous:
+            signal.signal(*self._previous.popitem())
 
 
 class Writers(PeriodicWriter):

@@ -34,6 +34,7 @@ from peft_d2.data.images import lies_inside
 from peft_d2.engine.checks import apply_class_count, check_run, run_lock
 from peft_d2.engine.config import AUTO, LoadedConfig, load_config
 from peft_d2.engine.errors import (
+    INTERRUPTED,
     ConfigError,
     LimitReached,
     is_expected,
@@ -460,30 +461,48 @@ def launch(function: Callable[..., Any], args: tuple[Any, ...], layout: Layout) 
                 "--num-machines > 1 needs --dist-url tcp://HOST:PORT, an address of machine 0 that all can reach."
             )
         layout = Layout(layout.processes, url=f"tcp://127.0.0.1:{_free_port()}", on_cpu=layout.on_cpu)
-    messages, previous = mp.get_context(_START).SimpleQueue(), signal.getsignal(signal.SIGTERM)
+    messages, interrupted = mp.get_context(_START).SimpleQueue(), False
     parts = (function, args, layout, messages)
-    context: Any = mp.start_processes(_process, parts, layout.processes, join=False, start_method=_START)
+    with _signals({signal.SIGINT: signal.SIG_IGN}):  # the terminal sends Ctrl-C to all of them; this one passes it on
+        context: Any = mp.start_processes(_process, parts, layout.processes, join=False, start_method=_START)
     # torch 2.4 knows no grace period: it ends the others at once.
     grace = {"grace_period": _GRACE} if "grace_period" in inspect.signature(context.join).parameters else {}
 
     def pass_on(number: int, frame: Any) -> None:
-        """A SIGTERM for this process is one for those that it started: they save and leave in order."""
+        """What is for this process is for those that it started: they save and leave in order; told twice, at once."""
+        nonlocal interrupted
+        twice, interrupted = interrupted and number == signal.SIGINT, interrupted or number == signal.SIGINT
         for process in context.processes:
             if process.is_alive():
-                os.kill(process.pid, number)
+                os.kill(process.pid, signal.SIGKILL if twice else signal.SIGTERM)
+        if number == signal.SIGINT and not twice:
+            os.write(2, INTERRUPTED)
 
-    with contextlib.suppress(ValueError):  # signals belong to the main thread
-        signal.signal(signal.SIGTERM, pass_on)
-    try:
-        while not context.join(**grace):
-            pass
-    except (mp.ProcessExitedException, mp.ProcessRaisedException) as error:
-        _report(error, messages, context.processes)
-        raise SystemExit(1) from error
-    finally:
-        with contextlib.suppress(ValueError):
-            signal.signal(signal.SIGTERM, previous)
+    with _signals({signal.SIGTERM: pass_on, signal.SIGINT: pass_on}):
+        try:
+            while not context.join(**grace):
+                pass
+        except (mp.ProcessExitedException, mp.ProcessRaisedException) as error:
+            if not interrupted:
+                _report(error, messages, context.processes)
+                raise SystemExit(1) from error
+    if interrupted:
+        raise KeyboardInterrupt
     return None
+
+
+@contextlib.contextmanager
+def _signals(handlers: dict[int, Any]) -> Iterator[None]:
+    """Have signals handled so, as far as this is the main thread, to which they belong."""
+    previous: dict[int, Any] = {}
+    with contextlib.suppress(ValueError):
+        for number, handler in handlers.items():
+            previous[number] = signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def _report(error: Exception, messages: Any, processes: list[Any]) -> None:

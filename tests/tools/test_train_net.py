@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -316,6 +317,35 @@ def test_an_error_is_said_once_and_last(run: Callable[..., str], finished: Path,
     error = run("train_net", "--config-file", config, *opts, "SOLVER.WARMUP_ITERS", 0, fails=True)
     assert error.strip().splitlines()[-1].startswith("error: iteration ") and "Traceback" not in error
     assert (tmp_path / "log.txt").read_text().count("The step was not applied") == 1
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_ctrl_c_saves_and_leaves(finished: Path, run: Callable[..., str], tmp_path: Path, processes: int) -> None:
+    """Which a terminal sends to the training, to those that it started, and to their workers."""
+    config = ("--config-file", finished / "lora" / "config.yaml")
+    opts = f"OUTPUT_DIR {tmp_path} DATASETS.TEST () DATALOADER.NUM_WORKERS 1 SOLVER.CHECKPOINT_PERIOD 1000000".split()
+    command = [sys.executable, ROOT / "tools" / "train_net.py", *config, "--num-processes", processes, *opts]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with (tmp_path / "console.txt").open("w") as console:
+        training = subprocess.Popen(
+            [str(c) for c in (*command, "SOLVER.MAX_ITER", 100_000)],
+            env=environment, stdout=console, stderr=console, start_new_session=True,
+        )  # fmt: skip
+        while not (tmp_path / "metrics.json").is_file() and training.poll() is None:  # until the training begins
+            time.sleep(0.02)
+        os.killpg(training.pid, signal.SIGINT)
+        try:
+            status = training.wait(timeout=60)
+        finally:
+            if training.poll() is None:
+                os.killpg(training.pid, signal.SIGKILL)
+    said = (tmp_path / "console.txt").read_text()
+    assert status == 130 and "Traceback" not in said, said[-3000:]
+    assert said.count("a second one leaves at once") == 1 and "saved after iteration" in said
+    (saved,) = tmp_path.glob("adapter_*")
+    reached = int(saved.name[8:])
+    console = run("train_net", *config, "--resume", *opts, "SOLVER.MAX_ITER", reached + 3)
+    assert f"Starting training from iteration {reached + 1}" in console
 
 
 @pytest.mark.parametrize("limit", ["NOFILE", "AS"])
