@@ -493,11 +493,12 @@ def launch(function: Callable[..., Any], args: tuple[Any, ...], layout: Layout) 
 
 @contextlib.contextmanager
 def _signals(handlers: dict[int, Any]) -> Iterator[None]:
-    """Have signals handled so, as far as this is the main thread, to which they belong."""
+    """Have signals handled so, those that are not ignored, as SIGINT is in the background; in the main thread alone."""
     previous: dict[int, Any] = {}
     with contextlib.suppress(ValueError):
         for number, handler in handlers.items():
-            previous[number] = signal.signal(number, handler)
+            if signal.getsignal(number) != signal.SIG_IGN:
+                previous[number] = signal.signal(number, handler)
     try:
         yield
     finally:

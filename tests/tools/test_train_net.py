@@ -330,6 +330,7 @@ def test_ctrl_c_saves_and_leaves(finished: Path, run: Callable[..., str], tmp_pa
         training = subprocess.Popen(
             [str(c) for c in (*command, "SOLVER.MAX_ITER", 100_000)],
             env=environment, stdout=console, stderr=console, start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # these tests may run in the background
         )  # fmt: skip
         while not (tmp_path / "metrics.json").is_file() and training.poll() is None:  # until the training begins
             time.sleep(0.02)
