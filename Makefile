@@ -1,6 +1,6 @@
 # make demo     fine-tune, evaluate and picture a small Mask2Former
 # make test     run the tests
-# make test-fast run those that take no training (five minutes on two cores)
+# make test-fast run those that take no training (a minute and a half on two cores)
 # make lint     run ruff and mypy
 # make docs     build the documentation's site in build/site
 # make gpu-kit  fill gpu_kit/ with what tools/check_gpu.sh needs on a machine with a GPU and no network
