@@ -26,8 +26,6 @@ class LimitReached(RuntimeError):
     """The machine, or a limit set for the process, has no more memory or file handles."""
 
 
-# What a signal's handler writes to stderr.
-INTERRUPTED = b"\nCtrl-C: the step is finished and saved first; a second one leaves at once.\n"
 _RESUME = "The last checkpoint is good: run again with --resume"
 _LIMITS = {
     r"too many open files|received \d+ items of ancdata": "no more file handles ({said}). " + _RESUME + ", with a "

@@ -8,7 +8,6 @@ import os
 import random
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -22,7 +21,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from peft_d2 import memory, peft
-from peft_d2.engine.errors import INTERRUPTED
+from peft_d2.engine.signals import INTERRUPTED, handled
 from peft_d2.engine.step import unwrapped
 
 _SAME_KEY = 1.0  # seconds within which torchrun passes on the Ctrl-C that the terminal has sent already
@@ -174,19 +173,14 @@ class SaveOnSignal(HookBase):
     """
 
     def __init__(self) -> None:
-        self._previous: dict[int, Any] = {}
+        self._taken = contextlib.ExitStack()
         self._process = 0
         self._interrupted = 0.0
 
     def before_train(self) -> None:
         """Take the signals over."""
         self._process, self._interrupted = os.getpid(), 0.0
-        if threading.current_thread() is not threading.main_thread():
-            logger.debug("not in the main thread: signals keep their meaning")
-            return
-        for number in (signal.SIGTERM, signal.SIGINT):
-            if signal.getsignal(number) != signal.SIG_IGN:
-                self._previous[number] = signal.signal(number, self._request)
+        self._taken.enter_context(handled(dict.fromkeys((signal.SIGTERM, signal.SIGINT), self._request)))
 
     def _request(self, number: int, frame: Any) -> None:
         if os.getpid() != self._process:  # a fork, of a pool say, inherits the handler: it would never end
@@ -217,8 +211,7 @@ class SaveOnSignal(HookBase):
 
     def after_train(self) -> None:
         """Give the signals their former meaning back."""
-        while self._previous:
-            signal.signal(*self._previous.popitem())
+        self._taken.close()
 
 
 class Writers(PeriodicWriter):

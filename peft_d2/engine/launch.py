@@ -34,13 +34,13 @@ from peft_d2.data.images import lies_inside
 from peft_d2.engine.checks import apply_class_count, check_run, run_lock
 from peft_d2.engine.config import AUTO, LoadedConfig, load_config
 from peft_d2.engine.errors import (
-    INTERRUPTED,
     ConfigError,
     LimitReached,
     is_expected,
     message_of,
     named,
 )
+from peft_d2.engine.signals import INTERRUPTED, handled
 
 FILE_ONLY = {"file_only": True}  # logger.info(..., extra=FILE_ONLY): into the log's file, not to the terminal
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -463,7 +463,7 @@ def launch(function: Callable[..., Any], args: tuple[Any, ...], layout: Layout) 
         layout = Layout(layout.processes, url=f"tcp://127.0.0.1:{_free_port()}", on_cpu=layout.on_cpu)
     messages, interrupted = mp.get_context(_START).SimpleQueue(), False
     parts = (function, args, layout, messages)
-    with _signals({signal.SIGINT: signal.SIG_IGN}):  # the terminal sends Ctrl-C to all of them; this one passes it on
+    with handled({signal.SIGINT: signal.SIG_IGN}):  # the terminal sends Ctrl-C to all of them; this one passes it on
         context: Any = mp.start_processes(_process, parts, layout.processes, join=False, start_method=_START)
     # torch 2.4 knows no grace period: it ends the others at once.
     grace = {"grace_period": _GRACE} if "grace_period" in inspect.signature(context.join).parameters else {}
@@ -478,7 +478,7 @@ def launch(function: Callable[..., Any], args: tuple[Any, ...], layout: Layout) 
         if number == signal.SIGINT and not twice:
             os.write(2, INTERRUPTED)
 
-    with _signals({signal.SIGTERM: pass_on, signal.SIGINT: pass_on}):
+    with handled({signal.SIGTERM: pass_on, signal.SIGINT: pass_on}):
         try:
             while not context.join(**grace):
                 pass
@@ -489,21 +489,6 @@ def launch(function: Callable[..., Any], args: tuple[Any, ...], layout: Layout) 
     if interrupted:
         raise KeyboardInterrupt
     return None
-
-
-@contextlib.contextmanager
-def _signals(handlers: dict[int, Any]) -> Iterator[None]:
-    """Have signals handled so, those that are not ignored, as SIGINT is in the background; in the main thread alone."""
-    previous: dict[int, Any] = {}
-    with contextlib.suppress(ValueError):
-        for number, handler in handlers.items():
-            if signal.getsignal(number) != signal.SIG_IGN:
-                previous[number] = signal.signal(number, handler)
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def _report(error: Exception, messages: Any, processes: list[Any]) -> None:

@@ -63,7 +63,7 @@ def read_masks(folder: Path, split: str) -> Export | None:
             continue
         for place in _mask_places(path, folder):
             if place.is_dir() and (
-                files := [p for p in visible(place) if p.parent == place and p.suffix.lower() in IMAGE_SUFFIXES]
+                files := sorted(p for p in place.glob("[!.]*") if p.suffix.lower() in IMAGE_SUFFIXES)
             ):
                 export.images[path] = [Thing("object", mask=_colours(file) > 0) for file in files]
                 break
