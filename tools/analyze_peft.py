@@ -4,8 +4,8 @@
     tools/analyze_peft.py --config-file configs/coco/instance/mask2former_swin_t.yaml \
         --peft-config configs/peft/mask2former/lora.yaml configs/peft/mask2former/heads.yaml --json figures.json
 
-Each case lives in a process of its own, so that memory is its own, and the processes take turns step by step. Of the
-rounds the fastest counts: whatever else the machine does can only add to a time.
+Each case lives in a process of its own, so that memory is its own, and the processes take turns; what waits holds no
+memory but its weights and optimizer. Of the rounds the fastest counts: whatever else the machine does can only add.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def analysis_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--size", type=int, default=512, help="height and width of the images")
     parser.add_argument("--batch", type=int, default=1, help="images of a training step; inference takes one")
-    parser.add_argument("--rounds", type=int, default=5, help="how often each is measured, after one to warm up")
+    parser.add_argument("--rounds", type=int, default=5, help="how often each is measured, each time after a warm-up")
     parser.add_argument(
         "--clock",
         choices=tuple(CLOCKS),
@@ -147,16 +147,14 @@ def analyze(args: argparse.Namespace) -> list[Figures]:
     return figures
 
 
-def take_turns(
-    peers: Sequence[Peer], rounds: int, groups: Sequence[Sequence[str]], warm: bool = False
-) -> list[Figures]:
-    """Measure every peer ``rounds`` times, after one to warm up unless they are; all do one of ``groups`` at a time."""
-    for number in range(int(warm), rounds + 1):
+def take_turns(peers: Sequence[Peer], rounds: int, groups: Sequence[Sequence[str]]) -> list[Figures]:
+    """Measure every peer ``rounds`` times; all do one of ``groups`` at a time."""
+    for number in range(rounds):
         for whats in groups:  # what is compared follows one another at once
             for peer in peers:
                 for what in whats:
-                    peer.measure(what, keep=number > 0)
-        print(f"round {number} of {rounds} done", file=sys.stderr, flush=True)
+                    peer.measure(what)
+        print(f"round {number + 1} of {rounds} done", file=sys.stderr, flush=True)
     return [peer.figures() for peer in peers]
 
 
@@ -266,13 +264,13 @@ class Peer:
             raise answer
         return answer
 
-    def measure(self, what: str, keep: bool) -> None:
-        """Take one time; the first ones only warm up."""
+    def measure(self, what: str) -> None:
+        """Take one time."""
         seconds = self.ask(what)
-        if keep and seconds is not None:
+        if seconds is not None:
             self.times[what].append(seconds)
         if what == "step" and self.twin is not None:
-            self.twin.measure(what, keep)
+            self.twin.measure(what)
 
     def best(self, what: str) -> float | None:
         """The shortest time taken of `what`."""
@@ -441,11 +439,14 @@ class Case:
 
     def _seconds(self, function: Callable[[], Any]) -> float:
         wait = torch.cuda.synchronize if self._on_gpu() else (lambda: None)
+        function()  # the one before gave its memory back, and a training's steps find theirs at hand
         wait()
         start = self._clock()
         function()
         wait()
-        return self._clock() - start
+        seconds = self._clock() - start
+        return_freed_memory()  # a dozen processes that wait may not hold a dozen peaks
+        return seconds
 
 
 def random_sample(size: int, classes: int) -> dict[str, Any]:

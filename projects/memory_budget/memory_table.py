@@ -36,7 +36,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", default="output/memory_budget", metavar="DIR", help="where all is written")
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS), metavar="MODEL")
-    parser.add_argument("--rounds", default="2", help="how often each is measured, after one to warm up")
+    parser.add_argument("--rounds", default="2", help="how often each is measured")
     parser.add_argument("--clock", default="wall", help="cpu on a busy machine")
     parser.add_argument("--size", help="of the images, in place of the file's")
     args = parser.parse_args()
@@ -67,15 +67,14 @@ def measure(name: str, file: Path, args: argparse.Namespace) -> None:
             case = analysis_parser().parse_args([*words, *opts])
             peer = stack.enter_context(Peer(title, str(ROOT / "configs" / "peft" / "full.yaml"), case, budget=budget))
             try:
-                for _ in range(1 if peers else 2):  # the first takes less, and shares are of a later one's peak
-                    peer.measure("step", keep=False)
+                peer.ask("step")  # shares are of the first row's peak
                 peers.append(peer)
                 print(f"{name}: {title} is ready", file=sys.stderr, flush=True)
             except ConfigError as error:
                 if not peers:
                     raise
                 print(f"{name}: {title}: {error}", file=sys.stderr, flush=True)
-        figures = take_turns(peers, int(args.rounds), [["step"]], warm=True)
+        figures = take_turns(peers, int(args.rounds), [["step"]])
         write_json(file, analysis_parser().parse_args(words), figures, peers[0].ask("operator"))
 
 
