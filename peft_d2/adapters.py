@@ -163,7 +163,7 @@ def _stored(model: nn.Module, metrics: Mapping[str, Any] | None, name: str | Non
     if injection is None:
         raise ValueError("the model has no adapter to save: call peft_d2.inject(model, methods) first")
     peft.require_intact(model)
-    name = name or injection.active
+    name = injection.active if name is None else name
     if name == peft.BASE:
         raise ValueError("the base is in effect, which is no adapter: name one, save_adapter(model, folder, name=...)")
     _warn_of_strays(model)
@@ -233,6 +233,8 @@ def load_adapters(
         before.require_plain()
     if taken := [name for name in folders if name == peft.BASE or (before is not None and name in before.adapters)]:
         raise peft.InjectionError(f"the name {taken[0]!r} is taken: give the adapter another one")
+    for name in folders:
+        peft.check_name(name)
     with _as_before_on_error(root):
         peft.serve_adapters(root)
         return {
@@ -264,6 +266,9 @@ def _load(
 ) -> AdapterFile:
     """Load one adapter; ``other_classes`` takes heads of another class count."""
     model = _root(model)
+    peft.check_name(name)
+    if name == peft.BASE:
+        raise peft.InjectionError(f"{name!r} names the base itself, without an adapter: choose another name")
     if injection := peft.get_injection(model):
         injection.require_plain()
     if empty := next((name for name, value in model.named_parameters() if value.is_meta), ""):

@@ -114,8 +114,6 @@ def build_model(cfg: Any) -> nn.Module:
     """
     from detectron2 import modeling
 
-    from peft_d2.models.registration import TRANSFORMER_DECODER_REGISTRY
-
     _check_resnet(cfg)
     try:
         return modeling.build_model(cfg)
@@ -124,8 +122,7 @@ def build_model(cfg: Any) -> nn.Module:
         if not found:
             raise
         name, kind = found.groups()
-        ours = {"TRANSFORMER_DECODER": TRANSFORMER_DECODER_REGISTRY}
-        registry: Any = ours.get(kind) or getattr(modeling, f"{kind}_REGISTRY", ())
+        registry: Any = getattr(modeling, f"{kind}_REGISTRY", ())
         keys = [key for key, value in leaves(cfg) if value == name]
         raise ConfigError(
             f"{' and '.join(keys) or 'the config'}: {name!r} is not registered as {kind}"

@@ -142,13 +142,12 @@ def fit_memory(
         agree: of several processes' excess over the budget, the one that counts for all; they must take equal pieces.
 
     Raises:
-        InjectionError: nothing is trained.
+        InjectionError: nothing is trained, no step can be run, or there are no values: the meta device.
         MemoryBudgetError: the budget cannot be met; the message names the smallest that can.
     After an error the model is as before, with an earlier plan if it had one.
     """
+    _check(model, batch)
     limit = _limit(budget, model)
-    if not _trained_bytes(model):
-        raise InjectionError("no parameter of the model is trained: inject before fit_memory, or set requires_grad")
     before = {module: module.memory_block for module in model.modules() if isinstance(module, Block)}
     release_memory(model)
     if limit is not None and device_of(model).type == "cpu":
@@ -203,6 +202,24 @@ def _put_back(model: nn.Module, before: dict[Block, BlockState]) -> None:
     release_memory(model)
     for module, state in before.items():
         vars(make_block(module, state.name)).update(vars(state))
+
+
+def _check(model: nn.Module, batch: Any) -> None:
+    """Refuse what no step can be measured of."""
+    if not isinstance(model, nn.Module):
+        raise InjectionError(f"expected the model, an nn.Module, got {type(model).__name__}")
+    if not _trained_bytes(model):
+        raise InjectionError("no parameter of the model is trained: inject before fit_memory, or set requires_grad")
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    if empty := next((name for name, value in tensors if value.is_meta), ""):
+        raise InjectionError(
+            f"the model is on the meta device ({empty} has no values), and a step is measured by running it: "
+            "model.to_empty(device=...), then give it its weights"
+        )
+    if isinstance(batch, list | tuple) and not batch:
+        raise InjectionError("the batch is empty: give fit_memory one as large as any to come")
+    if torch.is_inference_mode_enabled():
+        raise InjectionError("a step is measured with gradients: call fit_memory outside of torch.inference_mode()")
 
 
 def _limit(budget: float | str | None, model: nn.Module) -> int | None:

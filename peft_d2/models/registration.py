@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -11,6 +12,7 @@ from fvcore.common.registry import Registry
 
 from peft_d2.data.config import add_keys
 from peft_d2.models import feature_cache
+from peft_d2.models.checks import ModelConfigError
 
 TRANSFORMER_DECODER_REGISTRY = Registry("TRANSFORMER_DECODER")
 TRANSFORMER_DECODER_REGISTRY.__doc__ = """
@@ -60,6 +62,23 @@ def register(upstream_names: bool = False) -> None:
     if upstream_names:
         for registry in {id(entry[0]): entry[0] for entry in _ENTRIES}.values():
             _lend(registry, {entry[3]: entry[1] for entry in _ENTRIES if entry[0] is registry and entry[3]})
+
+
+def registered(registry: Registry, key: str, name: str) -> Callable[..., Any]:
+    """What ``name``, the value of the config key ``key``, stands for in ``registry``.
+
+    Raises:
+        ModelConfigError: nothing; the official packages have a registry of decoders of their own.
+    """
+    if name not in registry:
+        known = sorted(known for known, _ in registry)
+        near = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or known
+        raise ModelConfigError(
+            f"{key}: {name!r} is not registered as {registry._name}; the nearest names are {near}. What another "
+            f"package keeps in a registry of its own is made known by {registry._name}_REGISTRY.register(the_class) of "
+            "peft_d2.models.registration"
+        )
+    return registry.get(name)
 
 
 def _lend(registry: Registry, names: dict[str, Callable[..., Any]]) -> None:

@@ -14,7 +14,7 @@ from .errors import (
     PatternError,
     PeftError,
 )
-from .inject import Report, add_adapter, inject, make_report, match_targets
+from .inject import Report, add_adapter, check_name, inject, make_report, match_targets
 from .merge import combine_adapters, delete_adapter, disabled, merge, merge_whole, remove, set_adapter, unmerge
 from .methods import METHODS
 from .mixed import serve_adapters

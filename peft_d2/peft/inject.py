@@ -51,6 +51,7 @@ from .state import (
     injected_root,
     refuse_wrapper,
     start_hashes,
+    trainable_tensors,
     unstorable,
 )
 from .targets import EVERYTHING, ModelIndex, Target, match, resolve_train
@@ -66,6 +67,7 @@ def match_targets(model: nn.Module, pattern: str) -> list[str]:
     return match(pattern, ModelIndex.of(model).module_names())
 
 
+@trainable_tensors
 def inject(
     model: nn.Module, methods: Entries = (), train: Patterns = (), name: str = "default", example: Any = None
 ) -> Report:
@@ -87,7 +89,7 @@ def inject(
     On an error the model is as it was.
     """
     _check_model(model)
-    _check_name(name)
+    check_name(name)
     entries, patterns = _listed(methods, "methods", MethodError), _listed(train, "TRAIN", PatternError)
     plan = Plan(model, entries, patterns, name == BASE, example)
     everything = EVERYTHING in plan.train
@@ -109,9 +111,12 @@ def inject(
         model._register_load_state_dict_pre_hook(before_load, with_module=True)
         model._register_state_dict_hook(after_state_dict)
         injection.current.start = start_hashes(injection, name)
+    if torch.is_inference_mode_enabled():
+        logger.warning("The model was made under torch.inference_mode(): it can predict, and never be trained.")
     return make_report(model)
 
 
+@trainable_tensors
 def add_adapter(
     model: nn.Module, name: str, methods: Entries = None, train: Patterns = None, example: Any = None
 ) -> Report:
@@ -125,7 +130,7 @@ def add_adapter(
     On an error the model is as it was.
     """
     root, injection = injected(model)
-    _check_name(name)
+    check_name(name)
     if name in injection.adapters:
         raise InjectionError(f"there is an adapter {name!r} already")
     injection.require_plain()
@@ -342,11 +347,17 @@ def _set_trainable(tensor: Tensor) -> None:
         tensor.requires_grad_(True)
 
 
-def _check_name(name: str) -> None:
-    if not isinstance(name, str) or not re.fullmatch(r"[\w\-]+", name) or hasattr(nn.ModuleDict(), name):
-        raise InjectionError(
-            f"{name!r} cannot name an adapter: expected letters, digits, _ and -, and no attribute of torch modules"
-        )
+def check_name(name: str) -> None:
+    """Raise InjectionError for what cannot name an adapter: the name is a module's, too, and part of keys."""
+    if not isinstance(name, str) or not re.fullmatch(r"[\w\-]+", name):
+        reason = "expected letters, digits, _ and -"
+        if isinstance(name, str) and (proposal := re.sub(r"[^\w\-]+", "_", name).strip("_")):
+            reason += f", such as {proposal!r}"
+    elif hasattr(nn.ModuleDict(), name):
+        reason = f"torch's modules have an attribute of that name; choose another, such as {name + '_1'!r}"
+    else:
+        return
+    raise InjectionError(f"{name!r} cannot name an adapter: {reason}")
 
 
 def _check_model(model: nn.Module) -> None:

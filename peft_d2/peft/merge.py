@@ -22,7 +22,7 @@ from .adapted import STORE, Adapted, join
 from .errors import InjectionError, shortened
 from .inject import Report, add_adapter, forget_adapter, undo
 from .lora.factors import LowRank
-from .state import Injection, injected, low_ranks
+from .state import Injection, injected, low_ranks, trainable_tensors
 
 logger = logging.getLogger(__name__)
 KINDS = ("linear", "svd")
@@ -134,6 +134,7 @@ def delete_adapter(model: nn.Module, name: str) -> None:
     forget_adapter(injected(model)[0], name)
 
 
+@trainable_tensors
 def remove(model: nn.Module, keep: bool = False) -> nn.Module:
     """Undo the injection: every module has its own class and its own Parameters again, and nothing injected is left.
 

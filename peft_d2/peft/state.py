@@ -6,12 +6,13 @@ back without them, the values that are not installed now: the base's of what is 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,8 @@ from .methods import METHODS
 from .targets import BaseTensor, ModelIndex
 
 logger = logging.getLogger(__name__)
+P = ParamSpec("P")
+R = TypeVar("R")
 ATTRIBUTE = "_peft_injection"  # of the model itself, so that copies and pickles carry their own
 BASE = "base"  # the adapter without layers and values of its own, which is the base itself
 _WRAPPERS = ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "OptimizedModule")
@@ -136,7 +139,11 @@ class Injection:
             InjectionError: there is none.
         """
         if name not in self.adapters:
-            raise InjectionError(f"there is no adapter {name!r}; this model has {', '.join(map(repr, self.adapters))}")
+            known = ", ".join(map(repr, self.adapters))
+            raise InjectionError(
+                f"there is no adapter {name!r}; this model has {known}. load_adapter(model, folder, name=...) and "
+                "peft.add_adapter(model, name) make another"
+            )
         return self.adapters[name]
 
 
@@ -148,6 +155,24 @@ def injected_root(model: nn.Module) -> nn.Module | None:
             return seen
         seen = seen._modules.get("module") or seen._modules.get("_orig_mod")
     return None
+
+
+def trainable_tensors(function: Callable[P, R]) -> Callable[P, R]:
+    """Let a function whose first argument is a model make tensors that can be trained, within inference mode, too.
+
+    A model that was made in inference mode itself can never be trained, and all that is added is as it is.
+    """
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        model = args[0] if args else kwargs.get("model")
+        mode = isinstance(model, nn.Module) and any(value.is_inference() for value in model.parameters())
+        if mode == torch.is_inference_mode_enabled():
+            return function(*args, **kwargs)
+        with torch.inference_mode(mode):
+            return function(*args, **kwargs)
+
+    return call
 
 
 def refuse_wrapper(model: nn.Module) -> None:
@@ -239,6 +264,7 @@ def adapter_state_dict(model: nn.Module, name: str = "default") -> dict[str, Ten
     return {key: value.detach() for key, value in _tensors(injected(model)[1], name).items()}
 
 
+@trainable_tensors
 @torch.no_grad()
 def load_adapter_state_dict(
     model: nn.Module, state: Mapping[str, Tensor], name: str = "default", other_classes: bool = False

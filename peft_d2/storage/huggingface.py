@@ -8,7 +8,8 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -101,24 +102,30 @@ def read(folder: str | os.PathLike[str], model: nn.Module | None = None) -> Adap
     except OSError as error:
         raise AdapterFileError(path, error.strerror or str(error), remedy) from error
     if wrapper := _wrapper(stored, model):
-        defect = f"its tensors lie below {wrapper!r}, as of a model inside another (DistributedDataParallel, say)"
-        remedy = "peft itself loads it into no other model, either: save it there from the model inside the wrapper"
-        raise AdapterFileError(path, defect, remedy)
+        logger.info("%s is of a model inside another, which it calls %r: that name is taken off.", path, wrapper)
     try:
-        return _Reader({key: value for key, value in config.items() if value is not None}, stored, model).content()
+        known = {key: value for key, value in config.items() if value is not None}
+        return _without(wrapper, _Reader(known, stored, model, wrapper).content())
     except ValueError as error:
         remedy = "train a plain LoRA or DoRA in peft, or merge this one there into the base (merge_and_unload)"
         raise AdapterFileError(root, str(error), remedy) from None
 
 
 class _Reader:
-    """One folder of theirs on its way into ours; every method raises ValueError with what does not fit."""
+    """One folder of theirs on its way into ours; every method raises ValueError with what does not fit.
 
-    def __init__(self, config: Mapping[str, Any], stored: Mapping[str, Tensor], model: nn.Module | None) -> None:
+    Names are those of the file, in which the model may lie below ``wrapper``: so the config's patterns mean what they
+    meant to `peft`.
+    """
+
+    def __init__(
+        self, config: Mapping[str, Any], stored: Mapping[str, Tensor], model: nn.Module | None, wrapper: str = ""
+    ) -> None:
         _check_fields(config)
         self.config = config
         self.dora = bool(config.get("use_dora"))
-        self.by_name = dict(model.named_modules(remove_duplicate=False)) if model is not None else {}
+        modules = [] if model is None else model.named_modules(remove_duplicate=False)
+        self.by_name = {".".join(filter(None, (wrapper, name))): module for name, module in modules}
         self.tensors = _named_as_in_model(stored)
         self._drop_unused_output_projections()
         tensors = {name: value for name, value in self.tensors.items() if _OUT_PROJ not in name}
@@ -319,12 +326,32 @@ def _check_fields(config: Mapping[str, Any]) -> None:
 
 
 def _wrapper(stored: Mapping[str, Tensor], model: nn.Module | None) -> str:
-    """The module's name, such as "module", that all tensors lie below and the model does not have, "" for none."""
+    """The name, such as "module" or "_orig_mod.module", that all tensors lie below and the model does not have."""
     names = [name.removeprefix(adapter_config.PREFIX).split(".") for name in stored]
     children = {name for name, _ in model.named_children()} if model is not None else set()
-    first = {name[0] for name in names}
-    inside = len(first) == 1 and not first & children and all(len(n) > 1 and n[1] in children for n in names)
-    return first.pop() if inside else ""
+    for depth in range(1, 4):
+        above, below = {tuple(name[:depth]) for name in names}, {name[depth] for name in names if len(name) > depth}
+        if len(above) != 1 or {name[depth - 1] for name in names} & children:
+            return ""
+        if below and below <= children:
+            return ".".join(above.pop())
+    return ""
+
+
+def _without(wrapper: str, content: AdapterFile) -> AdapterFile:
+    """What was read, with the names that the model has: those behind ``wrapper``."""
+    name, pattern = (f"{wrapper}." if wrapper else "", f"re:{re.escape(wrapper)}\\.")
+
+    def patterns(given: Iterable[str]) -> list[str]:
+        return [f"re:{item.removeprefix(pattern)}" if wrapper and item.startswith(pattern) else item for item in given]
+
+    return replace(
+        content,
+        tensors={key.removeprefix(name): value for key, value in content.tensors.items()},
+        methods=[{**entry, "TARGETS": patterns(entry["TARGETS"])} for entry in content.methods],
+        train=tuple(patterns(content.train)),
+        scales={key.removeprefix(name): value for key, value in content.scales.items()},
+    )
 
 
 def _named_as_in_model(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -237,7 +237,7 @@ TENSORS: dict[str, tuple[Any, str]] = {
     "no module": (lambda t: {k.replace("layers.0", "layers.7"): v for k, v in t.items()}, r"layers\\\\.7\\\\.fc1"),
     "another kind": (lambda t: {**t, FACTOR.replace("lora_A", "lora_E"): t[FACTOR].clone()}, "not known"),
     "no factors": (lambda t: {"base_model.model.head.bias": torch.zeros(4)}, "no factors"),
-    "another prefix": (lambda t: {k.removeprefix("base_model."): v for k, v in t.items()}, "lie below 'model'"),
+    "another prefix": (lambda t: {k.removeprefix("base_model."): v for k, v in t.items()}, "is not one of an adapter"),
     "a part of a head": (lambda t: {**t, "base_model.model.head.bias": torch.zeros(3)}, "shape of head.bias"),
 }  # fmt: skip
 

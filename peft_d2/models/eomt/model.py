@@ -67,7 +67,7 @@ class EoMT(MaskFormer):
         """As :class:`~peft_d2.models.layers.mask_classifier.MaskClassifier`; by windows where the config says so."""
         if self.training:
             self.anneal()
-        elif self.window:
+        elif self.window and not self.is_empty(batched_inputs):
             return [{"sem_seg": self.by_windows(item)} for item in batched_inputs]
         return super().forward(batched_inputs)
 

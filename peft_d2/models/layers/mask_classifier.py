@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -36,6 +37,22 @@ class PixelModel(nn.Module):
     def device(self) -> torch.device:
         """Where the model is, and its images go."""
         return self.pixel_mean.device
+
+    def is_empty(self, batched_inputs: Any) -> bool:
+        """Whether there is no image to predict.
+
+        Raises:
+            DatasetError: it is no list of dicts with an ``image``, or an empty one to train on.
+        """
+        listed = isinstance(batched_inputs, list | tuple)
+        if not listed or not all(isinstance(item, Mapping) and "image" in item for item in batched_inputs):
+            raise DatasetError(
+                f"the model takes a list of dicts with an 'image' (C, H, W), and got {type(batched_inputs).__name__}"
+                f"{' of others' if listed else ''}: model([{{'image': image}}])"
+            )
+        if self.training and not batched_inputs:
+            raise DatasetError("the batch is empty: there is nothing to train on. Skip such batches, or drop_last them")
+        return not batched_inputs
 
     def normalised(self, image: Tensor, name: Any = "an image") -> Tensor:
         """``image`` (C, H, W), called ``name`` in messages; other channels would be broadcast, and are refused."""
@@ -94,6 +111,8 @@ class MaskClassifier(PixelModel):
         Returns:
             Results are ``sem_seg`` (K, H, W), ``panoptic_seg`` (ids (H, W), segments) and ``instances``.
         """
+        if self.is_empty(batched_inputs):
+            return []
         batch = self.to_batch(batched_inputs)
         features = self.backbone(batch.tensor)
         if self.training:

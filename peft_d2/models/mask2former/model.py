@@ -19,7 +19,7 @@ from peft_d2.models.layers.criterion import HungarianMatcher, SetCriterion, auto
 from peft_d2.models.layers.mask_classifier import MaskClassifier
 from peft_d2.models.layers.postprocess import Canvas
 from peft_d2.models.layers.transformer import MLP, AttentionLayer, FFNLayer, SinePosition2d, input_projections
-from peft_d2.models.registration import TRANSFORMER_DECODER_REGISTRY, entry
+from peft_d2.models.registration import TRANSFORMER_DECODER_REGISTRY, entry, registered
 
 # What add_maskformer2_config adds, and of add_deeplab_config what published yaml files set. Ours sit under Detectron2's
 # own nodes, as upstream's functions replace MODEL.MASK_FORMER as a whole.
@@ -118,7 +118,8 @@ class MaskFormerHead(nn.Module):
         expect(source == _FEATURES, "MODEL.MASK_FORMER.TRANSFORMER_IN_FEATURE", source, f"{_FEATURES!r} for this head")
         expect_numbers("MODEL.SEM_SEG_HEAD", head, NUM_CLASSES=1, MASK_DIM=1)
         self.pixel_decoder: Any = SEM_SEG_HEADS_REGISTRY.get(head.PIXEL_DECODER_NAME)(cfg, input_shape)
-        decoder = TRANSFORMER_DECODER_REGISTRY.get(node.TRANSFORMER_DECODER_NAME)
+        key = f"MODEL.{self.config_node}.TRANSFORMER_DECODER_NAME"
+        decoder = registered(TRANSFORMER_DECODER_REGISTRY, key, node.TRANSFORMER_DECODER_NAME)
         self.predictor: Any = decoder(cfg, head.CONVS_DIM, mask_classification=True)
         self.num_classes = head.NUM_CLASSES
         self.ignore_value = head.IGNORE_VALUE

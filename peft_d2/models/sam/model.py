@@ -102,6 +102,8 @@ class SegmentAnything(PixelModel):
             There is an instance per prompt, in order, whose score is the expected IoU (times the ``box_scores``).
             Without any prompt there is one mask; with prompts of length 0 there is none.
         """
+        if self.is_empty(batched_inputs):
+            return []
         images = [self.preprocess(item["image"], item.get("file_name", "an image")) for item in batched_inputs]
         embeddings = self.encode(torch.stack(images))
         if self.training:

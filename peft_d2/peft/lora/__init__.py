@@ -7,6 +7,7 @@ factors.py has the variants (rsLoRA, DoRA, PiSSA); linear.py, attention.py and c
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -27,6 +28,7 @@ from .linear import EmbeddingLora, LinearLora, PackedLora
 
 __all__ = ["Lora", "LoraOptions", "LowRank"]
 
+logger = logging.getLogger(__name__)
 _LINEAR = (nn.Linear, NonDynamicallyQuantizableLinear)
 _KNOWN = (
     "nn.Linear, nn.Embedding, nn.Conv1d to 3d, nn.ConvTranspose1d to 3d, Detectron2's Conv2d, nn.MultiheadAttention "
@@ -90,7 +92,9 @@ class Lora(Method):
                 raise MethodError(f"{target.name}: COBOT shares one space, so every place needs the same RANK")
         made = [target.factory_kwargs() for target in targets for _ in self._parts(target) or ("whole",)]
         cobots = iter(orchestrate(options, first, made))
-        return [(target, self._layer(target, cobots)) for target in targets]
+        layers = [(target, self._layer(target, cobots)) for target in targets]
+        _warn_of_idle_ranks(layers)
+        return layers
 
     def _parts(self, target: Target) -> tuple[str, ...]:
         """q, k, v, out in order, as far as they are wanted at ``target``; empty for a module that is one weight."""
@@ -114,6 +118,23 @@ class Lora(Method):
             rows = module.weight.chunk(3)
             return PackedLora({p: LinearLora(rows[PARTS.index(p)], *made, next(cobots)) for p in parts})
         return LinearLora(module.weight, *made, next(cobots))
+
+
+def _warn_of_idle_ranks(layers: Sequence[tuple[Target, AdapterLayer]]) -> None:
+    """Say where a rank is above that of any change of the weight, the shorter side of it."""
+    idle = {
+        target.name: (len(item.lora_a), most)
+        for target, layer in layers
+        for item in layer.modules()
+        if isinstance(item, LowRank) and len(item.lora_a) > (most := min(len(item.lora_b), item.lora_a[0].numel()))
+    }
+    if idle:
+        name, (rank, most) = next(iter(idle.items()))
+        logger.warning(
+            "RANK is larger than any change of the weight of %d modules can use, as %d for %s, whose shorter side is "
+            "%d: a smaller one, or RANK_PATTERN, does the same with fewer parameters.",
+            *(len(idle), rank, name, most),
+        )
 
 
 def _option_problem(module: nn.Module, options: LoraOptions) -> str:

@@ -1,0 +1,180 @@
+"""Other people's Python: public names called in odd places and with odd values, a situation a row."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+pytest.importorskip("detectron2")
+
+from detectron2.config import CfgNode  # noqa: E402
+from detectron2.modeling import build_model  # noqa: E402
+
+import peft_d2  # noqa: E402
+from peft_d2 import peft  # noqa: E402
+from peft_d2.data.images import DatasetError  # noqa: E402
+from peft_d2.engine.config import load_config  # noqa: E402
+from peft_d2.models.checks import ModelConfigError  # noqa: E402
+
+from .conftest import ROOT  # noqa: E402
+
+LORA = [{"NAME": "lora", "RANK": 2, "TARGETS": ["0"]}]
+
+
+def net(seed: int = 0) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """An adapter of :func:`net`."""
+    peft_d2.inject(model := net(), LORA, ["2"])
+    for item in peft.trained_parameters(model):
+        item.param.data.normal_()
+    peft_d2.save_adapter(model, tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+INFERENCE: dict[str, Callable[[nn.Module, Path], Any]] = {
+    "inject": lambda model, _: peft_d2.inject(model, LORA, ["2"]),
+    "load_adapter": lambda model, folder: peft_d2.load_adapter(model, folder),
+    "load_adapters": lambda model, folder: peft_d2.load_adapters(model, {"a": folder, "b": folder}),
+    "add_adapter": lambda model, _: (peft_d2.inject(model, LORA, ["2"]), peft.add_adapter(model, "a")),
+    "remove": lambda model, folder: (peft_d2.load_adapter(model, folder), peft.remove(model)),
+}
+
+
+@pytest.mark.parametrize("name", INFERENCE)
+def test_what_is_made_within_inference_mode_can_be_trained(name: str, folder: Path) -> None:
+    model = net()
+    with torch.inference_mode():
+        INFERENCE[name](model, folder)
+    injection = peft.get_injection(model)
+    if injection is not None and "a" in injection.adapters:
+        peft_d2.set_adapter(model, "a")
+    if name == "remove":
+        model.requires_grad_(True)
+    model(torch.randn(2, 4)).sum().backward()
+    trained = [value for value in model.parameters() if value.requires_grad]
+    assert len(trained) == 4 and all(value.grad is not None for value in trained)
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_model_that_was_made_within_inference_mode_predicts(
+    inside: bool, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    peft_d2.load_adapter(expected := net(), folder)
+    with torch.inference_mode():
+        model = net()
+    with torch.inference_mode(inside), torch.no_grad(), caplog.at_level(logging.WARNING):
+        peft_d2.load_adapter(model, folder)
+        assert torch.equal(model(torch.ones(1, 4)), expected(torch.ones(1, 4)))
+    assert "it can predict, and never be trained" in caplog.text
+
+
+def few(name: str, *opts: str) -> CfgNode:
+    return load_config(str(ROOT / "tests" / "engine" / name), opts=["MODEL.DEVICE", "cpu", *opts]).cfg
+
+
+BATCHES: list[tuple[Any, str]] = [
+    ([], "the batch is empty"),
+    ({"image": torch.zeros(3, 64, 64)}, r"a list of dicts with an 'image' .* got dict: model\(\["),
+    (torch.zeros(1, 3, 64, 64), "got Tensor"),
+    ([torch.zeros(3, 64, 64)], "got list of others"),
+    (None, "got NoneType"),
+]
+
+
+@pytest.mark.parametrize("name", ["mask2former", "sam"])
+@pytest.mark.parametrize(("batch", "said"), BATCHES, ids=[said for _, said in BATCHES])
+def test_what_is_no_batch(name: str, batch: Any, said: str) -> None:
+    peft_d2.register()
+    cfg = few("tiny.yaml")
+    if name == "sam":
+        tiny_sam(cfg)
+    model = build_model(cfg)
+    with pytest.raises(DatasetError, match=said):
+        model.train()(batch)
+    if batch == []:
+        assert model.eval()(batch) == []
+    else:
+        with pytest.raises(DatasetError, match=said):
+            model.eval()(batch)
+
+
+def tiny_sam(cfg: CfgNode) -> None:
+    sizes = "IMAGE_SIZE: 64, EMBED_DIM: 32, DEPTH: 1, NUM_HEADS: 2, GLOBAL_BLOCKS: [0], OUT_CHANNELS: 32"
+    cfg.MODEL.META_ARCHITECTURE = "PD2SegmentAnything"
+    cfg.MODEL.SAM.merge_from_other_cfg(CfgNode.load_cfg(f"{{{sizes}, DECODER_MLP_DIM: 32, IOU_HEAD_HIDDEN: 32}}"))
+
+
+def test_a_decoder_of_another_package_under_our_head() -> None:
+    peft_d2.register()
+    cfg = few("tiny.yaml", "MODEL.MASK_FORMER.TRANSFORMER_DECODER_NAME", "StandardTransformerDecoder")
+    with pytest.raises(ModelConfigError, match=r"NAME: 'Standard.* TRANSFORMER_DECODER_REGISTRY.register\(the_class\)"):
+        build_model(cfg)
+
+
+NAMES: list[tuple[Any, str]] = [
+    ("day/night", "expected letters, digits, _ and -, such as 'day_night'$"),
+    ("a.b", "such as 'a_b'$"),
+    ("", "letters, digits, _ and -$"),
+    (None, "letters, digits, _ and -$"),
+    ("train", "torch's modules have an attribute of that name; choose another, such as 'train_1'$"),
+    ("base", "names the base itself, without an adapter: choose another name$"),
+]
+
+
+@pytest.mark.parametrize(("name", "said"), NAMES)
+def test_names_that_no_adapter_can_have(name: Any, said: str, folder: Path) -> None:
+    peft_d2.inject(model := net(), LORA, ["2"])
+    for call in (
+        lambda: peft_d2.inject(net(), LORA, name=name),
+        lambda: peft.add_adapter(model, name),
+        lambda: peft_d2.load_adapter(net(), folder, name=name),
+        lambda: peft_d2.load_adapter(model, folder, name=name),
+    ):
+        with pytest.raises(peft.InjectionError, match=said) as error:
+            call()
+        assert "inject the model as" not in str(error.value)
+    unknown = rf"there is no adapter {name!r}; this model has 'default'. load_adapter\(model, folder, name=...\)"
+    with pytest.raises(peft.InjectionError, match=unknown):
+        peft_d2.set_adapter(model, name)
+    if name == "":
+        with pytest.raises(peft.InjectionError, match=unknown):
+            peft_d2.save_adapter(model, folder.parent / "other", name=name)
+
+
+def losses(model: nn.Module, batch: Tensor) -> Tensor:
+    return model(batch).sum()
+
+
+UNFIT: dict[str, tuple[Callable[[], Any], Any, str]] = {
+    "no parameters": (nn.ReLU, torch.ones(1, 4), "no parameter of the model is trained"),
+    "nothing trained": (lambda: net().requires_grad_(False), torch.ones(1, 4), "no parameter of the model is trained"),
+    "no values": (lambda: net().to("meta"), torch.ones(1, 4), r"on the meta device \(0.weight has no values\)"),
+    "no model": (lambda: None, torch.ones(1, 4), "expected the model, an nn.Module, got NoneType"),
+    "no batch": (net, [], "the batch is empty"),
+}
+
+
+@pytest.mark.parametrize("budget", [1, "auto", None])
+@pytest.mark.parametrize("name", UNFIT)
+def test_steps_that_cannot_be_measured(name: str, budget: Any) -> None:
+    make, batch, said = UNFIT[name]
+    with pytest.raises(peft.InjectionError, match=said):
+        peft_d2.fit_memory(make(), batch, budget, forward=losses)
+
+
+@pytest.mark.parametrize(("rank", "said"), [(4, ""), (64, "as 64 for 0, whose shorter side is 4: a smaller one")])
+def test_ranks_that_no_change_of_the_weight_has(rank: int, said: str, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        peft_d2.inject(net(), [{**LORA[0], "RANK": rank}])
+    assert said in caplog.text and bool(said) == bool(caplog.records)
