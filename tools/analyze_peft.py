@@ -31,8 +31,8 @@ import torch
 from torch import nn
 
 from peft_d2.engine.checks import build_model
-from peft_d2.engine.errors import ConfigError
-from peft_d2.engine.launch import one_line_errors, prepare_config, take_pairs
+from peft_d2.engine.errors import ConfigError, one_line_errors
+from peft_d2.engine.launch import prepare_config, take_pairs
 from peft_d2.memory import MemoryBudgetError, MemoryPlan, SavedTensors, fit_memory
 from peft_d2.memory.blocks import resident_bytes, return_freed_memory
 from peft_d2.memory.meter import ProcessPeak

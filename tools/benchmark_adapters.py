@@ -21,7 +21,8 @@ import torch
 import peft_d2
 from peft_d2 import peft
 from peft_d2.engine.checks import build_model
-from peft_d2.engine.launch import one_line_errors, prepare_config, take_pairs
+from peft_d2.engine.errors import one_line_errors
+from peft_d2.engine.launch import prepare_config, take_pairs
 
 
 def benchmark_parser() -> argparse.ArgumentParser:

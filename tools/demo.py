@@ -27,8 +27,8 @@ from peft_d2.data.images import visible
 from peft_d2.data.segmentation import mask_outlines, mask_to_polygons
 from peft_d2.engine.checks import build_model
 from peft_d2.engine.config import PEFT_ARCHITECTURE
-from peft_d2.engine.errors import ConfigError
-from peft_d2.engine.launch import one_line_errors, prepare_config, take_pairs, warn_of_untrained
+from peft_d2.engine.errors import ConfigError, one_line_errors
+from peft_d2.engine.launch import prepare_config, take_pairs, warn_of_untrained
 from peft_d2.storage import atomic, hub
 
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif"}

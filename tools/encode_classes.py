@@ -10,8 +10,7 @@ import argparse
 import json
 from pathlib import Path
 
-from peft_d2.engine.errors import ConfigError
-from peft_d2.engine.launch import one_line_errors
+from peft_d2.engine.errors import ConfigError, one_line_errors
 from peft_d2.models.seem.text_encoder import CLIP_TOKENIZER, TextEncoder, load_tokenizer
 from peft_d2.models.seem.vocabulary import encode_classes
 from peft_d2.storage.checkpoint import read_checkpoint

@@ -23,8 +23,8 @@ from torch import Tensor
 
 from peft_d2.engine.checkpointer import Checkpointer
 from peft_d2.engine.checks import build_model
-from peft_d2.engine.errors import ConfigError
-from peft_d2.engine.launch import one_line_errors, prepare_config, take_pairs
+from peft_d2.engine.errors import ConfigError, one_line_errors
+from peft_d2.engine.launch import prepare_config, take_pairs
 from peft_d2.engine.trainer import Trainer
 from peft_d2.models.sam.model import SegmentAnything
 from peft_d2.models.sam.prompt_encoder import NOT_A_POINT, Prompts

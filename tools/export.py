@@ -26,8 +26,8 @@ from torch.func import functional_call
 
 from peft_d2 import peft
 from peft_d2.engine.checks import build_model
-from peft_d2.engine.errors import ConfigError
-from peft_d2.engine.launch import one_line_errors, prepare_config, take_pairs, warn_of_untrained
+from peft_d2.engine.errors import ConfigError, one_line_errors
+from peft_d2.engine.launch import prepare_config, take_pairs, warn_of_untrained
 from peft_d2.models.layers.mask_classifier import MaskClassifier
 from peft_d2.models.layers.transformer import MSDeformAttn
 from peft_d2.models.sam.model import SegmentAnything

@@ -14,7 +14,8 @@ from collections import Counter
 from torch import nn
 
 from peft_d2.engine.checks import build_without_weights
-from peft_d2.engine.launch import one_line_errors, prepare_config, take_pairs
+from peft_d2.engine.errors import one_line_errors
+from peft_d2.engine.launch import prepare_config, take_pairs
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -14,7 +14,8 @@ import os
 import sys
 
 from peft_d2.engine import convert
-from peft_d2.engine.launch import one_line_errors, prepare_config, take_pairs
+from peft_d2.engine.errors import one_line_errors
+from peft_d2.engine.launch import prepare_config, take_pairs
 
 
 def merge_parser() -> argparse.ArgumentParser:

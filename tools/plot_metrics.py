@@ -13,8 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from peft_d2.engine.errors import ConfigError
-from peft_d2.engine.launch import one_line_errors
+from peft_d2.engine.errors import ConfigError, one_line_errors
 
 METRICS_FILE = "metrics.json"
 _PARTS = re.compile(r"total_loss|loss_[a-z]+")  # without those of single layers and denoising

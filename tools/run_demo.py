@@ -28,8 +28,8 @@ from tile_dataset import tile_coco
 import peft_d2
 from peft_d2.data.pictures import overlay
 from peft_d2.data.segmentation import segmentation_to_mask
-from peft_d2.engine.errors import ConfigError
-from peft_d2.engine.launch import one_line_errors, prepare_config, take_pairs
+from peft_d2.engine.errors import ConfigError, one_line_errors
+from peft_d2.engine.launch import prepare_config, take_pairs
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs" / "nuclei" / "efficientnet"

@@ -16,7 +16,8 @@ import os
 import sys
 
 from peft_d2.engine import convert
-from peft_d2.engine.launch import one_line_errors, take_pairs
+from peft_d2.engine.errors import one_line_errors
+from peft_d2.engine.launch import take_pairs
 
 
 def take_parser() -> argparse.ArgumentParser:

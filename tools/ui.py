@@ -16,8 +16,8 @@ import numpy as np
 from demo import Predictor, paint, read_adapters
 from PIL import Image, ImageDraw
 
-from peft_d2.engine.errors import ConfigError, is_expected
-from peft_d2.engine.launch import one_line_errors, prepare_config, take_pairs
+from peft_d2.engine.errors import ConfigError, is_expected, one_line_errors
+from peft_d2.engine.launch import prepare_config, take_pairs
 
 BOX, ON, OFF = "box: two clicks", "point on the object", "point off it"
 

@@ -19,7 +19,8 @@ from peft_d2.data.images import as_rgb
 from peft_d2.data.loader import build_train_loader
 from peft_d2.data.pictures import overlay, sheet
 from peft_d2.data.segmentation import segmentation_to_mask
-from peft_d2.engine.launch import one_line_errors, prepare_config, training_parser
+from peft_d2.engine.errors import one_line_errors
+from peft_d2.engine.launch import prepare_config, training_parser
 
 
 def main(arguments: list[str] | None = None) -> None:

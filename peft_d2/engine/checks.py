@@ -15,13 +15,21 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
+from detectron2 import modeling
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.utils import comm
 from torch import nn
 
+from peft_d2.data.classes import class_names
 from peft_d2.data.config import CLASS_COUNT_KEYS, published_name
+from peft_d2.data.prompts import check_prompts
+from peft_d2.data.registration import COCO_SETS
+from peft_d2.data.validation import DatasetError, check_datasets
 from peft_d2.engine.config import leaves
 from peft_d2.engine.errors import ConfigError
 from peft_d2.evaluation.augmented import check_augmentation
 from peft_d2.evaluation.build import check_evaluators
+from peft_d2.models.checks import expect, expect_norm, expect_some_of
 
 logger = logging.getLogger(__name__)
 
@@ -93,8 +101,6 @@ def check_batch(cfg: Any) -> None:
     Raises:
         ConfigError: with the numbers.
     """
-    from detectron2.utils import comm
-
     batch, pieces, world = cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.ACCUMULATE, comm.get_world_size()
     if pieces < 1:
         raise ConfigError(f"SOLVER.ACCUMULATE is {pieces}; expected 1 or more.")
@@ -112,8 +118,6 @@ def build_model(cfg: Any) -> nn.Module:
         ConfigError: the config names something that is not registered.
         ModelConfigError: values that one of our models, or a ResNet, cannot be built with.
     """
-    from detectron2 import modeling
-
     _check_resnet(cfg)
     try:
         return modeling.build_model(cfg)
@@ -147,8 +151,6 @@ def build_without_weights(cfg: Any) -> nn.Module:
 
 def _check_resnet(cfg: Any) -> None:
     """Detectron2 answers a ResNet that it cannot build with a bare KeyError or assertion."""
-    from peft_d2.models.checks import expect, expect_norm, expect_some_of
-
     node, path = cfg.MODEL.RESNETS, "MODEL.RESNETS"
     if not {cfg.MODEL.BACKBONE.NAME, cfg.MODEL.FPN.get("BOTTOM_UP", "")} & _RESNET_BUILDERS:
         return
@@ -160,8 +162,6 @@ def _check_resnet(cfg: Any) -> None:
 
 
 def _check_names(cfg: Any, needed: str) -> None:
-    from detectron2.data import DatasetCatalog
-
     if not cfg.DATASETS[needed]:
         split = {"TRAIN": "train", "TEST": "val"}[needed]
         raise ConfigError(
@@ -178,9 +178,6 @@ def _check_names(cfg: Any, needed: str) -> None:
 
 
 def _check_annotations(cfg: Any) -> None:
-    from peft_d2.data.prompts import check_prompts
-    from peft_d2.data.validation import DatasetError, check_datasets
-
     try:
         check_datasets(cfg)
         check_prompts(cfg)
@@ -257,9 +254,6 @@ def apply_class_count(cfg: Any, explicit: Mapping[str, int] | None = None) -> No
         ConfigError: a count contradicts the json, and was written where the data set was named or later. A count that
             came with a config's own data sets says nothing about those that replace them on the command line.
     """
-    from peft_d2.data.classes import class_names
-    from peft_d2.data.registration import COCO_SETS
-
     own = {entry["NAME"] for entry in cfg.DATASETS.REGISTER if "NAME" in entry} | COCO_SETS.keys()
     split = "TRAIN" if cfg.DATASETS.TRAIN else "TEST"
     used = list(cfg.DATASETS[split])
@@ -289,8 +283,6 @@ def check_class_count(cfg: Any) -> None:
     Raises:
         ConfigError: for Mask2Former, Mask DINO and Detectron2's detectors; of other models nobody knows.
     """
-    from detectron2.data import MetadataCatalog
-
     if (key := CLASS_COUNT_KEYS.get(published_name(cfg))) is None:
         return
     count = dict(leaves(cfg))[key]

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
+import sys
 import traceback
+from collections.abc import Callable
+from typing import Any
 
 
 class ConfigError(ValueError):
@@ -26,6 +29,7 @@ class LimitReached(RuntimeError):
     """The machine, or a limit set for the process, has no more memory or file handles."""
 
 
+_CONTROL = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]|[\x00-\x08\x0b-\x1f\x7f\x80-\x9f]")
 _RESUME = "The last checkpoint is good: run again with --resume"
 _LIMITS = {
     r"too many open files|received \d+ items of ancdata": "no more file handles ({said}). " + _RESUME + ", with a "
@@ -70,4 +74,25 @@ def named(error: Exception) -> Exception:
 def message_of(error: BaseException) -> str:
     """The error's message; of one that a data loader's worker passed on, without that process's traceback."""
     text = str(error)
-    return text.strip().rpartition("\n")[2].partition(": ")[2] if text.startswith("Caught ") else text
+    text = text.strip().rpartition("\n")[2].partition(": ")[2] if text.startswith("Caught ") else text
+    return printable(text)
+
+
+def printable(text: str) -> str:
+    """Without codes that colour or clear a terminal: class and file names may hold some, and Detectron2's tables do."""
+    return _CONTROL.sub("", text)
+
+
+def one_line_errors(function: Callable[[], Any]) -> Any:
+    """Call ``function``; what the user can put right, and Ctrl-C, end the program with one line, not a traceback."""
+    try:
+        return function()
+    except KeyboardInterrupt:
+        print("error: interrupted. A training goes on from its newest checkpoint with --resume.", file=sys.stderr)
+        raise SystemExit(130) from None  # 128 and the signal's number, as shells have it
+    except Exception as error:
+        told = named(error)
+        if not is_expected(told):
+            raise
+        print(f"error: {message_of(told)}", file=sys.stderr)
+        raise SystemExit(1) from error

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from peft_d2 import memory, peft
-from peft_d2.engine.signals import INTERRUPTED, handled
+from peft_d2.engine.processes import INTERRUPTED, handled
 from peft_d2.engine.step import unwrapped
 
 _SAME_KEY = 1.0  # seconds within which torchrun passes on the Ctrl-C that the terminal has sent already

@@ -1,36 +1,32 @@
-"""The training program: command line, logs, one process or several."""
+"""The training program: command line, config, logs."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import inspect
 import logging
 import logging.handlers
 import os
-import re
 import shlex
-import signal
-import socket
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from datetime import timedelta
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
+from detectron2.engine import default_argument_parser
+from detectron2.utils import comm
+from detectron2.utils.collect_env import collect_env_info
+from detectron2.utils.logger import setup_logger
 
-from peft_d2.compat import (
-    create_local_process_group,
-    find_file,
-    forget_process_groups,
-    require_detectron2,
-)
+from peft_d2.compat import find_file
 from peft_d2.data.config import PEFT_ARCHITECTURE
+from peft_d2.data.formats import map_classes, read_class_map, read_folder, store
 from peft_d2.data.images import lies_inside
+from peft_d2.data.records import read_json
+from peft_d2.data.registration import register_from_config
+from peft_d2.engine.checkpointer import Checkpointer
 from peft_d2.engine.checks import apply_class_count, check_run, run_lock
 from peft_d2.engine.config import AUTO, LoadedConfig, load_config
 from peft_d2.engine.errors import (
@@ -39,14 +35,18 @@ from peft_d2.engine.errors import (
     is_expected,
     message_of,
     named,
+    one_line_errors,
+    printable,
 )
-from peft_d2.engine.signals import INTERRUPTED, handled
+from peft_d2.engine.factory import register
+from peft_d2.engine.hooks import seed_everything
+from peft_d2.engine.processes import launch, layout
+from peft_d2.engine.recommend import settled
+from peft_d2.engine.trainer import Trainer
+from peft_d2.peft import is_untrained
+from peft_d2.storage import atomic, hub
 
 FILE_ONLY = {"file_only": True}  # logger.info(..., extra=FILE_ONLY): into the log's file, not to the terminal
-_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-_TIMEOUT = timedelta(minutes=30)
-_GRACE = 20.0  # seconds that the others have to end by themselves, once a process has failed
-_START = "spawn"
 _HELP = {
     "config_file": "the model's config; of a run: OUTPUT_DIR/config.yaml",
     "resume": "go on from the newest checkpoint in OUTPUT_DIR",
@@ -68,15 +68,11 @@ _EVAL = """an example, of a run on your own data:
 and of a base as it is:
   %(prog)s --config-file configs/coco/instance/mask2former_r50.yaml \\
     --val-json b.json --val-images b/ MODEL.WEIGHTS model_final.pkl OUTPUT_DIR output/base"""
-_CONTROL = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]|[\x00-\x08\x0b-\x1f\x7f\x80-\x9f]")
 logger = logging.getLogger(__name__)
 
 
 def training_parser() -> argparse.ArgumentParser:
     """Detectron2's arguments, a PEFT file beside the config file, and own data in one command."""
-    require_detectron2()
-    from detectron2.engine import default_argument_parser
-
     parser = default_argument_parser(epilog=_EXAMPLE)
     if parser.prog.endswith(" eval"):  # of the command line, which adds --eval-only
         parser.epilog = _EVAL
@@ -121,11 +117,6 @@ def main(arguments: list[str] | None = None) -> Any:
 
 def run(args: argparse.Namespace) -> Any:
     """Train or evaluate in this process."""
-    from detectron2.utils import comm
-
-    from peft_d2.engine.trainer import Trainer
-    from peft_d2.storage import atomic
-
     with contextlib.ExitStack() as stack:
         with _lines_held_back():
             cfg = prepare_config(args)
@@ -136,8 +127,6 @@ def run(args: argparse.Namespace) -> Any:
         stack.enter_context(atomic.explained(Path(cfg.OUTPUT_DIR)))
         stack.enter_context(_failures_named())
         if AUTO in cfg.MODEL.PEFT.METHODS:
-            from peft_d2.engine.recommend import settled
-
             cfg = settled(cfg, args.resume, args.eval_only)
         if args.eval_only:
             return evaluate(cfg, args.resume)
@@ -149,13 +138,6 @@ def run(args: argparse.Namespace) -> Any:
 
 def evaluate(cfg: Any, resume: bool = False) -> Any:
     """Evaluate the config's model on its test sets; ``resume`` takes the newest checkpoint of ``OUTPUT_DIR``."""
-    from detectron2.utils import comm
-
-    from peft_d2.engine.checkpointer import Checkpointer
-    from peft_d2.engine.hooks import seed_everything
-    from peft_d2.engine.trainer import Trainer
-    from peft_d2.storage import atomic
-
     config = Path(cfg.OUTPUT_DIR, "config.yaml")
     if config.exists():
         logger.info("%s is kept: it belongs to the training.", config)
@@ -178,8 +160,6 @@ def warn_of_untrained(cfg: Any, model: torch.nn.Module, trained: Sequence[str]) 
     Args:
         trained: names of the checkpoints in ``OUTPUT_DIR``.
     """
-    from peft_d2.peft import is_untrained
-
     node, given = cfg.MODEL.PEFT, cfg.MODEL.WEIGHTS
     if not given:
         logger.warning("MODEL.WEIGHTS is empty: the model has random weights.")
@@ -202,10 +182,6 @@ def prepare_config(args: argparse.Namespace) -> Any:
     Raises:
         ConfigError: anything that the user can put right.
     """
-    from peft_d2.data.registration import register_from_config
-    from peft_d2.engine.factory import register
-    from peft_d2.storage import hub
-
     try:
         register(upstream_names=True)
         loaded = load_config(args.config_file, args.peft_config, args.opts)
@@ -222,8 +198,6 @@ def prepare_config(args: argparse.Namespace) -> Any:
 
 def _take_own_data(loaded: LoadedConfig, args: argparse.Namespace) -> None:
     """Put ``--train-json`` and its companions into the config, where they replace the file's data sets."""
-    from peft_d2.data.formats import store
-
     node = loaded.cfg.DATASETS
     others_data = getattr(args, "train_json", "") or getattr(args, "train_data", "")
     sets = _own_sets(args)
@@ -246,9 +220,6 @@ def _take_own_data(loaded: LoadedConfig, args: argparse.Namespace) -> None:
 
 def _own_sets(args: argparse.Namespace) -> dict[str, tuple[dict[str, Any], Path]]:
     """Of each split that has another format than COCO's, or gets other classes: the set, and its images' folder."""
-    from peft_d2.data.formats import map_classes, read_class_map, read_folder
-    from peft_d2.data.records import read_json
-
     sets, class_map = {}, getattr(args, "class_map", "")
     for split in ("train", "val"):
         json_path, images, folder = (str(getattr(args, f"{split}_{part}", "")) for part in ("json", "images", "data"))
@@ -293,10 +264,6 @@ def _absolute(path: Any) -> Any:
 
 def start_logs(cfg: Any, args: argparse.Namespace) -> None:
     """Log to the terminal and to ``OUTPUT_DIR/log.txt``; environment, arguments and config go to the file alone."""
-    from detectron2.utils import comm
-    from detectron2.utils.collect_env import collect_env_info
-    from detectron2.utils.logger import setup_logger
-
     for name in ("fvcore", "detectron2", "peft_d2"):
         for handler in setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name=name).handlers:
             handler.addFilter(_without_control_codes)
@@ -320,9 +287,8 @@ def _for_the_terminal(record: logging.LogRecord) -> bool:
 
 
 def _without_control_codes(record: logging.LogRecord) -> bool:
-    """Class and file names may hold codes that colour or clear a terminal, and tables of Detectron2 do."""
-    if _CONTROL.search(text := record.getMessage()):
-        record.msg, record.args = _CONTROL.sub("", text), ()
+    if (text := printable(said := record.getMessage())) != said:
+        record.msg, record.args = text, ()
     return True
 
 
@@ -363,186 +329,3 @@ def _failures_named() -> Iterator[None]:
         raise told from error
     finally:
         loop.removeFilter(shorten)
-
-
-def one_line_errors(function: Callable[[], Any]) -> Any:
-    """Call ``function``; what the user can put right, and Ctrl-C, end the program with one line, not a traceback."""
-    try:
-        return function()
-    except KeyboardInterrupt:
-        print("error: interrupted. A training goes on from its newest checkpoint with --resume.", file=sys.stderr)
-        raise SystemExit(130) from None  # 128 and the signal's number, as shells have it
-    except Exception as error:
-        told = named(error)
-        if not is_expected(told):
-            raise
-        print(f"error: {_CONTROL.sub('', message_of(told))}", file=sys.stderr)
-        raise SystemExit(1) from error
-
-
-class Layout(NamedTuple):
-    """Who takes part: processes on each of the machines, which machine this is, where they meet, gloo or NCCL."""
-
-    processes: int = 1
-    machines: int = 1
-    machine_rank: int = 0
-    url: str = "auto"  # tcp://HOST:PORT; "auto" on one machine, "env://" under torchrun
-    on_cpu: bool = False
-
-    @property
-    def world(self) -> int:
-        """Processes on all machines."""
-        return self.processes * self.machines
-
-
-def layout(args: argparse.Namespace) -> Layout:
-    """The processes that a command line, or torchrun's environment, asks for.
-
-    Raises:
-        ConfigError: GPUs that are not there, or CPU processes for a run on the GPU.
-    """
-    for name in ("num_gpus", "num_processes", "num_machines", "machine_rank"):
-        if getattr(args, name) < 0:
-            raise ConfigError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected 0 or more.")
-    several = args.num_gpus > 1 or args.num_processes > 1 or args.num_machines > 1
-    if not several and not under_torchrun():
-        return Layout()
-    if under_torchrun() and several:
-        raise ConfigError("torchrun started this process: leave --num-gpus, --num-processes, --num-machines out.")
-    logging.disable(logging.WARNING)  # each process will say it again
-    try:
-        on_cpu = load_config(args.config_file, args.peft_config, args.opts).cfg.MODEL.DEVICE.startswith("cpu")
-    finally:
-        logging.disable(logging.NOTSET)
-    if under_torchrun():
-        world, rank, local = (int(os.environ[name]) for name in ("WORLD_SIZE", "RANK", "LOCAL_WORLD_SIZE"))
-        return Layout(local, world // local, rank // local, "env://", on_cpu)
-    if args.num_processes and not on_cpu:
-        raise ConfigError("--num-processes is for the CPU; on GPUs give --num-gpus, or append MODEL.DEVICE cpu.")
-    if args.num_gpus > max(0 if on_cpu else torch.cuda.device_count(), 1):
-        raise ConfigError(
-            f"--num-gpus {args.num_gpus}, but torch sees {torch.cuda.device_count()} CUDA devices here and "
-            f"MODEL.DEVICE is {'cpu' if on_cpu else 'cuda'}. On the CPU, give --num-processes {args.num_gpus}."
-        )
-    count = max(args.num_processes, 1) if on_cpu else args.num_gpus
-    return Layout(count, args.num_machines, args.machine_rank, args.dist_url, on_cpu)
-
-
-def under_torchrun() -> bool:
-    """Whether the environment is that of a process which torchrun started."""
-    return all(name in os.environ for name in _TORCHRUN)
-
-
-def launch(function: Callable[..., Any], args: tuple[Any, ...], layout: Layout) -> Any:
-    """Call ``function(*args)`` in each process of ``layout``; under torchrun this process is one of them.
-
-    Detectron2's own ``launch`` knows NCCL alone and waits without end for processes that hang after another's failure.
-
-    Args:
-        function: of a module's top level, where processes are to be started.
-        args: picklable.
-        layout: the processes.
-
-    Returns:
-        What the function returns where it runs in this process, None where it ran in others.
-
-    Raises:
-        ConfigError: the processes cannot meet.
-        SystemExit: a process failed; what the user can put right has been printed, once for all processes.
-    """
-    if layout.world == 1:
-        return function(*args)
-    if under_torchrun():
-        with _group(layout, int(os.environ["LOCAL_RANK"])):
-            return function(*args)
-    if layout.url == "auto":
-        if layout.machines > 1:
-            raise ConfigError(
-                "--num-machines > 1 needs --dist-url tcp://HOST:PORT, an address of machine 0 that all can reach."
-            )
-        layout = Layout(layout.processes, url=f"tcp://127.0.0.1:{_free_port()}", on_cpu=layout.on_cpu)
-    messages, interrupted = mp.get_context(_START).SimpleQueue(), False
-    parts = (function, args, layout, messages)
-    with handled({signal.SIGINT: signal.SIG_IGN}):  # the terminal sends Ctrl-C to all of them; this one passes it on
-        context: Any = mp.start_processes(_process, parts, layout.processes, join=False, start_method=_START)
-    # torch 2.4 knows no grace period: it ends the others at once.
-    grace = {"grace_period": _GRACE} if "grace_period" in inspect.signature(context.join).parameters else {}
-
-    def pass_on(number: int, frame: Any) -> None:
-        """What is for this process is for those that it started: they save and leave in order; told twice, at once."""
-        nonlocal interrupted
-        twice, interrupted = interrupted and number == signal.SIGINT, interrupted or number == signal.SIGINT
-        for process in context.processes:
-            if process.is_alive():
-                os.kill(process.pid, signal.SIGKILL if twice else signal.SIGTERM)
-        if number == signal.SIGINT and not twice:
-            os.write(2, INTERRUPTED)
-
-    with handled({signal.SIGTERM: pass_on, signal.SIGINT: pass_on}):
-        try:
-            while not context.join(**grace):
-                pass
-        except (mp.ProcessExitedException, mp.ProcessRaisedException) as error:
-            if not interrupted:
-                _report(error, messages, context.processes)
-                raise SystemExit(1) from error
-    if interrupted:
-        raise KeyboardInterrupt
-    return None
-
-
-def _report(error: Exception, messages: Any, processes: list[Any]) -> None:
-    """Print why processes failed, each reason once; of what nobody expected, the traceback."""
-    reasons = set()
-    while not messages.empty():
-        reasons.add(messages.get())
-    rank, number = next(((i, -p.exitcode) for i, p in enumerate(processes) if (p.exitcode or 0) < 0), (0, 0))
-    if not reasons and not number:
-        raise error
-    reasons = reasons or {
-        f"process {rank} of this run was ended by {signal.Signals(number).name}, and the others with it. Where "
-        "nobody did that, the machine may be out of memory. The last checkpoint is good: run again with --resume."
-    }
-    for reason in sorted(reasons):
-        print(f"error: {_CONTROL.sub('', reason)}", file=sys.stderr)
-
-
-def _process(rank: int, function: Callable[..., Any], args: tuple[Any, ...], layout: Layout, messages: Any) -> None:
-    try:
-        with _group(layout, rank):
-            function(*args)
-    except Exception as error:
-        if not is_expected(error):
-            raise
-        messages.put(message_of(error))
-        raise SystemExit(1) from error
-
-
-@contextlib.contextmanager
-def _group(layout: Layout, local_rank: int) -> Iterator[None]:
-    """Be one process of the group; after an error it is left as it is, as the others may not come to take leave."""
-    if layout.on_cpu:
-        if "OMP_NUM_THREADS" not in os.environ:  # or each process would take all cores
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // layout.processes))
-    elif layout.processes > torch.cuda.device_count():
-        raise ConfigError(
-            f"{layout.processes} processes, but torch sees {torch.cuda.device_count()} CUDA devices here."
-        )
-    else:
-        torch.cuda.set_device(local_rank)
-    rank = layout.machine_rank * layout.processes + local_rank
-    backend = "gloo" if layout.on_cpu else "nccl"
-    try:
-        dist.init_process_group(backend, init_method=layout.url, world_size=layout.world, rank=rank, timeout=_TIMEOUT)
-    except (dist.DistNetworkError, dist.DistStoreError, ValueError) as error:
-        raise ConfigError(f"the {layout.world} processes cannot meet at {layout.url}: {error}") from error
-    create_local_process_group(layout.processes)
-    yield
-    forget_process_groups()
-    dist.destroy_process_group()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -14,15 +14,19 @@ from typing import Any
 
 import torch
 import yaml
+from detectron2.utils import comm
+from detectron2.utils.events import EventStorage
 from torch import nn
 
 from peft_d2 import adapters, peft
 from peft_d2.data.config import PEFT_ARCHITECTURE
 from peft_d2.data.loader import build_train_loader, sample_seed
+from peft_d2.engine.checks import build_model
 from peft_d2.engine.config import leaves
 from peft_d2.engine.errors import ConfigError
 from peft_d2.engine.optimizer import build_optimizer
 from peft_d2.peft.ranking import Recommendation, recommend
+from peft_d2.storage import atomic
 
 FILE = "recommended.yaml"
 BATCHES, TEST_STEPS, HELD_OUT = 16, 12, 4
@@ -42,10 +46,6 @@ def settled(cfg: Any, resume: bool = False, evaluate: bool = False) -> Any:
     Raises:
         ConfigError: several processes, or an evaluation of what was never trained.
     """
-    from detectron2.utils import comm
-
-    from peft_d2.storage import atomic
-
     if comm.get_world_size() > 1:
         raise ConfigError(
             "MODEL.PEFT.METHODS auto takes one process: run tools/recommend.py, and give its file as --peft-config."
@@ -144,8 +144,6 @@ def explained(cfg: Any, found: Recommendation, losses: dict[float, float]) -> st
 
 def _base(cfg: Any) -> tuple[nn.Module, list[str]]:
     """The config's model without PEFT, with its weights, and which heads of another class count start anew."""
-    from peft_d2.engine.checks import build_model
-
     plain = cfg.clone()
     plain.defrost()
     plain.MODEL.META_ARCHITECTURE = cfg.MODEL.PEFT.META_ARCHITECTURE or cfg.MODEL.META_ARCHITECTURE
@@ -159,8 +157,6 @@ def _base(cfg: Any) -> tuple[nn.Module, list[str]]:
 
 
 def _losses(model: nn.Module, batches: Sequence[Any], seed: int) -> Iterator[Any]:
-    from detectron2.utils.events import EventStorage
-
     for number, batch in enumerate(batches):
         with sample_seed(max(seed, 0), number), EventStorage():
             yield torch.stack([v.float() for v in model([dict(sample) for sample in batch]).values()]).sum()

@@ -24,8 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
 from analyze_peft import Peer, analysis_parser, take_turns, write_json  # noqa: E402
 
-from peft_d2.engine.errors import ConfigError  # noqa: E402
-from peft_d2.engine.launch import one_line_errors  # noqa: E402
+from peft_d2.engine.errors import ConfigError, one_line_errors  # noqa: E402
 
 MIB = 2**20
 COLUMNS = ["", "trained %", "peak MiB", "of full", "above idle, of full", "planned MiB", "step s", "of full"]

@@ -25,9 +25,8 @@ from compare import METRICS, Result, Run, compare, plot_tradeoff, side_by_side, 
 from tile_dataset import tile_coco  # noqa: E402
 
 from peft_d2.engine.config import load_config  # noqa: E402
-from peft_d2.engine.errors import ConfigError  # noqa: E402
+from peft_d2.engine.errors import ConfigError, one_line_errors  # noqa: E402
 from peft_d2.engine.factory import register  # noqa: E402
-from peft_d2.engine.launch import one_line_errors  # noqa: E402
 from peft_d2.models.layers.transformer import SinePosition2d  # noqa: E402
 
 CONFIGS = ROOT / "configs" / "nuclei"

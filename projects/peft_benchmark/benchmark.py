@@ -28,8 +28,7 @@ from run_demo import BASE_WEIGHTS, PICTURES, SCALE, TILE  # noqa: E402
 from study import PROMPTED_METRICS, TRAIN_NET, own_data, run_base  # noqa: E402
 from tile_dataset import tile_coco  # noqa: E402
 
-from peft_d2.engine.errors import ConfigError  # noqa: E402
-from peft_d2.engine.launch import one_line_errors  # noqa: E402
+from peft_d2.engine.errors import ConfigError, one_line_errors  # noqa: E402
 
 RATES = (0.00025, 0.0005, 0.001, 0.002)
 VALIDATION = 12  # of the 48 training pictures, the last ones

@@ -16,7 +16,7 @@ from detectron2.engine import HookBase
 from detectron2.utils import comm
 
 import peft_d2
-from peft_d2.engine import launch
+from peft_d2.engine import launch, processes
 from peft_d2.engine.errors import ConfigError
 from peft_d2.engine.trainer import Trainer
 from peft_d2.models.layers import criterion
@@ -101,7 +101,7 @@ def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) ->
 def assert_two_equal_one(one: list[dict[str, torch.Tensor]], cfg: Any, folder: Path) -> None:
     """A step of two processes of ``cfg`` is the one of one process, and both stop at the next, NaN on rank 1."""
     with pytest.raises(SystemExit) as left:
-        launch.launch(one_of_two, (cfg, str(folder)), launch.Layout(2, on_cpu=True))
+        processes.launch(one_of_two, (cfg, str(folder)), processes.Layout(2, on_cpu=True))
     assert left.value.code == 1
     for rank in (0, 1):
         assert "LossNotFinite: iteration 1: rank 1: loss is not finite" in (folder / f"{rank}.txt").read_text()
@@ -165,20 +165,20 @@ def arguments(**given: Any) -> argparse.Namespace:
 )
 def test_layouts_that_cannot_be(given: dict[str, int], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        launch.layout(arguments(**given))
+        processes.layout(arguments(**given))
 
 
 def test_layouts(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert launch.layout(arguments()).world == launch.layout(arguments(num_gpus=0)).world == 1
-    assert launch.layout(arguments(num_processes=3)) == launch.Layout(3, on_cpu=True)
+    assert processes.layout(arguments()).world == processes.layout(arguments(num_gpus=0)).world == 1
+    assert processes.layout(arguments(num_processes=3)) == processes.Layout(3, on_cpu=True)
     with pytest.raises(ConfigError, match="--dist-url"):
-        launch.launch(print, (), launch.layout(arguments(num_machines=2)))
+        processes.launch(print, (), processes.layout(arguments(num_machines=2)))
     found = {"RANK": 3, "WORLD_SIZE": 4, "LOCAL_RANK": 1, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": 1, "MASTER_ADDR": "a"}
     for name, value in found.items():
         monkeypatch.setenv(name, str(value))
-    assert launch.layout(arguments()) == launch.Layout(2, 2, 1, "env://", on_cpu=True)
+    assert processes.layout(arguments()) == processes.Layout(2, 2, 1, "env://", on_cpu=True)
     with pytest.raises(ConfigError, match="torchrun started this process"):
-        launch.layout(arguments(num_processes=2))
+        processes.layout(arguments(num_processes=2))
 
 
 def test_torchrun(toy_set: Any, base_weights: Path, tmp_path: Path) -> None:
@@ -198,15 +198,15 @@ def test_torchrun(toy_set: Any, base_weights: Path, tmp_path: Path) -> None:
 
 MACHINE = """
 import sys
-from peft_d2.engine import launch
-launch._START = "fork"
+from peft_d2.engine import launch, processes
+processes._START = "fork"
 launch.main(sys.argv[1:])
 """
 
 
 def test_two_machines(toy_set: Any, base_weights: Path, tmp_path: Path) -> None:
     """Detectron2's arguments, on one machine that plays both; each prints how batch and learning rate are split."""
-    url = f"tcp://127.0.0.1:{launch._free_port()}"
+    url = f"tcp://127.0.0.1:{processes._free_port()}"
     own = ["--train-json", toy_set.json, "--train-images", toy_set.images, "--config-file", TINY]
     opts = ["OUTPUT_DIR", tmp_path, "MODEL.WEIGHTS", base_weights, "SOLVER.MAX_ITER", 1, "SOLVER.IMS_PER_BATCH", 8]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

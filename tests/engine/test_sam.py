@@ -25,8 +25,11 @@ from peft_d2.data.registration import register_from_config  # noqa: E402
 from peft_d2.data.segmentation import segmentation_to_mask  # noqa: E402
 from peft_d2.engine.checks import build_without_weights, check_run  # noqa: E402
 from peft_d2.engine.config import load_config  # noqa: E402
-from peft_d2.engine.errors import ConfigError  # noqa: E402
-from peft_d2.engine.launch import one_line_errors, prepare_config, training_parser  # noqa: E402
+from peft_d2.engine.errors import (
+    ConfigError,  # noqa: E402
+    one_line_errors,  # noqa: E402
+)
+from peft_d2.engine.launch import prepare_config, training_parser  # noqa: E402
 from peft_d2.engine.optimizer import build_optimizer  # noqa: E402
 from peft_d2.engine.trainer import Trainer  # noqa: E402
 from peft_d2.models.sam.prompt_encoder import read_prompts  # noqa: E402

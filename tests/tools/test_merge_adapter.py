@@ -16,7 +16,7 @@ from merge_adapter import merge_adapter, merge_parser  # noqa: E402
 import peft_d2  # noqa: E402
 from peft_d2 import peft  # noqa: E402
 from peft_d2.engine.config import load_config  # noqa: E402
-from peft_d2.engine.launch import one_line_errors  # noqa: E402
+from peft_d2.engine.errors import one_line_errors  # noqa: E402
 
 ENGINE = Path(__file__).parents[1] / "engine"
 TINY, DINO = ENGINE / "tiny.yaml", ENGINE / "tiny_mask_dino.yaml"
