@@ -173,7 +173,7 @@ def _stored(model: nn.Module, metrics: Mapping[str, Any] | None, name: str | Non
         "tensors": tensors,
         "methods": injection.adapters[name].methods,
         "train": injection.adapters[name].train,
-        "base": _base_fingerprint(model, tensors),
+        "base": injection.adapters[name].base or _base_fingerprint(model, tensors),
         "metrics": metrics,
         "scales": {path: float(item.scale) for path, item in low_ranks(injection, name).items()},
         "modules": [(path, module) for path, module, _ in walk(model)],
@@ -300,7 +300,9 @@ def _load(
         raise AdapterFileError(folder, f"it does not fit the model: {error}", remedy) from error
     if is_theirs:
         logger.info("%s was written by Hugging Face peft: it does not say for which base", folder)
-    injected(model)[1].adapters[name].started_from = pinned or content.started_from
+    record = injected(model)[1].adapters[name]
+    record.started_from = pinned or content.started_from
+    record.base = content.base if other_classes and not allow_other_base else None
     _say_in_effect(model, content, folder, name)
     return content
 
@@ -323,6 +325,8 @@ def save_merged(model: nn.Module, path: str | os.PathLike[str]) -> None:
     peft.merge_whole(model)
     try:
         state: Any = model.state_dict()
+        for key in peft.injected_keys(model) & state.keys():  # of other adapters
+            del state[key]
         modules = {name for name, *_ in walk(model)}
         # Versions of adapter layers are no part of a base.
         state._metadata = {name: entry for name, entry in state._metadata.items() if name in modules}

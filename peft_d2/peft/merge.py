@@ -232,9 +232,10 @@ def combine_adapters(
         InjectionError: the adapters differ in more than rank, or hold a kind that has no sum (DoRA, COBOT).
     """
     injection = injected(model)[1]
-    if kind not in KINDS or not weights or not all(map(math.isfinite, weights.values())):
+    fits = isinstance(weights, Mapping) and weights and all(map(math.isfinite, weights.values()))
+    if kind not in KINDS or not fits:
         raise InjectionError(
-            f"cannot combine {dict(weights)} by {kind!r}: expected adapters with finite weights, and one of "
+            f"cannot combine {weights!r} by {kind!r}: expected {{name: weight, ...}}, finite weights, and one of "
             f"{', '.join(KINDS)}"
         )
     records = {adapter: injection.adapter(adapter) for adapter in weights}

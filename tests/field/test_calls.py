@@ -178,3 +178,49 @@ def test_ranks_that_no_change_of_the_weight_has(rank: int, said: str, caplog: py
     with caplog.at_level(logging.WARNING):
         peft_d2.inject(net(), [{**LORA[0], "RANK": rank}])
     assert said in caplog.text and bool(said) == bool(caplog.records)
+
+
+def trained(classes: int, folder: Path) -> tuple[nn.Module, Tensor]:
+    """A model of that many classes with an adapter that was moved and saved, and what it gives."""
+    model = net()
+    model[2] = nn.Linear(8, classes)
+    peft_d2.inject(model, LORA, ["2"])
+    for item in peft.trained_parameters(model):
+        item.param.data.normal_()
+    peft_d2.save_adapter(model, folder)
+    return model, model(torch.ones(1, 4))
+
+
+def test_an_adapter_of_another_class_count_is_saved_as_it_was_and_merged_alone(tmp_path: Path) -> None:
+    expected = trained(5, tmp_path / "five")[1]
+    trained(3, tmp_path / "three")
+    served = net()
+    peft_d2.load_adapters(served, {"five": tmp_path / "five", "three": tmp_path / "three"})
+    peft_d2.set_adapter(served, "five")
+    peft_d2.save_adapter(served, tmp_path / "again")
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 5))
+    peft_d2.load_adapter(model, tmp_path / "again")
+    assert torch.equal(model(torch.ones(1, 4)), expected)
+    peft_d2.save_merged(served, tmp_path / "merged.pth")
+    plain = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 5))
+    assert torch.load(tmp_path / "merged.pth")["model"].keys() == plain.state_dict().keys()
+    peft_d2.load_base(plain, tmp_path / "merged.pth")
+    torch.testing.assert_close(plain(torch.ones(1, 4)), expected)
+
+
+def test_derivatives_in_forward_mode() -> None:
+    """Also where there are many rows, which a CPU computes with the changed weight."""
+    peft_d2.inject(model := net(), LORA)
+    for item in peft.trained_parameters(model):
+        item.param.data.normal_()
+    x, along = torch.randn(64, 4), torch.randn(64, 4)
+    _, found = torch.func.jvp(model, (x,), (along,))
+    jacobian = torch.func.vmap(torch.func.jacrev(model))(x)
+    torch.testing.assert_close(found, torch.einsum("noi,ni->no", jacobian, along), rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_no_table_of_weights() -> None:
+    peft_d2.inject(model := net(), LORA)
+    with pytest.raises(peft.InjectionError, match=r"cannot combine \['default'\].* expected \{name: weight, ...\}"):
+        peft.combine_adapters(model, ["default"], "c")  # type: ignore[arg-type]

@@ -18,11 +18,22 @@ from detectron2.structures import BitMasks, ImageList, PolygonMasks
 from detectron2.structures.masks import polygons_to_bitmask
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
+from torch.utils._pytree import register_pytree_node
 
 from peft_d2.models.checks import ModelConfigError
 
 Match = tuple[Tensor, Tensor]  # (query indices, target indices), both int64 on the CPU, sorted by target
 _FORBIDDEN = 1e6  # replaces a cost that is not finite: far above any real one, small enough to be summed exactly
+
+
+def _with_masks(name: str) -> Any:
+    """The dict's method of this name, with the masks in it."""
+
+    def method(self: Prediction, *args: Any) -> Any:
+        self.get("pred_masks")
+        return getattr(dict, name)(self, *args)
+
+    return method
 
 
 class Prediction(dict[str, Any]):
@@ -33,37 +44,61 @@ class Prediction(dict[str, Any]):
     less memory. Whoever asks for ``pred_masks``, or goes through all that is there, gets all of them, made then.
     """
 
-    def __init__(self, embedded: Tensor, features: Tensor, **others: Any) -> None:
-        super().__init__(others)
-        self.embedded, self.features = autocast_type(embedded), features
+    embedded: Any
+    features: Any  # None where there are no masks to make
+
+    def __init__(self, embedded: Any = (), features: Tensor | None = None, **others: Any) -> None:
+        if features is None:  # a copy that somebody makes as of any dict: type(prediction)(pairs)
+            super().__init__(embedded, **others)
+            self.embedded, self.features = None, None
+        else:
+            super().__init__(others)
+            self.embedded, self.features = autocast_type(embedded), autocast_type(features)
 
     def __missing__(self, name: str) -> Tensor:
-        if name != "pred_masks":
+        if name != "pred_masks" or self.features is None:
             raise KeyError(name)
-        self[name] = mask_product(self.embedded, self.features)
+        # As where the layer predicted: the first to ask may be a matcher, without gradients or autocast.
+        modes = torch.inference_mode(self.features.is_inference()), torch.enable_grad()
+        with modes[0], modes[1], torch.autocast(self.features.device.type, enabled=False):
+            self[name] = mask_product(self.embedded, self.features)
         return self[name]
 
-    # As of a dict that has had them from the start: other people's criteria copy and search what they are given.
+    # As of a dict that has had them from the start: other people's criteria copy, search and change what they get.
     def __contains__(self, name: object) -> bool:
-        return name == "pred_masks" or super().__contains__(name)
+        return super().__contains__(name) or (name == "pred_masks" and self.features is not None)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.keys())
 
     def get(self, name: str, default: Any = None) -> Any:
-        return super().get(name, default) if name != "pred_masks" else self[name]
+        return super().get(name, default) if name != "pred_masks" or self.features is None else self[name]
 
-    def keys(self) -> Any:
-        self.get("pred_masks")
-        return super().keys()
+    def pop(self, name: str, *default: Any) -> Any:
+        self.get(name)
+        if name == "pred_masks":
+            self.features = None
+        return super().pop(name, *default)
 
-    def values(self) -> Any:
-        self.get("pred_masks")
-        return super().values()
+    def __delitem__(self, name: str) -> None:
+        self.pop(name)
 
-    def items(self) -> Any:
-        self.get("pred_masks")
-        return super().items()
+    def clear(self) -> None:
+        self.features = None
+        super().clear()
+
+    def setdefault(self, name: str, default: Any = None) -> Any:
+        return super().setdefault(name, self.get(name, default))
+
+    keys, values, items, __len__, __repr__ = map(_with_masks, ("keys", "values", "items", "__len__", "__repr__"))
+
+
+# torch.utils._pytree knows dicts by their exact type; of others it would see no tensor.
+register_pytree_node(
+    Prediction,
+    lambda given: (list(given.values()), list(given)),
+    lambda values, keys: dict(zip(keys, values, strict=True)),
+)
 
 
 def predicted(embedded: Tensor, features: Tensor, kept: bool, **others: Any) -> dict[str, Any]:
@@ -75,7 +110,8 @@ def predicted(embedded: Tensor, features: Tensor, kept: bool, **others: Any) -> 
 
 def lacks_masks(prediction: dict[str, Any]) -> TypeGuard[Prediction]:
     """Whether nobody has made, or put there, ``pred_masks`` by now."""
-    return isinstance(prediction, Prediction) and not dict.__contains__(prediction, "pred_masks")
+    is_lazy = isinstance(prediction, Prediction) and prediction.features is not None
+    return is_lazy and not dict.__contains__(prediction, "pred_masks")
 
 
 def masks_of(prediction: dict[str, Any]) -> Tensor:
@@ -88,7 +124,7 @@ def masks_of(prediction: dict[str, Any]) -> Tensor:
 def of_queries(prediction: dict[str, Any], part: slice) -> dict[str, Any]:
     """The same prediction of some queries."""
     others = {name: x[:, part] for name, x in dict.items(prediction)}
-    if isinstance(prediction, Prediction):
+    if isinstance(prediction, Prediction) and prediction.features is not None:
         return Prediction(prediction.embedded[:, part], prediction.features, **others)
     return others
 

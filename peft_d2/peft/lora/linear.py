@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from ..adapted import AdapterLayer, first_input
@@ -26,6 +27,8 @@ def saves_passes(x: Tensor, weight: Tensor, a: Tensor) -> bool:
     Compilers fuse the branch's passes, and would tie a graph to the number of rows; a traced graph cannot hold it.
     """
     if x.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    if getattr(forward_ad, "_current_level", -1) >= 0:  # derivatives in forward mode, which it does not have
         return False
     exact = x.dtype == weight.dtype == a.dtype and x.dtype in (torch.float32, torch.float64)
     out, inputs = weight.shape

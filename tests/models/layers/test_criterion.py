@@ -14,6 +14,7 @@ import pytest
 import torch
 import torchvision
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from peft_d2.models.layers.boxes import inverse_sigmoid, to_centres, to_corners
 from peft_d2.models.layers.criterion import (
@@ -265,7 +266,9 @@ def test_masks_made_on_demand_have_the_same_losses_and_gradients(counts: tuple[i
         lambda p: dict(zip(p, p.values(), strict=True)),
     ]
     + [lambda p: {k: v for k, v in p.items() if k != "aux_outputs"}, lambda p: pickle.loads(pickle.dumps(p))]
-    + [lambda p: {"pred_logits": p["pred_logits"], "pred_masks": p.get("pred_masks")} if "pred_masks" in p else {}],
+    + [lambda p: {"pred_logits": p["pred_logits"], "pred_masks": p.get("pred_masks")} if "pred_masks" in p else {}]
+    + [lambda p: type(p)(p.items()), lambda p: tree_map(lambda x: x, p), lambda p: {k: p.pop(k) for k in list(p)}]
+    + [lambda p: dict.copy(p) if p.setdefault("pred_masks") is not None and len(p) == 2 else {}],
 )
 def test_other_criteria_find_all_masks(copied: Callable[[dict], dict]) -> None:
     """In whatever way they go through what a decoder predicts, as in a plain dict."""
@@ -274,6 +277,29 @@ def test_other_criteria_find_all_masks(copied: Callable[[dict], dict]) -> None:
     found = copied(predicted(*values, kept=False, pred_logits=torch.zeros(2, 5, 3)))
     assert sorted(found) == sorted(expected) and found.get("pred_boxes", 1) == 1
     assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+@pytest.mark.parametrize("asked", [torch.no_grad, lambda: torch.autocast("cpu", torch.bfloat16), torch.inference_mode])
+def test_whoever_asks_first_changes_no_gradient(asked: Callable[[], Any]) -> None:
+    """A matcher or a hook, say, that looks at the masks without gradients, or under another autocast."""
+    grads = []
+    for kept in (True, False):
+        torch.manual_seed(0)
+        embedded = torch.randn(2, 5, 4, requires_grad=True)
+        prediction = predicted(2 * embedded, torch.randn(2, 4, 6, 6), kept, pred_logits=torch.zeros(2, 5, 3))
+        with asked():
+            prediction["pred_masks"].max()
+        prediction["pred_masks"].square().sum().backward()
+        grads.append(embedded.grad)
+    torch.testing.assert_close(*grads, rtol=0, atol=0)
+
+
+def test_masks_that_are_taken_out_stay_out() -> None:
+    prediction = predicted(torch.randn(2, 5, 4), torch.randn(2, 4, 6, 6), False, pred_logits=torch.zeros(2, 5, 3))
+    del prediction["pred_masks"]
+    assert list(prediction) == ["pred_logits"] and "pred_masks" not in prediction
+    with pytest.raises(KeyError):
+        prediction["pred_masks"]
 
 
 def test_masks_that_somebody_replaces_count() -> None:
