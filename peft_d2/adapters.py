@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections import OrderedDict
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
@@ -74,7 +73,7 @@ def load_trained(model: nn.Module, path: str | os.PathLike[str]) -> None:
             f"{os.fspath(path)} {what}: {len(wrong)} of {len(own)} tensors are missing or of another shape, "
             f"{shortened(wrong, 4)}. Build and inject the model as it was trained, and give what was saved after that."
         )
-    _load_named_as_now(root, {key: value for key, value in state.items() if key in own})
+    checkpoint.load_named_as_now(root, {key: value for key, value in state.items() if key in own})
 
 
 def load_base_of_any(model: nn.Module, path: str) -> tuple[LoadReport, dict[str, Tensor]]:
@@ -102,17 +101,8 @@ def load_layers(model: nn.Module, path: str, state: Mapping[str, Tensor]) -> Non
             f"the checkpoint {path} is of a model with other adapters: {shortened(names, 4)} are not in both. Give the "
             "config that it was trained with: MODEL.PEFT, class counts"
         )
-    _load_named_as_now(model, state, strict=False)
+    checkpoint.load_named_as_now(model, state, strict=False)
     logger.info("%s is of a model with adapters: their %d tensors are in effect.", path, len(given))
-
-
-def _load_named_as_now(model: nn.Module, tensors: Mapping[str, Tensor], strict: bool = True) -> None:
-    """Load tensors that have the model's own names: without a version beside them, modules that rename what an older
-    version of them saved (the official Mask2Former's head) would do so.
-    """
-    state = OrderedDict(tensors)
-    state._metadata = getattr(model.state_dict(), "_metadata", {})  # type: ignore[attr-defined]
-    model.load_state_dict(state, strict=strict)
 
 
 def require_trained(model: nn.Module, report: LoadReport) -> None:

@@ -17,7 +17,6 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from peft_d2.peft import injected_keys
@@ -25,6 +24,7 @@ from peft_d2.peft.errors import shortened
 from peft_d2.storage import adapter_config, torch_file
 from peft_d2.storage.adapter_file import load_tensors, newest_in_run, not_finite
 from peft_d2.storage.atomic import Defect
+from peft_d2.storage.names import FROM_TORCHVISION, TORCHVISION, from_caffe2, renamed, torchvision_misfit
 
 # Tensors whose first dimension counts classes. One of these with another first dimension, all others equal, belongs
 # to a head of another class count: it keeps the model's initial values. Any other difference of shape is an error.
@@ -140,11 +140,9 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     if "__author__" not in metadata and of_caffe2:
         metadata.update({"__author__": "Caffe2", "matching_heuristics": True})
         state = {name: value for name, value in state.items() if not name.endswith("_momentum")}
-    while (prefix := next(iter(state), "").partition(".")[0] + ".") in ("module.", "_orig_mod."):
-        if not all(name.startswith(prefix) for name in state):
-            break
-        state = {name.removeprefix(prefix): value for name, value in state.items()}
-    return Checkpoint(state, metadata, str(path))
+    wrapped = re.match(r"((module|_orig_mod)\.)*", os.path.commonprefix(list(state)))
+    prefix = wrapped[0] if wrapped else ""
+    return Checkpoint({name.removeprefix(prefix): value for name, value in state.items()}, metadata, str(path))
 
 
 def read_file(path: str | os.PathLike[str], values: bool = True) -> Any:
@@ -217,26 +215,9 @@ def load_base(
     own = {name: value for name, value in current.items() if name not in injected}
     state, removed = _unwrapped(model, file, own)
     state, prefix = _named_as_in_model(model, dataclasses.replace(file, state=state), own)
-    layers = {name for name in state if is_layer(name) and name not in own}
-    if layers and not of_injected:
-        raise CheckpointError(
-            f"the checkpoint {file.path} is the state dict of a model with adapters, not a base: it holds "
-            f"{len(layers)} tensors such as {min(layers)}. Give the config that it was trained with (MODEL.PEFT), load "
-            "it by model.load_state_dict after inject, or write a file without adapters from there, save_merged"
-        )
-    base = {name.removeprefix(_BASE): state[name] for name in layers if name.startswith(_BASE)}
-    state = {name: value for name, value in (state | base).items() if name not in layers}
+    state = _without_layers(state, own, file.path, of_injected)
+    matched, heads, misshaped = _compared(state, own, aliases)
 
-    matched, heads, misshaped = {}, [], []
-    for name in sorted(state.keys() & own.keys()):
-        old, new = tuple(state[name].shape), tuple(own[name].shape)
-        is_head = any(_any(alias, CLASS_HEADS) for alias in aliases.get(name, [name]))
-        if old == new:
-            matched[name] = state[name]
-        elif len(old) == len(new) > 0 and old[1:] == new[1:] and is_head:
-            heads.append((name, old, new))
-        else:
-            misshaped.append(f"{name} {old} -> {new}")
     backbone = prefix or next((b for b in _BACKBONES if matched and all(name.startswith(b) for name in state)), "")
     missing = sorted(name for name in own if not any(alias in state for alias in aliases.get(name, [name])))
     required = [name for name in missing if not _any(name, _COMPUTED)]
@@ -251,14 +232,54 @@ def load_base(
             f"the checkpoint {file.path} holds {defect}. Nothing was loaded. It comes from a training that diverged, "
             "or is damaged: use an earlier one"
         )
-    named_as_now = OrderedDict(matched)
-    # Modules that rename what an older version of them saved would do so without a version to go by.
-    named_as_now._metadata = getattr(current, "_metadata", {})  # type: ignore[attr-defined]
-    if lost := model.load_state_dict(named_as_now, strict=False).unexpected_keys:
+    if lost := load_named_as_now(model, matched, strict=False):
         raise CheckpointError(f"the model's own loading hooks lost tensors of {file.path}: {shortened(sorted(lost))}")
     report = LoadReport(file.path, sorted(matched), heads, missing, unexpected, backbone, removed)
     logger.info("%s", report)
     return report
+
+
+def load_named_as_now(model: nn.Module, tensors: Mapping[str, Tensor], strict: bool = True) -> list[str]:
+    """Load tensors that have the model's own names, and return those that its loading hooks lost.
+
+    Without a version beside them, modules that rename what an older version of them saved (the official Mask2Former's
+    head) would do so.
+    """
+    state = OrderedDict(tensors)
+    state._metadata = getattr(model.state_dict(), "_metadata", {})  # type: ignore[attr-defined]
+    return list(model.load_state_dict(state, strict=strict).unexpected_keys)
+
+
+def _without_layers(
+    state: Mapping[str, Tensor], own: Mapping[str, Tensor], path: str, allowed: bool
+) -> dict[str, Tensor]:
+    """The base in the state dict of an injected model, where such a one is ``allowed``."""
+    layers = {name for name in state if is_layer(name) and name not in own}
+    if layers and not allowed:
+        raise CheckpointError(
+            f"the checkpoint {path} is the state dict of a model with adapters, not a base: it holds "
+            f"{len(layers)} tensors such as {min(layers)}. Give the config that it was trained with (MODEL.PEFT), load "
+            "it by model.load_state_dict after inject, or write a file without adapters from there, save_merged"
+        )
+    base = {name.removeprefix(_BASE): state[name] for name in layers if name.startswith(_BASE)}
+    return {name: value for name, value in (dict(state) | base).items() if name not in layers}
+
+
+def _compared(
+    state: Mapping[str, Tensor], own: Mapping[str, Tensor], aliases: Mapping[str, list[str]]
+) -> tuple[dict[str, Tensor], list[tuple[str, tuple[int, ...], tuple[int, ...]]], list[str]]:
+    """Of the names in both: tensors of equal shapes, heads of another class count, and what has another shape."""
+    matched, heads, misshaped = {}, [], []
+    for name in sorted(state.keys() & own.keys()):
+        old, new = tuple(state[name].shape), tuple(own[name].shape)
+        is_head = any(_any(alias, CLASS_HEADS) for alias in aliases.get(name, [name]))
+        if old == new:
+            matched[name] = state[name]
+        elif len(old) == len(new) > 0 and old[1:] == new[1:] and is_head:
+            heads.append((name, old, new))
+        else:
+            misshaped.append(f"{name} {old} -> {new}")
+    return matched, heads, misshaped
 
 
 def _unwrapped(model: nn.Module, file: Checkpoint, own: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str]:
@@ -294,10 +315,10 @@ def _named_as_in_model(model: nn.Module, file: Checkpoint, own: Mapping[str, Ten
     state = dict(file.state)
     if file.metadata.get("__author__") == "Caffe2":
         state = from_caffe2(state)
-    elif state.keys() >= _TORCHVISION and not any(name.endswith("layer1.0.conv1.weight") for name in own):
-        if problem := _misfit(model):
+    elif state.keys() >= TORCHVISION and not any(name.endswith("layer1.0.conv1.weight") for name in own):
+        if problem := torchvision_misfit(model):
             raise CheckpointError(f"{file.path} is a ResNet of torchvision's make, and {problem}")
-        state = {renamed(name, _FROM_TORCHVISION): value for name, value in state.items()}
+        state = {renamed(name, FROM_TORCHVISION): value for name, value in state.items()}
     upgrade: Any = getattr(model, "upgrade_state_dict", None)
     if upgrade is not None:
         state = upgrade(state)
@@ -343,74 +364,3 @@ def _refusal(
 
 def _any(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
-
-
-# ResNets of Caffe2's ImageNet files, and of torchvision and timm, under the names of Detectron2's backbones: part after
-# part of a name is replaced until none fits.
-_FROM_CAFFE2 = (
-    (r"res(\d)_(\d+)_branch1_", r"res\1.\2.shortcut."),
-    (r"res(\d)_(\d+)_branch2a_", r"res\1.\2.conv1."),
-    (r"res(\d)_(\d+)_branch2b_", r"res\1.\2.conv2."),
-    (r"res(\d)_(\d+)_branch2c_", r"res\1.\2.conv3."),
-    (r"(res_)?conv1_(?=w$|b$|bn_)", "stem.conv1."),
-    (r"(?<=\.)w$", "weight"),
-    (r"(?<=\.)b$", "bias"),
-    (r"(?<=\.)bn_s$", "norm.weight"),
-    (r"(?<=\.)bn_b$", "norm.bias"),
-    (r"(?<=\.)bn_rm$", "norm.running_mean"),
-    (r"(?<=\.)bn_riv$", "norm.running_var"),
-)
-_FROM_TORCHVISION = (
-    (r"^conv1\.", "stem.conv1."),
-    (r"^bn1\.", "stem.conv1.norm."),
-    (r"^layer1\.", "res2."),
-    (r"^layer2\.", "res3."),
-    (r"^layer3\.", "res4."),
-    (r"^layer4\.", "res5."),
-    (r"(?<=\.)downsample\.0\.", "shortcut."),
-    (r"(?<=\.)downsample\.1\.", "shortcut.norm."),
-    (r"(?<=\.)bn(\d)\.", r"conv\1.norm."),
-)
-_TORCHVISION = {"conv1.weight", "bn1.running_mean", "layer1.0.conv1.weight", "layer4.0.bn2.weight"}
-
-
-def renamed(name: str, table: Sequence[tuple[str, str]]) -> str:
-    """A tensor's name after the rows (pattern, replacement) of ``table``, applied one after the other."""
-    for pattern, new in table:
-        name = re.sub(pattern, new, name)
-    return name
-
-
-def from_caffe2(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename Caffe2's ResNet tensors; names of other parts stay as they are.
-
-    Caffe2's affine channels have no statistics; mean 0 and variance 1 are added, as Detectron2's frozen norm expects.
-    """
-    result = {renamed(name, _FROM_CAFFE2): value for name, value in state.items()}
-    for name, value in list(result.items()):
-        if name.endswith(".norm.weight"):
-            result.setdefault(name.removesuffix("weight") + "running_mean", torch.zeros_like(value))
-            result.setdefault(name.removesuffix("weight") + "running_var", torch.ones_like(value))
-    return result
-
-
-def _misfit(model: nn.Module) -> str:
-    """Why torchvision's weights would be wrong in this model although all names and shapes fit; else empty.
-
-    Its bottlenecks have their stride in the 3x3 convolution, Detectron2's, by default, in the first 1x1; it was trained
-    on RGB images of unit variance, Detectron2's own ImageNet weights on BGR images that are not divided by anything.
-    """
-    for name, module in model.named_modules():
-        first = getattr(module, "conv1", None)
-        if isinstance(first, nn.Conv2d) and hasattr(module, "conv3") and max(first.stride) > 1:
-            return f"{name}.conv1 has stride {max(first.stride)}; set MODEL.RESNETS.STRIDE_IN_1X1 False"
-    pixels = [getattr(model, name, None) for name in ("pixel_mean", "pixel_std")]
-    if not all(isinstance(value, Tensor) and value.numel() == 3 for value in pixels):
-        return ""
-    mean, std = ([round(v, 3) for v in value.flatten().tolist()] for value in pixels if value is not None)
-    if std != [1, 1, 1] and mean[0] >= mean[2]:
-        return ""
-    return (
-        f"the model takes pixels less {mean}, over {std}; set INPUT.FORMAT RGB, "
-        "MODEL.PIXEL_MEAN [123.675, 116.28, 103.53] and MODEL.PIXEL_STD [58.395, 57.12, 57.375]"
-    )

@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor
 
-from peft_d2.storage.checkpoint import renamed
+from peft_d2.storage.names import renamed
 
 _NET, _HEAD = "backbone.net.", "sem_seg_head."
 _QUERIES = {"q.weight", "query.weight"}  # of the authors, of transformers

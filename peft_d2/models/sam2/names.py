@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from peft_d2.storage.checkpoint import renamed
+from peft_d2.storage.names import renamed
 
 _OURS = ("image_encoder.", "prompt_encoder.", "mask_decoder.", "no_mem_embed")  # the rest is for videos
 _META = (
