@@ -416,7 +416,11 @@ class _Check:
         ):  # fmt: skip
             if wrong:
                 self.error(kind, where, what, advice)
-        segmentation = annotation.get("segmentation")
+        self._segmentation(annotation.get("segmentation"), masked, where, height, width)
+        if all(p.level == "warning" for p in self.problems[before:]):
+            self.objects.add(annotation, height, width)
+
+    def _segmentation(self, segmentation: Any, masked: bool, where: str, height: int, width: int) -> None:
         if isinstance(segmentation, dict):
             if defect := run_length_defect(segmentation, height, width):
                 self.error("run lengths", where, defect, "Encode the mask again from the image's own size.")
@@ -430,8 +434,6 @@ class _Check:
         elif masked:
             what = "has no segmentation, others have one"
             self.error("mask missing", where, what, "Give every object a mask or none.")
-        if all(p.level == "warning" for p in self.problems[before:]):
-            self.objects.add(annotation, height, width)
 
     def _box(self, box: Any, where: str, height: int, width: int) -> None:
         if not isinstance(box, list) or len(box) != 4 or not all(isinstance(v, (int, float)) for v in box):

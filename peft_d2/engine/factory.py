@@ -51,21 +51,11 @@ def PEFTModel(cfg: Any) -> nn.Module:  # noqa: N802  the registry knows it by th
     from peft_d2 import adapters, peft
 
     node = cfg.MODEL.PEFT
-    _check_architecture(node.META_ARCHITECTURE, META_ARCH_REGISTRY)
+    _check(node, META_ARCH_REGISTRY)
     base_cfg = cfg.clone()
     base_cfg.defrost()
     base_cfg.MODEL.META_ARCHITECTURE = node.META_ARCHITECTURE
     base_cfg.freeze()
-    if not (node.METHODS or node.TRAIN or node.WEIGHTS):
-        raise ConfigError(
-            "MODEL.META_ARCHITECTURE is PEFTModel but MODEL.PEFT.METHODS, TRAIN and WEIGHTS are all empty. "
-            "Name a method, modules to train in full, or an adapter folder."
-        )
-    if AUTO in node.METHODS:
-        raise ConfigError(
-            "MODEL.PEFT.METHODS auto is settled on training data: by tools/train_net.py, or by tools/recommend.py, "
-            "whose file replaces it."
-        )
     model = META_ARCH_REGISTRY.get(node.META_ARCHITECTURE)(base_cfg)
     report, layers = adapters.load_base_of_any(model, cfg.MODEL.WEIGHTS) if cfg.MODEL.WEIGHTS else (None, {})
     if node.METHODS or node.TRAIN:
@@ -90,7 +80,9 @@ def PEFTModel(cfg: Any) -> nn.Module:  # noqa: N802  the registry knows it by th
     return model
 
 
-def _check_architecture(name: str, registry: Any) -> None:
+def _check(node: Any, registry: Any) -> None:
+    """Refuse a ``MODEL.PEFT`` that says nothing to build or to inject."""
+    name = node.META_ARCHITECTURE
     if not name or name == PEFT_ARCHITECTURE:
         raise ConfigError(
             f"MODEL.META_ARCHITECTURE is PEFTModel and MODEL.PEFT.META_ARCHITECTURE is {name!r}. "
@@ -101,4 +93,14 @@ def _check_architecture(name: str, registry: Any) -> None:
         raise ConfigError(
             f"MODEL.PEFT.META_ARCHITECTURE {name!r} is not registered; the nearest names are {near}. "
             "Call peft_d2.register(), or import the package that defines it, before building."
+        )
+    if not (node.METHODS or node.TRAIN or node.WEIGHTS):
+        raise ConfigError(
+            "MODEL.META_ARCHITECTURE is PEFTModel but MODEL.PEFT.METHODS, TRAIN and WEIGHTS are all empty. "
+            "Name a method, modules to train in full, or an adapter folder."
+        )
+    if AUTO in node.METHODS:
+        raise ConfigError(
+            "MODEL.PEFT.METHODS auto is settled on training data: by tools/train_net.py, or by tools/recommend.py, "
+            "whose file replaces it."
         )

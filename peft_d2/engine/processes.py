@@ -113,12 +113,24 @@ def launch(function: Callable[..., Any], args: tuple[Any, ...], layout: Layout) 
                 "--num-machines > 1 needs --dist-url tcp://HOST:PORT, an address of machine 0 that all can reach."
             )
         layout = Layout(layout.processes, url=f"tcp://127.0.0.1:{_free_port()}", on_cpu=layout.on_cpu)
-    messages, interrupted = mp.get_context(_START).SimpleQueue(), False
+    messages = mp.get_context(_START).SimpleQueue()
     parts = (function, args, layout, messages)
     with handled({signal.SIGINT: signal.SIG_IGN}):  # the terminal sends Ctrl-C to all of them; this one passes it on
         context: Any = mp.start_processes(_process, parts, layout.processes, join=False, start_method=_START)
+    _wait(context, messages)
+    return None
+
+
+def _wait(context: Any, messages: Any) -> None:
+    """Wait for started processes, and pass on to them what this one is told.
+
+    Raises:
+        KeyboardInterrupt: they were.
+        SystemExit: one of them failed.
+    """
     # torch 2.4 knows no grace period: it ends the others at once.
     grace = {"grace_period": _GRACE} if "grace_period" in inspect.signature(context.join).parameters else {}
+    interrupted = False
 
     def pass_on(number: int, frame: Any) -> None:
         """What is for this process is for those that it started: they save and leave in order; told twice, at once."""
@@ -140,7 +152,6 @@ def launch(function: Callable[..., Any], args: tuple[Any, ...], layout: Layout) 
                 raise SystemExit(1) from error
     if interrupted:
         raise KeyboardInterrupt
-    return None
 
 
 def _report(error: Exception, messages: Any, processes: list[Any]) -> None:

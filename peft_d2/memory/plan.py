@@ -9,17 +9,14 @@ between their forward and their backward pass. Blocks are then kept in the order
 from __future__ import annotations
 
 import contextlib
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch import nn
 
 from peft_d2.peft.errors import InjectionError, PeftError
-from peft_d2.peft.probe import as_it_was, own_event_storage, tensors_of, with_own_dicts
 
 from .blocks import (
     Block,
@@ -32,15 +29,14 @@ from .blocks import (
     resident_bytes,
     return_freed_memory,
 )
-from .meter import Meter, ProcessPeak, device_of, free_bytes
+from .meter import device_of, free_bytes
+from .step import Call, Forward, LeanStep, measure
 
 GIB = 2**30
 AUTO_SHARE = 0.9  # of what is free: allocators need some room between tensors
 _FILLED = 0.8  # of the planned peak, up to which malloc may hold freed memory: giving it back takes time
 _CPU_SHARE = 0.95  # of the room beside the weights: malloc leaves holes between what is kept
 _FAR_ABOVE = 2**62
-
-Forward = Callable[[nn.Module, Any], Any]
 
 
 class MemoryBudgetError(PeftError, ValueError):
@@ -156,34 +152,83 @@ def fit_memory(
     resident = _resident(model, optimizer_states)
     smallest: int | None = None
     try:
-        for count in _piece_counts(batch, pieces):
-            part = batch[: len(batch) // count] if count > 1 else batch
-            for mode in ("recompute", "offload") if device_of(model).type == "cuda" else ("recompute",):
-                try:
-                    step = _measure(model, part, forward or _call, states, mode)
-                except torch.cuda.OutOfMemoryError:
-                    agree(_FAR_ABOVE)
-                    continue
-                share = _CPU_SHARE if device_of(model).type == "cpu" else 1.0
-                plan = step.choose(None if limit is None else int(share * (limit - resident)), resident, mode, count)
-                smallest = min(smallest or plan.smallest, plan.smallest)
-                if agree(0 if limit is None else plan.peak - limit) <= 0:
-                    plan.budget, plan.smallest = limit, smallest
-                    return_freed_memory()
-                    idle = resident_bytes() + optimizer_states * _trained_bytes(model)
-                    for name, state in states.items():
-                        state.mode = plan.modes.get(name, "keep")
-                        state.ceiling = idle + int(_FILLED * (plan.above_idle - step.largest_growth))
-                    return plan
+        for step, mode, count in _steps(model, batch, pieces, forward or _call, states):
+            if step is None:
+                agree(_FAR_ABOVE)
+                continue
+            share = _CPU_SHARE if device_of(model).type == "cpu" else 1.0
+            plan = choose(step, None if limit is None else int(share * (limit - resident)), resident, mode, count)
+            smallest = min(smallest or plan.smallest, plan.smallest)
+            if agree(0 if limit is None else plan.peak - limit) <= 0:
+                plan.budget, plan.smallest = limit, smallest
+                return_freed_memory()
+                idle = resident_bytes() + optimizer_states * _trained_bytes(model)
+                for name, state in states.items():
+                    state.mode = plan.modes.get(name, "keep")
+                    state.ceiling = idle + int(_FILLED * (plan.above_idle - step.largest_growth))
+                return plan
+        raise _cannot_be_met(limit, smallest, resident)
     except BaseException:
         _put_back(model, before)
         raise
-    _put_back(model, before)
-    if smallest is None:
-        raise MemoryBudgetError("even the leanest step does not fit on this device: use smaller images", float("inf"))
-    assert limit is not None
+
+
+def _steps(
+    model: nn.Module, batch: Any, pieces: int, forward: Forward, states: dict[str, BlockState]
+) -> Iterator[tuple[LeanStep | None, Mode, int]]:
+    """Measured steps, each leaner than the one before, with the blocks' mode and how many pieces the batch is in; None
+    for one that the device has no memory for.
+    """
+    modes: tuple[Mode, ...] = ("recompute", "offload") if device_of(model).type == "cuda" else ("recompute",)
+    for count in _piece_counts(batch, pieces):
+        part = batch[: len(batch) // count] if count > 1 else batch
+        for mode in modes:
+            step = None
+            with contextlib.suppress(torch.cuda.OutOfMemoryError):
+                step = measure(model, part, forward, states, mode)
+            yield step, mode, count
+
+
+def choose(step: LeanStep, room: int | None, resident: int, mode: Mode, pieces: int) -> MemoryPlan:
+    """Keep the activations that pay most, as long as the peak stays within ``room`` bytes."""
+    blocks: dict[str, list[Call]] = {}
+    for call in step.calls:
+        blocks.setdefault(call.name, []).append(call)
+    sizes = {name: sum(step.size(call) for call in calls) for name, calls in blocks.items()}
+    times = {name: sum(call.seconds for call in calls) for name, calls in blocks.items()}
+    peaks = [peak + step.unseen for _, peak in step.readings]
+    smallest = max(peaks)
+    whole = peaks
+    for calls in blocks.values():
+        whole = step.with_kept(whole, calls)
+    kept: set[str] = set()
+    for name in sorted(blocks, key=lambda name: -times[name] / max(sizes[name], 1)):
+        raised = step.with_kept(peaks, blocks[name])
+        if room is None or max(raised) <= max(room, max(peaks)):
+            kept.add(name)
+            peaks = raised
+    nothing = step.seconds - sum(times.values())
+    return MemoryPlan(
+        budget=None,
+        resident=resident,
+        peak=max(peaks) + resident,
+        unplanned_peak=max(whole) + resident,
+        smallest=smallest + resident,
+        largest_block=max(map(step.size, step.calls), default=0),
+        seconds=pieces * (nothing + sum(seconds for name, seconds in times.items() if name not in kept)),
+        unplanned_seconds=pieces * nothing,
+        modes={name: "keep" if name in kept else mode for name in blocks},
+        kept=sizes,
+        pieces=pieces,
+    )
+
+
+def _cannot_be_met(limit: int | None, smallest: int | None, resident: int) -> MemoryBudgetError:
+    """That no step fits; ``smallest`` is the peak of the leanest, None where that was not even measured."""
+    if smallest is None or limit is None:
+        return MemoryBudgetError("even the leanest step does not fit on this device: use smaller images", float("inf"))
     needed = -(-smallest * 100 // GIB) / 100
-    raise MemoryBudgetError(
+    return MemoryBudgetError(
         f"a memory budget of {limit / GIB:.2f} GiB cannot be met: the smallest possible is {needed:.2f} GiB, of which "
         f"{resident / GIB:.2f} GiB are weights and the optimizer's states. Allow more, use smaller images, or train "
         "fewer parameters",
@@ -250,168 +295,3 @@ def _piece_counts(batch: Any, pieces: int) -> list[int]:
 
 def _call(model: nn.Module, batch: Any) -> Any:
     return model(batch)
-
-
-def _total(losses: Any) -> Tensor:
-    values = [value.float().sum() for value in tensors_of(losses) if value.requires_grad]
-    if not values:
-        raise InjectionError(
-            f"what the model gives in training ({type(losses).__name__}) has no loss that depends on what is trained; "
-            "give fit_memory the losses, forward=lambda model, batch: ..."
-        )
-    return torch.stack(values).sum()
-
-
-@dataclass
-class _Call:
-    """One run of a block: the reading after its forward pass, those around its recomputing, and what that took."""
-
-    name: str
-    forward_end: int
-    start: int = 0
-    end: int = 0
-    seconds: float = 0.0
-
-
-class _Recorder:
-    """Recomputes every block and notes when, how long, and with a meter how much memory."""
-
-    def __init__(self, meter: Meter | None) -> None:
-        self.meter = meter
-        self.calls: list[_Call] = []
-        self.readings: list[tuple[int, int]] = []
-
-    def read(self) -> int:
-        """Take a reading; returns its number."""
-        self.readings.append((0, 0) if self.meter is None else self.meter.read())
-        return len(self.readings) - 1
-
-    def run(self, name: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        call = _Call(name, 0)
-        runs = 0
-
-        def body(*args: Any, **kwargs: Any) -> Any:
-            nonlocal runs
-            runs += 1
-            if runs == 1:
-                return forward(*args, **kwargs)
-            return_freed_memory()
-            call.start, begun = self.read(), _clock()
-            try:
-                return forward(*args, **kwargs)
-            finally:  # torch leaves by an exception of its own once all that is needed is there
-                call.seconds += _clock() - begun
-                call.end = self.read()
-
-        output = checkpoint(body, *args, use_reentrant=False, **kwargs)
-        call.forward_end = self.read()
-        self.calls.append(call)
-        return output
-
-
-def _clock() -> float:
-    """On a CPU the processor's seconds, which other programs disturb less."""
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        torch.cuda.synchronize()
-        return time.perf_counter()
-    return time.process_time()
-
-
-@dataclass
-class _Step:
-    """A lean step's readings: (bytes now, peak since the reading before), the blocks' calls, and the whole's time."""
-
-    readings: list[tuple[int, int]]
-    calls: list[_Call]
-    seconds: float
-    unseen: int  # bytes of the process's peak beyond the tensors that were followed
-
-    @property
-    def largest_growth(self) -> int:
-        """The most bytes by which a moment is above the reading before it."""
-        pairs = zip(self.readings, self.readings[1:], strict=False)
-        return max((peak - before for (before, _), (_, peak) in pairs), default=0)
-
-    def choose(self, room: int | None, resident: int, mode: Mode, pieces: int) -> MemoryPlan:
-        """Keep the activations that pay most, as long as the peak stays within ``room`` bytes."""
-        blocks: dict[str, list[_Call]] = {}
-        for call in self.calls:
-            blocks.setdefault(call.name, []).append(call)
-        sizes = {name: sum(self._size(call) for call in calls) for name, calls in blocks.items()}
-        times = {name: sum(call.seconds for call in calls) for name, calls in blocks.items()}
-        peaks = [peak + self.unseen for _, peak in self.readings]
-        smallest = max(peaks)
-        whole = peaks
-        for calls in blocks.values():
-            whole = self._with_kept(whole, calls)
-        kept: set[str] = set()
-        for name in sorted(blocks, key=lambda name: -times[name] / max(sizes[name], 1)):
-            raised = self._with_kept(peaks, blocks[name])
-            if room is None or max(raised) <= max(room, max(peaks)):
-                kept.add(name)
-                peaks = raised
-        nothing = self.seconds - sum(times.values())
-        return MemoryPlan(
-            budget=None,
-            resident=resident,
-            peak=max(peaks) + resident,
-            unplanned_peak=max(whole) + resident,
-            smallest=smallest + resident,
-            largest_block=max(map(self._size, self.calls), default=0),
-            seconds=pieces * (nothing + sum(seconds for name, seconds in times.items() if name not in kept)),
-            unplanned_seconds=pieces * nothing,
-            modes={name: "keep" if name in kept else mode for name in blocks},
-            kept=sizes,
-            pieces=pieces,
-        )
-
-    def _size(self, call: _Call) -> int:
-        return max(0, self.readings[call.end][0] - self.readings[call.start][0]) if call.end else 0
-
-    def _with_kept(self, peaks: Sequence[int], calls: Sequence[_Call]) -> list[int]:
-        raised = list(peaks)
-        for call in calls:
-            for number in range(call.forward_end + 1, call.start + 1):
-                raised[number] += self._size(call)
-        return raised
-
-
-def _measure(model: nn.Module, batch: Any, forward: Forward, states: dict[str, BlockState], mode: Mode) -> _Step:
-    """One step at its leanest, three times: to warm up, for its time and the process's peak, and for its tensors."""
-    device = device_of(model)
-    devices = [torch.cuda.current_device()] if device.type == "cuda" else []
-    with as_it_was(model), torch.random.fork_rng(devices), own_event_storage():
-        with _recording(states, timed := _Recorder(None)):
-            _step(model, batch, forward)
-        return_freed_memory()
-        with _recording(states, timed := _Recorder(None)), ProcessPeak() as process:
-            begun = _clock()
-            _step(model, batch, forward)
-            seconds = _clock() - begun
-        return_freed_memory()
-        with Meter(device) as meter, _recording(states, metered := _Recorder(meter)):
-            _step(model, batch, forward)
-            metered.read()
-    for before, after in zip(timed.calls, metered.calls, strict=True):
-        after.seconds = before.seconds
-    peak = max(peak for _, peak in metered.readings)
-    unseen = max(0, process.bytes - peak) if device.type == "cpu" else 0
-    return _Step(metered.readings, metered.calls, seconds, unseen)
-
-
-def _step(model: nn.Module, batch: Any, forward: Forward) -> None:
-    for parameter in model.parameters():
-        parameter.grad = None
-    with torch.enable_grad():
-        _total(forward(model, with_own_dicts(batch))).backward()
-
-
-@contextlib.contextmanager
-def _recording(states: dict[str, BlockState], recorder: _Recorder) -> Iterator[None]:
-    for state in states.values():
-        state.recorder = recorder
-    try:
-        yield
-    finally:
-        for state in states.values():
-            state.recorder = None

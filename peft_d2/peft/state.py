@@ -507,13 +507,7 @@ def before_load(root: nn.Module, state: dict[str, Any], prefix: str, *_: Any) ->
         if own.issuperset(different) and not layers and (fits - own or not open_to_others):
             return None  # only what is trained in full
         if not open_to_others:
-            file = f" (from {injection.base_file})" if injection.base_file else ""
-            raise InjectionError(
-                f"these are the weights of another base than the one{file} under adapter {injection.active!r}: "
-                f"{len(different)} of {len(fits)} tensors differ, {shortened(different, 4)}; nothing was loaded. Load "
-                "the base before you inject: peft_d2.load_base(model, path), then inject(model, ...) or "
-                "load_adapter(model, folder); with PEFTModel it is MODEL.WEIGHTS"
-            )
+            raise _other_base(injection, different, len(fits))
         _start_anew(injection, index, {key: given[key] for key in fits})
     else:
         logger.info(
@@ -524,6 +518,16 @@ def before_load(root: nn.Module, state: dict[str, Any], prefix: str, *_: Any) ->
     state.update({prefix + key: index.tensors[index.first_name[key]].get() for key in fits if key in index.first_name})
     state.update({prefix + key: value for key, value in layers.items()})
     return None
+
+
+def _other_base(injection: Injection, different: list[str], count: int) -> InjectionError:
+    file = f" (from {injection.base_file})" if injection.base_file else ""
+    return InjectionError(
+        f"these are the weights of another base than the one{file} under adapter {injection.active!r}: "
+        f"{len(different)} of {count} tensors differ, {shortened(different, 4)}; nothing was loaded. Load the base "
+        "before you inject: peft_d2.load_base(model, path), then inject(model, ...) or load_adapter(model, folder); "
+        "with PEFTModel it is MODEL.WEIGHTS"
+    )
 
 
 def _is_base(injection: Injection, index: ModelIndex, key: str, given: Tensor, base: Tensor) -> bool:

@@ -237,15 +237,9 @@ def contents(
 ) -> dict[str, bytes]:
     """The three files of an adapter, by name.
 
-    Args:
-        tensors: injected tensors and those trained in full, by name in the model.
-        methods: the methods that were injected, as `inject` takes them.
-        train: the patterns of modules trained in full.
-        base: fingerprint of the base model.
-        metrics: what was measured; numbers, texts, lists, dicts.
-        scales: path of a LoRA -> factor on B A x; with it the folder is one that Hugging Face `peft` reads.
-        modules: (name, module) of the base model: the folder says so only where `peft` computes the same.
-        started_from: `user/name@commit` of the adapter on the hub that the training started from.
+    Args are what :class:`AdapterFile` has, with every LoRA in `scales`, and
+        modules: (name, module) of the base model: the folder is one of Hugging Face `peft` only where that computes the
+            same with them.
 
     Raises:
         ValueError: a tensor name or a value cannot be stored.

@@ -116,21 +116,7 @@ class _Storage:
 def _read_archive(stream: BinaryIO, size: int, values: bool) -> Any:
     """A torch file since torch 1.6: a zip archive of stored members, one of them the pickle."""
     with zipfile.ZipFile(stream) as archive:  # compares names, and checksums as members are read
-        infos = archive.infolist()
-        members = {info.filename: info for info in infos}
-        damaged = len(members) != len(infos) or not infos or min(info.header_offset for info in infos) != 0
-        _require(not damaged, "its list of members is damaged, or another file stands before the archive")
-        stored = all(info.compress_type == zipfile.ZIP_STORED for info in infos)
-        _require(stored, "it holds compressed members, which torch never writes")
-        _require(sum(info.file_size for info in infos) <= size, "its members claim more bytes than the file has")
-        is_script = any(name.endswith(("constants.pkl", ".py")) for name in members)
-        _require(not is_script, "it is a TorchScript program, not weights")
-        roots = [name.removesuffix("data.pkl") for name in members if name.endswith("/data.pkl")]
-        is_torchs = len(roots) == 1 and all(name.startswith(roots[0]) for name in members)
-        _require(is_torchs, "it is not an archive of torch's: its members are not in a subdirectory with a data.pkl")
-        if not any(info.CRC for info in infos):  # torch can be told to leave checksums out
-            for info in infos:
-                del info.CRC
+        members, root = _members(archive.infolist(), size)
         storages: dict[str, Tensor] = {}
 
         def member(name: str) -> Tensor:
@@ -148,7 +134,7 @@ def _read_archive(stream: BinaryIO, size: int, values: bool) -> Any:
 
         def storage(kind: torch.dtype, key: Any, count: Any) -> _Storage:
             _require(isinstance(key, str) and isinstance(count, int), _STORAGE)
-            name = f"{roots[0]}data/{key}"
+            name = f"{root}data/{key}"
             if key not in storages and values:
                 storages[key] = member(name)
             elif key not in storages:
@@ -157,12 +143,31 @@ def _read_archive(stream: BinaryIO, size: int, values: bool) -> Any:
             return _Storage(storages[key], kind)
 
         for name in members:
-            if not name.startswith(f"{roots[0]}data"):  # small ones: versions and the like
+            if not name.startswith(f"{root}data"):  # small ones: versions and the like
                 content = bytes(member(name).numpy())
-                is_big = name == f"{roots[0]}byteorder" and content != b"little"
+                is_big = name == f"{root}byteorder" and content != b"little"
                 _require(not is_big, "it was written on a big-endian machine")
-        program = member(f"{roots[0]}data.pkl").numpy()
+        program = member(f"{root}data.pkl").numpy()
         return _Reader(_Bounded(io.BytesIO(program.data), size), storage).load()
+
+
+def _members(infos: list[zipfile.ZipInfo], size: int) -> tuple[dict[str, zipfile.ZipInfo], str]:
+    """The members of an archive that torch can have written, by name, and the folder that they are in."""
+    members = {info.filename: info for info in infos}
+    damaged = len(members) != len(infos) or not infos or min(info.header_offset for info in infos) != 0
+    _require(not damaged, "its list of members is damaged, or another file stands before the archive")
+    stored = all(info.compress_type == zipfile.ZIP_STORED for info in infos)
+    _require(stored, "it holds compressed members, which torch never writes")
+    _require(sum(info.file_size for info in infos) <= size, "its members claim more bytes than the file has")
+    is_script = any(name.endswith(("constants.pkl", ".py")) for name in members)
+    _require(not is_script, "it is a TorchScript program, not weights")
+    roots = [name.removesuffix("data.pkl") for name in members if name.endswith("/data.pkl")]
+    is_torchs = len(roots) == 1 and all(name.startswith(roots[0]) for name in members)
+    _require(is_torchs, "it is not an archive of torch's: its members are not in a subdirectory with a data.pkl")
+    if not any(info.CRC for info in infos):  # torch can be told to leave checksums out
+        for info in infos:
+            del info.CRC
+    return members, roots[0]
 
 
 def _read_pickle(file: _Bounded, nested: bool) -> Any:

@@ -25,7 +25,7 @@ from peft_d2.engine.checks import check_run  # noqa: E402
 from peft_d2.engine.config import load_config  # noqa: E402
 from peft_d2.engine.errors import ConfigError  # noqa: E402
 from peft_d2.models.checks import ModelConfigError  # noqa: E402
-from peft_d2.models.layers.criterion import prepare_targets  # noqa: E402
+from peft_d2.models.layers.mask_classifier import prepare_targets  # noqa: E402
 from peft_d2.storage import CheckpointError  # noqa: E402
 
 from .conftest import TINY, Own  # noqa: E402

@@ -14,7 +14,8 @@ import peft_d2
 from peft_d2 import memory, peft
 from peft_d2.memory.blocks import Block, BlockState, find_blocks, make_block
 from peft_d2.memory.meter import Meter
-from peft_d2.memory.plan import _measure, _Step
+from peft_d2.memory.plan import choose
+from peft_d2.memory.step import LeanStep, measure
 from peft_d2.peft.errors import InjectionError
 
 GIB = 2**30
@@ -135,10 +136,10 @@ def test_recomputing_lowers_what_is_kept() -> None:
     assert sum(memory.saved_by_module(model, lambda: model(batch)).values()) < 0.1 * plain
 
 
-def measured_step(model: nn.Module, batch: Any) -> tuple[dict[str, BlockState], _Step]:
+def measured_step(model: nn.Module, batch: Any) -> tuple[dict[str, BlockState], LeanStep]:
     """One lean step as the planner measures it, by tensors alone: what else the process holds is not the plan's."""
     states = {name: make_block(module, name) for name, module in find_blocks(model)}
-    measured = _measure(model, batch, lambda model, batch: model(batch), states, "recompute")
+    measured = measure(model, batch, lambda model, batch: model(batch), states, "recompute")
     measured.unseen = 0
     return states, measured
 
@@ -146,11 +147,11 @@ def measured_step(model: nn.Module, batch: Any) -> tuple[dict[str, BlockState], 
 def test_prediction_of_tensors_within_ten_percent() -> None:
     model, batch = net(depth=8), torch.randn(4, 1000, 8)
     states, measured = measured_step(model, batch)
-    whole = measured.choose(None, 0, "recompute", 1)
+    whole = choose(measured, None, 0, "recompute", 1)
     recomputed = []
     for share in (0.0, 0.3, 0.6, 0.9, 1.0):
         room = int(whole.smallest + share * (whole.unplanned_peak - whole.smallest))
-        plan = measured.choose(room, 0, "recompute", 1)
+        plan = choose(measured, room, 0, "recompute", 1)
         assert plan.peak <= room
         for name, state in states.items():
             state.mode = plan.modes[name]

@@ -1,4 +1,4 @@
-"""Ground truth, matching and losses of mask classification.
+"""Predictions, matching and losses of mask classification.
 
 Sources: Cheng et al., Mask2Former, CVPR 2022, sections 3.3 and 4.1; Carion et al., DETR, ECCV 2020, section 3.1; losses
 at points: Kirillov et al., PointRend, CVPR 2020, section 3.1.
@@ -6,21 +6,16 @@ at points: Kirillov et al., PointRend, CVPR 2020, section 3.1.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeGuard
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from detectron2.structures import BitMasks, ImageList, PolygonMasks
-from detectron2.structures.masks import polygons_to_bitmask
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from torch.utils._pytree import register_pytree_node
-
-from peft_d2.models.checks import ModelConfigError
 
 Match = tuple[Tensor, Tensor]  # (query indices, target indices), both int64 on the CPU, sorted by target
 _FORBIDDEN = 1e6  # replaces a cost that is not finite: far above any real one, small enough to be summed exactly
@@ -158,67 +153,6 @@ class Target:
         return self.boxes
 
 
-def bitmaps(masks: Any, height: int, width: int) -> Tensor:
-    """(T, H, W) of whatever holds an image's masks; an instance that a crop left without polygons is an empty mask."""
-    if isinstance(masks, PolygonMasks):
-        found = np.zeros((len(masks), height, width), bool)
-        for bitmap, polygons in zip(found, masks.polygons, strict=True):
-            bitmap[:] = polygons_to_bitmask(polygons, height, width) if len(polygons) else False
-        return torch.from_numpy(found)
-    tensor = masks.tensor if isinstance(masks, BitMasks) else masks
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"gt_masks is {type(masks).__name__}; expected BitMasks, PolygonMasks or a tensor (T, H, W)")
-    return tensor
-
-
-def object_masks(item: Mapping[str, Any], height: int, width: int) -> Tensor:
-    """(T, H, W) of a mapped dict's ``instances``, which may lack ``gt_masks`` where there are no objects."""
-    instances = item["instances"]
-    if not len(instances):
-        return torch.zeros(0, height, width)
-    if not instances.has("gt_masks"):
-        raise ModelConfigError(
-            f"training input {item.get('file_name', '')!r} has objects without masks (gt_masks), which this "
-            "model is trained on. Detectron2's own mapper gives them with MODEL.MASK_ON True"
-        )
-    return bitmaps(instances.gt_masks, height, width)
-
-
-def prepare_targets(inputs: list[dict[str, Any]], images: ImageList, ignore_value: int) -> list[Target]:
-    """Targets of a batch, with float32 masks zero-padded to the size of ``images``.
-
-    Inputs are mapped dicts with ``instances`` (``gt_classes``, and ``gt_masks`` unless there are none) or, without it,
-    ``sem_seg`` (H, W) of class ids: one mask per class other than ``ignore_value``, as in MaskFormer.
-    """
-    device, (height, width) = images.tensor.device, images.tensor.shape[-2:]
-    targets = []
-    for item, size in zip(inputs, images.image_sizes, strict=True):
-        if "instances" in item:
-            labels, masks = item["instances"].gt_classes, object_masks(item, *size)
-        elif "sem_seg" in item:
-            classes = item["sem_seg"].unique()
-            labels = classes[classes != ignore_value]
-            masks = item["sem_seg"][None] == labels[:, None, None]
-        else:
-            raise KeyError(
-                f"training input {item.get('file_name', '')!r} has neither 'instances' nor 'sem_seg'; "
-                "the dataset mapper has to keep its annotations"
-            )
-        padded = torch.zeros(len(labels), height, width, device=device)
-        padded[:, : masks.shape[-2], : masks.shape[-1]] = masks.to(device)
-        targets.append(Target(labels.to(device).long(), padded))
-    return targets
-
-
-def count_objects(item: Mapping[str, Any], ignore_value: int = 255) -> int:
-    """How many targets a mapped dict becomes: instances, or classes in ``sem_seg`` other than ``ignore_value``."""
-    if "instances" in item:
-        return len(item["instances"])
-    if "sem_seg" in item:
-        return int((item["sem_seg"].unique() != ignore_value).sum())
-    return 0
-
-
 def sample_points(maps: Tensor, points: Tensor) -> Tensor:
     """Bilinear values (N, C, P) of ``maps`` (N, C, H, W) at ``points`` (N, P, 2), (x, y) in [0, 1]; zero outside."""
     if maps.shape[0] == 0:  # grid_sample refuses empty batches; this keeps the result attached to the graph
@@ -315,15 +249,15 @@ class HungarianMatcher(nn.Module):
         points = torch.rand(self.num_points, 2, device=class_logits.device)
         labels = sample_shared_points(target.masks, points)
         of_masks = []
-        features, sampled = None, points  # of the maps that the layers share
+        sampled: dict[int, Tensor] = {}  # values at the points of each map, which the layers share
         for prediction in predictions:
-            if not lacks_masks(prediction):
-                logits = sample_shared_points(prediction["pred_masks"][image].float(), points)
+            if lacks_masks(prediction):
+                key = id(prediction.features)
+                if key not in sampled:
+                    sampled[key] = sample_shared_points(prediction.features[image].float(), points)
+                logits = prediction.embedded[image].float() @ sampled[key]
             else:
-                if prediction.features is not features:
-                    features = prediction.features
-                    sampled = sample_shared_points(features[image].float(), points)
-                logits = prediction.embedded[image].float() @ sampled
+                logits = sample_shared_points(prediction["pred_masks"][image].float(), points)
             of_masks.append(self.cost_mask * mask_cost(logits, labels) + self.cost_dice * dice_cost(logits, labels))
         return torch.stack(of_masks) + self.cost_class * self.class_cost(class_logits)[..., target.labels]
 

@@ -1,20 +1,22 @@
-"""What mask-classification models have in common: from images to the head, and on to losses or results."""
+"""What mask-classification models have in common: from images and annotations to the head, to losses or results."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.modeling import build_backbone, build_sem_seg_head
-from detectron2.structures import Boxes, ImageList, Instances
+from detectron2.structures import BitMasks, Boxes, ImageList, Instances, PolygonMasks
+from detectron2.structures.masks import polygons_to_bitmask
 from torch import Tensor, nn
 
 from peft_d2.data.images import DatasetError
 from peft_d2.models.checks import ModelConfigError, expect, expect_numbers
-from peft_d2.models.layers.criterion import SetCriterion, Target, count_objects, prepare_targets
+from peft_d2.models.layers.criterion import SetCriterion, Target
 from peft_d2.models.layers.postprocess import Canvas, instance_inference, panoptic_inference, semantic_inference
 
 
@@ -196,3 +198,64 @@ class MaskClassifier(PixelModel):
                 "'thing_dataset_id_to_contiguous_id' in its metadata; register it, or set the key to False"
             )
         return things
+
+
+def bitmaps(masks: Any, height: int, width: int) -> Tensor:
+    """(T, H, W) of whatever holds an image's masks; an instance that a crop left without polygons is an empty mask."""
+    if isinstance(masks, PolygonMasks):
+        found = np.zeros((len(masks), height, width), bool)
+        for bitmap, polygons in zip(found, masks.polygons, strict=True):
+            bitmap[:] = polygons_to_bitmask(polygons, height, width) if len(polygons) else False
+        return torch.from_numpy(found)
+    tensor = masks.tensor if isinstance(masks, BitMasks) else masks
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"gt_masks is {type(masks).__name__}; expected BitMasks, PolygonMasks or a tensor (T, H, W)")
+    return tensor
+
+
+def object_masks(item: Mapping[str, Any], height: int, width: int) -> Tensor:
+    """(T, H, W) of a mapped dict's ``instances``, which may lack ``gt_masks`` where there are no objects."""
+    instances = item["instances"]
+    if not len(instances):
+        return torch.zeros(0, height, width)
+    if not instances.has("gt_masks"):
+        raise ModelConfigError(
+            f"training input {item.get('file_name', '')!r} has objects without masks (gt_masks), which this "
+            "model is trained on. Detectron2's own mapper gives them with MODEL.MASK_ON True"
+        )
+    return bitmaps(instances.gt_masks, height, width)
+
+
+def prepare_targets(inputs: list[dict[str, Any]], images: ImageList, ignore_value: int) -> list[Target]:
+    """Targets of a batch, with float32 masks zero-padded to the size of ``images``.
+
+    Inputs are mapped dicts with ``instances`` (``gt_classes``, and ``gt_masks`` unless there are none) or, without it,
+    ``sem_seg`` (H, W) of class ids: one mask per class other than ``ignore_value``, as in MaskFormer.
+    """
+    device, (height, width) = images.tensor.device, images.tensor.shape[-2:]
+    targets = []
+    for item, size in zip(inputs, images.image_sizes, strict=True):
+        if "instances" in item:
+            labels, masks = item["instances"].gt_classes, object_masks(item, *size)
+        elif "sem_seg" in item:
+            classes = item["sem_seg"].unique()
+            labels = classes[classes != ignore_value]
+            masks = item["sem_seg"][None] == labels[:, None, None]
+        else:
+            raise KeyError(
+                f"training input {item.get('file_name', '')!r} has neither 'instances' nor 'sem_seg'; "
+                "the dataset mapper has to keep its annotations"
+            )
+        padded = torch.zeros(len(labels), height, width, device=device)
+        padded[:, : masks.shape[-2], : masks.shape[-1]] = masks.to(device)
+        targets.append(Target(labels.to(device).long(), padded))
+    return targets
+
+
+def count_objects(item: Mapping[str, Any], ignore_value: int = 255) -> int:
+    """How many targets a mapped dict becomes: instances, or classes in ``sem_seg`` other than ``ignore_value``."""
+    if "instances" in item:
+        return len(item["instances"])
+    if "sem_seg" in item:
+        return int((item["sem_seg"].unique() != ignore_value).sum())
+    return 0

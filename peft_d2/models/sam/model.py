@@ -22,13 +22,11 @@ from peft_d2.models.layers.boxes import mask_boxes
 from peft_d2.models.layers.criterion import (
     Target,
     average_count,
-    count_objects,
     dice_loss,
     mask_loss,
-    object_masks,
     objects_of_all,
 )
-from peft_d2.models.layers.mask_classifier import PixelModel
+from peft_d2.models.layers.mask_classifier import PixelModel, count_objects, object_masks
 from peft_d2.models.layers.postprocess import Canvas
 from peft_d2.models.registration import entry
 from peft_d2.models.sam.image_encoder import BackboneEncoder, ImageEncoder
