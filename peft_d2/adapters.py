@@ -138,7 +138,7 @@ def save_adapter(
         InjectionError: the model is a wrapper around one that has none, or what was injected is no longer in it.
         peft_d2.storage.StorageError: the folder holds other files, or the disk is full; what was there before stays.
     """
-    adapter_file.write(folder, **_stored(model, metrics, name))
+    adapter_file.write(os.path.expanduser(folder), **_stored(model, metrics, name))
 
 
 def adapter_contents(model: nn.Module, metrics: Mapping[str, Any] | None = None) -> dict[str, bytes]:
@@ -264,7 +264,7 @@ def _load(
     if empty := next((name for name, value in model.named_parameters() if value.is_meta), ""):
         remedy = "give it its base's weights first: model.to_empty(device=...), then peft_d2.load_base(model, path)"
         raise AdapterFileError(folder, f"the model is on the meta device ({empty} has no values)", remedy)
-    folder, pinned = hub.resolved(folder)
+    folder, pinned = hub.resolved(os.path.expanduser(folder))
     is_theirs = not os.path.lexists(os.path.join(folder, RECORD)) and huggingface.is_huggingface(folder)
     if is_theirs:
         with _base_of(model):
@@ -341,6 +341,7 @@ def _local_file(path: str) -> str:
     """The file behind a path or URL, downloaded where that is needed."""
     if not path:
         raise CheckpointError("the path of the base's weights is empty. Give a .pth, .pkl or .safetensors file.")
+    path = os.path.expanduser(path)
     if os.path.isdir(path):
         return path  # the reader says what kind of folder it is
     try:

@@ -46,8 +46,10 @@ _BACKBONES = ("backbone.bottom_up.", "backbone.net.", "backbone.")
 # What training programs put before every name: wrappers of torch, lightning modules, self-distillation.
 _LAYER, _BASE = re.compile(r"(^|\.)peft\.[\w-]+\.\w+\.|^peft_(base|values)\."), "peft_base."
 _WRAPPERS = ("module", "_orig_mod", "model", "student", "net", "network", "ema", "model_ema", "ema_model", "teacher",
-             "detector", "_forward_module", "online")  # fmt: skip
+             "detector", "_forward_module", "online", "params", "params_ema", "weights", "state_dict", "state_dict_ema",
+             "ema_state_dict", "checkpoint")  # fmt: skip
 _NESTS = ("model", "state_dict", "model_state", "model_state_dict", "blobs", "module")  # around the state dict itself
+_USUAL = ("model.safetensors", "pytorch_model.bin", "model.safetensors.index.json", "pytorch_model.bin.index.json")
 
 logger = logging.getLogger(__name__)
 _REMEDY = "Download or copy it again; if it is meant to hold more than tensors, save its state dict alone and use that"
@@ -131,7 +133,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     if isinstance(inner.get("model"), Mapping):  # {"model": {"model": ...}}, as some trainers nest it
         inner = inner["model"]
     found = {name: torch_file.as_tensor(value) for name, value in inner.items() if isinstance(name, str)}
-    state = {name: tensor.detach() for name, tensor in found.items() if tensor is not None}
+    state = {name: tensor.detach() for name, tensor in found.items() if tensor is not None} or _nested(content)
     if not state:
         keys = ", ".join(sorted(str(key)[:80] for key in content)[:8])
         raise CheckpointError(f"the checkpoint {path} holds no tensors (found: {keys or 'nothing'}). {_REMEDY}")
@@ -143,6 +145,17 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     wrapped = re.match(r"((module|_orig_mod)\.)*", os.path.commonprefix(list(state)))
     prefix = wrapped[0] if wrapped else ""
     return Checkpoint({name.removeprefix(prefix): value for name, value in state.items()}, metadata, str(path))
+
+
+def _nested(content: Mapping[Any, Any], depth: int = 3) -> dict[str, Tensor]:
+    """The tensors of dicts in a dict, {"ema": {"module": {...}}}, as names below these keys, as wrappers make them."""
+    found: dict[str, Tensor] = {}
+    for key, value in content.items() if depth else ():
+        if isinstance(key, str) and isinstance(value, Mapping):
+            found |= {f"{key}.{name}": tensor for name, tensor in _nested(value, depth - 1).items()}
+        elif isinstance(key, str) and (tensor := torch_file.as_tensor(value)) is not None:
+            found[key] = tensor.detach()
+    return found
 
 
 def read_file(path: str | os.PathLike[str], values: bool = True) -> Any:
@@ -162,9 +175,17 @@ def read_file(path: str | os.PathLike[str], values: bool = True) -> Any:
             inside = newest_in_run(file)
             kind = ", an adapter's" if (file / "adapter_config.json").is_file() else ""
             kind = kind or (f", that of a run: give {inside}" if inside else "")
+            usual = [name for name in _USUAL if (file / name).is_file()]
+            kind = kind or (f", that of a model of the hub: give {file / usual[0]}" if usual else "")
             raise CheckpointError(f"{file} is a folder{kind}. {_GIVE_ADAPTER}")
         if not file.exists():
             raise CheckpointError(f"there is no checkpoint {file}: correct MODEL.WEIGHTS, or download the file first")
+        if file.name.endswith(".index.json"):
+            raise CheckpointError(
+                f"{file} lists the parts of a checkpoint that was saved in several: put them into one, "
+                "safetensors.torch.save_file({key: value for part in parts for key, value in load_file(part).items()}, "
+                "'whole.safetensors'), and give that"
+            )
         if not file.is_file():
             raise CheckpointError(f"{file} is no regular file, so it cannot be a checkpoint")
         if file.suffix != ".safetensors":

@@ -156,11 +156,11 @@ def _members(infos: list[zipfile.ZipInfo], size: int) -> tuple[dict[str, zipfile
     members = {info.filename: info for info in infos}
     damaged = len(members) != len(infos) or not infos or min(info.header_offset for info in infos) != 0
     _require(not damaged, "its list of members is damaged, or another file stands before the archive")
+    is_script = any(name.endswith(("constants.pkl", ".py")) for name in members)
+    _require(not is_script, "it is a TorchScript program, not weights")
     stored = all(info.compress_type == zipfile.ZIP_STORED for info in infos)
     _require(stored, "it holds compressed members, which torch never writes")
     _require(sum(info.file_size for info in infos) <= size, "its members claim more bytes than the file has")
-    is_script = any(name.endswith(("constants.pkl", ".py")) for name in members)
-    _require(not is_script, "it is a TorchScript program, not weights")
     roots = [name.removesuffix("data.pkl") for name in members if name.endswith("/data.pkl")]
     is_torchs = len(roots) == 1 and all(name.startswith(roots[0]) for name in members)
     _require(is_torchs, "it is not an archive of torch's: its members are not in a subdirectory with a data.pkl")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,7 @@ from peft_d2 import peft  # noqa: E402
 from peft_d2.data.images import DatasetError  # noqa: E402
 from peft_d2.engine.config import load_config  # noqa: E402
 from peft_d2.models.checks import ModelConfigError  # noqa: E402
+from peft_d2.storage import CheckpointError  # noqa: E402
 
 from .conftest import ROOT  # noqa: E402
 
@@ -224,3 +226,49 @@ def test_what_is_no_table_of_weights() -> None:
     peft_d2.inject(model := net(), LORA)
     with pytest.raises(peft.InjectionError, match=r"cannot combine \['default'\].* expected \{name: weight, ...\}"):
         peft.combine_adapters(model, ["default"], "c")  # type: ignore[arg-type]
+
+
+def nested(model: nn.Module, *keys: str) -> Any:
+    content: Any = model.state_dict()
+    for key in reversed(keys):
+        content = {key: content, "epoch": 3, "optimizer": {"state": {0: {"exp_avg": torch.ones(8, 4)}}}}
+    return content
+
+
+@pytest.mark.parametrize(
+    "keys", [("net",), ("ema",), ("params",), ("ema", "module"), ("checkpoint", "model"), ("state_dict_ema",), ("any",)]
+)
+def test_state_dicts_within_other_dicts(keys: tuple[str, ...], tmp_path: Path) -> None:
+    torch.save(nested(expected := net(1), *keys), tmp_path / "base.pth")
+    peft_d2.load_base(model := net(), tmp_path / "base.pth")
+    assert all(torch.equal(value, expected.state_dict()[key]) for key, value in model.state_dict().items())
+
+
+def test_files_that_hold_no_whole_state_dict(tmp_path: Path) -> None:
+    for name in ("model.safetensors.index.json", "hub/model.safetensors"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    torch.jit.save(torch.jit.script(net()), tmp_path / "script.pt")
+    for name, said in (
+        (
+            "model.safetensors.index.json",
+            "lists the parts of a checkpoint that was saved in several: put them into one",
+        ),
+        ("hub", "that of a model of the hub: give .*hub/model.safetensors"),
+        ("script.pt", "it is a TorchScript program, not weights"),
+    ):
+        with pytest.raises(CheckpointError, match=said):
+            peft_d2.load_base(net(), tmp_path / name)
+
+
+def test_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    model, expected = trained(3, tmp_path / "first")
+    torch.save(net().state_dict(), tmp_path / "base.pth")
+    peft_d2.save_adapter(model, "~/second")
+    peft_d2.load_base(again := net(), "~/base.pth")
+    again[2] = nn.Linear(8, 3)
+    again[2].load_state_dict(peft.remove(copy.deepcopy(model))[2].state_dict())
+    peft_d2.load_adapter(again, Path("~/second"))
+    assert torch.equal(again(torch.ones(1, 4)), expected) and not (tmp_path / "~").exists()
