@@ -22,14 +22,12 @@ import peft_d2
 from peft_d2 import peft
 from peft_d2.engine.checks import build_model
 from peft_d2.engine.errors import one_line_errors
-from peft_d2.engine.launch import prepare_config, take_pairs
+from peft_d2.engine.launch import config_parser, prepare_config, take_pairs
 
 
 def benchmark_parser() -> argparse.ArgumentParser:
     """The arguments of ``tools/benchmark_adapters.py``."""
-    parser = argparse.ArgumentParser(description="Time a mixed batch and predict_with against one adapter.")
-    parser.add_argument("--config-file", required=True, metavar="FILE")
-    parser.add_argument("--peft-config", default="", metavar="FILE", help="one of configs/peft: what an adapter is")
+    parser = config_parser("Time a mixed batch and predict_with against one adapter.")
     parser.add_argument("--adapters", type=int, default=8, help="how many, and the size of the batch")
     parser.add_argument("--size", type=int, default=320, help="side of the images, px")
     parser.add_argument("--runs", type=int, default=5, help="of each; the fastest counts")

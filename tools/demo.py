@@ -28,7 +28,7 @@ from peft_d2.data.segmentation import mask_outlines, mask_to_polygons
 from peft_d2.engine.checks import build_model
 from peft_d2.engine.config import PEFT_ARCHITECTURE
 from peft_d2.engine.errors import ConfigError, one_line_errors
-from peft_d2.engine.launch import prepare_config, take_pairs, warn_of_untrained
+from peft_d2.engine.launch import config_parser, prepare_config, take_pairs, warn_of_untrained
 from peft_d2.storage import atomic, hub
 
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif"}
@@ -46,15 +46,9 @@ def main(arguments: list[str] | None = None) -> None:
 
 def demo_parser() -> argparse.ArgumentParser:
     """The arguments of ``tools/demo.py``."""
-    example = """%(prog)s --config-file output/mine/config.yaml --input photos/ --output drawn/ \\
+    example = """--config-file output/mine/config.yaml --input photos/ --output drawn/ \\
     --opts MODEL.PEFT.WEIGHTS output/mine/adapter_final"""
-    parser = argparse.ArgumentParser(
-        description="Draw a model's predictions on images, and write them for other programs.",
-        epilog=f"an example:\n  {example}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--config-file", required=True, metavar="FILE", help="e.g. OUTPUT_DIR/config.yaml of a run")
-    parser.add_argument("--peft-config", default="", metavar="FILE", help="one of configs/peft, on top")
+    parser = config_parser("Draw a model's predictions on images, and write them for other programs.", example)
     parser.add_argument("--input", required=True, nargs="+", help="image files or folders of them")
     parser.add_argument("--output", required=True, metavar="DIR", help="where the pictures go")
     parser.add_argument("--confidence-threshold", type=float, default=0.5, help="instances below it are not drawn")

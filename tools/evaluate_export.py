@@ -24,7 +24,7 @@ from torch import Tensor
 from peft_d2.engine.checkpointer import Checkpointer
 from peft_d2.engine.checks import build_model
 from peft_d2.engine.errors import ConfigError, one_line_errors
-from peft_d2.engine.launch import prepare_config, take_pairs
+from peft_d2.engine.launch import config_parser, prepare_config, take_pairs
 from peft_d2.engine.trainer import Trainer
 from peft_d2.models.sam.model import SegmentAnything
 from peft_d2.models.sam.prompt_encoder import NOT_A_POINT, Prompts
@@ -33,9 +33,8 @@ from peft_d2.models.sam2.model import SAM2
 
 def evaluate_parser() -> argparse.ArgumentParser:
     """The arguments of ``tools/evaluate_export.py``."""
-    parser = argparse.ArgumentParser(description="Evaluate an exported model beside the model that it was made of.")
-    parser.add_argument("--config-file", required=True, metavar="FILE", help="as for tools/export.py")
-    parser.add_argument("--peft-config", default="", metavar="FILE", help="one of configs/peft, on top")
+    what = "Evaluate an exported model beside the model that it was made of."
+    parser = config_parser(what, config="as for tools/export.py")
     parser.add_argument("--model", required=True, type=Path, metavar="FILE", help="what tools/export.py wrote")
     parser.add_argument("--val-json", default="", metavar="FILE", help="COCO annotations of a data set of your own")
     parser.add_argument("--val-images", default="", metavar="DIR", help="folder of its images")

@@ -27,7 +27,7 @@ from torch.func import functional_call
 from peft_d2 import peft
 from peft_d2.engine.checks import build_model
 from peft_d2.engine.errors import ConfigError, one_line_errors
-from peft_d2.engine.launch import prepare_config, take_pairs, warn_of_untrained
+from peft_d2.engine.launch import config_parser, prepare_config, take_pairs, warn_of_untrained
 from peft_d2.models.layers.mask_classifier import MaskClassifier
 from peft_d2.models.layers.transformer import MSDeformAttn
 from peft_d2.models.sam.model import SegmentAnything
@@ -47,13 +47,7 @@ def export_parser() -> argparse.ArgumentParser:
     example = (
         "--config-file output/mine/config.yaml --output mine.onnx --opts MODEL.PEFT.WEIGHTS output/mine/adapter_final"
     )
-    parser = argparse.ArgumentParser(
-        description="Write a model as ONNX, TorchScript or a torch.export program.",
-        epilog=f"an example:\n  %(prog)s {example}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--config-file", required=True, metavar="FILE", help="e.g. OUTPUT_DIR/config.yaml of a run")
-    parser.add_argument("--peft-config", default="", metavar="FILE", help="one of configs/peft, on top")
+    parser = config_parser("Write a model as ONNX, TorchScript or a torch.export program.", example)
     parser.add_argument("--format", choices=FORMATS, default="onnx", help="default: %(default)s")
     parser.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help="of padded images, px; not for SAM")
     parser.add_argument("--output", required=True, metavar="FILE", help="the file to write")

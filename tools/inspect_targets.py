@@ -15,7 +15,7 @@ from torch import nn
 
 from peft_d2.engine.checks import build_without_weights
 from peft_d2.engine.errors import one_line_errors
-from peft_d2.engine.launch import prepare_config, take_pairs
+from peft_d2.engine.launch import config_parser, prepare_config, take_pairs
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -27,13 +27,8 @@ def main(arguments: list[str] | None = None) -> None:
 def inspect_parser() -> argparse.ArgumentParser:
     """The arguments of ``tools/inspect_targets.py``."""
     example = "--config-file configs/coco/instance/mask2former_r50.yaml --pattern self_attn.value_proj"
-    parser = argparse.ArgumentParser(
-        description="Show what PEFT does, or could do, to a config's model. Needs neither data nor weights.",
-        epilog=f"an example:\n  %(prog)s {example}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--config-file", default="", metavar="FILE", help="a model's or a PEFT run's config")
-    parser.add_argument("--peft-config", default="", metavar="FILE", help="one of configs/peft, on top")
+    what = "Show what PEFT does, or could do, to a config's model. Needs neither data nor weights."
+    parser = config_parser(what, example, "a model's or a PEFT run's config", required=False)
     parser.add_argument("--pattern", action="append", default=[], help="list what this pattern matches (repeatable)")
     parser.add_argument("--modules", action="store_true", help="list every module with its type and parameters")
     take_pairs(parser)

@@ -17,21 +17,16 @@ from demo import Predictor, paint, read_adapters
 from PIL import Image, ImageDraw
 
 from peft_d2.engine.errors import ConfigError, is_expected, one_line_errors
-from peft_d2.engine.launch import prepare_config, take_pairs
+from peft_d2.engine.launch import config_parser, prepare_config, take_pairs
 
 BOX, ON, OFF = "box: two clicks", "point on the object", "point off it"
 
 
 def ui_parser() -> argparse.ArgumentParser:
     """The arguments of ``tools/ui.py``."""
-    example = "%(prog)s --config-file output/mine/config.yaml --adapters mine=output/mine/adapter_final"
-    parser = argparse.ArgumentParser(
-        description="A page in the browser: drop a picture, see what a model or several adapters find in it.",
-        epilog=f"an example:\n  {example}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--config-file", required=True, metavar="FILE", help="e.g. OUTPUT_DIR/config.yaml of a run")
-    parser.add_argument("--peft-config", default="", metavar="FILE", help="one of configs/peft, on top")
+    example = "--config-file output/mine/config.yaml --adapters mine=output/mine/adapter_final"
+    what = "A page in the browser: drop a picture, see what a model or several adapters find in it."
+    parser = config_parser(what, example)
     parser.add_argument("--adapters", nargs="+", default=[], metavar="NAME=DIR", help="to choose from, with the base")
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 shows the page to the whole network")
     parser.add_argument("--port", type=int, help="by default the first that is free from 7860 on")

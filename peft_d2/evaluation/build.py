@@ -15,7 +15,7 @@ from detectron2.evaluation import (
 )
 
 from peft_d2.data.classes import category_indices, check_classes
-from peft_d2.data.config import base_architecture, published_name
+from peft_d2.data.config import PROMPTED, published_name
 from peft_d2.data.registration import register_from_config
 from peft_d2.evaluation.cityscapes import CityscapesInstanceEvaluator, CityscapesSemSegEvaluator
 from peft_d2.evaluation.coco import FastCOCOEvaluator
@@ -63,7 +63,7 @@ def _makers(cfg: Any, name: str, folder: str | None) -> list[Callable[[], Datase
     instance, semantic, panoptic = (
         test is None or bool(test[key]) for key in ("INSTANCE_ON", "SEMANTIC_ON", "PANOPTIC_ON")
     )
-    prompted = base_architecture(cfg) in ("PD2SegmentAnything", "PD2SAM2") and not cfg.INPUT.PROMPTS.DETECTIONS
+    prompted = published_name(cfg) in PROMPTED and not cfg.INPUT.PROMPTS.DETECTIONS
     shared = {
         "output_dir": folder, "classes": classes, "report": cfg.TEST.get("REPORT", False),
         "outside": cfg.DATASETS.get("ALLOW_FILES_OUTSIDE", False),
