@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from peft_d2.engine import launch
+from peft_d2.engine import launch, processes
 from peft_d2.engine.trainer import Trainer
 
 from .world import CONFIG, LORA, TRAIN, Child, Result, World
@@ -79,7 +79,7 @@ def _started(world: World, output: Path, opts: Sequence[object], arguments: Sequ
 
     def train(tell: object) -> None:
         os.setpgid(0, 0)
-        launch._START = "fork"  # type: ignore[attr-defined]
+        processes._START = "fork"  # type: ignore[attr-defined]
         data = ["--train-json", world.data.json, "--train-images", world.data.images]
         keys = ["OUTPUT_DIR", output, "MODEL.WEIGHTS", world.base, "SOLVER.CHECKPOINT_PERIOD", 1]
         keys += ["MODEL.PEFT.METHODS", LORA % 2, "MODEL.PEFT.TRAIN", TRAIN, "MODEL.PEFT.PROVE_LIVE", False]

@@ -11,8 +11,8 @@ import torch
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 
-from peft_d2.engine import launch
-from peft_d2.engine.errors import LossNotFinite
+from peft_d2.engine import processes
+from peft_d2.engine.errors import LossNotFinite, one_line_errors
 from peft_d2.engine.trainer import Trainer
 
 from .world import Child, Result, World
@@ -71,9 +71,9 @@ def bad_losses(world: World, quick: bool = False) -> list[Result]:
 
 
 def _launch(cfg: Any, what: str, ranks: int) -> None:
-    launch._START = "fork"  # type: ignore[attr-defined]
-    layout = launch.Layout(ranks, on_cpu=True)
-    launch.one_line_errors(lambda: launch.launch(_train, (cfg, what), layout))
+    processes._START = "fork"  # type: ignore[attr-defined]
+    layout = processes.Layout(ranks, on_cpu=True)
+    one_line_errors(lambda: processes.launch(_train, (cfg, what), layout))
 
 
 def _train(cfg: Any, what: str) -> None:

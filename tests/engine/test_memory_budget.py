@@ -17,7 +17,7 @@ from torch import nn
 
 import peft_d2
 from peft_d2 import memory, peft
-from peft_d2.engine import launch
+from peft_d2.engine import processes
 from peft_d2.memory.blocks import Block
 
 from .conftest import DINO, TINY
@@ -117,7 +117,7 @@ def test_two_processes_under_a_budget(make_cfg: Callable[..., Any], base_weights
     options = ("MODEL.WEIGHTS", base_weights, "SOLVER.MAX_ITER", 2, "DATASETS.TEST", "()", "SOLVER.IMS_PER_BATCH", 4)
     plain = make_cfg(*options, peft=True, output=tmp_path / "plain")
     fitted = make_cfg(*options, "MODEL.PEFT.MEMORY_BUDGET", 100, peft=True, output=tmp_path / "fitted")
-    launch.launch(one_of_two, (plain, fitted, str(tmp_path)), launch.Layout(2, on_cpu=True))
+    processes.launch(one_of_two, (plain, fitted, str(tmp_path)), processes.Layout(2, on_cpu=True))
     results = [run for rank in (0, 1) for run in torch.load(tmp_path / f"{rank}.pth")]
     for result in results[1:]:
         assert_equal(results[0], result)

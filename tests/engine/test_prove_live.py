@@ -11,7 +11,7 @@ import torch
 from detectron2.utils import comm
 
 import peft_d2
-from peft_d2.engine import launch
+from peft_d2.engine import processes
 from peft_d2.engine.trainer import Trainer
 
 METHODS = "[{'NAME': 'lora', 'RANK': 2, 'TARGETS': ['class_embed', 'backbone.layers.3.blocks.*.attn.qkv']}]"
@@ -33,9 +33,9 @@ def train(cfg: Any, folder: str) -> None:
 
 def test_two_processes_stop_together(make_cfg: Callable[..., Any], tmp_path: Path) -> None:
     opts = ("SOLVER.IMS_PER_BATCH", 2, "SOLVER.MAX_ITER", 1, "MODEL.PEFT.METHODS", METHODS)
-    cfg, layout = make_cfg(*opts, output=tmp_path), launch.Layout(2, on_cpu=True)
+    cfg, layout = make_cfg(*opts, output=tmp_path), processes.Layout(2, on_cpu=True)
     with pytest.raises(SystemExit):
-        launch.launch(train, (cfg, str(tmp_path)), layout)
+        processes.launch(train, (cfg, str(tmp_path)), layout)
     for rank in (0, 1):
         said = (tmp_path / f"{rank}.txt").read_text()
         assert "InjectionError: what was injected is no longer in the model" in said

@@ -6,7 +6,7 @@ at points: Kirillov et al., PointRend, CVPR 2020, section 3.1.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeGuard
 
@@ -88,12 +88,23 @@ class Prediction(dict[str, Any]):
     keys, values, items, __len__, __repr__ = map(_with_masks, ("keys", "values", "items", "__len__", "__repr__"))
 
 
+def _flattened(given: Prediction) -> tuple[list[Any], tuple[list[str], bool]]:
+    """What is there by name, and what masks would be made of: recomputing, say, looks at all tensors and wants none."""
+    lazy = lacks_masks(given)
+    made_of = [given.embedded, given.features] if lazy else []
+    return [*dict.values(given), *made_of], (list(dict.keys(given)), lazy)
+
+
+def _restored(values: Iterable[Any], context: tuple[list[str], bool]) -> Prediction:
+    (names, lazy), found = context, list(values)
+    prediction = Prediction(zip(names, found, strict=False))
+    if lazy:
+        prediction.embedded, prediction.features = found[-2:]
+    return prediction
+
+
 # torch.utils._pytree knows dicts by their exact type; of others it would see no tensor.
-register_pytree_node(
-    Prediction,
-    lambda given: (list(given.values()), list(given)),
-    lambda values, keys: dict(zip(keys, values, strict=True)),
-)
+register_pytree_node(Prediction, _flattened, _restored)
 
 
 def predicted(embedded: Tensor, features: Tensor, kept: bool, **others: Any) -> dict[str, Any]:

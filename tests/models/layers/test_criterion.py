@@ -14,7 +14,7 @@ import pytest
 import torch
 import torchvision
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from peft_d2.models.layers.boxes import inverse_sigmoid, to_centres, to_corners
 from peft_d2.models.layers.criterion import (
@@ -23,6 +23,7 @@ from peft_d2.models.layers.criterion import (
     Target,
     assign,
     dice_cost,
+    lacks_masks,
     mask_cost,
     of_queries,
     pair_up,
@@ -292,6 +293,14 @@ def test_whoever_asks_first_changes_no_gradient(asked: Callable[[], Any]) -> Non
         prediction["pred_masks"].square().sum().backward()
         grads.append(embedded.grad)
     torch.testing.assert_close(*grads, rtol=0, atol=0)
+
+
+def test_looking_for_tensors_makes_no_masks() -> None:
+    """As torch.utils.checkpoint does with what a recomputed block is given."""
+    prediction = predicted(torch.randn(2, 5, 4), torch.randn(2, 4, 6, 6), False, pred_logits=torch.zeros(2, 5, 3))
+    assert [leaf.dim() for leaf in tree_leaves(prediction)] == [3, 3, 4] and lacks_masks(prediction)
+    moved = tree_map(lambda leaf: leaf.double(), prediction)
+    assert lacks_masks(moved) and moved["pred_masks"].dtype == torch.float64
 
 
 def test_masks_that_are_taken_out_stay_out() -> None:
