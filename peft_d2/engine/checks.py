@@ -268,7 +268,7 @@ def apply_class_count(cfg: Any, explicit: Mapping[str, int] | None = None) -> No
     count = dict(leaves(cfg)).get(key)
     if count in (None, len(names)):
         return
-    if explicit.get(key, -1) >= named_at:
+    if explicit.get(key, -1) >= min(named_at, 2):  # arguments and KEY VALUE pairs are on one line
         raise ConfigError(
             f"{key} is {count} but the json of data set {used[0]!r} lists {len(names)} categories "
             f"({_some(names)}). Leave the key out, or correct it or the json."

@@ -367,6 +367,8 @@ def read_top(path: str) -> dict[str, Any]:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}).") from error
     except RecursionError as error:
         raise ConfigError(f"{path}: is nested too deeply for a config.") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: is no text in UTF-8 ({error}). Save it as that.") from error
     except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"{path}: {' '.join(str(error).split())}") from error
     if tree is not None and not isinstance(tree, dict):

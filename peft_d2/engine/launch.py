@@ -42,9 +42,10 @@ from peft_d2.engine.factory import register
 from peft_d2.engine.hooks import seed_everything
 from peft_d2.engine.processes import launch, layout
 from peft_d2.engine.recommend import settled
-from peft_d2.engine.trainer import Trainer
+from peft_d2.engine.trainer import CONFIG_FILE, Trainer
 from peft_d2.peft import is_untrained
 from peft_d2.storage import atomic, hub
+from peft_d2.storage.adapter_file import newest_in_run
 
 FILE_ONLY = {"file_only": True}  # logger.info(..., extra=FILE_ONLY): into the log's file, not to the terminal
 _HELP = {
@@ -139,6 +140,8 @@ def run(args: argparse.Namespace) -> Any:
     with contextlib.ExitStack() as stack:
         with _lines_held_back():
             cfg = prepare_config(args)
+            if args.resume:
+                _refuse_another_folder(cfg.OUTPUT_DIR, args.config_file)
             check_run(cfg, args.eval_only)
             if comm.is_main_process() and not args.eval_only:
                 stack.enter_context(run_lock(cfg.OUTPUT_DIR))
@@ -213,6 +216,16 @@ def prepare_config(args: argparse.Namespace) -> Any:
         raise ConfigError(str(error)) from error
     loaded.cfg.freeze()
     return loaded.cfg
+
+
+def _refuse_another_folder(output: str, config_file: str) -> None:
+    """Refuse to begin a run anew beside the one that the config is of, which was moved or started from elsewhere."""
+    folder = Path(config_file or ".").parent
+    if Path(config_file or "").name == CONFIG_FILE and newest_in_run(folder) and not newest_in_run(Path(output)):
+        raise ConfigError(
+            f"--resume: OUTPUT_DIR {output!r} holds no checkpoint, and the config's own folder does: append OUTPUT_DIR "
+            f"{str(folder.absolute())!r} to go on there."
+        )
 
 
 def _take_own_data(loaded: LoadedConfig, args: argparse.Namespace) -> None:

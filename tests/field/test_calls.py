@@ -22,6 +22,7 @@ from peft_d2 import peft  # noqa: E402
 from peft_d2.data.images import DatasetError  # noqa: E402
 from peft_d2.engine.config import load_config  # noqa: E402
 from peft_d2.models.checks import ModelConfigError  # noqa: E402
+from peft_d2.models.sam.prompt_encoder import PromptError  # noqa: E402
 from peft_d2.storage import CheckpointError  # noqa: E402
 
 from .conftest import ROOT  # noqa: E402
@@ -115,6 +116,47 @@ def tiny_sam(cfg: CfgNode) -> None:
     sizes = "IMAGE_SIZE: 64, EMBED_DIM: 32, DEPTH: 1, NUM_HEADS: 2, GLOBAL_BLOCKS: [0], OUT_CHANNELS: 32"
     cfg.MODEL.META_ARCHITECTURE = "PD2SegmentAnything"
     cfg.MODEL.SAM.merge_from_other_cfg(CfgNode.load_cfg(f"{{{sizes}, DECODER_MLP_DIM: 32, IOU_HEAD_HIDDEN: 32}}"))
+
+
+def boxes(**others: Any) -> dict[str, Any]:
+    return {"image": torch.full((3, 37, 53), 90.0), "boxes": torch.tensor([[3.0, 4.0, 20.0, 30.0]]), **others}
+
+
+PROMPTS: list[tuple[dict[str, Any], str]] = [
+    ({"box": torch.ones(1, 4)}, "'box' is no prompt here, 'boxes' is"),
+    ({"box_scores": torch.ones(2)}, "box_scores are 2, and there are 1 prompts"),
+    ({"box_classes": [1, 2]}, "box_classes are 2, and there are 1 prompts"),
+    ({"image": torch.zeros(3, 37, 53).numpy()}, "the image is a ndarray, expected a tensor"),
+    ({"point_coords": torch.tensor([[[3, 4]]]), "point_labels": torch.tensor([[True]])}, ""),
+]
+
+
+@pytest.fixture(scope="module")
+def sam() -> nn.Module:
+    peft_d2.register()
+    tiny_sam(cfg := few("tiny.yaml"))
+    return build_model(cfg).eval()
+
+
+@pytest.mark.parametrize(("prompts", "said"), PROMPTS, ids=[said for _, said in PROMPTS])
+def test_prompts_that_are_taken_or_named(prompts: dict[str, Any], said: str, sam: nn.Module) -> None:
+    if not said:
+        wanted = {**prompts, "point_labels": prompts["point_labels"].long()}
+        found, expected = (sam([boxes(**more)])[0]["instances"] for more in (prompts, wanted))
+        assert torch.equal(found.pred_masks, expected.pred_masks)
+        return
+    with pytest.raises((PromptError, DatasetError), match=said):
+        sam([boxes(**prompts)])
+
+
+@pytest.mark.parametrize(("kind", "error"), [(torch.float64, 1e-6), (torch.float16, 2e-3), (torch.bfloat16, 2e-2)])
+@torch.no_grad()
+def test_a_whole_model_in_another_precision(kind: torch.dtype, error: float, sam: nn.Module) -> None:
+    expected, found = (m([boxes()])[0]["instances"] for m in (sam, copy.deepcopy(sam).to(kind)))
+    torch.testing.assert_close(found.scores.double(), expected.scores.double(), rtol=0, atol=error)
+    former = build_model(few("tiny.yaml")).eval().to(kind)
+    with pytest.raises(ModelConfigError, match=rf"computes in float32, .* {kind}: keep the model in float32"):
+        former([boxes()])
 
 
 def test_a_decoder_of_another_package_under_our_head() -> None:

@@ -33,6 +33,7 @@ from .conftest import TINY, Own  # noqa: E402
 BASE = f'_BASE_: "{TINY}"\n'
 
 FILES: dict[str, tuple[str | bytes, str]] = {  # a config file, and what is said of it
+    "UTF-16": (TINY.read_text().encode("utf-16"), "is no text in UTF-8"),
     "lines of Windows": (TINY.read_text().replace("\n", "\r\n"), ""),
     "a byte order mark": (b"\xef\xbb\xbf" + TINY.read_bytes(), ""),
     "json": (f'{{"_BASE_": "{TINY}", "SOLVER": {{"MAX_ITER": 9}}}}', ""),
@@ -221,3 +222,22 @@ def test_a_head_of_another_kind_and_a_device_without_values(own: Any, tool: Any,
     ):
         code, text = tool("train_net", *_options(own, tmp_path / "run", *pair))
         assert code == 1 and f"error: {said}" in text and "Traceback" not in text, text
+
+
+def test_a_class_count_beside_ones_own_data_is_not_passed_over(own: Any, tool: Any, tmp_path: Path) -> None:
+    code, text = tool("train_net", *_options(own, tmp_path / "run", "MODEL.SEM_SEG_HEAD.NUM_CLASSES", 9))
+    assert code == 1 and "NUM_CLASSES is 9 but the json" in text and "lists 3 categories" in text
+
+
+def test_a_run_that_is_resumed_from_elsewhere(
+    own: Any, tool: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, text = tool("train_net", *_options(own, "run", "DATASETS.TEST", "()"))
+    assert code == 0, text
+    (tmp_path / "run").rename(tmp_path / "moved")
+    resumed = ["--resume", "--config-file", "moved/config.yaml", "SOLVER.MAX_ITER", 2]
+    code, text = tool("train_net", *resumed)
+    assert code == 1 and f"append OUTPUT_DIR '{tmp_path}/moved' to go on there" in text and not Path("run").exists()
+    code, text = tool("train_net", *resumed, "OUTPUT_DIR", "moved")
+    assert code == 0 and "Resuming after 1 iterations" in text

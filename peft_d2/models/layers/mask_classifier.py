@@ -58,12 +58,19 @@ class PixelModel(nn.Module):
 
     def normalised(self, image: Tensor, name: Any = "an image") -> Tensor:
         """``image`` (C, H, W), called ``name`` in messages; other channels would be broadcast, and are refused."""
+        if not isinstance(image, Tensor):
+            kind = type(image).__name__
+            raise DatasetError(f"{name}: the image is a {kind}, expected a tensor (C, H, W): torch.as_tensor(image)")
         if image.dim() != 3 or len(image) != len(self.pixel_mean):
             raise DatasetError(
                 f"{name}: the image is {tuple(image.shape)}, but the model takes {len(self.pixel_mean)} channels "
                 "(C, H, W): as many as MODEL.PIXEL_MEAN and PIXEL_STD have. Set these and INPUT.FORMAT to fit"
             )
-        return (image.to(self.device) - self.pixel_mean) / self.pixel_std
+        # In float32 and above; a model in half precision or float64 takes images as such.
+        mean, std = (
+            value.to(torch.promote_types(value.dtype, torch.float32)) for value in (self.pixel_mean, self.pixel_std)
+        )
+        return ((image.to(self.device) - mean) / std).to(self.pixel_mean.dtype)
 
 
 class MaskClassifier(PixelModel):

@@ -16,7 +16,7 @@ from detectron2.layers import Conv2d, ShapeSpec, get_norm
 from detectron2.modeling import SEM_SEG_HEADS_REGISTRY
 from torch import Tensor, nn
 
-from peft_d2.models.checks import expect, expect_heads, expect_norm, expect_numbers, expect_some_of
+from peft_d2.models.checks import ModelConfigError, expect, expect_heads, expect_norm, expect_numbers, expect_some_of
 from peft_d2.models.layers.transformer import (
     MultiScaleDeformableTransformer,
     SinePosition2d,
@@ -145,6 +145,11 @@ class MSDeformAttnPixelDecoder(Pyramid):
         device_type = features[self.coarsest].device.type
         with nullcontext() if self.autocast else torch.autocast(device_type, enabled=False):
             if not self.autocast:
+                if (kind := self.mask_features.weight.dtype) != torch.float32:
+                    raise ModelConfigError(
+                        f"the pixel decoder computes in float32, as published, and its weights are {kind}: keep the "
+                        "model in float32, model.float(), and run it under torch.autocast"
+                    )
                 features = {name: feature.float() for name, feature in features.items()}
             maps = self.transformer(self._encoder_maps(features), self._code_order())
             finest = maps[0] if self.finest_first else maps[-1]

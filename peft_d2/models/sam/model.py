@@ -225,6 +225,10 @@ class SegmentAnything(PixelModel):
                 torch.gt(canvas.upsample(chosen[rows]), THRESHOLD, out=masks[done:][rows])
             scores.append(score)
             done += len(score)
+        for key in ("box_scores", "box_classes"):
+            if key in item and len(item[key]) != len(prompts):
+                name = item.get("file_name", "an image")
+                raise PromptError(f"{name}: {key} are {len(item[key])}, and there are {len(prompts)} prompts")
         instances = Instances(wanted)
         instances.pred_masks = masks
         instances.pred_boxes = Boxes(mask_boxes(instances.pred_masks))

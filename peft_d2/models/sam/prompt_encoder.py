@@ -21,6 +21,7 @@ from peft_d2.models.layers.transformer import LayerNorm2d, pixel_centres
 NOT_A_POINT, BACKGROUND, FOREGROUND = -1, 0, 1
 _TOP_LEFT, _BOTTOM_RIGHT = 2, 3
 _KEYS = ("boxes", "point_coords", "point_labels", "mask_inputs")
+_OTHER_NAMES = {"box": "boxes", "points": "point_coords", "labels": "point_labels", "mask_input": "mask_inputs"}
 
 
 class PromptError(DatasetError):
@@ -64,8 +65,12 @@ def read_prompts(item: Mapping[str, Any], size: tuple[int, int], mask_side: int,
             outside of the image; naming the image and the prompt.
     """
     name = str(item.get("file_name", "an image"))
+    if other := _OTHER_NAMES.keys() & item.keys():
+        wrong = min(other)
+        raise PromptError(f"{name}: {wrong!r} is no prompt here, {_OTHER_NAMES[wrong]!r} is")
     plain = {key: getattr(item[key], "tensor", item[key]) for key in _KEYS if item.get(key) is not None}  # of Boxes
     given = {key: torch.as_tensor(value).to(device) for key, value in plain.items()}
+    given = {key: value.long() if value.dtype == torch.bool else value for key, value in given.items()}
     for key, value in given.items():
         if value.is_floating_point() and not torch.isfinite(value).all():
             raise PromptError(f"{name}: {key} holds values that are not finite")
