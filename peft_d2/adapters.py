@@ -9,6 +9,7 @@ import contextlib
 import logging
 import os
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -17,7 +18,6 @@ from torch import Tensor, nn
 from peft_d2 import peft
 from peft_d2.peft.adapted import walk
 from peft_d2.peft.errors import shortened
-from peft_d2.peft.method import key_defaults
 from peft_d2.peft.state import injected, low_ranks, tensor_hash
 from peft_d2.storage import CheckpointError, LoadReport, adapter_file, atomic, checkpoint, hub, huggingface
 from peft_d2.storage.adapter_file import RECORD, AdapterFile, AdapterFileError, Fingerprint, difference, fingerprint
@@ -433,7 +433,8 @@ def _check_methods(model: nn.Module, content: AdapterFile, name: str, compare_en
 
 def _meaning(entry: Mapping[str, Any]) -> dict[str, Any]:
     """What an entry says, with the defaults of keys that are younger than its file."""
-    defaults = key_defaults(peft.METHODS.get(entry.get("NAME", "")))
+    method = peft.METHODS.get(entry.get("NAME", ""))
+    defaults = {} if method is None else {k.upper(): v for k, v in asdict(method.options_class()).items()}
     return {key: value for key, value in {**defaults, **entry}.items() if key not in _FREE}
 
 

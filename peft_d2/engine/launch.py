@@ -29,15 +29,7 @@ from peft_d2.data.registration import register_from_config
 from peft_d2.engine.checkpointer import Checkpointer
 from peft_d2.engine.checks import apply_class_count, check_run, run_lock
 from peft_d2.engine.config import AUTO, LoadedConfig, load_config
-from peft_d2.engine.errors import (
-    ConfigError,
-    LimitReached,
-    is_expected,
-    message_of,
-    named,
-    one_line_errors,
-    printable,
-)
+from peft_d2.engine.errors import ConfigError, LimitReached, is_expected, message_of, named, one_line_errors, printable
 from peft_d2.engine.factory import register
 from peft_d2.engine.hooks import seed_everything
 from peft_d2.engine.processes import launch, layout

@@ -7,12 +7,7 @@ from functools import partial
 from typing import Any
 
 from detectron2.data import MetadataCatalog
-from detectron2.evaluation import (
-    DatasetEvaluator,
-    DatasetEvaluators,
-    PascalVOCDetectionEvaluator,
-    SemSegEvaluator,
-)
+from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators, PascalVOCDetectionEvaluator, SemSegEvaluator
 
 from peft_d2.data.classes import category_indices, check_classes
 from peft_d2.data.config import PROMPTED, published_name

@@ -139,13 +139,6 @@ def normalised(method: Method) -> dict[str, Any]:
     return {"NAME": method.name, **{key.upper(): value for key, value in values.items()}}
 
 
-def key_defaults(kind: type[Method] | None) -> dict[str, Any]:
-    """The keys of a method's entries with their defaults; none of a method that is not known."""
-    return (
-        {} if kind is None else {key.upper(): value for key, value in dataclasses.asdict(kind.options_class()).items()}
-    )
-
-
 def choose_targets(index: ModelIndex, method: Method) -> list[Target]:
     """The modules of one method: patterns resolved, exclusions taken out, redirected, and all of them possible."""
     names = index.module_names()

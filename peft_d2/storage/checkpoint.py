@@ -216,9 +216,7 @@ def is_layer(name: str) -> bool:
 
 
 def load_base(
-    model: nn.Module,
-    checkpoint: Checkpoint | str | os.PathLike[str],
-    of_injected: bool = False,
+    model: nn.Module, checkpoint: Checkpoint | str | os.PathLike[str], of_injected: bool = False
 ) -> LoadReport:
     """Load base weights; what is not loaded is named in the report, which is logged, or in the error.
 

@@ -8,13 +8,13 @@ import os
 import re
 import shutil
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from peft_d2.peft import METHODS
-from peft_d2.peft.method import key_defaults
 from peft_d2.storage import adapter_file
 from peft_d2.storage.adapter_file import FILES, STARTED_FROM, WHY_NOT_PEFT, AdapterFileError
 
@@ -147,7 +147,8 @@ def _shown(path: str) -> str:
 
 def _method(entry: dict[str, Any]) -> str:
     """A method, where, and what is not as it is by default."""
-    defaults = key_defaults(METHODS.get(entry["NAME"]))
+    kind = METHODS.get(entry["NAME"])
+    defaults = {} if kind is None else {key.upper(): value for key, value in asdict(kind.options_class()).items()}
     shown = ", ".join(
         f"{key} {value}"
         for key, value in entry.items()

@@ -18,15 +18,7 @@ from torch import Tensor, nn
 
 from peft_d2.storage import adapter_config
 from peft_d2.storage.adapter_config import EMBEDDING_A, MAGNITUDE, SUFFIXES, A, B, expression
-from peft_d2.storage.adapter_file import (
-    CONFIG,
-    MARK,
-    TENSORS,
-    AdapterFile,
-    AdapterFileError,
-    load_json,
-    load_tensors,
-)
+from peft_d2.storage.adapter_file import CONFIG, MARK, TENSORS, AdapterFile, AdapterFileError, load_json, load_tensors
 from peft_d2.storage.atomic import Defect
 
 logger = logging.getLogger(__name__)

@@ -14,14 +14,7 @@ from torch import Tensor
 from torchvision.ops import sigmoid_focal_loss
 
 from peft_d2.models.layers.boxes import generalized_iou, to_corners
-from peft_d2.models.layers.criterion import (
-    HungarianMatcher,
-    Matched,
-    SetCriterion,
-    Target,
-    average_count,
-    pair_up,
-)
+from peft_d2.models.layers.criterion import HungarianMatcher, Matched, SetCriterion, Target, average_count, pair_up
 from peft_d2.models.mask_dino.transformer_decoder import DenoisingQueries
 
 

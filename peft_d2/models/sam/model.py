@@ -19,13 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from peft_d2.models.checks import expect, expect_numbers
 from peft_d2.models.layers.boxes import mask_boxes
-from peft_d2.models.layers.criterion import (
-    Target,
-    average_count,
-    dice_loss,
-    mask_loss,
-    objects_of_all,
-)
+from peft_d2.models.layers.criterion import Target, average_count, dice_loss, mask_loss, objects_of_all
 from peft_d2.models.layers.mask_classifier import PixelModel, count_objects, object_masks
 from peft_d2.models.layers.postprocess import Canvas
 from peft_d2.models.registration import entry
