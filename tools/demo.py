@@ -71,6 +71,9 @@ def picture(args: argparse.Namespace) -> list[Path]:
     """
     from peft_d2.engine.hooks import Bar, on_terminal
 
+    if not args.confidence_threshold <= 1:
+        raise ConfigError(f"--confidence-threshold is {args.confidence_threshold}; expected a number up to 1.")
+
     output = Path(args.output)
     images = find_images(args.input, output)
     targets = _targets(images, output)

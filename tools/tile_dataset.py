@@ -72,6 +72,8 @@ def tile_coco(
     Returns:
         The path of the new json. Its images carry ``tile: {image_id, x, y, scale}``, its masks are run lengths.
     """
+    if tile < 1 or not 0 < scale < float("inf"):
+        raise ValueError(f"tiles of {tile} px and scale {scale:g}: expected 1 or more, and a factor above 0.")
     source = read_json(json_path)
     output = Path(output)
     path = output / "annotations.json"

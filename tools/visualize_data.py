@@ -19,7 +19,7 @@ from peft_d2.data.images import as_rgb
 from peft_d2.data.loader import build_train_loader
 from peft_d2.data.pictures import overlay, sheet
 from peft_d2.data.segmentation import segmentation_to_mask
-from peft_d2.engine.errors import one_line_errors
+from peft_d2.engine.errors import ConfigError, one_line_errors
 from peft_d2.engine.launch import prepare_config, training_parser
 
 
@@ -31,6 +31,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--start", type=int, default=0, help="the iteration to begin with")
     args = parser.parse_args(arguments)
     cfg: Any = prepare_config(args)
+    if not cfg.DATASETS.TRAIN:
+        raise ConfigError(
+            "DATASETS.TRAIN is empty: give --train-json and --train-images, or name registered data sets."
+        )
     names = class_names(cfg)
     with contextlib.closing(build_train_loader(cfg, args.start)) as loader:
         batches = itertools.islice(loader, args.batches)

@@ -95,6 +95,12 @@ def not_live(model: nn.Module, *batches: Any) -> list[NotLive]:
         raise LivenessError("no gradient is recorded under torch.inference_mode(): call prove_live outside of it")
     if not batches:
         raise LivenessError("give at least one batch, as the model is called with in training")
+    record = injection.current
+    if (record.injected or record.full) and not any(item.param.requires_grad for item in trained_parameters(root)):
+        raise LivenessError(
+            "nothing that is trained requires a gradient any more: requires_grad_(False) or its like came after inject, "
+            "which is what freezes the base. Leave it out, or call it before"
+        )
     layers = {
         f"{module.peft_name}: {method}": (module, [value for value in layer.parameters() if value.requires_grad])
         for module in injection.current.modules

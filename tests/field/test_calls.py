@@ -314,3 +314,10 @@ def test_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     again[2].load_state_dict(peft.remove(copy.deepcopy(model))[2].state_dict())
     peft_d2.load_adapter(again, Path("~/second"))
     assert torch.equal(again(torch.ones(1, 4)), expected) and not (tmp_path / "~").exists()
+
+
+def test_what_was_frozen_after_the_injection_is_not_live() -> None:
+    peft_d2.inject(model := net(), LORA, ["2"])
+    model.requires_grad_(False)
+    with pytest.raises(peft.LivenessError, match=r"requires_grad_\(False\) or its like came after inject"):
+        peft_d2.prove_live(model, torch.randn(2, 4))

@@ -241,3 +241,20 @@ def test_a_run_that_is_resumed_from_elsewhere(
     assert code == 1 and f"append OUTPUT_DIR '{tmp_path}/moved' to go on there" in text and not Path("run").exists()
     code, text = tool("train_net", *resumed, "OUTPUT_DIR", "moved")
     assert code == 0 and "Resuming after 1 iterations" in text
+
+
+def test_arguments_of_the_tools_that_no_value_can_have(own: Any, tool: Any, tmp_path: Path) -> None:
+    made: Own = own("train")
+    cut = ["--json", made.json, "--images", made.images, "--output", tmp_path / "tiles"]
+    for name, arguments, said in (
+        ("tile_dataset", [*cut, "--scale", 0], "scale 0: expected .* a factor above 0"),
+        ("tile_dataset", [*cut, "--tile", 0], "tiles of 0 px"),
+        ("visualize_data", ["--config-file", TINY], "DATASETS.TRAIN is empty"),
+        (
+            "demo",
+            ["--config-file", TINY, "--input", made.images, "--output", tmp_path, "--confidence-threshold", "nan"],
+            "--confidence-threshold is nan; expected a number up to 1",
+        ),
+    ):
+        code, text = tool(name, *arguments)
+        assert code == 1 and re.search(f"error: .*{said}", text) and not (tmp_path / "tiles").exists(), text
