@@ -98,7 +98,7 @@ def not_live(model: nn.Module, *batches: Any) -> list[NotLive]:
     record = injection.current
     if (record.injected or record.full) and not any(item.param.requires_grad for item in trained_parameters(root)):
         raise LivenessError(
-            "nothing that is trained requires a gradient any more: requires_grad_(False) or its like came after inject, "
+            "nothing that is trained requires gradients any more: requires_grad_(False) or its like came after inject, "
             "which is what freezes the base. Leave it out, or call it before"
         )
     layers = {
