@@ -26,6 +26,7 @@ from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import nn
@@ -239,10 +240,12 @@ class Peer:
         self.twin = Peer(f"{name}, twin", peft_config, args, "torch", budget) if args.twin and not backend else None
         self.times: dict[str, list[float]] = {"step": [], "infer": [], "merged": []}
         self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, peft_config, args, backend, budget), daemon=True)
+        self._backend = {"PEFT_D2_BACKEND": backend} if backend else {}
+        self._process = context.Process(target=_serve, args=(theirs, peft_config, args, budget), daemon=True)
 
     def __enter__(self) -> Peer:
-        self._process.start()
+        with patch.dict(os.environ, self._backend):  # read as the operator is imported
+            self._process.start()
         if self.twin is not None:
             self.twin.__enter__()
         return self
@@ -287,13 +290,9 @@ class Peer:
         )
 
 
-def _serve(
-    connection: Connection, peft_config: str, args: argparse.Namespace, backend: str, budget: float | None
-) -> None:
+def _serve(connection: Connection, peft_config: str, args: argparse.Namespace, budget: float | None) -> None:
     """The other side: build the case, then answer one question after another."""
     logging.disable(logging.WARNING)
-    if backend:
-        os.environ["PEFT_D2_BACKEND"] = backend  # read as the operator is imported, which building a model does
     case: Case | None = None
     while True:
         question = connection.recv()

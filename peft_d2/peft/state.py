@@ -16,6 +16,7 @@ from typing import Any, Literal, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from .adapted import STORE, ActiveAdapter, Adapted, join, walk_adapted
 from .errors import AdapterStateError, InjectionError, shortened
@@ -167,7 +168,9 @@ def trainable_tensors(function: Callable[P, R]) -> Callable[P, R]:
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         model = args[0] if args else kwargs.get("model")
-        mode = isinstance(model, nn.Module) and any(value.is_inference() for value in model.parameters())
+        mode = isinstance(model, nn.Module) and any(
+            not is_lazy(value) and value.is_inference() for value in model.parameters()
+        )
         if mode == torch.is_inference_mode_enabled():
             return function(*args, **kwargs)
         with torch.inference_mode(mode):

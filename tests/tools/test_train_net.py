@@ -234,7 +234,7 @@ def test_demo(
     assert pictures == sorted(p.stem for p in data.images.iterdir())
     picture = np.asarray(Image.open(tmp_path / f"{pictures[0]}.png").convert("RGB"))
     assert picture.shape[:2] == (480, 480)
-    run("demo", *common, "--input", sorted(data.images.iterdir())[0], "--confidence-threshold", 1.1, *opts)
+    run("demo", *common, "--input", sorted(data.images.iterdir())[0], "--confidence-threshold", 1.0, *opts)
     empty = np.asarray(Image.open(tmp_path / f"{pictures[0]}.png").convert("RGB"))
     assert not np.array_equal(empty, picture)
     error = run("demo", *common, "--input", tmp_path / "nowhere.png", *opts, fails=True)
