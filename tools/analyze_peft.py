@@ -298,7 +298,9 @@ def _serve(connection: Connection, peft_config: str, args: argparse.Namespace, b
         question = connection.recv()
         try:
             case = case or Case(peft_config, args, budget)
-            connection.send(getattr(case, question)())
+            answer = getattr(case, question)()
+            return_freed_memory()  # a dozen processes that wait may not hold a dozen peaks
+            connection.send(answer)
         except Exception as error:  # its message is raised in the process that asked
             connection.send(
                 error if isinstance(error, ConfigError) else ConfigError(f"{type(error).__name__}: {error}")
@@ -443,9 +445,7 @@ class Case:
         start = self._clock()
         function()
         wait()
-        seconds = self._clock() - start
-        return_freed_memory()  # a dozen processes that wait may not hold a dozen peaks
-        return seconds
+        return self._clock() - start
 
 
 def random_sample(size: int, classes: int) -> dict[str, Any]:
