@@ -138,7 +138,7 @@ def save_adapter(
         InjectionError: the model is a wrapper around one that has none, or what was injected is no longer in it.
         peft_d2.storage.StorageError: the folder holds other files, or the disk is full; what was there before stays.
     """
-    adapter_file.write(os.path.expanduser(folder), **_stored(model, metrics, name))
+    adapter_file.write(folder, **_stored(model, metrics, name))
 
 
 def adapter_contents(model: nn.Module, metrics: Mapping[str, Any] | None = None) -> dict[str, bytes]:
@@ -223,8 +223,6 @@ def load_adapters(
         before.require_plain()
     if taken := [name for name in folders if name == peft.BASE or (before is not None and name in before.adapters)]:
         raise peft.InjectionError(f"the name {taken[0]!r} is taken: give the adapter another one")
-    for name in folders:
-        peft.check_name(name)
     with _as_before_on_error(root):
         peft.serve_adapters(root)
         return {
@@ -264,7 +262,7 @@ def _load(
     if empty := next((name for name, value in model.named_parameters() if value.is_meta), ""):
         remedy = "give it its base's weights first: model.to_empty(device=...), then peft_d2.load_base(model, path)"
         raise AdapterFileError(folder, f"the model is on the meta device ({empty} has no values)", remedy)
-    folder, pinned = hub.resolved(os.path.expanduser(folder))
+    folder, pinned = hub.resolved(folder)
     is_theirs = not os.path.lexists(os.path.join(folder, RECORD)) and huggingface.is_huggingface(folder)
     if is_theirs:
         with _base_of(model):

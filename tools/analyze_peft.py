@@ -32,7 +32,7 @@ import torch
 from torch import nn
 
 from peft_d2.engine.checks import build_model
-from peft_d2.engine.errors import ConfigError, one_line_errors
+from peft_d2.engine.errors import ConfigError, bounded, one_line_errors
 from peft_d2.engine.launch import prepare_config, take_pairs
 from peft_d2.memory import MemoryBudgetError, MemoryPlan, SavedTensors, fit_memory
 from peft_d2.memory.blocks import resident_bytes, return_freed_memory
@@ -91,15 +91,19 @@ def analysis_parser() -> argparse.ArgumentParser:
     parser.add_argument("--peft-config", nargs="*", default=[], metavar="FILE", help="one or more of configs/peft")
     parser.add_argument(
         "--budget",
-        type=float,
+        type=bounded(float, 0),
         nargs="*",
         default=[],
         metavar="GIB",
         help="each of them under these budgets, too; 0: the smallest that it can meet",
     )
-    parser.add_argument("--size", type=int, default=512, help="height and width of the images")
-    parser.add_argument("--batch", type=int, default=1, help="images of a training step; inference takes one")
-    parser.add_argument("--rounds", type=int, default=5, help="how often each is measured, each time after a warm-up")
+    parser.add_argument("--size", type=bounded(int, 1), default=512, help="height and width of the images")
+    parser.add_argument(
+        "--batch", type=bounded(int, 1), default=1, help="images of a training step; inference takes one"
+    )
+    parser.add_argument(
+        "--rounds", type=bounded(int, 1), default=5, help="how often each is measured, each time after a warm-up"
+    )
     parser.add_argument(
         "--clock",
         choices=tuple(CLOCKS),

@@ -21,16 +21,16 @@ import torch
 import peft_d2
 from peft_d2 import peft
 from peft_d2.engine.checks import build_model
-from peft_d2.engine.errors import one_line_errors
+from peft_d2.engine.errors import bounded, one_line_errors
 from peft_d2.engine.launch import config_parser, prepare_config, take_pairs
 
 
 def benchmark_parser() -> argparse.ArgumentParser:
     """The arguments of ``tools/benchmark_adapters.py``."""
     parser = config_parser("Time a mixed batch and predict_with against one adapter.")
-    parser.add_argument("--adapters", type=int, default=8, help="how many, and the size of the batch")
-    parser.add_argument("--size", type=int, default=320, help="side of the images, px")
-    parser.add_argument("--runs", type=int, default=5, help="of each; the fastest counts")
+    parser.add_argument("--adapters", type=bounded(int, 1), default=8, help="how many, and the size of the batch")
+    parser.add_argument("--size", type=bounded(int, 1), default=320, help="side of the images, px")
+    parser.add_argument("--runs", type=bounded(int, 1), default=5, help="of each; the fastest counts")
     take_pairs(parser)
     return parser
 

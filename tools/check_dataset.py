@@ -25,6 +25,7 @@ from peft_d2.data.records import read_json
 from peft_d2.data.registration import register_builtin, require_registered
 from peft_d2.data.segmentation import segmentation_to_mask
 from peft_d2.data.validation import Rules, check_coco, summary
+from peft_d2.engine.errors import bounded
 
 
 def main() -> int:
@@ -37,12 +38,16 @@ def main() -> int:
     parser.add_argument("--class-map", default="", metavar="MAP", help="old=new,other=new,unwanted= or a yaml of these")
     parser.add_argument("--save-json", metavar="DIR", help="keep what was understood there, as a COCO-format json")
     parser.add_argument("--preview", "--sheet", dest="sheet", metavar="FILE", help="picture the first images there")
-    parser.add_argument("--sheet-images", type=int, default=24, help="how many images the preview shows")
+    parser.add_argument("--sheet-images", type=bounded(int, 1), default=24, help="how many images the preview shows")
     parser.add_argument("--statistics", action="store_true", help="print MODEL.PIXEL_MEAN and PIXEL_STD of the images")
     parser.add_argument("--test", action="store_true", help="a test set: its annotations may be missing")
     parser.add_argument("--outside", action="store_true", help="images may lie outside the folder")
-    parser.add_argument("--max-pixels", type=int, default=0, help="of an image, where Pillow's limit is too low")
-    parser.add_argument("--per-kind", type=int, default=1_000_000, help="list only so many problems of a kind")
+    parser.add_argument(
+        "--max-pixels", type=bounded(int, 0), default=0, help="of an image, where Pillow's limit is too low"
+    )
+    parser.add_argument(
+        "--per-kind", type=bounded(int, 0), default=1_000_000, help="list only so many problems of a kind"
+    )
     args = parser.parse_args()
     if [bool(args.name), bool(args.data), bool(args.json and args.images)].count(True) != 1:
         parser.error("give --json and --images, or --data, or --name")

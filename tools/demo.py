@@ -27,7 +27,7 @@ from peft_d2.data.images import visible
 from peft_d2.data.segmentation import mask_outlines, mask_to_polygons
 from peft_d2.engine.checks import build_model
 from peft_d2.engine.config import PEFT_ARCHITECTURE
-from peft_d2.engine.errors import ConfigError, one_line_errors
+from peft_d2.engine.errors import ConfigError, bounded, one_line_errors
 from peft_d2.engine.launch import config_parser, prepare_config, take_pairs, warn_of_untrained
 from peft_d2.storage import atomic, hub
 
@@ -55,7 +55,9 @@ def demo_parser() -> argparse.ArgumentParser:
     parser.add_argument("--json", default="", metavar="FILE", help="write the drawn instances there, in COCO format")
     parser.add_argument("--results", default="", metavar="FILE", help="the same as a bare list: COCO's result format")
     parser.add_argument("--polygons", choices=tuple(POLYGONS), help="write such a file beside each picture")
-    parser.add_argument("--simplify", type=float, default=0.0, metavar="PX", help="polygons may be off by so much")
+    parser.add_argument(
+        "--simplify", type=bounded(float, 0), default=0.0, metavar="PX", help="polygons may be off by so much"
+    )
     parser.add_argument("--boxes", default="", metavar="FILE", help="prompts: json of image name to x0 y0 x1 y1, px")
     parser.add_argument("--adapters", nargs="+", default=[], metavar="NAME=DIR", help="draw each beside the base")
     take_pairs(parser)

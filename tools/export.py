@@ -26,7 +26,7 @@ from torch.func import functional_call
 
 from peft_d2 import peft
 from peft_d2.engine.checks import build_model
-from peft_d2.engine.errors import ConfigError, one_line_errors
+from peft_d2.engine.errors import ConfigError, bounded, one_line_errors
 from peft_d2.engine.launch import config_parser, prepare_config, take_pairs, warn_of_untrained
 from peft_d2.models.layers.mask_classifier import MaskClassifier
 from peft_d2.models.layers.transformer import MSDeformAttn
@@ -49,7 +49,9 @@ def export_parser() -> argparse.ArgumentParser:
     )
     parser = config_parser("Write a model as ONNX, TorchScript or a torch.export program.", example)
     parser.add_argument("--format", choices=FORMATS, default="onnx", help="default: %(default)s")
-    parser.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help="of padded images, px; not for SAM")
+    parser.add_argument(
+        "--size", type=bounded(int, 1), nargs=2, metavar=("H", "W"), help="of padded images, px; not for SAM"
+    )
     parser.add_argument("--output", required=True, metavar="FILE", help="the file to write")
     parser.add_argument("--adapter-inputs", action="store_true", help="the adapter's tensors are inputs of the graph")
     take_pairs(parser)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from peft_d2.engine.errors import ConfigError, one_line_errors
+from peft_d2.engine.errors import ConfigError, bounded, one_line_errors
 
 METRICS_FILE = "metrics.json"
 _PARTS = re.compile(r"total_loss|loss_[a-z]+")  # without those of single layers and denoising
@@ -25,7 +25,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Draw losses and AP of one or several runs.")
     parser.add_argument("runs", nargs="+", metavar="FOLDER", help="OUTPUT_DIR of a run; its name is the label")
     parser.add_argument("--output", required=True, metavar="FILE", help="picture to write: png, svg or pdf")
-    parser.add_argument("--smooth", type=int, default=1, metavar="N", help="running mean of a loss over N entries")
+    parser.add_argument(
+        "--smooth", type=bounded(int, 1), default=1, metavar="N", help="running mean of a loss over N entries"
+    )
     args = parser.parse_args(arguments)
     one_line_errors(lambda: plot_runs(args.runs, args.output, args.smooth))
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from peft_d2.engine.errors import ConfigError, one_line_errors
+from peft_d2.engine.errors import ConfigError, bounded, one_line_errors
 from peft_d2.engine.launch import prepare_config, take_pairs
 
 BYTES = 16  # of a trained parameter: itself, its gradient and two moments, in float32
@@ -40,7 +40,9 @@ def recommend_parser() -> argparse.ArgumentParser:
     parser.add_argument("--train-images", default="", metavar="DIR", help="folder of the images")
     parser.add_argument("--train-data", default="", metavar="DIR", help="instead: a folder; its format is recognised")
     parser.add_argument("--name", default="own", help="what the data set is called: NAME_train")
-    parser.add_argument("--percent", type=float, default=0.0, help="of the parameters to train (MODEL.PEFT.BUDGET)")
+    parser.add_argument(
+        "--percent", type=bounded(float, 0, 100), default=0.0, help="of the parameters to train (MODEL.PEFT.BUDGET)"
+    )
     parser.add_argument(
         "--memory", type=float, default=0.0, metavar="MIB", help="for what is trained, moments included"
     )

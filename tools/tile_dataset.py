@@ -20,6 +20,7 @@ from peft_d2.data.images import path_inside, read_rgb, set_pixel_limit
 from peft_d2.data.records import read_json
 from peft_d2.data.segmentation import mask_box, mask_to_compressed_rle, segmentation_to_mask
 from peft_d2.data.tiles import enlarge, tile_starts
+from peft_d2.engine.errors import bounded
 
 
 def main() -> int:
@@ -27,11 +28,13 @@ def main() -> int:
     parser.add_argument("--json", required=True, help="COCO-format json")
     parser.add_argument("--images", required=True, help="folder of its images")
     parser.add_argument("--output", required=True, help="folder to write annotations.json and images/ to")
-    parser.add_argument("--tile", type=int, default=96, help="side of a tile in px of the source")
+    parser.add_argument("--tile", type=bounded(int, 1), default=96, help="side of a tile in px of the source")
     parser.add_argument("--scale", type=float, default=2.0, help="factor by which tiles are enlarged")
-    parser.add_argument("--overlap", type=int, default=0, help="least overlap of neighbouring tiles in px")
+    parser.add_argument("--overlap", type=bounded(int, 0), default=0, help="least overlap of neighbouring tiles in px")
     parser.add_argument("--min-area", type=float, default=12.0, help="drop cut-off parts below this many source px")
-    parser.add_argument("--max-pixels", type=int, default=0, help="of an image, where Pillow's limit is too low")
+    parser.add_argument(
+        "--max-pixels", type=bounded(int, 0), default=0, help="of an image, where Pillow's limit is too low"
+    )
     args = parser.parse_args()
     if args.max_pixels:
         set_pixel_limit(args.max_pixels)

@@ -16,7 +16,7 @@ import numpy as np
 from demo import Predictor, paint, read_adapters
 from PIL import Image, ImageDraw
 
-from peft_d2.engine.errors import ConfigError, is_expected, one_line_errors
+from peft_d2.engine.errors import ConfigError, bounded, is_expected, one_line_errors
 from peft_d2.engine.launch import config_parser, prepare_config, take_pairs
 
 BOX, ON, OFF = "box: two clicks", "point on the object", "point off it"
@@ -29,7 +29,7 @@ def ui_parser() -> argparse.ArgumentParser:
     parser = config_parser(what, example)
     parser.add_argument("--adapters", nargs="+", default=[], metavar="NAME=DIR", help="to choose from, with the base")
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 shows the page to the whole network")
-    parser.add_argument("--port", type=int, help="by default the first that is free from 7860 on")
+    parser.add_argument("--port", type=bounded(int, 1, 65535), help="by default the first that is free from 7860 on")
     take_pairs(parser)
     return parser
 

@@ -19,7 +19,7 @@ from peft_d2.data.images import as_rgb
 from peft_d2.data.loader import build_train_loader
 from peft_d2.data.pictures import overlay, sheet
 from peft_d2.data.segmentation import segmentation_to_mask
-from peft_d2.engine.errors import ConfigError, one_line_errors
+from peft_d2.engine.errors import ConfigError, bounded, one_line_errors
 from peft_d2.engine.launch import prepare_config, training_parser
 
 
@@ -27,8 +27,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser = training_parser()
     parser.description = __doc__
     parser.add_argument("--output", default="fed.png", help="file to write")
-    parser.add_argument("--batches", type=int, default=4, help="how many batches to show")
-    parser.add_argument("--start", type=int, default=0, help="the iteration to begin with")
+    parser.add_argument("--batches", type=bounded(int, 1), default=4, help="how many batches to show")
+    parser.add_argument("--start", type=bounded(int, 0), default=0, help="the iteration to begin with")
     args = parser.parse_args(arguments)
     cfg: Any = prepare_config(args)
     if not cfg.DATASETS.TRAIN:

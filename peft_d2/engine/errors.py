@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import math
 import re
 import sys
 import traceback
@@ -38,6 +40,20 @@ _LIMITS = {
     "memory ({said}). " + _RESUME + ", with more memory, fewer DATALOADER.NUM_WORKERS, smaller images or a higher "
     "SOLVER.ACCUMULATE.",
 }
+
+
+def bounded(kind: Callable[[str], float], least: float, most: float = math.inf) -> Callable[[str], float]:
+    """What argparse calls to read a number of ``kind``, int or float, from ``least`` to ``most``."""
+
+    def read(text: str) -> float:
+        value = kind(text)
+        if not least <= value <= most:
+            bounds = f"at least {least:g}" if most == math.inf else f"from {least:g} to {most:g}"
+            raise argparse.ArgumentTypeError(f"{text} is not {bounds}")
+        return value
+
+    read.__name__ = kind.__name__  # argparse says "invalid int value"
+    return read
 
 
 def is_expected(error: BaseException) -> bool:

@@ -29,7 +29,16 @@ from peft_d2.data.registration import register_from_config
 from peft_d2.engine.checkpointer import Checkpointer
 from peft_d2.engine.checks import apply_class_count, check_run, run_lock
 from peft_d2.engine.config import AUTO, LoadedConfig, load_config
-from peft_d2.engine.errors import ConfigError, LimitReached, is_expected, message_of, named, one_line_errors, printable
+from peft_d2.engine.errors import (
+    ConfigError,
+    LimitReached,
+    bounded,
+    is_expected,
+    message_of,
+    named,
+    one_line_errors,
+    printable,
+)
 from peft_d2.engine.factory import register
 from peft_d2.engine.hooks import seed_everything
 from peft_d2.engine.processes import launch, layout
@@ -73,7 +82,9 @@ def training_parser() -> argparse.ArgumentParser:
     for action in parser._actions:  # shorter words than Detectron2's, and true here
         action.help = _HELP.get(action.dest, action.help)
     parser.set_defaults(dist_url="auto")  # Detectron2's is one port per user: two runs would meet there
-    parser.add_argument("--num-processes", type=int, default=0, metavar="N", help="processes per machine on the CPU")
+    parser.add_argument(
+        "--num-processes", type=bounded(int, 0), default=0, metavar="N", help="processes per machine on the CPU"
+    )
     parser.add_argument("--peft-config", default="", metavar="FILE", help="one of configs/peft, on top")
     parser.add_argument("--opts", action="store_true", dest="pairs_follow", help=argparse.SUPPRESS)
     own = parser.add_argument_group(

@@ -162,7 +162,7 @@ def _refusal(target: Path, error: OSError) -> StorageError:
 def _target(path: str | os.PathLike[str]) -> Path:
     if not os.fspath(path):  # would be the current folder
         raise StorageError(errno.EINVAL, "the path to store something at is empty. Name a file or folder")
-    return Path(os.path.realpath(path))
+    return Path(os.path.realpath(os.path.expanduser(path)))
 
 
 def _short(target: Path) -> str:

@@ -26,12 +26,15 @@ logger = logging.getLogger(__name__)
 def resolved(folder: str | os.PathLike[str]) -> tuple[str | os.PathLike[str], str]:
     """For ``user/name@revision`` the folder in the hub's cache, fetched where that is needed, and ``user/name@commit``.
 
-    Other folders, and those that exist, are as they are, and "". The revision is required, so that a run names what it
-    used. Offline (HF_HUB_OFFLINE) the cache alone is asked.
+    Other folders, and those that exist, are as they are (`~` is one's home), and "". The revision is required, so that
+    a run names what it used. Offline (HF_HUB_OFFLINE) the cache alone is asked.
 
     Raises:
-        AdapterFileError: it cannot be fetched, or ``huggingface_hub`` is missing.
+        AdapterFileError: it is no path, it cannot be fetched, or ``huggingface_hub`` is missing.
     """
+    if not isinstance(folder, str | os.PathLike):
+        raise AdapterFileError(repr(folder), "it is no path", "give the folder of an adapter")
+    folder = os.path.expanduser(folder)
     address = _ADDRESS.fullmatch(os.fspath(folder))
     if address is None or os.path.exists(folder):
         return folder, ""

@@ -97,7 +97,8 @@ def read(folder: str | os.PathLike[str], model: nn.Module | None = None) -> Adap
         logger.info("%s is of a model inside another, which it calls %r: that name is taken off.", path, wrapper)
     try:
         known = {key: value for key, value in config.items() if value is not None}
-        return _without(wrapper, _Reader(known, stored, model, wrapper).content())
+        content = _Reader(known, stored, model, wrapper).content()
+        return _without(wrapper, content) if wrapper else content
     except ValueError as error:
         remedy = "train a plain LoRA or DoRA in peft, or merge this one there into the base (merge_and_unload)"
         raise AdapterFileError(root, str(error), remedy) from None
@@ -332,10 +333,10 @@ def _wrapper(stored: Mapping[str, Tensor], model: nn.Module | None) -> str:
 
 def _without(wrapper: str, content: AdapterFile) -> AdapterFile:
     """What was read, with the names that the model has: those behind ``wrapper``."""
-    name, pattern = (f"{wrapper}." if wrapper else "", f"re:{re.escape(wrapper)}\\.")
+    name, pattern = f"{wrapper}.", f"re:{re.escape(wrapper)}\\."
 
     def patterns(given: Iterable[str]) -> list[str]:
-        return [f"re:{item.removeprefix(pattern)}" if wrapper and item.startswith(pattern) else item for item in given]
+        return [f"re:{item.removeprefix(pattern)}" if item.startswith(pattern) else item for item in given]
 
     return replace(
         content,

@@ -1,12 +1,14 @@
-"""What the tools say of a data-loading process that was killed."""
+"""What the tools say of a data-loading process that was killed, and of numbers out of range."""
 
 from __future__ import annotations
+
+import argparse
 
 import pytest
 from torch.utils.data import DataLoader
 from torch.utils.data.dataloader import _SingleProcessDataLoaderIter
 
-from peft_d2.engine.errors import WorkerDied, named
+from peft_d2.engine.errors import WorkerDied, bounded, named
 
 
 @pytest.mark.parametrize("error", [ConnectionResetError(104, "reset by peer"), BrokenPipeError(), EOFError()], ids=repr)
@@ -35,3 +37,21 @@ def test_torchs_own_message() -> None:
     assert str(named(RuntimeError(said))).startswith(
         "a process that loads data was killed (DataLoader worker (pid 7) is"
     )
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("0", "argument --port: 0 is not from 1 to 65535"), ("99999999", "from 1 to 65535"), ("x", "invalid int value")],
+)
+def test_numbers_out_of_range_end_the_command(text: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--port", type=bounded(int, 1, 65535))
+    assert parser.parse_args(["--port", "65535"]).port == 65535
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--port", text])
+    assert said in capsys.readouterr().err
+
+
+def test_a_number_that_is_none_is_no_number_from_0_on() -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match="nan is not at least 0"):
+        bounded(float, 0)("nan")

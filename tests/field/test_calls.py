@@ -24,6 +24,7 @@ from peft_d2.engine.config import load_config  # noqa: E402
 from peft_d2.models.checks import ModelConfigError  # noqa: E402
 from peft_d2.models.sam.prompt_encoder import PromptError  # noqa: E402
 from peft_d2.storage import CheckpointError  # noqa: E402
+from peft_d2.storage.adapter_file import AdapterFileError  # noqa: E402
 
 from .conftest import ROOT  # noqa: E402
 
@@ -321,3 +322,8 @@ def test_what_was_frozen_after_the_injection_is_not_live() -> None:
     model.requires_grad_(False)
     with pytest.raises(peft.LivenessError, match=r"requires_grad_\(False\) or its like came after inject"):
         peft_d2.prove_live(model, torch.randn(2, 4))
+
+
+def test_a_folder_that_is_none() -> None:
+    with pytest.raises(AdapterFileError, match="None: it is no path"):
+        peft_d2.load_adapter(net(), None)  # type: ignore[arg-type]

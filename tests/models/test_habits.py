@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from detectron2.modeling import build_backbone
@@ -123,6 +124,16 @@ def test_models_train_on_as_many_channels_and_refuse_others(build: Any, sam: Any
             DatasetError, match=rf"a\.tif: the image is \({other}, 96, 96\).* takes {channels} channels"
         ):
             model([item])
+
+
+@pytest.mark.parametrize("kind", [*CLASSIFIERS, "sam"])
+def test_results_have_the_size_that_is_asked_for(build: Any, sam: Any, kind: str) -> None:
+    model = sam({}) if kind == "sam" else build(*CLASSIFIERS[kind][:2])
+    item = {"image": torch.rand(3, 96, 96) * 255, "boxes": torch.tensor([[4.0, 6, 30, 40]]), "file_name": "a.png"}
+    (result,) = model.eval()([{**item, "height": 48.0, "width": np.int64(72)}])  # as after a division
+    assert result["instances"].pred_masks.shape[1:] == (48, 72)
+    with pytest.raises(DatasetError, match=r"a\.png: results of 0 x 96 px are asked for"):
+        model([{**item, "height": 0}])
 
 
 @every_backbone

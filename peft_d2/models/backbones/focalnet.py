@@ -66,7 +66,7 @@ class FocalModulation(nn.Module):
         total = total + self.act(context.mean((2, 3), keepdim=True)) * gates[:, -1:]
         if self.scaled:
             total = total / contexts
-        modulated = (query * self.h(total)).permute(0, 2, 3, 1)
+        modulated = (query * self.h(total)).permute(0, 2, 3, 1).contiguous()
         return self.proj_drop(self.proj(modulated if self.ln is None else self.ln(modulated)))
 
 

@@ -22,6 +22,7 @@ from peft_d2.models.backbones.timm import timm_of_config
 from peft_d2.models.checks import expect, expect_numbers
 from peft_d2.models.eomt.names import with_own_names
 from peft_d2.models.layers.criterion import Target
+from peft_d2.models.layers.postprocess import output_size
 from peft_d2.models.mask2former.model import MaskFormer
 from peft_d2.models.registration import entry
 
@@ -126,7 +127,7 @@ class EoMT(MaskFormer):
         for (y, x), result in zip(places, maps, strict=True):
             part = total[:, y : y + side, x : x + side]
             part += F.pad(result["sem_seg"], (0, 0, 0, 0, 0, 1), value=1.0)
-        wanted = (item.get("height", height), item.get("width", width))
+        wanted = output_size(item, (height, width))
         return F.interpolate((total[:-1] / total[-1])[None], size=wanted, mode="bilinear", align_corners=False)[0]
 
     def upgrade_state_dict(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -17,7 +17,13 @@ from torch import Tensor, nn
 from peft_d2.data.images import DatasetError
 from peft_d2.models.checks import ModelConfigError, expect, expect_numbers
 from peft_d2.models.layers.criterion import SetCriterion, Target
-from peft_d2.models.layers.postprocess import Canvas, instance_inference, panoptic_inference, semantic_inference
+from peft_d2.models.layers.postprocess import (
+    Canvas,
+    instance_inference,
+    output_size,
+    panoptic_inference,
+    semantic_inference,
+)
 
 
 class PixelModel(nn.Module):
@@ -135,7 +141,7 @@ class MaskClassifier(PixelModel):
         results = []
         with torch.autocast(self.device.type, enabled=False):
             for i, (item, size) in enumerate(zip(batched_inputs, batch.image_sizes, strict=True)):
-                wanted = (item.get("height", size[0]), item.get("width", size[1]))
+                wanted = output_size(item, size)
                 prediction = {name: value[i] for name, value in outputs.items() if name.startswith("pred_")}
                 results.append(self.inference(prediction, Canvas(padded, tuple(size), wanted, self.bicubic_results)))
         return results

@@ -243,7 +243,7 @@ class MaskedTransformerDecoder(nn.Module):
 
     def _flatten(self, level: int, feature: Tensor) -> Tensor:
         x = self.input_proj[level](feature).flatten(2) + self.level_embed.weight[level][:, None]
-        return x.permute(2, 0, 1)
+        return x.permute(2, 0, 1).contiguous()
 
 
 @entry(

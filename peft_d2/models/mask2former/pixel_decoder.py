@@ -203,7 +203,7 @@ class MapTransformer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> the same."""
         position = self.position(x.shape[-2], x.shape[-1], x.device)[:, None]
-        encoded = self.encoder(x.flatten(2).permute(2, 0, 1), position)
+        encoded = self.encoder(x.flatten(2).permute(2, 0, 1).contiguous(), position)
         return encoded.permute(1, 2, 0).view(x.shape)
 
 

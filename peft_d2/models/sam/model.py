@@ -21,7 +21,7 @@ from peft_d2.models.checks import expect, expect_numbers
 from peft_d2.models.layers.boxes import mask_boxes
 from peft_d2.models.layers.criterion import Target, average_count, dice_loss, mask_loss, objects_of_all
 from peft_d2.models.layers.mask_classifier import PixelModel, count_objects, object_masks
-from peft_d2.models.layers.postprocess import Canvas
+from peft_d2.models.layers.postprocess import Canvas, output_size
 from peft_d2.models.registration import entry
 from peft_d2.models.sam.image_encoder import BackboneEncoder, ImageEncoder
 from peft_d2.models.sam.mask_decoder import SAMMaskDecoder
@@ -207,7 +207,7 @@ class SegmentAnything(PixelModel):
     def inference(self, embedding: Any, item: dict[str, Any]) -> Instances:
         """One instance per prompt of an image, in the size that the item wants."""
         size = (item["image"].shape[-2], item["image"].shape[-1])
-        wanted = (int(item.get("height", size[0])), int(item.get("width", size[1])))
+        wanted = output_size(item, size)
         canvas, prompts = self._canvas(size, wanted), self._prompts(item, size)
         masks = torch.empty((len(prompts), *wanted), dtype=torch.bool, device=self.device)
         scores, done = [torch.zeros(0, device=self.device)], 0
