@@ -156,7 +156,7 @@ def _stored(model: nn.Module, metrics: Mapping[str, Any] | None, name: str | Non
     name = injection.active if name is None else name
     if name == peft.BASE:
         raise ValueError("the base is in effect, which is no adapter: name one, save_adapter(model, folder, name=...)")
-    _warn_of_strays(model)
+    peft.warn_of_strays(model)
     tensors = peft.adapter_state_dict(model, name)
     _warn_of_untrained(injection, name, tensors)
     return {
@@ -366,28 +366,15 @@ def _root(model: nn.Module) -> nn.Module:
     return model if root is None else root
 
 
-def _warn_of_strays(model: nn.Module) -> None:
-    """Say which parameters are trained besides the adapter: the file does not hold them, and the base is another."""
-    own = {id(trained.param) for trained in peft.trained_parameters(model)}
-    strays = [name for name, value in model.named_parameters() if value.requires_grad and id(value) not in own]
-    if strays:
-        logger.warning(
-            "%d parameters require gradients and are in no adapter, from %s on: if they were trained, this adapter "
-            "does not fit its base. Name them in TRAIN.",
-            len(strays),
-            strays[0],
-        )
-
-
 def _warn_of_untrained(injection: peft.Injection, name: str, tensors: Mapping[str, Tensor]) -> None:
-    """Say that no adapter layer has moved: an optimizer that was made before inject does not know them."""
+    """Say that no adapter layer has moved, or nothing where there are none: an optimizer may not know them."""
     record = injection.adapters[name]
     layers = [key for key in tensors if key not in record.values]
-    if layers and all(tensor_hash(tensors[key]) == record.start.get(key) for key in layers):
+    if tensors and all(tensor_hash(tensors[key]) == record.start.get(key) for key in layers or tensors):
         logger.warning(
-            "No adapter layer of %r has changed since inject. If it was trained: make the optimizer after inject, of "
-            "the parameters that require gradients.",
-            name,
+            "%s of %r has changed since it was made. If it was trained: make the optimizer after inject and after "
+            "set_adapter, of the parameters that require gradients.",
+            *("No adapter layer" if layers else "Nothing", name),
         )
 
 

@@ -34,4 +34,5 @@ from .state import (
     refuse_wrapper,
     require_intact,
     trained_parameters,
+    warn_of_strays,
 )

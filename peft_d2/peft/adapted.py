@@ -21,8 +21,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from .errors import InjectionError
+
 STORE = "peft"
-_FIELDS = ("peft_active", "peft_backup", "peft_merged", "peft_name", "peft_trained_by")
+_FIELDS = ("peft_active", "peft_backup", "peft_merged", "peft_mode", "peft_name", "peft_trained_by")
 _CLASSES: dict[tuple[type[nn.Module], type[Adapted] | None], type[Adapted]] = {}
 
 
@@ -69,6 +71,7 @@ class Adapted(nn.Module):
     peft_active: ActiveAdapter
     peft_backup: dict[str, Tensor]  # base weights while merged, bit for bit
     peft_merged: list[str]  # methods whose layers are in the weights
+    peft_mode: bool  # what it was last put into: training, or eval; frozen statistics stay in eval all the same
     peft_name: str  # the module's first name in the model
     peft_trained_by: frozenset[str] | None  # of a norm with running statistics: the adapters that train them
 
@@ -83,6 +86,7 @@ class Adapted(nn.Module):
 
     def train(self, mode: bool = True) -> Adapted:
         """As every module's; frozen running statistics stay in eval mode."""
+        self.peft_mode = mode
         frozen = self.peft_trained_by is not None and self.peft_active.name not in self.peft_trained_by
         return super().train(mode and not frozen)
 
@@ -111,6 +115,12 @@ class Adapted(nn.Module):
     def peft_parameters(self, adapter: str | None = None) -> dict[str, nn.Parameter]:
         """Those of :meth:`peft_tensors` that are trained."""
         return {name: value for name, value in self.peft_tensors(adapter).items() if isinstance(value, nn.Parameter)}
+
+    def __prepare_scriptable__(self) -> Any:
+        raise InjectionError(
+            f"torch.jit.script reads no model with adapters ({self.peft_name or 'the whole of it'} is one's): use "
+            "torch.jit.trace or torch.export, or script what peft.remove(model, keep=True) leaves, a plain merged model"
+        )
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced = super().__reduce_ex__(protocol)
@@ -204,7 +214,7 @@ def adapt(module: nn.Module, active: ActiveAdapter, name: str, mixin: type[Adapt
     if not isinstance(module, Adapted):
         module.__class__ = _adapted_class(type(module))
         statistics = frozenset[str]() if has_statistics(module) else None
-        module.__dict__.update(zip(_FIELDS, (active, {}, [], name, statistics), strict=True))
+        module.__dict__.update(zip(_FIELDS, (active, {}, [], module.training, name, statistics), strict=True))
     assert isinstance(module, Adapted)
     if mixin is not None and not isinstance(module, mixin):
         module.__class__ = _adapted_class(base_class(module), mixin)
@@ -212,7 +222,9 @@ def adapt(module: nn.Module, active: ActiveAdapter, name: str, mixin: type[Adapt
 
 
 def restore(module: Adapted) -> None:
-    """Undo :func:`adapt`: the module has its own class again and nothing injected."""
+    """Undo :func:`adapt`: the module has its own class and mode again and nothing injected."""
+    if module.peft_trained_by is not None:
+        module.training = module.peft_mode
     module._modules.pop(STORE, None)
     for name in _FIELDS:
         module.__dict__.pop(name, None)

@@ -20,7 +20,16 @@ from torch.utils._pytree import tree_leaves
 
 from .errors import LivenessError, shortened
 from .probe import as_it_was, call, own_event_storage, tensors_of
-from .state import Injection, base_values, counters, injected, require_intact, tensor_hash, trained_parameters
+from .state import (
+    Injection,
+    base_values,
+    counters,
+    injected,
+    require_intact,
+    tensor_hash,
+    trained_parameters,
+    warn_of_strays,
+)
 from .targets import EVERYTHING, ModelIndex, resolve_train
 
 logger = logging.getLogger(__name__)
@@ -66,6 +75,7 @@ def prove_live(model: nn.Module, *batches: Any) -> None:
     The model, its gradients, modes, buffers and the random state are as before.
     """
     found = not_live(model, *batches)
+    warn_of_strays(model)
     faults = [item for item in found if item.is_fault]
     if faults:
         raise LivenessError(describe(faults))

@@ -47,6 +47,7 @@ from .state import (
     LayerRecord,
     after_state_dict,
     before_load,
+    get_injection,
     injected,
     injected_root,
     refuse_wrapper,
@@ -193,7 +194,7 @@ class Plan:
         self._refuse_two_changes()
         in_full = set(full)
         self.full = [first for first in index.tensors if first in in_full]
-        self._check_full(EVERYTHING in train)
+        self._check_full(EVERYTHING in train, get_injection(model))
         injected_names = [join(target.name, key) for _, target, layer in self.layers for key in layer.state_dict()]
         if problem := unstorable([*injected_names, *self.full]):
             raise InjectionError(problem)
@@ -212,13 +213,15 @@ class Plan:
                     f"{other.name!r} and {method.name!r} both change the weights of {target.name}: EXCLUDE it in one"
                 )
 
-    def _check_full(self, everything: bool) -> None:
+    def _check_full(self, everything: bool, before: Injection | None) -> None:
         """Refuse half precision, in which steps of 1e-4 vanish; warn of what the model itself had frozen."""
         every = {name: tensor.get() for name, tensor in self.index.tensors.items()}
         parameters = {name: value for name, value in every.items() if isinstance(value, nn.Parameter)}
         full = [name for name in self.full if name in parameters]
-        thawed = [name for name in full if not parameters[name].requires_grad]
-        if thawed and not everything and any(value.requires_grad for value in parameters.values()):
+        flags = {name: value.requires_grad for name, value in parameters.items()}
+        flags |= before.was_trainable if before is not None else {}
+        thawed = [name for name in full if not flags[name]]
+        if thawed and not everything and any(flags.values()):
             logger.warning(
                 "TRAIN and the methods train %d tensors that the model itself had frozen (as FREEZE_AT does), from %s "
                 "to %s. Name the parts that are to be trained instead, if they should stay frozen.",
@@ -275,15 +278,12 @@ def _place(model: nn.Module, injection: Injection, name: str, plan: Plan, freeze
         record.places.append(LayerRecord(target.name, method.name, base_class(target.module).__name__, size))
     if not freeze_statistics:
         return
-    known = {id(module): mode for module, mode in injection.statistics}
-    modes = {id(module): module.training for module in model.modules() if has_statistics(module)}
-    norms = guard(model, injection.running)
-    injection.statistics = [(module, known.get(id(module), modes[id(module)])) for module in norms]
+    injection.statistics = guard(model, injection.running)
     for inner in plan.full_modules:
         if isinstance(inner, Adapted) and inner.peft_trained_by is not None:
             inner.peft_trained_by |= {name}
-    for norm, mode in injection.statistics:
-        norm.train(norm.training if id(norm) in known else mode)
+    for norm in injection.statistics:
+        norm.train(norm.peft_mode)
 
 
 @torch.no_grad()
@@ -301,20 +301,18 @@ def forget_adapter(root: nn.Module, name: str) -> None:
         original.data = injection.base.pop(key).data
         tensor.put(original.requires_grad_(False))
     used = {id(module) for record in records for module in record.modules}
-    used |= {id(module) for module, _ in injection.statistics}
+    used |= {id(module) for module in injection.statistics}
     for module in adapted_modules(root):
         if not any(id(child) in used for child in module.modules()):
             restore(module)
 
 
 def undo(model: nn.Module, injection: Injection) -> None:
-    """Take everything out again: classes, Parameters, flags and modes are those of before the injection."""
+    """Take everything out again: classes, Parameters and flags are those of before the injection."""
     for key, original in injection.original.items():
         injection.full[key].put(original)
-    norms = {id(module): mode for module, mode in injection.statistics}
     for item in adapted_modules(model):
         restore(item)
-        item.training = norms.get(id(item), item.training)
     tables: list[dict[int, Any]] = [model._load_state_dict_pre_hooks, model._state_dict_hooks]
     for table in tables:
         for number, hook in list(table.items()):

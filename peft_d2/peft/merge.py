@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import math
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -22,7 +23,7 @@ from .adapted import STORE, Adapted, join
 from .errors import InjectionError, shortened
 from .inject import Report, add_adapter, forget_adapter, undo
 from .lora.factors import LowRank
-from .state import Injection, injected, low_ranks, trainable_tensors
+from .state import BASE, Injection, injected, low_ranks, trainable_tensors
 
 logger = logging.getLogger(__name__)
 KINDS = ("linear", "svd")
@@ -46,13 +47,20 @@ def set_adapter(model: nn.Module, name: str) -> None:
             f"a {type(model).__name__} exchanges no gradients of adapter {name!r}: set it in the model itself, "
             "set_adapter(model.module, ...), and wrap that anew (for inference it needs no wrapper)"
         )
+    trained = [*injection.current.injected, *[injection.full[key].get() for key in injection.current.values]]
+    if name != BASE and [value for value in trained if value.grad is not None]:
+        warnings.warn(
+            f"adapter {name!r} is trained from here on: an optimizer that was made for {active!r} alone does not move "
+            "it. Make one after set_adapter, of the parameters that require gradients",
+            stacklevel=2,
+        )
     for adapter in (active, name):
         for parameter in injection.adapters[adapter].injected:
             parameter.requires_grad_(adapter == name)
     injection.install(name)
     injection.running.name = name
-    for module, _ in injection.statistics:
-        module.train(model.training)
+    for module in injection.statistics:
+        module.train(module.peft_mode)
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -39,6 +39,11 @@ class Routed(Adapted):
     """What the whole model is besides its own class once it serves several adapters: see :func:`serve_adapters`."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Threads take turns: what runs is exchanged within modules that they share. A compiler sees no thread."""
+        with nullcontext() if torch.compiler.is_compiling() else injected(self)[1].lock:
+            return self._routed(*args, **kwargs)
+
+    def _routed(self, *args: Any, **kwargs: Any) -> Any:
         batch = args[0] if args else None
         listed = isinstance(batch, list | tuple) and all(isinstance(item, Mapping) for item in batch)
         if not listed or not any("adapter" in item for item in batch):  # type: ignore[union-attr]
@@ -57,7 +62,8 @@ class Routed(Adapted):
             InjectionError: an adapter is not loaded, or the model is in training mode or merged.
         """
         sample = image if isinstance(image, Mapping) else {"image": image}
-        results = _run_each(self, _checked(self, adapters), [sample], adapters)
+        with injected(self)[1].lock:
+            results = _run_each(self, _checked(self, adapters), [sample], adapters)
         return {name: result[0] for name, result in results.items()}
 
 

@@ -10,6 +10,7 @@ import functools
 import hashlib
 import logging
 import re
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, ParamSpec, TypeVar
@@ -87,9 +88,10 @@ class Injection:
     base: dict[str, Tensor] = field(default_factory=dict, compare=False, repr=False)  # their frozen values; none for *
     original: dict[str, Tensor] = field(default_factory=dict, compare=False, repr=False)  # their objects of before
     was_trainable: dict[str, bool] = field(default_factory=dict, compare=False, repr=False)  # requires_grad of before
-    statistics: list[tuple[Adapted, bool]] = field(default_factory=list, compare=False, repr=False)  # norm, its mode
+    statistics: list[Adapted] = field(default_factory=list, compare=False, repr=False)  # norms that stay frozen
     hashes: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)  # of the base's tensors, once taken
     split: Any = field(default=None, compare=False, repr=False)  # how mixed batches run, once found: mixed.py
+    lock: Any = field(default_factory=threading.RLock, compare=False, repr=False)  # one mixed batch at a time
 
     @property
     def active(self) -> str:
@@ -106,9 +108,13 @@ class Injection:
         """Methods of the active adapter."""
         return self.current.methods
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy has a lock of its own."""
+        return {key: value for key, value in self.__dict__.items() if key != "lock"}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A copy that is made within ``disabled`` has its adapters on, see :class:`ActiveAdapter`."""
-        self.__dict__.update(state)
+        self.__dict__.update(state, lock=threading.RLock())
         self.install(self.active)
 
     def install(self, adapter: str | None) -> None:
@@ -210,7 +216,7 @@ def require_intact(model: nn.Module) -> None:
     root, injection = injected(model)
     modules = dict(root.named_modules(remove_duplicate=False))
     ours = [(module, "adapted") for module in injection.current.modules]
-    ours += [(module, "a norm whose statistics are frozen") for module, _ in injection.statistics]
+    ours += [(module, "a norm whose statistics are frozen") for module in injection.statistics]
     gone = [f"{module.peft_name} ({what})" for module, what in ours if modules.get(module.peft_name) is not module]
     for name in injection.current.full:
         path, _, leaf = name.rpartition(".")
@@ -247,6 +253,18 @@ def trained_parameters(model: nn.Module) -> Iterator[TrainedParameter]:
         tensor = injection.full[name].get()
         if isinstance(tensor, nn.Parameter) and tensor.requires_grad:
             yield TrainedParameter(name, tensor, "full")
+
+
+def warn_of_strays(model: nn.Module) -> None:
+    """Say what requires gradients besides the adapter: its file does not hold that, and the base becomes another."""
+    own = {id(trained.param) for trained in trained_parameters(model)}
+    strays = [name for name, value in model.named_parameters() if value.requires_grad and id(value) not in own]
+    if strays:
+        logger.warning(
+            "%d parameters require gradients and are in no adapter, from %s on (requires_grad_(True) after inject?): "
+            "once they are trained, the adapter does not fit its base. Name them in TRAIN, or freeze them.",
+            *(len(strays), strays[0]),
+        )
 
 
 def unstorable(names: Iterable[str]) -> str:

@@ -445,6 +445,11 @@ def test_what_the_model_froze_is_said_when_it_is_trained(toy: nn.Module, caplog:
     toy.stem.weight.requires_grad_(False)  # type: ignore[union-attr]
     peft.inject(toy, [], ["stem", "head"])
     assert "train 1 tensors that the model itself had frozen (as FREEZE_AT does), from stem.weight" in caplog.text
+    caplog.clear()
+    peft.add_adapter(toy, "b", [], ["box"])
+    assert not caplog.records  # the injection froze it, not the model
+    peft.add_adapter(toy, "c", [], ["stem"])
+    assert "train 1 tensors" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,7 @@ class Lora(Method):
             return ""
         inside = [name for name, child in module.named_modules() if name and base_class(child) in _LINEAR]
         hint = f"; in it are {', '.join(inside[:6])}" if inside else ""
-        return f"{base.__qualname__} is none of {_KNOWN}{hint}"
+        return f"{base.__module__}.{base.__qualname__} is none of {_KNOWN}{hint}"
 
     def only_by_name(self, target: Target) -> str:
         """What LoRA could not go on before 0.2, for adapters and configs of then; embeddings are rarely called, too."""

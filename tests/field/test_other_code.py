@@ -1,0 +1,154 @@
+"""What other people's training loops, servers and compilers do with an injected model."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import peft_d2
+from peft_d2 import peft
+
+LORA = {"NAME": "lora", "TARGETS": ["fc"], "RANK": 2}
+
+
+class Model(nn.Module):
+    """Images (N, 3, 6, 6) -> (N, 5), or Detectron2's list of dicts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.bn = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+        self.fc, self.head = nn.Linear(8, 8), nn.Linear(8, 5)
+
+    def forward(self, batch: Any) -> Any:
+        if isinstance(batch, list):
+            return [{"scores": scores} for scores in self(torch.stack([sample["image"] for sample in batch]))]
+        return self.head(self.fc(self.bn(self.conv(batch)).relu().mean((2, 3))).relu())
+
+
+def change(model: nn.Module, seed: int = 1) -> nn.Module:
+    """Give what is trained other values."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for item in peft.trained_parameters(model):
+            item.param.add_(torch.randn(item.param.shape, generator=generator))
+    return model
+
+
+def injected(methods: Any = (LORA,), train: Any = ("head",)) -> nn.Module:
+    model = Model()
+    peft_d2.inject(model, methods, train)
+    return change(model)
+
+
+def backward(model: nn.Module, images: Tensor) -> None:
+    model.train()
+    model(images).sum().backward()
+
+
+@pytest.fixture
+def images() -> Tensor:
+    return torch.randn(4, 3, 6, 6)
+
+
+TAKEN_OUT = {
+    "save_merged": lambda model, folder: peft_d2.save_merged(model, folder / "merged.pth"),
+    "remove": lambda model, folder: peft.remove(model),
+    "delete_adapter": lambda model, folder: (peft_d2.set_adapter(model, "b"), peft.delete_adapter(model, "default")),
+}
+
+
+@pytest.mark.parametrize("way", TAKEN_OUT)
+@pytest.mark.parametrize("mode", [True, False], ids=["then train", "then eval"])
+def test_norms_are_in_the_mode_that_was_asked_for(way: str, mode: bool, tmp_path: Path) -> None:
+    """A norm that went back to the mode of before inject used the batch's statistics in predictions."""
+    model = Model().train(not mode)
+    peft_d2.inject(model, [LORA], ["head"])
+    peft.add_adapter(model, "b", [LORA], ["bn", "head"])
+    model.train(mode)
+    TAKEN_OUT[way](model, tmp_path)
+    assert {module.training for module in model.modules()} == {mode}
+
+
+def test_a_norm_that_was_put_into_eval_mode_stays_there() -> None:
+    model = injected([], ["bn"])
+    peft.add_adapter(model, "b", [], ["bn"])
+    model.bn.eval()  # type: ignore[operator, union-attr]
+    peft_d2.set_adapter(model, "b")
+    assert not model.bn.training  # type: ignore[union-attr]
+    peft.remove(model)
+    assert not model.bn.training  # type: ignore[union-attr]
+
+
+def test_threads_share_a_model_that_serves_adapters(images: Tensor, tmp_path: Path) -> None:
+    names = {name: tmp_path / name for name in "ab"}
+    for seed, folder in enumerate(names.values()):
+        peft_d2.save_adapter(change(injected(), seed + 5), folder)
+    model = Model().eval()
+    peft_d2.load_adapters(model, names)
+    calls: dict[str, Callable[[], Tensor]] = {
+        "a": lambda: model([{"image": images[0], "adapter": "a"}])[0]["scores"],
+        "b": lambda: model.predict_with(images[0], ["b"])["b"]["scores"],  # type: ignore[operator]
+        "a and b": lambda: model([{"image": images[0], "adapter": name} for name in "ab"])[1]["scores"],
+        "base": lambda: model([{"image": images[0]}])[0]["scores"],
+    }
+    with torch.no_grad():
+        expected = {name: call() for name, call in calls.items()}
+    started = threading.Barrier(len(calls))
+
+    def wrong(name: str) -> int:
+        started.wait()
+        with torch.no_grad():
+            return sum(not torch.equal(calls[name](), expected[name]) for _ in range(40))
+
+    with ThreadPoolExecutor(len(calls)) as threads:
+        assert list(threads.map(wrong, calls)) == [0] * len(calls)
+
+
+def test_a_model_with_adapters_cannot_be_scripted() -> None:
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)).eval(), torch.randn(3, 4)
+    peft_d2.inject(model, [{**LORA, "TARGETS": ["0"]}])
+    expected = change(model)(x)
+    with pytest.raises(peft.InjectionError, match=r"torch.jit.script reads no model with adapters.*trace.*remove"):
+        torch.jit.script(model)
+    assert torch.equal(model(x), expected)
+    plain = torch.jit.script(peft.remove(model, keep=True))
+    torch.testing.assert_close(plain(x), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("methods", [[LORA], []], ids=["layers", "in full"])
+def test_an_optimizer_that_was_made_for_another_adapter(
+    methods: Any, images: Tensor, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = injected(methods)
+    peft.add_adapter(model, "b", methods, ["head"])
+    optimizer = torch.optim.SGD([value for value in model.parameters() if value.requires_grad], 0.1)
+    backward(model, images)
+    optimizer.step()
+    with pytest.warns(UserWarning, match="optimizer that was made for 'default' alone does not move it"):
+        peft_d2.set_adapter(model, "b")
+    optimizer.zero_grad()
+    backward(model, images)
+    optimizer.step()
+    peft_d2.save_adapter(model, tmp_path / "b")
+    assert "of 'b' has changed since it was made" in caplog.text and "after set_adapter" in caplog.text
+
+
+def test_a_base_that_was_thawed_after_inject_is_said_before_training(
+    images: Tensor, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = injected()
+    peft_d2.prove_live(model, images)
+    assert "in no adapter" not in caplog.text
+    model.requires_grad_(True)
+    with caplog.at_level(logging.WARNING):
+        peft_d2.prove_live(model, images)
+    assert "6 parameters require gradients and are in no adapter, from conv.weight on" in caplog.text
