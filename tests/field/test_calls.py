@@ -128,6 +128,15 @@ PROMPTS: list[tuple[dict[str, Any], str]] = [
     ({"box_scores": torch.ones(2)}, "box_scores are 2, and there are 1 prompts"),
     ({"box_classes": [1, 2]}, "box_classes are 2, and there are 1 prompts"),
     ({"image": torch.zeros(3, 37, 53).numpy()}, "the image is a ndarray, expected a tensor"),
+    ({"boxes": "3 4 20 30"}, "boxes are no tensor, array or lists of equal lengths"),
+    ({"boxes": [torch.ones(4)]}, "boxes are no tensor.*: stack tensors"),
+    ({"boxes": torch.ones(1, 4).bool()}, "boxes are torch.bool, expected numbers in pixels"),
+    (
+        {"point_coords": [[[3, 4]], [[3, 4], [5, 6]]], "point_labels": [[1], [1, 0]]},
+        "point_coords are no .*lists of equal lengths.*fill up .* points whose label is -1",
+    ),
+    ({"mask_inputs": torch.ones(1, 1, 16, 16).bool()}, "mask_inputs are torch.bool, and expected are logits"),
+    ({"mask_inputs": torch.ones(1, 1, 16, 16).byte()}, "mask_inputs are torch.uint8, and expected are logits"),
     ({"point_coords": torch.tensor([[[3, 4]]]), "point_labels": torch.tensor([[True]])}, ""),
 ]
 

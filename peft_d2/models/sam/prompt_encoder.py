@@ -61,16 +61,15 @@ def read_prompts(item: Mapping[str, Any], size: tuple[int, int], mask_side: int,
     are taken as they are. ``mask_side`` is that of ``mask_inputs``.
 
     Raises:
-        PromptError: a wrong shape, different numbers of prompts, not finite, a box the wrong way round, or a prompt
-            outside of the image; naming the image and the prompt.
+        PromptError: no numbers, a wrong shape, different numbers of prompts, not finite, a box the wrong way round, a
+            prompt outside of the image, or a mask that is no logits; naming the image and the prompt.
     """
     name = str(item.get("file_name", "an image"))
     if other := _OTHER_NAMES.keys() & item.keys():
         wrong = min(other)
         raise PromptError(f"{name}: {wrong!r} is no prompt here, {_OTHER_NAMES[wrong]!r} is")
     plain = {key: getattr(item[key], "tensor", item[key]) for key in _KEYS if item.get(key) is not None}  # of Boxes
-    given = {key: torch.as_tensor(value).to(device) for key, value in plain.items()}
-    given = {key: value.long() if value.dtype == torch.bool else value for key, value in given.items()}
+    given = {key: _tensor(value, key, name).to(device) for key, value in plain.items()}
     for key, value in given.items():
         if value.is_floating_point() and not torch.isfinite(value).all():
             raise PromptError(f"{name}: {key} holds values that are not finite")
@@ -88,6 +87,25 @@ def read_prompts(item: Mapping[str, Any], size: tuple[int, int], mask_side: int,
     if masks is not None and tuple(masks.shape[1:]) != (1, mask_side, mask_side):
         raise PromptError(f"{name}: mask_inputs are {tuple(masks.shape)}, expected (N, 1, {mask_side}, {mask_side})")
     return Prompts(boxes, points, None if masks is None else masks.float())
+
+
+def _tensor(value: Any, key: str, name: str) -> Tensor:
+    """One kind of prompts as numbers; labels may be bool."""
+    try:
+        tensor = torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise PromptError(
+            f"{name}: {key} are no tensor, array or lists of equal lengths ({error}): stack tensors, fill up shorter "
+            "lists of points with points whose label is -1"
+        ) from None
+    if key == "mask_inputs" and not tensor.is_floating_point():
+        raise PromptError(
+            f"{name}: mask_inputs are {tensor.dtype}, and expected are logits of an earlier prediction: of a binary "
+            "mask give 20 * mask.float() - 10, say"
+        )
+    if tensor.is_complex() or (tensor.dtype == torch.bool and key != "point_labels"):
+        raise PromptError(f"{name}: {key} are {tensor.dtype}, expected numbers in pixels")
+    return tensor.long() if tensor.dtype == torch.bool else tensor
 
 
 def _checked_boxes(boxes: Tensor, size: tuple[int, int], name: str) -> Tensor:
