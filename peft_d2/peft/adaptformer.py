@@ -15,9 +15,11 @@ from typing import Annotated, Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.conv import _ConvNd
 
 from .adapted import AdapterLayer, first_input
 from .cobot import CobotOptions, CobotStep, orchestrate
+from .errors import MethodError
 from .method import Allowed, Positive, Probability
 from .outputs import OutputLayer, OutputMethod, OutputOptions, map_first_tensor
 from .targets import Target
@@ -39,6 +41,8 @@ class AdaptFormerOptions(OutputOptions, CobotOptions):
 class AdaptFormerBranch(OutputLayer):
     """s Up(dropout(ReLU(Down(LayerNorm(x))))): (..., d) -> (..., d), zero at the start, added to the block's output."""
 
+    reads = "input"
+
     def __init__(self, target: Target, options: AdaptFormerOptions, cobot: CobotStep | None) -> None:
         super().__init__(target, options)
         made = target.factory_kwargs()
@@ -54,7 +58,15 @@ class AdaptFormerBranch(OutputLayer):
 
     def adapted_forward(self, module: Any, forward: Any, *args: Any, **kwargs: Any) -> Any:
         out, branch = forward(*args, **kwargs), self(first_input(args, kwargs))
-        return map_first_tensor(out, lambda y: y + branch.to(y.dtype), self.name)
+        return map_first_tensor(out, lambda y: self._sum(y, branch), self.name)
+
+    def _sum(self, out: Tensor, branch: Tensor) -> Tensor:
+        if out.shape != branch.shape:
+            raise MethodError(
+                f"{self.name} makes {tuple(out.shape)} of {tuple(branch.shape)}: AdaptFormer adds what it makes of the "
+                "input, which must have the output's shape; choose other modules, or the method adapter"
+            )
+        return out + branch.to(out.dtype)
 
     def change(self, h: Tensor) -> Tensor:
         h = self.adaptformer_down(self.adaptformer_norm(h))
@@ -72,6 +84,15 @@ class AdaptFormer(OutputMethod):
     def refusal(self, target: Target) -> str:
         if isinstance(target.module, nn.MultiheadAttention):
             return "AdaptFormer runs beside a module with one input, not an attention"
+        module: Any = target.module
+        if isinstance(module, nn.Linear):
+            same = module.in_features == module.out_features
+        else:
+            same = not isinstance(module, _ConvNd) or (
+                module.in_channels == module.out_channels and max(module.stride) == 1
+            )
+        if not same:
+            return "AdaptFormer adds what it makes of a module's input, and this module's output has another shape"
         return super().refusal(target)
 
     def make_layers(self, targets: Sequence[Target]) -> list[tuple[Target, AdapterLayer]]:

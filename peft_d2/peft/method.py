@@ -183,7 +183,7 @@ def _check_refused(method: Method, pattern: str, matched: list[str], refused: di
         return
     name, reason = next(iter(refused.items()))
     more = f" (and {len(refused) - 1} more)" if len(refused) > 1 else ""
-    deeper = "" if is_literal(pattern) else f"; {pattern.rstrip('*')}** reaches deeper levels"
+    deeper = "" if is_literal(pattern) or pattern.endswith("**") else f"; {pattern.rstrip('*')}** reaches deeper levels"
     raise MethodError(
         f"method {method.name!r} cannot go on {name}{more}, which pattern {pattern!r} chooses: {reason}{deeper}"
     )

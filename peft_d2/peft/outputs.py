@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +61,8 @@ class OutputLayer(AdapterLayer):
         MethodError: the output's width is unknown.
     """
 
+    reads: ClassVar[str] = "output"  # what :meth:`forward` is given
+
     def __init__(self, target: Target, options: Any) -> None:
         super().__init__()
         self.name = target.name
@@ -83,8 +85,8 @@ class OutputLayer(AdapterLayer):
         if x.dim() < 2 or x.shape[1 if self.channels_first else -1] != self.channels:
             where = "axis 1 (LAYOUT first)" if self.channels_first else "the last axis (LAYOUT last)"
             raise MethodError(
-                f"{self.name}: its output is {tuple(x.shape)}, but the adapter was made for {self.channels} channels "
-                f"on {where}; set DIM and LAYOUT"
+                f"{self.name}: its {self.reads} is {tuple(x.shape)}, but the adapter was made for {self.channels} "
+                f"channels on {where}; set DIM and LAYOUT"
             )
         h = match_dtype(x, next(self.parameters()))
         h = self.change(h.movedim(1, -1)).movedim(-1, 1) if self.channels_first else self.change(h)

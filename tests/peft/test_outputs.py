@@ -143,6 +143,24 @@ def test_unknown_widths_are_asked_for_and_wrong_ones_are_named() -> None:
         model.act(torch.randn(2, 16))
 
 
+def test_adaptformer_goes_beside_what_keeps_its_shape(disturb: Callable) -> None:
+    entry, x = {"NAME": "adaptformer", "TARGETS": ["re:.*"], "BOTTLENECK": 2}, torch.randn(2, 4, 6, 6)
+    kept, others = nn.Conv2d(4, 4, 3, padding=1), [nn.Conv2d(4, 8, 1), nn.Conv2d(4, 4, 2, stride=2), nn.Linear(4, 6)]
+    for module in others:
+        with pytest.raises(peft.MethodError, match="cannot go on 0,.*this module's output has another shape"):
+            peft.inject(nn.Sequential(module), [{**entry, "TARGETS": ["0"]}])
+    model = nn.ModuleList([kept, *others])
+    assert [place.name for place in peft.inject(model, [{**entry, "TARGETS": ["re:[0-3]"]}]).places] == ["0"]
+    pool = nn.Sequential(nn.Sequential(nn.Conv2d(4, 4, 1), nn.MaxPool2d(2)))
+    peft.inject(pool, [{**entry, "TARGETS": ["re:0"]}])
+    with pytest.raises(peft.MethodError, match=r"0 makes \(2, 4, 3, 3\) of \(2, 4, 6, 6\): AdaptFormer adds .*input"):
+        pool(x)
+    wide = nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU()))
+    peft.inject(wide, [{**entry, "TARGETS": ["re:0"]}])
+    with pytest.raises(peft.MethodError, match=r"0: its input is \(2, 3, 6, 6\), but the adapter .* 4 channels"):
+        wide(x[:, :3])
+
+
 @pytest.mark.parametrize(
     ("module", "x"),
     [
