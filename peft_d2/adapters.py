@@ -132,13 +132,16 @@ def save_adapter(
             empty one, or one that holds nothing but these three.
         metrics: what was measured, stored with it.
         name: which adapter; the active one when None.
+    Of a model under FSDP's ``fully_shard`` every process must call this; the first one writes.
 
     Raises:
         ValueError: the model has no injection.
         InjectionError: the model is a wrapper around one that has none, or what was injected is no longer in it.
         peft_d2.storage.StorageError: the folder holds other files, or the disk is full; what was there before stays.
     """
-    adapter_file.write(folder, **_stored(model, metrics, name))
+    stored = _stored(model, metrics, name)
+    if not peft.is_sharded(model) or torch.distributed.get_rank() == 0:
+        adapter_file.write(folder, **stored)
 
 
 def adapter_contents(model: nn.Module, metrics: Mapping[str, Any] | None = None) -> dict[str, bytes]:
@@ -153,6 +156,7 @@ def _stored(model: nn.Module, metrics: Mapping[str, Any] | None, name: str | Non
     if injection is None:
         raise ValueError("the model has no adapter to save: call peft_d2.inject(model, methods) first")
     peft.require_intact(model)
+    peft.refuse_sharded(model, "save", flat_alone=True)
     name = injection.active if name is None else name
     if name == peft.BASE:
         raise ValueError("the base is in effect, which is no adapter: name one, save_adapter(model, folder, name=...)")
@@ -259,6 +263,7 @@ def _load(
         raise peft.InjectionError(f"{name!r} names the base itself, without an adapter: choose another name")
     if injection := peft.get_injection(model):
         injection.require_plain()
+    peft.refuse_sharded(model, "load adapters")
     if empty := next((name for name, value in model.named_parameters() if value.is_meta), ""):
         remedy = "give it its base's weights first: model.to_empty(device=...), then peft_d2.load_base(model, path)"
         raise AdapterFileError(folder, f"the model is on the meta device ({empty} has no values)", remedy)

@@ -25,6 +25,7 @@ from .state import (
     base_values,
     counters,
     injected,
+    refuse_sharded,
     require_intact,
     tensor_hash,
     trained_parameters,
@@ -101,6 +102,7 @@ def not_live(model: nn.Module, *batches: Any) -> list[NotLive]:
     root, injection = injected(model)
     injection.require_plain()
     require_intact(model)
+    refuse_sharded(root, "prove_live")
     if torch.is_inference_mode_enabled():
         raise LivenessError("no gradient is recorded under torch.inference_mode(): call prove_live outside of it")
     if not batches:

@@ -50,6 +50,7 @@ from .state import (
     get_injection,
     injected,
     injected_root,
+    refuse_sharded,
     refuse_wrapper,
     start_hashes,
     trainable_tensors,
@@ -135,6 +136,7 @@ def add_adapter(
     if name in injection.adapters:
         raise InjectionError(f"there is an adapter {name!r} already")
     injection.require_plain()
+    refuse_sharded(root, "add adapters")
     entries = injection.methods if methods is None else _listed(methods, "methods", MethodError)
     patterns = injection.current.train if train is None else _listed(train, "TRAIN", PatternError)
     if any(EVERYTHING in item for item in (patterns, *(record.train for record in injection.adapters.values()))):
@@ -367,6 +369,7 @@ def _check_model(model: nn.Module) -> None:
             "this model is injected already: add_adapter(model, name) adds another, remove(model) undoes the first"
         )
     refuse_wrapper(model)
+    refuse_sharded(model, "inject")
     for name, module in model.named_modules():
         if isinstance(module, Adapted):
             raise InjectionError(

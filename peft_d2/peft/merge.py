@@ -23,7 +23,7 @@ from .adapted import STORE, Adapted, join
 from .errors import InjectionError, shortened
 from .inject import Report, add_adapter, forget_adapter, undo
 from .lora.factors import LowRank
-from .state import BASE, Injection, injected, low_ranks, trainable_tensors
+from .state import BASE, Injection, injected, low_ranks, refuse_sharded, trainable_tensors
 
 logger = logging.getLogger(__name__)
 KINDS = ("linear", "svd")
@@ -42,6 +42,8 @@ def set_adapter(model: nn.Module, name: str) -> None:
     active = injection.active
     if name == active:
         return
+    for module in injection.current.modules[:1]:
+        refuse_sharded(module, "set adapters")
     if type(model).__name__ in ("DistributedDataParallel", "FullyShardedDataParallel"):
         raise InjectionError(
             f"a {type(model).__name__} exchanges no gradients of adapter {name!r}: set it in the model itself, "
@@ -70,9 +72,11 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
     Raises:
         InjectionError: TRAIN is "*", so no base values were kept.
     """
-    injection = injected(model)[1]
+    root, injection = injected(model)
     if injection.full and not injection.base:
         raise InjectionError("TRAIN '*' trains the base itself and keeps no copy of it: it cannot be disabled")
+    if injection.full:
+        refuse_sharded(root, "predict with the base")
     if not injection.running.enabled:
         yield model
         return
@@ -100,8 +104,9 @@ def merge(model: nn.Module) -> list[str]:
     Raises:
         InjectionError: a merged weight also belongs to a module that is not adapted in the same way.
     """
-    injection = injected(model)[1]
+    root, injection = injected(model)
     injection.require_plain()
+    refuse_sharded(root, "merge")
     plan = [(module, *_merged_weights(module)) for module in injection.current.modules]
     _refuse_shared(model, plan)
     for module, changed, methods in plan:
@@ -154,6 +159,7 @@ def remove(model: nn.Module, keep: bool = False) -> nn.Module:
     root, injection = injected(model)
     if not injection.running.enabled:
         raise InjectionError("adapters are disabled: leave the disabled(model) block first")
+    refuse_sharded(root, "remove adapters")
     if keep:
         merge_whole(model)
         for module in injection.current.modules:

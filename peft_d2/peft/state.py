@@ -17,6 +17,7 @@ from typing import Any, Literal, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 
 from .adapted import STORE, ActiveAdapter, Adapted, join, walk_adapted
@@ -32,6 +33,7 @@ R = TypeVar("R")
 ATTRIBUTE = "_peft_injection"  # of the model itself, so that copies and pickles carry their own
 BASE = "base"  # the adapter without layers and values of its own, which is the base itself
 _WRAPPERS = ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "OptimizedModule")
+_INSIDE = ("module", "_orig_mod", "_fsdp_wrapped_module")  # their names for the model
 _BASE, _VALUES = f"{STORE}_base", f"{STORE}_values"  # first level of keys of values that are not installed
 
 # A name that a file can hold, and the endings of a LoRA's names in the model, each with Hugging Face's in the file.
@@ -161,7 +163,7 @@ def injected_root(model: nn.Module) -> nn.Module | None:
     while isinstance(seen, nn.Module):
         if ATTRIBUTE in seen.__dict__:
             return seen
-        seen = seen._modules.get("module") or seen._modules.get("_orig_mod")
+        seen = next((seen._modules[key] for key in _INSIDE if seen._modules.get(key)), None)
     return None
 
 
@@ -190,6 +192,31 @@ def refuse_wrapper(model: nn.Module) -> None:
     wrapper = type(model).__name__
     if wrapper in _WRAPPERS:
         raise InjectionError(f"this is a {wrapper} around a model: inject the model itself, then wrap it")
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor itself; one that FSDP's ``fully_shard`` spread over processes is put together, in all of them."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether ``fully_shard`` spread some of a model's tensors over processes."""
+    return any(hasattr(value, "full_tensor") for value in model.parameters())
+
+
+def refuse_sharded(model: nn.Module, what: str, flat_alone: bool = False) -> None:
+    """Raise InjectionError for a model whose tensors are spread over processes, which hold parts of them alone.
+
+    ``flat_alone`` passes ``fully_shard``, whose tensors know that they are parts; those of FullyShardedDataParallel
+    do not.
+    """
+    kinds = nn.Linear | _ConvNd
+    managed = [m for m in model.modules() if isinstance(m, kinds) and getattr(m, "_is_fsdp_managed_module", False)]
+    if any(module.weight.dim() < 2 for module in managed) or (not flat_alone and is_sharded(model)):
+        raise InjectionError(
+            f"the model's tensors are spread over processes (FSDP): {what} before that. save_adapter puts them "
+            "together after fully_shard, called in every process, or within FullyShardedDataParallel.summon_full_params"
+        )
 
 
 def injected(model: nn.Module) -> tuple[nn.Module, Injection]:
@@ -283,7 +310,7 @@ def adapter_state_dict(model: nn.Module, name: str = "default") -> dict[str, Ten
     """All tensors of one adapter, detached: injected ones as ``<path>.<local name>``, and parameters and buffers of
     what it trains in full. Paths are first names in the model; neither a wrapper nor the adapter's name is in them.
     """
-    return {key: value.detach() for key, value in _tensors(injected(model)[1], name).items()}
+    return {key: whole(value.detach()) for key, value in _tensors(injected(model)[1], name).items()}
 
 
 @trainable_tensors
@@ -382,7 +409,7 @@ def tensor_hash(tensor: Tensor) -> str:
     """sha256 of a tensor's dtype, shape and bytes; empty for one without values (on the meta device)."""
     if tensor.is_meta:
         return ""
-    value = tensor.detach()
+    value = whole(tensor.detach())
     value = (value.int_repr() if value.is_quantized else value).cpu().contiguous()
     digest = hashlib.sha256(f"{value.dtype} {tuple(value.shape)}".encode())
     digest.update(value.reshape(-1).view(torch.uint8).numpy().data)

@@ -31,7 +31,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from peft_d2.peft.errors import shortened
-from peft_d2.peft.state import unstorable
+from peft_d2.peft.state import unstorable, whole
 from peft_d2.storage import adapter_config, atomic
 from peft_d2.storage.atomic import Defect
 
@@ -139,6 +139,7 @@ def fingerprint(
     left_out, memo = set(trained), {} if memo is None else memo
     entries, halves = {}, {}
     for name, tensor in state.items():
+        tensor = whole(tensor)
         entries[name] = "x".join(map(str, tensor.shape))
         if name in left_out:
             continue
