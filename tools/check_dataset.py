@@ -56,7 +56,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as scratch:
         try:
             json_path, images = _files(args, Path(args.save_json or scratch))
-        except (ValueError, FileNotFoundError) as error:
+        except (ValueError, OSError) as error:
             parser.error(str(error))
         return _check(args, json_path, images)
 

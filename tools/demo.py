@@ -226,7 +226,10 @@ def _targets(images: dict[Path, Path], output: Path) -> dict[Path, Path]:
 
 
 def _keep_annotations(file: Path) -> None:
-    """Refuse to write predictions over anything but earlier ones, whose objects have scores."""
+    """Refuse to write predictions where it cannot be, or over anything but earlier ones, whose objects have scores."""
+    above = next(folder for folder in (file, *file.absolute().parents) if folder.exists())
+    if file.is_dir() or not os.access(above, os.W_OK):
+        raise ConfigError(f"{file} {'is a folder' if file.is_dir() else 'cannot be written'}. Choose another file.")
     if not file.is_file():
         return
     try:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
+
+from peft_d2.storage import foreign
 
 # Modes that Pillow converts to RGB.
 _TO_RGB = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV", "LAB"}
@@ -83,7 +85,10 @@ def read_header(path: str | Path) -> tuple[tuple[int, int], str, str]:
     except Image.DecompressionBombError as error:
         return (0, 0), f"is larger than Pillow's limit against decompression bombs ({error})", _TOO_LARGE
     except (OSError, SyntaxError, ValueError) as error:
-        return (0, 0), f"cannot be opened as an image ({error})", "Replace the file."
+        kind = ""
+        with suppress(OSError), open(path, "rb") as file:
+            kind = foreign.kind_of(file.read(foreign.LENGTH))
+        return (0, 0), f"cannot be opened as an image ({f'it is {kind}' if kind else error})", "Replace the file."
 
 
 def _misread(opened: Any) -> tuple[str, str]:

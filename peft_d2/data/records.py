@@ -15,7 +15,7 @@ import numpy as np
 
 from peft_d2.data.images import DatasetError, path_inside
 from peft_d2.data.segmentation import mask_box, mask_to_compressed_rle, polygon_area, run_lengths
-from peft_d2.storage import atomic
+from peft_d2.storage import atomic, foreign
 
 logger = logging.getLogger(__name__)
 
@@ -33,17 +33,23 @@ def read_json(path: str | Path) -> Any:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: it is not json; an archive is named as such.
+        ValueError: it cannot be read, or is not json; an archive, a web page and the like are named as such.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} is no file.")
-    content = Path(path).read_bytes()
-    if content[:2] in (b"PK", b"\x1f\x8b"):
-        raise ValueError(f"{path} is an archive. Unpack it first.")
     try:
+        content = Path(path).read_bytes()
         return json.loads(content)
-    except ValueError as error:
-        raise ValueError(f"{path} is not json ({error}).") from error
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}).") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is {json_defect(content, error)}.") from error
+
+
+def json_defect(content: bytes, error: Exception) -> str:
+    """What a file is that is no json, from its bytes and what Python says of them."""
+    kind = "an archive (unpack it first)" if content[:2] == b"PK" else foreign.kind_of(content[: foreign.LENGTH])
+    return kind or f"not json ({error})"
 
 
 def read_categories(json_path: str | Path) -> list[Category]:
@@ -58,8 +64,8 @@ def read_categories(json_path: str | Path) -> list[Category]:
 
 @lru_cache(maxsize=64)
 def _read_categories(json_path: str, mtime_ns: int, size: int) -> tuple[Category, ...]:
+    data = read_json(json_path)
     try:
-        data = read_json(json_path)
         objects = Counter(a.get("category_id") for a in data.get("annotations") or () if isinstance(a, dict))
         rows = sorted(Category(int(c["id"]), str(c["name"]), objects[c["id"]]) for c in data["categories"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:

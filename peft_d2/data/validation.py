@@ -11,18 +11,20 @@ import hashlib
 import json
 import logging
 import os
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import numpy as np
 
 from peft_d2.data.images import DatasetError, lies_inside, read_header, seems_cut_off
 from peft_d2.data.labels import Problem, check_cityscapes, check_labels, check_records, unpaired
-from peft_d2.data.records import load_coco
+from peft_d2.data.records import json_defect, load_coco
 from peft_d2.data.registration import remedy
 from peft_d2.data.segmentation import HUGE, Level, extent, polygon_defect, run_length_defect
 
@@ -59,13 +61,15 @@ def check_coco(
     memory = _Memory((os.path.abspath(json_path), os.path.abspath(image_root), rules), image_root) if remember else None
     if memory and (problems := memory.recall()) is not None:
         return problems
-    content = Path(json_path).read_bytes()
-    if content[:2] in (b"PK", b"\x1f\x8b"):
-        return [Problem("error", "not json", json_path, "is an archive", "Unpack it.")]
+    content = b""
     try:
+        content = Path(json_path).read_bytes()
         data = json.loads(content.decode("utf-8"))  # which Detectron2 reads, without a byte order mark
+    except OSError as error:
+        return [Problem("error", "not json", json_path, f"cannot be read ({error.strerror})", "Let it be read.")]
     except (ValueError, RecursionError) as error:
-        return [Problem("error", "not json", json_path, f"is not json in UTF-8 ({error})", "Write it again.")]
+        what = f"is {json_defect(content, error)}"
+        return [Problem("error", "not json", json_path, what, "Give a COCO-format json in UTF-8.")]
     check = _Check(data, Path(image_root), rules)
     problems = check.run()
     if memory:
@@ -221,13 +225,13 @@ class _Memory:
 
     def __init__(self, key: Any, folder: str) -> None:
         self.folder = folder
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))  # "~" where there is no home
         name = hashlib.sha256(repr((key, _RULES)).encode()).hexdigest()
         self.path = cache / "peft_d2" / "checks" / f"{name}.json"
 
     def keep(self, problems: Sequence[Problem], names: Sequence[str]) -> None:
-        """Remember them for the files as they are, unless there are errors."""
-        if any(p.level == "error" for p in problems):
+        """Remember them for the files as they are, unless there are errors, or no folder is there for that."""
+        if not self.path.is_absolute() or any(p.level == "error" for p in problems):
             return
         try:
             state = {"problems": problems, "names": names, "state": self._state(names)}
@@ -333,8 +337,9 @@ class _Check:
 
     @functools.cached_property
     def _listed_files(self) -> dict[str, str]:
-        """Names of the folder's files by their lower-case form."""
-        return {name.lower(): name for name in os.listdir(self.image_root)}
+        """Names of the folder's files by what is left of them in any spelling, with and without their ending."""
+        names = [entry.name for entry in os.scandir(self.image_root) if entry.is_file()]
+        return {_plain(os.path.splitext(name)[0]): name for name in names} | {_plain(name): name for name in names}
 
     def _file_defect(self, image: dict[str, Any]) -> tuple[str, str, str] | None:
         """(kind, what is wrong, remedy) of an image's file, None when nothing is."""
@@ -345,11 +350,14 @@ class _Check:
         if not self.rules.outside and not lies_inside(self.image_root, str(path)):
             advice = "Put it there, or, if that is meant, set DATASETS.ALLOW_FILES_OUTSIDE True."
             return "outside the folder", f"the file lies outside {self.image_root}", advice
+        if not os.access(path.parent, os.X_OK) and path.parent.is_dir():
+            return "unreadable file", f"{path}: its folder cannot be entered", "Let it be read."
         if not path.is_file() and "\\" in name:
             what = f"{path} is no file: its name has backslashes, as on Windows"
             return "backslashes", what, "Write / in place of them in the json."
         if not path.is_file():
-            if other := self._listed_files.get(path.name.lower()):
+            listed, plain = self._listed_files, _plain(path.name)
+            if other := listed.get(plain) or listed.get(os.path.splitext(plain)[0]):
                 advice = "Correct file_name in the json, or the folder that is given."
                 return "missing file", f"{path} is no file, but {self.image_root / other} is", advice
             return "missing file", f"{path} is no file", "Correct the json or put the file there."
@@ -553,3 +561,8 @@ def _iou(one: Sequence[float], other: Sequence[float]) -> float:
 
 def _repeated(values: Iterable[Any]) -> list[tuple[Any, int]]:
     return [(value, count) for value, count in Counter(values).items() if count > 1]
+
+
+def _plain(name: str) -> str:
+    """A file's name without what differs where it was written by another system: case, accents apart, %20."""
+    return unicodedata.normalize("NFC", unquote(name)).lower()

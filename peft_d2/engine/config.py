@@ -25,6 +25,7 @@ import yaml
 from peft_d2.compat import find_file, require_detectron2
 from peft_d2.data.config import PEFT_ARCHITECTURE
 from peft_d2.engine.errors import ConfigError
+from peft_d2.storage import foreign
 
 BASE_KEY = "_BASE_"
 AUTO = "auto"
@@ -239,12 +240,17 @@ def _merge_pairs(loaded: LoadedConfig, opts: Sequence[str]) -> None:
     flags = [item for item in opts if item.startswith("--")]
     if flags:
         raise ConfigError(f"{flags[0]} comes after config KEY VALUE pairs; put all arguments before them.")
+    joined = [item for item in opts[::2] if re.match(r"[A-Z]\w*(\.\w+)*=", str(item))]
+    if joined:
+        raise ConfigError(f"{joined[0]}: config keys and values are two words, {' '.join(joined[0].split('=', 1))!r}.")
     if len(opts) % 2:
         raise ConfigError(f"config options come in KEY VALUE pairs; the last one, {opts[-1]!r}, stands alone.")
     known = dict(leaves(loaded.cfg))
     for key, value in zip(opts[::2], opts[1::2], strict=True):
         if key not in known:
-            raise ConfigError(_unknown_key("command line", key, loaded.cfg))
+            inside = next((name for name in known if name.startswith(f"{key}.")), "")
+            said = f"command line: {key} is a group of keys. Give one of them, such as {inside}."
+            raise ConfigError(said if inside else _unknown_key("command line", key, loaded.cfg))
         _refuse_repeated_keys(f"command line: {key}", value)
         value = _adjusted(key, value, known[key])
         _refuse_nothing(f"command line: {key}", None if value == "None" else value, known[key])
@@ -370,10 +376,20 @@ def read_top(path: str) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: is no text in UTF-8 ({error}). Save it as that.") from error
     except (yaml.YAMLError, ValueError) as error:
-        raise ConfigError(f"{path}: {' '.join(str(error).split())}") from error
-    if tree is not None and not isinstance(tree, dict):
-        raise ConfigError(f"{path}: a config file holds KEY: VALUE pairs, this one a {type(tree).__name__}.")
+        raise ConfigError(f"{path}: {_kind(path) or ' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict | None) or not all(isinstance(key, str) for key in tree or ()):
+        if kind := _kind(path):
+            raise ConfigError(f"{path}: {kind}")
+        other = "keys that are no texts" if isinstance(tree, dict) else f"a {type(tree).__name__}"
+        raise ConfigError(f"{path}: a config file holds KEY: VALUE pairs, this one {other}.")
     return tree or {}
+
+
+def _kind(path: str) -> str:
+    """What a file is that was downloaded in place of a config; "" where it is none of these."""
+    with open(path, "rb") as file:
+        kind = foreign.kind_of(file.read(foreign.LENGTH))
+    return f"is {kind}, not a config." if kind else ""
 
 
 def _moved(path: str) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import math
+import os
 import re
 import sys
 import traceback
@@ -31,6 +33,12 @@ class LimitReached(RuntimeError):
     """The machine, or a limit set for the process, has no more memory or file handles."""
 
 
+class Unusable(OSError):
+    """A file or folder that the system does not let this process use."""
+
+
+_SYSTEM = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ELOOP,
+           errno.ENAMETOOLONG, errno.ENOTDIR, errno.ESTALE}  # fmt: skip
 _CONTROL = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]|[\x00-\x08\x0b-\x1f\x7f\x80-\x9f]")
 _RESUME = "The last checkpoint is good: run again with --resume"
 _LIMITS = {
@@ -75,6 +83,9 @@ def named(error: Exception) -> Exception:
         for pattern, told in _LIMITS.items():
             if re.search(pattern, f"MemoryError {text}" if isinstance(error, MemoryError) else text, re.IGNORECASE):
                 return LimitReached(told.format(said=said))
+    if isinstance(error, OSError) and error.errno in _SYSTEM and not is_expected(error):
+        remedy = "Let it be used, or name another." if error.errno in (errno.EACCES, errno.EPERM) else "Name another."
+        return Unusable(f"{error.filename or 'a file'}: {error.strerror}. {remedy}")
     said = text.partition(". ")[0].rstrip(".")
     passed = (frame.f_globals.get("__name__") for frame, _ in traceback.walk_tb(error.__traceback__))
     if isinstance(error, ConnectionError | EOFError) and "torch.utils.data.dataloader" in passed:
@@ -108,7 +119,17 @@ def one_line_errors(function: Callable[[], Any]) -> Any:
         raise SystemExit(130) from None  # 128 and the signal's number, as shells have it
     except Exception as error:
         told = named(error)
-        if not is_expected(told):
+        gone = isinstance(error.__context__ or error, FileNotFoundError) and not _has_folder()
+        if not is_expected(told) and not gone:
             raise
-        print(f"error: {message_of(told)}", file=sys.stderr)
+        here = "the current folder does not exist any more. Change to another one (cd), and run again."
+        print(f"error: {here if gone else message_of(told)}", file=sys.stderr)
         raise SystemExit(1) from error
+
+
+def _has_folder() -> bool:
+    """Whether the folder that this process is in still exists."""
+    try:
+        return bool(os.getcwd())
+    except OSError:
+        return False

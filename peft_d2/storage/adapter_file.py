@@ -32,7 +32,7 @@ from torch import Tensor
 
 from peft_d2.peft.errors import shortened
 from peft_d2.peft.state import unstorable, whole
-from peft_d2.storage import adapter_config, atomic
+from peft_d2.storage import adapter_config, atomic, foreign
 from peft_d2.storage.atomic import Defect
 
 logger = logging.getLogger(__name__)
@@ -450,7 +450,8 @@ def load_tensors(data: bytes) -> tuple[dict[str, Tensor], dict[str, str]]:
         tensors = load(data)
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     except (SafetensorError, ValueError, TypeError, KeyError, RuntimeError, RecursionError) as error:
-        raise Defect(f"it is cut short, damaged, or not safetensors ({str(error)[:200]})") from None
+        said = foreign.kind_of(data[: foreign.LENGTH]) or f"cut short, damaged, or not safetensors ({str(error)[:200]})"
+        raise Defect(f"it is {said}") from None
     if strange := next((name for name in tensors if len(name) > _MAX_NAME or not name.isprintable()), ""):
         raise Defect(f"the tensor name {strange[:60]!r} is too long or has unprintable characters")
     return tensors, header.get("__metadata__", {})
@@ -472,7 +473,8 @@ def load_json(data: bytes) -> dict[str, Any]:
     except Defect:
         raise
     except ValueError as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
-        raise Defect(f"it is not valid JSON ({error}): the file is damaged or cut short") from None
+        kind = foreign.kind_of(data[: foreign.LENGTH])
+        raise Defect(f"it is {kind or f'not valid JSON ({error}): the file is damaged or cut short'}") from None
     if not isinstance(parsed, dict):
         raise Defect(f"it holds a {type(parsed).__name__}, not an object")
     return parsed

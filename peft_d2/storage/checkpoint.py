@@ -24,7 +24,7 @@ from peft_d2.peft.errors import shortened
 from peft_d2.storage import adapter_config, torch_file
 from peft_d2.storage.adapter_file import load_tensors, newest_in_run, not_finite
 from peft_d2.storage.atomic import Defect
-from peft_d2.storage.names import FROM_TORCHVISION, TORCHVISION, from_caffe2, renamed, torchvision_misfit
+from peft_d2.storage.names import FROM_TORCHVISION, TORCHVISION, from_caffe2, renamed, torchvision_misfit, written_by
 
 # Tensors whose first dimension counts classes. One of these with another first dimension, all others equal, belongs
 # to a head of another class count: it keeps the model's initial values. Any other difference of shape is an error.
@@ -378,6 +378,8 @@ def _refusal(
         )
         lines += [f"  {len(names)} {what}: {shortened(names)}" for names, what in rows if names]
     remedy = "use the config that belongs to this file (backbone, depth, queries), or the file of this config"
+    if not any_match and (program := written_by(file.state)):
+        remedy = f"its names are those of {program}: take the weights that the model's authors published"
     return "\n".join([*lines, f"  {remedy}"])
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,20 @@ FROM_TORCHVISION = (
     (r"(?<=\.)bn(\d)\.", r"conv\1.norm."),
 )
 TORCHVISION = {"conv1.weight", "bn1.running_mean", "layer1.0.conv1.weight", "layer4.0.bn2.weight"}
+_PROGRAMS = (  # a part that their state dicts alone have
+    (r"model\.pixel_level_module\.", "Hugging Face's transformers"),
+    (r"vision_encoder\.layers\.\d+\.layer_norm1\.", "Hugging Face's transformers"),
+    (r"encoder\.layer\.\d+\.attention\.attention\.", "Hugging Face's transformers"),
+    (r"model\.\d+\.(cv\d|conv|m\.\d+)\.", "ultralytics"),
+    (r"(bbox_head|panoptic_head|decode_head|rpn_head\.rpn_conv|roi_head\.bbox_head)\.", "mmdetection or its kin"),
+    (r"backbone\.body\.|backbone\.0\.body\.", "torchvision's detectors or DETR"),
+)
+
+
+def written_by(names: Iterable[str]) -> str:
+    """The program whose names a state dict has, of those whose checkpoints do not fit here; "" if none is known."""
+    names = list(names)
+    return next((program for part, program in _PROGRAMS if any(re.match(part, name) for name in names)), "")
 
 
 def renamed(name: str, table: Sequence[tuple[str, str]]) -> str:

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from peft_d2.storage import foreign
 from peft_d2.storage.atomic import Defect
 
 _ZIP, _PICKLE = b"PK\x03\x04", b"\x80"
@@ -51,13 +52,15 @@ def read(path: str | os.PathLike[str], values: bool = True) -> Any:
         MemoryError: its tensors do not fit into memory.
     """
     with open(path, "rb") as stream:
-        size, start = os.fstat(stream.fileno()).st_size, stream.read(4)
+        size, start = os.fstat(stream.fileno()).st_size, stream.read(foreign.LENGTH)
         stream.seek(0)
         _require(bool(start), "it is empty")
         try:
-            if start == _ZIP:
+            if start[:4] == _ZIP:
                 return _read_archive(stream, size, values)
             is_pickle = start[:1] == _PICKLE or Path(path).suffix == ".pkl"  # Caffe2's are of protocol 0 and 1
+            kind = foreign.kind_of(start)
+            _require(not kind, f"it is {kind}")
             _require(is_pickle, "it is neither a torch file nor a pickle, or its beginning is damaged")
             return _read_pickle(_Bounded(stream, size), nested=False)
         except (Defect, MemoryError):
@@ -364,7 +367,8 @@ class _Reader(_Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         path = f"{module}.{name}"
         found = _FUNCTIONS.get(path) or _VALUES.get(path)
-        _require(found is not None, f"it asks for {path[:120]}, which no weights need: {_ATTACK}")
+        said = f"it asks for {path[:120]}, which no weights need: {_ATTACK}, or a model that was saved whole"
+        _require(found is not None, said)
         return found
 
     def persistent_load(self, pid: Any) -> _Storage:

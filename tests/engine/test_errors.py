@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import errno
+import os
 
 import pytest
 from torch.utils.data import DataLoader
 from torch.utils.data.dataloader import _SingleProcessDataLoaderIter
 
-from peft_d2.engine.errors import WorkerDied, bounded, named
+from peft_d2.engine.errors import Unusable, WorkerDied, bounded, named
 
 
 @pytest.mark.parametrize("error", [ConnectionResetError(104, "reset by peer"), BrokenPipeError(), EOFError()], ids=repr)
@@ -55,3 +57,9 @@ def test_numbers_out_of_range_end_the_command(text: str, said: str, capsys: pyte
 def test_a_number_that_is_none_is_no_number_from_0_on() -> None:
     with pytest.raises(argparse.ArgumentTypeError, match="nan is not at least 0"):
         bounded(float, 0)("nan")
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EFBIG, errno.ENAMETOOLONG])
+def test_a_file_that_the_system_refuses_is_named(number: int) -> None:
+    told = named(OSError(number, os.strerror(number), "/data/a.json"))
+    assert isinstance(told, Unusable) and str(told).startswith(f"/data/a.json: {os.strerror(number)}. ")

@@ -747,6 +747,52 @@ def test_backslashes_in_file_names_are_named(own):
     assert problem.level == "error" and "backslashes" in problem.what and "/" in problem.remedy
 
 
+OTHER_SPELLINGS = {  # on the disk, in the json
+    "accents apart": ("u\u0308.png", "\u00fc.png"),
+    "escaped": ("a b.png", "a%20b.png"),
+    "another ending": ("a.png", "a.jpg"),
+    "no ending": ("a.png", "a"),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_SPELLINGS)
+def test_files_that_are_there_under_another_spelling_are_named(own, name):
+    there, listed = OTHER_SPELLINGS[name]
+    made = own("set", images=1)
+    (made.images / made.data["images"][0]["file_name"]).rename(made.images / there)
+    [problem] = check_coco(made.json, made.change(lambda d: d["images"][0].update(file_name=listed)).images)
+    assert problem.what == f"{made.images / listed} is no file, but {made.images / there} is"
+
+
+def test_a_folder_in_an_images_place_is_no_other_spelling_of_it(own):
+    made = own("set", images=1)
+    path = made.images / made.data["images"][0]["file_name"]
+    path.unlink()
+    path.mkdir()
+    [problem] = check_coco(made.json, made.images)
+    assert problem.what == f"{path} is no file"
+
+
+JUNK = {
+    "a pointer of Git LFS": b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n",
+    "a web page": b"<!DOCTYPE html>\n<html>",
+    "empty": b"",
+}
+
+
+@pytest.mark.parametrize("said", JUNK)
+def test_what_lies_in_place_of_images_and_jsons_is_called_what_it_is(own, tool, tmp_path, said):
+    made = own("set", images=1)
+    path = made.images / made.data["images"][0]["file_name"]
+    path.write_bytes(JUNK[said])
+    assert f"cannot be opened as an image (it is {said}" in read_header(path)[1]
+    made.json.write_bytes(JUNK[said])
+    [problem] = check_coco(made.json, made.images)
+    assert problem.what.startswith(f"is {said}")
+    code, text = tool("train_net", *_run(lambda *a, **k: made, tmp_path / "run"))
+    assert code == 1 and f"{made.json} is {said}" in text and "Traceback" not in text
+
+
 def _with_keypoints(made: Own, names: list[str]) -> None:
     for category in made.data["categories"]:
         category["keypoints"] = names

@@ -20,6 +20,7 @@ import peft_d2  # noqa: E402
 from peft_d2 import peft  # noqa: E402
 from peft_d2.data.augmentation import detectron2_recipe, resize_recipe  # noqa: E402
 from peft_d2.data.images import DatasetError  # noqa: E402
+from peft_d2.data.validation import check_coco
 from peft_d2.engine import launch  # noqa: E402
 from peft_d2.engine.checks import check_run  # noqa: E402
 from peft_d2.engine.config import load_config  # noqa: E402
@@ -48,6 +49,13 @@ FILES: dict[str, tuple[str | bytes, str]] = {  # a config file, and what is said
     "a text for a list": (f"{BASE}MODEL:\n  PEFT:\n    METHODS: lora\n", "expected a list, .* for MODEL.PEFT.METHODS"),
     "a number for a text": (f"{BASE}OUTPUT_DIR: 3\n", "expected a text for OUTPUT_DIR"),
     "a version of other names": (f"{BASE}VERSION: 1\n", "has another name in the VERSION .* Leave that out"),
+    "a web page": (
+        "<!DOCTYPE html>\n<html><body>404</body></html>\n",
+        "is a web page in place of the file, not a config",
+    ),
+    "a server's answer": ("404: Not Found", "is a server's error message"),
+    "a pointer": ("version https://git-lfs.github.com/spec/v1\noid sha256:a\nsize 1\n", "is a pointer of Git LFS"),
+    "numbers as keys": ("3: a\nb: c\n", "KEY: VALUE pairs, this one keys that are no texts"),
     "the end of a key": (f"{BASE}SOLVER:\n  LR: 1\n", "nearest one is 'SOLVER.BASE_LR'"),
 }
 
@@ -87,6 +95,19 @@ PAIRS = {
     ("MODEL.DEVICE", "xla"): "MODEL.DEVICE is 'xla'; expected",
     ("MODEL.DEVICE", "hpu"): "MODEL.DEVICE is 'hpu'; expected",
 }
+
+
+@pytest.mark.parametrize(
+    ("pairs", "said"),
+    [
+        (["SOLVER.BASE_LR=0.1"], "two words, 'SOLVER.BASE_LR 0.1'"),
+        (["SOLVER.BASE_LR=0.1", "SOLVER.MAX_ITER=3"], "two words, 'SOLVER.BASE_LR 0.1'"),
+        (["MODEL.PEFT", "lora"], "MODEL.PEFT is a group of keys. Give one of them, such as MODEL.PEFT."),
+    ],
+)
+def test_pairs_of_another_form(pairs: list[str], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        load_config(str(TINY), opts=pairs)
 
 
 @pytest.mark.parametrize("pair", PAIRS)
@@ -258,3 +279,34 @@ def test_arguments_of_the_tools_that_no_value_can_have(own: Any, tool: Any, tmp_
     ):
         code, text = tool(name, *arguments)
         assert code == 1 and re.search(f"error: .*{said}", text) and not (tmp_path / "tiles").exists(), text
+
+
+def test_predictions_that_could_not_be_written_are_refused_before_they_are_made(
+    own: Any, tool: Any, tmp_path: Path
+) -> None:
+    photos = own("set", images=1).images
+    for option in ("--json", "--results"):
+        code, text = tool(
+            "demo", "--config-file", TINY, "--input", photos, "--output", tmp_path / "out", option, tmp_path
+        )
+        assert code == 1 and f"{tmp_path} is a folder" in text and not list(tmp_path.glob("out/*.png"))
+
+
+def test_a_current_folder_that_is_gone(tool: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    code, text = tool("train_net", "--config-file", TINY)
+    assert code == 1 and text.strip() == (
+        "error: the current folder does not exist any more. Change to another one (cd), and run again."
+    )
+
+
+def test_a_user_without_a_home(own: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = own("set", images=1)
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", lambda uid: {}[uid])  # as in a container that is run as any user
+    monkeypatch.chdir(made.images.parent)
+    assert check_coco(made.json, made.images, remember=True) == []
+    assert not Path("~").exists()

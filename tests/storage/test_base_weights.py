@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import collections
+import gzip
 import logging
 import pickle
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -381,3 +383,45 @@ def test_modules_that_rename_earlier_versions_leave_their_own_names_alone(tmp_pa
     torch.save({"model": state if keeps_versions else dict(state)}, tmp_path / "base.pth")
     load_base(second, tmp_path / "base.pth")
     assert torch.equal(second[0].inner.weight, first[0].inner.weight)
+
+
+FOREIGN = {
+    "Git LFS": b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n",
+    "a web page": b"\n<!DOCTYPE html>\n<html lang=en><title>Sign in</title>",
+    "a server's error message": b"404: Not Found",
+    "a packed archive": gzip.compress(b"x" * 100),
+    "an HDF5 file": b"\x89HDF\r\n\x1a\n" + bytes(100),
+    "nothing but zeros": bytes(1000),
+}
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".pkl", ".safetensors"])
+@pytest.mark.parametrize("said", FOREIGN)
+def test_what_was_saved_in_place_of_weights_is_called_what_it_is(tmp_path: Path, said: str, suffix: str) -> None:
+    path = tmp_path / f"model{suffix}"
+    path.write_bytes(FOREIGN[said])
+    with pytest.raises(CheckpointError, match=re.escape(f"{path}: it is ") + f".*{said}"):
+        read_checkpoint(path)
+
+
+def test_an_onnx_graph_as_weights_is_called_that(tmp_path: Path) -> None:
+    onnx = pytest.importorskip("onnx")
+    path = tmp_path / "model.pth"
+    onnx.save(onnx.helper.make_model(onnx.helper.make_graph([], "empty", [], [])), str(path))
+    with pytest.raises(CheckpointError, match="it is an ONNX graph"):
+        read_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    ("names", "program"),
+    {
+        "Hugging Face's transformers": ["model.pixel_level_module.encoder.x.weight", "class_predictor.weight"],
+        "ultralytics": ["model.0.conv.weight", "model.22.cv2.0.weight"],
+        "mmdetection": ["backbone.conv1.weight", "bbox_head.fc.weight"],
+    }.items(),
+)
+def test_another_programs_names_are_called_that(tmp_path: Path, names: str, program: list[str]) -> None:
+    path = tmp_path / "model.pth"
+    torch.save({name: torch.zeros(2) for name in program}, path)
+    with pytest.raises(CheckpointError, match=f"its names are those of {names}"):
+        load_base(nn.Linear(2, 2), path)

@@ -1,0 +1,25 @@
+"""What a file holds that cannot be read as what its name says, by its first bytes."""
+
+from __future__ import annotations
+
+import re
+
+_KINDS = (
+    (rb"version https://git-lfs", "a pointer of Git LFS in place of the file (`git lfs pull` fetches it)"),
+    (rb"(?i)\s*(<!--.*?-->\s*)?<(!doctype html|html|head|script)", "a web page in place of the file"),
+    (rb"(?i)\s*(<\?xml.*?>\s*)?<error>|\s*\{\s*\"(error|message)\"|\s*(404|403|not found|access denied)",
+     "a server's error message in place of the file"),
+    (rb"\x1f\x8b|BZh|\xfd7zXZ|7z\xbc\xaf|Rar!|.{257}ustar", "a packed archive (unpack it first)"),
+    (rb"\x89HDF", "an HDF5 file"),
+    (rb"GGUF", "a GGUF file"),
+    (rb"\x08[\x01-\x20][\x12\x1a:B]", "an ONNX graph"),
+    (rb"\x00+\Z", "nothing but zeros (copied in part, or the disk was full)"),
+)  # fmt: skip
+LENGTH = 512  # how many bytes of a file tell
+
+
+def kind_of(start: bytes) -> str:
+    """What a file's first `LENGTH` bytes show it to be, of what cannot be read anywhere here; "" where they do not."""
+    if not start:
+        return "empty"
+    return next((kind for pattern, kind in _KINDS if re.match(pattern, start[:LENGTH], re.DOTALL)), "")
