@@ -97,8 +97,8 @@ class LeanStep:
 
     @property
     def largest_growth(self) -> int:
-        """The most bytes by which a moment is above the reading before it."""
-        pairs = zip(self.readings, self.readings[1:], strict=False)
+        """The most bytes by which a moment is above the reading before it; the first, above the step's start."""
+        pairs = zip([(0, 0), *self.readings], self.readings, strict=False)
         return max((peak - before for (before, _), (_, peak) in pairs), default=0)
 
     def size(self, call: Call) -> int:

@@ -163,6 +163,12 @@ def test_prediction_of_tensors_within_ten_percent() -> None:
     assert recomputed[0] >= 7 and recomputed[-1] == 0
 
 
+def test_growth_counts_from_the_start_of_a_step() -> None:
+    """By it, blocks know when to give freed memory back, and the step before has left some."""
+    assert LeanStep([(10, 100), (20, 30)], [], 0.0, 0).largest_growth == 100
+    assert LeanStep([(10, 20), (20, 90)], [], 0.0, 0).largest_growth == 80
+
+
 def test_an_impossible_budget_names_the_smallest() -> None:
     model, batch = net(), torch.randn(4, 200, 8)
     classes = [type(module) for module in model.modules()]

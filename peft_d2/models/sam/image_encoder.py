@@ -65,7 +65,9 @@ class ImageEncoder(nn.Module):
 
     def first(self, x: Tensor, count: int) -> Tensor:
         """What the first ``count`` of the ``steps`` make of images: (N, H', W', C), or after all of them a map."""
-        x = self.patch_embed(x.permute(0, 2, 3, 1))
+        # oneDNN's convolution of large patches in bfloat16 takes 780 MiB at 1024 px, and 8 times float32's time.
+        with torch.autocast("cpu", enabled=False):
+            x = self.patch_embed(x.permute(0, 2, 3, 1))
         positions: Tensor = self.pos_embed
         if x.shape[1:3] != positions.shape[1:3]:
             resized = F.interpolate(positions.permute(0, 3, 1, 2), size=x.shape[1:3], mode="bicubic")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 import peft_d2
 from peft_d2.data.augmentation import LongestSide
 from peft_d2.memory import SavedTensors
+from peft_d2.memory.meter import ProcessPeak
 from peft_d2.models.layers.postprocess import Canvas
 from peft_d2.models.sam.image_encoder import RelativePositionAttention, relative_rows
 from peft_d2.models.sam.prompt_encoder import Prompts
@@ -199,3 +201,13 @@ def test_checkpointing_changes_nothing(sam: Any, filler: Any) -> None:
         gradients.append([p.grad for p in encoder.parameters()])
     for one, other in zip(*gradients, strict=True):
         torch.testing.assert_close(one, other)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the system does not tell a process's peak")
+def test_large_patches_take_little_in_bfloat16(sam: Any) -> None:
+    sizes = {"IMAGE_SIZE": 1024, "EMBED_DIM": 768, "DEPTH": 1, "GLOBAL_BLOCKS": [0], "PATCH_SIZE": 16}
+    encoder = sam({f"MODEL.SAM.{key}": value for key, value in sizes.items()}).image_encoder
+    image = torch.rand(1, 3, 1024, 1024)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), ProcessPeak() as process:
+        output = encoder.first(image, 0)
+    assert output.nbytes == 12 * 2**20 and process.bytes < 100 * 2**20
