@@ -11,6 +11,8 @@ from detectron2.modeling import build_model
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import peft_d2
+
 from .conftest import SMALL, make_config
 
 FOCAL = {"EMBED_DIM": 8, "DEPTHS": [1, 1, 1, 1], "FOCAL_LEVELS": [1, 1, 1, 1], "FOCAL_WINDOWS": [3, 3, 3, 3]}
@@ -56,3 +58,13 @@ def test_the_check_sees_such_a_product() -> None:
     with torch.no_grad(), RepeatedMatrices() as seen:
         torch.nn.Linear(8, 4).requires_grad_(False)(torch.randn(2, 8, 50).permute(2, 0, 1))
     assert seen.shapes == [(50, 8, 4)]
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_nor_for_a_layer_that_is_adapted(grad: bool) -> None:
+    layer = torch.nn.Sequential(torch.nn.Linear(8, 4))
+    peft_d2.inject(layer, [{"NAME": "lora", "RANK": 2, "TARGETS": ["0"]}])
+    with torch.set_grad_enabled(grad), RepeatedMatrices() as seen:
+        for rows in (2, 500):  # few take the thin branch, many the changed weight
+            layer(torch.randn(3, 8, rows).permute(2, 0, 1))
+    assert seen.shapes == []

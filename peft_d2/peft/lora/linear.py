@@ -88,6 +88,7 @@ class _OnLinear(AdapterLayer):
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The adapted layer: (..., in) -> (..., out)."""
+        x = x.contiguous()  # torch multiplies a transposed map by a frozen weight row by row, with a copy for each
         if saves_passes(x, weight, self.lora_a) and (pair := self.pair()) is not None:
             return low_rank_linear(x, weight, bias, *pair)
         return self.adapted(x, F.linear(x, weight, bias), weight, bias)
