@@ -52,8 +52,8 @@ def load_trained(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
     Args:
         model: injected as in training, on the same base.
-        path: a state dict, by itself or under ``model``; prefixes of DistributedDataParallel and ``torch.compile`` are
-            taken off.
+        path: a state dict, by itself or under ``model``; what DistributedDataParallel, ``torch.compile``, Lightning and
+            other training programs put before the names is taken off.
 
     Raises:
         CheckpointError: the file is damaged, or was not written of this model with this adapter. Nothing was loaded.
@@ -61,8 +61,8 @@ def load_trained(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """
     root = peft.injected_root(model)
     if root is None:
-        raise peft.InjectionError("inject the model as it was trained, then load what was trained")
-    state = checkpoint.read_checkpoint(path).state
+        raise peft.InjectionError(f"{peft.no_injection(model)}; inject the model as it was trained, then load that")
+    state, _ = checkpoint.unwrapped(root, checkpoint.read_checkpoint(path), root.state_dict())
     own = {key: tuple(value.shape) for key, value in root.state_dict().items() if isinstance(value, Tensor)}
     given = {key: tuple(value.shape) for key, value in state.items()}
     wrong = [f"{key} {given.get(key, 'missing')} instead of {own[key]}" for key in own if given.get(key) != own[key]]
@@ -154,7 +154,7 @@ def _stored(model: nn.Module, metrics: Mapping[str, Any] | None, name: str | Non
     model = _root(model)
     injection = peft.get_injection(model)
     if injection is None:
-        raise ValueError("the model has no adapter to save: call peft_d2.inject(model, methods) first")
+        raise ValueError(peft.no_injection(model))
     peft.require_intact(model)
     peft.refuse_sharded(model, "save", flat_alone=True)
     name = injection.active if name is None else name

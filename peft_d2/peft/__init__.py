@@ -32,6 +32,7 @@ from .state import (
     is_sharded,
     is_untrained,
     load_adapter_state_dict,
+    no_injection,
     refuse_sharded,
     refuse_wrapper,
     require_intact,

@@ -77,6 +77,8 @@ class Adapted(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own, with the active adapter's layers around it."""
+        if not isinstance(self, Adapted):  # somebody kept this method, and the adapters were taken out
+            return type(self).forward(self, *args, **kwargs)
         forward = super().forward
         if self.peft_merged and self.training and torch.is_grad_enabled():
             warnings.warn("the adapter is merged into the weights and is not trained; unmerge(model)", stacklevel=4)
@@ -197,6 +199,16 @@ def base_class(module: nn.Module) -> type[nn.Module]:
     return module.peft_base_class if isinstance(module, Adapted) else type(module)
 
 
+def replaced_forward(module: nn.Module) -> str:
+    """Why a module's class cannot say what it computes; empty when it can."""
+    return (
+        f"the forward of this very {base_class(module).__name__} was replaced (by a hook of accelerate, a patch), and "
+        "would pass over adapter layers: inject first, or take that off"
+        if "forward" in module.__dict__
+        else ""
+    )
+
+
 def adapt_problem(module: nn.Module) -> str:
     """Why a module cannot be adapted; empty when it can."""
     kind = base_class(module).__name__
@@ -204,6 +216,8 @@ def adapt_problem(module: nn.Module) -> str:
         return f"{kind} is a container without a forward; choose the modules in it"
     if isinstance(module, torch.jit.ScriptModule):
         return f"{kind} is a scripted module, whose class cannot change"
+    if problem := replaced_forward(module):
+        return problem
     if not isinstance(module, Adapted) and hasattr(module, STORE):
         return f"{kind} already has an attribute {STORE!r}, which adapter layers need"
     return ""

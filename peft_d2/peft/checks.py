@@ -113,6 +113,12 @@ def not_live(model: nn.Module, *batches: Any) -> list[NotLive]:
             "nothing that is trained requires gradients any more: requires_grad_(False) or its like came after inject, "
             "which is what freezes the base. Leave it out, or call it before"
         )
+    halves = [item for item in trained_parameters(root) if item.param.dtype in (torch.float16, torch.bfloat16)]
+    if halves:
+        raise LivenessError(
+            f"{halves[0].name} is {halves[0].param.dtype}, in which steps of 1e-4 vanish (model.half() after inject?): "
+            "what is trained must be float32, model.float(); train under autocast"
+        )
     layers = {
         f"{module.peft_name}: {method}": (module, [value for value in layer.parameters() if value.requires_grad])
         for module in injection.current.modules

@@ -24,11 +24,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from .adapted import Adapted, adapt, walk
+from .adapted import Adapted, adapt, replaced_forward, walk
 from .errors import InjectionError
 from .inject import add_adapter, inject
 from .merge import set_adapter
-from .state import BASE, Injection, get_injection, injected
+from .state import BASE, Injection, get_injection, injected, injected_root
 
 logger = logging.getLogger(__name__)
 _METHODS = ("forward", "forward_features")  # the latter is how heads call their pixel decoders
@@ -72,6 +72,9 @@ def serve_adapters(model: nn.Module) -> None:
 
     A model without adapters is injected with none: it is the base until some are added.
     """
+    root = injected_root(model)
+    if problem := replaced_forward(model if root is None else root):
+        raise InjectionError(f"samples cannot name their adapters: {problem}")
     if get_injection(model) is None:
         inject(model, (), (), BASE)
     root, injection = injected(model)

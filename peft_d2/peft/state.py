@@ -219,6 +219,14 @@ def refuse_sharded(model: nn.Module, what: str, flat_alone: bool = False) -> Non
         )
 
 
+def no_injection(model: nn.Module) -> str:
+    """Why there is nothing to save, merge or train in a model: another may hold the injected one, as Lightning's do."""
+    inside = next((name for name, module in model.named_modules() if ATTRIBUTE in module.__dict__), "")
+    if inside:
+        return f"{type(model).__name__} only holds the injected model, as its {inside!r}: give that one"
+    return f"{type(model).__name__} has no adapter: call inject(model, methods, train) on the whole model first"
+
+
 def injected(model: nn.Module) -> tuple[nn.Module, Injection]:
     """The module that was injected, and what it remembers.
 
@@ -227,9 +235,7 @@ def injected(model: nn.Module) -> tuple[nn.Module, Injection]:
     """
     root = injected_root(model)
     if root is None:
-        raise InjectionError(
-            f"{type(model).__name__} has no injection: call inject(model, methods, train) on the whole model first"
-        )
+        raise InjectionError(no_injection(model))
     return root, root.__dict__[ATTRIBUTE]
 
 

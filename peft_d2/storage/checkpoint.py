@@ -232,7 +232,7 @@ def load_base(
     file = checkpoint if isinstance(checkpoint, Checkpoint) else read_checkpoint(checkpoint)
     injected, aliases, current = injected_keys(model), _aliases(model), model.state_dict()
     own = {name: value for name, value in current.items() if name not in injected}
-    state, removed = _unwrapped(model, file, own)
+    state, removed = unwrapped(model, file, own)
     state, prefix = _named_as_in_model(model, dataclasses.replace(file, state=state), own)
     state = _without_layers(state, own, file.path, of_injected)
     matched, heads, misshaped = _compared(state, own, aliases)
@@ -301,7 +301,7 @@ def _compared(
     return matched, heads, misshaped
 
 
-def _unwrapped(model: nn.Module, file: Checkpoint, own: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str]:
+def unwrapped(model: nn.Module, file: Checkpoint, own: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str]:
     """The file's tensors without what a training program put before the names, and what that was.
 
     That is what stands before all names, or one of the usual words before some. Of several ("student." and "teacher.")

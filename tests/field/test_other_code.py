@@ -152,3 +152,72 @@ def test_a_base_that_was_thawed_after_inject_is_said_before_training(
     with caplog.at_level(logging.WARNING):
         peft_d2.prove_live(model, images)
     assert "6 parameters require gradients and are in no adapter, from conv.weight on" in caplog.text
+
+
+def replaced(module: nn.Module) -> nn.Module:
+    """As hooks of accelerate and patches do it: the instance has a forward of its own."""
+    module.forward = module.forward  # type: ignore[method-assign]
+    return module
+
+
+@pytest.mark.parametrize("method", [LORA, {"NAME": "adapter", "TARGETS": ["fc"]}], ids=["lora", "adapter"])
+def test_a_forward_of_the_instance_would_pass_over_the_layers(method: Any) -> None:
+    model = Model()
+    replaced(model.fc)
+    with pytest.raises(peft.MethodError, match="cannot go on fc: the forward of this very Linear was replaced"):
+        peft_d2.inject(model, [method])
+
+
+def test_samples_cannot_name_adapters_past_a_patched_model(tmp_path: Path, images: Tensor) -> None:
+    peft_d2.save_adapter(injected(), tmp_path / "a")
+    model = replaced(Model())
+    with pytest.raises(peft.InjectionError, match="samples cannot name their adapters: the forward of this very Model"):
+        peft_d2.load_adapters(model, {"a": tmp_path / "a"})
+    assert peft.get_injection(model) is None
+
+
+def test_a_method_that_was_kept_outlives_the_adapters(images: Tensor) -> None:
+    model = injected().eval()
+    kept = model.fc.forward  # type: ignore[union-attr]
+    peft.remove(model)
+    x = torch.randn(2, 8)
+    assert torch.equal(kept(x), Model().fc(x))  # type: ignore[operator]
+
+
+class Lightning(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.net, self.loss = model, nn.MSELoss()
+
+
+HOLDERS: dict[str, Callable[[nn.Module, Path], Any]] = {
+    "save_adapter": lambda module, folder: peft_d2.save_adapter(module, folder / "a"),
+    "save_merged": lambda module, folder: peft_d2.save_merged(module, folder / "merged.pth"),
+    "prove_live": lambda module, folder: peft_d2.prove_live(module, torch.zeros(2, 3, 6, 6)),
+    "merge": lambda module, folder: peft_d2.merge(module),
+    "load_trained": lambda module, folder: peft_d2.load_trained(module, folder / "last.ckpt"),
+}
+
+
+@pytest.mark.parametrize("call", HOLDERS)
+def test_what_holds_the_injected_model_is_told_from_it(call: str, tmp_path: Path) -> None:
+    with pytest.raises(
+        (peft.InjectionError, ValueError), match="Lightning only holds the injected model, as its 'net'"
+    ):
+        HOLDERS[call](Lightning(injected()), tmp_path)
+
+
+def test_checkpoints_of_what_holds_the_model(images: Tensor, tmp_path: Path) -> None:
+    trained = injected().eval()
+    torch.save({"state_dict": Lightning(trained).state_dict(), "epoch": 3}, tmp_path / "last.ckpt")
+    model = Model().eval()
+    peft_d2.inject(model, [LORA], ["head"])
+    peft_d2.load_trained(model, tmp_path / "last.ckpt")
+    assert torch.equal(model(images), trained(images))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_what_is_trained_became_half_after_inject(dtype: torch.dtype, images: Tensor) -> None:
+    model = injected().to(dtype)
+    with pytest.raises(peft.LivenessError, match=rf"fc.lora_a is {dtype}, .*must be float32"):
+        peft_d2.prove_live(model, images.to(dtype))

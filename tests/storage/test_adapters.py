@@ -199,7 +199,7 @@ def test_parameters_that_no_adapter_holds_are_said(tmp_path: Path, caplog: pytes
 
 
 def test_a_model_without_adapter_has_nothing_to_save(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no adapter to save"):
+    with pytest.raises(ValueError, match="has no adapter: call inject"):
         save_adapter(base(), tmp_path / "adapter")
 
 
