@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,10 +18,11 @@ from peft_d2.data.segmentation import Level
 
 _WHOLE: tuple[type, ...] = (int, np.integer)
 _AGAIN = "Write label images with one channel, whose values are class numbers from 0."
-_TRUTHS = {  # what the evaluations of Cityscapes read, by evaluator_type
-    "cityscapes_instance": ("instanceIds",),
-    "cityscapes_sem_seg": ("labelIds",),
-    "cityscapes_panoptic_seg": ("instanceIds", "labelIds"),
+_MOST_READ = 5000  # panoptic images of a set of which each pixel is looked at, evenly spread
+_TRUTHS = {  # what Detectron2's loaders and the evaluations of Cityscapes read, by evaluator_type
+    "cityscapes_instance": ("instanceIds.png", "labelIds.png", "polygons.json"),
+    "cityscapes_sem_seg": ("labelIds.png", "labelTrainIds.png", "polygons.json"),
+    "cityscapes_panoptic_seg": ("instanceIds.png", "labelIds.png", "labelTrainIds.png"),
 }
 
 
@@ -62,16 +63,21 @@ def check_labels(
     """What is wrong with the images and label images of a set's records.
 
     Args:
-        records: Detectron2's, with ``sem_seg_file_name``, ``pan_seg_file_name`` or both. Of panoptic sets, whose
-            segments are listed apart, only the headers are read.
+        records: Detectron2's, with ``sem_seg_file_name``, ``pan_seg_file_name`` or both. Of panoptic sets of more than
+            5,000 images, so many are read, of the others the headers.
         classes: names of the classes, none if they are not known.
         ignore: the value that means "no label".
         as_grey: the model reads them with Detectron2's mapper, which turns palettes into brightness.
     """
 
+    whole = records[:: -(-len(records) // _MOST_READ)] if records else ()
+    read, apart = {id(record) for record in whole if "pan_seg_file_name" in record}, Counter[str]()
+
     def look(record: Mapping[str, Any]) -> tuple[dict[int, int], _Fault | None]:
         try:
             found = _label_values(record, as_grey)
+            if id(record) in read:
+                apart.update(_segments_apart(record))
         except _Fault as fault:
             return {}, fault
         unknown = sorted(v for v in found if v != ignore and not 0 <= v < (len(classes) or v + 1))
@@ -92,6 +98,9 @@ def check_labels(
         what += ", and 255 means no label: nothing but the class 0 would be learnt" if ignore == 255 else ""
         faults = [Problem("error", "label values", records[0]["sem_seg_file_name"], what, "Write 1 in place of 255.")]
     yield from faults
+    for what in +apart:
+        advice = "Write segments_info and the image from the same source."
+        yield Problem("warning", "segments", "panoptic images", f"{apart[what]} {what}", advice)
     for number, name in enumerate(classes if values and not faults else ()):
         if not values[number]:
             where, advice = f"class {number} {name!r}", "It is never learnt, and its IoU is nan."
@@ -131,6 +140,58 @@ def _label_values(record: Mapping[str, Any], as_grey: bool) -> dict[int, int]:
     if not np.issubdtype(labels.dtype, np.integer) and labels.dtype != bool:
         raise _Fault("label values", path, f"holds {labels.dtype}, no whole numbers", _AGAIN)
     return dict(zip(*(part.tolist() for part in np.unique(labels.astype(np.int64), return_counts=True)), strict=True))
+
+
+def _segments_apart(record: Mapping[str, Any]) -> dict[str, int]:
+    """How many segments of a panoptic record are in its list or in its image alone; a fault where nothing fits."""
+    path, listed = record["pan_seg_file_name"], Counter(s["id"] for s in record["segments_info"])
+    if twice := [number for number, count in listed.items() if count > 1]:
+        what = f"the segment id {twice[0]} is listed {listed[twice[0]]} times in its segments_info"
+        raise _Fault("segments", path, what, "Each segment needs its own.")
+    try:
+        with Image.open(path) as opened:
+            form, colours = f"{opened.format}, {opened.mode}", np.asarray(opened.convert("RGB")).astype(np.int64)
+    except (OSError, SyntaxError, ValueError) as error:
+        raise _Fault("unreadable file", path, f"cannot be read ({error})", "Replace the file.") from error
+    seen = set(np.unique(colours @ (1, 256, 256 * 256)).tolist()) - {0}
+    if listed and not seen & listed.keys():
+        known, given = (", ".join(map(str, sorted(ids)[:3])) or "none" for ids in (seen, listed))
+        what = f"its colours ({known}; {form}) are none of the ids of its segments_info ({given})"
+        raise _Fault("segments", path, what, "Write an RGB PNG of red + 256 green + 65536 blue = id.")
+    return {
+        "segment(s) of segments_info have no pixel, and are never learnt": len(listed.keys() - seen),
+        "colour(s) of images are in no segments_info, and count as not annotated": len(seen - listed.keys()),
+    }
+
+
+def check_panoptic(data: Any, things: Collection[int], stuff: Collection[int]) -> Iterator[Problem]:
+    """What is wrong with the lists of a panoptic json.
+
+    Args:
+        data: the json.
+        things, stuff: category ids by the set's metadata; ``stuff`` may hold all.
+    """
+    lists = [data.get(key) if isinstance(data, dict) else None for key in ("annotations", "categories")]
+    rows = [[row if isinstance(row, dict) else {} for row in part or ()] for part in lists]
+    if not all(rows) or not all("segments_info" in row and "file_name" in row for row in rows[0]):
+        what = "is no panoptic json: it lists no categories, or annotations without file_name or segments_info"
+        yield Problem("error", "layout", "annotations", what, "Give the panoptic json, not that of single objects.")
+        return
+    kinds = {row.get("id"): row.get("isthing") for row in rows[1]}
+    if lacking := [number for number, kind in kinds.items() if kind not in (0, 1)]:
+        what, advice = "does not say whether it is a thing", 'Add "isthing": 1 for things, 0 for stuff.'
+        yield Problem("error", "isthing", f"categories[id {lacking[0]}]", what, advice)
+    elif apart := [number for number, kind in kinds.items() if bool(kind) != (number in things)]:
+        what = f"{len(apart)} of {len(kinds)} categories are things in the json and stuff in the set, or the reverse"
+        yield Problem("error", "isthing", f"categories[id {apart[0]}]", what, "Correct isthing.")
+    used = {segment.get("category_id") for row in rows[0] for segment in row["segments_info"]}
+    for unknown in sorted(used - (kinds.keys() & {*things, *stuff}), key=str)[:3]:
+        what = f"category_id {unknown!r} is not " + ("listed" if unknown not in kinds else "a class of the set")
+        yield Problem("error", "unknown category", "segments_info", what, "Correct it, or the categories.")
+    for number, count in Counter(row.get("image_id") for row in rows[0]).items():
+        if count > 1:
+            what, advice = f"is there {count} times", "A panoptic json has one annotation an image."
+            yield Problem("error", "duplicate id", f"annotations[image_id {number}]", what, advice)
 
 
 def check_records(records: Sequence[Any], count: int, test: bool) -> Iterator[Problem]:
@@ -217,20 +278,30 @@ def check_cityscapes(name: str, meta: Mapping[str, Any]) -> None:
     except ModuleNotFoundError as error:
         raise DatasetError(f"data set {name!r}: {error}") from error
 
-    def stems(key: str, ending: str) -> set[str]:
-        root = Path(meta.get(key, ""))
-        return {path.relative_to(root).as_posix().removesuffix(ending) for path in root.glob(f"*/*{ending}")}
+    truth, root = str(meta.get("gt_dir", "")), Path(meta.get("image_dir") or meta.get("image_root", ""))
 
-    images = stems("image_dir", "_leftImg8bit.png")
+    def stems(folder: str | Path, ending: str) -> set[str]:
+        found = Path(folder).glob(f"*/*{ending}")
+        return {path.relative_to(folder).as_posix().removesuffix(ending) for path in found}
+
+    images = stems(root, "_leftImg8bit.png")
     if not images:
-        raise DatasetError(f"data set {name!r}: {meta.get('image_dir')} has no <city>/*_leftImg8bit.png.")
+        raise DatasetError(f"data set {name!r}: {root} has no <city>/*_leftImg8bit.png.")
+    others = (path for path in (*root.glob("*"), *root.glob("*/*")) if path.parent == root or path.is_file())
+    if other := next((p for p in others if not (p.is_dir() or p.name.endswith("_leftImg8bit.png"))), None):
+        raise DatasetError(
+            f"data set {name!r}: {other} is no image of Cityscapes, and Detectron2 stops at it. Move it."
+        )
     for wanted in _TRUTHS.get(kind, ()):
-        ending = f"_gtFine_{wanted}.png"
-        labels = stems("gt_dir", ending)
+        ending = f"_gtFine_{wanted}"
+        labels = stems(truth, ending)
+        if not labels:
+            writes = "tools/prepare_cityscapes.py writes them." if "Train" in wanted else "Unpack the archives again."
+            raise DatasetError(f"data set {name!r}: {truth} has no <city>/*{ending}. {writes}")
         for what, missing in (("label image", images - labels), ("image", labels - images)):
             if missing:
                 raise DatasetError(
                     f"data set {name!r}: {len(missing)} of {len(images | labels)} have no {what}, e.g. "
-                    f"{min(missing)!r}: {meta['gt_dir']}/<city>/*{ending} and {meta['image_dir']}/<city>/"
+                    f"{min(missing)!r}: {truth}/<city>/*{ending} and {root}/<city>/"
                     "*_leftImg8bit.png have to be the same. Unpack the published archives again."
                 )

@@ -23,12 +23,12 @@ from urllib.parse import unquote
 import numpy as np
 
 from peft_d2.data.images import DatasetError, lies_inside, read_header, seems_cut_off
-from peft_d2.data.labels import Problem, check_cityscapes, check_labels, check_records, unpaired
-from peft_d2.data.records import json_defect, load_coco
+from peft_d2.data.labels import Problem, check_cityscapes, check_labels, check_panoptic, check_records, unpaired
+from peft_d2.data.records import json_defect, load_coco, read_json
 from peft_d2.data.registration import remedy
 from peft_d2.data.segmentation import HUGE, Level, extent, polygon_defect, run_length_defect
 
-_RULES = 5  # raised when the checks change, so that no older verdict is recalled
+_RULES = 6  # raised when the checks change, so that no older verdict is recalled
 _NO_ANNOTATIONS = "no annotations"
 logger = logging.getLogger(__name__)
 
@@ -41,6 +41,7 @@ class Rules:
     outside: bool = False  # images may lie outside the image folder
     counted: int = 100  # how many predictions of an image and class its evaluation counts
     predicted: int = 0  # how many predictions of an image the model gives; 0: not known
+    lvis: bool = False  # in LVIS's form: file names at the end of coco_url, classes from 1 on, frequencies
 
 
 def check_coco(
@@ -93,20 +94,24 @@ def check_datasets(cfg: Any) -> None:
     for name in dict.fromkeys([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]):
         meta = MetadataCatalog.get(name).as_dict()
         kind = meta.get("evaluator_type", "")
-        if kind == "coco" and "panoptic_json" not in meta and meta.get("json_file") and meta.get("image_root"):
+        of_instances = kind in ("coco", "lvis") and "panoptic_json" not in meta
+        if of_instances and meta.get("json_file") and meta.get("image_root"):
+            counted = cfg.TEST.get("MAX_DETECTIONS", 100) if name in cfg.DATASETS.TEST else 0
             rules = Rules(
                 test=name not in cfg.DATASETS.TRAIN,
                 outside=cfg.DATASETS.get("ALLOW_FILES_OUTSIDE", False),
-                counted=cfg.TEST.get("MAX_DETECTIONS", 100) if name in cfg.DATASETS.TEST else 0,
+                counted=0 if kind == "lvis" else counted,  # LVIS counts the best 300 of an image
                 predicted=cfg.TEST.DETECTIONS_PER_IMAGE,
+                lvis=kind == "lvis",
             )
             problems = check_coco(meta["json_file"], meta["image_root"], rules, remember=True)
-            _judge(name, meta["json_file"], [*problems, *_check_tasks(cfg, name, meta["json_file"], problems)])
+            problems += _check_tasks(cfg, name, meta["json_file"], problems)
+            _judge(name, meta["json_file"], problems, listed=kind == "coco")
             continue
         _check_files(name, meta)
         if kind.startswith("cityscapes"):
             check_cityscapes(name, meta)
-        elif kind not in ("lvis", "pascal_voc"):
+        elif kind != "pascal_voc":
             _judge(name, meta.get("sem_seg_root") or "its records", _check_loaded(cfg, name, meta))
 
 
@@ -115,6 +120,10 @@ def _check_loaded(cfg: Any, name: str, meta: Mapping[str, Any]) -> list[Problem]
     from detectron2.data import DatasetCatalog
 
     try:
+        if "panoptic_json" in meta:
+            known = [meta.get(f"{kind}_dataset_id_to_contiguous_id", {}) for kind in ("thing", "stuff")]
+            if problems := list(check_panoptic(read_json(meta["panoptic_json"]), *known)):
+                return problems
         records = DatasetCatalog.get(name)
     except (AssertionError, OSError, KeyError, ValueError) as error:
         text = f"cannot be loaded ({type(error).__name__}: {error})"
@@ -147,16 +156,17 @@ def _check_labels(cfg: Any, name: str, meta: Mapping[str, Any], records: Sequenc
     return problems
 
 
-def _judge(name: str, where: str, problems: Sequence[Problem]) -> None:
-    """Log warnings and raise errors."""
+def _judge(name: str, where: str, problems: Sequence[Problem], listed: bool = False) -> None:
+    """Log warnings and raise errors, of which ``listed`` says that the tool lists all."""
     for line in summary([p for p in problems if p.level == "warning"]):
         logger.warning("data set %r: %s", name, line)
     if errors := [p for p in problems if p.level == "error"]:
         lines = "\n  ".join(summary(errors))
         hint = remedy(name) if errors[0].kind in ("missing json", "missing folder") else ""
+        more = "tools/check_dataset.py lists them all. " if listed else ""
         raise DatasetError(
             f"data set {name!r} ({where}) has {len(errors)} error(s):\n  {lines}\n"
-            f"{hint or 'tools/check_dataset.py lists them all. DATASETS.CHECK False trains all the same.'}"
+            f"{hint or f'{more}DATASETS.CHECK False trains all the same.'}"
         )
 
 
@@ -194,8 +204,7 @@ def _check_tasks(cfg: Any, name: str, json_path: str, problems: Sequence[Problem
 
 def _check_files(name: str, meta: Mapping[str, Any]) -> None:
     """Refuse a set whose files or folders are not there."""
-    keys = ["image_root", "image_dir", "gt_dir", "panoptic_root", "panoptic_json", "sem_seg_root"]
-    for key in [*keys, "json_file"] if meta.get("evaluator_type") == "lvis" else keys:
+    for key in ("image_root", "image_dir", "gt_dir", "panoptic_root", "panoptic_json", "sem_seg_root"):
         path = meta.get(key)
         if isinstance(path, str) and "://" not in path and not os.path.exists(path):
             hint = remedy(name) or (
@@ -296,6 +305,8 @@ class _Check:
         for name, count in _repeated(c["name"] for c in categories):
             what, advice = f"{count} categories have this name", "Classes go by their names: merge them or rename one."
             self.error("duplicate name", f"categories[{name}]", what, advice)
+        if self.rules.lvis:
+            self._lvis(categories)
         self._images()
         self._annotations()
         self.problems += [Problem(*row) for row in self.objects.problems(self.rules)]
@@ -323,8 +334,26 @@ class _Check:
             self.error(f"no {key}", key, "is empty", "List at least one.")
         return found
 
+    def _lvis(self, categories: Sequence[dict[str, Any]]) -> None:
+        """Look at what LVIS has besides, and give each image the file name that its ``coco_url`` ends with."""
+        for image in (image for image in self.data["images"] if isinstance(image, dict)):
+            if isinstance(url := image.get("coco_url"), str):
+                image["file_name"] = "/".join(url.split("/")[-2:])
+        if sorted(self.category_names) != list(range(1, len(categories) + 1)):
+            what = f"the ids, from {min(self.category_names, default=0)} on, are not 1 to {len(categories)}"
+            self.error("category ids", "categories", what, "A class's index is its id - 1: number them from 1.")
+        if lacking := [c for c in categories if c.get("frequency") not in ("r", "c", "f")]:
+            what = f"{len(lacking)} of {len(categories)} have no frequency"
+            note = self.error if self.rules.test else self.warn
+            note("frequency", "categories", what, 'APr, APc and APf need it: give each "r", "c" or "f".')
+        for key in ("neg_category_ids", "not_exhaustive_category_ids"):
+            if count := sum(isinstance(image, dict) and key not in image for image in self.data["images"]):
+                what = f"{count} of {len(self.data['images'])} have no {key}"
+                self.warn("federation", "images", what, "They are taken to have none, which changes figures: add them.")
+
     def _images(self) -> None:
-        entries = self._entries("images", {"id": (int, str), "file_name": str, "height": int, "width": int})
+        name = "coco_url" if self.rules.lvis else "file_name"
+        entries = self._entries("images", {"id": (int, str), name: str, "height": int, "width": int})
         self.images = {i["id"]: i for i in entries}
         self.by_text = {str(i): i for i in self.images}
         for name, count in _repeated(i["file_name"] for i in entries):
@@ -376,7 +405,10 @@ class _Check:
         return None
 
     def _annotations(self) -> None:
-        entries = self._entries("annotations", {"id": (int, str), "image_id": (int, str), "category_id": int})
+        needed: dict[str, Any] = {"id": (int, str), "image_id": (int, str), "category_id": int}
+        needed |= {"segmentation": (list, dict)} if self.rules.lvis else {}
+        entries = self._entries("annotations", needed)
+        self.known = self.category_names.keys() | self.listed["categories"]
         masked = any(a.get("segmentation") for a in entries)
         for annotation in entries:
             self._annotation(annotation, masked)
@@ -392,10 +424,7 @@ class _Check:
 
     def _annotation(self, annotation: dict[str, Any], masked: bool) -> None:
         where, before = f"annotations[id {annotation['id']}, image {annotation['image_id']}]", len(self.problems)
-        if (
-            self.category_names
-            and annotation["category_id"] not in self.category_names.keys() | self.listed["categories"]
-        ):
+        if self.category_names and annotation["category_id"] not in self.known:
             known = ", ".join(map(str, sorted(self.category_names)[:12]))
             what = f"category_id {annotation['category_id']} is not listed"
             self.error("unknown category", where, what, f"Expected one of {known}.")

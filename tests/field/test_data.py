@@ -32,7 +32,7 @@ from peft_d2.data.classes import check_classes  # noqa: E402
 from peft_d2.data.images import DatasetError, read_header  # noqa: E402
 from peft_d2.data.registration import register_from_config  # noqa: E402
 from peft_d2.data.segmentation import segmentation_to_mask  # noqa: E402
-from peft_d2.data.validation import check_coco, check_datasets  # noqa: E402
+from peft_d2.data.validation import Rules, check_coco, check_datasets  # noqa: E402
 from peft_d2.engine.config import load_config  # noqa: E402
 from peft_d2.evaluation import lvis  # noqa: E402
 from peft_d2.evaluation.build import build_evaluator  # noqa: E402
@@ -830,23 +830,168 @@ def test_no_advice_is_given_twice(own, tool):
     assert code == 1 and ".." not in line and line.count(". ") == 1 and line.endswith("Replace the file.")
 
 
-@pytest.mark.parametrize("alone", ["an image", "a label image"])
-def test_cityscapes_without_some_files_is_refused(tmp_path, alone):
+CITYSCAPES = {  # what is done to the set -> what is said
+    "an image": (lambda root: (root / "truth/b/b_0_0_gtFine_labelIds.png").unlink(), "'b/b_0_0'"),
+    "a label image": (lambda root: (root / "image/b/b_0_0_leftImg8bit.png").unlink(), "'b/b_0_0'"),
+    "polygons": (lambda root: (root / "truth/b/b_0_0_gtFine_polygons.json").unlink(), "'b/b_0_0'"),
+    "labels to train on": (
+        lambda root: [path.unlink() for path in root.glob("truth/*/*TrainIds.png")],
+        "has no <city>/.*_gtFine_labelTrainIds.png. tools/prepare_cityscapes.py writes them",
+    ),
+    "a folder's view": (lambda root: (root / "image/.DS_Store").write_bytes(b""), "DS_Store is no image of Cityscapes"),
+    "a hidden copy": (lambda root: (root / "image/b/._x.png").write_bytes(b""), "_x.png is no image of Cityscapes"),
+}
+
+
+@pytest.mark.parametrize("case", CITYSCAPES)
+@pytest.mark.parametrize("kind", ["sem_seg", "instance", "panoptic_seg"])
+def test_cityscapes_without_some_files_is_refused(tmp_path, kind, case):
     pytest.importorskip("cityscapesscripts")
     pytest.importorskip("shapely")
+    endings = ("instanceIds.png", "labelIds.png", "labelTrainIds.png", "polygons.json")
     for city in ("a", "b"):
-        for part, ending in (("image", "leftImg8bit"), ("truth", "gtFine_instanceIds")):
+        for part in ("image", "truth"):
             (tmp_path / part / city).mkdir(parents=True)
-            Image.new("L", (8, 8)).save(tmp_path / part / city / f"{city}_0_0_{ending}.png")
+        Image.new("L", (8, 8)).save(tmp_path / "image" / city / f"{city}_0_0_leftImg8bit.png")
+        for ending in endings:
+            (tmp_path / "truth" / city / f"{city}_0_0_gtFine_{ending}").write_bytes(b"")
     name = f"cityscapes_{uuid.uuid4().hex}"
     DatasetCatalog.register(name, list)
-    MetadataCatalog.get(name).set(
-        evaluator_type="cityscapes_instance", image_dir=str(tmp_path / "image"), gt_dir=str(tmp_path / "truth")
-    )
+    folder = "image_root" if kind == "panoptic_seg" else "image_dir"  # as Detectron2 has it
+    paths = {folder: str(tmp_path / "image"), "gt_dir": str(tmp_path / "truth")}
+    MetadataCatalog.get(name).set(evaluator_type=f"cityscapes_{kind}", **paths)
     cfg = _config(None)
     cfg.DATASETS.REGISTER, cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = [], (), (name,)
     check_datasets(cfg)
-    gone = {"an image": "truth/b/b_0_0_gtFine_instanceIds.png", "a label image": "image/b/b_0_0_leftImg8bit.png"}[alone]
-    (tmp_path / gone).unlink()
-    with pytest.raises(DatasetError, match="'b/b_0_0'"):
+    change, said = CITYSCAPES[case]
+    change(tmp_path)
+    needless = {("instance", "labels to train on"), ("panoptic_seg", "polygons")}
+    with contextlib.nullcontext() if (kind, case) in needless else pytest.raises(DatasetError, match=said):
         check_datasets(cfg)
+
+
+# ---------------------------------------------------------------------------------- LVIS, panoptic sets
+
+
+def _as_lvis(made: Own) -> None:
+    (made.images / "val2017").mkdir()
+    for image in made.data["images"]:
+        name = image.pop("file_name")
+        (made.images / name).rename(made.images / "val2017" / name)
+        image |= {"coco_url": f"http://x/val2017/{name}", "neg_category_ids": [], "not_exhaustive_category_ids": []}
+    for category in made.data["categories"]:
+        category["frequency"] = "r"
+
+
+def _numbered(data: dict[str, Any], change: Any) -> None:
+    for category in data["categories"]:
+        category["id"] = change(category["id"])
+    for annotation in data["annotations"]:
+        annotation["category_id"] = change(annotation["category_id"])
+
+
+LVIS = {
+    "as published": (lambda d: None, ""),
+    "names of files": (
+        lambda d: d["images"][0].update(file_name=d["images"][0].pop("coco_url")),
+        "lacks a usable coco",
+    ),
+    "another folder": (lambda d: d["images"][0].update(coco_url="http://x/train2017/00000.png"), "is no file"),
+    "classes from 0": (lambda d: _numbered(d, lambda i: i - 1), "from 0 on, are not 1 to 3"),
+    "classes with gaps": (lambda d: _numbered(d, lambda i: 2 * i), "from 2 on, are not 1 to 3"),
+    "no frequency": (lambda d: d["categories"][0].pop("frequency"), "1 of 3 have no frequency"),
+    "an unknown image": (lambda d: d["annotations"][0].update(image_id=99), "image_id 99 is not listed"),
+    "an unknown class": (lambda d: d["annotations"][0].update(category_id=99), "category_id 99 is not listed"),
+    "no mask": (lambda d: d["annotations"][0].pop("segmentation"), "lacks a usable segmentation"),
+    "nothing negative": (lambda d: d["images"][0].pop("neg_category_ids"), "warning.*1 of 2 have no neg_category_ids"),
+}
+
+
+@pytest.mark.parametrize("name", LVIS)
+def test_lvis_is_checked_before_training(own, name):
+    change, said = LVIS[name]
+    made = own("set", images=2)
+    _as_lvis(made)
+    made.change(change)
+    data_set = f"lvis_{uuid.uuid4().hex}"
+    DatasetCatalog.register(data_set, list)
+    MetadataCatalog.get(data_set).set(evaluator_type="lvis", json_file=str(made.json), image_root=str(made.images))
+    found = check_coco(made.json, made.images, Rules(test=True, counted=0, lvis=True))
+    assert [str(p) for p in found if "empty class" not in p.kind] == [str(p) for p in found if re.search(said, str(p))]
+    assert bool(found) == bool(said)
+    cfg = _config(None)
+    cfg.DATASETS.REGISTER, cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = [], (), (data_set,)
+    refused = any(problem.level == "error" for problem in found)
+    with pytest.raises(DatasetError, match=said) if refused else contextlib.nullcontext():
+        check_datasets(cfg)
+
+
+def _panoptic(folder: Path) -> tuple[dict[str, Any], np.ndarray]:
+    """A json of one image with two things and stuff, and the ids of its pixels."""
+    ids = np.full((64, 64), 70000)
+    ids[:20, :20], ids[30:, 30:] = 5, 300
+    categories = [{"id": 1, "name": "a", "isthing": 1}, {"id": 9, "name": "b", "isthing": 0}]
+    segments = [{"id": number, "category_id": 1 if number < 9999 else 9} for number in (5, 300, 70000)]
+    Image.new("RGB", (64, 64)).save(folder / "a.jpg")
+    annotation = {"image_id": 1, "file_name": "a.png", "segments_info": segments}
+    return {"annotations": [annotation], "categories": categories}, ids
+
+
+def _first(data: dict[str, Any]) -> dict[str, Any]:
+    return data["annotations"][0]["segments_info"][0]
+
+
+PANOPTIC = {
+    "as it should be": (lambda d, ids: None, ""),
+    "other ids": (
+        lambda d, ids: np.add(ids, 7, out=ids),
+        r"its colours \(12, 307, 70007; PNG, RGB\) are none of the ids",
+    ),
+    "an id twice": (
+        lambda d, ids: d["annotations"][0]["segments_info"].append(dict(_first(d))),
+        "id 5 is listed 2 times",
+    ),
+    "a segment without pixels": (lambda d, ids: np.copyto(ids, 300, where=ids == 5), "warning.* 1 segment.* no pixel"),
+    "pixels without a segment": (
+        lambda d, ids: d["annotations"][0]["segments_info"].pop(),
+        "warning.* 1 colour.* in no segments_info",
+    ),
+    "an unknown class": (lambda d, ids: _first(d).update(category_id=7), "category_id 7 is not listed"),
+    "a class of another set": (
+        lambda d, ids: (d["categories"].append({"id": 7, "name": "c", "isthing": 0}), _first(d).update(category_id=7)),
+        "category_id 7 is not a class of the set",
+    ),
+    "stuff as things": (
+        lambda d, ids: d["categories"][1].update(isthing=1),
+        "1 of 2 categories are things in the json",
+    ),
+    "no kinds": (lambda d, ids: d["categories"][1].pop("isthing"), "does not say whether it is a thing"),
+    "an image twice": (lambda d, ids: d["annotations"].append(d["annotations"][0]), "is there 2 times"),
+    "single objects": (lambda d, ids: d["annotations"][0].pop("segments_info"), "is no panoptic json"),
+}
+
+
+@pytest.mark.parametrize("name", PANOPTIC)
+def test_panoptic_sets_are_checked_before_training(tmp_path, name, caplog):
+    change, said = PANOPTIC[name]
+    data, ids = _panoptic(tmp_path)
+    change(data, ids)
+    Image.fromarray(np.stack([ids % 256, ids // 256 % 256, ids // 65536], -1).astype(np.uint8)).save(tmp_path / "a.png")
+    (tmp_path / "a.json").write_text(json.dumps(data))
+    data_set = f"panoptic_{uuid.uuid4().hex}"
+
+    def records() -> list[dict[str, Any]]:
+        files = {"file_name": str(tmp_path / "a.jpg"), "pan_seg_file_name": str(tmp_path / "a.png")}
+        return [{**files, "image_id": 1, "segments_info": a["segments_info"]} for a in data["annotations"]]
+
+    DatasetCatalog.register(data_set, records)
+    MetadataCatalog.get(data_set).set(
+        evaluator_type="coco_panoptic_seg", panoptic_json=str(tmp_path / "a.json"), panoptic_root=str(tmp_path),
+        image_root=str(tmp_path), thing_dataset_id_to_contiguous_id={1: 0}, stuff_dataset_id_to_contiguous_id={9: 1},
+    )  # fmt: skip
+    cfg = _config(None)
+    cfg.DATASETS.REGISTER, cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = [], (data_set,), ()
+    with pytest.raises(DatasetError, match=said) if said and "warning" not in said else contextlib.nullcontext():
+        check_datasets(cfg)
+    warnings = [record.message for record in caplog.records if "warning:" in record.message]
+    assert len(warnings) == ("warning" in said) and (not warnings or re.search(said, warnings[0]))
