@@ -333,8 +333,13 @@ def _unknown_key(where: str, key: str, cfg: Any) -> str:
     near = [name for name in known if name.lower() == key.lower()]
     near = near or [name for last, name in siblings.items() if leaf in last.split("_")]
     near = near or [siblings[n] for n in difflib.get_close_matches(key.rpartition(".")[2], siblings, n=1, cutoff=0.5)]
-    near = near or difflib.get_close_matches(key, known, n=1, cutoff=0.0)
-    return f"{where}: config key {key!r} does not exist; the nearest one is {near[0]!r}."
+    near = near or difflib.get_close_matches(key, known, n=1, cutoff=0.8)
+    if near:
+        return f"{where}: config key {key!r} does not exist; the nearest one is {near[0]!r}."
+    return (
+        f"{where}: config key {key!r} does not exist, nor one like it. If another program has it (AdelaiDet, fc-clip, "
+        "VoVNet, ...), run that one: docs/codebases.md has the lines that its train_net.py needs for MODEL.PEFT."
+    )
 
 
 def read_tree(path: str, above: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -425,17 +430,26 @@ class _ConfigLoader(yaml.SafeLoader):
 
 
 def _check_node(node: yaml.Node, depth: int, values: Iterator[int]) -> None:
-    """Refuse a node with a repeated key, or with more values or levels, aliases written out, than a config can need."""
+    """Refuse a node that gives a key two values, or with more values or levels, aliases written out, than a config can
+    need. The official Mask2Former gives one key the same value twice.
+    """
     if next(values) > _MAX_VALUES or depth > _MAX_DEPTH:
         raise _refused(node, f"holds more than {_MAX_VALUES:,} values, aliases written out, or {_MAX_DEPTH} levels")
     children = node.value if isinstance(node, yaml.CollectionNode) else []
-    if isinstance(node, yaml.MappingNode):
-        keys = [key.value for key, _ in children if isinstance(key, yaml.ScalarNode)]
-        if (repeated := _repeated(keys)) is not None:
-            raise _refused(node, f"the key {repeated!r} is given twice in this group")
-        children = [part for pair in children for part in pair]
-    for child in children:
+    pairs = children if isinstance(node, yaml.MappingNode) else []
+    for child in [part for pair in pairs for part in pair] or children:
         _check_node(child, depth + 1, values)
+    said: dict[str, Any] = {}
+    for key, value in pairs:
+        if isinstance(key, yaml.ScalarNode) and said.setdefault(key.value, _meaning(value)) != _meaning(value):
+            raise _refused(node, f"the key {key.value!r} is given twice in this group, with two values")
+
+
+def _meaning(node: yaml.Node) -> Any:
+    """What a node says, for comparison: its tag with its text or with what is in it."""
+    if not isinstance(node, yaml.CollectionNode):
+        return node.tag, node.value
+    return node.tag, [tuple(map(_meaning, item)) if isinstance(item, tuple) else _meaning(item) for item in node.value]
 
 
 def _refused(node: yaml.Node, why: str) -> yaml.YAMLError:

@@ -56,6 +56,12 @@ FILES: dict[str, tuple[str | bytes, str]] = {  # a config file, and what is said
     "a server's answer": ("404: Not Found", "is a server's error message"),
     "a pointer": ("version https://git-lfs.github.com/spec/v1\noid sha256:a\nsize 1\n", "is a pointer of Git LFS"),
     "numbers as keys": ("3: a\nb: c\n", "KEY: VALUE pairs, this one keys that are no texts"),
+    "a group of another program": (
+        f"{BASE}MODEL:\n  FC_CLIP:\n    DIM: 1\n",
+        "'MODEL.FC_CLIP' does not exist, nor one like it. If another program has it .*docs/codebases.md",
+    ),
+    "a key of another program": (f"{BASE}INPUT:\n  CROP:\n    CROP_INSTANCE: True\n", "CROP_INSTANCE' .*nor one like"),
+    "a value that is said twice": (f"{BASE}SOLVER:\n  MAX_ITER: 9\n  MAX_ITER: 9\n", ""),
     "the end of a key": (f"{BASE}SOLVER:\n  LR: 1\n", "nearest one is 'SOLVER.BASE_LR'"),
 }
 

@@ -35,6 +35,7 @@ YAML = {
     "an alias of its own": "X: &x [*x]",
     "a key given twice": "SOLVER: {{MAX_ITER: 3, MAX_ITER: 4}}",
     "a group given twice": "SOLVER: {{MAX_ITER: 3}}\nSOLVER: {{BASE_LR: 1.0}}",
+    "a list given twice": "DATASETS: {{TRAIN: [a, b], TRAIN: [b, a]}}",
     "a date that is none": "X: 2001-99-99",
     "a number that is none": "X: !!int many",
     "a number of 5000 digits": "X: " + "9" * 5_000,
@@ -50,6 +51,12 @@ def test_yaml_with_code_is_refused(attack: str, in_base: bool, tmp_path: Path) -
     with pytest.raises(ConfigError, match=r"evil\.yaml"):
         read_tree(str(tmp_path / ("top.yaml" if in_base else "evil.yaml")))
     assert not canary.exists()
+
+
+def test_a_value_that_is_said_twice_is_read(tmp_path: Path) -> None:
+    """As the official Mask2Former's panoptic config does."""
+    (tmp_path / "a.yaml").write_text("HEAD:\n  IN: [res2, {x: 1}]\n  OTHER: 1\n  IN: ['res2', {'x': 1}]\n")
+    assert read_tree(str(tmp_path / "a.yaml")) == {"HEAD": {"IN": ["res2", {"x": 1}], "OTHER": 1}}
 
 
 def test_a_loop_of_bases_is_refused(tmp_path: Path) -> None:
