@@ -113,6 +113,9 @@ def inject(
         model._register_load_state_dict_pre_hook(before_load, with_module=True)
         model._register_state_dict_hook(after_state_dict)
         injection.current.start = start_hashes(injection, name)
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            parameter.grad = None  # optimizers move whatever has a gradient, zero with weight decay, too
     if torch.is_inference_mode_enabled():
         logger.warning("The model was made under torch.inference_mode(): it can predict, and never be trained.")
     return make_report(model)

@@ -142,6 +142,21 @@ def test_an_optimizer_that_was_made_for_another_adapter(
     assert "of 'b' has changed since it was made" in caplog.text and "after set_adapter" in caplog.text
 
 
+@pytest.mark.parametrize("zeroed", [True, False])
+def test_an_optimizer_of_before_inject_moves_nothing_that_is_frozen(zeroed: bool, images: Tensor) -> None:
+    model = Model()
+    optimizer = torch.optim.AdamW(model.parameters(), 0.1, weight_decay=0.1)
+    backward(model, images)
+    peft_d2.inject(model, [LORA], ["head"])
+    before, head = peft.frozen_hash(model), model.head.weight.clone()  # type: ignore[union-attr, operator]
+    for _ in range(2):
+        if zeroed:
+            optimizer.zero_grad(set_to_none=False)
+        backward(model, images)
+        optimizer.step()
+    assert peft.frozen_hash(model) == before and not torch.equal(model.head.weight, head)  # type: ignore[union-attr, arg-type]
+
+
 def test_a_base_that_was_thawed_after_inject_is_said_before_training(
     images: Tensor, caplog: pytest.LogCaptureFixture
 ) -> None:

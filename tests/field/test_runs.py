@@ -275,7 +275,7 @@ def test_arguments_of_the_tools_that_no_value_can_have(own: Any, tool: Any, tmp_
     cut = ["--json", made.json, "--images", made.images, "--output", tmp_path / "tiles"]
     for name, arguments, said in (
         ("tile_dataset", [*cut, "--scale", 0], "scale 0: expected .* a factor above 0"),
-        ("tile_dataset", [*cut, "--tile", 0], "tiles of 0 px"),
+        ("tile_dataset", [*cut, "--tile", 0], "argument --tile: 0 is not at least 1"),
         ("visualize_data", ["--config-file", TINY], "DATASETS.TRAIN is empty"),
         (
             "demo",
@@ -284,7 +284,7 @@ def test_arguments_of_the_tools_that_no_value_can_have(own: Any, tool: Any, tmp_
         ),
     ):
         code, text = tool(name, *arguments)
-        assert code == 1 and re.search(f"error: .*{said}", text) and not (tmp_path / "tiles").exists(), text
+        assert code in (1, 2) and re.search(f"error: .*{said}", text) and not (tmp_path / "tiles").exists(), text
 
 
 def test_predictions_that_could_not_be_written_are_refused_before_they_are_made(

@@ -93,7 +93,7 @@ def test_the_tool(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--rounds", "0"], "--rounds is 0"),
+        (["--rounds", "0"], "argument --rounds: 0 is not at least 1"),
         (["--peft-config", "nowhere.yaml"], "nowhere.yaml' does not exist"),
     ],
 )
