@@ -54,7 +54,10 @@ def to_model(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
         suffix, theirs = next((pair for pair in SUFFIXES.items() if name.endswith(pair[1])), ("", ""))
         own = name.removeprefix(PREFIX).removesuffix(theirs) + suffix
         if not name.startswith(PREFIX) or name.endswith(tuple(SUFFIXES)) or not NAME.fullmatch(own):
-            raise ValueError(f"the tensor name {name[:80]!r} is not one of an adapter")
+            raise ValueError(
+                f"the tensor name {name[:80]!r} is not one of an adapter, where peft writes "
+                "'base_model.model.<module>.lora_A.weight'; kohya's scripts, diffusers and loralib write others"
+            )
         tensors[own] = value.flatten() if suffix == MAGNITUDE else value
     return tensors
 

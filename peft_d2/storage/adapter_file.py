@@ -298,7 +298,13 @@ def _refuse_other_folder(root: Path) -> None:
     if not there and inside:
         raise AdapterFileError(root, "it holds folders of adapters and none itself", f"give {' or '.join(inside[:3])}")
     if not there:
-        raise AdapterFileError(root, "it holds no file of an adapter", "correct MODEL.PEFT.WEIGHTS or the path given")
+        others = [path.name for path in sorted(root.glob("*.safetensors"))]
+        raise AdapterFileError(
+            root,
+            "it holds no file of an adapter" + (f", but {shortened(others, 3)}" if others else ""),
+            f"correct MODEL.PEFT.WEIGHTS or the path given; an adapter is {TENSORS} beside {CONFIG}, as this package "
+            "and Hugging Face's peft write them, and not kohya's scripts or diffusers",
+        )
     if len(there) == 1:
         missing = CONFIG if there == [TENSORS] else TENSORS
         raise AdapterFileError(root / missing, f"the file is missing beside {there[0]}", _DAMAGED)

@@ -245,6 +245,9 @@ def test_a_description_that_does_not_fit_is_refused(tmp_path: Path, change: dict
 FOLDERS: dict[str, tuple[Any, str]] = {
     "a folder of folders": (lambda f: [p.rename(f / "night" / p.name) for p in f.glob("a*")], "give .*hf/night$"),
     "no file of it": (lambda f: [p.unlink() for p in f.glob("adapter_*")], "holds no file of an adapter"),
+    "diffusers": (lambda f: [(f / "adapter_config.json").unlink(),
+                             (f / "adapter_model.safetensors").rename(f / "pytorch_lora_weights.safetensors")],
+                  "holds no file of an adapter, but pytorch_lora_weights.safetensors.*adapter_model.safetensors b"),
     "no tensors": (lambda f: (f / "adapter_model.safetensors").unlink(), "safetensors: the file is missing beside"),
     "no config": (lambda f: (f / "adapter_config.json").unlink(), "adapter_config.json: the file is missing beside"),
     "a pointer": (lambda f: (f / "adapter_model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n"),

@@ -237,6 +237,10 @@ TENSORS: dict[str, tuple[Any, str]] = {
     "no module": (lambda t: {k.replace("layers.0", "layers.7"): v for k, v in t.items()}, r"layers\\\\.7\\\\.fc1"),
     "another kind": (lambda t: {**t, FACTOR.replace("lora_A", "lora_E"): t[FACTOR].clone()}, "not known"),
     "no factors": (lambda t: {"base_model.model.head.bias": torch.zeros(4)}, "no factors"),
+    "kohya": (
+        lambda t: {"lora_unet_fc1.lora_down.weight": t[FACTOR].clone()},
+        "lora_unet_fc1.lora_down.weight' is not one .*lora_A.weight'; kohya's scripts, diffusers .* write others",
+    ),
     "another prefix": (lambda t: {k.removeprefix("base_model."): v for k, v in t.items()}, "is not one of an adapter"),
     "a part of a head": (lambda t: {**t, "base_model.model.head.bias": torch.zeros(3)}, "shape of head.bias"),
 }  # fmt: skip
