@@ -23,7 +23,7 @@ from PIL import Image, ImageDraw
 from pycocotools import mask as coco_mask
 
 import peft_d2
-from peft_d2.data.images import visible
+from peft_d2.data.images import image_size, visible
 from peft_d2.data.segmentation import mask_outlines, mask_to_polygons
 from peft_d2.engine.checks import build_model
 from peft_d2.engine.config import PEFT_ARCHITECTURE
@@ -88,31 +88,31 @@ def picture(args: argparse.Namespace) -> list[Path]:
     boxes = read_boxes(args.boxes, images) if args.boxes else None
     if args.adapters and (args.json or args.results or args.polygons):
         raise ConfigError("--adapters draws several models' instances; --json, --results and --polygons take one's.")
-    predictor = Predictor(prepare_config(args), read_adapters(args.adapters))
+    cfg, adapters = prepare_config(args), read_adapters(args.adapters)
+    _check_headers(images)
+    predictor = Predictor(cfg, adapters)
     if predictor.prompted != (boxes is not None):
         needs = "takes boxes as prompts: name them with" if predictor.prompted else "takes no prompts: leave out"
         raise ConfigError(f"the model {needs} --boxes.")
     found = Predictions(predictor.metadata) if args.json or args.results or args.polygons else None
-    for path in Bar(list(images), "images") if on_terminal() else images:
-        image, prediction = predictor(path, boxes[path] if boxes else None)
-        targets[path].parent.mkdir(parents=True, exist_ok=True)
-        count = draw(image, prediction, predictor, args.confidence_threshold, targets[path])
-        if found is not None:
-            objects = found.add(images[path], image, prediction, args.confidence_threshold)
-            if args.polygons:
-                suffix, write, holes = POLYGONS[args.polygons]
-                file = targets[path].with_suffix(suffix)
-                name = os.path.relpath(path.resolve(), file.parent.resolve())
-                content = write(found.labelled(objects, holes, args.simplify), name, image.shape[:2])
-                atomic.write_bytes(file, json.dumps(content).encode())
-        if not on_terminal():
-            print(f"{path}: {count} instances -> {targets[path]}", flush=True)
-    if found is not None and args.json:
-        atomic.write_bytes(args.json, json.dumps(found.content).encode())
-    if found is not None and args.results:
-        kept = ("image_id", "category_id", "bbox", "segmentation", "score")
-        rows = [{key: row[key] for key in kept if key in row} for row in found.content["annotations"]]
-        atomic.write_bytes(args.results, json.dumps(rows).encode())
+    try:
+        for path in Bar(list(images), "images") if on_terminal() else images:
+            image, prediction = predictor(path, boxes[path] if boxes else None)
+            targets[path].parent.mkdir(parents=True, exist_ok=True)
+            count = draw(image, prediction, predictor, args.confidence_threshold, targets[path])
+            if found is not None:
+                objects = found.add(images[path], image, prediction, args.confidence_threshold)
+                if args.polygons:
+                    suffix, write, holes = POLYGONS[args.polygons]
+                    file = targets[path].with_suffix(suffix)
+                    name = os.path.relpath(path.resolve(), file.parent.resolve())
+                    content = write(found.labelled(objects, holes, args.simplify), name, image.shape[:2])
+                    atomic.write_bytes(file, json.dumps(content).encode())
+            if not on_terminal():
+                print(f"{path}: {count} instances -> {targets[path]}", flush=True)
+    finally:  # an image that fails, or Ctrl-C, costs nothing of those before it
+        if found is not None and found.content["images"]:
+            found.write(args.json, args.results)
     return list(targets.values())
 
 
@@ -125,6 +125,14 @@ class Predictions:
         self._ids = [ids.get(index, index + 1) for index in range(len(names))]
         categories = [{"id": id_, "name": name} for id_, name in zip(self._ids, names, strict=True)]
         self.content: dict[str, list[dict[str, Any]]] = {"images": [], "annotations": [], "categories": categories}
+
+    def write(self, json_file: str, results_file: str) -> None:
+        """Write them as a COCO data set and as a bare list, each where a file is named."""
+        kept = ("image_id", "category_id", "bbox", "segmentation", "score")
+        rows = [{key: row[key] for key in kept if key in row} for row in self.content["annotations"]]
+        for file, content in ((json_file, self.content), (results_file, rows)):
+            if file:
+                atomic.write_bytes(file, json.dumps(content).encode())
 
     def add(self, name: Path, image: np.ndarray, prediction: dict[str, Any], threshold: float) -> list[dict[str, Any]]:
         """Take up one image's instances from ``threshold`` on; a box's mask, which has no class, is of category 0.
@@ -223,6 +231,15 @@ def _targets(images: dict[Path, Path], output: Path) -> dict[Path, Path]:
     except OSError as error:
         raise ConfigError(f"--output {output} cannot be made: {error.strerror}. Choose another folder.") from error
     return targets
+
+
+def _check_headers(images: Iterable[Path]) -> None:
+    """Refuse files that are no images, or would be misread, before the first one is predicted on."""
+    for path in images:
+        try:
+            image_size(path)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"--input {path}: is no image that can be read ({error}).") from error
 
 
 def _keep_annotations(file: Path) -> None:
@@ -331,7 +348,7 @@ class Predictor:
         from detectron2.data import Metadata, MetadataCatalog
         from detectron2.data import transforms as T
 
-        from peft_d2.data.augmentation import LongestSide
+        from peft_d2.data.augmentation import LongestSide, keep_a_pixel
         from peft_d2.engine.checkpointer import Checkpointer
         from peft_d2.evaluation.tiling import inference_model
         from peft_d2.models.sam.model import SegmentAnything
@@ -360,7 +377,7 @@ class Predictor:
             peft_d2.load_adapters(self.base, adapters, allow_other_base=cfg.MODEL.PEFT.ALLOW_OTHER_BASE)
             self.by_adapter |= {name: classes_of_run(folder, self.metadata) for name, folder in adapters.items()}
         size = 0 if cfg.TEST.TILES.ENABLED else cfg.INPUT.MIN_SIZE_TEST  # tiles are cut from images in their own size
-        self._resize: Any = T.ResizeShortestEdge([size, size], cfg.INPUT.MAX_SIZE_TEST)
+        [self._resize] = keep_a_pixel([T.ResizeShortestEdge([size, size], cfg.INPUT.MAX_SIZE_TEST)])
         if self.prompted:
             self._resize = LongestSide(cfg.MODEL.SAM.IMAGE_SIZE)
 
@@ -427,7 +444,8 @@ def paint(image: np.ndarray, prediction: dict[str, Any], metadata: Any, threshol
     """The image with one prediction, panoptic before instances before semantic, and the number of instances drawn."""
     from detectron2.utils.visualizer import ColorMode, Visualizer
 
-    scale = max(1.0, _SHORT_SIDE / min(image.shape[:2]))  # labels are unreadable on a small picture
+    sides = sorted(image.shape[:2])  # labels are unreadable on a small picture; a thin one is not made huge
+    scale = max(1.0, min(_SHORT_SIDE / sides[0], 4 * _SHORT_SIDE / sides[1]))
     painter = Visualizer(image, metadata, scale=scale, instance_mode=ColorMode.IMAGE)
     count = 0
     if prediction.get("panoptic_seg") is not None:

@@ -91,6 +91,15 @@ def _check_numbers(cfg: Any) -> None:
             "multiply both by 255.",
             *(list(cfg.MODEL.PIXEL_MEAN), list(cfg.MODEL.PIXEL_STD)),
         )
+    if cfg.TEST.TILES.ENABLED:
+        node = cfg.TEST.TILES
+        ranges: dict[str, tuple[float, float]] = {
+            "SIZE": (1, 2**31),
+            "SCALE": (0.001, 1000),
+            "OVERLAP": (0, node.SIZE - 1),
+        }
+        for key, (low, high) in ranges.items():
+            expect(low <= node[key] <= high, f"TEST.TILES.{key}", node[key], f"{low} to {high}")
     if cfg.SEED >= 2**63:
         raise ConfigError(f"SEED is {cfg.SEED}; expected less than 2**63, or -1 to draw one.")
 

@@ -96,6 +96,21 @@ BATCHES: list[tuple[Any, str]] = [
 ]
 
 
+PIXELS = {
+    "NaN or infinite in part": torch.zeros(3, 64, 64).index_fill(2, torch.tensor([5]), float("nan")),
+    "bool": torch.zeros(3, 64, 64, dtype=torch.bool),
+    "empty": torch.zeros(3, 0, 64),
+}
+
+
+@pytest.mark.parametrize("said", PIXELS)
+def test_pixels_that_no_image_has(said: str) -> None:
+    peft_d2.register()
+    model = build_model(few("tiny.yaml")).eval()
+    with pytest.raises(DatasetError, match=f"b.png: the image .* is {said}"):
+        model([{"image": PIXELS[said], "file_name": "b.png"}])
+
+
 @pytest.mark.parametrize("name", ["mask2former", "sam"])
 @pytest.mark.parametrize(("batch", "said"), BATCHES, ids=[said for _, said in BATCHES])
 def test_what_is_no_batch(name: str, batch: Any, said: str) -> None:

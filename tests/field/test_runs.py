@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import uuid
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 pytest.importorskip("detectron2")
 
@@ -316,3 +318,29 @@ def test_a_user_without_a_home(own: Any, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.chdir(made.images.parent)
     assert check_coco(made.json, made.images, remember=True) == []
     assert not Path("~").exists()
+
+
+def test_an_image_that_fails_costs_nothing_of_the_others(own: Any, tool: Any, tmp_path: Path) -> None:
+    photos = own("set", images=2).images
+    whole = sorted(photos.iterdir())[1].read_bytes()
+    arguments = ["--config-file", TINY, "--input", photos, "--output", tmp_path / "out", "--json", tmp_path / "a.json"]
+    (photos / "z.png").write_bytes(b"")
+    code, text = tool("demo", *arguments)
+    assert code == 1 and "z.png: is no image" in text and not list(tmp_path.glob("out/*.png"))
+    (photos / "z.png").write_bytes(whole[: len(whole) // 2])  # its header is as it should be
+    code, text = tool("demo", *arguments)
+    assert code == 1 and "z.png" in text and "Traceback" not in text
+    assert len(json.loads((tmp_path / "a.json").read_text())["images"]) == 2
+
+
+def test_a_picture_that_resizing_would_round_to_nothing(tool: Any, tmp_path: Path) -> None:
+    Image.new("RGB", (3000, 1)).save(tmp_path / "line.png")
+    code, text = tool("demo", "--config-file", TINY, "--input", tmp_path / "line.png", "--output", tmp_path / "out")
+    assert code == 0 and Image.open(tmp_path / "out" / "line.png").width >= 3000, text
+
+
+@pytest.mark.parametrize(("key", "value"), [("SIZE", 0), ("OVERLAP", 96), ("OVERLAP", -1), ("SCALE", 0.0)])
+def test_tiles_that_there_cannot_be_are_refused_before_training(key: str, value: float) -> None:
+    cfg = load_config(str(TINY), opts=["TEST.TILES.ENABLED", "True", f"TEST.TILES.{key}", str(value)]).cfg
+    with pytest.raises(ValueError, match=rf"TEST.TILES.{key}"):
+        check_run(cfg, evaluate=False)

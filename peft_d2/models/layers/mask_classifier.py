@@ -72,6 +72,16 @@ class PixelModel(nn.Module):
                 f"{name}: the image is {tuple(image.shape)}, but the model takes {len(self.pixel_mean)} channels "
                 "(C, H, W): as many as MODEL.PIXEL_MEAN and PIXEL_STD have. Set these and INPUT.FORMAT to fit"
             )
+        # Looked at where that is free: not on a GPU, in a graph that is recorded, or in training, whose losses tell.
+        eager = type(image) is Tensor and image.device.type == "cpu" and not torch.compiler.is_compiling()
+        looked_at = eager and not (self.training or torch.jit.is_tracing()) and image.is_floating_point()
+        if (
+            not image.numel()
+            or image.dtype == torch.bool
+            or (looked_at and not image.sum(dtype=torch.float64).isfinite())
+        ):
+            what = "empty" if not image.numel() else "bool" if image.dtype == torch.bool else "NaN or infinite in part"
+            raise DatasetError(f"{name}: the image {tuple(image.shape)} is {what}, expected pixels from 0 to 255")
         # In float32 and above; a model in half precision or float64 takes images as such.
         mean, std = (
             value.to(torch.promote_types(value.dtype, torch.float32)) for value in (self.pixel_mean, self.pixel_std)
