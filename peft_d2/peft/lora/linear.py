@@ -88,7 +88,7 @@ class _OnLinear(AdapterLayer):
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The adapted layer: (..., in) -> (..., out)."""
-        x = x.contiguous()  # torch multiplies a transposed map by a frozen weight row by row, with a copy for each
+        x = _rows_at_once(x)
         if saves_passes(x, weight, self.lora_a) and (pair := self.pair()) is not None:
             return low_rank_linear(x, weight, bias, *pair)
         return self.adapted(x, F.linear(x, weight, bias), weight, bias)
@@ -130,6 +130,14 @@ class LinearLora(_OnLinear, LowRank):
         """s A x for x (..., in) -> (..., r), through COBOT where it is."""
         low = F.linear(x, a)
         return (low if self.cobot is None else self.cobot(low)) * self.scale
+
+
+def _rows_at_once(x: Tensor) -> Tensor:
+    """``x`` (..., in), copied where it is more matrices than a matrix has rows, as a transposed map (pixels, N, in) is:
+    torch takes these one by one where nothing requires a gradient, and copies the weight for each.
+    """
+    many = x.dim() > 2 and x.numel() > x.shape[-2] ** 2 * x.shape[-1]
+    return x.contiguous() if many else x
 
 
 def _rows(b: Tensor) -> Tensor:

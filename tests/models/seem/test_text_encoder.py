@@ -220,7 +220,7 @@ def damaged(change: Callable[[dict[str, Tensor], dict[str, Any]], None]) -> Call
 
 FAULTS: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "cut short": (lambda data: data[:-8], "cut short, damaged"),
-    "empty": (lambda data: b"", "cut short, damaged"),
+    "empty": (lambda data: b"", "it is empty"),
     "other tensors": (lambda data: dump_tensors({"x": torch.zeros(2)}), "holds no class vectors"),
     "changed": (damaged(lambda tensors, _: tensors["vectors"].mul_(2)), "not those that were written"),
     "not finite": (damaged(lambda tensors, _: tensors["vectors"].fill_(torch.nan)), "not those that were written"),
