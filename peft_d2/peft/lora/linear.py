@@ -134,10 +134,12 @@ class LinearLora(_OnLinear, LowRank):
 
 def _rows_at_once(x: Tensor) -> Tensor:
     """``x`` (..., in), copied where it is more matrices than a matrix has rows, as a transposed map (pixels, N, in) is:
-    torch takes these one by one where nothing requires a gradient, and copies the weight for each.
+    torch takes these one by one where nothing requires a gradient, and copies the weight for each. A graph is not tied
+    to that number.
     """
-    many = x.dim() > 2 and x.numel() > x.shape[-2] ** 2 * x.shape[-1]
-    return x.contiguous() if many else x
+    if x.dim() < 3 or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return x
+    return x.contiguous() if x.numel() > x.shape[-2] ** 2 * x.shape[-1] else x
 
 
 def _rows(b: Tensor) -> Tensor:
