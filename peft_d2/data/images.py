@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -85,9 +85,7 @@ def read_header(path: str | Path) -> tuple[tuple[int, int], str, str]:
     except Image.DecompressionBombError as error:
         return (0, 0), f"is larger than Pillow's limit against decompression bombs ({error})", _TOO_LARGE
     except (OSError, SyntaxError, ValueError) as error:
-        kind = ""
-        with suppress(OSError), open(path, "rb") as file:
-            kind = foreign.kind_of(file.read(foreign.LENGTH))
+        kind = foreign.kind_of_file(path)
         return (0, 0), f"cannot be opened as an image ({f'it is {kind}' if kind else error})", "Replace the file."
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 from peft_d2.compat import require_cityscapes
 from peft_d2.data.images import DatasetError, read_header
-from peft_d2.data.segmentation import Level
+from peft_d2.data.segmentation import Level, panoptic_ids
 
 _WHOLE: tuple[type, ...] = (int, np.integer)
 _AGAIN = "Write label images with one channel, whose values are class numbers from 0."
@@ -150,10 +150,10 @@ def _segments_apart(record: Mapping[str, Any]) -> dict[str, int]:
         raise _Fault("segments", path, what, "Each segment needs its own.")
     try:
         with Image.open(path) as opened:
-            form, colours = f"{opened.format}, {opened.mode}", np.asarray(opened.convert("RGB")).astype(np.int64)
+            form, colours = f"{opened.format}, {opened.mode}", np.asarray(opened.convert("RGB"))
     except (OSError, SyntaxError, ValueError) as error:
         raise _Fault("unreadable file", path, f"cannot be read ({error})", "Replace the file.") from error
-    seen = set(np.unique(colours @ (1, 256, 256 * 256)).tolist()) - {0}
+    seen = set(np.unique(panoptic_ids(colours)).tolist()) - {0}
     if listed and not seen & listed.keys():
         known, given = (", ".join(map(str, sorted(ids)[:3])) or "none" for ids in (seen, listed))
         what = f"its colours ({known}; {form}) are none of the ids of its segments_info ({given})"

@@ -32,7 +32,7 @@ from peft_d2.data.config import base_architecture
 from peft_d2.data.images import DatasetError, image_size, read_image
 from peft_d2.data.labels import read_labels
 from peft_d2.data.prompts import Detections, prompt_detections, prompted_objects, widened
-from peft_d2.data.segmentation import segmentation_to_mask
+from peft_d2.data.segmentation import panoptic_ids, segmentation_to_mask
 
 MAPPERS = {  # what each needs in the data set's records
     "mask_former_instance": "annotations",
@@ -254,7 +254,7 @@ class PanopticMapper(_Mapper):
         sem_seg = read_labels(record.pop("sem_seg_file_name")) if "sem_seg_file_name" in record else None
         picture, transforms = self._augmented(record, sem_seg)
         colours = detection_utils.read_image(record.pop("pan_seg_file_name"), "RGB")
-        segments = transforms.apply_segmentation(colours).astype(np.int64) @ (1, 256, 256 * 256)
+        segments = panoptic_ids(transforms.apply_segmentation(colours))
         kept = [s for s in record["segments_info"] if not s.get("iscrowd", 0)]
         masks = [segments == s["id"] for s in kept]
         record["instances"] = self._instances(masks, [s["category_id"] for s in kept], segments.shape)

@@ -48,7 +48,7 @@ def read_json(path: str | Path) -> Any:
 
 def json_defect(content: bytes, error: Exception) -> str:
     """What a file is that is no json, from its bytes and what Python says of them."""
-    kind = "an archive (unpack it first)" if content[:2] == b"PK" else foreign.kind_of(content[: foreign.LENGTH])
+    kind = "an archive (unpack it first)" if content[:2] == b"PK" else foreign.kind_of(content)
     return kind or f"not json ({error})"
 
 

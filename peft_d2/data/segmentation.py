@@ -26,6 +26,11 @@ def mask_to_compressed_rle(mask: np.ndarray) -> dict[str, Any]:
     return {"size": list(rle["size"]), "counts": rle["counts"].decode("ascii")}
 
 
+def panoptic_ids(colours: np.ndarray) -> np.ndarray:
+    """Segment ids (H, W) of a panoptic image (H, W, 3) in RGB, as COCO writes them: red + 256 green + 65536 blue."""
+    return colours.astype(np.int64) @ (1, 256, 256 * 256)
+
+
 def run_lengths(segmentation: Any, height: int, width: int) -> dict[str, Any]:
     """Polygons or run lengths of either form as the functions of pycocotools take them."""
     if isinstance(segmentation, dict):

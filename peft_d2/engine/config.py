@@ -392,8 +392,7 @@ def read_top(path: str) -> dict[str, Any]:
 
 def _kind(path: str) -> str:
     """What a file is that was downloaded in place of a config; "" where it is none of these."""
-    with open(path, "rb") as file:
-        kind = foreign.kind_of(file.read(foreign.LENGTH))
+    kind = foreign.kind_of_file(path)
     return f"is {kind}, not a config." if kind else ""
 
 

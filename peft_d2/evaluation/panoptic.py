@@ -18,6 +18,7 @@ from detectron2.utils.logger import create_small_table
 from PIL import Image
 
 from peft_d2.data.images import DatasetError, read_rgb
+from peft_d2.data.segmentation import panoptic_ids
 from peft_d2.evaluation.report import IMAGES, Drawn, side_by_side, write_panoptic_report
 
 _VOID = 0
@@ -66,8 +67,7 @@ class PanopticQualityEvaluator(COCOPanopticEvaluator):
             categories = {s["id"]: self._convert_category_id(dict(s))["category_id"] for s in segments}
             annotation = self._truth[record["image_id"]]
             with Image.open(os.path.join(self._metadata.panoptic_root, annotation["file_name"])) as opened:
-                colours = np.asarray(opened.convert("RGB")).astype(np.int64)
-            truth = colours @ (1, 256, 256 * 256)
+                truth = panoptic_ids(np.asarray(opened.convert("RGB")))
             statistics = {category: np.zeros(4) for category in self._statistics}
             compare(truth, annotation["segments_info"], ids, categories, statistics)
             for category, counted in statistics.items():

@@ -456,7 +456,7 @@ def load_tensors(data: bytes) -> tuple[dict[str, Tensor], dict[str, str]]:
         tensors = load(data)
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     except (SafetensorError, ValueError, TypeError, KeyError, RuntimeError, RecursionError) as error:
-        said = foreign.kind_of(data[: foreign.LENGTH]) or f"cut short, damaged, or not safetensors ({str(error)[:200]})"
+        said = foreign.kind_of(data) or f"cut short, damaged, or not safetensors ({str(error)[:200]})"
         raise Defect(f"it is {said}") from None
     if strange := next((name for name in tensors if len(name) > _MAX_NAME or not name.isprintable()), ""):
         raise Defect(f"the tensor name {strange[:60]!r} is too long or has unprintable characters")
@@ -479,7 +479,7 @@ def load_json(data: bytes) -> dict[str, Any]:
     except Defect:
         raise
     except ValueError as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
-        kind = foreign.kind_of(data[: foreign.LENGTH])
+        kind = foreign.kind_of(data)
         raise Defect(f"it is {kind or f'not valid JSON ({error}): the file is damaged or cut short'}") from None
     if not isinstance(parsed, dict):
         raise Defect(f"it holds a {type(parsed).__name__}, not an object")

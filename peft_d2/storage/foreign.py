@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 
 _KINDS = (
@@ -19,7 +20,16 @@ LENGTH = 512  # how many bytes of a file tell
 
 
 def kind_of(start: bytes) -> str:
-    """What a file's first `LENGTH` bytes show it to be, of what cannot be read anywhere here; "" where they do not."""
+    """What a file's first `LENGTH` bytes, or all, show it to be, of what cannot be read anywhere here; else ""."""
     if not start:
         return "empty"
     return next((kind for pattern, kind in _KINDS if re.match(pattern, start[:LENGTH], re.DOTALL)), "")
+
+
+def kind_of_file(path: str | os.PathLike[str]) -> str:
+    """As `kind_of`, of a file; "" where it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return kind_of(file.read(LENGTH))
+    except OSError:
+        return ""

@@ -75,12 +75,10 @@ class PixelModel(nn.Module):
         # Looked at where that is free: not on a GPU, in a graph that is recorded, or in training, whose losses tell.
         eager = type(image) is Tensor and image.device.type == "cpu" and not torch.compiler.is_compiling()
         looked_at = eager and not (self.training or torch.jit.is_tracing()) and image.is_floating_point()
-        if (
-            not image.numel()
-            or image.dtype == torch.bool
-            or (looked_at and not image.sum(dtype=torch.float64).isfinite())
-        ):
-            what = "empty" if not image.numel() else "bool" if image.dtype == torch.bool else "NaN or infinite in part"
+        what = "empty" if not image.numel() else "bool" if image.dtype == torch.bool else ""
+        if not what and looked_at and not image.sum(dtype=torch.float64).isfinite():
+            what = "NaN or infinite in part"
+        if what:
             raise DatasetError(f"{name}: the image {tuple(image.shape)} is {what}, expected pixels from 0 to 255")
         # In float32 and above; a model in half precision or float64 takes images as such.
         mean, std = (
