@@ -110,12 +110,13 @@ def load(run: Run) -> None:
 
 
 def correct(run: Run) -> None:
-    """The operator's tests on the device."""
+    """The tests that need a device: the operator's and whole models'."""
     report = run.work / "tests.xml"
     chosen = ["-k", "every_width or non_finite or outside"] if run.dry else ["-m", "gpu"]
-    tests = ["tests/ops/test_ms_deform_attn.py"] if run.dry else ["tests/ops"]
+    tests = ["tests/ops/test_ms_deform_attn.py"] if run.dry else ["tests/ops", "tests/models/test_on_gpu.py"]
+    chosen += ["-n", "6"] if not run.dry and installed("xdist") else []
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", *tests, *chosen]
-    status, _ = run.command(*command, limit=110)
+    status, _ = run.command(*command, limit=140)
     if not report.exists():
         return run.record("correct", "tests/ops", f"pytest ended with status {status}", ok=False)
     suite = next(xml.etree.ElementTree.parse(report).iter("testsuite"))
@@ -123,7 +124,7 @@ def correct(run: Run) -> None:
     for test in suite.iter("testcase"):
         if (failure := next((x for x in test if x.tag in ("failure", "error")), None)) is not None:
             run.record("correct", str(test.get("name")), str(failure.get("message"))[:300], ok=False)
-    run.record("correct", "tests/ops on the device", f"{number - skipped} run, {skipped} skipped", ok=status == 0)
+    run.record("correct", "tests on the device", f"{number - skipped} run, {skipped} skipped", ok=status == 0)
 
 
 def sanitize(run: Run) -> None:
@@ -323,11 +324,66 @@ def losses_of(config: str, method: str, side: int, device: str) -> dict[str, flo
     return {name: float(loss) for name, loss in model(pictures(side, 1)).items()}
 
 
-def measure_training(model: Any, side: int, batch: int, precision: str, device: str) -> dict[str, Any]:
+def memory(run: Run) -> None:
+    """Training steps under memory budgets: planned and measured peak, time, and the first losses beside no budget's."""
+    import torch
+
+    import peft_d2
+    from peft_d2.memory import MemoryBudgetError
+
+    base = "tests/engine/tiny.yaml" if run.dry else BASES["Mask2Former Swin-T"]
+    methods = {"LoRA in the head": METHODS["LoRA"]}
+    methods |= (
+        {} if run.dry else {"LoRA everywhere": "configs/peft/mask2former/lora_swin.yaml", "full": METHODS["full"]}
+    )
+    side, batch = (64, 2) if run.dry else (1024, 4)
+    for method, file in methods.items():
+        for precision in ("float32",) if run.dry else ("float32", "bfloat16"):
+            model = build(base, file, run.device).train()
+            name = f"{method}, {precision}, {side} px, batch {batch}"
+            weights = [parameter.detach().cpu().clone() for parameter in model.parameters()]
+            free = measure_training(model, side, batch, precision, run.device)
+            run.record("memory", f"{name}: no budget", free, ok=free["finite"])
+            dtype = getattr(torch, precision)
+            options = {"forward": lambda m, b, dtype=dtype: under_autocast(m, b, run.device, dtype)}
+            try:
+                peft_d2.fit_memory(model, pictures(side, batch), 1e-3, **options)
+            except MemoryBudgetError as error:
+                smallest = error.smallest
+            budgets = {"auto": "auto", "the smallest": smallest * 1.01}
+            if not run.dry:
+                budgets |= {f"{share} of the peak": share * free["peak_GiB"] for share in (0.7, 0.45)}
+            for title, budget in budgets.items():
+                try:
+                    plan = peft_d2.fit_memory(model, pictures(side, batch), budget, **options)
+                except MemoryBudgetError as error:
+                    run.record("memory", f"{name}: {title}", str(error)[:200], ok=None)
+                    continue
+                modes = list(plan.modes.values())
+                for parameter, weight in zip(model.parameters(), weights, strict=True):
+                    parameter.data.copy_(weight)
+                value = measure_training(model, side, batch, precision, run.device, plan.pieces)
+                value |= {"planned_GiB": round(plan.peak / 2**30, 2), "planned_ms": round(plan.seconds * 1e3, 1)}
+                value |= {mode: modes.count(mode) for mode in ("recompute", "offload")} | {"pieces": plan.pieces}
+                off = abs(value["first_loss"] - free["first_loss"]) / abs(free["first_loss"])
+                right = value["finite"] and (plan.pieces > 1 or off < 2e-2)
+                fits = run.dry or value["peak_GiB"] <= 1.1 * value["planned_GiB"]
+                run.record("memory", f"{name}: {title}", value, ok=right and fits)
+
+
+def under_autocast(model: Any, inputs: list[dict[str, Any]], device: str, dtype: Any) -> dict[str, Any]:
+    import torch
+
+    with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+        return model(inputs)
+
+
+def measure_training(model: Any, side: int, batch: int, precision: str, device: str, pieces: int = 1) -> dict[str, Any]:
     """A few steps: median time, peak memory, first and last loss."""
     import torch
 
     inputs = pictures(side, batch)
+    size = batch // pieces
     trained = [parameter for parameter in model.train().parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-5)
     scaler = torch.amp.GradScaler(device, init_scale=1024.0, enabled=precision == "float16")
@@ -338,10 +394,12 @@ def measure_training(model: Any, side: int, batch: int, precision: str, device: 
         torch.cuda.reset_peak_memory_stats()
     for _ in range(7 if on_gpu else 2):
         start = time.perf_counter()
-        with torch.autocast(device, dtype, enabled=dtype != torch.float32):
-            loss = sum(model(inputs).values())
         optimizer.zero_grad()
-        scaler.scale(loss).backward()
+        torch.manual_seed(1)
+        for piece in range(pieces):
+            part = inputs[piece * size : (piece + 1) * size]
+            loss = sum(under_autocast(model, part, device, dtype).values()) / pieces
+            scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(trained, 0.1)
         scaler.step(optimizer)
@@ -461,10 +519,11 @@ def kernels() -> None:
 # In order of worth; seconds that each may take.
 STEPS: dict[str, tuple[Callable[[Run], None], float]] = {
     "load": (load, 45),
-    "correct": (correct, 120),
+    "correct": (correct, 150),
     "sanitize": (sanitize, 120),
     "speed": (speed, 210),
     "train": (train, 200),
+    "memory": (memory, 120),
     "runs": (runs, 150),
     "profile": (profile, 90),
 }
@@ -578,7 +637,7 @@ def run_steps(run: Run, kit: Path, steps: list[str], minutes: float) -> int:
     paths = [str(run.work / "site"), str(ROOT), str(ROOT / "tools"), os.environ.get("PYTHONPATH", "")]
     os.environ["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
     os.environ["PYTHONUNBUFFERED"] = "1"
-    builds = build_peers(run, kit)
+    builds = build_peers(run, kit) if "speed" in steps else []
     with (run.output / "log.txt").open("w") as log:
         for step in steps:
             limit = min(STEPS[step][1], end - time.monotonic())

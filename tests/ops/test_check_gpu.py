@@ -90,7 +90,7 @@ def test_dry_run_on_a_machine_without_detectron2(tmp_path) -> None:
     assert unpacked == set(KIT)
     assert [row for row in rows if row["ok"] is False] == []
     told = {row["step"] for row in rows if row["ok"]}
-    assert told == {"kit", "load", "correct", "sanitize", "speed", "train", "runs"}  # ncu needs a GPU
+    assert told == {"kit", "load", "correct", "sanitize", "speed", "train", "memory", "runs"}  # ncu needs a GPU
     assert sum(row["step"] == "train" and "step_ms" in row["value"] for row in rows) == 6
     assert sum(row["step"] == "runs" for row in rows) == 3
     assert len((tmp_path / "results" / "results.md").read_text().splitlines()) == 2 + len(rows)
