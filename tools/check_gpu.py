@@ -300,7 +300,7 @@ def random_numbers_of_the_cpu() -> Iterator[None]:
             kwargs = dict(kwargs or {})
             if function in (torch.rand, torch.randn) and (device := kwargs.pop("device", None)) is not None:
                 return function(*args, **kwargs).to(device)
-            if function in (torch.rand_like, torch.randn_like):
+            if function in (torch.rand_like, torch.randn_like, torch.randint_like):
                 return function(args[0].cpu(), *args[1:], **kwargs).to(args[0].device)
             return function(*args, **kwargs)
 
@@ -523,7 +523,7 @@ STEPS: dict[str, tuple[Callable[[Run], None], float]] = {
     "sanitize": (sanitize, 120),
     "speed": (speed, 210),
     "train": (train, 200),
-    "memory": (memory, 120),
+    "memory": (memory, 150),
     "runs": (runs, 150),
     "profile": (profile, 90),
 }

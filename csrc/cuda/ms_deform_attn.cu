@@ -104,7 +104,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
       using T = typename decltype(pair)::Value;
       using C = typename decltype(pair)::Coordinate;
       using A = Accumulator<T>;
-      constexpr int vector = 16 / int(sizeof(T));
+      // 16 bytes of the sums, as neighbouring threads then add to whole sectors of memory.
+      constexpr int vector = 16 / int(sizeof(A));
       A* sums = static_cast<A*>(grad_value.data_ptr());
       const Outputs<T, C> to{
           static_cast<const T*>(grad.data_ptr()),

@@ -19,12 +19,12 @@ from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import nn
-from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
 from peft_d2.peft.adapted import Adapted, has_statistics
 
 from .frozen import FrozenConvolutions
+from .host import OnHost
 
 Mode = Literal["keep", "recompute", "offload"]
 _FIELD = "memory_block"
@@ -37,7 +37,7 @@ class Recorder(Protocol):
     """Listens to blocks while a plan is made."""
 
     def run(self, name: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Run one block's forward, which is called once more in the backward pass."""
+        """Run one block's forward pass, so that its activations do not stay on the device."""
 
 
 @dataclass
@@ -67,7 +67,7 @@ class Block(nn.Module):
         elif state.mode == "recompute":
             output = checkpoint(_tidied(forward, state.ceiling), *args, use_reentrant=False, **kwargs)
         else:
-            with save_on_cpu(pin_memory=True) if state.mode == "offload" else contextlib.nullcontext():
+            with OnHost() if state.mode == "offload" else contextlib.nullcontext():
                 output = forward(*args, **kwargs)
             if isinstance(output, torch.Tensor) and output.requires_grad:
                 output.register_hook(lambda _, ceiling=state.ceiling: return_freed_memory(ceiling))

@@ -87,10 +87,15 @@ class Meter:
         self._tracker = None if self._cuda else _Tracker()
         self._start = 0
 
+    @staticmethod
+    def allocated(device: torch.device) -> int:
+        """What torch's allocator has given out on a GPU, to libraries too (cuBLAS); 0 on a CPU."""
+        return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+
     def __enter__(self) -> Meter:
         if self._cuda is not None:
             torch.cuda.synchronize(self._cuda)
-            self._start = torch.cuda.memory_allocated(self._cuda)
+            self._start = self.allocated(self._cuda)
             torch.cuda.reset_peak_memory_stats(self._cuda)
         else:
             assert self._tracker is not None
@@ -104,7 +109,7 @@ class Meter:
     def read(self) -> tuple[int, int]:
         """(bytes now, most bytes since the last reading)."""
         if self._cuda is not None:
-            now = torch.cuda.memory_allocated(self._cuda) - self._start
+            now = self.allocated(self._cuda) - self._start
             peak = torch.cuda.max_memory_allocated(self._cuda) - self._start
             torch.cuda.reset_peak_memory_stats(self._cuda)
             return now, peak

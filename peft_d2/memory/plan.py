@@ -1,6 +1,6 @@
 """Fit a training step into a memory budget: measure one step at its leanest, then keep what the budget has room for.
 
-The step is measured with every block recomputing, which is the least memory it can run in. Whenever a block is
+The step is measured with every block recomputing, all but the least memory it can run in. Whenever a block is
 computed again, one sees what keeping its activations would have cost and what it would have saved in time. From these
 the peak of any choice follows: at each moment, the lean step's peak there plus the activations of the kept blocks
 between their forward and their backward pass. Blocks are then kept in the order of time saved per byte.
@@ -30,7 +30,7 @@ from .blocks import (
     return_freed_memory,
 )
 from .meter import device_of, free_bytes
-from .step import Call, Forward, LeanStep, measure
+from .step import Call, Forward, LeanStep, measure, measure_on_host
 
 GIB = 2**30
 AUTO_SHARE = 0.9  # of what is free: allocators need some room between tensors
@@ -179,14 +179,15 @@ def _steps(
     """Measured steps, each leaner than the one before, with the blocks' mode and how many pieces the batch is in; None
     for one that the device has no memory for.
     """
-    modes: tuple[Mode, ...] = ("recompute", "offload") if device_of(model).type == "cuda" else ("recompute",)
-    for count in _piece_counts(batch, pieces):
-        part = batch[: len(batch) // count] if count > 1 else batch
-        for mode in modes:
-            step = None
-            with contextlib.suppress(torch.cuda.OutOfMemoryError):
-                step = measure(model, part, forward, states, mode)
-            yield step, mode, count
+    step = part = None
+    counts = _piece_counts(batch, pieces)
+    for count in counts:
+        step, part = None, batch[: len(batch) // count] if count > 1 else batch
+        with contextlib.suppress(torch.cuda.OutOfMemoryError):
+            step = measure(model, part, forward, states)
+        yield step, "recompute", count
+    if device_of(model).type == "cuda" and step is not None:
+        yield measure_on_host(model, part, forward, states, step), "offload", counts[-1]
 
 
 def choose(step: LeanStep, room: int | None, resident: int, mode: Mode, pieces: int) -> MemoryPlan:
@@ -194,7 +195,7 @@ def choose(step: LeanStep, room: int | None, resident: int, mode: Mode, pieces: 
     blocks: dict[str, list[Call]] = {}
     for call in step.calls:
         blocks.setdefault(call.name, []).append(call)
-    sizes = {name: sum(step.size(call) for call in calls) for name, calls in blocks.items()}
+    sizes = {name: sum(call.size for call in calls) for name, calls in blocks.items()}
     times = {name: sum(call.seconds for call in calls) for name, calls in blocks.items()}
     peaks = [peak + step.unseen for _, peak in step.readings]
     smallest = max(peaks)
@@ -214,7 +215,7 @@ def choose(step: LeanStep, room: int | None, resident: int, mode: Mode, pieces: 
         peak=max(peaks) + resident,
         unplanned_peak=max(whole) + resident,
         smallest=smallest + resident,
-        largest_block=max(map(step.size, step.calls), default=0),
+        largest_block=max((call.size for call in step.calls), default=0),
         seconds=pieces * (nothing + sum(seconds for name, seconds in times.items() if name not in kept)),
         unplanned_seconds=pieces * nothing,
         modes={name: "keep" if name in kept else mode for name in blocks},

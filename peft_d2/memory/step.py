@@ -1,21 +1,24 @@
-"""One training step at its leanest, measured: what it takes with every block recomputing, and what each would keep."""
+"""One training step at its leanest, measured: what it takes with no block keeping a thing, and what each would keep."""
 
 from __future__ import annotations
 
 import contextlib
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import register_multi_grad_hook
 from torch.utils.checkpoint import checkpoint
 
 from peft_d2.peft.errors import InjectionError
 from peft_d2.peft.probe import as_it_was, own_event_storage, tensors_of, with_own_dicts
 
-from .blocks import BlockState, Mode, return_freed_memory
+from .blocks import BlockState, return_freed_memory
+from .host import OnHost
 from .meter import Meter, ProcessPeak, device_of
 
 Forward = Callable[[nn.Module, Any], Any]
@@ -33,21 +36,28 @@ def _total(losses: Any) -> Tensor:
 
 @dataclass
 class Call:
-    """One run of a block: the reading after its forward pass, those around its recomputing, and what that took."""
+    """One run of a block, with the numbers of the readings after its forward and before its backward pass.
+
+    Attributes:
+        size: bytes of the activations that it keeps unless something is done about it.
+        seconds: what doing that takes.
+    """
 
     name: str
     forward_end: int
     start: int = 0
-    end: int = 0
+    size: int = 0
     seconds: float = 0.0
 
 
 class Recorder:
     """Recomputes every block and notes when, how long, and with a meter how much memory."""
 
-    def __init__(self, meter: Meter | None) -> None:
+    def __init__(self, device: torch.device, meter: Meter | None = None) -> None:
+        self.device = device
         self.meter = meter
         self.calls: list[Call] = []
+        self.spans: list[tuple[Call, Any, Any]] = []  # calls with the moments around their recomputing
         self.readings: list[tuple[int, int]] = []
 
     def read(self) -> int:
@@ -56,6 +66,7 @@ class Recorder:
         return len(self.readings) - 1
 
     def run(self, name: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run a block's forward pass, whose activations are computed once more in the backward pass."""
         call = Call(name, 0)
         runs = 0
 
@@ -65,25 +76,59 @@ class Recorder:
             if runs == 1:
                 return forward(*args, **kwargs)
             return_freed_memory()
-            call.start, begun = self.read(), _clock()
+            call.start, begun = self.read(), _moment(self.device)
             try:
                 return forward(*args, **kwargs)
-            finally:  # torch leaves by an exception of its own once all that is needed is there
-                call.seconds += _clock() - begun
-                call.end = self.read()
+            except BaseException as stop:  # torch leaves by one of its own once all that is needed is there
+                traceback.clear_frames(stop.__traceback__)  # which would keep what was not needed, too
+                raise
+            finally:
+                self.spans.append((call, begun, _moment(self.device)))
+                end = self.read()
+                call.size = max(0, self.readings[end][0] - self.readings[call.start][0])
 
         output = checkpoint(body, *args, use_reentrant=False, **kwargs)
         call.forward_end = self.read()
         self.calls.append(call)
         return output
 
+    def time(self) -> None:
+        """Fill in what each call's recomputing took."""
+        for call, begun, ended in self.spans:
+            call.seconds += _seconds(begun, ended)
 
-def _clock() -> float:
-    """On a CPU the processor's seconds, which other programs disturb less."""
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        torch.cuda.synchronize()
-        return time.perf_counter()
-    return time.process_time()
+
+class HostRecorder(Recorder):
+    """Lets every block keep its activations in the host's memory, and notes when its backward pass begins."""
+
+    def run(self, name: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        with OnHost():
+            output = forward(*args, **kwargs)
+        number = self.read()
+        self.calls.append(call := Call(name, number, number))
+
+        def begin(_: Tensor) -> None:
+            call.start = self.read()
+
+        if learning := [tensor for tensor in tensors_of(output) if tensor.requires_grad]:
+            register_multi_grad_hook(learning, begin, mode="any")
+        return output
+
+
+def _moment(device: torch.device) -> Any:
+    """Now: the processor's seconds, which other programs disturb less, or a GPU's event, which waits for nothing."""
+    if device.type != "cuda":
+        return time.process_time()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record(torch.cuda.current_stream(device))
+    return event
+
+
+def _seconds(begun: Any, ended: Any) -> float:
+    if not isinstance(begun, torch.cuda.Event):
+        return float(ended - begun)
+    ended.synchronize()
+    return float(begun.elapsed_time(ended)) / 1e3
 
 
 @dataclass
@@ -93,7 +138,7 @@ class LeanStep:
     readings: list[tuple[int, int]]
     calls: list[Call]
     seconds: float
-    unseen: int  # bytes of the process's peak beyond the tensors that were followed
+    unseen: int  # of the process beyond the tensors that were followed; on a GPU what libraries keep for themselves
 
     @property
     def largest_growth(self) -> int:
@@ -101,45 +146,92 @@ class LeanStep:
         pairs = zip([(0, 0), *self.readings], self.readings, strict=False)
         return max((peak - before for (before, _), (_, peak) in pairs), default=0)
 
-    def size(self, call: Call) -> int:
-        """Bytes of the activations that a call keeps unless it is recomputed."""
-        return max(0, self.readings[call.end][0] - self.readings[call.start][0]) if call.end else 0
-
     def with_kept(self, peaks: Sequence[int], calls: Sequence[Call]) -> list[int]:
         """``peaks``, one for each reading, if these calls keep their activations."""
         raised = list(peaks)
         for call in calls:
             for number in range(call.forward_end + 1, call.start + 1):
-                raised[number] += self.size(call)
+                raised[number] += call.size
         return raised
 
 
-def measure(model: nn.Module, batch: Any, forward: Forward, states: dict[str, BlockState], mode: Mode) -> LeanStep:
-    """One step at its leanest, three times: to warm up, for its time and the process's peak, and for its tensors."""
+def measure(model: nn.Module, batch: Any, forward: Forward, states: dict[str, BlockState]) -> LeanStep:
+    """A step with every block recomputing: to warm up, for its time and the process's peak, and for its tensors."""
     device = device_of(model)
+    with _apart(model, device):
+        _forget_gradients(model)
+        before = Meter.allocated(device)
+        with _recording(states, Recorder(device)):
+            _step(model, batch, forward)
+        _forget_gradients(model)
+        unseen = Meter.allocated(device) - before
+        return_freed_memory()
+        timed = Recorder(device)
+        with ProcessPeak() as process:
+            seconds = _timed_step(model, batch, forward, states, timed)
+        return_freed_memory()
+        metered = _metered_step(model, batch, forward, states, Recorder(device, Meter(device)))
+    timed.time()
+    for call, of_time in zip(metered.calls, timed.calls, strict=True):
+        call.seconds = of_time.seconds
+    if device.type == "cpu":
+        unseen = process.bytes - max(peak for _, peak in metered.readings)
+    return LeanStep(metered.readings, metered.calls, seconds, max(0, unseen))
+
+
+def measure_on_host(
+    model: nn.Module, batch: Any, forward: Forward, states: dict[str, BlockState], recomputing: LeanStep
+) -> LeanStep:
+    """The same step with every block's activations in the host's memory; what they take is known from ``recomputing``.
+
+    What the transfers take is shared out by size.
+    """
+    device = device_of(model)
+    with _apart(model, device):
+        _timed_step(model, batch, forward, states, HostRecorder(device))  # allocates the host's memory
+        seconds = _timed_step(model, batch, forward, states, HostRecorder(device))
+        metered = _metered_step(model, batch, forward, states, HostRecorder(device, Meter(device)))
+    nothing = recomputing.seconds - sum(call.seconds for call in recomputing.calls)
+    whole = sum(call.size for call in recomputing.calls)
+    for call, known in zip(metered.calls, recomputing.calls, strict=True):
+        call.size = known.size
+        call.seconds = max(0.0, seconds - nothing) * known.size / max(whole, 1)
+    return LeanStep(metered.readings, metered.calls, seconds, recomputing.unseen)
+
+
+@contextlib.contextmanager
+def _apart(model: nn.Module, device: torch.device) -> Iterator[None]:
     devices = [torch.cuda.current_device()] if device.type == "cuda" else []
     with as_it_was(model), torch.random.fork_rng(devices), own_event_storage():
-        with _recording(states, timed := Recorder(None)):
-            _step(model, batch, forward)
-        return_freed_memory()
-        with _recording(states, timed := Recorder(None)), ProcessPeak() as process:
-            begun = _clock()
-            _step(model, batch, forward)
-            seconds = _clock() - begun
-        return_freed_memory()
-        with Meter(device) as meter, _recording(states, metered := Recorder(meter)):
-            _step(model, batch, forward)
-            metered.read()
-    for before, after in zip(timed.calls, metered.calls, strict=True):
-        after.seconds = before.seconds
-    peak = max(peak for _, peak in metered.readings)
-    unseen = max(0, process.bytes - peak) if device.type == "cpu" else 0
-    return LeanStep(metered.readings, metered.calls, seconds, unseen)
+        yield
+
+
+def _timed_step(
+    model: nn.Module, batch: Any, forward: Forward, states: dict[str, BlockState], recorder: Recorder
+) -> float:
+    with _recording(states, recorder):
+        begun = _moment(recorder.device)
+        _step(model, batch, forward)
+        return _seconds(begun, _moment(recorder.device))
+
+
+def _metered_step(
+    model: nn.Module, batch: Any, forward: Forward, states: dict[str, BlockState], recorder: Recorder
+) -> Recorder:
+    assert recorder.meter is not None
+    with recorder.meter, _recording(states, recorder):
+        _step(model, batch, forward)
+        recorder.read()
+    return recorder
+
+
+def _forget_gradients(model: nn.Module) -> None:
+    for parameter in model.parameters():
+        parameter.grad = None
 
 
 def _step(model: nn.Module, batch: Any, forward: Forward) -> None:
-    for parameter in model.parameters():
-        parameter.grad = None
+    _forget_gradients(model)
     with torch.enable_grad():
         _total(forward(model, with_own_dicts(batch))).backward()
 

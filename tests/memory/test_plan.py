@@ -13,9 +13,10 @@ from torch import Tensor, nn
 import peft_d2
 from peft_d2 import memory, peft
 from peft_d2.memory.blocks import Block, BlockState, find_blocks, make_block
+from peft_d2.memory.host import strides_to_keep
 from peft_d2.memory.meter import Meter
 from peft_d2.memory.plan import choose
-from peft_d2.memory.step import LeanStep, measure
+from peft_d2.memory.step import LeanStep, measure, measure_on_host
 from peft_d2.peft.errors import InjectionError
 
 GIB = 2**30
@@ -139,9 +140,41 @@ def test_recomputing_lowers_what_is_kept() -> None:
 def measured_step(model: nn.Module, batch: Any) -> tuple[dict[str, BlockState], LeanStep]:
     """One lean step as the planner measures it, by tensors alone: what else the process holds is not the plan's."""
     states = {name: make_block(module, name) for name, module in find_blocks(model)}
-    measured = measure(model, batch, lambda model, batch: model(batch), states, "recompute")
+    measured = measure(model, batch, lambda model, batch: model(batch), states)
     measured.unseen = 0
     return states, measured
+
+
+@pytest.mark.parametrize(
+    ("tensor", "strides"),
+    [
+        (torch.zeros(3, 5), (5, 1)),
+        (torch.zeros(3, 5).t(), (1, 5)),
+        (torch.zeros(2, 59, 64)[..., :59], (59 * 64, 64, 1)),  # as attention pads a mask
+        (torch.zeros(4, 30)[:, :10], (10, 1)),  # a third of a wider tensor
+        (torch.zeros(5, 1).expand(5, 4), (4, 1)),
+        (torch.zeros(10).unfold(0, 4, 2), (4, 1)),
+        (torch.zeros(()), ()),
+        (torch.zeros(0, 3), (3, 1)),
+    ],
+)
+def test_a_tensor_on_the_host_keeps_its_strides_where_they_take_no_room(
+    tensor: Tensor, strides: tuple[int, ...]
+) -> None:
+    assert strides_to_keep(tensor) == strides
+
+
+def test_offloaded_blocks_are_measured_from_their_forward_to_their_backward_pass() -> None:
+    """On a CPU nothing is offloaded: all blocks' activations are there when the last one's backward pass begins."""
+    model, batch = net(), torch.randn(2, 200, 8)
+    states, recomputing = measured_step(model, batch)
+    offloaded = measure_on_host(model, batch, lambda model, batch: model(batch), states, recomputing)
+    assert [call.name for call in offloaded.calls] == [call.name for call in recomputing.calls]
+    assert [call.size for call in offloaded.calls] == [call.size for call in recomputing.calls]
+    ends, starts = ([getattr(call, name) for call in offloaded.calls] for name in ("forward_end", "start"))
+    assert ends == sorted(ends) and starts == sorted(starts, reverse=True) and ends[-1] < starts[-1]
+    kept = offloaded.readings[starts[-1]][0]
+    assert kept == pytest.approx(sum(call.size for call in recomputing.calls), rel=0.1)
 
 
 def test_prediction_of_tensors_within_ten_percent() -> None:

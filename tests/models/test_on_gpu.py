@@ -87,9 +87,10 @@ def step(model: nn.Module, dtype: torch.dtype = torch.float32) -> tuple[dict[str
     model.zero_grad()
     torch.manual_seed(1)
     device = next(model.parameters()).device.type
-    with random_numbers_of_the_cpu(), torch.autocast(device, dtype, enabled=dtype != torch.float32):
-        losses = model(copy.deepcopy(pictures()))
-    sum(losses.values()).backward()
+    with random_numbers_of_the_cpu():  # in the backward pass too, where blocks compute again
+        with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+            losses = model(copy.deepcopy(pictures()))
+        sum(losses.values()).backward()
     gradients = {n: p.grad.cpu() for n, p in model.named_parameters() if p.grad is not None}
     return {name: loss.detach().cpu() for name, loss in losses.items()}, gradients
 
