@@ -114,7 +114,7 @@ def correct(run: Run) -> None:
     report = run.work / "tests.xml"
     chosen = ["-k", "every_width or non_finite or outside"] if run.dry else ["-m", "gpu"]
     tests = ["tests/ops/test_ms_deform_attn.py"] if run.dry else ["tests/ops", "tests/models/test_on_gpu.py"]
-    chosen += ["-n", "6"] if not run.dry and installed("xdist") else []
+    chosen += ["-n", "8"] if not run.dry and installed("xdist") else []
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", *tests, *chosen]
     status, _ = run.command(*command, limit=140)
     if not report.exists():
