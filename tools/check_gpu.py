@@ -336,7 +336,7 @@ def memory(run: Run) -> None:
     methods |= (
         {} if run.dry else {"LoRA everywhere": "configs/peft/mask2former/lora_swin.yaml", "full": METHODS["full"]}
     )
-    side, batch = (64, 2) if run.dry else (1024, 4)
+    side, batch = (64, 2) if run.dry else (1024, 2)
     for method, file in methods.items():
         for precision in ("float32",) if run.dry else ("float32", "bfloat16"):
             model = build(base, file, run.device).train()

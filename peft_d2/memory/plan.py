@@ -3,7 +3,8 @@
 The step is measured with every block recomputing, all but the least memory it can run in. Whenever a block is
 computed again, one sees what keeping its activations would have cost and what it would have saved in time. From these
 the peak of any choice follows: at each moment, the lean step's peak there plus the activations of the kept blocks
-between their forward and their backward pass. Blocks are then kept in the order of time saved per byte.
+between their forward and their backward pass. Blocks are then kept in the order of time saved per byte. That is a
+little too much, as a kept block needs no copy of its input, so steps with the choice are measured and it is made anew.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,13 +32,14 @@ from .blocks import (
     return_freed_memory,
 )
 from .meter import device_of, free_bytes
-from .step import Call, Forward, LeanStep, measure, measure_on_host
+from .step import Call, Forward, LeanStep, measure, measure_on_host, measure_peak
 
 GIB = 2**30
 AUTO_SHARE = 0.9  # of what is free: allocators need some room between tensors
 _FILLED = 0.8  # of the planned peak, up to which malloc may hold freed memory: giving it back takes time
 _CPU_SHARE = 0.95  # of the room beside the weights: malloc leaves holes between what is kept
 _FAR_ABOVE = 2**62
+_TRIES = 3  # choices that are measured
 
 
 class MemoryBudgetError(PeftError, ValueError):
@@ -62,6 +65,7 @@ class MemoryPlan:
         modes: what each block does, by name.
         kept: bytes of each block's activations, by name.
         pieces: parts of a batch that are computed one after another.
+        mode: what the blocks do that do not keep their activations.
     """
 
     budget: int | None
@@ -75,6 +79,12 @@ class MemoryPlan:
     modes: dict[str, Mode] = field(default_factory=dict)
     kept: dict[str, int] = field(default_factory=dict)
     pieces: int = 1
+    mode: Mode = "recompute"
+
+    @property
+    def kept_bytes(self) -> int:
+        """Of the activations that stay on the device until the backward pass."""
+        return sum(size for name, size in self.kept.items() if self.modes[name] == "keep")
 
     @property
     def recomputed(self) -> list[str]:
@@ -151,20 +161,23 @@ def fit_memory(
     states = {name: make_block(module, name) for name, module in find_blocks(model)}
     resident = _resident(model, optimizer_states)
     smallest: int | None = None
+    share = _CPU_SHARE if device_of(model).type == "cpu" else 1.0
+    room = None if limit is None else int(share * (limit - resident))
     try:
-        for step, mode, count in _steps(model, batch, pieces, forward or _call, states):
+        for step, part, mode, count in _steps(model, batch, pieces, forward or _call, states):
             if step is None:
                 agree(_FAR_ABOVE)
                 continue
-            share = _CPU_SHARE if device_of(model).type == "cpu" else 1.0
-            plan = choose(step, None if limit is None else int(share * (limit - resident)), resident, mode, count)
+            plan = choose(step, room, resident, mode, count)
+            if room is not None:
+                plan = _measured(plan, room, partial(measure_peak, model, part, forward or _call), step, states)
             smallest = min(smallest or plan.smallest, plan.smallest)
             if agree(0 if limit is None else plan.peak - limit) <= 0:
                 plan.budget, plan.smallest = limit, smallest
                 return_freed_memory()
                 idle = resident_bytes() + optimizer_states * _trained_bytes(model)
-                for name, state in states.items():
-                    state.mode = plan.modes.get(name, "keep")
+                _set_modes(states, plan.modes)
+                for state in states.values():
                     state.ceiling = idle + int(_FILLED * (plan.above_idle - step.largest_growth))
                 return plan
         raise _cannot_be_met(limit, smallest, resident)
@@ -175,9 +188,9 @@ def fit_memory(
 
 def _steps(
     model: nn.Module, batch: Any, pieces: int, forward: Forward, states: dict[str, BlockState]
-) -> Iterator[tuple[LeanStep | None, Mode, int]]:
-    """Measured steps, each leaner than the one before, with the blocks' mode and how many pieces the batch is in; None
-    for one that the device has no memory for.
+) -> Iterator[tuple[LeanStep | None, Any, Mode, int]]:
+    """Measured steps, each leaner than the one before: what is measured, None where the device has no memory for it, a
+    piece of the batch, the blocks' mode, and how many pieces there are.
     """
     step = part = None
     counts = _piece_counts(batch, pieces)
@@ -185,9 +198,36 @@ def _steps(
         step, part = None, batch[: len(batch) // count] if count > 1 else batch
         with contextlib.suppress(torch.cuda.OutOfMemoryError):
             step = measure(model, part, forward, states)
-        yield step, "recompute", count
+        yield step, part, "recompute", count
     if device_of(model).type == "cuda" and step is not None:
-        yield measure_on_host(model, part, forward, states, step), "offload", counts[-1]
+        yield measure_on_host(model, part, forward, states, step), part, "offload", counts[-1]
+
+
+def _measured(
+    plan: MemoryPlan, room: int, measure: Callable[[], int], step: LeanStep, states: dict[str, BlockState]
+) -> MemoryPlan:
+    """The plan of most kept activations whose measured peak is within ``room``; else the leanest that was tried.
+
+    The number of measured steps is the same in all processes, whose losses may wait for each other.
+    """
+    tried = []
+    for _ in range(_TRIES):
+        _set_modes(states, plan.modes)
+        planned = plan.above_idle
+        try:
+            plan.peak = plan.resident + measure() + step.unseen
+        except torch.cuda.OutOfMemoryError:
+            plan.peak = _FAR_ABOVE
+        tried.append(plan)
+        asked = room + min(planned - plan.above_idle, room) if plan.peak < _FAR_ABOVE else int(0.8 * planned)
+        plan = choose(step, asked, plan.resident, plan.mode, plan.pieces)
+    within = [plan for plan in tried if plan.above_idle <= room]
+    return max(within, key=lambda plan: plan.kept_bytes) if within else min(tried, key=lambda plan: plan.peak)
+
+
+def _set_modes(states: dict[str, BlockState], modes: dict[str, Mode]) -> None:
+    for name, state in states.items():
+        state.mode = modes.get(name, "keep")
 
 
 def choose(step: LeanStep, room: int | None, resident: int, mode: Mode, pieces: int) -> MemoryPlan:
@@ -221,6 +261,7 @@ def choose(step: LeanStep, room: int | None, resident: int, mode: Mode, pieces: 
         modes={name: "keep" if name in kept else mode for name in blocks},
         kept=sizes,
         pieces=pieces,
+        mode=mode,
     )
 
 

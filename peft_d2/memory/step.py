@@ -36,17 +36,20 @@ def _total(losses: Any) -> Tensor:
 
 @dataclass
 class Call:
-    """One run of a block, with the numbers of the readings after its forward and before its backward pass.
+    """One run of a block, with the numbers of readings: after its forward pass, before and after its recomputing.
 
     Attributes:
         size: bytes of the activations that it keeps unless something is done about it.
-        seconds: what doing that takes.
+        passing: bytes that the recomputing takes beyond these while it lasts.
+        seconds: what doing something about it takes.
     """
 
     name: str
     forward_end: int
     start: int = 0
+    end: int = 0
     size: int = 0
+    passing: int = 0
     seconds: float = 0.0
 
 
@@ -84,8 +87,9 @@ class Recorder:
                 raise
             finally:
                 self.spans.append((call, begun, _moment(self.device)))
-                end = self.read()
-                call.size = max(0, self.readings[end][0] - self.readings[call.start][0])
+                call.end = self.read()
+                now, peak = self.readings[call.end]
+                call.size, call.passing = max(0, now - self.readings[call.start][0]), peak - now
 
         output = checkpoint(body, *args, use_reentrant=False, **kwargs)
         call.forward_end = self.read()
@@ -105,10 +109,10 @@ class HostRecorder(Recorder):
         with OnHost():
             output = forward(*args, **kwargs)
         number = self.read()
-        self.calls.append(call := Call(name, number, number))
+        self.calls.append(call := Call(name, number, number, number))
 
         def begin(_: Tensor) -> None:
-            call.start = self.read()
+            call.start = call.end = self.read() + 1  # what a block keeps is freed little by little until the next
 
         if learning := [tensor for tensor in tensors_of(output) if tensor.requires_grad]:
             register_multi_grad_hook(learning, begin, mode="any")
@@ -152,6 +156,7 @@ class LeanStep:
         for call in calls:
             for number in range(call.forward_end + 1, call.start + 1):
                 raised[number] += call.size
+            raised[call.end] -= call.passing
         return raised
 
 
@@ -197,6 +202,14 @@ def measure_on_host(
         call.size = known.size
         call.seconds = max(0.0, seconds - nothing) * known.size / max(whole, 1)
     return LeanStep(metered.readings, metered.calls, seconds, recomputing.unseen)
+
+
+def measure_peak(model: nn.Module, batch: Any, forward: Forward) -> int:
+    """Bytes of tensors that a step takes at most above those that are there, as its blocks are set."""
+    device = device_of(model)
+    with _apart(model, device), Meter(device) as meter:
+        _step(model, batch, forward)
+        return meter.read()[1]
 
 
 @contextlib.contextmanager
