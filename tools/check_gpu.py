@@ -480,6 +480,8 @@ def runs(run: Run) -> None:
     train_net(
         "one process under torchrun", steps // 2, launcher=("-m", "torch.distributed.run", "--nproc-per-node", "1")
     )
+    budget = ("SOLVER.AMP.ENABLED", "True", "MODEL.PEFT.MEMORY_BUDGET", "auto")
+    train_net("half precision under a memory budget", steps // 2, *budget)
 
 
 def profile(run: Run) -> None:

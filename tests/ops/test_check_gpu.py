@@ -92,7 +92,7 @@ def test_dry_run_on_a_machine_without_detectron2(tmp_path) -> None:
     told = {row["step"] for row in rows if row["ok"]}
     assert told == {"kit", "load", "correct", "sanitize", "speed", "train", "memory", "runs"}  # ncu needs a GPU
     assert sum(row["step"] == "train" and "step_ms" in row["value"] for row in rows) == 6
-    assert sum(row["step"] == "runs" for row in rows) == 3
+    assert sum(row["step"] == "runs" for row in rows) == 4
     assert len((tmp_path / "results" / "results.md").read_text().splitlines()) == 2 + len(rows)
 
 
