@@ -161,6 +161,7 @@ class _Pass:
                 module.eval()
         self.root.zero_grad(set_to_none=True)
         torch.manual_seed(seed)
+        torch.clear_autocast_cache()
         with torch.enable_grad(), _Uses(self.used, self.recorded):
             outputs = tensors_of(call(self.root, batch))
             _require_numbers(self.root, outputs)
@@ -176,6 +177,7 @@ class _Pass:
     def predict(self, batch: Any) -> bool:
         """One pass in eval mode, where torch takes its shortcuts; True for a detector that finds nothing."""
         self.root.eval()
+        torch.clear_autocast_cache()  # which has copies of the parameters that the pass before used
         with torch.no_grad(), _Uses(self.used, self.recorded):
             output = call(self.root, batch)
         self.reached = self.moved = self.used

@@ -159,3 +159,23 @@ def test_freeze_at_is_not_passed_over_in_silence(name: str, frozen: int, caplog:
         model = backbone(name, {"MODEL.BACKBONE.FREEZE_AT": frozen})
     assert all(parameter.requires_grad for parameter in model.parameters())
     assert ("MODEL.BACKBONE.FREEZE_AT is 2" in caplog.text) == bool(frozen)
+
+
+@pytest.mark.parametrize("around", ["the whole", "each pass"])
+def test_what_is_trained_is_proved_in_half_precision(small: Any, around: str) -> None:
+    """Autocast hands on a parameter's copy from pass to pass as long as it is on."""
+    model = small()
+    peft.inject(
+        model, [{"NAME": "lora", "TARGETS": ["sem_seg_head.predictor.*.{self_attn,multihead_attn}"], "RANK": 2}]
+    )
+    autocast = torch.autocast("cpu", torch.bfloat16)
+    if around == "the whole":
+        with autocast:
+            peft.prove_live(model, [sample("bitmasks")])
+    else:
+        peft.prove_live(model, lambda model: under(autocast, model, [sample("bitmasks")]))
+
+
+def under(context: Any, model: nn.Module, batch: Any) -> Any:
+    with context:
+        return model(batch)
