@@ -75,6 +75,12 @@ def saved_by_module(model: nn.Module, forward: Callable[[], Any]) -> dict[str, i
     return dict(sorted(saved.by_module.items(), key=lambda item: -item[1]))
 
 
+def return_workspaces(device: torch.device) -> None:
+    """Let cuBLAS give back what it keeps for itself (32 MiB a thread on some GPUs), so that it is seen to take it."""
+    if device.type == "cuda" and hasattr(torch._C, "_cuda_clearCublasWorkspaces"):
+        torch._C._cuda_clearCublasWorkspaces()
+
+
 class Meter:
     """Bytes of tensors that came into being within the ``with`` block and live: now, and at most since the last call.
 

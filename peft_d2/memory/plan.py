@@ -210,8 +210,8 @@ def _measured(
 
     The number of measured steps is the same in all processes, whose losses may wait for each other.
     """
-    tried = []
-    for _ in range(_TRIES):
+    tried: list[MemoryPlan] = []
+    for left in reversed(range(_TRIES)):
         _set_modes(states, plan.modes)
         planned = plan.above_idle
         try:
@@ -219,10 +219,14 @@ def _measured(
         except torch.cuda.OutOfMemoryError:
             plan.peak = _FAR_ABOVE
         tried.append(plan)
-        asked = room + min(planned - plan.above_idle, room) if plan.peak < _FAR_ABOVE else int(0.8 * planned)
+        within = [plan for plan in tried if plan.above_idle <= room]
+        asked = 0 if left == 1 and not within else room + planned - plan.above_idle
         plan = choose(step, asked, plan.resident, plan.mode, plan.pieces)
-    within = [plan for plan in tried if plan.above_idle <= room]
-    return max(within, key=lambda plan: plan.kept_bytes) if within else min(tried, key=lambda plan: plan.peak)
+    if within:
+        return max(within, key=lambda plan: plan.kept_bytes)
+    leanest = min(tried, key=lambda plan: plan.peak)
+    leanest.smallest = max(leanest.smallest, leanest.peak)
+    return leanest
 
 
 def _set_modes(states: dict[str, BlockState], modes: dict[str, Mode]) -> None:

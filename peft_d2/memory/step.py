@@ -19,7 +19,7 @@ from peft_d2.peft.probe import as_it_was, own_event_storage, tensors_of, with_ow
 
 from .blocks import BlockState, return_freed_memory
 from .host import OnHost
-from .meter import Meter, ProcessPeak, device_of
+from .meter import Meter, ProcessPeak, device_of, return_workspaces
 
 Forward = Callable[[nn.Module, Any], Any]
 
@@ -165,6 +165,7 @@ def measure(model: nn.Module, batch: Any, forward: Forward, states: dict[str, Bl
     device = device_of(model)
     with _apart(model, device):
         _forget_gradients(model)
+        return_workspaces(device)
         before = Meter.allocated(device)
         with _recording(states, Recorder(device)):
             _step(model, batch, forward)
