@@ -17,6 +17,7 @@ from torch import nn
 from peft_d2.data.augmentation import keep_a_pixel
 from peft_d2.evaluation.build import outputs_node
 from peft_d2.evaluation.results import encode_masks
+from peft_d2.models.layers.postprocess import output_size
 
 
 def check_augmentation(cfg: Any) -> None:
@@ -78,7 +79,8 @@ class AugmentedModel(nn.Module):
         return [self._one(record) for record in batched_inputs]
 
     def _one(self, record: dict[str, Any]) -> dict[str, Any]:
-        size = (record.get("height", record["image"].shape[1]), record.get("width", record["image"].shape[2]))
+        height, width = record["image"].shape[1:]
+        size = output_size(record, (height, width))
         found: list[_Found] = []
         semantic: torch.Tensor | None = None
         views = 0

@@ -75,8 +75,8 @@ def prove_live(model: nn.Module, *batches: Any) -> None:
         InjectionError: adapters are merged or disabled, or what was injected is no longer in the model.
     The model, its gradients, modes, buffers and the random state are as before.
     """
-    found = not_live(model, *batches)
     warn_of_strays(model)
+    found = not_live(model, *batches)
     faults = [item for item in found if item.is_fault]
     if faults:
         raise LivenessError(describe(faults))

@@ -42,7 +42,7 @@ def set_adapter(model: nn.Module, name: str) -> None:
     active = injection.active
     if name == active:
         return
-    for module in injection.current.modules[:1]:
+    for module in injection.current.modules[:1]:  # one tells of all, and a switch between images costs no walk
         refuse_sharded(module, "set adapters")
     if type(model).__name__ in ("DistributedDataParallel", "FullyShardedDataParallel"):
         raise InjectionError(
