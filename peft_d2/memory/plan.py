@@ -199,8 +199,11 @@ def _steps(
         with contextlib.suppress(torch.cuda.OutOfMemoryError):
             step = measure(model, part, forward, states)
         yield step, part, "recompute", count
-    if device_of(model).type == "cuda" and step is not None:
-        yield measure_on_host(model, part, forward, states, step), part, "offload", counts[-1]
+    if device_of(model).type == "cuda":
+        host = None
+        with contextlib.suppress(torch.cuda.OutOfMemoryError):
+            host = step and measure_on_host(model, part, forward, states, step)
+        yield host, part, "offload", counts[-1]
 
 
 def _measured(
