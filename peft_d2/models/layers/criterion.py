@@ -237,7 +237,8 @@ class HungarianMatcher(nn.Module):
     """Matches by class probability, mask cross-entropy and dice, in float32 whatever the autocast type.
 
     All predictions of an image (one per decoder layer) are compared with its targets at one random set of
-    ``num_points`` points, and all costs of a batch leave the device in one copy.
+    ``num_points`` points. All costs of a batch leave the device in one copy, and all pairs go there in another: each
+    lets the host wait for the device.
     """
 
     def __init__(self, cost_class: float, cost_mask: float, cost_dice: float, num_points: int) -> None:
@@ -248,11 +249,15 @@ class HungarianMatcher(nn.Module):
     @torch.no_grad()
     def forward(self, predictions: Sequence[dict[str, Any]], targets: Sequence[Target]) -> list[list[Match]]:
         """``[layer][image]``: min(Q, T) pairs of every layer's prediction, each matched by itself."""
-        with torch.autocast(predictions[0]["pred_logits"].device.type, enabled=False):
+        device = predictions[0]["pred_logits"].device
+        with torch.autocast(device.type, enabled=False):
             costs = [self.costs(predictions, image, target) for image, target in enumerate(targets)]
         flat = torch.cat([cost.flatten() for cost in costs]).cpu().split([cost.numel() for cost in costs])
         by_image = [map(assign, values.view(cost.shape)) for cost, values in zip(costs, flat, strict=True)]
-        return [list(layer) for layer in zip(*by_image, strict=True)]
+        matches = [list(layer) for layer in zip(*by_image, strict=True)]
+        indices = [index for layer in matches for match in layer for index in match]
+        moved = iter(torch.cat(indices).to(device).split([len(index) for index in indices]))
+        return [[(next(moved), next(moved)) for _ in layer] for layer in matches]
 
     def costs(self, predictions: Sequence[dict[str, Any]], image: int, target: Target) -> Tensor:
         """(layers, Q, T) float32 costs of one image; layer by layer, as each has a value per query and point."""
@@ -305,7 +310,7 @@ class Matched(NamedTuple):
 
 
 def pair_up(targets: Sequence[Target], matches: Sequence[Match]) -> list[Matched]:
-    """Each image's target beside its match, which the matcher gives on the CPU."""
+    """Each image's target beside its match, which other people's matchers give on the CPU."""
     return [
         Matched(target, *(indices.to(target.labels.device) for indices in match))
         for target, match in zip(targets, matches, strict=True)
