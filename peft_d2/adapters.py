@@ -157,6 +157,7 @@ def _stored(model: nn.Module, metrics: Mapping[str, Any] | None, name: str | Non
         raise ValueError(peft.no_injection(model))
     peft.require_intact(model)
     peft.refuse_sharded(model, "save", flat_alone=True)
+    peft.refuse_meta(model, "saving")
     name = injection.active if name is None else name
     if name == peft.BASE:
         raise ValueError("the base is in effect, which is no adapter: name one, save_adapter(model, folder, name=...)")
@@ -264,9 +265,9 @@ def _load(
     if injection := peft.get_injection(model):
         injection.require_plain()
     peft.refuse_sharded(model, "load adapters")
-    if empty := next((name for name, value in model.named_parameters() if value.is_meta), ""):
+    if said := peft.without_values(model):
         remedy = "give it its base's weights first: model.to_empty(device=...), then peft_d2.load_base(model, path)"
-        raise AdapterFileError(folder, f"the model is on the meta device ({empty} has no values)", remedy)
+        raise AdapterFileError(folder, said, remedy)
     folder, pinned = hub.resolved(folder)
     is_theirs = not os.path.lexists(os.path.join(folder, RECORD)) and huggingface.is_huggingface(folder)
     if is_theirs:

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from peft_d2.peft.errors import InjectionError, PeftError
+from peft_d2.peft.state import refuse_meta
 
 from .blocks import (
     Block,
@@ -304,12 +305,7 @@ def _check(model: nn.Module, batch: Any) -> None:
         raise InjectionError(f"expected the model, an nn.Module, got {type(model).__name__}")
     if not _trained_bytes(model):
         raise InjectionError("no parameter of the model is trained: inject before fit_memory, or set requires_grad")
-    tensors = [*model.named_parameters(), *model.named_buffers()]
-    if empty := next((name for name, value in tensors if value.is_meta), ""):
-        raise InjectionError(
-            f"the model is on the meta device ({empty} has no values), and a step is measured by running it: "
-            "model.to_empty(device=...), then give it its weights"
-        )
+    refuse_meta(model, "a step, which is measured by running it,")
     if isinstance(batch, list | tuple) and not batch:
         raise InjectionError("the batch is empty: give fit_memory one as large as any to come")
     if torch.is_inference_mode_enabled():

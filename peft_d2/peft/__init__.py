@@ -33,9 +33,11 @@ from .state import (
     is_untrained,
     load_adapter_state_dict,
     no_injection,
+    refuse_meta,
     refuse_sharded,
     refuse_wrapper,
     require_intact,
     trained_parameters,
     warn_of_strays,
+    without_values,
 )

@@ -25,6 +25,7 @@ from .state import (
     base_values,
     counters,
     injected,
+    refuse_meta,
     refuse_sharded,
     require_intact,
     tensor_hash,
@@ -75,6 +76,7 @@ def prove_live(model: nn.Module, *batches: Any) -> None:
         InjectionError: adapters are merged or disabled, or what was injected is no longer in the model.
     The model, its gradients, modes, buffers and the random state are as before.
     """
+    require_intact(model)
     warn_of_strays(model)
     found = not_live(model, *batches)
     faults = [item for item in found if item.is_fault]
@@ -103,6 +105,7 @@ def not_live(model: nn.Module, *batches: Any) -> list[NotLive]:
     injection.require_plain()
     require_intact(model)
     refuse_sharded(root, "prove_live")
+    refuse_meta(root, "prove_live")
     if torch.is_inference_mode_enabled():
         raise LivenessError("no gradient is recorded under torch.inference_mode(): call prove_live outside of it")
     if not batches:

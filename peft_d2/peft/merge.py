@@ -23,7 +23,7 @@ from .adapted import STORE, Adapted, join
 from .errors import InjectionError, shortened
 from .inject import Report, add_adapter, forget_adapter, undo
 from .lora.factors import LowRank
-from .state import BASE, Injection, injected, low_ranks, refuse_sharded, trainable_tensors
+from .state import BASE, Injection, injected, low_ranks, refuse_meta, refuse_sharded, trainable_tensors
 
 logger = logging.getLogger(__name__)
 KINDS = ("linear", "svd")
@@ -107,6 +107,7 @@ def merge(model: nn.Module) -> list[str]:
     root, injection = injected(model)
     injection.require_plain()
     refuse_sharded(root, "merge")
+    refuse_meta(root, "merging")
     plan = [(module, *_merged_weights(module)) for module in injection.current.modules]
     _refuse_shared(model, plan)
     for module, changed, methods in plan:

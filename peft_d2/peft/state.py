@@ -219,6 +219,22 @@ def refuse_sharded(model: nn.Module, what: str, flat_alone: bool = False) -> Non
         )
 
 
+def without_values(model: nn.Module) -> str:
+    """That a model is on the meta device, whole or in part, and a tensor that is; "" if none is."""
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    empty = next((name for name, value in tensors if value.is_meta), "")
+    return f"the model is on the meta device ({empty} has no values)" if empty else ""
+
+
+def refuse_meta(model: nn.Module, what: str) -> None:
+    """Raise InjectionError for a model some of whose tensors have no values, which ``what`` needs."""
+    if said := without_values(model):
+        raise InjectionError(
+            f"{said}, and {what} needs them: model.to_empty(device=...), then load what it held; where a program "
+            "offloads modules (accelerate), take its hooks off first"
+        )
+
+
 def no_injection(model: nn.Module) -> str:
     """Why there is nothing to save, merge or train in a model: another may hold the injected one, as Lightning's do."""
     inside = next((name for name, module in model.named_modules() if ATTRIBUTE in module.__dict__), "")

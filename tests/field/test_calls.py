@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import logging
+import re
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ pytest.importorskip("detectron2")
 
 from detectron2.config import CfgNode  # noqa: E402
 from detectron2.modeling import build_model  # noqa: E402
+from detectron2.structures import BitMasks, Boxes, Instances  # noqa: E402
 
 import peft_d2  # noqa: E402
 from peft_d2 import peft  # noqa: E402
@@ -111,6 +114,36 @@ def test_pixels_that_no_image_has(said: str) -> None:
         model([{"image": PIXELS[said], "file_name": "b.png"}])
 
 
+def labelled(label: int, **others: Any) -> dict[str, Any]:
+    """A sample of one object, as any mapper gives it."""
+    objects = Instances((64, 64))
+    objects.gt_classes, objects.gt_boxes = torch.tensor([label]), Boxes(torch.tensor([[3.0, 4.0, 20.0, 30.0]]))
+    objects.gt_masks = BitMasks(torch.ones(1, 64, 64, dtype=torch.bool))
+    return {"image": torch.zeros(3, 64, 64), "instances": objects, "file_name": "b.png", **others}
+
+
+LABELS: dict[str, Callable[[], dict[str, Any]]] = {
+    r"gt_classes holds the class 7, but the model has 7, 0 to 6: set MODEL.SEM_SEG_HEAD": lambda: labelled(7),
+    "gt_classes holds the class -1, but": lambda: labelled(-1),
+    "sem_seg holds the class 99, but": lambda: {
+        "image": torch.zeros(3, 64, 64),
+        "sem_seg": torch.full((64, 64), 99).fill_diagonal_(255),
+        "file_name": "b.png",
+    },
+    "gt_classes is on the meta device": lambda: labelled(0, instances=labelled(0)["instances"].to("meta")),
+    "image is on the meta device": lambda: labelled(0, image=torch.zeros(3, 64, 64, device="meta")),
+}
+
+
+@pytest.mark.parametrize("said", LABELS)
+def test_classes_and_values_that_the_model_does_not_have(said: str) -> None:
+    peft_d2.register()
+    model = build_model(few("tiny.yaml", "MODEL.SEM_SEG_HEAD.NUM_CLASSES", "7")).train()
+    assert all(loss.isfinite() for loss in model([labelled(6)]).values())
+    with pytest.raises(DatasetError, match=rf"b\.png: (the )?{said}"):
+        model([LABELS[said]()])
+
+
 @pytest.mark.parametrize("name", ["mask2former", "sam"])
 @pytest.mark.parametrize(("batch", "said"), BATCHES, ids=[said for _, said in BATCHES])
 def test_what_is_no_batch(name: str, batch: Any, said: str) -> None:
@@ -152,6 +185,7 @@ PROMPTS: list[tuple[dict[str, Any], str]] = [
     ),
     ({"mask_inputs": torch.ones(1, 1, 16, 16).bool()}, "mask_inputs are torch.bool, and expected are logits"),
     ({"mask_inputs": torch.ones(1, 1, 16, 16).byte()}, "mask_inputs are torch.uint8, and expected are logits"),
+    ({"boxes": torch.ones(1, 4, device="meta")}, "boxes are on the meta device and have no values"),
     ({"point_coords": torch.tensor([[[3, 4]]]), "point_labels": torch.tensor([[True]])}, ""),
 ]
 
@@ -172,6 +206,29 @@ def test_prompts_that_are_taken_or_named(prompts: dict[str, Any], said: str, sam
         return
     with pytest.raises((PromptError, DatasetError), match=said):
         sam([boxes(**prompts)])
+
+
+SHARES: list[tuple[dict[str, Any], str]] = [
+    ({"boxes": torch.tensor([[0.1, 0.2, 0.5, 0.7]])}, r"c.png: all boxes lie in 0..1, as \[0.1, 0.2, 0.5, 0.7\],"),
+    ({"boxes": torch.tensor([[0.0, 0.0, 1.0, 1.0]])}, "multiply x by 53 and y by 37"),
+    ({"point_coords": torch.tensor([[[0.3, 0.4]]]), "point_labels": torch.ones(1, 1)}, "all point_coords lie in 0..1"),
+    ({"boxes": torch.tensor([[0.1, 0.2, 0.5, 0.7], [3.0, 4.0, 20.0, 30.0]])}, ""),
+    ({"point_coords": torch.tensor([[[0.0, 1.0]]]), "point_labels": torch.ones(1, 1)}, ""),
+]
+
+
+@pytest.mark.parametrize(("prompts", "said"), SHARES)
+def test_prompts_that_are_shares_of_the_image(
+    prompts: dict[str, Any],
+    said: str,
+    sam: nn.Module,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("detectron2.utils.logger._LOG_COUNTER", Counter())
+    for _ in range(2):  # said once
+        sam([{"image": torch.zeros(3, 37, 53), "file_name": "c.png", **prompts}])
+    assert len(caplog.messages) == bool(said) and re.search(said, caplog.text)
 
 
 @pytest.mark.parametrize(("kind", "error"), [(torch.float64, 1e-6), (torch.float16, 2e-3), (torch.bfloat16, 2e-2)])
@@ -223,6 +280,27 @@ def test_names_that_no_adapter_can_have(name: Any, said: str, folder: Path) -> N
 
 def losses(model: nn.Module, batch: Tensor) -> Tensor:
     return model(batch).sum()
+
+
+EMPTY: dict[str, tuple[str, Callable[[nn.Module, Path], Any]]] = {
+    "save_adapter": ("saving", lambda model, folder: peft_d2.save_adapter(model, folder)),
+    "save_merged": ("merging", lambda model, folder: peft_d2.save_merged(model, folder / "merged.pth")),
+    "merge": ("merging", lambda model, _: peft_d2.merge(model)),
+    "prove_live": ("prove_live", lambda model, _: peft_d2.prove_live(model, torch.ones(1, 4))),
+}
+
+
+@pytest.mark.parametrize("part", ["0.weight", "0.peft.default.lora.lora_a", "2.weight"])
+@pytest.mark.parametrize("name", EMPTY)
+def test_a_model_part_of_which_has_no_values(name: str, part: str, tmp_path: Path) -> None:
+    what, call = EMPTY[name]
+    peft_d2.inject(model := net(), LORA, ["2"])
+    owner, _, leaf = part.rpartition(".")
+    value = model.get_parameter(part)
+    setattr(model.get_submodule(owner), leaf, nn.Parameter(value.detach().to("meta"), value.requires_grad))
+    with pytest.raises(peft.InjectionError, match=rf"the meta device \({part} has no values\), and {what} needs them"):
+        call(model, tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 UNFIT: dict[str, tuple[Callable[[], Any], Any, str]] = {

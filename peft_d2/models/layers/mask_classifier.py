@@ -75,6 +75,8 @@ class PixelModel(nn.Module):
         # Looked at where that is free: not on a GPU, in a graph that is recorded, or in training, whose losses tell.
         eager = type(image) is Tensor and image.device.type == "cpu" and not torch.compiler.is_compiling()
         looked_at = eager and not (self.training or torch.jit.is_tracing()) and image.is_floating_point()
+        if image.is_meta and self.device.type != "meta":
+            raise DatasetError(f"{name}: the image is on the meta device and has no values: give it on the CPU")
         what = "empty" if not image.numel() else "bool" if image.dtype == torch.bool else ""
         if not what and looked_at and not image.sum(dtype=torch.float64).isfinite():
             what = "NaN or infinite in part"
@@ -169,7 +171,7 @@ class MaskClassifier(PixelModel):
 
     def targets(self, batched_inputs: list[dict[str, Any]], batch: ImageList) -> list[Target]:
         """What each image of the padded ``batch`` holds, as the criterion takes it."""
-        return prepare_targets(batched_inputs, batch, self.sem_seg_head.ignore_value)
+        return prepare_targets(batched_inputs, batch, self.sem_seg_head.ignore_value, self.sem_seg_head.num_classes)
 
     def inference(self, prediction: dict[str, Tensor], canvas: Canvas) -> dict[str, Any]:
         """Results of one image from its ``pred_logits`` (Q, ...), ``pred_masks`` (Q, h, w) and more."""
@@ -247,11 +249,16 @@ def object_masks(item: Mapping[str, Any], height: int, width: int) -> Tensor:
     return bitmaps(instances.gt_masks, height, width)
 
 
-def prepare_targets(inputs: list[dict[str, Any]], images: ImageList, ignore_value: int) -> list[Target]:
+def prepare_targets(
+    inputs: list[dict[str, Any]], images: ImageList, ignore_value: int, num_classes: int | None = None
+) -> list[Target]:
     """Targets of a batch, with float32 masks zero-padded to the size of ``images``.
 
     Inputs are mapped dicts with ``instances`` (``gt_classes``, and ``gt_masks`` unless there are none) or, without it,
     ``sem_seg`` (H, W) of class ids: one mask per class other than ``ignore_value``, as in MaskFormer.
+
+    Raises:
+        DatasetError: a class is not below ``num_classes``. On a GPU it is not looked at, which would wait for it.
     """
     device, (height, width) = images.tensor.device, images.tensor.shape[-2:]
     targets = []
@@ -267,10 +274,25 @@ def prepare_targets(inputs: list[dict[str, Any]], images: ImageList, ignore_valu
                 f"training input {item.get('file_name', '')!r} has neither 'instances' nor 'sem_seg'; "
                 "the dataset mapper has to keep its annotations"
             )
+        if num_classes is not None and labels.device.type in ("cpu", "meta") and device.type != "meta":
+            _refuse_other_classes(item, labels, num_classes)
         padded = torch.zeros(len(labels), height, width, device=device)
         padded[:, : masks.shape[-2], : masks.shape[-1]] = masks.to(device)
         targets.append(Target(labels.to(device).long(), padded))
     return targets
+
+
+def _refuse_other_classes(item: Mapping[str, Any], labels: Tensor, count: int) -> None:
+    source = f"{item.get('file_name', 'an image')}: {'gt_classes' if 'instances' in item else 'sem_seg'}"
+    if labels.is_meta:
+        raise DatasetError(f"{source} is on the meta device and has no values: give it on the CPU")
+    if not (wrong := [label for label in labels.unique().tolist() if not 0 <= label < count]):
+        return
+    raise DatasetError(
+        f"{source} holds the class "
+        f"{wrong[0]}, but the model has {count}, 0 to {count - 1}: set MODEL.SEM_SEG_HEAD.NUM_CLASSES, or number the "
+        "classes from 0 on as Detectron2's loaders do (of semantic labels without a class, IGNORE_VALUE)"
+    )
 
 
 def count_objects(item: Mapping[str, Any], ignore_value: int = 255) -> int:

@@ -6,12 +6,14 @@ Kirillov et al., ICCV 2023, section 3 and appendix A; positions are random Fouri
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from detectron2.utils.logger import log_first_n
 from torch import Tensor, nn
 from torchvision.ops import clip_boxes_to_image
 
@@ -79,6 +81,7 @@ def read_prompts(item: Mapping[str, Any], size: tuple[int, int], mask_side: int,
     if len(set(counts.values())) > 1:
         raise PromptError(f"{name}: each kind of prompt must be there equally often, not {counts}")
     boxes, points, masks = given.get("boxes"), None, given.get("mask_inputs")
+    _warn_of_shares(given, size, name)
     if boxes is not None:
         boxes = _checked_boxes(boxes.float(), size, name)
     if "point_coords" in given:
@@ -105,7 +108,26 @@ def _tensor(value: Any, key: str, name: str) -> Tensor:
         )
     if tensor.is_complex() or (tensor.dtype == torch.bool and key != "point_labels"):
         raise PromptError(f"{name}: {key} are {tensor.dtype}, expected numbers in pixels")
+    if tensor.is_meta:
+        raise PromptError(f"{name}: {key} are on the meta device and have no values: give them on the CPU")
     return tensor.long() if tensor.dtype == torch.bool else tensor
+
+
+def _warn_of_shares(given: Mapping[str, Tensor], size: tuple[int, int], name: str) -> None:
+    """Say once that all boxes or points of an image lie in its first pixel, as they do where they are shares of it."""
+    for key in ("boxes", "point_coords"):
+        values = given.get(key)
+        if values is None or not values.numel() or max(size) < 8 or not values.is_floating_point():
+            continue
+        fractions = values.min() >= 0 and values.max() <= 1 and (key == "boxes" or (values % 1 > 0).any())
+        if fractions:
+            example = [round(value, 3) for value in values.flatten(0, -2)[0].tolist()]
+            log_first_n(
+                logging.WARNING,
+                f"{name}: all {key} lie in 0..1, as {example}, and are taken as pixels of an image of {size[1]} x "
+                f"{size[0]} px: if they are shares of it, multiply x by {size[1]} and y by {size[0]}",
+                name=__name__,
+            )
 
 
 def _checked_boxes(boxes: Tensor, size: tuple[int, int], name: str) -> Tensor:
