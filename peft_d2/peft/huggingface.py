@@ -46,6 +46,8 @@ class TunerLayer(AdapterLayer):
         # The view is kept out of the registry: its parameters are the base's, not injected ones.
         layer.__dict__["base_layer"] = layer._modules.pop("base_layer")
         self.hf = layer
+        for value in layer.parameters():  # as peft's get_peft_model does: small steps vanish in half precision
+            value.data = value.data.float() if value.dtype in (torch.float16, torch.bfloat16) else value.data
 
     def adapted_forward(self, module: Any, forward: Any, *args: Any, **kwargs: Any) -> Any:
         return self(*args, **kwargs)

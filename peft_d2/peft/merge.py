@@ -23,7 +23,16 @@ from .adapted import STORE, Adapted, join
 from .errors import InjectionError, shortened
 from .inject import Report, add_adapter, forget_adapter, undo
 from .lora.factors import LowRank
-from .state import BASE, Injection, injected, low_ranks, refuse_meta, refuse_sharded, trainable_tensors
+from .state import (
+    BASE,
+    Injection,
+    injected,
+    low_ranks,
+    refuse_meta,
+    refuse_sharded,
+    trainable_tensors,
+    without_autocast,
+)
 
 logger = logging.getLogger(__name__)
 KINDS = ("linear", "svd")
@@ -94,6 +103,7 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
             merge(model)
 
 
+@without_autocast
 @torch.no_grad()
 def merge(model: nn.Module) -> list[str]:
     """Write the active adapter's weight changes into the base weights; the originals are kept for :func:`unmerge`.
@@ -123,6 +133,7 @@ def merge(model: nn.Module) -> list[str]:
     return left
 
 
+@without_autocast
 @torch.no_grad()
 def unmerge(model: nn.Module) -> None:
     """Put the base weights back, bit for bit. A model that is not merged stays as it is."""
@@ -149,6 +160,7 @@ def delete_adapter(model: nn.Module, name: str) -> None:
 
 
 @trainable_tensors
+@without_autocast
 def remove(model: nn.Module, keep: bool = False) -> nn.Module:
     """Undo the injection: every module has its own class and its own Parameters again, and nothing injected is left.
 
@@ -232,6 +244,7 @@ def _refuse_shared(model: nn.Module, plan: Sequence[tuple[Adapted, Mapping[str, 
                 )
 
 
+@without_autocast
 @torch.no_grad()
 def combine_adapters(
     model: nn.Module, weights: Mapping[str, float], name: str, kind: str = "linear", rank: int | None = None

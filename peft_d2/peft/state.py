@@ -6,6 +6,7 @@ back without them, the values that are not installed now: the base's of what is 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import logging
@@ -187,6 +188,25 @@ def trainable_tensors(function: Callable[P, R]) -> Callable[P, R]:
     return call
 
 
+def without_autocast(function: Callable[P, R]) -> Callable[P, R]:
+    """Let a function whose first argument is a model compute in its tensors' own types within torch.autocast, too.
+
+    Autocast keeps copies of parameters as long as it is on; it takes new ones of what the function has changed.
+    """
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        model = args[0] if args else kwargs.get("model")
+        devices = {value.device.type for value in model.parameters()} if isinstance(model, nn.Module) else set()
+        with contextlib.ExitStack() as stack:
+            stack.callback(torch.clear_autocast_cache)
+            for device in devices - {"meta"}:
+                stack.enter_context(torch.autocast(device, enabled=False))
+            return function(*args, **kwargs)
+
+    return call
+
+
 def refuse_wrapper(model: nn.Module) -> None:
     """Raise InjectionError for a wrapper: it knows the parameters that were there when it was made."""
     wrapper = type(model).__name__
@@ -336,6 +356,7 @@ def adapter_state_dict(model: nn.Module, name: str = "default") -> dict[str, Ten
 
 
 @trainable_tensors
+@without_autocast
 @torch.no_grad()
 def load_adapter_state_dict(
     model: nn.Module, state: Mapping[str, Tensor], name: str = "default", other_classes: bool = False

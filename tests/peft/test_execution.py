@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -48,6 +49,40 @@ def test_autocast(toy: nn.Module, images: Tensor) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         toy.train()(images).float().sum().backward()
     assert all(t.param.grad is not None for t in peft.trained_parameters(toy))
+
+
+def test_weights_are_made_in_their_own_type_within_autocast(toy: nn.Module, disturb: Callable) -> None:
+    peft.inject(toy, [*LINEAR, {"NAME": "lora", "TARGETS": ["self_attn"], "RANK": 2}])
+    disturb(toy)
+    models = toy, copy.deepcopy(toy).double()
+    for model, autocast in zip(models, (True, False), strict=True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            peft.combine_adapters(model, {"default": 0.5}, "less", kind="svd", rank=4)
+            peft.merge(model)
+    for _ in range(2):  # the adapter's own weights, then the combination's
+        for (name, value), expected in zip(toy.named_parameters(), models[1].parameters(), strict=True):
+            if ".peft." not in name:
+                torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=1e-6)
+        for model in models:
+            peft.unmerge(model)
+            peft.set_adapter(model, "less")
+            peft.merge(model)
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_autocast_keeps_no_copy_of_what_was_loaded_over(
+    toy: nn.Module, images: Tensor, disturb: Callable, gradients: bool
+) -> None:
+    other = copy.deepcopy(toy)
+    for model in (toy, other):
+        peft.inject(model, LINEAR, ["head"])
+    disturb(other)
+    with torch.autocast("cpu", torch.bfloat16), torch.set_grad_enabled(gradients):
+        before = toy(images)
+        peft.load_adapter_state_dict(toy, peft.adapter_state_dict(other))
+        found = toy(images)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(found, other(images)) and not torch.equal(found, before)
 
 
 def test_compile_and_export(toy: nn.Module, images: Tensor, disturb: Callable) -> None:

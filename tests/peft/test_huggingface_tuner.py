@@ -59,6 +59,27 @@ def test_a_tuner_computes_what_peft_computes(
     assert list(toy.state_dict()) == keys
 
 
+@pytest.mark.parametrize(("tuner", "config", "config_class"), TUNERS, ids=lambda v: v if isinstance(v, str) else "")
+def test_a_tuner_on_a_base_in_half_precision_is_trained_in_float32(
+    tuner: str, config: dict[str, Any], config_class: str, toy: nn.Module, images: Tensor
+) -> None:
+    """As behind peft's get_peft_model."""
+    half = copy.deepcopy(toy).bfloat16()
+    gradients = []
+    for model, image in ((toy, images), (half, images.bfloat16())):
+        torch.manual_seed(0)
+        peft.inject(model, [{"NAME": "hf", "TUNER": tuner, "TARGETS": ["proj", "mlp.fc1"], "CONFIG": config}])
+        with torch.no_grad():
+            for item in peft.trained_parameters(model):
+                item.param.add_(0.05 * torch.randn(item.param.shape))
+        output = model(image)
+        assert output.dtype is image.dtype
+        output.float().square().mean().backward()
+        gradients.append(torch.cat([item.param.grad.flatten() for item in peft.trained_parameters(model)]))
+    peft.prove_live(half, images.bfloat16())
+    assert torch.cosine_similarity(*gradients, dim=0) > 0.99
+
+
 def test_a_tuner_that_puts_another_norm_in_the_places(toy: nn.Module, images: Tensor, disturb: Callable) -> None:
     """peft's LN tuning merges by exchanging layers; the module here must keep its own."""
     base, fresh = copy.deepcopy(toy), copy.deepcopy(toy)
