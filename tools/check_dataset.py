@@ -18,13 +18,15 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from peft_d2 import add_config
 from peft_d2.data.formats import READERS, map_classes, read_class_map, read_folder, store
-from peft_d2.data.images import read_rgb, set_pixel_limit
+from peft_d2.data.images import DatasetError, read_rgb, set_pixel_limit
+from peft_d2.data.labels import Problem
 from peft_d2.data.pictures import overlay, sheet
 from peft_d2.data.records import read_json
 from peft_d2.data.registration import register_builtin, require_registered
 from peft_d2.data.segmentation import segmentation_to_mask
-from peft_d2.data.validation import Rules, check_coco, summary
+from peft_d2.data.validation import Rules, check_coco, check_registered, summary
 from peft_d2.engine.errors import bounded
 
 
@@ -53,6 +55,15 @@ def main() -> int:
         parser.error("give --json and --images, or --data, or --name")
     if args.max_pixels:
         set_pixel_limit(args.max_pixels)
+    if args.name:
+        try:
+            kind = evaluator_type(args.name)
+        except ValueError as error:
+            parser.error(str(error))
+        if kind != "coco":
+            if args.sheet or args.save_json or args.class_map:
+                parser.error(f"--preview, --save-json and --class-map are for COCO-format sets of objects, not {kind}")
+            return _check_other(args)
     with tempfile.TemporaryDirectory() as scratch:
         try:
             json_path, images = _files(args, Path(args.save_json or scratch))
@@ -80,27 +91,69 @@ def _files(args: argparse.Namespace, target: Path) -> tuple[str, str]:
     return str(path), images
 
 
-def coco_files(name: str) -> tuple[str, str]:
-    """The json and the image folder of a registered or built-in COCO-format set.
+def evaluator_type(name: str) -> str:
+    """The kind of a registered or built-in set, by which Detectron2 chooses its evaluator.
 
     Raises:
-        ValueError: there is no such set, or it is in another format.
+        ValueError: there is no such set.
     """
     from detectron2.data import MetadataCatalog
 
     register_builtin([name])
     require_registered(name)
-    meta = MetadataCatalog.get(name).as_dict()
-    if meta.get("evaluator_type") != "coco":
-        raise ValueError(f"data set {name!r} is not in COCO's format of instances ({meta.get('evaluator_type')}).")
-    return meta["json_file"], meta["image_root"]
+    return str(MetadataCatalog.get(name).get("evaluator_type", "without a kind"))
+
+
+def coco_files(name: str) -> tuple[str, str]:
+    """The json and the image folder of a COCO-format set that is registered."""
+    from detectron2.data import MetadataCatalog
+
+    meta = MetadataCatalog.get(name)
+    return meta.json_file, meta.image_root
+
+
+def _check_other(args: argparse.Namespace) -> int:
+    """A registered set of another format: LVIS's, panoptic and semantic label images, what a function returns."""
+    from detectron2.config import get_cfg
+    from detectron2.data import DatasetCatalog, MetadataCatalog
+
+    add_config(cfg := get_cfg())
+    cfg.MODEL.META_ARCHITECTURE = "PD2MaskFormer"
+    cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES = len(MetadataCatalog.get(args.name).get("stuff_classes", ()))
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ((), (args.name,)) if args.test else ((args.name,), ())
+    cfg.DATASETS.ALLOW_FILES_OUTSIDE = args.outside
+    try:
+        _, problems = check_registered(cfg, args.name)
+    except DatasetError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    errors = _print(problems, args.per_kind)
+    if args.statistics and not errors:
+        _print_statistics([record["file_name"] for record in DatasetCatalog.get(args.name)])
+    return _count(problems, errors)
+
+
+def _print_statistics(paths: Sequence[str | Path]) -> None:
+    mean, std = pixel_statistics(paths)
+    print(f"MODEL.PIXEL_MEAN {mean} MODEL.PIXEL_STD {std}  # INPUT.FORMAT RGB; reversed for BGR")
+
+
+def _count(problems: Sequence[Problem], errors: int) -> int:
+    """Print how many problems there are; the exit code."""
+    print(f"{errors} error(s), {len(problems) - errors} warning(s)")
+    return 1 if errors else 0
+
+
+def _print(problems: Sequence[Problem], per_kind: int) -> int:
+    """Print the problems; how many of them are errors."""
+    for line in summary(problems, per_kind):
+        print(line)
+    return sum(problem.level == "error" for problem in problems)
 
 
 def _check(args: argparse.Namespace, json_path: str, images: str) -> int:
     problems = check_coco(json_path, images, Rules(test=args.test, outside=args.outside))
-    for line in summary(problems, args.per_kind):
-        print(line)
-    errors = sum(p.level == "error" for p in problems)
+    errors = _print(problems, args.per_kind)
     if not errors:
         data = read_json(json_path)
         annotations = data.get("annotations", [])
@@ -108,8 +161,7 @@ def _check(args: argparse.Namespace, json_path: str, images: str) -> int:
         print(f"{len(data['images'])} images ({len(data['images']) - busy} without objects), "
               f"{len(annotations)} objects, {len(data['categories'])} classes")  # fmt: skip
         if args.statistics:
-            mean, std = pixel_statistics([Path(images) / image["file_name"] for image in data["images"]])
-            print(f"MODEL.PIXEL_MEAN {mean} MODEL.PIXEL_STD {std}  # INPUT.FORMAT RGB; reversed for BGR")
+            _print_statistics([Path(images) / image["file_name"] for image in data["images"]])
         if args.sheet:
             if Path(args.sheet).resolve() in {
                 (Path(images) / image["file_name"]).resolve() for image in data["images"]
@@ -124,8 +176,7 @@ def _check(args: argparse.Namespace, json_path: str, images: str) -> int:
             print(f"wrote {args.sheet}: the first images with their masks")
         else:
             print("To see what was understood, add --preview seen.jpg")
-    print(f"{errors} error(s), {len(problems) - errors} warning(s)")
-    return 1 if errors else 0
+    return _count(problems, errors)
 
 
 def contact_sheet(data: dict[str, Any], image_root: str | Path, images: int = 24, cell: int = 192) -> Image.Image:

@@ -14,7 +14,7 @@ from PIL import Image
 
 from peft_d2.compat import require_cityscapes
 from peft_d2.data.images import DatasetError, read_header
-from peft_d2.data.segmentation import Level, panoptic_ids
+from peft_d2.data.segmentation import Level
 
 _WHOLE: tuple[type, ...] = (int, np.integer)
 _AGAIN = "Write label images with one channel, whose values are class numbers from 0."
@@ -150,10 +150,12 @@ def _segments_apart(record: Mapping[str, Any]) -> dict[str, int]:
         raise _Fault("segments", path, what, "Each segment needs its own.")
     try:
         with Image.open(path) as opened:
-            form, colours = f"{opened.format}, {opened.mode}", np.asarray(opened.convert("RGB"))
+            form, colours = f"{opened.format}, {opened.mode}", np.asarray(opened.convert("RGB").convert("RGBX"))
     except (OSError, SyntaxError, ValueError) as error:
         raise _Fault("unreadable file", path, f"cannot be read ({error})", "Replace the file.") from error
-    seen = set(np.unique(panoptic_ids(colours)).tolist()) - {0}
+    ids = colours.view("<u4").ravel() & 0xFFFFFF
+    firsts = ids[np.append(True, ids[1:] != ids[:-1])]  # of equal ones in a row: few are left to be put in order
+    seen = set(np.unique(firsts).tolist()) - {0}
     if listed and not seen & listed.keys():
         known, given = (", ".join(map(str, sorted(ids)[:3])) or "none" for ids in (seen, listed))
         what = f"its colours ({known}; {form}) are none of the ids of its segments_info ({given})"
@@ -162,6 +164,15 @@ def _segments_apart(record: Mapping[str, Any]) -> dict[str, int]:
         "segment(s) of segments_info have no pixel, and are never learnt": len(listed.keys() - seen),
         "colour(s) of images are in no segments_info, and count as not annotated": len(seen - listed.keys()),
     }
+
+
+def image_key(number: Any) -> Any:
+    """An image's id as Detectron2's loader of panoptic jsons gives it: "0012" is 12."""
+    return int(number) if isinstance(number, str) and number.isdecimal() else number
+
+
+def _is_crowd(segment: Mapping[str, Any]) -> bool:
+    return bool(segment.get("iscrowd", 0))
 
 
 def check_panoptic(data: Any, things: Collection[int], stuff: Collection[int]) -> Iterator[Problem]:
@@ -188,10 +199,22 @@ def check_panoptic(data: Any, things: Collection[int], stuff: Collection[int]) -
     for unknown in sorted(used - (kinds.keys() & {*things, *stuff}), key=str)[:3]:
         what = f"category_id {unknown!r} is not " + ("listed" if unknown not in kinds else "a class of the set")
         yield Problem("error", "unknown category", "segments_info", what, "Correct it, or the categories.")
-    for number, count in Counter(row.get("image_id") for row in rows[0]).items():
+    if (all_segments := [s for row in rows[0] for s in row["segments_info"]]) and all(map(_is_crowd, all_segments)):
+        what, advice = f"all {len(all_segments)} are crowds, of which nothing is learnt or judged", "Set iscrowd 0."
+        yield Problem("error", "crowds", "segments_info", what, advice)
+    for number, count in Counter(map(image_key, (row.get("image_id") for row in rows[0]))).items():
         if count > 1:
             what, advice = f"is there {count} times", "A panoptic json has one annotation an image."
             yield Problem("error", "duplicate id", f"annotations[image_id {number}]", what, advice)
+
+
+def check_image_ids(records: Sequence[Mapping[str, Any]], data: Any) -> Iterator[Problem]:
+    """Records of a panoptic set whose ``image_id`` the json ``data`` does not have, and the evaluation would miss."""
+    known = {image_key(row["image_id"]) for row in data["annotations"] if "image_id" in row}
+    if strange := [record for record in records if image_key(record.get("image_id")) not in known]:
+        where = f"records[{strange[0].get('file_name')}]"
+        what = f"image_id {strange[0].get('image_id')!r} is not in the panoptic json ({len(strange)} such)"
+        yield Problem("error", "image_id", where, what, "Give both the same ids.")
 
 
 def check_records(records: Sequence[Any], count: int, test: bool) -> Iterator[Problem]:

@@ -23,7 +23,15 @@ from urllib.parse import unquote
 import numpy as np
 
 from peft_d2.data.images import DatasetError, lies_inside, read_header, seems_cut_off
-from peft_d2.data.labels import Problem, check_cityscapes, check_labels, check_panoptic, check_records, unpaired
+from peft_d2.data.labels import (
+    Problem,
+    check_cityscapes,
+    check_image_ids,
+    check_labels,
+    check_panoptic,
+    check_records,
+    unpaired,
+)
 from peft_d2.data.records import json_defect, load_coco, read_json
 from peft_d2.data.registration import remedy
 from peft_d2.data.segmentation import HUGE, Level, extent, polygon_defect, run_length_defect
@@ -87,32 +95,39 @@ def check_datasets(cfg: Any) -> None:
     Raises:
         DatasetError: naming each error (the first of each kind in full) and its remedy.
     """
-    from detectron2.data import MetadataCatalog
-
     if not cfg.DATASETS.get("CHECK", True):
         return
     for name in dict.fromkeys([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]):
-        meta = MetadataCatalog.get(name).as_dict()
-        kind = meta.get("evaluator_type", "")
-        of_instances = kind in ("coco", "lvis") and "panoptic_json" not in meta
-        if of_instances and meta.get("json_file") and meta.get("image_root"):
-            counted = cfg.TEST.get("MAX_DETECTIONS", 100) if name in cfg.DATASETS.TEST else 0
-            rules = Rules(
-                test=name not in cfg.DATASETS.TRAIN,
-                outside=cfg.DATASETS.get("ALLOW_FILES_OUTSIDE", False),
-                counted=0 if kind == "lvis" else counted,  # LVIS counts the best 300 of an image
-                predicted=cfg.TEST.DETECTIONS_PER_IMAGE,
-                lvis=kind == "lvis",
-            )
-            problems = check_coco(meta["json_file"], meta["image_root"], rules, remember=True)
-            problems += _check_tasks(cfg, name, meta["json_file"], problems)
-            _judge(name, meta["json_file"], problems, listed=kind == "coco")
-            continue
-        _check_files(name, meta)
-        if kind.startswith("cityscapes"):
-            check_cityscapes(name, meta)
-        elif kind != "pascal_voc":
-            _judge(name, meta.get("sem_seg_root") or "its records", _check_loaded(cfg, name, meta))
+        _judge(name, *check_registered(cfg, name))
+
+
+def check_registered(cfg: Any, name: str) -> tuple[str, list[Problem]]:
+    """Where a registered set is, and its problems: of whatever form, as the config trains or tests on it.
+
+    Raises:
+        DatasetError: files or folders are missing.
+    """
+    from detectron2.data import MetadataCatalog
+
+    meta = MetadataCatalog.get(name).as_dict()
+    kind = meta.get("evaluator_type", "")
+    of_instances = kind in ("coco", "lvis") and "panoptic_json" not in meta
+    if of_instances and meta.get("json_file") and meta.get("image_root"):
+        counted = cfg.TEST.get("MAX_DETECTIONS", 100) if name in cfg.DATASETS.TEST else 0
+        rules = Rules(
+            test=name not in cfg.DATASETS.TRAIN,
+            outside=cfg.DATASETS.get("ALLOW_FILES_OUTSIDE", False),
+            counted=0 if kind == "lvis" else counted,  # LVIS counts the best 300 of an image
+            predicted=cfg.TEST.DETECTIONS_PER_IMAGE,
+            lvis=kind == "lvis",
+        )
+        problems = check_coco(meta["json_file"], meta["image_root"], rules, remember=True)
+        return meta["json_file"], [*problems, *_check_tasks(cfg, name, meta["json_file"], problems)]
+    _check_files(name, meta)
+    if kind.startswith("cityscapes"):
+        check_cityscapes(name, meta)
+    checked = not kind.startswith("cityscapes") and kind != "pascal_voc"
+    return meta.get("sem_seg_root") or "its records", _check_loaded(cfg, name, meta) if checked else []
 
 
 def _check_loaded(cfg: Any, name: str, meta: Mapping[str, Any]) -> list[Problem]:
@@ -120,11 +135,14 @@ def _check_loaded(cfg: Any, name: str, meta: Mapping[str, Any]) -> list[Problem]
     from detectron2.data import DatasetCatalog
 
     try:
-        if "panoptic_json" in meta:
+        truth = read_json(meta["panoptic_json"]) if "panoptic_json" in meta else None
+        if truth is not None:
             known = [meta.get(f"{kind}_dataset_id_to_contiguous_id", {}) for kind in ("thing", "stuff")]
-            if problems := list(check_panoptic(read_json(meta["panoptic_json"]), *known)):
+            if problems := list(check_panoptic(truth, *known)):
                 return problems
         records = DatasetCatalog.get(name)
+        if truth is not None and (problems := list(check_image_ids(records, truth))):
+            return problems
     except (AssertionError, OSError, KeyError, ValueError) as error:
         text = f"cannot be loaded ({type(error).__name__}: {error})"
         return [Problem("error", "not loaded", name, text, "Check the set's folders and files.")]
@@ -156,17 +174,16 @@ def _check_labels(cfg: Any, name: str, meta: Mapping[str, Any], records: Sequenc
     return problems
 
 
-def _judge(name: str, where: str, problems: Sequence[Problem], listed: bool = False) -> None:
-    """Log warnings and raise errors, of which ``listed`` says that the tool lists all."""
+def _judge(name: str, where: str, problems: Sequence[Problem]) -> None:
+    """Log warnings and raise errors, of which the tool lists all."""
     for line in summary([p for p in problems if p.level == "warning"]):
         logger.warning("data set %r: %s", name, line)
     if errors := [p for p in problems if p.level == "error"]:
         lines = "\n  ".join(summary(errors))
         hint = remedy(name) if errors[0].kind in ("missing json", "missing folder") else ""
-        more = "tools/check_dataset.py lists them all. " if listed else ""
         raise DatasetError(
             f"data set {name!r} ({where}) has {len(errors)} error(s):\n  {lines}\n"
-            f"{hint or f'{more}DATASETS.CHECK False trains all the same.'}"
+            f"{hint or 'tools/check_dataset.py lists them all. DATASETS.CHECK False trains all the same.'}"
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import multiprocessing
 import time
@@ -156,8 +157,13 @@ class TrainStep(SimpleTrainer):
 
     def _backward(self, data: list[Any]) -> dict[str, Tensor]:
         """Add up the gradients of the batch's pieces; returns the losses of the whole."""
-        size = len(data) // self.pieces
-        pieces = [data[i * size : (i + 1) * size] for i in range(self.pieces)]
+        if len(data) < self.pieces:
+            raise ConfigError(
+                f"the loader gave a batch of {len(data)} images, which is computed in {self.pieces} pieces: let it "
+                "drop the last ones of an epoch (drop_last), or lower SOLVER.ACCUMULATE."
+            )
+        ends = [len(data) * i // self.pieces for i in range(self.pieces + 1)]
+        pieces = [data[start:end] for start, end in itertools.pairwise(ends)]
         if self.pieces > 1 or comm.get_world_size() > 1:
             self._tell_objects(pieces)
         means: dict[str, Tensor] = {}
@@ -182,10 +188,10 @@ class TrainStep(SimpleTrainer):
             return
         objects = [count(piece) for piece in pieces]
         if comm.get_world_size() > 1:
-            row = torch.tensor(objects)
-            rows = [torch.empty_like(row) for _ in range(comm.get_world_size())]
-            dist.all_gather(rows, row, group=comm._get_global_gloo_group())  # on CPUs: no device is waited for
-            objects = torch.cat(rows).tolist()
+            # On CPUs: no device is waited for. Batches of other people's loaders may be of different sizes.
+            rows: list[Any] = [None] * comm.get_world_size()
+            dist.all_gather_object(rows, objects, group=comm._get_global_gloo_group())
+            objects = list(itertools.chain(*rows))
         for piece in pieces:
             piece[0] = {**piece[0], "batch_objects": objects}
 

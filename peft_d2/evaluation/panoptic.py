@@ -18,6 +18,7 @@ from detectron2.utils.logger import create_small_table
 from PIL import Image
 
 from peft_d2.data.images import DatasetError, read_rgb
+from peft_d2.data.labels import image_key
 from peft_d2.data.segmentation import panoptic_ids
 from peft_d2.evaluation.report import IMAGES, Drawn, side_by_side, write_panoptic_report
 
@@ -39,7 +40,7 @@ class PanopticQualityEvaluator(COCOPanopticEvaluator):
         self._folder = output_dir if report else None
         with PathManager.open(self._metadata.panoptic_json) as file:
             truth = json.load(file)
-        self._truth = {a["image_id"]: a for a in truth["annotations"]}
+        self._truth = {image_key(a["image_id"]): a for a in truth["annotations"]}
         self._is_thing = {c["id"]: bool(c["isthing"]) for c in truth["categories"]}
         self._names = {c["id"]: str(c.get("name", c["id"])) for c in truth["categories"]}
         self.reset()
@@ -65,7 +66,7 @@ class PanopticQualityEvaluator(COCOPanopticEvaluator):
             if segments is None:
                 ids, segments = self._from_labels(ids)
             categories = {s["id"]: self._convert_category_id(dict(s))["category_id"] for s in segments}
-            annotation = self._truth[record["image_id"]]
+            annotation = self._truth[image_key(record["image_id"])]
             with Image.open(os.path.join(self._metadata.panoptic_root, annotation["file_name"])) as opened:
                 truth = panoptic_ids(np.asarray(opened.convert("RGB")))
             statistics = {category: np.zeros(4) for category in self._statistics}

@@ -236,8 +236,13 @@ def test_tool(root, good, monkeypatch, capsys):
 def test_tool_by_name(root, monkeypatch, capsys):
     pytest.importorskip("detectron2", reason="names are registered with Detectron2")
     monkeypatch.setenv("DETECTRON2_DATASETS", str(root))
-    assert _run(monkeypatch, "--name", "lvis_v1_train") == 2
-    assert "is not in COCO's format" in capsys.readouterr().err
+    assert _run(monkeypatch, "--name", "lvis_v1_train", "--preview", "a.jpg") == 2
+    assert "--preview, --save-json and --class-map are for COCO-format sets of objects, not lvis" in (
+        capsys.readouterr().err
+    )
+    for name, said in (("lvis_v1_train", "is no file"), ("coco_2017_val_panoptic", "does not exist")):
+        assert _run(monkeypatch, "--name", name) == 1
+        assert said in "".join(capsys.readouterr())
     assert _run(monkeypatch, "--name", "zerowaste_tra1n") == 2
     assert "is not registered" in capsys.readouterr().err
     assert _run(monkeypatch, "--name", "coco_2014_minival") == 1

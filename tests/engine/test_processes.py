@@ -14,10 +14,12 @@ import pytest
 import torch
 from detectron2.engine import HookBase
 from detectron2.utils import comm
+from detectron2.utils.events import EventStorage
 
 import peft_d2
 from peft_d2.engine import launch, processes
 from peft_d2.engine.errors import ConfigError
+from peft_d2.engine.step import TrainStep
 from peft_d2.engine.trainer import Trainer
 from peft_d2.models.layers import criterion
 
@@ -224,3 +226,46 @@ def test_two_machines(toy_set: Any, base_weights: Path, tmp_path: Path) -> None:
         assert "Learning rate 0.001, chosen for batches of 2 images, becomes 0.004 for 8." in output
         assert "Batches of 8 images: 2 process(es) with 4 each, in 2 piece(s) of 2." in output
     assert (tmp_path / "model_final.pth").is_file()
+
+
+class Counted(torch.nn.Linear):
+    """Its loss is the mean over the objects of the whole batch, wherever they are computed."""
+
+    def __init__(self) -> None:
+        super().__init__(2, 1, bias=False)
+        torch.nn.init.ones_(self.weight)
+
+    def count_objects(self, batch: list[dict[str, Any]]) -> list[int]:
+        return [item["count"] for item in batch]
+
+    def forward(self, batch: Any) -> Any:
+        counts = batch[0].get("batch_objects") or [self.count_objects(batch)]
+        losses = [item["count"] * super(Counted, self).forward(item["x"]).square().sum() for item in batch]
+        return {"loss": sum(losses) / criterion.average_count(counts)}
+
+
+def gradient(pieces: int, parts: list[slice]) -> torch.Tensor:
+    """Of a step on five images, of which this process's loader gives its part."""
+    batch = [{"count": count, "x": torch.tensor([1.0, 0.1 * count])} for count in (3, 0, 1, 7, 2)]
+    model: Any = Counted()
+    run = torch.nn.parallel.DistributedDataParallel(model) if comm.get_world_size() > 1 else model
+    step = TrainStep(run, [batch[parts[comm.get_rank()]]], torch.optim.SGD(model.parameters(), 0.0), pieces=pieces)
+    with EventStorage():
+        step.iter = 0
+        step.run_step()
+    return model.weight.grad
+
+
+def one_of_two_unequal(folder: str) -> None:
+    torch.save(gradient(2, [slice(2), slice(2, 5)]), Path(folder, f"{comm.get_rank()}.pth"))
+
+
+def test_batches_that_cannot_be_dealt_out_evenly(tmp_path: Path) -> None:
+    """As other people's loaders give them at the end of an epoch."""
+    expected = gradient(1, [slice(5)])
+    torch.testing.assert_close(gradient(2, [slice(5)]), expected)
+    processes.launch(one_of_two_unequal, (str(tmp_path),), processes.Layout(2, on_cpu=True))
+    for rank in (0, 1):
+        torch.testing.assert_close(torch.load(tmp_path / f"{rank}.pth"), expected)
+    with pytest.raises(ConfigError, match="a batch of 2 images, which is computed in 3 pieces: let it drop"):
+        gradient(3, [slice(2)])

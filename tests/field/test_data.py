@@ -37,6 +37,7 @@ from peft_d2.engine.config import load_config  # noqa: E402
 from peft_d2.evaluation import lvis  # noqa: E402
 from peft_d2.evaluation.build import build_evaluator  # noqa: E402
 from peft_d2.evaluation.coco import evaluate_coco  # noqa: E402
+from peft_d2.evaluation.panoptic import PanopticQualityEvaluator  # noqa: E402
 
 from .conftest import TINY, Own  # noqa: E402
 
@@ -908,7 +909,7 @@ LVIS = {
 
 
 @pytest.mark.parametrize("name", LVIS)
-def test_lvis_is_checked_before_training(own, name):
+def test_lvis_is_checked_before_training(own, name, tool):
     change, said = LVIS[name]
     made = own("set", images=2)
     _as_lvis(made)
@@ -922,6 +923,8 @@ def test_lvis_is_checked_before_training(own, name):
     cfg = _config(None)
     cfg.DATASETS.REGISTER, cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = [], (), (data_set,)
     refused = any(problem.level == "error" for problem in found)
+    code, text = tool("check_dataset", "--name", data_set, "--test")
+    assert code == refused and re.search(said, text) and str(sum(p.level == "error" for p in found)) + " error" in text
     with pytest.raises(DatasetError, match=said) if refused else contextlib.nullcontext():
         check_datasets(cfg)
 
@@ -937,8 +940,12 @@ def _panoptic(folder: Path) -> tuple[dict[str, Any], np.ndarray]:
     return {"annotations": [annotation], "categories": categories}, ids
 
 
+def _segments(data: dict[str, Any]) -> list[dict[str, Any]]:
+    return data["annotations"][0]["segments_info"]
+
+
 def _first(data: dict[str, Any]) -> dict[str, Any]:
-    return data["annotations"][0]["segments_info"][0]
+    return _segments(data)[0]
 
 
 PANOPTIC = {
@@ -968,11 +975,20 @@ PANOPTIC = {
     "no kinds": (lambda d, ids: d["categories"][1].pop("isthing"), "does not say whether it is a thing"),
     "an image twice": (lambda d, ids: d["annotations"].append(d["annotations"][0]), "is there 2 times"),
     "single objects": (lambda d, ids: d["annotations"][0].pop("segments_info"), "is no panoptic json"),
+    "crowds alone": (
+        lambda d, ids: [s.update(iscrowd=1) for s in d["annotations"][0]["segments_info"]],
+        "all 3 are crowds, of which nothing is learnt",
+    ),
+    "an id as text": (lambda d, ids: d["annotations"][0].update(image_id="0001"), ""),
+    "ids of another source": (
+        lambda d, ids: d["annotations"][0].update(image_id="a"),
+        r"image_id 1 is not in the panoptic json \(1 such\)",
+    ),
 }
 
 
 @pytest.mark.parametrize("name", PANOPTIC)
-def test_panoptic_sets_are_checked_before_training(tmp_path, name, caplog):
+def test_panoptic_sets_are_checked_before_training(tmp_path, name, caplog, tool):
     change, said = PANOPTIC[name]
     data, ids = _panoptic(tmp_path)
     change(data, ids)
@@ -995,3 +1011,12 @@ def test_panoptic_sets_are_checked_before_training(tmp_path, name, caplog):
         check_datasets(cfg)
     warnings = [record.message for record in caplog.records if "warning:" in record.message]
     assert len(warnings) == ("warning" in said) and (not warnings or re.search(said, warnings[0]))
+    code, text = tool("check_dataset", "--name", data_set)
+    refused = said and "warning" not in said
+    assert code == bool(refused) and re.search(said, text) and f"{int(bool(refused))} error(s)" in text
+    if name == "an id as text":
+        found = [{"id": s["id"], "category_id": 0, "isthing": True} for s in _segments(data)]
+        found[2] = {"id": 70000, "category_id": 1, "isthing": False}
+        evaluator = PanopticQualityEvaluator(data_set)
+        evaluator.process(records(), [{"panoptic_seg": (torch.from_numpy(ids), found)}])
+        assert evaluator.evaluate()["panoptic_seg"]["PQ"] == 100

@@ -59,7 +59,10 @@ class PixelModel(nn.Module):
                 f"{' of others' if listed else ''}: model([{{'image': image}}])"
             )
         if self.training and not batched_inputs:
-            raise DatasetError("the batch is empty: there is nothing to train on. Skip such batches, or drop_last them")
+            raise DatasetError(
+                "the batch is empty: there is nothing to train on. Let the loader drop_last such batches, or skip "
+                "them: of several processes in all, as the others would wait"
+            )
         return not batched_inputs
 
     def normalised(self, image: Tensor, name: Any = "an image") -> Tensor:
