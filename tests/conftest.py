@@ -37,7 +37,7 @@ SLOW = {
     *("models/sam/test_sam_training.py", "models/test_mixed_batches.py", "tools/test_take_adapter.py"),
     *("ops/test_official.py", "ops/test_build.py"),
     *(f"peft/test_{name}.py" for name in ("execution", "whole_model", "ddp", "lora_layers")),
-    *(f"models/test_{name}.py" for name in ("timm", "training", "configs", "habits")),
+    *(f"models/test_{name}.py" for name in ("timm", "training", "configs", "habits", "half_precision")),
     *(
         f"tools/test_{name}.py"
         for name in ("train_net", "export", "analyze_peft", "visualize_data", "model_zoo", "nuclei_study", "ui")

@@ -432,9 +432,10 @@ class SetCriterion(nn.Module):
         has objects are matched; without ``objects`` by those at hand.
         """
         logits, labels = logits.transpose(1, 2), self.wanted_labels(logits, matched)
+        weights = self.empty_weight.to(logits.dtype)  # not so on a base in half precision
         if objects is None:
-            return F.cross_entropy(logits, labels, self.empty_weight)
-        total = F.cross_entropy(logits, labels, self.empty_weight, reduction="sum")
+            return F.cross_entropy(logits, labels, weights)
+        total = F.cross_entropy(logits, labels, weights, reduction="sum")
         queries = labels.shape[1]
         found = [min(count, queries) for part in objects for count in part]
         weight = sum(found) + self.no_object_weight * (len(found) * queries - sum(found))

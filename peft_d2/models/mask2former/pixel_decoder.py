@@ -45,6 +45,8 @@ MODEL:
 class Pyramid(nn.Module):
     """Convolutions named ``adapter_<n>`` and ``layer_<n>`` as published; number 1 is the finest level."""
 
+    mask_features: nn.Module
+
     def add_level(self, number: int, channels: int, norm: str, in_channels: int = 0) -> None:
         """Add ``layer_<n>`` (3 x 3, norm, ReLU) and, where a map of ``in_channels`` enters, ``adapter_<n>`` (1 x 1)."""
         if in_channels:
@@ -56,6 +58,15 @@ class Pyramid(nn.Module):
         )
         weight_init.c2_xavier_fill(output)
         self.add_module(f"layer_{number}", output)
+
+    def require_float32(self, or_float64: bool = False) -> None:
+        """Refuse weights of another type, as ``model.half()`` leaves them."""
+        kind = self.mask_features.weight.dtype
+        if kind != torch.float32 and not (or_float64 and kind == torch.float64):
+            raise ModelConfigError(
+                f"the pixel decoder computes in float32, as published, and its weights are {kind}: keep the "
+                "model in float32, model.float(), and run it under torch.autocast"
+            )
 
     def merge(self, number: int, feature: Tensor, coarse: Tensor, mode: str) -> Tensor:
         """The level's map: from the backbone's ``feature`` and the next coarser level's map, resized by ``mode``."""
@@ -142,14 +153,10 @@ class MSDeformAttnPixelDecoder(Pyramid):
         Mask features (N, mask_dim, H, W) come at the common stride, then the first encoded map, and the first
         ``decoder_levels`` maps (N, conv_dim, H_l, W_l), in the encoder's order.
         """
+        self.require_float32(or_float64=self.autocast)
         device_type = features[self.coarsest].device.type
         with nullcontext() if self.autocast else torch.autocast(device_type, enabled=False):
             if not self.autocast:
-                if (kind := self.mask_features.weight.dtype) != torch.float32:
-                    raise ModelConfigError(
-                        f"the pixel decoder computes in float32, as published, and its weights are {kind}: keep the "
-                        "model in float32, model.float(), and run it under torch.autocast"
-                    )
                 features = {name: feature.float() for name, feature in features.items()}
             maps = self.transformer(self._encoder_maps(features), self._code_order())
             finest = maps[0] if self.finest_first else maps[-1]
@@ -245,6 +252,7 @@ class TransformerEncoderPixelDecoder(Pyramid):
 
         Mask features are at the finest map's stride; of the pyramid, the three coarsest maps come out, coarsest first.
         """
+        self.require_float32()
         *finer, coarsest = self.in_features
         encoded = self.transformer(self.input_proj(features[coarsest]))
         maps = [self.get_submodule(f"layer_{len(self.in_features)}")(encoded)]

@@ -120,7 +120,8 @@ class SAM2(SegmentAnything):
         self.checked_size(image, name)
         square = (self.image_size, self.image_size)
         normed = self.normalised(image, name)[None]
-        return F.interpolate(normed, size=square, mode="bilinear", align_corners=False, antialias=True)[0]
+        exact = normed.to(torch.promote_types(normed.dtype, torch.float32))  # torch has no such kernel for halves
+        return F.interpolate(exact, size=square, mode="bilinear", align_corners=False, antialias=True)[0].to(normed)
 
     def _canvas(self, size: tuple[int, int], output: tuple[int, int] | None = None) -> Canvas:
         output = output or size

@@ -17,6 +17,7 @@ from peft_d2.engine.checks import build_without_weights
 from peft_d2.engine.config import load_config
 from peft_d2.models import register
 from peft_d2.models.backbones.sam_vit import SEEMViT
+from peft_d2.models.checks import ModelConfigError
 from peft_d2.models.seem.text_encoder import TokenizerError
 from peft_d2.models.seem.vocabulary import ClassVectors, ClassVectorsError
 from peft_d2.storage import checkpoint
@@ -209,6 +210,12 @@ def test_training_draws_templates_and_inference_takes_their_mean(small_seem: Any
             any(torch.allclose(found[..., k], p[..., k], atol=1e-5) for p in possible) for k in range(len(NAMES) + 1)
         )
     assert len({round(found[0, 0, 0].item(), 4) for found in drawn}) == 3
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
+def test_a_model_in_half_precision_is_refused(small_seem: Any, kind: torch.dtype) -> None:
+    with pytest.raises(ModelConfigError, match=f"its weights are {kind}: keep the model in float32"):
+        small_seem().to(kind)([sample("bitmasks")])
 
 
 def test_bf16_autocast_scores_in_float32(small_seem: Any) -> None:
