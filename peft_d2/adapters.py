@@ -10,6 +10,7 @@ import logging
 import os
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict
+from math import isclose
 from typing import Any
 
 import torch
@@ -173,6 +174,7 @@ def _stored(model: nn.Module, metrics: Mapping[str, Any] | None, name: str | Non
         "scales": {path: float(item.scale) for path, item in low_ranks(injection, name).items()},
         "modules": [(path, module) for path, module, _ in walk(model)],
         "started_from": injection.adapters[name].started_from,
+        "pixels": _pixels(model),
     }
 
 
@@ -298,6 +300,7 @@ def _load(
     record.started_from = pinned or content.started_from
     record.base = content.base if other_classes and not allow_other_base else None
     _say_in_effect(model, content, folder, name)
+    _warn_of_other_pixels(model, content, folder)
     return content
 
 
@@ -398,6 +401,35 @@ def _say_in_effect(model: nn.Module, content: AdapterFile, folder: str | os.Path
     if changed := [key for key, value in content.tensors.items() if own[key].dtype != value.dtype]:
         kinds = f"{content.tensors[changed[0]].dtype} in the file and {own[changed[0]].dtype} in the model"
         logger.warning("%d tensors of %s are %s, from %s on.", len(changed), folder, kinds, changed[0])
+
+
+def _pixels(model: nn.Module) -> dict[str, Any]:
+    """How a model takes its pixels, as far as it says so in the attributes that Detectron2's models have."""
+    given = {key: getattr(model, f"pixel_{key}", None) for key in ("mean", "std")}
+    known: dict[str, Any] = {
+        key: [round(number, 4) for number in value.flatten().tolist()]
+        for key, value in given.items()
+        if isinstance(value, Tensor) and value.numel() <= 64
+    }
+    kind = getattr(model, "input_format", None)
+    return {**known, "format": kind} if isinstance(kind, str) else known
+
+
+def _warn_of_other_pixels(model: nn.Module, content: AdapterFile, folder: str | os.PathLike[str]) -> None:
+    """Say that an adapter was trained on images of another order of channels, or normalised otherwise."""
+    here, there = _pixels(model), content.pixels
+
+    def alike(a: Any, b: Any) -> bool:  # but for rounding, as half precision does
+        numbers = zip(a, b, strict=False)
+        return a == b if isinstance(a, str) else len(a) == len(b) and all(isclose(*n, rel_tol=0.01) for n in numbers)
+
+    names = {"mean": "MODEL.PIXEL_MEAN", "std": "MODEL.PIXEL_STD", "format": "INPUT.FORMAT"}
+    for key in [key for key in names if key in here.keys() & there and not alike(here[key], there[key])]:
+        logger.warning(
+            "Adapter %s was trained with %s %s, and this model takes images with %s: set it as it was, or the images "
+            "look different to what was trained.",
+            *(folder, names[key], there[key], here[key]),
+        )
 
 
 def _check_methods(model: nn.Module, content: AdapterFile, name: str, compare_entries: bool) -> None:

@@ -44,6 +44,7 @@ _COUNTS = {
     **dict.fromkeys(("SOLVER.BACKBONE_WARMUP_ITERS", "SOLVER.LAYER_DECAY_SPARED"), (0, 2**31 - 1)),
     "DATALOADER.NUM_WORKERS": (0, 1024),
 }
+_IMAGENET = (124, 116, 104)  # means of red, green and blue
 _RESNET_BUILDERS = {"build_resnet_backbone", "build_resnet_fpn_backbone", "build_retinanet_resnet_fpn_backbone"}
 _RESNETS = [18, 34, 50, 101, 152]
 _RESNET_MAPS = ["stem", "res2", "res3", "res4", "res5"]
@@ -90,6 +91,13 @@ def _check_numbers(cfg: Any) -> None:
             "MODEL.PIXEL_MEAN %s and PIXEL_STD %s seem to be of images from 0 to 1. Detectron2's are from 0 to 255: "
             "multiply both by 255.",
             *(list(cfg.MODEL.PIXEL_MEAN), list(cfg.MODEL.PIXEL_STD)),
+        )
+    order = {"BGR": "RGB", "RGB": "BGR"}.get(cfg.INPUT.FORMAT)
+    if order and tuple(round(value) for value in cfg.MODEL.PIXEL_MEAN[:: 1 if order == "RGB" else -1]) == _IMAGENET:
+        logger.warning(
+            "MODEL.PIXEL_MEAN %s is ImageNet's in the order %s, but INPUT.FORMAT is %s: reverse it and PIXEL_STD, or "
+            "set INPUT.FORMAT %s, as the base was trained.",
+            *(list(cfg.MODEL.PIXEL_MEAN), order, cfg.INPUT.FORMAT, order),
         )
     if cfg.TEST.TILES.ENABLED:
         node = cfg.TEST.TILES

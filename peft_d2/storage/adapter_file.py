@@ -39,9 +39,9 @@ logger = logging.getLogger(__name__)
 
 FORMAT, FORMAT_VERSION = "peft_d2-adapter", 1
 TENSORS, CONFIG, RECORD = FILES = "adapter_model.safetensors", "adapter_config.json", "peft_d2.json"
-# Of the record, where there is something to say: why Hugging Face's peft cannot open the folder as it is, and which
-# commit of which adapter on the hub the training started from.
-WHY_NOT_PEFT, STARTED_FROM = "why_not_peft", "started_from"
+# Of the record, where there is something to say: why Hugging Face's peft cannot open the folder as it is, which
+# commit of which adapter on the hub the training started from, and how the model takes its pixels.
+WHY_NOT_PEFT, STARTED_FROM, PIXELS = "why_not_peft", "started_from", "pixels"
 MARK = "peft_d2"  # in the tensors' header: tells our folder that lost its record from one of Hugging Face's
 MAX_JSON = 32 * 2**20  # bytes
 
@@ -55,7 +55,7 @@ _DAMAGED = "copy the folder again from where it was saved, or use an earlier che
 _AGAIN = "save the adapter again with this version of peft_d2"
 _TYPES = {"base": dict, "checksum": str, "files": dict, "format": str, "format_version": int, "methods": list,
           "metrics": dict, "peft_d2_version": str, "train": list}  # fmt: skip
-_OPTIONAL = {WHY_NOT_PEFT: str, STARTED_FROM: str}
+_OPTIONAL = {WHY_NOT_PEFT: str, STARTED_FROM: str, PIXELS: dict}
 _ENTRY = re.compile(r"(?P<shape>|\d{1,12}(x\d{1,12}){0,15})(:(?P<hash>[0-9a-f]{16}))?")
 
 
@@ -193,6 +193,7 @@ class AdapterFile:
         version: of peft_d2 that wrote it.
         scales: path of each LoRA that `adapter_config.json` describes -> factor on its branch.
         started_from: `user/name@commit` of the adapter on the hub that its training started from, or "".
+        pixels: `mean`, `std` and `format` (RGB or BGR) of the images that it was trained on, as far as they are known.
     """
 
     tensors: dict[str, Tensor]
@@ -203,6 +204,7 @@ class AdapterFile:
     version: str
     scales: dict[str, float]
     started_from: str = ""
+    pixels: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def write(folder: str | os.PathLike[str], tensors: Mapping[str, Tensor], **described: Any) -> None:
@@ -235,6 +237,7 @@ def contents(
     scales: Mapping[str, float] | None = None,
     modules: adapter_config.Modules = (),
     started_from: str = "",
+    pixels: Mapping[str, Any] | None = None,
 ) -> dict[str, bytes]:
     """The three files of an adapter, by name.
 
@@ -264,7 +267,7 @@ def contents(
         "base": base.to_json(),
         "metrics": _plain(dict(metrics or {}), "the metrics"),
         "files": {name: {"bytes": len(content), "sha256": _sha256(content)} for name, content in data.items()},
-        **{key: said for key, said in ((WHY_NOT_PEFT, reason), (STARTED_FROM, started_from)) if said},
+        **{k: said for k, said in ((WHY_NOT_PEFT, reason), (STARTED_FROM, started_from), (PIXELS, pixels)) if said},
     }
     try:
         return {**data, RECORD: sign(record)}
@@ -349,8 +352,8 @@ def _read(root: Path) -> AdapterFile:
     except ValueError as error:
         raise AdapterFileError(root, str(error), _AGAIN) from None
     version, train = record["peft_d2_version"], tuple(record["train"])
-    start = record.get(STARTED_FROM, "")
-    return AdapterFile(tensors, record["methods"], train, base, record["metrics"], version, scales, start)
+    more = record.get(STARTED_FROM, ""), record.get(PIXELS, {})
+    return AdapterFile(tensors, record["methods"], train, base, record["metrics"], version, scales, *more)
 
 
 def _read_record(root: Path) -> dict[str, Any]:
@@ -374,9 +377,17 @@ def _read_record(root: Path) -> dict[str, Any]:
         or any(not isinstance(entry["bytes"], int) for entry in record["files"].values())
         or not all(isinstance(method, dict) for method in record["methods"])
         or not all(isinstance(pattern, str) for pattern in record["train"])
+        or not _are_pixels(record.get(PIXELS, {}))
     ):
         raise AdapterFileError(path, "it is not the record of a peft_d2 adapter", _AGAIN)
     return record
+
+
+def _are_pixels(record: Mapping[str, Any]) -> bool:
+    numbers = [record.get(key, []) for key in ("mean", "std")]
+    plain = all(isinstance(values, list) and all(isinstance(v, int | float) for v in values) for values in numbers)
+    kind = record.get("format", "")
+    return plain and record.keys() <= {"mean", "std", "format"} and isinstance(kind, str) and kind.isprintable()
 
 
 def _read_member(path: Path, entry: Mapping[str, Any]) -> bytes:

@@ -356,6 +356,28 @@ def test_an_adapter_of_another_class_count_is_saved_as_it_was_and_merged_alone(t
     torch.testing.assert_close(plain(torch.ones(1, 4)), expected)
 
 
+RGB = ("INPUT.FORMAT", "RGB", "MODEL.PIXEL_MEAN", "[123.675, 116.28, 103.53]")
+OTHER_PIXELS: list[tuple[tuple[str, ...], list[str]]] = [
+    (RGB, []),
+    ((*RGB, "INPUT.FORMAT", "BGR"), ["with INPUT.FORMAT RGB, and this model takes images with BGR"]),
+    ((*RGB, "MODEL.PIXEL_MEAN", "[103.53, 116.28, 123.675]"), [r"with MODEL.PIXEL_MEAN \[123.675, 116.28, 103.53\]"]),
+    ((*RGB, "MODEL.PIXEL_STD", "[1.0, 1.0, 1.0]"), [r"PIXEL_STD .*takes images with \[1.0, 1.0, 1.0\]"]),
+]
+
+
+@pytest.mark.parametrize(("pairs", "said"), OTHER_PIXELS, ids=["same", "format", "mean", "std"])
+def test_an_adapter_of_other_pixels(
+    pairs: tuple[str, ...], said: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    peft_d2.register()
+    trained, other = (build_model(few("tiny.yaml", *own)) for own in (RGB, pairs))
+    peft_d2.inject(trained, [{"NAME": "lora", "RANK": 2, "TARGETS": ["backbone.*.qkv"]}])
+    peft_d2.save_adapter(trained, tmp_path / "a")
+    peft_d2.load_adapter(other if said else other.half(), tmp_path / "a", allow_other_base=True)
+    found = [message for message in caplog.messages if "was trained with" in message]
+    assert len(found) == len(said) and all(map(re.search, said, found))
+
+
 def test_derivatives_in_forward_mode() -> None:
     """Also where there are many rows, which a CPU computes with the changed weight."""
     peft_d2.inject(model := net(), LORA)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -227,6 +228,16 @@ def test_pixel_statistics_of_another_scale_are_named(own: Any, tool: Any, tmp_pa
     statistics = ["MODEL.PIXEL_MEAN", "[0.485, 0.456, 0.406]", "MODEL.PIXEL_STD", "[0.229, 0.224, 0.225]"]
     code, text = tool("train_net", *_options(own, tmp_path / "run", *statistics, "DATASETS.TEST", "()"))
     assert code == 0 and "are from 0 to 255: multiply both by 255" in text
+
+
+@pytest.mark.parametrize(("kind", "mean", "said"), [("BGR", 1, True), ("RGB", -1, True), ("RGB", 1, False)])
+def test_pixel_statistics_in_the_other_order_are_named(
+    kind: str, mean: int, said: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    pairs = ["INPUT.FORMAT", kind, "MODEL.PIXEL_MEAN", str([123.675, 116.28, 103.53][::mean])]
+    with contextlib.suppress(ConfigError):
+        check_run(load_config(str(TINY), opts=pairs).cfg, evaluate=False)
+    assert ("is ImageNet's in the order" in caplog.text) == said
 
 
 def test_folders_of_runs(own: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,6 +38,7 @@ class PixelModel(nn.Module):
         one_each = f"a list as long as PIXEL_STD {std}, one for each channel"
         expect(len(mean) == len(std), "MODEL.PIXEL_MEAN", mean, one_each)
         expect(all(value > 0 for value in std), "MODEL.PIXEL_STD", std, "above 0 in each channel")
+        self.input_format = cfg.INPUT.FORMAT  # as Detectron2's models say it
         self.register_buffer("pixel_mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(std).view(-1, 1, 1), persistent=False)
 
