@@ -121,7 +121,7 @@ class FeatureCache:
         device = images.device.type
         precision = str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else "as is"
         start = f"{self._weights()} {precision} {images.dtype} {tuple(images.shape[1:])}".encode()
-        return [hashlib.sha256(start + image.cpu().contiguous().numpy().tobytes()).hexdigest() for image in images]
+        return [hashlib.sha256(start + _bytes(image)).hexdigest() for image in images]
 
     def _is_kept(self, name: str) -> bool:
         return not self._steps or _step(name, self._steps) < self.count
@@ -143,9 +143,13 @@ class FeatureCache:
             digest = hashlib.sha256(f"{self.settings} {self.count}".encode())
             for name, tensor in state.items():
                 digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-                digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+                digest.update(_bytes(tensor))
             self._hashed = (changes, digest.hexdigest())
         return self._hashed[1]
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 @contextlib.contextmanager

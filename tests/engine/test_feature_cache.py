@@ -75,6 +75,18 @@ def test_everything_that_decides_the_result_is_in_the_key(encoder: Counting, tmp
     assert encoder.seen == 7
 
 
+@pytest.mark.parametrize("kind", [torch.float32, torch.float16, torch.bfloat16])
+def test_features_of_each_precision(kind: torch.dtype, tmp_path: Path) -> None:
+    """A batch norm counts its batches in a tensor without axes."""
+    encoder = nn.Sequential(nn.Conv2d(3, 4, 8, 8), nn.BatchNorm2d(4)).eval().requires_grad_(False)
+    images = torch.rand(2, 3, 16, 16)
+    FeatureCache(tmp_path, encoder, "a")(images)
+    encoder, images = encoder.to(kind), images.to(kind)
+    for _ in range(2):
+        assert torch.equal(FeatureCache(tmp_path, encoder, "a")(images), encoder(images))
+    assert len(list(tmp_path.rglob("*.safetensors"))) == (2 if kind == torch.float32 else 4)
+
+
 def test_nothing_is_kept_of_what_learns_by_now(encoder: Counting, tmp_path: Path) -> None:
     images = torch.rand(1, 3, 16, 16)
     cache = FeatureCache(tmp_path, encoder, "a")
