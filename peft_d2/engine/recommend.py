@@ -24,6 +24,7 @@ from peft_d2.data.loader import build_train_loader, sample_seed
 from peft_d2.engine.checks import build_model
 from peft_d2.engine.config import leaves
 from peft_d2.engine.errors import ConfigError
+from peft_d2.engine.hooks import seed_everything
 from peft_d2.engine.optimizer import build_optimizer
 from peft_d2.peft.ranking import Recommendation, recommend
 from peft_d2.storage import atomic
@@ -79,6 +80,8 @@ def advise(cfg: Any, budget: int = 0) -> tuple[Any, Recommendation, dict[float, 
     loader = build_train_loader(cfg)
     batches = list(islice(iter(loader), BATCHES + TEST_STEPS + HELD_OUT))
     loader.close()
+    if cfg.SEED >= 0:
+        seed_everything(cfg.SEED, 0, 0)  # new heads start as in the training
     model, heads = _base(cfg)
     count = sum(parameter.numel() for parameter in model.parameters())
     budget = budget or int(count * cfg.MODEL.PEFT.BUDGET / 100)

@@ -47,6 +47,16 @@ def test_auto(make_cfg: Callable[..., Any], base_weights: Path, tmp_path: Path) 
     assert written.MODEL.PEFT.METHODS == node.METHODS and written.MODEL.META_ARCHITECTURE == "PEFTModel"
 
 
+def test_the_same_seed_recommends_the_same(make_cfg: Callable[..., Any], base_weights: Path) -> None:
+    """The data have three classes and the base seven: its new head starts at random."""
+    cfg = make_cfg("MODEL.PEFT.METHODS", "auto", "MODEL.WEIGHTS", base_weights, "SEED", 3)
+    texts = []
+    for state in (1, 2):
+        torch.manual_seed(state)
+        texts.append(recommend.explained(*recommend.advise(cfg)))
+    assert texts[0] == texts[1]
+
+
 @pytest.mark.parametrize("config", [TINY, DINO], ids=["mask2former", "mask_dino"])
 def test_a_training_takes_it(make_cfg: Callable[..., Any], weights_of: Callable[[Path], Path], config: Path) -> None:
     """Steps with the liveness proof before the first one, an adapter, and the adapter in a model of its own."""
