@@ -220,13 +220,15 @@ def _add_clipping(cfg: Any, optimizer: torch.optim.Optimizer) -> torch.optim.Opt
     def clip_gradients(opt: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         """Called by torch with the optimizer and the arguments of its ``step``."""
         parameters = list(itertools.chain.from_iterable(group["params"] for group in opt.param_groups))
+        scale = getattr(opt, "grad_scale", None)  # that a GradScaler leaves to the fused kernels to undo
+        limit = clip.CLIP_VALUE * (1.0 if scale is None else float(scale))
         if clip.CLIP_TYPE == "full_model":
-            nn.utils.clip_grad_norm_(parameters, clip.CLIP_VALUE, norm_type=clip.NORM_TYPE)
+            nn.utils.clip_grad_norm_(parameters, limit, norm_type=clip.NORM_TYPE)
         elif clip.CLIP_TYPE == "norm":
             for parameter in parameters:
-                nn.utils.clip_grad_norm_(parameter, clip.CLIP_VALUE, norm_type=clip.NORM_TYPE)
+                nn.utils.clip_grad_norm_(parameter, limit, norm_type=clip.NORM_TYPE)
         else:
-            nn.utils.clip_grad_value_(parameters, clip.CLIP_VALUE)
+            nn.utils.clip_grad_value_(parameters, limit)
 
     if clip.CLIP_TYPE not in ("full_model", "norm", "value"):
         raise ConfigError(

@@ -62,16 +62,20 @@ def test_rates_of_injected_and_fully_trained_parts(make_cfg: Callable[..., Any])
     assert any(name.startswith("backbone.") and kind == "injected" for name, kind in named.items())
 
 
+@pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("kind", ["full_model", "norm", "value"])
-def test_clipping(make_cfg: Callable[..., Any], kind: str) -> None:
+def test_clipping(make_cfg: Callable[..., Any], kind: str, scaled: bool) -> None:
+    """A scaler of float16's gradients leaves it to fused kernels to take its scale off, after the clipping."""
     cfg = make_cfg("SOLVER.OPTIMIZER", "SGD", "SOLVER.MOMENTUM", 0.0, "SOLVER.WEIGHT_DECAY", 0.0, "SOLVER.BASE_LR", 1.0)
     cfg.SOLVER.CLIP_GRADIENTS.CLIP_TYPE, cfg.SOLVER.CLIP_GRADIENTS.CLIP_VALUE = kind, 0.5
     model = nn.Sequential(nn.Linear(3, 1, bias=False), nn.Linear(4, 1, bias=False))
     before = [p.detach().clone() for p in model.parameters()]
     optimizer = build_optimizer(cfg, model)
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0, enabled=scaled)
+    scaler.scale(torch.ones(()))
     for p in model.parameters():
-        p.grad = torch.full_like(p, 2.0)
-    optimizer.step()
+        p.grad = torch.full_like(p, 2.0 * scaler.get_scale())
+    scaler.step(optimizer)
     steps = [(b - p).detach().flatten() for b, p in zip(before, model.parameters(), strict=True)]
     measured = {
         "full_model": torch.cat(steps).norm(),
