@@ -32,12 +32,14 @@ import torch
 from torch import nn
 
 from peft_d2.engine.checks import build_model
-from peft_d2.engine.errors import ConfigError, bounded, one_line_errors
+from peft_d2.engine.errors import ConfigError, bounded, one_line_errors, require_output
 from peft_d2.engine.launch import prepare_config, take_pairs
 from peft_d2.memory import MemoryBudgetError, MemoryPlan, SavedTensors, fit_memory
 from peft_d2.memory.blocks import resident_bytes, return_freed_memory
 from peft_d2.memory.meter import ProcessPeak
+from peft_d2.storage import atomic
 
+_PICTURES = (".png", ".pdf", ".svg", ".jpg")
 FULL = "full fine-tuning"
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 _OBJECTS = 5
@@ -128,6 +130,11 @@ def analyze(args: argparse.Namespace) -> list[Figures]:
     for name in ("size", "batch", "rounds"):
         if getattr(args, name) < 1:
             raise ConfigError(f"--{name} is {getattr(args, name)}; expected 1 or more.")
+    for option in ("json", "plot"):
+        if file := getattr(args, option):
+            require_output(f"--{option}", file, args.config_file, *args.peft_config)
+    if args.plot and Path(args.plot).suffix.lower() not in _PICTURES:
+        raise ConfigError(f"--plot {args.plot}: expected a name that ends in {', '.join(_PICTURES)}.")
     for path in ("", *args.peft_config):  # told here, before any process is started
         device = _config(path, args).MODEL.DEVICE
         if args.clock == "cpu" and device != "cpu":
@@ -168,7 +175,8 @@ def write_json(path: str | Path, args: argparse.Namespace, figures: Sequence[Fig
     about = {"config": args.config_file, "size": args.size, "batch": args.batch, "rounds": args.rounds}
     about |= {"torch": torch.__version__, "machine": platform.processor() or platform.machine()}
     about |= {"threads": torch.get_num_threads(), "clock": args.clock, "opts": args.opts, "operator": operator}
-    Path(path).write_text(json.dumps({"run": about, "cases": [asdict(f) for f in figures]}, indent=1) + "\n")
+    content = json.dumps({"run": about, "cases": [asdict(f) for f in figures]}, indent=1) + "\n"
+    atomic.write_bytes(path, content.encode())
 
 
 def table(figures: Sequence[Figures]) -> str:
@@ -225,6 +233,7 @@ def plot(figures: Sequence[Figures], path: str) -> None:
         xlim=(0, 1.4 * max(item.step_time for item in figures)),
     )
     axes.set_ylim(0)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, bbox_inches="tight", dpi=120)
     pyplot.close(figure)
 

@@ -75,7 +75,7 @@ def main() -> int:
 def _files(args: argparse.Namespace, target: Path) -> tuple[str, str]:
     """The json and the image folder of what the command line names; what has another form is written to ``target``."""
     json_path, images = coco_files(args.name) if args.name else (args.json, args.images)
-    if not (args.data or args.class_map):
+    if not (args.data or args.class_map or args.save_json):
         return json_path, images
     if args.data:
         understood, data, folder = read_folder(args.data, args.split)

@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from peft_d2.engine.errors import ConfigError, one_line_errors
+from peft_d2.engine.errors import ConfigError, bounded, one_line_errors
 from peft_d2.engine.launch import take_pairs
 
 TRAIN_NET = Path(__file__).with_name("train_net.py")
@@ -309,10 +309,31 @@ def _axes(path: str | Path, across: str, metric: str, title: str) -> Iterator[An
     pyplot.close(figure)
 
 
+def _names(configs: Sequence[str]) -> list[str]:
+    """What the rows and folders of configs are called: their files, and the folders of these where files share a name.
+
+    Raises:
+        ConfigError: a file that is not there, or two of one name, which would be one run.
+    """
+    paths = [Path(config) for config in configs]
+    if missing := next((path for path in paths if not path.is_file()), None):
+        raise ConfigError(
+            f"--configs: config file {missing} {'is a folder' if missing.is_dir() else 'does not exist'}."
+        )
+    names = [path.stem for path in paths]
+    if len(set(names)) < len(names):
+        names = [f"{path.absolute().parent.name}_{path.stem}" for path in paths]
+    if twice := next((name for name in names if names.count(name) > 1), ""):
+        raise ConfigError(f"--configs: two of them would be called {twice}, and be one run. Give one another name.")
+    return names
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--configs", nargs="+", required=True, metavar="FILE", help="config files, a row each")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[1], help="each config is trained once per seed")
+    parser.add_argument(
+        "--seeds", nargs="+", type=bounded(int, 0), default=[1], help="each config is trained once per seed"
+    )
     parser.add_argument("--output", required=True, metavar="DIR", help="gets a folder per run, a table and plots")
     parser.add_argument(
         "--metrics", nargs="+", default=METRICS, help="figures of the table, as metrics.json names them"
@@ -325,7 +346,10 @@ def main() -> None:
 
     given = {flag: getattr(args, flag.replace("-", "_")) for flag in OWN_DATA}
     own_data = [word for flag, value in given.items() if value for word in (f"--{flag}", value)]
-    runs = [Run(Path(config).stem, config, seed) for config in args.configs for seed in args.seeds]
+    names = _names(args.configs)
+    if twice := [seed for seed in args.seeds if args.seeds.count(seed) > 1]:
+        raise ConfigError(f"--seeds: {twice[0]} is there twice, and would be one run.")
+    runs = [Run(name, config, seed) for name, config in zip(names, args.configs, strict=True) for seed in args.seeds]
     command = [sys.executable, str(TRAIN_NET), *own_data]
     results = compare(runs, args.output, command, args.opts, args.metrics)
     print(table(results, args.metrics))

@@ -26,7 +26,7 @@ from torch.func import functional_call
 
 from peft_d2 import peft
 from peft_d2.engine.checks import build_model
-from peft_d2.engine.errors import ConfigError, bounded, one_line_errors
+from peft_d2.engine.errors import ConfigError, bounded, one_line_errors, require_output
 from peft_d2.engine.launch import config_parser, prepare_config, take_pairs, warn_of_untrained
 from peft_d2.models.layers.mask_classifier import MaskClassifier
 from peft_d2.models.layers.transformer import MSDeformAttn
@@ -263,6 +263,11 @@ def main(arguments: list[str] | None = None) -> None:
     def run() -> None:
         from peft_d2.engine.checkpointer import Checkpointer
 
+        require_output("--output", args.output, args.config_file, args.peft_config)
+        if Path(args.output).exists() and not Path(f"{args.output}.json").exists():
+            raise ConfigError(
+                f"--output {args.output} is no earlier export, and would be written over. Choose another."
+            )
         cfg = prepare_config(args)
         model = build_model(cfg).eval()
         checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, allow_other_base=cfg.MODEL.PEFT.ALLOW_OTHER_BASE)

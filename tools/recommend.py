@@ -8,10 +8,10 @@ the config's TRAIN names (new heads) is trained in full and counts; its METHODS 
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from peft_d2.engine.errors import ConfigError, bounded, one_line_errors
+from peft_d2.engine.errors import ConfigError, bounded, one_line_errors, require_output
 from peft_d2.engine.launch import prepare_config, take_pairs
+from peft_d2.storage import atomic
 
 BYTES = 16  # of a trained parameter: itself, its gradient and two moments, in float32
 
@@ -19,10 +19,15 @@ BYTES = 16  # of a trained parameter: itself, its gradient and two moments, in f
 def main(arguments: list[str] | None = None) -> None:
     """Run ``tools/recommend.py``."""
     args = recommend_parser().parse_args(arguments)
-    text = one_line_errors(lambda: recommended(args))
-    print(text)
-    if args.output:
-        Path(args.output).write_text(text)
+
+    def run() -> None:
+        if args.output:
+            require_output("--output", args.output, args.config_file, args.peft_config, args.train_json)
+        print(text := recommended(args))
+        if args.output:
+            atomic.write_bytes(args.output, text.encode())
+
+    one_line_errors(run)
 
 
 def recommend_parser() -> argparse.ArgumentParser:
@@ -44,7 +49,7 @@ def recommend_parser() -> argparse.ArgumentParser:
         "--percent", type=bounded(float, 0, 100), default=0.0, help="of the parameters to train (MODEL.PEFT.BUDGET)"
     )
     parser.add_argument(
-        "--memory", type=float, default=0.0, metavar="MIB", help="for what is trained, moments included"
+        "--memory", type=bounded(float, 0), default=0.0, metavar="MIB", help="for what is trained, moments included"
     )
     parser.add_argument("--output", default="", metavar="FILE", help="write it there, too")
     take_pairs(parser)
@@ -59,8 +64,6 @@ def recommended(args: argparse.Namespace) -> str:
     """
     from peft_d2.engine.recommend import advise, explained
 
-    if args.percent < 0 or args.memory < 0:
-        raise ConfigError("--percent and --memory are 0 or more.")
     if args.percent:
         args.opts = [*args.opts, "MODEL.PEFT.BUDGET", str(float(args.percent))]
     cfg = prepare_config(args)
@@ -68,7 +71,8 @@ def recommended(args: argparse.Namespace) -> str:
         raise ConfigError(
             "DATASETS.TRAIN is empty: give --train-json and --train-images, --train-data, or name registered data sets."
         )
-    return explained(*advise(cfg, int(args.memory * 2**20 / BYTES)))
+    most = max(1, int(args.memory * 2**20 / BYTES)) if args.memory else 0
+    return explained(*advise(cfg, most))
 
 
 if __name__ == "__main__":

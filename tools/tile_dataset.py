@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from peft_d2.data.images import path_inside, read_rgb, set_pixel_limit
+from peft_d2.data.images import image_size, path_inside, read_rgb, set_pixel_limit
 from peft_d2.data.records import read_json
 from peft_d2.data.segmentation import mask_box, mask_to_compressed_rle, segmentation_to_mask
 from peft_d2.data.tiles import enlarge, tile_starts
 from peft_d2.engine.errors import bounded
+
+_LARGEST = 2**15  # px of a tile's side
 
 
 def main() -> int:
@@ -31,7 +34,9 @@ def main() -> int:
     parser.add_argument("--tile", type=bounded(int, 1), default=96, help="side of a tile in px of the source")
     parser.add_argument("--scale", type=float, default=2.0, help="factor by which tiles are enlarged")
     parser.add_argument("--overlap", type=bounded(int, 0), default=0, help="least overlap of neighbouring tiles in px")
-    parser.add_argument("--min-area", type=float, default=12.0, help="drop cut-off parts below this many source px")
+    parser.add_argument(
+        "--min-area", type=bounded(float, 0), default=12.0, help="drop cut-off parts below this many source px"
+    )
     parser.add_argument(
         "--max-pixels", type=bounded(int, 0), default=0, help="of an image, where Pillow's limit is too low"
     )
@@ -75,15 +80,21 @@ def tile_coco(
     Returns:
         The path of the new json. Its images carry ``tile: {image_id, x, y, scale}``, its masks are run lengths.
     """
-    if tile < 1 or not 0 < scale < float("inf"):
-        raise ValueError(f"tiles of {tile} px and scale {scale:g}: expected 1 or more, and a factor above 0.")
+    if tile < 1 or not 0 < scale * tile <= _LARGEST:
+        raise ValueError(
+            f"tiles of {tile} px and scale {scale:g}: expected 1 or more, a factor above 0, and {_LARGEST} px at most."
+        )
+    if not os.fspath(output):
+        raise ValueError("the folder to write to has no name: give one.")
     source = read_json(json_path)
     output = Path(output)
     path = output / "annotations.json"
     if path.exists() and (path.samefile(json_path) or '"tile": {' not in path.read_text(encoding="utf-8")):
         raise ValueError(f"{path} holds no tiles of an earlier call and would be written over: choose another folder.")
-    if (output / "images").resolve() == Path(image_root).resolve():
+    if Path(image_root).resolve() in (output.resolve(), (output / "images").resolve()):
         raise ValueError(f"the tiles would come among the images of {image_root}: choose another folder for them.")
+    for record in source["images"]:
+        image_size(path_inside(image_root, record["file_name"]))  # whatever is missing or none, before the first tile
     (output / "images").mkdir(parents=True, exist_ok=True)
     by_image: dict[Any, list[dict[str, Any]]] = {}
     for annotation in source["annotations"]:

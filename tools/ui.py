@@ -9,6 +9,7 @@ It is tools/demo.py with a page before it, and needs gradio: pip install 'peft_d
 from __future__ import annotations
 
 import argparse
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +141,7 @@ def serve(args: argparse.Namespace) -> None:
         # Fonts of the machine: the page loads nothing from elsewhere.
         theme = gradio.themes.Base(font=["system-ui", "sans-serif"], font_mono=["monospace"])
         blocks = page(gradio, predictor)
+        socket.create_server((args.host, args.port or 0)).close()  # gradio would wait for a host that there is not
         _, address, _ = blocks.launch(
             server_name=args.host, server_port=args.port, theme=theme, footer_links=[], quiet=True,
             prevent_thread_lock=True,

@@ -33,7 +33,7 @@ def read_json(path: str | Path) -> Any:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: it cannot be read, or is not json; an archive, a web page and the like are named as such.
+        DatasetError: it cannot be read, or is not json; an archive, a web page and the like are named as such.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} is no file.")
@@ -41,9 +41,9 @@ def read_json(path: str | Path) -> Any:
         content = Path(path).read_bytes()
         return json.loads(content)
     except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error.strerror}).") from error
+        raise DatasetError(f"{path} cannot be read ({error.strerror}).") from error
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is {json_defect(content, error)}.") from error
+        raise DatasetError(f"{path} is {json_defect(content, error)}.") from error
 
 
 def json_defect(content: bytes, error: Exception) -> str:

@@ -81,7 +81,8 @@ def recommend(
         scale: of LoRA's branches, ``ALPHA / RANK``.
 
     Raises:
-        InjectionError: fewer than two batches, a budget that ``train`` alone exceeds, or no gradient anywhere.
+        InjectionError: fewer than two batches, a budget that ``train`` alone exceeds or no place fits,
+            or no gradient anywhere.
         PatternError: a pattern that matches nothing.
     The model is as it was.
     """
@@ -99,6 +100,8 @@ def recommend(
     if not found:
         raise InjectionError("no weight has a gradient that two halves of these batches agree on: give more batches")
     chosen = choose(found, budget - fixed)
+    if not (chosen or train):
+        raise InjectionError(f"the budget is {budget:,} parameters, and no place takes as few: raise it")
     methods, in_full = _entries(index, chosen, scale)
     cost = fixed + sum(candidate.cost * (rank or 1) for candidate, rank in chosen)
     energy = sum(sum(candidate.energies[: rank or 1]) for candidate, rank in chosen)

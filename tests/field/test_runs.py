@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import uuid
 from pathlib import Path
 from typing import Any
@@ -286,9 +287,38 @@ def test_a_run_that_is_resumed_from_elsewhere(
 def test_arguments_of_the_tools_that_no_value_can_have(own: Any, tool: Any, tmp_path: Path) -> None:
     made: Own = own("train")
     cut = ["--json", made.json, "--images", made.images, "--output", tmp_path / "tiles"]
+    config, bad = Path(shutil.copy(TINY, tmp_path)), tmp_path / "bad.yaml"
+    bad.write_text("a: [1")
+    out = ["--output", tmp_path / "tiles"]
+    run = ["--config-file", config, "--train-json", made.json, "--train-images", made.images]
     for name, arguments, said in (
         ("tile_dataset", [*cut, "--scale", 0], "scale 0: expected .* a factor above 0"),
         ("tile_dataset", [*cut, "--tile", 0], "argument --tile: 0 is not at least 1"),
+        ("tile_dataset", [*cut, "--scale", 1e9], "and 32768 px at most"),
+        ("tile_dataset", [*cut, "--min-area", "nan"], "argument --min-area: nan is not at least 0"),
+        ("tile_dataset", [*cut[:-1], made.images], "the tiles would come among the images"),
+        ("tile_dataset", [*cut[:-1], ""], "the folder to write to has no name"),
+        ("tile_dataset", ["--json", made.json, "--images", tmp_path, *cut[4:]], "00000.png"),
+        ("check_dataset", [*cut[:4], "--class-map", bad], "bad.yaml: cannot be read .while parsing"),
+        ("export", ["--config-file", config, "--output", config], "tiny.yaml is read, and would be written over"),
+        ("export", ["--config-file", config, "--output", made.json], "annotations.json is no earlier export"),
+        ("export", ["--config-file", config, "--output", ""], "--output '' is a folder. Choose another file"),
+        ("recommend", [*run, "--memory", "nan"], "argument --memory: nan is not at least 0"),
+        ("recommend", [*run, "--memory", 1e-9], "the budget is 1 parameters, and no place takes as few"),
+        ("recommend", [*run[:3], bad, *run[4:], "--name", "bad"], "bad.yaml is not json"),
+        ("compare", ["--configs", config, "no.yaml", *out], "config file no.yaml does not exist"),
+        ("compare", ["--configs", config, config, *out], "two of them would be called .*_tiny"),
+        ("compare", ["--configs", config, "--seeds", 1, 1, *out], "--seeds: 1 is there twice"),
+        ("compare", ["--configs", config, "--seeds", -1, *out], "argument --seeds: -1 is not at least 0"),
+        ("recommend", [*run, "--output", made.json], "annotations.json is read, and would be written over"),
+        ("recommend", [*run, "--output", made.json / "a.yaml"], "a.yaml cannot be written"),
+        ("analyze_peft", ["--config-file", config, "--json", tmp_path], "is a folder. Choose another file"),
+        (
+            "analyze_peft",
+            ["--config-file", config, "--plot", tmp_path / "a.abc"],
+            "a name that ends in .png",
+        ),
+        ("ui", ["--config-file", config, "--host", "256.1.1.1.9"], "--host 256.1.1.1.9, --port None"),
         ("visualize_data", ["--config-file", TINY], "DATASETS.TRAIN is empty"),
         (
             "demo",
@@ -298,6 +328,10 @@ def test_arguments_of_the_tools_that_no_value_can_have(own: Any, tool: Any, tmp_
     ):
         code, text = tool(name, *arguments)
         assert code in (1, 2) and re.search(f"error: .*{said}", text) and not (tmp_path / "tiles").exists(), text
+    assert config.read_bytes() == TINY.read_bytes() and json.loads(made.json.read_text()) == made.data
+    assert tool("check_dataset", *cut[:4], "--save-json", tmp_path / "kept")[0] == 0
+    (kept,) = (tmp_path / "kept").glob("train_*.json")
+    assert json.loads(kept.read_text())["images"] == made.data["images"]
 
 
 def test_predictions_that_could_not_be_written_are_refused_before_they_are_made(

@@ -46,7 +46,7 @@ def read_folder(folder: str | Path, split: str = "train") -> tuple[str, dict[str
                 continue
             data, root = made.to_coco() if isinstance(made, Export) else made
         except (KeyError, TypeError, IndexError, AttributeError, yaml.YAMLError, ArithmeticError) as error:
-            fault = f"{type(error).__name__}: {error}"
+            fault = f"{type(error).__name__}: {_one_line(error)}"
             raise DatasetError(f"{folder}: looks like {name}, but an entry has another form ({fault}).") from error
         if not data["images"]:
             raise DatasetError(f"{folder}: looks like {name}, but has no images for {split!r}.")
@@ -76,13 +76,20 @@ def read_class_map(text: str) -> dict[str, str]:
         DatasetError: it is neither.
     """
     if Path(text).suffix in (".json", ".yaml", ".yml"):
-        found = yaml.safe_load(Path(text).read_text(encoding="utf-8"))
+        try:
+            found = yaml.safe_load(Path(text).read_text(encoding="utf-8"))
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            raise DatasetError(f"class map {text}: cannot be read ({_one_line(error)}).") from error
     else:
         found = dict(pair.split("=", 1) for pair in text.split(",") if "=" in pair)
         found = found if len(found) == len(text.split(",")) else None
     if not isinstance(found, Mapping):
         raise DatasetError(f"class map {text!r}: expected old=new,old=new, or a json or yaml file of {{old: new}}.")
     return {str(old).strip(): str(new or "").strip() for old, new in found.items()}
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def map_classes(names: Mapping[str, str], *sets: dict[str, Any]) -> list[dict[str, Any]]:
