@@ -94,7 +94,8 @@ def recommend(
     if fixed >= budget:
         raise InjectionError(f"TRAIN alone has {fixed:,} parameters and the budget is {budget:,}: raise it")
     halves = measure(model, batches, losses or _sum_of_losses)
-    with torch.random.fork_rng():
+    device = next(model.parameters()).device.type
+    with torch.random.fork_rng(), torch.autocast(device, enabled=False):
         torch.manual_seed(0)  # of the randomised singular values
         found = candidates(index, halves, given)
     if not found:

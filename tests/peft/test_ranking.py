@@ -65,6 +65,21 @@ def test_a_planted_change_is_found_with_its_rank() -> None:
     assert found.share > 0.9 and found.parameters == 88
 
 
+def test_energies_are_exact_within_autocast() -> None:
+    torch.manual_seed(1)
+    model = Branches()
+    batches = planted(model, 4, noise=3.0)
+
+    def exactly(model: nn.Module, batch: tuple[object]) -> Tensor:
+        with torch.autocast("cpu", enabled=False):
+            return scalar(model, batch)
+
+    expected = recommend(model, batches, budget=200, losses=exactly)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = recommend(model, batches, budget=200, losses=exactly)
+    assert found.chosen == expected.chosen
+
+
 class Mixed(nn.Module):
     """Convolutions (one of them in groups), a norm, an attention, linear layers and a head."""
 
