@@ -126,7 +126,9 @@ def measure(
         for number, batch in enumerate(batches):
             torch.manual_seed(number)
             model.zero_grad(set_to_none=True)
-            losses(model, batch).backward()
+            loss = losses(model, batch)
+            with torch.autocast(loss.device.type, enabled=False):
+                loss.backward()
             half = halves[number % 2]
             for parameter in model.parameters():
                 if parameter.grad is not None:
