@@ -8,6 +8,7 @@ import warnings
 from types import ModuleType
 
 from peft_d2.compat import HOW_TO_GET_DETECTRON2, bundled
+from peft_d2.engine.errors import one_line_errors
 
 COMMANDS = {  # name: the program, arguments that stand before the user's, what it does
     "train": ("train_net.py", [], "train on your data, or go on with --resume"),
@@ -35,10 +36,9 @@ def main(arguments: list[str] | None = None) -> int:
     if name in ("-h", "--help", "-V", "--version"):
         import peft_d2
 
-        print(f"peft_d2 {peft_d2.__version__}")
-        if name in ("-h", "--help"):
-            print("\nusage: peft-d2 COMMAND ...        (peft-d2 COMMAND --help: its arguments and an example)\n")
-            print(*(f"  {command:18}{row[2]}" for command, row in known.items()), sep="\n")
+        usage = "\nusage: peft-d2 COMMAND ...        (peft-d2 COMMAND --help: its arguments and an example)\n"
+        rows = [usage, *(f"  {command:18}{row[2]}" for command, row in known.items())] if "h" in name else []
+        one_line_errors(lambda: print(f"peft_d2 {peft_d2.__version__}", *rows, sep="\n"))
         return 0
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1)

@@ -27,7 +27,7 @@ from peft_d2.data.records import read_json
 from peft_d2.data.registration import register_builtin, require_registered
 from peft_d2.data.segmentation import segmentation_to_mask
 from peft_d2.data.validation import Rules, check_coco, check_registered, summary
-from peft_d2.engine.errors import bounded
+from peft_d2.engine.errors import bounded, one_line_errors
 
 
 def main() -> int:
@@ -221,4 +221,4 @@ def pixel_statistics(paths: Sequence[str | Path], limit: int = 1000) -> tuple[li
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(one_line_errors(main))

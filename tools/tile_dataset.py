@@ -21,7 +21,7 @@ from peft_d2.data.images import image_size, path_inside, read_rgb, set_pixel_lim
 from peft_d2.data.records import read_json
 from peft_d2.data.segmentation import mask_box, mask_to_compressed_rle, segmentation_to_mask
 from peft_d2.data.tiles import enlarge, tile_starts
-from peft_d2.engine.errors import bounded
+from peft_d2.engine.errors import bounded, one_line_errors
 
 _LARGEST = 2**15  # px of a tile's side
 
@@ -174,4 +174,4 @@ def _scaled_mask(segmentation: Any, width: int, height: int, scale: float) -> np
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(one_line_errors(main))

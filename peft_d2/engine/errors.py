@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import errno
+import io
 import math
 import os
 import re
+import select
 import sys
 import traceback
 from collections.abc import Callable
@@ -128,20 +130,42 @@ def printable(text: str) -> str:
 
 
 def one_line_errors(function: Callable[[], Any]) -> Any:
-    """Call ``function``; what the user can put right, and Ctrl-C, end the program with one line, not a traceback."""
+    """Call ``function``; what the user can put right, and Ctrl-C, end the program with one line, not a traceback.
+
+    Names that the terminal's encoding lacks are printed as their codes; a reader that has gone, as ``head`` does, is
+    no error worth a line.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")
     try:
-        return function()
+        result = function()
+        if sys.stdout is not None:  # it is closed
+            sys.stdout.flush()
+        return result
     except KeyboardInterrupt:
         print("error: interrupted. A training goes on from its newest checkpoint with --resume.", file=sys.stderr)
         raise SystemExit(130) from None  # 128 and the signal's number, as shells have it
     except Exception as error:
         told = named(error)
+        if isinstance(told, BrokenPipeError) and _nobody_reads():
+            raise SystemExit(141) from None  # 128 and SIGPIPE's number, as shells have it
         gone = isinstance(error.__context__ or error, FileNotFoundError) and not _has_folder()
         if not is_expected(told) and not gone:
             raise
         here = "the current folder does not exist any more. Change to another one (cd), and run again."
         print(f"error: {here if gone else message_of(told)}", file=sys.stderr)
         raise SystemExit(1) from error
+
+
+def _nobody_reads() -> bool:
+    """Whether the reader of stdout has gone; what is left to print is then dropped."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)  # errors are told in any case
+    gone = bool(poll.poll(0))
+    if gone:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return gone
 
 
 def _has_folder() -> bool:

@@ -7,6 +7,8 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 import uuid
 from pathlib import Path
 from typing import Any
@@ -33,7 +35,7 @@ from peft_d2.models.checks import ModelConfigError  # noqa: E402
 from peft_d2.models.layers.mask_classifier import prepare_targets  # noqa: E402
 from peft_d2.storage import CheckpointError  # noqa: E402
 
-from .conftest import TINY, Own  # noqa: E402
+from .conftest import ROOT, TINY, Own  # noqa: E402
 
 BASE = f'_BASE_: "{TINY}"\n'
 
@@ -389,3 +391,18 @@ def test_tiles_that_there_cannot_be_are_refused_before_training(key: str, value:
     cfg = load_config(str(TINY), opts=["TEST.TILES.ENABLED", "True", f"TEST.TILES.{key}", str(value)]).cfg
     with pytest.raises(ValueError, match=rf"TEST.TILES.{key}"):
         check_run(cfg, evaluate=False)
+
+
+@pytest.mark.parametrize("case", ["ascii", "no reader", "closed", "full"])
+def test_what_a_terminal_cannot_show(own: Any, tmp_path: Path, case: str) -> None:
+    made: Own = own("s\u00e9t")
+    (made.images / made.data["images"][0]["file_name"]).rename(made.images / "x.png")
+    command = [sys.executable, "-m", "peft_d2", "check-data", "--json", made.json, "--images", made.images]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii" if case == "ascii" else "utf-8"}
+    ends = {"closed": ">&-", "full": ">/dev/full", "no reader": "| true; exit ${PIPESTATUS[0]}"}
+    made.data["images"][0]["file_name"] = "b\u00efld.png"
+    made.write()
+    line = ["bash", "-c", f'"$@" {ends.get(case, "")}', "bash", *map(str, command)]
+    done = subprocess.run(line, capture_output=True, text=True, env=environment)
+    assert done.returncode == (141 if case == "no reader" else 1) and "Traceback" not in done.stderr, done.stderr
+    assert case != "ascii" or r"b\xefld.png" in done.stdout
