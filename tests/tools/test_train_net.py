@@ -332,7 +332,8 @@ def test_ctrl_c_saves_and_leaves(finished: Path, run: Callable[..., str], tmp_pa
             env=environment, stdout=console, stderr=console, start_new_session=True,
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # these tests may run in the background
         )  # fmt: skip
-        while not (tmp_path / "metrics.json").is_file() and training.poll() is None:  # until the training begins
+        figures = tmp_path / "metrics.json"  # has its first line when all processes are well within the training
+        while not (figures.is_file() and figures.stat().st_size) and training.poll() is None:
             time.sleep(0.02)
         os.killpg(training.pid, signal.SIGINT)
         try:
