@@ -66,7 +66,6 @@ class MemoryPlan:
         modes: what each block does, by name.
         kept: bytes of each block's activations, by name.
         pieces: parts of a batch that are computed one after another.
-        mode: what the blocks do that do not keep their activations.
     """
 
     budget: int | None
@@ -80,7 +79,6 @@ class MemoryPlan:
     modes: dict[str, Mode] = field(default_factory=dict)
     kept: dict[str, int] = field(default_factory=dict)
     pieces: int = 1
-    mode: Mode = "recompute"
 
     @property
     def kept_bytes(self) -> int:
@@ -169,9 +167,11 @@ def fit_memory(
             if step is None:
                 agree(_FAR_ABOVE)
                 continue
-            plan = choose(step, room, resident, mode, count)
-            if room is not None:
-                plan = _measured(plan, room, partial(measure_peak, model, part, forward or _call), step, states)
+            choice = partial(choose, step, resident=resident, mode=mode, pieces=count)
+            if room is None:
+                plan = choice(None)
+            else:
+                plan = _measured(choice, room, partial(measure_peak, model, part, forward or _call), step, states)
             smallest = min(smallest or plan.smallest, plan.smallest)
             if agree(0 if limit is None else plan.peak - limit) <= 0:
                 plan.budget, plan.smallest = limit, smallest
@@ -208,14 +208,21 @@ def _steps(
 
 
 def _measured(
-    plan: MemoryPlan, room: int, measure: Callable[[], int], step: LeanStep, states: dict[str, BlockState]
+    choice: Callable[[int], MemoryPlan],
+    room: int,
+    measure: Callable[[], int],
+    step: LeanStep,
+    states: dict[str, BlockState],
 ) -> MemoryPlan:
     """The plan of most kept activations whose measured peak is within ``room``; else the leanest that was tried.
 
     The number of measured steps is the same in all processes, whose losses may wait for each other.
     """
     tried: list[MemoryPlan] = []
-    for left in reversed(range(_TRIES)):
+    within: list[MemoryPlan] = []
+    asked = room
+    for number in range(_TRIES):
+        plan = choice(asked if within or number < _TRIES - 1 else 0)  # the last of them is the leanest
         _set_modes(states, plan.modes)
         planned = plan.above_idle
         try:
@@ -223,9 +230,8 @@ def _measured(
         except torch.cuda.OutOfMemoryError:
             plan.peak = _FAR_ABOVE
         tried.append(plan)
-        within = [plan for plan in tried if plan.above_idle <= room]
-        asked = 0 if left == 1 and not within else room + planned - plan.above_idle
-        plan = choose(step, asked, plan.resident, plan.mode, plan.pieces)
+        within += [plan] if plan.above_idle <= room else []
+        asked = room + planned - plan.above_idle
     if within:
         return max(within, key=lambda plan: plan.kept_bytes)
     leanest = min(tried, key=lambda plan: plan.peak)
@@ -269,7 +275,6 @@ def choose(step: LeanStep, room: int | None, resident: int, mode: Mode, pieces: 
         modes={name: "keep" if name in kept else mode for name in blocks},
         kept=sizes,
         pieces=pieces,
-        mode=mode,
     )
 
 

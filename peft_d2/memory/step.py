@@ -7,6 +7,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -106,6 +107,7 @@ class HostRecorder(Recorder):
     """Lets every block keep its activations in the host's memory, and notes when its backward pass begins."""
 
     def run(self, name: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run a block's forward pass, whose activations come back from the host in the backward pass."""
         with OnHost():
             output = forward(*args, **kwargs)
         number = self.read()
@@ -163,20 +165,20 @@ class LeanStep:
 def measure(model: nn.Module, batch: Any, forward: Forward, states: dict[str, BlockState]) -> LeanStep:
     """A step with every block recomputing: to warm up, for its time and the process's peak, and for its tensors."""
     device = device_of(model)
+    run = partial(_run, model, batch, forward, states)
+    timed, metered = Recorder(device), Recorder(device, Meter(device))
     with _apart(model, device):
         _forget_gradients(model)
         return_workspaces(device)
         before = Meter.allocated(device)
-        with _recording(states, Recorder(device)):
-            _step(model, batch, forward)
+        run(Recorder(device))
         _forget_gradients(model)
         unseen = Meter.allocated(device) - before
         return_freed_memory()
-        timed = Recorder(device)
         with ProcessPeak() as process:
-            seconds = _timed_step(model, batch, forward, states, timed)
+            seconds = run(timed)
         return_freed_memory()
-        metered = _metered_step(model, batch, forward, states, Recorder(device, Meter(device)))
+        run(metered)
     timed.time()
     for call, of_time in zip(metered.calls, timed.calls, strict=True):
         call.seconds = of_time.seconds
@@ -193,10 +195,12 @@ def measure_on_host(
     What the transfers take is shared out by size.
     """
     device = device_of(model)
+    run = partial(_run, model, batch, forward, states)
+    metered = HostRecorder(device, Meter(device))
     with _apart(model, device):
-        _timed_step(model, batch, forward, states, HostRecorder(device))  # allocates the host's memory
-        seconds = _timed_step(model, batch, forward, states, HostRecorder(device))
-        metered = _metered_step(model, batch, forward, states, HostRecorder(device, Meter(device)))
+        run(HostRecorder(device))  # allocates the host's memory
+        seconds = run(HostRecorder(device))
+        run(metered)
     nothing = recomputing.seconds - sum(call.seconds for call in recomputing.calls)
     whole = sum(call.size for call in recomputing.calls)
     for call, known in zip(metered.calls, recomputing.calls, strict=True):
@@ -220,23 +224,13 @@ def _apart(model: nn.Module, device: torch.device) -> Iterator[None]:
         yield
 
 
-def _timed_step(
-    model: nn.Module, batch: Any, forward: Forward, states: dict[str, BlockState], recorder: Recorder
-) -> float:
-    with _recording(states, recorder):
+def _run(model: nn.Module, batch: Any, forward: Forward, states: dict[str, BlockState], recorder: Recorder) -> float:
+    """One step with ``recorder``; returns the seconds that it took."""
+    with recorder.meter or contextlib.nullcontext(), _recording(states, recorder):
         begun = _moment(recorder.device)
         _step(model, batch, forward)
-        return _seconds(begun, _moment(recorder.device))
-
-
-def _metered_step(
-    model: nn.Module, batch: Any, forward: Forward, states: dict[str, BlockState], recorder: Recorder
-) -> Recorder:
-    assert recorder.meter is not None
-    with recorder.meter, _recording(states, recorder):
-        _step(model, batch, forward)
         recorder.read()
-    return recorder
+        return _seconds(begun, _moment(recorder.device))
 
 
 def _forget_gradients(model: nn.Module) -> None:
