@@ -40,15 +40,12 @@ class Routed(Adapted):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Threads take turns: what runs is exchanged within modules that they share. A compiler sees no thread."""
-        with nullcontext() if torch.compiler.is_compiling() else injected(self)[1].lock:
-            return self._routed(*args, **kwargs)
-
-    def _routed(self, *args: Any, **kwargs: Any) -> Any:
-        batch = args[0] if args else None
+        batch: Any = args[0] if args else None
         listed = isinstance(batch, list | tuple) and all(isinstance(item, Mapping) for item in batch)
-        if not listed or not any("adapter" in item for item in batch):  # type: ignore[union-attr]
-            return super().forward(*args, **kwargs)
-        return _run_named(self, batch, [item.get("adapter") or BASE for item in batch])  # type: ignore[arg-type, union-attr]
+        with nullcontext() if torch.compiler.is_compiling() else injected(self)[1].lock:
+            if not listed or not any("adapter" in item for item in batch):
+                return super().forward(*args, **kwargs)
+            return _run_named(self, batch, [item.get("adapter") or BASE for item in batch])
 
     @torch.no_grad()
     def predict_with(self, image: Any, adapters: Sequence[str]) -> dict[str, Any]:
@@ -118,9 +115,10 @@ def _run_each(root: Routed, injection: Injection, batch: Sequence[Any], names: S
     """What the model gives for the whole batch, by adapter."""
     results, gradients = {}, torch.is_grad_enabled()
     # Tensors of inference mode do not tell whether they were changed in place.
-    with torch.inference_mode(False), torch.set_grad_enabled(gradients), _Recording(root, injection) as recording:
+    recording = _Recording(root, injection)
+    with torch.inference_mode(False), torch.set_grad_enabled(gradients), recording.of_parts():
         for name in dict.fromkeys(names):
-            recording.rewind()
+            recording.number.clear()
             with _running(injection, name):
                 results[name] = Adapted.forward(root, batch)
     return results
@@ -171,42 +169,34 @@ class _Recording:
         specific = {id(module) for module in _specific_modules(root, injection)}
         self.parts = [m for m in root.modules() if not any(id(child) in specific for child in m.modules())]
         self.calls: defaultdict[Any, list[_Call]] = defaultdict(list)
-        self.number: Counter[Any] = Counter()
+        self.number: Counter[Any] = Counter()  # of calls in this run
         self.inside = False
-        self.block = ExitStack()
 
-    def __enter__(self) -> _Recording:
-        for method in _METHODS:
-            own = [part for part in self.parts if hasattr(part, method)]
-            self.block.enter_context(_replaced(own, partial(self.call, method), method))
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self.block.__exit__(*error)
-
-    def rewind(self) -> None:
-        """Another run begins."""
-        self.number.clear()
+    @contextmanager
+    def of_parts(self) -> Iterator[None]:
+        """Within the block the parts record, and give again what is recorded."""
+        with ExitStack() as stack:
+            for method in _METHODS:
+                own = [part for part in self.parts if hasattr(part, method)]
+                stack.enter_context(_replaced(own, partial(self.call, method), method))
+            yield
 
     def call(self, method: str, part: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if self.inside:
             return forward(*args, **kwargs)
-        calls, number = self.calls[id(part), method], self.number[id(part), method]
-        self.number[id(part), method] += 1
+        key = id(part), method
+        calls, number = self.calls[key], self.number[key]
+        self.number[key] += 1
         if number < len(calls):
             known = calls[number]
-            if [t._version for t in _tensors_in(known.output)] == known.versions and _same(
-                (args, kwargs), known.inputs
-            ):
-                return known.output
-            return forward(*args, **kwargs)
+            is_known = known.versions == _versions(known.output) and _same((args, kwargs), known.inputs)
+            return known.output if is_known else forward(*args, **kwargs)
         self.inside = True
         try:
             output = forward(*args, **kwargs)
         finally:
             self.inside = False
-        versions = [t._version for t in _tensors_in(output)]
-        calls.append(_Call((args, kwargs), output, versions))
+        calls.append(_Call((args, kwargs), output, _versions(output)))
         return output
 
 
@@ -225,16 +215,15 @@ def _same(one: Any, other: Any) -> bool:
     return one is other or _same(vars(one), vars(other))
 
 
-def _tensors_in(value: Any) -> Iterator[Tensor]:
+def _versions(value: Any) -> list[int]:
+    """How often each tensor in it was changed in place."""
     if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _tensors_in(item)
-    elif isinstance(value, Mapping):
-        yield from _tensors_in(list(value.values()))
-    elif hasattr(value, "__dict__") and not isinstance(value, nn.Module | type):
-        yield from _tensors_in(list(vars(value).values()))
+        return [value._version]
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    elif not isinstance(value, list | tuple | nn.Module | type):
+        value = list(getattr(value, "__dict__", {}).values())
+    return [version for item in value for version in _versions(item)] if isinstance(value, list | tuple) else []
 
 
 # ---- one run: modules that hold something of an adapter, sample by sample
@@ -244,7 +233,8 @@ class _CannotSplitError(Exception):
     pass
 
 
-Axes = dict[tuple[str, int, int], int | None]  # ("in" or "out", which tensor, its dimensions) -> axis of the samples
+Leaf = tuple[str, int, int, int]  # "in" or "out" of a call, which value of how many, and a tensor's dimensions
+Axes = dict[Leaf, int | None]  # axis of the samples
 
 
 @dataclass
@@ -268,12 +258,12 @@ def _find_split(root: Routed, injection: Injection, sample: Mapping[str, Any]) -
     specific = list(dict.fromkeys(_specific_modules(root, injection)))
     inside = {id(module) for module in specific}
     above = [m for m in root.modules() if m is not root and any(id(child) in inside for child in m.modules())]
-    parents: dict[int, list[nn.Module]] = {}
+    parents: defaultdict[int, list[nn.Module]] = defaultdict(list)
     names: dict[int, str] = {}
     for name, module, parent in walk(root):
         names.setdefault(id(module), name)
         if parent is not None:
-            parents.setdefault(id(module), []).append(parent)
+            parents[id(module)].append(parent)
     image = sample["image"]
     others = [{**sample, "image": image.flip(-1)}, {**sample, "image": image.flip(-2)}]
     two, three = (_calls(root, injection, above, [sample, *others[:n]]) for n in (1, 2))
@@ -316,13 +306,13 @@ def _is_ragged(injection: Injection, key: str) -> bool:
 
 @torch.no_grad()
 def _calls(root: Routed, injection: Injection, modules: list[nn.Module], batch: list[Any]) -> dict[int, list[Any]]:
-    """Of each call of each module in one run of the base: means of every tensor along each of its axes."""
+    """Of each call of each module in one run of the base: what :func:`_means` says of its inputs and outputs."""
     calls: dict[int, list[Any]] = {id(module): [] for module in modules}
 
     def record(module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        inputs = [_means(leaf) for leaf in tree_flatten((args, kwargs))[0]]
+        inputs = _means("in", (args, kwargs))
         output = forward(*args, **kwargs)
-        calls[id(module)].append((inputs, [_means(leaf) for leaf in tree_flatten(output)[0]]))
+        calls[id(module)].append(inputs | _means("out", output))
         return output
 
     with _running(injection, BASE), _replaced(modules, record):
@@ -330,13 +320,18 @@ def _calls(root: Routed, injection: Injection, modules: list[nn.Module], batch: 
     return calls
 
 
-def _means(leaf: Any) -> Any:
-    """Means along each axis of a tensor; None for a plain value; False for what may hide samples."""
-    if not isinstance(leaf, Tensor):
-        return None if isinstance(leaf, _PLAIN) else False
-    value = leaf.float().nan_to_num()
-    axes = range(value.dim())
-    return [value.mean(dim=[a for a in axes if a != axis]) if value.dim() > 1 else value for axis in axes]
+def _means(kind: str, values: Any) -> dict[Leaf, list[Tensor] | None]:
+    """Means along each axis of every tensor; None for other values, but for plain ones, as they may hide samples."""
+    means: dict[Leaf, list[Tensor] | None] = {}
+    leaves = tree_flatten(values)[0]
+    for index, leaf in enumerate(leaves):
+        if isinstance(leaf, Tensor):
+            value, axes = leaf.float().nan_to_num(), range(leaf.dim())
+            along = [value.mean(dim=[a for a in axes if a != axis]) if len(axes) > 1 else value for axis in axes]
+            means[kind, index, len(leaves), len(axes)] = along
+        elif not isinstance(leaf, _PLAIN):
+            means[kind, index, len(leaves), 0] = None
+    return means
 
 
 def _axes(two: list[Any], three: list[Any]) -> Axes | None:
@@ -345,32 +340,23 @@ def _axes(two: list[Any], three: list[Any]) -> Axes | None:
     if not two or len(two) != len(three):
         return None
     for call, other in zip(two, three, strict=True):
-        for kind, leaves, more in zip(("in", "out"), call, other, strict=True):
-            if len(leaves) != len(more):
+        if call.keys() != other.keys() or None in call.values() or None in other.values():
+            return None
+        for leaf in call:
+            grown = [axis for axis, (a, b) in enumerate(zip(call[leaf], other[leaf], strict=True)) if len(a) != len(b)]
+            ordered = len(grown) < 2 and all(_in_order(call[leaf][axis], other[leaf][axis]) for axis in grown)
+            axis = grown[0] if grown else None
+            if not ordered or axes.setdefault(leaf, axis) != axis:
                 return None
-            for index, (a, b) in enumerate(zip(leaves, more, strict=True)):
-                if a is False or b is False or (a is None) != (b is None):
-                    return None
-                if a is None:
-                    continue
-                axis = _sample_axis(a, b)
-                if axis is False or axes.setdefault((kind, index, len(a)), axis) != axis:
-                    return None
     where = {kind: [axis for (of, *_), axis in axes.items() if of == kind] for kind in ("in", "out")}
     told_apart = any(axis is not None for axis in where["in"]) and where["out"] and None not in where["out"]
     return axes if told_apart else None
 
 
-def _sample_axis(two: list[Tensor], three: list[Tensor]) -> Any:
-    """The axis that grew with the samples, one after the other; None for a tensor without, False for anything else."""
-    grown = [axis for axis, (a, b) in enumerate(zip(two, three, strict=False)) if len(a) != len(b)]
-    if len(two) != len(three) or len(grown) > 1:
-        return False
-    if not grown:
-        return None
-    a, b = two[grown[0]], three[grown[0]]
-    in_order = 3 * len(a) == 2 * len(b) and torch.allclose(a, b[: len(a)], rtol=1e-2, atol=1e-3 * float(a.abs().max()))
-    return grown[0] if in_order else False
+def _in_order(two: Tensor, three: Tensor) -> bool:
+    """Whether an axis grew with the samples, one after the other."""
+    same = 3 * len(two) == 2 * len(three)
+    return same and torch.allclose(two, three[: len(two)], rtol=1e-2, atol=1e-3 * float(two.abs().max()))
 
 
 @contextmanager
@@ -413,19 +399,17 @@ def _sample_of(leaves: Sequence[Any], axes: Axes, i: int, count: int) -> list[An
     """The i-th of ``count`` samples of a call's inputs."""
     own = []
     for index, leaf in enumerate(leaves):
-        if isinstance(leaf, Tensor):
-            axis = _axis(axes, "in", index, leaf)
-            if axis is not None:
-                if leaf.shape[axis] % count:
-                    raise _CannotSplitError(f"{leaf.shape[axis]} rows do not belong to {count} samples")
-                rows = leaf.shape[axis] // count
-                leaf = leaf.narrow(axis, i * rows, rows).contiguous()
+        if isinstance(leaf, Tensor) and (axis := _axis(axes, "in", index, leaves)) is not None:
+            if leaf.shape[axis] % count:
+                raise _CannotSplitError(f"{leaf.shape[axis]} rows do not belong to {count} samples")
+            rows = leaf.shape[axis] // count
+            leaf = leaf.narrow(axis, i * rows, rows).contiguous()
         own.append(leaf)
     return own
 
 
-def _axis(axes: Axes, kind: str, index: int, tensor: Tensor) -> int | None:
-    key = (kind, index, tensor.dim())
+def _axis(axes: Axes, kind: str, index: int, leaves: Sequence[Any]) -> int | None:
+    key = (kind, index, len(leaves), leaves[index].dim())
     if key not in axes:
         raise _CannotSplitError("a module is called in another way than when the samples were told apart")
     return axes[key]
@@ -439,7 +423,7 @@ def _joined(outputs: Sequence[Any], axes: Axes, uneven: bool) -> Any:
         if not isinstance(parts[0], Tensor):
             joined.append(parts[0])
             continue
-        axis = _axis(axes, "out", index, parts[0])
+        axis = _axis(axes, "out", index, flat[0][0])
         if len({part.shape for part in parts}) == 1:
             joined.append(torch.cat(parts, dim=axis))
         elif uneven and axis == 0 and all(len(part) == 1 for part in parts):
