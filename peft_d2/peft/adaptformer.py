@@ -35,7 +35,8 @@ class AdaptFormerOptions(OutputOptions, CobotOptions):
 
     def check(self) -> None:
         super().check()
-        self.check_width("BOTTLENECK", self.bottleneck)
+        if self.cobot:
+            self.check_cobot("BOTTLENECK", self.bottleneck)
 
 
 class AdaptFormerBranch(OutputLayer):
@@ -43,7 +44,7 @@ class AdaptFormerBranch(OutputLayer):
 
     reads = "input"
 
-    def __init__(self, target: Target, options: AdaptFormerOptions, cobot: CobotStep | None) -> None:
+    def __init__(self, target: Target, options: AdaptFormerOptions, cobot: CobotStep | None = None) -> None:
         super().__init__(target, options)
         made = target.factory_kwargs()
         self.adaptformer_norm = nn.LayerNorm(self.channels, eps=1e-5, **made)
@@ -57,16 +58,17 @@ class AdaptFormerBranch(OutputLayer):
         self.dropout = options.dropout
 
     def adapted_forward(self, module: Any, forward: Any, *args: Any, **kwargs: Any) -> Any:
-        out, branch = forward(*args, **kwargs), self(first_input(args, kwargs))
-        return map_first_tensor(out, lambda y: self._sum(y, branch), self.name)
+        branch = self(first_input(args, kwargs))
 
-    def _sum(self, out: Tensor, branch: Tensor) -> Tensor:
-        if out.shape != branch.shape:
-            raise MethodError(
-                f"{self.name} makes {tuple(out.shape)} of {tuple(branch.shape)}: AdaptFormer adds what it makes of the "
-                "input, which must have the output's shape; choose other modules, or the method adapter"
-            )
-        return out + branch.to(out.dtype)
+        def add(out: Tensor) -> Tensor:
+            if out.shape != branch.shape:
+                raise MethodError(
+                    f"{self.name} makes {tuple(out.shape)} of {tuple(branch.shape)}: AdaptFormer adds what it makes of "
+                    "the input, which must have the output's shape; choose other modules, or the method adapter"
+                )
+            return out + branch.to(out.dtype)
+
+        return map_first_tensor(forward(*args, **kwargs), add, self.name)
 
     def change(self, h: Tensor) -> Tensor:
         h = self.adaptformer_down(self.adaptformer_norm(h))
@@ -80,23 +82,23 @@ class AdaptFormer(OutputMethod):
 
     name = "adaptformer"
     options_class = AdaptFormerOptions
+    layer_class = AdaptFormerBranch
 
     def refusal(self, target: Target) -> str:
         if isinstance(target.module, nn.MultiheadAttention):
             return "AdaptFormer runs beside a module with one input, not an attention"
         module: Any = target.module
-        if isinstance(module, nn.Linear):
-            same = module.in_features == module.out_features
-        else:
-            same = not isinstance(module, _ConvNd) or (
-                module.in_channels == module.out_channels and max(module.stride) == 1
-            )
-        if not same:
+        is_linear, is_convolution = isinstance(module, nn.Linear), isinstance(module, _ConvNd)
+        if (is_linear and module.in_features != module.out_features) or (
+            is_convolution and (module.in_channels != module.out_channels or max(module.stride) > 1)
+        ):
             return "AdaptFormer adds what it makes of a module's input, and this module's output has another shape"
         return super().refusal(target)
 
     def make_layers(self, targets: Sequence[Target]) -> list[tuple[Target, AdapterLayer]]:
         """A branch for each module; with COBOT all of them share one space."""
         options = self.options
-        cobots = orchestrate(options, options.bottleneck, [target.factory_kwargs() for target in targets])
-        return [(t, AdaptFormerBranch(t, options, cobot)) for t, cobot in zip(targets, cobots, strict=True)]
+        if not options.cobot:
+            return super().make_layers(targets)
+        steps = orchestrate(options, options.bottleneck, [target.factory_kwargs() for target in targets])
+        return [(t, AdaptFormerBranch(t, options, step)) for t, step in zip(targets, steps, strict=True)]

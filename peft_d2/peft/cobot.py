@@ -36,20 +36,14 @@ class CobotOptions(Options):
     cobot_relation: Annotated[str, one_of("learned", "fixed", "random")] = "learned"
     cobot_mix: Annotated[str, one_of("quaternion", "linear", "none")] = "quaternion"
 
-    def check(self) -> None:
-        """As the base's; switches that go together, and none but the defaults without ``COBOT: true``."""
-        super().check()
-        switches = sets, relation, mix = self.cobot_coefficients, self.cobot_relation, self.cobot_mix
-        plain = switches == ("both", "learned", "quaternion")
-        expect(self.cobot or plain, "COBOT", self.cobot, "true where another COBOT_ key is set")
+    def check_cobot(self, key: str, *widths: int) -> None:
+        """Raise :class:`MethodError` unless the switches go together and suit ``widths``, the values of ``key``."""
+        sets, relation, mix = self.cobot_coefficients, self.cobot_relation, self.cobot_mix
         fits = relation == "learned" or sets in ("both", "shared")
         expect(fits, "COBOT_RELATION", relation, "to be left out without shared sets")
         expect(sets != "none" or mix != "none", "COBOT_MIX", mix, "a layer where COBOT_COEFFICIENTS is none")
-
-    def check_width(self, key: str, width: int) -> None:
-        """Raise unless the quaternion layer can be made for ``width``, which is the value of ``key``."""
-        quaternions = self.cobot and self.cobot_mix == "quaternion"
-        expect(not quaternions or width % 4 == 0, key, width, "a multiple of 4 (COBOT's quaternions)")
+        for width in widths:
+            expect(mix != "quaternion" or width % 4 == 0, key, width, "a multiple of 4 (COBOT's quaternions)")
 
 
 class CobotSpace(nn.Module):
@@ -131,10 +125,8 @@ class CobotStep(nn.Module):
         return h if self.mix is None else self.mix(h)
 
 
-def orchestrate(options: CobotOptions, width: int, made: Sequence[Mapping[str, Any]]) -> list[CobotStep | None]:
-    """A step of width V for each of ``made`` (its device and dtype), with what they share; Nones without COBOT."""
-    if not options.cobot:
-        return [None] * len(made)
+def orchestrate(options: CobotOptions, width: int, made: Sequence[Mapping[str, Any]]) -> list[CobotStep]:
+    """A step of width V for each of ``made`` (its device and dtype), with what they share."""
     shared = options.cobot_coefficients in ("both", "shared")
     space = CobotSpace(width, len(made), options.cobot_relation, made[0]) if shared else None
     return [CobotStep(width, index, space, options, where) for index, where in enumerate(made)]

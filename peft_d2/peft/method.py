@@ -45,9 +45,14 @@ class Options:
     exclude: list[str] = field(default_factory=list)
 
     def check(self) -> None:
-        """Raise :class:`MethodError` when values do not go together."""
+        """Raise :class:`MethodError` when values do not go together: keys such as COBOT_MIX need ``COBOT: true``."""
         if not self.targets:
             raise MethodError("TARGETS is empty: name at least one pattern of module names")
+        for item in dataclasses.fields(self):
+            switch, _, of_switch = item.name.partition("_")
+            is_off = of_switch and getattr(self, switch, None) is False
+            is_unset = not is_off or getattr(self, item.name) == item.default
+            expect(is_unset, switch.upper(), False, f"true where another {switch.upper()}_ key is set")
 
 
 def expect(condition: bool, key: str, value: object, expected: str) -> None:

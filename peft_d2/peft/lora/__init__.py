@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import repeat
 from typing import Any
 
 from torch import Tensor, nn
@@ -86,12 +87,14 @@ class Lora(Method):
         """
         options = self.options
         resolve([*options.rank_pattern, *options.alpha_pattern], [t.name for t in targets], "place of this entry")
-        first, *ranks = [options.rank_and_scale(target.name)[0] for target in targets]
-        for target, rank in zip(targets[1:], ranks, strict=True):
-            if options.cobot and rank != first:
-                raise MethodError(f"{target.name}: COBOT shares one space, so every place needs the same RANK")
-        made = [target.factory_kwargs() for target in targets for _ in self._parts(target) or ("whole",)]
-        cobots = iter(orchestrate(options, first, made))
+        cobots: Iterator[CobotStep | None] = repeat(None)
+        if options.cobot:
+            ranks = {target.name: options.rank_and_scale(target.name)[0] for target in targets}
+            for name, rank in ranks.items():
+                if rank != ranks[targets[0].name]:
+                    raise MethodError(f"{name}: COBOT shares one space, so every place needs the same RANK")
+            made = [target.factory_kwargs() for target in targets for _ in self._parts(target) or ("whole",)]
+            cobots = iter(orchestrate(options, rank, made))
         layers = [(target, self._layer(target, cobots)) for target in targets]
         _warn_of_idle_ranks(layers)
         return layers

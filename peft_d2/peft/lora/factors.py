@@ -56,10 +56,10 @@ class LoraOptions(CobotOptions):
 
     def check(self) -> None:
         super().check()
-        for rank in (self.rank, *self.rank_pattern.values()):
-            self.check_width("RANK", rank)
-        expect(not (self.dora and self.cobot), "DORA", self.dora, "false together with COBOT")
-        expect(not (self.cobot and self.init == "pissa"), "INIT", self.init, "another start together with COBOT")
+        if self.cobot:
+            self.check_cobot("RANK", self.rank, *self.rank_pattern.values())
+            expect(not self.dora, "DORA", self.dora, "false together with COBOT")
+            expect(self.init != "pissa", "INIT", self.init, "another start together with COBOT")
 
     def rank_and_scale(self, name: str) -> tuple[int, float]:
         """Rank and the factor s of the module called ``name``."""

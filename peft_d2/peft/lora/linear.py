@@ -81,15 +81,13 @@ def low_rank_linear(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b
 class _OnLinear(AdapterLayer):
     """What the factors of a whole nn.Linear and those of some of its rows share: the choice between the two forms."""
 
-    lora_a: Any
-
     def adapted_forward(self, module: Any, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
         return self(first_input(args, kwargs), module.weight, module.bias)
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The adapted layer: (..., in) -> (..., out)."""
         x = _rows_at_once(x)
-        if saves_passes(x, weight, self.lora_a) and (pair := self.pair()) is not None:
+        if saves_passes(x, weight, next(self.parameters())) and (pair := self.pair()) is not None:
             return low_rank_linear(x, weight, bias, *pair)
         return self.adapted(x, F.linear(x, weight, bias), weight, bias)
 
@@ -151,11 +149,6 @@ class PackedLora(_OnLinear, nn.ModuleDict):
     """Factors of some of q, k, v, each under its letter, for one fused weight (3 d, in) with rows q, then k, then v."""
 
     changes_weights = True
-
-    @property
-    def lora_a(self) -> Any:
-        """A of the first letter."""
-        return next(iter(self.values())).lora_a
 
     def fuse(self, weight: Tensor) -> Tensor:
         """The effective fused weight (3 d, in)."""
