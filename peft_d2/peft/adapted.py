@@ -143,28 +143,26 @@ class _AdaptedSequential(Adapted):
         return len(self._modules) - (STORE in self._modules)
 
 
+def _zero_with_adapters(name: str) -> Any:
+    """An attribute that is 0 while adapters run inside the module, and otherwise what the module has set it to."""
+
+    def get(module: nn.Module) -> Any:
+        runs = any(child.peft_running() for child in adapted_modules(module))
+        return 0 if runs else module.__dict__.get(name, 0)
+
+    return property(get, lambda module, value: module.__dict__.update({name: value}))
+
+
 class _AdaptedEncoderLayer(Adapted):
     """nn.TransformerEncoderLayer reads raw weights in eval without gradients; not while adapters run inside it."""
 
-    @property
-    def activation_relu_or_gelu(self) -> int:
-        return 0 if _layers_run_inside(self) else self.__dict__.get("activation_relu_or_gelu", 0)
-
-    @activation_relu_or_gelu.setter
-    def activation_relu_or_gelu(self, value: int) -> None:
-        self.__dict__["activation_relu_or_gelu"] = value
+    activation_relu_or_gelu = _zero_with_adapters("activation_relu_or_gelu")
 
 
 class _AdaptedEncoder(Adapted):
     """nn.TransformerEncoder packs padded batches for that fast path; not while adapters run inside it."""
 
-    @property
-    def use_nested_tensor(self) -> bool:
-        return not _layers_run_inside(self) and self.__dict__.get("use_nested_tensor", False)
-
-    @use_nested_tensor.setter
-    def use_nested_tensor(self, value: bool) -> None:
-        self.__dict__["use_nested_tensor"] = value
+    use_nested_tensor = _zero_with_adapters("use_nested_tensor")
 
 
 _SPECIAL: dict[type[nn.Module], type[Adapted]] = {
@@ -172,10 +170,6 @@ _SPECIAL: dict[type[nn.Module], type[Adapted]] = {
     nn.TransformerEncoderLayer: _AdaptedEncoderLayer,
     nn.TransformerEncoder: _AdaptedEncoder,
 }
-
-
-def _layers_run_inside(module: nn.Module) -> bool:
-    return any(child.peft_running() for child in adapted_modules(module))
 
 
 def _adapted_class(base: type[nn.Module], mixin: type[Adapted] | None = None) -> type[Adapted]:

@@ -110,28 +110,28 @@ def not_live(model: nn.Module, *batches: Any) -> list[NotLive]:
         raise LivenessError("no gradient is recorded under torch.inference_mode(): call prove_live outside of it")
     if not batches:
         raise LivenessError("give at least one batch, as the model is called with in training")
-    record = injection.current
-    if (record.injected or record.full) and not any(item.param.requires_grad for item in trained_parameters(root)):
+    record, trained = injection.current, list(trained_parameters(root))
+    if (record.injected or record.full) and not any(item.param.requires_grad for item in trained):
         raise LivenessError(
             "nothing that is trained requires gradients any more: requires_grad_(False) or its like came after inject, "
             "which is what freezes the base. Leave it out, or call it before"
         )
-    halves = [item for item in trained_parameters(root) if item.param.dtype in (torch.float16, torch.bfloat16)]
-    if halves:
-        raise LivenessError(
-            f"{halves[0].name} is {halves[0].param.dtype}, in which steps of 1e-4 vanish (model.half() after inject?): "
-            "what is trained must be float32, model.float(); train under autocast"
-        )
+    for item in trained:
+        if item.param.dtype in (torch.float16, torch.bfloat16):
+            raise LivenessError(
+                f"{item.name} is {item.param.dtype}, in which steps of 1e-4 vanish (model.half() after inject?): what "
+                "is trained must be float32, model.float(); train under autocast"
+            )
     layers = {
         f"{module.peft_name}: {method}": (module, [value for value in layer.parameters() if value.requires_grad])
-        for module in injection.current.modules
+        for module in record.modules
         for method, layer in module.peft_layers().items()
     }
-    full = {item.name: item.param for item in trained_parameters(model) if item.kind == "full"}
+    full = {item.name: item.param for item in trained if item.kind == "full"}
     with as_it_was(root), torch.random.fork_rng(), own_event_storage():
         seen = _Pass(root)
         for number, batch in enumerate([*batches, *batches[:1]]):
-            shown = seen.reached.issuperset(map(id, (*injection.current.injected, *full.values())))
+            shown = seen.reached.issuperset(id(item.param) for item in trained)
             if number and shown and not torch.distributed.is_initialized():
                 break  # processes must stay together: their passes may meet
             seen.train(batch, seed=number)
@@ -168,9 +168,10 @@ class _Pass:
         with torch.enable_grad(), _Uses(self.used, self.recorded):
             outputs = tensors_of(call(self.root, batch))
             _require_numbers(self.root, outputs)
-            losses = [_finite_sum(value * torch.randn_like(value)) for value in outputs if value.requires_grad]
+            losses = [value * torch.randn_like(value) for value in outputs if value.requires_grad]
             if losses:
-                torch.stack([loss.double() for loss in losses]).sum().backward()
+                sums = [torch.where(loss.isfinite(), loss, 0).sum().real.double() for loss in losses]
+                torch.stack(sums).sum().backward()
         for parameter in self.root.parameters():
             if parameter.grad is not None:
                 self.reached.add(id(parameter))
@@ -201,9 +202,8 @@ def _of_layers(layers: Mapping[str, Any], seen: _Pass, mode: str) -> list[NotLiv
     for name, (module, own) in layers.items():
         inside = {id(value) for value in own}
         reason = seen.reason(own, [value for value in module.parameters() if id(value) not in inside])
-        if reason in (NOT_REACHED, NOT_RECORDED) and mode == "eval":
-            reason = ""  # it runs; some of its tensors are for training alone
-        if reason:
+        runs = mode == "eval" and reason in (NOT_REACHED, NOT_RECORDED)  # some of its tensors are for training alone
+        if reason and not runs:
             found.append(NotLive(name, mode, reason, is_fault=True))
     return found
 
@@ -240,10 +240,6 @@ class _Uses(TorchDispatchMode):
         if torch.is_grad_enabled():
             self.recorded |= given
         return func(*args, **(kwargs or {}))
-
-
-def _finite_sum(value: Tensor) -> Tensor:
-    return torch.where(value.isfinite(), value, torch.zeros_like(value)).sum().real
 
 
 def _require_numbers(root: nn.Module, outputs: Sequence[Tensor]) -> None:

@@ -152,11 +152,11 @@ def delete_adapter(model: nn.Module, name: str) -> None:
     Raises:
         InjectionError: it is active (switch to another one first, or ``remove`` all).
     """
-    injection = injected(model)[1]
+    root, injection = injected(model)
     injection.adapter(name)
     if name == injection.active:
         raise InjectionError(f"adapter {name!r} is active: set_adapter(model, another) first, or remove(model)")
-    forget_adapter(injected(model)[0], name)
+    forget_adapter(root, name)
 
 
 @trainable_tensors
@@ -273,15 +273,16 @@ def combine_adapters(
     sources = [(weight, low_ranks(injection, adapter)) for adapter, weight in weights.items()]
     others = [(weight, _others(injection, adapter)) for adapter, weight in weights.items()]
     _refuse(sources, others, kind)
-    largest = [max((item.lora_a.shape[0] for item in factors.values()), default=0) for _, factors in sources]
-    starts = any(item.lora_a_start is not None for _, factors in sources for item in factors.values())
-    width = (rank or max(largest)) if kind == "svd" else sum(largest) * (2 if starts else 1)
+    pairs = {key: _side_by_side([(weight, factors[key]) for weight, factors in sources]) for key in sources[0][1]}
+    width = max((len(a) for _, a in pairs.values()), default=0)
+    if kind == "svd":
+        width = rank or max((len(item.lora_a) for _, factors in sources for item in factors.values()), default=0)
+        pairs = {key: _nearest(*pair, width) for key, pair in pairs.items()}
     first = records[next(iter(weights))]
     report = add_adapter(model, name, [_entry(entry, width) for entry in first.methods], first.train)
     record = injection.adapters[name]
     for key, target in low_ranks(injection, name).items():
-        terms = [(weight, factors[key]) for weight, factors in sources]
-        b, a = _side_by_side(terms) if kind == "linear" else _truncated(terms, width)
+        b, a = pairs[key]
         target.lora_a.zero_()
         target.lora_b.zero_()
         target.lora_a.flatten(1)[: a.shape[0]].copy_(a)
@@ -340,9 +341,8 @@ def _side_by_side(terms: Sequence[tuple[float, LowRank]]) -> tuple[Tensor, Tenso
     return torch.cat(bs, dim=1), torch.cat(as_)
 
 
-def _truncated(terms: Sequence[tuple[float, LowRank]], rank: int) -> tuple[Tensor, Tensor]:
-    """B (out, R) and A (R, in), R at most ``rank``, whose product is nearest to the weighted sum of the changes."""
-    total = sum((weight * item.delta().flatten(1).double() for weight, item in terms), start=torch.zeros(()))
-    u, s, v = torch.linalg.svd(total, full_matrices=False)
+def _nearest(b: Tensor, a: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """B (out, R) and A (R, in), R at most ``rank``, whose product is nearest to that of ``b`` and ``a``."""
+    u, s, v = torch.linalg.svd(b.double() @ a.double(), full_matrices=False)
     root = s[:rank].sqrt()
     return u[:, :rank] * root, root[:, None] * v[:rank]

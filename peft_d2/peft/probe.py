@@ -120,7 +120,9 @@ class Outputs:
 
 
 def _beside_the_image(shape: torch.Size, image: Size) -> tuple[int, bool] | None:
-    last, first = (_is_image(*pair, image) for pair in (shape[1:3], shape[2:])) if len(shape) == 4 else (False, False)
+    if len(shape) != 4:
+        return None
+    last, first = (h == w or h * image[1] == w * image[0] for h, w in (shape[1:3], shape[2:]))
     return None if last == first else (shape[1], True) if first else (shape[-1], False)
 
 
@@ -128,10 +130,6 @@ def _by_width(shape: torch.Size, widths: set[int], first: bool) -> tuple[int, bo
     last, second = shape[-1] in widths, shape[1] in widths
     on_second = len(shape) > 2 and (second if last != second else first)
     return (shape[1], True) if on_second else (shape[-1], False)
-
-
-def _is_image(height: int, width: int, image: Size) -> bool:
-    return height == width or height * image[1] == width * image[0]
 
 
 def watch(model: nn.Module, modules: Mapping[str, nn.Module], example: Any = None) -> Outputs:

@@ -204,16 +204,13 @@ def choose(found: Sequence[Candidate], budget: int) -> list[tuple[Candidate, int
         ranks = dict.fromkeys(range(len(found)), 0)
         for _, i in steps[:count]:
             ranks[i] += 1
-        return [(found[i], _rounded(found[i], rank)) for i, rank in ranks.items() if rank]
+        rounded = {count: next((rank for rank in RANKS if rank >= count), count) for count in ranks.values()}
+        return [(found[i], 0 if found[i].kind == "full" else rounded[rank]) for i, rank in ranks.items() if rank]
 
     def cost(count: int) -> int:
         return sum(candidate.cost * (rank or 1) for candidate, rank in first(count))
 
     return first(max(0, bisect.bisect_right(range(1, len(steps) + 1), budget, key=cost)))
-
-
-def _rounded(candidate: Candidate, rank: int) -> int:
-    return 0 if candidate.kind == "full" else next((allowed for allowed in RANKS if allowed >= rank), rank)
 
 
 def _entries(index: ModelIndex, chosen: Sequence[tuple[Candidate, int]], scale: float) -> tuple[list[Any], list[str]]:
