@@ -183,7 +183,8 @@ def load_adapter(
 ) -> AdapterFile:
     """Load an adapter folder, of ours or of Hugging Face `peft`; a model not injected yet is injected as it says.
 
-    A model that has no adapter `name` gets one; `peft_d2.set_adapter` makes it the active one.
+    A model that has no adapter `name` gets one; `peft_d2.set_adapter` makes it the active one. Beside others that
+    :func:`load_adapters` has loaded, heads trained in full may have other class counts than the base's.
 
     Args:
         model: the model with its base's weights, injected or not.
@@ -200,7 +201,49 @@ def load_adapter(
             as it was.
         InjectionError: an adapter is merged or disabled.
     """
-    return _load(model, folder, name, allow_other_base)
+    model = _root(model)
+    peft.check_name(name)
+    if name == peft.BASE:
+        raise peft.InjectionError(f"{name!r} names the base itself, without an adapter: choose another name")
+    injection = peft.get_injection(model)
+    if injection is not None:
+        injection.require_plain()
+    other_classes = injection is not None and peft.BASE in injection.adapters
+    peft.refuse_sharded(model, "load adapters")
+    if said := peft.without_values(model):
+        remedy = "give it its base's weights first: model.to_empty(device=...), then peft_d2.load_base(model, path)"
+        raise AdapterFileError(folder, said, remedy)
+    folder, pinned = hub.resolved(folder)
+    is_theirs = not os.path.lexists(os.path.join(folder, RECORD)) and huggingface.is_huggingface(folder)
+    if is_theirs:
+        with _base_of(model):
+            content = huggingface.read(folder, model)
+    else:
+        content = adapter_file.read(folder)
+    if defect := adapter_file.not_finite(content.tensors, dict(model.named_buffers(remove_duplicate=False)).keys()):
+        remedy = "use an earlier checkpoint: this one comes from a training that diverged, or is damaged"
+        raise AdapterFileError(folder, f"it holds {defect}", remedy)
+    if content.base is not None:
+        _refuse_other_base(model, content, folder, allow_other_base, other_classes)
+    try:
+        with _as_before_on_error(model):
+            if injection is None:
+                peft.inject(model, content.methods, content.train, name)
+            elif name not in injection.adapters:
+                peft.add_adapter(model, name, content.methods, content.train)
+            _check_methods(model, content, name, compare_entries=not is_theirs)
+            peft.load_adapter_state_dict(model, content.tensors, name, other_classes)
+    except (ValueError, KeyError, RuntimeError) as error:
+        remedy = "inject the model as the adapter was trained (its peft_d2.json has the methods), or let the file do it"
+        raise AdapterFileError(folder, f"it does not fit the model: {error}", remedy) from error
+    if is_theirs:
+        logger.info("%s was written by Hugging Face peft: it does not say for which base", folder)
+    record = injected(model)[1].adapters[name]
+    record.started_from = pinned or content.started_from
+    record.base = content.base if other_classes and not allow_other_base else None
+    _say_in_effect(model, content, folder, name)
+    _warn_of_other_pixels(model, content, folder)
+    return content
 
 
 def load_adapters(
@@ -232,9 +275,7 @@ def load_adapters(
         raise peft.InjectionError(f"the name {taken[0]!r} is taken: give the adapter another one")
     with _as_before_on_error(root):
         peft.serve_adapters(root)
-        return {
-            name: _load(root, folder, name, allow_other_base, other_classes=True) for name, folder in folders.items()
-        }
+        return {name: load_adapter(root, folder, name, allow_other_base) for name, folder in folders.items()}
 
 
 @contextlib.contextmanager
@@ -256,54 +297,6 @@ def _as_before_on_error(model: nn.Module) -> Iterator[None]:
         raise
 
 
-def _load(
-    model: nn.Module, folder: str | os.PathLike[str], name: str, allow_other_base: bool, other_classes: bool = False
-) -> AdapterFile:
-    """Load one adapter; ``other_classes`` takes heads of another class count."""
-    model = _root(model)
-    peft.check_name(name)
-    if name == peft.BASE:
-        raise peft.InjectionError(f"{name!r} names the base itself, without an adapter: choose another name")
-    if injection := peft.get_injection(model):
-        injection.require_plain()
-    peft.refuse_sharded(model, "load adapters")
-    if said := peft.without_values(model):
-        remedy = "give it its base's weights first: model.to_empty(device=...), then peft_d2.load_base(model, path)"
-        raise AdapterFileError(folder, said, remedy)
-    folder, pinned = hub.resolved(folder)
-    is_theirs = not os.path.lexists(os.path.join(folder, RECORD)) and huggingface.is_huggingface(folder)
-    if is_theirs:
-        with _base_of(model):
-            content = huggingface.read(folder, model)
-    else:
-        content = adapter_file.read(folder)
-    if defect := adapter_file.not_finite(content.tensors, dict(model.named_buffers(remove_duplicate=False)).keys()):
-        remedy = "use an earlier checkpoint: this one comes from a training that diverged, or is damaged"
-        raise AdapterFileError(folder, f"it holds {defect}", remedy)
-    if content.base is not None:
-        _refuse_other_base(model, content, folder, allow_other_base, other_classes)
-    try:
-        with _as_before_on_error(model):
-            injection = peft.get_injection(model)
-            if injection is None:
-                peft.inject(model, content.methods, content.train, name)
-            elif name not in injection.adapters:
-                peft.add_adapter(model, name, content.methods, content.train)
-            _check_methods(model, content, name, compare_entries=not is_theirs)
-            peft.load_adapter_state_dict(model, content.tensors, name, other_classes)
-    except (ValueError, KeyError, RuntimeError) as error:
-        remedy = "inject the model as the adapter was trained (its peft_d2.json has the methods), or let the file do it"
-        raise AdapterFileError(folder, f"it does not fit the model: {error}", remedy) from error
-    if is_theirs:
-        logger.info("%s was written by Hugging Face peft: it does not say for which base", folder)
-    record = injected(model)[1].adapters[name]
-    record.started_from = pinned or content.started_from
-    record.base = content.base if other_classes and not allow_other_base else None
-    _say_in_effect(model, content, folder, name)
-    _warn_of_other_pixels(model, content, folder)
-    return content
-
-
 def save_merged(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Merge the active adapter for good and write one checkpoint with the base's keys and versions.
 
@@ -317,8 +310,7 @@ def save_merged(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """
     require_torch_name(path)
     model = _root(model)
-    injection = peft.get_injection(model)
-    was_merged = injection is not None and injection.merged
+    was_merged = injected(model)[1].merged
     peft.merge_whole(model)
     try:
         state: Any = model.state_dict()
@@ -388,8 +380,7 @@ def _warn_of_untrained(injection: peft.Injection, name: str, tensors: Mapping[st
 
 
 def _say_in_effect(model: nn.Module, content: AdapterFile, folder: str | os.PathLike[str], name: str) -> None:
-    injection = peft.get_injection(model)
-    assert injection is not None
+    injection = injected(model)[1]
     full = len(injection.adapters[name].full)
     logger.info(
         "Adapter %s: %d tensors %s as %r, %d of adapter layers and %d of what is trained in full.",
@@ -434,8 +425,7 @@ def _warn_of_other_pixels(model: nn.Module, content: AdapterFile, folder: str | 
 
 def _check_methods(model: nn.Module, content: AdapterFile, name: str, compare_entries: bool) -> None:
     """A tensor of the right shape may still mean another thing: compare what the file and the model compute with it."""
-    injection = peft.get_injection(model)
-    assert injection is not None
+    injection = injected(model)[1]
     for path, item in low_ranks(injection, name).items():
         scale, expected = item.scale, content.scales.get(path, item.scale)
         if abs(scale - expected) > 1e-6 * expected:
@@ -445,11 +435,13 @@ def _check_methods(model: nn.Module, content: AdapterFile, name: str, compare_en
     methods = injection.adapters[name].methods
     own, stored = ([_meaning(entry) for entry in entries] for entries in (methods, content.methods))
     if own != stored:
-        detail = f"{len(own)} methods instead of {len(stored)}"
-        for here, there in [(a, b) for a, b in zip(own, stored, strict=False) if a != b][:1]:
-            keys = ["NAME", *sorted({*here, *there})]
-            key = next(key for key in keys if here.get(key) != there.get(key))
-            detail = f"{key} is {here.get(key)!r} in the model and {there.get(key)!r} in the file"
+        details = [
+            f"{key} is {here.get(key)!r} in the model and {there.get(key)!r} in the file"
+            for here, there in zip(own, stored, strict=False)
+            for key in ["NAME", *sorted({*here, *there})]
+            if here.get(key) != there.get(key)
+        ]
+        detail = details[0] if details else f"{len(own)} methods instead of {len(stored)}"
         names = ", ".join(str(entry.get("NAME")) for entry in content.methods) or "modules trained in full"
         raise ValueError(f"the model's methods are not the file's, which is an adapter of {names} ({detail})")
 
