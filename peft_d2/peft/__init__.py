@@ -14,7 +14,7 @@ from .errors import (
     PatternError,
     PeftError,
 )
-from .inject import Report, add_adapter, check_name, inject, make_report, match_targets
+from .inject import Report, add_adapter, inject, make_report, match_targets
 from .merge import combine_adapters, delete_adapter, disabled, merge, merge_whole, remove, set_adapter, unmerge
 from .methods import METHODS
 from .mixed import serve_adapters
@@ -25,6 +25,7 @@ from .state import (
     adapter_state_dict,
     base_state_dict,
     base_values,
+    check_name,
     counters,
     get_injection,
     injected_keys,

@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import re
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,7 +35,8 @@ from .adapted import (
     walk,
 )
 from .errors import InjectionError, MethodError, PatternError, PeftError
-from .method import Layers, Method, choose_targets, layers_of, normalised, parse
+from .loading import before_load
+from .method import Method, choose_targets, layers_of, normalised, parse
 from .methods import METHODS
 from .probe import watch
 from .state import (
@@ -46,7 +46,7 @@ from .state import (
     Injection,
     LayerRecord,
     after_state_dict,
-    before_load,
+    check_name,
     get_injection,
     injected,
     injected_root,
@@ -56,7 +56,7 @@ from .state import (
     trainable_tensors,
     unstorable,
 )
-from .targets import EVERYTHING, ModelIndex, Target, match, resolve_train
+from .targets import EVERYTHING, ModelIndex, match, resolve_train
 
 logger = logging.getLogger(__name__)
 
@@ -173,30 +173,19 @@ class Plan:
         self.index = index = ModelIndex.of(model)
         self.methods = [parse(entry, METHODS) for entry in entries]
         self.train = list(train)
-        self.layers: Layers = []
         full, self.full_modules = resolve_train(index, train)
-        taken: dict[tuple[int, str], int] = {}
-        chosen: list[tuple[Method, list[Target]]] = []
-        for number, method in enumerate(self.methods):
-            targets = choose_targets(index, method)
-            if method.selects:
-                selection = method.select(targets)
-                full += [index.first_name[parameter] for parameter in selection.parameters]
-                for target in selection.modules:
-                    full += index.tensors_under(target.name)
-                    self.full_modules += target.module.modules()
-                continue
-            for target in targets:
-                other = taken.setdefault((id(target.module), method.name), number)
-                if other != number:
-                    raise MethodError(
-                        f"{target.name} is chosen by two {method.name!r} entries ({other} and {number}); EXCLUDE it in "
-                        "one"
-                    )
-            chosen.append((method, targets))
-        _look_at_outputs(model, chosen, example)
-        self.layers += [layer for method, targets in chosen for layer in layers_of(method, targets)]
-        self._refuse_two_changes()
+        chosen = [(method, choose_targets(index, method)) for method in self.methods]
+        for method, targets in chosen:
+            held, inside = index.within(method.select(targets))
+            full += held
+            self.full_modules += inside
+        unsure = [(method, method.unsure(targets)) for method, targets in chosen]
+        if modules := {target.name: target.module for _, targets in unsure for target in targets}:
+            seen = watch(model, modules, example)
+            for method, targets in unsure:
+                method.learn(targets, seen)
+        self.layers = [layer for method, targets in chosen for layer in layers_of(method, targets)]
+        self._refuse_two_on_one_module()
         in_full = set(full)
         self.full = [first for first in index.tensors if first in in_full]
         self._check_full(EVERYTHING in train, get_injection(model))
@@ -208,10 +197,17 @@ class Plan:
         """The adapter without its places and tensors."""
         return AdapterRecord([normalised(method) for method in self.methods], self.train)
 
-    def _refuse_two_changes(self) -> None:
-        """Of two layers that compute a module's output from changed weights, the inner one would have no effect."""
+    def _refuse_two_on_one_module(self) -> None:
+        """Layers of one method would replace each other; of two that change a weight the inner one has no effect."""
+        by_name: dict[tuple[int, str], Method] = {}
         changing: dict[int, Method] = {}
         for method, target, layer in self.layers:
+            other = by_name.setdefault((id(target.module), method.name), method)
+            if other is not method:
+                numbers = f"{self.methods.index(other)} and {self.methods.index(method)}"
+                raise MethodError(
+                    f"{target.name} is chosen by two {method.name!r} entries ({numbers}); EXCLUDE it in one"
+                )
             other = changing.setdefault(id(target.module), method) if layer.changes_weights else method
             if other is not method:
                 raise MethodError(
@@ -220,10 +216,9 @@ class Plan:
 
     def _check_full(self, everything: bool, before: Injection | None) -> None:
         """Refuse half precision, in which steps of 1e-4 vanish; warn of what the model itself had frozen."""
-        every = {name: tensor.get() for name, tensor in self.index.tensors.items()}
-        parameters = {name: value for name, value in every.items() if isinstance(value, nn.Parameter)}
-        full = [name for name in self.full if name in parameters]
-        flags = {name: value.requires_grad for name, value in parameters.items()}
+        tensors = {name: tensor.get() for name, tensor in self.index.tensors.items()}
+        flags = {name: value.requires_grad for name, value in tensors.items() if isinstance(value, nn.Parameter)}
+        full = [name for name in self.full if name in flags]
         flags |= before.was_trainable if before is not None else {}
         thawed = [name for name in full if not flags[name]]
         if thawed and not everything and any(flags.values()):
@@ -238,21 +233,12 @@ class Plan:
                 "without torch.jit.script, or leave that module out of what is trained in full"
             )
         for name in full:
-            dtype = parameters[name].dtype
+            dtype = tensors[name].dtype
             if (name not in thawed or not everything) and dtype in (torch.float16, torch.bfloat16):
                 raise InjectionError(
                     f"{name} is {dtype}, and what is trained in full must be float32: call model.float() before "
                     "inject (and train under autocast), or .half() after the adapter was loaded for inference"
                 )
-
-
-def _look_at_outputs(model: nn.Module, chosen: Sequence[tuple[Method, Sequence[Target]]], example: Any) -> None:
-    """Let one forward pass tell the methods what modules do not say of their outputs, where there are such."""
-    unsure = [(method, method.unsure(targets)) for method, targets in chosen]
-    if modules := {target.name: target.module for _, targets in unsure for target in targets}:
-        seen = watch(model, modules, example)
-        for method, targets in unsure:
-            method.learn(targets, seen)
 
 
 def _listed(items: Any, what: str, error: type[PeftError]) -> list[Any]:
@@ -271,14 +257,13 @@ def _place(model: nn.Module, injection: Injection, name: str, plan: Plan, freeze
         module = adapt(target.module, injection.running, target.name)
         layer.train(module.training)
         add_layer(module, name, method.name, layer)
-    modules: dict[int, Any] = {id(target.module): target.module for _, target, _ in plan.layers}
-    record.modules = list(modules.values())
-    unique = {id(item): item for module in record.modules for item in module.peft_parameters(name).values()}
-    record.injected = list(unique.values())
+    modules: Iterable[Any] = (target.module for _, target, _ in plan.layers)
+    record.modules = list(dict.fromkeys(modules))
     seen: set[int] = set()
     for method, target, layer in plan.layers:
         fresh = [item for item in layer.parameters() if id(item) not in seen]
         seen.update(map(id, fresh))
+        record.injected += fresh
         size = sum(item.numel() for item in fresh)
         record.places.append(LayerRecord(target.name, method.name, base_class(target.module).__name__, size))
     if not freeze_statistics:
@@ -305,8 +290,7 @@ def forget_adapter(root: nn.Module, name: str) -> None:
         tensor, original = injection.full.pop(key), injection.original.pop(key)
         original.data = injection.base.pop(key).data
         tensor.put(original.requires_grad_(False))
-    used = {id(module) for record in records for module in record.modules}
-    used |= {id(module) for module in injection.statistics}
+    used = {id(module) for record in records for module in (*record.modules, *injection.statistics)}
     for module in adapted_modules(root):
         if not any(id(child) in used for child in module.modules()):
             restore(module)
@@ -348,19 +332,6 @@ def _frozen_copy(tensor: Tensor) -> Tensor:
 def _set_trainable(tensor: Tensor) -> None:
     if isinstance(tensor, nn.Parameter) and (tensor.is_floating_point() or tensor.is_complex()):
         tensor.requires_grad_(True)
-
-
-def check_name(name: str) -> None:
-    """Raise InjectionError for what cannot name an adapter: the name is a module's, too, and part of keys."""
-    if not isinstance(name, str) or not re.fullmatch(r"[\w\-]+", name):
-        reason = "expected letters, digits, _ and -"
-        if isinstance(name, str) and (proposal := re.sub(r"[^\w\-]+", "_", name).strip("_")):
-            reason += f", such as {proposal!r}"
-    elif hasattr(nn.ModuleDict(), name):
-        reason = f"torch's modules have an attribute of that name; choose another, such as {name + '_1'!r}"
-    else:
-        return
-    raise InjectionError(f"{name!r} cannot name an adapter: {reason}")
 
 
 def _check_model(model: nn.Module) -> None:
@@ -421,25 +392,25 @@ class Report(ReportRow):
     train: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        table = [("part", "parameters", "injected", "in full", "trained %")]
-        for row in (*self.rows, self):
-            numbers = (f"{row.total:,}", f"{row.injected:,}", f"{row.full:,}", f"{row.percent:.2f}")
-            table.append((row.part, *numbers))
-        first, *others = [max(map(len, column)) for column in zip(*table, strict=True)]
-        lines = [
-            "  ".join([part.ljust(first), *(cell.rjust(width) for cell, width in zip(cells, others, strict=True))])
-            for part, *cells in table
+        rows = (*self.rows, self)
+        width = max(len(row.part) for row in rows)
+        lines = [f"{'part':{width}}  {'parameters':>13}  {'injected':>12}  {'in full':>12}  {'trained %':>9}"]
+        lines += [
+            f"{row.part:{width}}  {row.total:13,}  {row.injected:12,}  {row.full:12,}  {row.percent:9.2f}"
+            for row in rows
         ]
         rule = "-" * len(lines[0])
         lines = [lines[0], rule, *lines[1:-1], rule, lines[-1]]
-        groups: dict[tuple[str, str], list[LayerRecord]] = {}
+        groups: defaultdict[tuple[str, str], list[LayerRecord]] = defaultdict(list)
         for place in self.places:
-            groups.setdefault((place.method, place.kind), []).append(place)
+            groups[place.method, place.kind].append(place)
         for (method, kind), places in groups.items():
             size = sum(place.parameters for place in places)
             last = f" ... {places[-1].name}" if len(places) > 1 else ""
             lines.append(f"{method} on {len(places)} {kind}: {size:,} parameters, {places[0].name}{last}")
-        return "\n".join([*lines, *([f"trained in full: {', '.join(self.train)}"] if self.train else [])])
+        if self.train:
+            lines.append(f"trained in full: {', '.join(self.train)}")
+        return "\n".join(lines)
 
 
 def make_report(model: nn.Module, adapter: str | None = None) -> Report:

@@ -61,21 +61,12 @@ def expect(condition: bool, key: str, value: object, expected: str) -> None:
         raise MethodError(f"{key} is {value!r}: expected {expected}")
 
 
-@dataclass(frozen=True)
-class Selection:
-    """Base parameters by name, and modules that are trained with all they contain."""
-
-    parameters: list[str] = field(default_factory=list)
-    modules: list[Target] = field(default_factory=list)
-
-
 class Method:
     """Base of all methods. One instance is one entry of METHODS."""
 
     name: ClassVar[str]
     options_class: ClassVar[type[Options]] = Options
     layer_class: ClassVar[Any]  # makes the AdapterLayer of a target module from (target, options)
-    selects: ClassVar[bool] = False  # True: trains chosen base parameters in full instead of injecting
 
     def __init__(self, options: Any) -> None:
         self.options = options
@@ -103,9 +94,9 @@ class Method:
         """The adapter layers of all chosen modules, in order; MethodError where the options leave something open."""
         return [(target, self.layer_class(target, self.options)) for target in targets]
 
-    def select(self, targets: Sequence[Target]) -> Selection:
-        """The base parameters that a selecting method trains; MethodError where there are none."""
-        raise NotImplementedError(f"method {self.name!r} selects nothing")
+    def select(self, targets: Sequence[Target]) -> list[str]:
+        """Names of parameters of the base, and of modules with all that they contain, to train in full as they are."""
+        return []
 
 
 Layers = list[tuple[Method, Target, AdapterLayer]]

@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from .adapted import base_class, walk
+from .adapted import AdapterLayer, base_class, join, walk
 from .errors import MethodError
-from .method import Method, Options, Positive, Selection
+from .method import Method, Options, Positive
 from .targets import Target
 
 _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
@@ -31,20 +31,26 @@ class SelectOptions(Options):
     targets: list[str] = field(default_factory=lambda: ["**"])
 
 
-class _ByParameter(Method):
+class _Selecting(Method):
+    """Trains what :meth:`select` names, and has no layers."""
+
+    def make_layers(self, targets: Sequence[Target]) -> list[tuple[Target, AdapterLayer]]:
+        return []
+
+
+class _ByParameter(_Selecting):
     """Trains the parameters in the targets, at any depth, for which :meth:`wants`."""
 
     options_class = SelectOptions
-    selects = True
     nothing: str  # what is said where there are none
 
     def wants(self, module: nn.Module, name: str) -> bool:
         """Whether the parameter ``name`` of ``module`` itself is trained."""
         raise NotImplementedError
 
-    def select(self, targets: Sequence[Target]) -> Selection:
+    def select(self, targets: Sequence[Target]) -> list[str]:
         names = [
-            f"{path}.{leaf}" if path else leaf
+            join(path, leaf)
             for target in targets
             for path, module, _ in walk(target.module, target.name)
             for leaf, _ in module.named_parameters(recurse=False)
@@ -52,7 +58,7 @@ class _ByParameter(Method):
         ]
         if not names:
             raise MethodError(f"{self.name}: {self.nothing} in {', '.join(target.name for target in targets[:5])}")
-        return Selection(parameters=list(dict.fromkeys(names)))
+        return names
 
 
 class BitFit(_ByParameter):
@@ -85,20 +91,18 @@ class LastBlocksOptions(Options):
     num: Positive = 1
 
 
-class LastBlocks(Method):
+class LastBlocks(_Selecting):
     """``{NAME: last_blocks, TARGETS: ["backbone.layers.*.blocks.*"], NUM: 2}``: the last ones in the model's order."""
 
     name = "last_blocks"
     options_class = LastBlocksOptions
     options: LastBlocksOptions
-    selects = True
 
-    def select(self, targets: Sequence[Target]) -> Selection:
+    def select(self, targets: Sequence[Target]) -> list[str]:
         """The last blocks with all that they contain; MethodError where there are fewer, or one holds nothing."""
         if len(targets) < self.options.num:
             raise MethodError(f"last_blocks: NUM is {self.options.num}, but TARGETS choose {len(targets)} blocks")
-        chosen = list(targets[-self.options.num :])
-        empty = [target.name for target in chosen if next(target.module.parameters(), None) is None]
-        if empty:
-            raise MethodError(f"last_blocks: {empty[0]} has no parameters; choose the blocks that hold them")
-        return Selection(modules=chosen)
+        for target in (chosen := targets[-self.options.num :]):
+            if next(target.module.parameters(), None) is None:
+                raise MethodError(f"last_blocks: {target.name} has no parameters; choose the blocks that hold them")
+        return [target.name for target in chosen]

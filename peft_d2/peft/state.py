@@ -1,4 +1,4 @@
-"""What an injected model remembers, its tensors (an adapter's, the base's, what is trained), and how weights meet it.
+"""What an injected model remembers, and its tensors: an adapter's, the base's, what is trained.
 
 ``state_dict()`` of an injected model holds the base's keys, the adapter layers, and, where an adapter could not be had
 back without them, the values that are not installed now: the base's of what is trained in full, and other adapters'.
@@ -24,9 +24,7 @@ from torch.nn.parameter import is_lazy
 from .adapted import STORE, ActiveAdapter, Adapted, join, walk_adapted
 from .errors import AdapterStateError, InjectionError, shortened
 from .lora.factors import LowRank
-from .method import choose_targets, layers_of, parse
-from .methods import METHODS
-from .targets import BaseTensor, ModelIndex
+from .targets import BaseTensor
 
 logger = logging.getLogger(__name__)
 P = ParamSpec("P")
@@ -35,7 +33,7 @@ ATTRIBUTE = "_peft_injection"  # of the model itself, so that copies and pickles
 BASE = "base"  # the adapter without layers and values of its own, which is the base itself
 _WRAPPERS = ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "OptimizedModule")
 _INSIDE = ("module", "_orig_mod", "_fsdp_wrapped_module")  # their names for the model
-_BASE, _VALUES = f"{STORE}_base", f"{STORE}_values"  # first level of keys of values that are not installed
+KEPT_BASE, KEPT_VALUES = f"{STORE}_base", f"{STORE}_values"  # first level of keys of values that are not installed
 
 # A name that a file can hold, and the endings of a LoRA's names in the model, each with Hugging Face's in the file.
 NAME = re.compile(r"[^.\x00-\x1f\x7f-\x9f\u2028\u2029]+(\.[^.\x00-\x1f\x7f-\x9f\u2028\u2029]+)*")
@@ -336,6 +334,19 @@ def warn_of_strays(model: nn.Module) -> None:
         )
 
 
+def check_name(name: str) -> None:
+    """Raise InjectionError for what cannot name an adapter: the name is a module's, too, and part of keys."""
+    if not isinstance(name, str) or not re.fullmatch(r"[\w\-]+", name):
+        reason = "expected letters, digits, _ and -"
+        if isinstance(name, str) and (proposal := re.sub(r"[^\w\-]+", "_", name).strip("_")):
+            reason += f", such as {proposal!r}"
+    elif hasattr(nn.ModuleDict(), name):
+        reason = f"torch's modules have an attribute of that name; choose another, such as {name + '_1'!r}"
+    else:
+        return
+    raise InjectionError(f"{name!r} cannot name an adapter: {reason}")
+
+
 def unstorable(names: Iterable[str]) -> str:
     """Why one of these names of tensors cannot be stored in an adapter's files; "" when all can."""
     theirs = tuple(SUFFIXES.values())
@@ -509,10 +520,10 @@ def _not_installed(injection: Injection) -> dict[str, Tensor]:
     records = injection.adapters
     if len(records) == 1 and not injection.current.injected:
         return {}
-    kept = {f"{_BASE}.{name}": value for name, value in injection.base.items()}
+    kept = {f"{KEPT_BASE}.{name}": value for name, value in injection.base.items()}
     for adapter, record in records.items():
         if adapter != injection.installed:
-            kept.update({f"{_VALUES}.{adapter}.{name}": value for name, value in record.values.items()})
+            kept.update({f"{KEPT_VALUES}.{adapter}.{name}": value for name, value in record.values.items()})
     return kept
 
 
@@ -526,122 +537,3 @@ def after_state_dict(root: nn.Module, state: dict[str, Any], prefix: str, *_: An
                 del state[key]
     if not injection.merged:
         state.update({prefix + key: value.detach() for key, value in _not_installed(injection).items()})
-
-
-@torch.no_grad()
-def take_not_installed(injection: Injection, state: dict[str, Any], prefix: str) -> None:
-    """Load what :func:`after_state_dict` added and take it out of ``state``, whichever adapter was active there.
-
-    Raises:
-        InjectionError: the model is within ``disabled``, where it holds the base's values.
-    """
-    injection.require_plain()
-    tables = {name: record.values for name, record in injection.adapters.items()}
-    kept: dict[str, dict[str, Tensor]] = {}
-    for key in [key for key in state if key.startswith((f"{prefix}{_VALUES}.", f"{prefix}{_BASE}."))]:
-        kind, _, name = key.removeprefix(prefix).partition(".")
-        adapter = ""
-        if kind == _VALUES:
-            adapter, _, name = name.partition(".")
-        known = (tables.get(adapter, {}) if adapter else injection.base).get(name)
-        if known is not None and state[key].shape == known.shape:
-            kept.setdefault(adapter, {})[name] = state.pop(key)
-    for name, value in kept.pop("", {}).items():
-        injection.base[name].copy_(value)
-    if injection.active in kept:  # another adapter was active there: its values are under the model's own names
-        other = next((values for name, values in tables.items() if values and name not in kept), {})
-        for name, own in other.items():
-            aliases = [prefix + alias for alias in injection.full[name].names if prefix + alias in state]
-            if aliases:
-                own.copy_(state[aliases[0]])
-                state.update(dict.fromkeys(aliases, injection.base[name]))
-        for name, value in kept.pop(injection.active).items():
-            state.update({prefix + alias: value for alias in injection.full[name].names})
-    for adapter, values in kept.items():
-        for name, value in values.items():
-            tables[adapter][name].copy_(value)
-
-
-@torch.no_grad()
-def before_load(root: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """torch's hook before ``load_state_dict``: the one place where weights meet a model that is injected.
-
-    - A state dict with injected keys was one of such a model, and all of it is loaded.
-    - Without them it is a base's. The base that the adapters are on changes nothing, not what is trained in full
-      either. Another one is taken as long as nothing was trained or loaded: the adapters then start anew on it.
-    - Where adapters only train modules in full, other values of just these are what was trained, and are loaded.
-
-    Raises:
-        InjectionError: these are the weights of another base; or the model is merged.
-    """
-    injection, index = injected(root)[1], ModelIndex.of(root)
-    base, layers = base_values(root), layer_tensors(root)
-    given = {key: state[prefix + key] for key in base if isinstance(state.get(prefix + key), Tensor)}
-    if given and injection.merged:
-        raise InjectionError("the adapter is merged into the weights: call unmerge(model) before loading others")
-    if any(prefix + key in state for key in injected_keys(root)):
-        return take_not_installed(injection, state, prefix)
-    if not given:
-        return None
-    if any(value.is_meta for value in base.values()):
-        raise InjectionError(
-            "the model was on the meta device when it was injected, so what is trained has no values: give the model "
-            "its weights first, then inject"
-        )
-    fits = {key for key, value in given.items() if value.shape == base[key].shape}
-    different = [
-        key for key in sorted(fits - counters(root)) if not _is_base(injection, index, key, given[key], base[key])
-    ]
-    own = {alias for key in injection.current.values for alias in injection.full[key].names}
-    if different:
-        open_to_others = is_untrained(root) and not injection.base_file
-        if own.issuperset(different) and not layers and (fits - own or not open_to_others):
-            return None  # only what is trained in full
-        if not open_to_others:
-            raise _other_base(injection, different, len(fits))
-        _start_anew(injection, index, {key: given[key] for key in fits})
-    else:
-        logger.info(
-            "These weights are the base's, which the model has: all %d tensors of adapter %r stay in effect.",
-            *(len(injection.current.start), injection.active),
-        )
-        fits |= own  # a head of another class count is not missing either
-    state.update({prefix + key: index.tensors[index.first_name[key]].get() for key in fits if key in index.first_name})
-    state.update({prefix + key: value for key, value in layers.items()})
-    return None
-
-
-def _other_base(injection: Injection, different: list[str], count: int) -> InjectionError:
-    file = f" (from {injection.base_file})" if injection.base_file else ""
-    return InjectionError(
-        f"these are the weights of another base than the one{file} under adapter {injection.active!r}: "
-        f"{len(different)} of {count} tensors differ, {shortened(different, 4)}; nothing was loaded. Load the base "
-        "before you inject: peft_d2.load_base(model, path), then inject(model, ...) or load_adapter(model, folder); "
-        "with PEFTModel it is MODEL.WEIGHTS"
-    )
-
-
-def _is_base(injection: Injection, index: ModelIndex, key: str, given: Tensor, base: Tensor) -> bool:
-    """Whether a given tensor is the base's own of that name, in the base's dtype."""
-    same_kind = given.to(base.device, base.dtype)
-    if injection.base or not injection.full:
-        equal = same_kind == base
-        return bool(equal.all()) or bool((equal | (same_kind.isnan() & base.isnan())).all())
-    start = injection.current.start.get(index.first_name.get(key, ""))
-    return start in (tensor_hash(given), tensor_hash(same_kind))
-
-
-def _start_anew(injection: Injection, index: ModelIndex, weights: Mapping[str, Tensor]) -> None:
-    """Exchange the base under adapters that are not trained; their layers get new values in the tensors they have."""
-    for key, value in weights.items():
-        first = index.first_name.get(key, key)
-        kept = [injection.base.get(first), *(record.values.get(first) for record in injection.adapters.values())]
-        for tensor in (index.tensors[first].get(), *kept):
-            if tensor is not None:
-                tensor.copy_(value)
-    for name, record in injection.adapters.items():
-        for method in (parse(entry, METHODS) for entry in record.methods):
-            for _, target, layer in [] if method.selects else layers_of(method, choose_targets(index, method)):
-                target.module.peft_layers(name)[method.name].load_state_dict(layer.state_dict())  # type: ignore[operator]
-        record.start = start_hashes(injection, name)
-    logger.info("The base's weights came after inject, before anything was trained: the adapters start anew on them.")

@@ -29,7 +29,7 @@ import difflib
 import itertools
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -43,6 +43,7 @@ EVERYTHING, REGEX_PREFIX = "*", "re:"
 T = TypeVar("T")
 _WILDCARDS = re.compile(r"[*?\[]")
 _DIGITS = re.compile(r"\d+")
+_GLOB_PARTS = re.compile(r"\*+|\[[^\]]*\]|[*?\[]|[^*?\[]+")
 _MOST_ALTERNATIVES = 10_000
 
 
@@ -74,38 +75,27 @@ def match(pattern: str, names: Sequence[str], what: str = "module") -> list[str]
     """The ``names`` that one pattern chooses; see :func:`resolve`."""
     if not isinstance(pattern, str) or not pattern:
         raise PatternError(f"expected a pattern (a non-empty string), got {pattern!r}")
-    if pattern.startswith(REGEX_PREFIX):
-        matched = list(filter(_compiled(pattern.removeprefix(REGEX_PREFIX), pattern).fullmatch, names))
-        if not matched:
-            raise PatternError(f"pattern {pattern!r} matches no {what}.{_hint(pattern, names)}")
-        return matched
-    found: set[str] = set()
+    matched: set[str] = set()
     used: set[tuple[int, str]] = set()
-    choices: set[tuple[int, str]] = set()
-    for text, chosen in _expand(pattern):
-        hits = set(filter(_glob(text, pattern).fullmatch, names))
-        choices.update(chosen)
-        found |= hits
-        used.update(chosen if hits else ())
-    if not found:
+    unused: set[tuple[int, str]] = set()
+    for expression, chosen in _expressions(pattern):
+        hits = set(filter(expression.fullmatch, names))
+        matched |= hits
+        (used if hits else unused).update(chosen)
+    if not matched:
         raise PatternError(f"pattern {pattern!r} matches no {what}.{_hint(pattern, names)}")
-    dead = sorted(choices - used)
-    if dead:
+    if dead := sorted(unused - used):
         option = dead[0][1]
         raise PatternError(
             f"in pattern {pattern!r} the alternative {option!r} matches no {what}.{_hint(option, names)}"
         )
-    return [name for name in names if name in found]
+    return [name for name in names if name in matched]
 
 
 def first_match(rules: Mapping[str, T], name: str) -> T | None:
     """The value of the first pattern in ``rules`` that chooses ``name``; None when none does."""
     for pattern, value in rules.items():
-        if pattern.startswith(REGEX_PREFIX):
-            hit = _compiled(pattern.removeprefix(REGEX_PREFIX), pattern).fullmatch(name) is not None
-        else:
-            hit = any(_glob(text, pattern).fullmatch(name) for text, _ in _expand(pattern))
-        if hit:
+        if any(expression.fullmatch(name) for expression, _ in _expressions(pattern)):
             return value
     return None
 
@@ -128,57 +118,47 @@ def _hint(pattern: str, names: Sequence[str]) -> str:
     return f" Nearest names: {', '.join(found)}." if found else " No name resembles it."
 
 
-def _compiled(expression: str, pattern: str) -> re.Pattern[str]:
-    try:
-        return re.compile(expression)
-    except (re.error, OverflowError, RecursionError) as error:
-        raise PatternError(f"pattern {_short(pattern)} is not a regular expression: {error}") from error
+def _expressions(pattern: str) -> Iterator[tuple[re.Pattern[str], tuple[tuple[int, str], ...]]]:
+    """Each text that the braces stand for as an expression, with the (group number, alternative) pairs that made it."""
+    short = repr(pattern) if len(pattern) <= 200 else f"{pattern[:200]!r}..."
+    is_regex = pattern.startswith(REGEX_PREFIX)
+    for text, chosen in [(pattern.removeprefix(REGEX_PREFIX), ())] if is_regex else _expand(pattern, short):
+        try:
+            yield re.compile(text if is_regex else _glob(text, pattern)), chosen
+        except (re.error, OverflowError, RecursionError) as error:
+            raise PatternError(f"pattern {short} is not a regular expression: {error}") from error
 
 
-def _short(pattern: str) -> str:
-    return repr(pattern) if len(pattern) <= 200 else f"{pattern[:200]!r}..."
-
-
-def _expand(pattern: str) -> list[tuple[str, tuple[tuple[int, str], ...]]]:
-    """Each string that the braces stand for, with the (group number, alternative) pairs that made it."""
+def _expand(pattern: str, short: str) -> Iterator[tuple[str, tuple[tuple[int, str], ...]]]:
     pieces = re.split(r"\{([^{}]*)\}", pattern)
     if any("{" in piece or "}" in piece for piece in pieces):
         raise PatternError(f"pattern {pattern!r} has an unbalanced or nested brace")
     groups = [[(number, option) for option in text.split(",")] for number, text in enumerate(pieces[1::2])]
     if math.prod(map(len, groups)) > _MOST_ALTERNATIVES:
-        raise PatternError(f"pattern {_short(pattern)} stands for more than {_MOST_ALTERNATIVES} names: write several")
-    expanded = []
+        raise PatternError(f"pattern {short} stands for more than {_MOST_ALTERNATIVES} names: write several")
     for chosen in itertools.product(*groups):
-        parts = list(pieces)
-        parts[1::2] = [option for _, option in chosen]
-        expanded.append(("".join(parts), chosen))
-    return expanded
+        pieces[1::2] = [option for _, option in chosen]
+        yield "".join(pieces), chosen
 
 
-def _glob(text: str, pattern: str) -> re.Pattern[str]:
+def _glob(text: str, pattern: str) -> str:
     """A brace-free glob as a regular expression for whole names."""
-    out = ["" if text in ("*", "**") else r"(?:.*\.)?"]
-    position = 0
-    while position < len(text):
-        character = text[position]
-        if character == "*":
-            run = len(text) - position - len(text[position:].lstrip("*"))
-            end = position + run
-            alone = (position == 0 or text[position - 1] == ".") and (end == len(text) or text[end] == ".")
-            any_character = "[^.]" if end == len(text) and run == 1 and text != "*" else "."
-            out.append(any_character + ("+" if alone and text not in ("*", "**") else "*"))
-            position = end
-            continue
-        if character == "[":
-            end = text.find("]", position + 1)
-            if end < 0:
-                raise PatternError(f"pattern {pattern!r} has an unclosed bracket")
-            out.append("[" + text[position + 1 : end].replace("!", "^", 1).replace("\\", r"\\") + "]")
-            position = end + 1
-            continue
-        out.append("[^.]" if character == "?" else re.escape(character))
-        position += 1
-    return _compiled("".join(out), pattern)
+    if text in ("*", "**"):
+        return ".*"
+    out = [r"(?:.*\.)?"]
+    for found in _GLOB_PARTS.finditer(text):
+        part = found.group()
+        if part.startswith("*"):
+            before, after = text[: found.start()], text[found.end() :]
+            alone = before[-1:] in ("", ".") and after[:1] in ("", ".")
+            out.append(("." if after or part != "*" else "[^.]") + ("+" if alone else "*"))
+        elif part == "[":
+            raise PatternError(f"pattern {pattern!r} has an unclosed bracket")
+        elif part.startswith("["):
+            out.append("[" + part[1:-1].replace("!", "^", 1).replace("\\", r"\\") + "]")
+        else:
+            out.append("[^.]" if part == "?" else re.escape(part))
+    return "".join(out)
 
 
 @dataclass(frozen=True)
@@ -263,10 +243,18 @@ class ModelIndex:
         """Every name of every parameter."""
         return [name for name, first in self.first_name.items() if isinstance(self.tensors[first].get(), nn.Parameter)]
 
-    def tensors_under(self, name: str) -> list[str]:
-        """First names of all parameters and persistent buffers of one module."""
-        prefix = join(name, "")
-        return list(dict.fromkeys(first for alias, first in self.first_name.items() if alias.startswith(prefix)))
+    def within(self, names: Iterable[str]) -> tuple[list[str], list[nn.Module]]:
+        """First names of the tensors that modules and parameters of these names hold, and all modules in these."""
+        tensors: list[str] = []
+        modules: list[nn.Module] = []
+        for name in names:
+            if name in self.modules:
+                prefix = join(name, "")
+                tensors += [first for alias, first in self.first_name.items() if alias.startswith(prefix)]
+                modules += self.modules[name].modules()
+            else:
+                tensors.append(self.first_name[name])
+        return list(dict.fromkeys(tensors)), modules
 
 
 def resolve_train(index: ModelIndex, train: Sequence[str]) -> tuple[list[str], list[nn.Module]]:
@@ -277,14 +265,9 @@ def resolve_train(index: ModelIndex, train: Sequence[str]) -> tuple[list[str], l
     tensors: list[str] = []
     modules: list[nn.Module] = []
     for pattern, matched in resolve(train, names, "module or parameter").items():
-        under: list[str] = []
-        for name in matched:
-            if name in index.modules:
-                under += index.tensors_under(name)
-                modules += index.modules[name].modules()
-            else:
-                under.append(index.first_name[name])
-        if not any(isinstance(index.tensors[first].get(), nn.Parameter) for first in under):
+        held, inside = index.within(matched)
+        if not any(isinstance(index.tensors[first].get(), nn.Parameter) for first in held):
             raise PatternError(f"TRAIN pattern {pattern!r} matches {matched[0]}, which has no parameters")
-        tensors += under
+        tensors += held
+        modules += inside
     return tensors, modules
