@@ -149,8 +149,9 @@ def candidates(index: ModelIndex, halves: tuple[Gradients, Gradients], given: It
     for name, pair in list(pairs.items()):
         path, _, leaf = name.rpartition(".")
         kind = _kind(owners[path], leaf, lora) if name in pairs and path in owners else ""
-        if kind == "attention":
-            parts = [*zip(pair[0].chunk(3), pair[1].chunk(3), strict=True), pairs.pop(join(path, "out_proj.weight"))]
+        out = join(path, "out_proj.weight")
+        if kind == "attention" and out in pairs:  # which is not there where it is trained anyway
+            parts = [*zip(pair[0].chunk(3), pair[1].chunk(3), strict=True), pairs.pop(out)]
             found.append(_low_rank(path, kind, parts))
         elif kind == "linear":
             found.append(_low_rank(path, kind, [pair]))

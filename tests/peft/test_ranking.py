@@ -117,6 +117,14 @@ def test_budgets_are_kept_and_what_is_proposed_can_be_injected(budget: int) -> N
     peft.prove_live(model, images)
 
 
+def test_an_attention_whose_projection_is_trained_anyway() -> None:
+    torch.manual_seed(2)
+    model = Mixed()
+    found = recommend(model, [torch.randn(2, 3, 8, 8)] * 2, 100_000, train=["attention.out_proj"])
+    report = peft.inject(model, found.methods, train=found.train)
+    assert report.trainable == found.parameters and "attention.in_proj_weight" in found.train
+
+
 def test_what_cannot_be() -> None:
     model = Mixed()
     batches = [torch.randn(1, 3, 8, 8)] * 2
