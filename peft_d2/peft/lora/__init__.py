@@ -2,7 +2,7 @@
 
 Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", ICLR 2022, arXiv 2106.09685, equation 3:
 ``h = W0 x + s B A x``, A (r, in) random and B (out, r) zero at the start: the start is the pretrained layer.
-factors.py has the variants (rsLoRA, DoRA, PiSSA); linear.py, attention.py and conv.py what each module computes.
+factors.py has the variants (rsLoRA, DoRA, PiSSA); linear.py and conv.py what each module computes.
 """
 
 from __future__ import annotations
@@ -22,12 +22,9 @@ from ..cobot import CobotStep, orchestrate
 from ..errors import MethodError
 from ..method import Method
 from ..targets import Target, resolve
-from .attention import AttentionLora, attention_weight
 from .conv import CONVOLUTIONS, ConvolutionLora, has_branch, is_normed_conv
 from .factors import PARTS, LoraOptions, LowRank
-from .linear import EmbeddingLora, LinearLora, PackedLora
-
-__all__ = ["Lora", "LoraOptions", "LowRank"]
+from .linear import AttentionLora, EmbeddingLora, LinearLora, PackedLora, attention_weight
 
 logger = logging.getLogger(__name__)
 _LINEAR = (nn.Linear, NonDynamicallyQuantizableLinear)

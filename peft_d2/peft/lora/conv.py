@@ -67,8 +67,7 @@ class ConvolutionLora(LowRank):
             return weight
         return weight.unflatten(0, (self.groups, -1)).transpose(1, 2).flatten(0, 1)
 
-    def as_stored(self, weight: Tensor) -> Tensor:
-        return self.ordered(weight)  # the exchange of in and out within each group is its own reverse
+    as_stored = ordered  # the exchange of in and out within each group is its own reverse
 
     def product(self, x: Tensor, a: Tensor, b: Tensor, *context: Any) -> Tensor:
         """(N, in, ...) -> (N, out, ...); ``context`` is the base's own ``convolve(x, weight, bias)``."""
