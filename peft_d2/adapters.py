@@ -290,8 +290,7 @@ def _as_before_on_error(model: nn.Module) -> Iterator[None]:
         if now is not None and before is None:
             peft.remove(model)
         elif now is not None:
-            if now.active != active:
-                peft.set_adapter(model, active)
+            peft.set_adapter(model, active)
             for name in now.adapters.keys() - known:
                 peft.delete_adapter(model, name)
         raise

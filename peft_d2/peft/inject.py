@@ -94,8 +94,8 @@ def inject(
     check_name(name)
     entries, patterns = _listed(methods, "methods", MethodError), _listed(train, "TRAIN", PatternError)
     plan = Plan(model, entries, patterns, name == BASE, example)
-    everything = EVERYTHING in plan.train
-    injection = Injection({name: plan.record()}, ActiveAdapter(name), installed=name)
+    everything = EVERYTHING in patterns
+    injection = Injection({name: plan.record}, ActiveAdapter(name), installed=name)
     injection.was_trainable = {key: value.requires_grad for key, value in model.named_parameters()}
     with _undone_on_error(lambda: undo(model, injection)):
         for key in plan.full:
@@ -146,7 +146,7 @@ def add_adapter(
         raise InjectionError("TRAIN '*' trains the base itself; it cannot be one of several adapters")
     plan = Plan(root, entries, patterns, name == BASE, example)
     with _undone_on_error(lambda: forget_adapter(root, name)):
-        record = injection.adapters[name] = plan.record()
+        record = injection.adapters[name] = plan.record
         for key in plan.full:
             if key not in injection.full:
                 injection.full[key] = plan.index.tensors[key]
@@ -172,7 +172,6 @@ class Plan:
             raise InjectionError("nothing would be trained: METHODS and TRAIN are both empty")
         self.index = index = ModelIndex.of(model)
         self.methods = [parse(entry, METHODS) for entry in entries]
-        self.train = list(train)
         full, self.full_modules = resolve_train(index, train)
         chosen = [(method, choose_targets(index, method)) for method in self.methods]
         for method, targets in chosen:
@@ -192,10 +191,7 @@ class Plan:
         injected_names = [join(target.name, key) for _, target, layer in self.layers for key in layer.state_dict()]
         if problem := unstorable([*injected_names, *self.full]):
             raise InjectionError(problem)
-
-    def record(self) -> AdapterRecord:
-        """The adapter without its places and tensors."""
-        return AdapterRecord([normalised(method) for method in self.methods], self.train)
+        self.record = AdapterRecord([normalised(method) for method in self.methods], list(train))
 
     def _refuse_two_on_one_module(self) -> None:
         """Layers of one method would replace each other; of two that change a weight the inner one has no effect."""

@@ -99,9 +99,6 @@ class Method:
         return []
 
 
-Layers = list[tuple[Method, Target, AdapterLayer]]
-
-
 def parse(entry: Mapping[str, Any], registry: Mapping[str, type[Method]]) -> Method:
     """One config entry ``{NAME: ..., TARGETS: [...], ...}`` as a method; MethodError where anything in it is wrong."""
     if not isinstance(entry, Mapping):
@@ -185,7 +182,7 @@ def _check_refused(method: Method, pattern: str, matched: list[str], refused: di
     )
 
 
-def layers_of(method: Method, targets: Sequence[Target]) -> Layers:
+def layers_of(method: Method, targets: Sequence[Target]) -> list[tuple[Method, Target, AdapterLayer]]:
     """The adapter layers of one method; whatever it raises is one of our errors."""
     try:
         made = method.make_layers(targets)
