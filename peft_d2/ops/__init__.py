@@ -96,14 +96,9 @@ def ms_deform_attn(
             done while torch traces, the compiled operator itself refuses wrong ones with a RuntimeError.
         RuntimeError: the backend asked for is not available.
     """
-    levels = (value, spatial_shapes, level_start_index)
-    arguments.check(*levels, None, sampling_locations, attention_weights, fused=False)
-    compiled = _uses_library(value.device.type, backend)
-    arguments.check_levels(*levels, compiled)
-    if compiled:
-        return library.ms_deform_attn(*levels, None, sampling_locations, attention_weights)
-    gather = "gather" in (backend, _ENVIRONMENT if backend is None else "")
-    return reference.ms_deform_attn(*levels, sampling_locations, attention_weights, gather)
+    inputs = (value, spatial_shapes, level_start_index, None, sampling_locations, attention_weights)
+    arguments.check(*inputs, fused=False)
+    return _run(inputs, backend)
 
 
 def ms_deform_attn_fused(
@@ -131,7 +126,12 @@ def ms_deform_attn_fused(
     """
     inputs = (value, spatial_shapes, level_start_index, reference_points, sampling_offsets, attention_logits)
     arguments.check(*inputs, fused=True)
-    compiled = _uses_library(value.device.type, backend)
+    return _run(inputs, backend)
+
+
+def _run(inputs: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor], backend: str | None) -> Tensor:
+    compiled = _uses_library(inputs[0].device.type, backend)
     arguments.check_levels(*inputs[:3], compiled)
-    gather = "gather" in (backend, _ENVIRONMENT if backend is None else "")
-    return library.ms_deform_attn(*inputs) if compiled else reference.ms_deform_attn_fused(*inputs, gather)
+    if compiled:
+        return library.ms_deform_attn(*inputs)
+    return reference.ms_deform_attn(*inputs, gather=(backend or _ENVIRONMENT) == "gather")

@@ -84,7 +84,7 @@ def serve_official() -> list[str]:
         what is served, as names that can be imported.
     """
     served = []
-    if _is_free(OFFICIAL):
+    if OFFICIAL not in sys.modules and not _installed(OFFICIAL):
         # The official code knows the operator by this top-level name alone.
         sys.modules[OFFICIAL] = _module(OFFICIAL)
         served.append(OFFICIAL)
@@ -142,10 +142,6 @@ def _module(name: str) -> types.ModuleType:
     module.__spec__ = importlib.util.spec_from_loader(name, loader=None)
     vars(module).update(ms_deform_attn_forward=ms_deform_attn_forward, ms_deform_attn_backward=ms_deform_attn_backward)
     return module
-
-
-def _is_free(name: str) -> bool:
-    return name not in sys.modules and not _installed(name)
 
 
 def _installed(name: str) -> bool:

@@ -40,17 +40,23 @@ def ms_deform_attn(
     value: Tensor,
     spatial_shapes: Tensor,
     level_start_index: Tensor,
+    reference_points: Tensor | None,
     sampling_locations: Tensor,
     attention_weights: Tensor,
     gather: bool = False,
 ) -> Tensor:
     """The operator as one weighted sum of rows of value; arguments and result as in :func:`peft_d2.ops.ms_deform_attn`.
 
-    No shape depends on the numbers in a tensor, so that it can be exported. ``gather`` reads the rows by plain
-    indexing instead of an embedding bag, which other runtimes than torch do not have.
+    With ``reference_points`` the other two are offsets and logits: :func:`peft_d2.ops.ms_deform_attn_fused`. No shape
+    depends on the numbers in a tensor, so that it can be exported. ``gather`` reads the rows by plain indexing instead
+    of an embedding bag, which other runtimes than torch do not have.
     """
     n, rows, heads, channels = value.shape
     queries, dtype = sampling_locations.shape[1], accumulation_dtype(value.dtype)
+    if reference_points is not None:
+        offsets = sampling_locations.to(dtype)
+        sampling_locations = sampling_locations_from_offsets(reference_points.to(dtype), offsets, spatial_shapes)
+        attention_weights = attention_weights.to(dtype).softmax(-1).view(offsets.shape[:-1])
     if value.numel() == 0 or sampling_locations.numel() == 0:
         # Nothing to sample: zeros, which stay attached to the graph.
         parts = [x.flatten()[:0].to(value.dtype) for x in (value, sampling_locations, attention_weights)]
@@ -81,28 +87,7 @@ def ms_deform_attn(
     row, weight = (x.flatten(3).flatten(0, 2) for x in (row, weight))  # (N * Q * M, L * P * 4)
     if gather:
         levels = zip(*(x.chunk(shapes.shape[0], 1) for x in (row, weight)), strict=True)
-        output = torch.stack([_gathered(table, *level) for level in levels]).sum(0)
+        output = torch.stack([(table[r] * w[..., None]).sum(1) for r, w in levels]).sum(0)
     else:
         output = F.embedding_bag(row, table, mode="sum", per_sample_weights=weight)
     return output.view(n, queries, heads * channels).to(value.dtype)
-
-
-def _gathered(table: Tensor, row: Tensor, weight: Tensor) -> Tensor:
-    """Weighted sums of rows (R, D) of a table: numbers and weights of K rows each, (B, K) -> (B, D)."""
-    return (table[row] * weight[..., None]).sum(1)
-
-
-def ms_deform_attn_fused(
-    value: Tensor,
-    spatial_shapes: Tensor,
-    level_start_index: Tensor,
-    reference_points: Tensor,
-    sampling_offsets: Tensor,
-    attention_logits: Tensor,
-    gather: bool = False,
-) -> Tensor:
-    """The fused form; arguments and result as in :func:`peft_d2.ops.ms_deform_attn_fused`."""
-    dtype = accumulation_dtype(value.dtype)
-    locations = sampling_locations_from_offsets(reference_points.to(dtype), sampling_offsets.to(dtype), spatial_shapes)
-    weights = attention_logits.to(dtype).softmax(-1).view(sampling_offsets.shape[:-1])
-    return ms_deform_attn(value, spatial_shapes, level_start_index, locations, weights, gather)
