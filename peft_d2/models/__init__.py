@@ -12,7 +12,6 @@ from peft_d2.models.registration import add_models_config, register  # noqa: E40
 
 for _module in (
     "mask2former.model",
-    "mask2former.pixel_decoder",
     "mask_dino.model",
     "seem.model",
     "sam.model",

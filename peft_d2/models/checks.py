@@ -36,15 +36,20 @@ def expect_some_of(key: str, names: Sequence[str], known: Collection[str], whose
     expect(len(names) > 0, key, list(names), some)
 
 
+def expect_multiple(key: str, value: int, of: int, source: str = "{}") -> None:
+    """``value``, that of ``key``, is a multiple of ``of``, above 0; ``source`` says with {} where that comes from."""
+    expect(value > 0 and value % of == 0, key, value, f"a multiple of {source.format(of)}")
+
+
 def expect_heads(key: str, channels: int, heads_key: str, heads: int) -> None:
     """``channels``, the value of ``key``, can be shared out among the ``heads`` of an attention."""
     expect(heads >= 1, heads_key, heads, "a number of at least 1")
-    expect(channels >= 1 and channels % heads == 0, key, channels, f"a multiple of {heads_key}, {heads}")
+    expect_multiple(key, channels, heads, heads_key + ", {}")
 
 
 def expect_width(path: str, node: Any) -> None:
     """``HIDDEN_DIM`` and ``NHEADS`` of the transformer decoder in ``node`` go together, and with sine positions."""
-    expect(node.HIDDEN_DIM % 4 == 0, f"{path}.HIDDEN_DIM", node.HIDDEN_DIM, "a multiple of 4, for its sine positions")
+    expect_multiple(f"{path}.HIDDEN_DIM", node.HIDDEN_DIM, 4, "{}, for its sine positions")
     expect_heads(f"{path}.HIDDEN_DIM", node.HIDDEN_DIM, f"{path}.NHEADS", node.NHEADS)
 
 

@@ -12,8 +12,7 @@ from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY, SEM_SEG_H
 from fvcore.common.registry import Registry
 
 from peft_d2.models import register
-from peft_d2.models.mask2former.model import MaskFormer
-from peft_d2.models.mask2former.pixel_decoder import MSDeformAttnPixelDecoder
+from peft_d2.models.mask2former.model import MaskFormer, MSDeformAttnPixelDecoder
 from peft_d2.models.registration import TRANSFORMER_DECODER_REGISTRY
 
 OFFICIAL = [(META_ARCH_REGISTRY, "MaskFormer"), (SEM_SEG_HEADS_REGISTRY, "MaskFormerHead")]

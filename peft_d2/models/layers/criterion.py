@@ -6,9 +6,10 @@ at points: Kirillov et al., PointRend, CVPR 2020, section 3.1.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import operator
+from collections.abc import Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -18,126 +19,81 @@ from torch import Tensor, nn
 from torch.utils._pytree import register_pytree_node
 
 Match = tuple[Tensor, Tensor]  # (query indices, target indices), both int64 on the CPU, sorted by target
+Counts = Sequence[Sequence[int]]  # how many objects each image holds, by the parts of a batch: workers or pieces
 _FORBIDDEN = 1e6  # replaces a cost that is not finite: far above any real one, small enough to be summed exactly
 
 
-def _with_masks(name: str) -> Any:
-    """The dict's method of this name, with the masks in it."""
+class MaskProduct(NamedTuple):
+    """Masks that nobody has made yet: products of queries (N, Q, C) and an image's features (N, C, H, W)."""
 
-    def method(self: Prediction, *args: Any) -> Any:
-        self.get("pred_masks")
-        return getattr(dict, name)(self, *args)
+    embedded: Tensor
+    features: Tensor
 
-    return method
+    def masks(self) -> Tensor:
+        """Mask logits (N, Q, H, W)."""
+        return torch.einsum("bqc,bchw->bqhw", self.embedded, self.features)
 
 
 class Prediction(dict[str, Any]):
     """What a layer predicts by name: ``pred_logits`` (N, Q, K + 1), ``pred_masks`` (N, Q, H, W), and more of a query.
 
     The losses look at the matched queries' masks, and at a few points of the others': in training these alone are
-    made, products of the queries' ``embedded`` (N, Q, C) and the image's ``features`` (N, C, H, W), which takes far
-    less memory. Whoever asks for ``pred_masks``, or goes through all that is there, gets all of them, made then.
+    made, of the :class:`MaskProduct` in their place, which takes far less memory. Whoever asks for ``pred_masks``, or
+    goes through all that is there, gets all of them, made then: other people's criteria copy, search and change it.
     """
 
-    embedded: Any
-    features: Any  # None where there are no masks to make
+    def __getitem__(self, name: str) -> Any:
+        value = super().__getitem__(name)
+        if isinstance(value, MaskProduct):
+            # As where the layer predicted: the first to ask may be a matcher, without gradients or autocast.
+            modes = torch.inference_mode(value.features.is_inference()), torch.enable_grad()
+            with modes[0], modes[1], torch.autocast(value.features.device.type, enabled=False):
+                value = self[name] = value.masks()
+        return value
 
-    def __init__(self, embedded: Any = (), features: Tensor | None = None, **others: Any) -> None:
-        if features is None:  # a copy that somebody makes as of any dict: type(prediction)(pairs)
-            super().__init__(embedded, **others)
-            self.embedded, self.features = None, None
-        else:
-            super().__init__(others)
-            self.embedded, self.features = autocast_type(embedded), autocast_type(features)
+    def __iter__(self) -> Iterator[str]:  # what has one of its own is copied by way of __getitem__, by ** too
+        return super().__iter__()
 
-    def __missing__(self, name: str) -> Tensor:
-        if name != "pred_masks" or self.features is None:
-            raise KeyError(name)
-        # As where the layer predicted: the first to ask may be a matcher, without gradients or autocast.
-        modes = torch.inference_mode(self.features.is_inference()), torch.enable_grad()
-        with modes[0], modes[1], torch.autocast(self.features.device.type, enabled=False):
-            self[name] = mask_product(self.embedded, self.features)
-        return self[name]
-
-    # As of a dict that has had them from the start: other people's criteria copy, search and change what they get.
-    def __contains__(self, name: object) -> bool:
-        return super().__contains__(name) or (name == "pred_masks" and self.features is not None)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.keys())
-
-    def get(self, name: str, default: Any = None) -> Any:
-        return super().get(name, default) if name != "pred_masks" or self.features is None else self[name]
-
-    def pop(self, name: str, *default: Any) -> Any:
-        self.get(name)
-        if name == "pred_masks":
-            self.features = None
-        return super().pop(name, *default)
-
-    def __delitem__(self, name: str) -> None:
-        self.pop(name)
-
-    def clear(self) -> None:
-        self.features = None
-        super().clear()
-
-    def setdefault(self, name: str, default: Any = None) -> Any:
-        return super().setdefault(name, self.get(name, default))
-
-    keys, values, items, __len__, __repr__ = map(_with_masks, ("keys", "values", "items", "__len__", "__repr__"))
+    get, pop, setdefault = MutableMapping.get, MutableMapping.pop, MutableMapping.setdefault  # type: ignore[assignment]
+    values, items = MutableMapping.values, MutableMapping.items  # type: ignore[assignment]
 
 
-def _flattened(given: Prediction) -> tuple[list[Any], tuple[list[str], bool]]:
-    """What is there by name, and what masks would be made of: recomputing, say, looks at all tensors and wants none."""
-    lazy = lacks_masks(given)
-    made_of = [given.embedded, given.features] if lazy else []
-    return [*dict.values(given), *made_of], (list(dict.keys(given)), lazy)
-
-
-def _restored(values: Iterable[Any], context: tuple[list[str], bool]) -> Prediction:
-    (names, lazy), found = context, list(values)
-    prediction = Prediction(zip(names, found, strict=False))
-    if lazy:
-        prediction.embedded, prediction.features = found[-2:]
-    return prediction
-
-
-# torch.utils._pytree knows dicts by their exact type; of others it would see no tensor.
-register_pytree_node(Prediction, _flattened, _restored)
+# torch.utils._pytree knows dicts by their exact type; of others it would see no tensor. Recomputing, say, looks at all
+# tensors and wants no masks.
+register_pytree_node(
+    Prediction,
+    lambda given: (list(dict.values(given)), list(given)),
+    lambda values, names: Prediction(zip(names, values, strict=True)),
+)
 
 
 def predicted(embedded: Tensor, features: Tensor, kept: bool, **others: Any) -> dict[str, Any]:
     """A layer's prediction, a plain dict with its masks if they are to be ``kept``: see :class:`Prediction`."""
     if kept:
-        return {**others, "pred_masks": mask_product(embedded, features)}
-    return Prediction(embedded, features, **others)
+        return {**others, "pred_masks": MaskProduct(embedded, features).masks()}
+    prediction = Prediction(others)
+    prediction.setdefault("pred_masks", MaskProduct(autocast_type(embedded), autocast_type(features)))
+    return prediction
 
 
-def lacks_masks(prediction: dict[str, Any]) -> TypeGuard[Prediction]:
-    """Whether nobody has made, or put there, ``pred_masks`` by now."""
-    is_lazy = isinstance(prediction, Prediction) and prediction.features is not None
-    return is_lazy and not dict.__contains__(prediction, "pred_masks")
+def masks_or_product(prediction: dict[str, Any]) -> Tensor | MaskProduct:
+    """``pred_masks``, or what they would be made of where nobody has made them, or put others there, by now."""
+    get = dict.__getitem__ if isinstance(prediction, Prediction) else operator.getitem
+    return get(prediction, "pred_masks")
 
 
 def masks_of(prediction: dict[str, Any]) -> Tensor:
     """``pred_masks``, which are not kept if they are made here."""
-    if lacks_masks(prediction):
-        return mask_product(prediction.embedded, prediction.features)
-    return prediction["pred_masks"]
+    found = masks_or_product(prediction)
+    return found.masks() if isinstance(found, MaskProduct) else found
 
 
 def of_queries(prediction: dict[str, Any], part: slice) -> dict[str, Any]:
     """The same prediction of some queries."""
-    others = {name: x[:, part] for name, x in dict.items(prediction)}
-    if isinstance(prediction, Prediction) and prediction.features is not None:
-        return Prediction(prediction.embedded[:, part], prediction.features, **others)
-    return others
-
-
-def mask_product(embedded: Tensor, features: Tensor) -> Tensor:
-    """Mask logits (N, Q, H, W) of queries (N, Q, C) and an image's features (N, C, H, W)."""
-    return torch.einsum("bqc,bchw->bqhw", embedded, features)
+    return type(prediction)(
+        (name, MaskProduct(x.embedded[:, part], x.features) if isinstance(x, MaskProduct) else x[:, part])
+        for name, x in dict.items(prediction)
+    )
 
 
 def autocast_type(x: Tensor) -> Tensor:
@@ -266,14 +222,14 @@ class HungarianMatcher(nn.Module):
         labels = sample_shared_points(target.masks, points)
         of_masks = []
         sampled: dict[int, Tensor] = {}  # values at the points of each map, which the layers share
-        for prediction in predictions:
-            if lacks_masks(prediction):
-                key = id(prediction.features)
+        for masks in map(masks_or_product, predictions):
+            if isinstance(masks, MaskProduct):
+                key = id(masks.features)
                 if key not in sampled:
-                    sampled[key] = sample_shared_points(prediction.features[image].float(), points)
-                logits = prediction.embedded[image].float() @ sampled[key]
+                    sampled[key] = sample_shared_points(masks.features[image].float(), points)
+                logits = masks.embedded[image].float() @ sampled[key]
             else:
-                logits = sample_shared_points(prediction["pred_masks"][image].float(), points)
+                logits = sample_shared_points(masks[image].float(), points)
             of_masks.append(self.cost_mask * mask_cost(logits, labels) + self.cost_dice * dice_cost(logits, labels))
         return torch.stack(of_masks) + self.cost_class * self.class_cost(class_logits)[..., target.labels]
 
@@ -296,7 +252,7 @@ def objects_of_all(targets: Sequence[Target]) -> list[list[int]]:
     return found
 
 
-def average_count(objects: Sequence[Sequence[int]]) -> float:
+def average_count(objects: Counts) -> float:
     """Objects of the average part of a batch; 1 where there is none."""
     return sum(map(sum, objects)) / len(objects) or 1.0
 
@@ -319,13 +275,14 @@ def pair_up(targets: Sequence[Target], matches: Sequence[Match]) -> list[Matched
 
 def matched_masks(prediction: dict[str, Any], matched: Sequence[Matched]) -> Tensor:
     """The mask logits (M, H, W) of all images' matched queries."""
-    if lacks_masks(prediction):
-        most, embedded = max(len(m.queries) for m in matched), prediction.embedded
+    found = masks_or_product(prediction)
+    if isinstance(found, MaskProduct):
+        most, embedded = max(len(m.queries) for m in matched), found.embedded
         padded = torch.stack([F.pad(m.queries, (0, most - len(m.queries))) for m in matched])
         embedded = embedded.gather(1, padded[..., None].expand(-1, -1, embedded.shape[-1]))
-        masks = mask_product(embedded, prediction.features)
+        masks = MaskProduct(embedded, found.features).masks()
         return torch.cat([of_image[: len(m.queries)] for of_image, m in zip(masks, matched, strict=True)])
-    return torch.cat([x.index_select(0, m.queries) for x, m in zip(prediction["pred_masks"], matched, strict=True)])
+    return torch.cat([x.index_select(0, m.queries) for x, m in zip(found, matched, strict=True)])
 
 
 class MaskLosses(nn.Module):
@@ -383,9 +340,7 @@ class SetCriterion(nn.Module):
         self.register_buffer("empty_weight", torch.tensor([1.0] * num_classes + [no_object_weight]))
         self.mask_losses = MaskLosses(points)
 
-    def forward(
-        self, outputs: dict, targets: Sequence[Target], objects: Sequence[Sequence[int]] | None = None
-    ) -> dict[str, Tensor]:
+    def forward(self, outputs: dict, targets: Sequence[Target], objects: Counts | None = None) -> dict[str, Tensor]:
         """``loss_ce``, ``loss_mask``, ``loss_dice`` of the last layer and, with ``_0``, ``_1``..., of the others.
 
         ``outputs`` are the last layer's :class:`Prediction`, or any dict with the same, and ``aux_outputs``: a list of
@@ -395,15 +350,13 @@ class SetCriterion(nn.Module):
         with torch.autocast(outputs["pred_logits"].device.type, enabled=False):
             return self.matched_losses(outputs, targets, objects or objects_of_all(targets))
 
-    def matched_losses(
-        self, outputs: dict, targets: Sequence[Target], objects: Sequence[Sequence[int]]
-    ) -> dict[str, Tensor]:
+    def matched_losses(self, outputs: dict, targets: Sequence[Target], objects: Counts) -> dict[str, Tensor]:
         """As :meth:`forward`, outside of autocast; ``objects`` are known."""
         predictions = self.supervised(outputs)
         matches = self.matcher(list(predictions.values()), targets)
         losses = {}
         for (suffix, prediction), match in zip(predictions.items(), matches, strict=True):
-            values = self.layer_losses(prediction, pair_up(targets, match), average_count(objects), objects)
+            values = self.layer_losses(prediction, pair_up(targets, match), average_count(objects), objects, True)
             losses.update({name + suffix: value for name, value in values.items()})
         return losses
 
@@ -414,18 +367,13 @@ class SetCriterion(nn.Module):
         return {"": outputs, **wanted}
 
     def layer_losses(
-        self,
-        prediction: dict[str, Any],
-        matched: Sequence[Matched],
-        count: float,
-        objects: Sequence[Sequence[int]] | None,
-        masks: bool = True,
+        self, prediction: dict[str, Any], matched: Sequence[Matched], count: float, objects: Counts | None, masks: bool
     ) -> dict[str, Tensor]:
         """The losses of one layer, or of its classes without ``masks``: see :meth:`class_loss`, :class:`MaskLosses`."""
         losses = {"loss_ce": self.class_loss(prediction["pred_logits"].float(), matched, objects)}
         return {**losses, **(self.mask_losses(prediction, matched, count) if masks else {})}
 
-    def class_loss(self, logits: Tensor, matched: Sequence[Matched], objects: Sequence[Sequence[int]] | None) -> Tensor:
+    def class_loss(self, logits: Tensor, matched: Sequence[Matched], objects: Counts | None) -> Tensor:
         """Cross-entropy over all queries, of which unmatched ones are no-object.
 
         It is divided by the summed class weights of the average part of the batch, where as many queries as an image

@@ -7,6 +7,7 @@ whose modules follow the position codes. The parts are children of the usual tor
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import Any
@@ -45,18 +46,15 @@ def init_transformer(module: nn.Module) -> None:
 
 
 class AttentionLayer(nn.Module):
-    """Attention, dropout, residual, norm; ``pre_norm`` normalises the input of the attention instead of the sum.
+    """Attention, residual, norm; ``pre_norm`` normalises the input of the attention instead of the sum.
 
     ``name`` is what the attention is called in state dicts.
     """
 
-    def __init__(
-        self, d_model: int, n_heads: int, dropout: float = 0.0, pre_norm: bool = False, name: str = "self_attn"
-    ) -> None:
+    def __init__(self, d_model: int, n_heads: int, pre_norm: bool = False, name: str = "self_attn") -> None:
         super().__init__()
-        self.add_module(name, nn.MultiheadAttention(d_model, n_heads, dropout=dropout))
+        self.add_module(name, nn.MultiheadAttention(d_model, n_heads))
         self.norm = nn.LayerNorm(d_model)
-        self.dropout = nn.Dropout(dropout)
         self.pre_norm = pre_norm
         self.name = name
         init_transformer(self)
@@ -72,18 +70,16 @@ class AttentionLayer(nn.Module):
         source = self.norm(x) if self.pre_norm else x
         query = source + position
         key, value = memory or (query, source)
-        attended = self.get_submodule(self.name)(query, key, value, attn_mask=attn_mask, need_weights=False)[0]
-        x = x + self.dropout(attended)
+        x = x + self.get_submodule(self.name)(query, key, value, attn_mask=attn_mask, need_weights=False)[0]
         return x if self.pre_norm else self.norm(x)
 
 
 class FFNLayer(nn.Module):
     """Linear, ReLU, linear, residual, norm: (L, N, C) -> the same; arguments as in :class:`AttentionLayer`."""
 
-    def __init__(self, d_model: int, d_hidden: int, dropout: float = 0.0, pre_norm: bool = False) -> None:
+    def __init__(self, d_model: int, d_hidden: int, pre_norm: bool = False) -> None:
         super().__init__()
         self.linear1 = nn.Linear(d_model, d_hidden)
-        self.dropout = nn.Dropout(dropout)
         self.linear2 = nn.Linear(d_hidden, d_model)
         self.norm = nn.LayerNorm(d_model)
         self.pre_norm = pre_norm
@@ -91,7 +87,7 @@ class FFNLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         source = self.norm(x) if self.pre_norm else x
-        x = x + self.dropout(self.linear2(self.dropout(F.relu(self.linear1(source)))))
+        x = x + self.linear2(F.relu(self.linear1(source)))
         return x if self.pre_norm else self.norm(x)
 
 
@@ -102,21 +98,19 @@ class TransformerEncoderLayer(nn.Module):
         super().__init__()
         self.self_attn = nn.MultiheadAttention(d_model, n_heads, dropout=dropout)
         self.linear1 = nn.Linear(d_model, d_ffn)
-        self.dropout = nn.Dropout(dropout)
         self.linear2 = nn.Linear(d_ffn, d_model)
         self.norm1 = nn.LayerNorm(d_model)
         self.norm2 = nn.LayerNorm(d_model)
-        self.dropout1 = nn.Dropout(dropout)
-        self.dropout2 = nn.Dropout(dropout)
+        self.dropout = nn.Dropout(dropout)
         self.pre_norm = pre_norm
 
     def forward(self, x: Tensor, position: Tensor | None = None) -> Tensor:
         source = self.norm1(x) if self.pre_norm else x
         query = source if position is None else source + position
-        x = x + self.dropout1(self.self_attn(query, query, source, need_weights=False)[0])
+        x = x + self.dropout(self.self_attn(query, query, source, need_weights=False)[0])
         x = x if self.pre_norm else self.norm1(x)
         source = self.norm2(x) if self.pre_norm else x
-        x = x + self.dropout2(self.linear2(self.dropout(F.relu(self.linear1(source)))))
+        x = x + self.dropout(self.linear2(self.dropout(F.relu(self.linear1(source)))))
         return x if self.pre_norm else self.norm2(x)
 
 
@@ -162,7 +156,7 @@ class MLP(nn.Module):
         return self.layers[-1](x)
 
 
-class FeedForward(nn.Module):
+class FeedForward(nn.Sequential):
     """Linear, activation, linear, each with dropout, as backbones have it: (..., dim) -> the same.
 
     ``names``: what the layers are called in state dicts.
@@ -176,16 +170,8 @@ class FeedForward(nn.Module):
         drop: float = 0.0,
         names: tuple[str, str] = ("fc1", "fc2"),
     ) -> None:
-        super().__init__()
-        self.names = names
-        self.add_module(names[0], nn.Linear(dim, hidden))
-        self.act = activation()
-        self.add_module(names[1], nn.Linear(hidden, dim))
-        self.drop = nn.Dropout(drop)
-
-    def forward(self, x: Tensor) -> Tensor:
-        first, second = (self.get_submodule(name) for name in self.names)
-        return self.drop(second(self.drop(self.act(first(x)))))
+        first = {names[0]: nn.Linear(dim, hidden), "act": activation(), "drop1": nn.Dropout(drop)}
+        super().__init__(OrderedDict({**first, names[1]: nn.Linear(hidden, dim), "drop2": nn.Dropout(drop)}))
 
 
 class LayerNorm2d(nn.Module):
@@ -354,18 +340,15 @@ class DeformableEncoderLayer(nn.Module):
     def __init__(self, d_model: int, d_ffn: int, dropout: float, n_levels: int, n_heads: int, n_points: int) -> None:
         super().__init__()
         self.self_attn = MSDeformAttn(d_model, n_levels, n_heads, n_points)
-        self.dropout1 = nn.Dropout(dropout)
         self.norm1 = nn.LayerNorm(d_model)
         self.linear1 = nn.Linear(d_model, d_ffn)
-        self.dropout2 = nn.Dropout(dropout)
         self.linear2 = nn.Linear(d_ffn, d_model)
-        self.dropout3 = nn.Dropout(dropout)
         self.norm2 = nn.LayerNorm(d_model)
+        self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, position: Tensor, reference_points: Tensor, shapes: Tensor, starts: Tensor) -> Tensor:
-        x = self.norm1(x + self.dropout1(self.self_attn(x + position, reference_points, x, shapes, starts)))
-        hidden = self.linear2(self.dropout2(F.relu(self.linear1(x))))
-        return self.norm2(x + self.dropout3(hidden))
+        x = self.norm1(x + self.dropout(self.self_attn(x + position, reference_points, x, shapes, starts)))
+        return self.norm2(x + self.dropout(self.linear2(self.dropout(F.relu(self.linear1(x))))))
 
 
 class MultiScaleDeformableTransformer(nn.Module):

@@ -35,34 +35,20 @@ _BOX_STARTS = ("no", "bitmask", "mask2box")
 _FINEST_PROPOSAL = 0.05  # side of a proposal on the first level, relative to the image; it doubles by level
 
 
-def box_code(boxes: Tensor, channels: int) -> Tensor:
-    """Code of boxes (..., 4) as (x, y, width, height) in [0, 1]: (..., 4 * channels) in the order y, x, width, height.
-
-    Source: Liu et al., DAB-DETR, ICLR 2022, section 3.2 (equation 4).
-    """
-    return sine_code(boxes[..., [1, 0, 2, 3]], channels).flatten(-2)
-
-
 class DeformableDecoderLayer(nn.Module):
-    """Self-attention, deformable cross-attention and a feed-forward network, each with dropout, residual and norm.
+    """Self-attention, deformable cross-attention and a feed-forward network, each with residual and norm.
 
     The norms are numbered as published: ``norm2`` follows the self-attention, ``norm1`` the cross-attention.
     """
 
-    def __init__(
-        self, d_model: int, d_ffn: int, dropout: float = 0.0, n_levels: int = 4, n_heads: int = 8, n_points: int = 4
-    ) -> None:
+    def __init__(self, d_model: int, d_ffn: int, n_levels: int = 4, n_heads: int = 8, n_points: int = 4) -> None:
         super().__init__()
         self.cross_attn = MSDeformAttn(d_model, n_levels, n_heads, n_points)
-        self.dropout1 = nn.Dropout(dropout)
         self.norm1 = nn.LayerNorm(d_model)
-        self.self_attn = nn.MultiheadAttention(d_model, n_heads, dropout=dropout, batch_first=True)
-        self.dropout2 = nn.Dropout(dropout)
+        self.self_attn = nn.MultiheadAttention(d_model, n_heads, batch_first=True)
         self.norm2 = nn.LayerNorm(d_model)
         self.linear1 = nn.Linear(d_model, d_ffn)
-        self.dropout3 = nn.Dropout(dropout)
         self.linear2 = nn.Linear(d_ffn, d_model)
-        self.dropout4 = nn.Dropout(dropout)
         self.norm3 = nn.LayerNorm(d_model)
 
     def forward(
@@ -74,13 +60,10 @@ class DeformableDecoderLayer(nn.Module):
         not see another.
         """
         query = x + position
-        attended = self.self_attn(query, query, x, attn_mask=blocked, need_weights=False)[0]
-        x = self.norm2(x + self.dropout2(attended))
+        x = self.norm2(x + self.self_attn(query, query, x, attn_mask=blocked, need_weights=False)[0])
         references = reference[:, :, None].expand(-1, -1, len(memory.sizes), -1)
-        looked = self.cross_attn(x + position, references, memory.values, memory.shapes, memory.starts)
-        x = self.norm1(x + self.dropout1(looked))
-        hidden = self.linear2(self.dropout3(F.relu(self.linear1(x))))
-        return self.norm3(x + self.dropout4(hidden))
+        x = self.norm1(x + self.cross_attn(x + position, references, memory.values, memory.shapes, memory.starts))
+        return self.norm3(x + self.linear2(F.relu(self.linear1(x))))
 
 
 class DeformableDecoder(nn.Module):
@@ -114,7 +97,9 @@ class DeformableDecoder(nn.Module):
             x, reference = x.float(), box_logits.float().sigmoid()
             hidden, references = [], [reference]
             for layer, box_head in zip(self.layers, self.bbox_embed, strict=True):
-                position = self.ref_point_head(box_code(reference, self.coordinate_channels))
+                # Codes of boxes (x, y, width, height) are in the order y, x, width, height (DAB-DETR, equation 4).
+                code = sine_code(reference[..., [1, 0, 2, 3]], self.coordinate_channels).flatten(-2)
+                position = self.ref_point_head(code)
                 x = layer(x, position, reference, memory, blocked)
                 references.append((box_head(x) + inverse_sigmoid(reference)).sigmoid())
                 reference = references[-1].detach()

@@ -19,19 +19,20 @@ from torch.utils._pytree import tree_leaves, tree_map
 from peft_d2.models.layers.boxes import inverse_sigmoid, to_centres, to_corners
 from peft_d2.models.layers.criterion import (
     HungarianMatcher,
+    MaskProduct,
     SetCriterion,
     Target,
     assign,
     dice_cost,
-    lacks_masks,
     mask_cost,
+    masks_or_product,
     of_queries,
     pair_up,
     predicted,
     sample_points,
     uncertain_points,
 )
-from peft_d2.models.mask_dino.criterion import BoxMaskCriterion, BoxMaskMatcher, generalized_iou
+from peft_d2.models.mask_dino.model import BoxMaskCriterion, BoxMaskMatcher, generalized_iou
 
 CLASSES, QUERIES, SIZE = 3, 5, 16
 WEIGHTS = {"loss_ce": 2.0, "loss_mask": 5.0, "loss_dice": 5.0}
@@ -247,7 +248,7 @@ def test_masks_made_on_demand_have_the_same_losses_and_gradients(counts: tuple[i
 
     (expected, _), (found, last) = run(True), run(False)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-    assert not dict.__contains__(last, "pred_masks")
+    assert isinstance(masks_or_product(last), MaskProduct)
     assert last["pred_masks"].shape == (len(counts), QUERIES, SIZE // 2, SIZE // 2)
     assert last["pred_masks"] is last["pred_masks"]  # once asked for, they are kept
     assert torch.equal(of_queries(last, slice(1, 3))["pred_masks"], last["pred_masks"][:, 1:3])
@@ -298,9 +299,10 @@ def test_whoever_asks_first_changes_no_gradient(asked: Callable[[], Any]) -> Non
 def test_looking_for_tensors_makes_no_masks() -> None:
     """As torch.utils.checkpoint does with what a recomputed block is given."""
     prediction = predicted(torch.randn(2, 5, 4), torch.randn(2, 4, 6, 6), False, pred_logits=torch.zeros(2, 5, 3))
-    assert [leaf.dim() for leaf in tree_leaves(prediction)] == [3, 3, 4] and lacks_masks(prediction)
+    assert [leaf.dim() for leaf in tree_leaves(prediction)] == [3, 3, 4]
+    assert isinstance(masks_or_product(prediction), MaskProduct)
     moved = tree_map(lambda leaf: leaf.double(), prediction)
-    assert lacks_masks(moved) and moved["pred_masks"].dtype == torch.float64
+    assert isinstance(masks_or_product(moved), MaskProduct) and moved["pred_masks"].dtype == torch.float64
 
 
 def test_masks_that_are_taken_out_stay_out() -> None:
@@ -347,7 +349,7 @@ def test_costs_and_losses_of_boxes() -> None:
         num_classes=CLASSES, matcher=matcher, weight_dict={"loss_ce": 1.0}, softmax_classes=False, **options
     )
     matched = pair_up([target], [(torch.tensor([3, 1]), torch.tensor([0, 1]))])
-    losses = criterion.layer_losses(prediction, matched, 2.0, None)
+    losses = criterion.layer_losses(prediction, matched, 2.0, None, masks=True)
     chosen = prediction["pred_boxes"][0, [3, 1]]
     assert losses["loss_bbox"].item() == pytest.approx(float((chosen - wanted).abs().sum()) / 2)
     assert losses["loss_giou"].item() == pytest.approx(float(2 - giou[3, 0] - giou[1, 1]) / 2, abs=1e-4)
@@ -357,5 +359,5 @@ def test_costs_and_losses_of_boxes() -> None:
     focal_sum = -(0.25 * hot * (1 - p) ** 2 * p.log() + 0.75 * (1 - hot) * p**2 * (1 - p).log()).sum()
     assert losses["loss_ce"].item() == pytest.approx(focal_sum.item() / 2, rel=1e-5)
     criterion.box_classes = {0}  # only the second target's
-    only = criterion.layer_losses(prediction, matched, 2.0, None)
+    only = criterion.layer_losses(prediction, matched, 2.0, None, masks=True)
     assert only["loss_bbox"].item() == pytest.approx(float((chosen[1] - wanted[1]).abs().sum()) / 2)

@@ -11,7 +11,7 @@ from detectron2.layers import ShapeSpec
 from torch import Tensor, nn
 
 from peft_d2.models.layers.transformer import TransformerEncoder, TransformerEncoderLayer
-from peft_d2.models.mask2former.pixel_decoder import TransformerEncoderPixelDecoder
+from peft_d2.models.mask2former.model import TransformerEncoderPixelDecoder
 
 from ..conftest import make_config
 from ..test_training import sample, step
