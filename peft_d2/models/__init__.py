@@ -18,8 +18,6 @@ for _module in (
     "sam2.model",
     "sam2.image_encoder",
     "eomt.model",
-    "eomt.encoder",
-    "eomt.head",
     "backbones.swin",
     "backbones.focalnet",
     "backbones.davit",

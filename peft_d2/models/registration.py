@@ -21,8 +21,7 @@ result with the multi-scale features, coarsest first, and the mask features.
 """
 
 T = TypeVar("T", bound=Callable[..., Any])
-_ENTRIES: list[tuple[Registry, Callable[..., Any], str, str]] = []
-_KEYS: list[str] = []
+_ENTRIES: list[tuple[Registry, Callable[..., Any], str, str, str]] = []
 _logger = logging.getLogger(__name__)
 
 
@@ -34,8 +33,7 @@ def entry(registry: Registry, name: str, upstream: str = "", keys: str = "") -> 
     """
 
     def remember(model: T) -> T:
-        _ENTRIES.append((registry, model, name, upstream))
-        _KEYS.append(keys)
+        _ENTRIES.append((registry, model, name, upstream, keys))
         return model
 
     return remember
@@ -46,7 +44,7 @@ def add_models_config(cfg: CfgNode) -> None:
 
     What is there already stays: this can come after upstream's ``add_*_config``, before them, or twice.
     """
-    for keys in (*_KEYS, feature_cache.KEYS):
+    for keys in (*(entry[-1] for entry in _ENTRIES), feature_cache.KEYS):
         add_keys(cfg, keys)
 
 
@@ -56,7 +54,7 @@ def register(upstream_names: bool = False) -> None:
     ``upstream_names`` also serves the official packages' names where they are free, so that published yaml files run as
     they are. An official package that is imported later takes its names back.
     """
-    for registry, model, name, _ in _ENTRIES:
+    for registry, model, name, *_ in _ENTRIES:
         if name not in registry:
             registry._do_register(name, model)
     if upstream_names:

@@ -138,6 +138,7 @@ class DaViT(StagedBackbone):
     config_node = "MODEL.BACKBONE.DAVIT"
 
     def build(self, node: CfgNode, in_channels: int) -> None:
+        """Add a patch embedding and pairs of blocks for each stage, under the published names."""
         path, patches = self.config_node, ("PATCH_SIZE", "PATCH_STRIDE", "PATCH_PADDING", "PATCH_PRENORM")
         expect_lengths(path, node, "DIM_EMBED", "DEPTHS", "NUM_HEADS", "NUM_GROUPS", *patches)
         for stage, channels in enumerate(node.DIM_EMBED):

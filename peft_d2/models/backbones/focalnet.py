@@ -131,6 +131,7 @@ class FocalNet(StagedBackbone):
     _STEM_PADDING = 2
 
     def build(self, node: CfgNode, in_channels: int) -> None:
+        """Add the patch embedding, the stages and the norms of those in OUT_INDICES."""
         expect_lengths(self.config_node, node, "DEPTHS", "FOCAL_LEVELS", "FOCAL_WINDOWS")
         patch, dims = node.PATCH_SIZE, [node.EMBED_DIM * 2**i for i in range(len(node.DEPTHS))]
         kernel, padding = (7, self._STEM_PADDING) if node.USE_CONV_EMBED else (patch, 0)

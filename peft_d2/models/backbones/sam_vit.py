@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import torch.nn.functional as F
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
-from detectron2.modeling import BACKBONE_REGISTRY, Backbone
+from detectron2.modeling import BACKBONE_REGISTRY
 from torch import Tensor, nn
 
-from peft_d2.models.backbones.stages import note_freeze_at
+from peft_d2.models.backbones.stages import MapBackbone, note_freeze_at
 from peft_d2.models.checks import expect_some_of
 from peft_d2.models.layers.transformer import LayerNorm2d
 from peft_d2.models.registration import entry
@@ -28,7 +27,7 @@ MODEL:
 
 
 @entry(BACKBONE_REGISTRY, "PD2SAMViT", keys=KEYS)
-class SAMViT(Backbone):
+class SAMViT(MapBackbone):
     """The encoder under a pyramid (ViTDet's, section 3 of Li et al., ECCV 2022), for other heads."""
 
     def __init__(self, cfg: CfgNode, input_shape: ShapeSpec | None = None) -> None:
@@ -37,19 +36,16 @@ class SAMViT(Backbone):
         channels, names = cfg.MODEL.SAM.PYRAMID_CHANNELS, list(cfg.MODEL.SAM.OUT_FEATURES)
         note_freeze_at(cfg, "PD2SAMViT")
         self.pyramid = simple_pyramid("MODEL.SAM", names, self.net.channels, channels)
-        self._out_features = names
-        self._out_feature_channels = dict.fromkeys(names, channels)
-        self._out_feature_strides = {name: self.net.patch * STRIDES[name] // 16 for name in names}
+        strides = {name: self.net.patch * STRIDES[name] // 16 for name in names}
+        self.give_out(names, dict.fromkeys(names, channels), strides)
 
     @property
     def size_divisibility(self) -> int:
-        return max(self.net.patch, *self._out_feature_strides.values())
+        return max(self.net.patch, super().size_divisibility)
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """(N, C, H, W), normalised; sides are padded to multiples of the largest stride."""
-        height, width = x.shape[-2:]
-        multiple = self.size_divisibility
-        features = self.net(F.pad(x, (0, -width % multiple, 0, -height % multiple)))
+        features = self.net(self.padded(x))
         return {name: level(features) for name, level in self.pyramid.items()}
 
     def upgrade_state_dict(self, state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -80,10 +76,11 @@ def _level(dim: int, channels: int, stride: int) -> nn.Sequential:
 
 
 class GroupNormPyramid(nn.Module):
-    """SEEM's four levels, each made by itself of one map (N, dim, H, W) at stride 16."""
+    """SEEM's four levels, each made by itself of one map (N, dim, H, W) at stride 16; ``names`` come out."""
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, names: Sequence[str]) -> None:
         super().__init__()
+        self.names = list(names)
         fine, coarse = max(_SEEM_CHANNELS["res3"], dim // 2), max(_SEEM_CHANNELS["res5"], 2 * dim)
         self.down_4 = nn.Sequential(
             *_group_normed(nn.ConvTranspose2d(dim, fine, 2, stride=2)),
@@ -96,29 +93,20 @@ class GroupNormPyramid(nn.Module):
         self.down_32 = nn.Sequential(*_group_normed(nn.Conv2d(dim, coarse, 2, stride=2)), *_output(coarse, "res5"))
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        """The levels ``res2`` to ``res5``, at strides 4 to 32."""
-        return {name: self.get_submodule(f"down_{stride}")(x) for name, stride in STRIDES.items()}
+        """Of the levels ``res2`` to ``res5``, at strides 4 to 32, those that come out."""
+        return {name: self.get_submodule(f"down_{STRIDES[name]}")(x) for name in self.names}
 
 
 @entry(BACKBONE_REGISTRY, "PD2SEEMViT", upstream="D2ViT")
-class SEEMViT(ImageEncoder, Backbone):
+class SEEMViT(ImageEncoder, MapBackbone):
     """The encoder as SEEM takes it: a pyramid of group-normed levels in the place of the neck; patches of 16 px."""
 
     def __init__(self, cfg: CfgNode, input_shape: ShapeSpec | None = None) -> None:
         super().__init__(cfg, neck=False)
-        self._out_features = list(cfg.MODEL.SAM.OUT_FEATURES)
-        expect_some_of("MODEL.SAM.OUT_FEATURES", self._out_features, STRIDES, "the pyramid's levels")
+        expect_some_of("MODEL.SAM.OUT_FEATURES", cfg.MODEL.SAM.OUT_FEATURES, STRIDES, "the pyramid's levels")
         note_freeze_at(cfg, "PD2SEEMViT")
-        self.neck = GroupNormPyramid(self.channels)
-        self._out_feature_channels, self._out_feature_strides = _SEEM_CHANNELS, STRIDES
-
-    @property
-    def size_divisibility(self) -> int:
-        return max(STRIDES.values())
-
-    def forward(self, x: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
-        maps: dict[str, Tensor] = super().forward(x)  # type: ignore[assignment]
-        return {name: maps[name] for name in self._out_features}
+        self.neck = GroupNormPyramid(self.channels, cfg.MODEL.SAM.OUT_FEATURES)
+        self.give_out(cfg.MODEL.SAM.OUT_FEATURES, _SEEM_CHANNELS, STRIDES)
 
 
 def _group_normed(convolution: nn.Conv2d | nn.ConvTranspose2d) -> tuple[nn.Module, nn.Module]:

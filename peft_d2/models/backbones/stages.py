@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch.nn.functional as F
@@ -111,7 +111,25 @@ class Stage(nn.Module):
         return x
 
 
-class StagedBackbone(Backbone):
+class MapBackbone(Backbone):
+    """A backbone that gives maps by name, of images whose sides are multiples of the largest stride."""
+
+    def give_out(self, names: Sequence[str], channels: Mapping[str, int], strides: Mapping[str, int]) -> None:
+        """Say which maps come out, of those with these channels and strides."""
+        self._out_features = list(names)
+        self._out_feature_channels, self._out_feature_strides = dict(channels), dict(strides)
+
+    @property
+    def size_divisibility(self) -> int:
+        return max(self._out_feature_strides.values())
+
+    def padded(self, x: Tensor) -> Tensor:
+        """Images (N, C, H, W) with zeros at the bottom and on the right, up to sides that it takes."""
+        height, width = x.shape[-2:]
+        return F.pad(x, (0, -width % self.size_divisibility, 0, -height % self.size_divisibility))
+
+
+class StagedBackbone(MapBackbone):
     """A backbone whose stages give the maps ``res2``, ``res3`` and so on; its keys are in ``config_node``."""
 
     config_node: str
@@ -146,9 +164,8 @@ class StagedBackbone(Backbone):
         """Say what comes out: the maps ``out_features`` of stages with these channels and strides."""
         self._stage_names = [f"res{i + 2}" for i in range(len(channels))]
         expect_some_of(f"{self.config_node}.OUT_FEATURES", out_features, self._stage_names, "the backbone's maps")
-        self._out_features = list(out_features)
-        self._out_feature_channels = dict(zip(self._stage_names, channels, strict=True))
-        self._out_feature_strides = dict(zip(self._stage_names, strides, strict=True))
+        of_stages = (dict(zip(self._stage_names, values, strict=True)) for values in (channels, strides))
+        self.give_out(out_features, *of_stages)
 
     def _run_stages(self, x: Tensor) -> dict[str, Tensor]:
         """The maps, each with its norm, from what enters the first of ``layers``, (N, H, W, C)."""
@@ -161,7 +178,3 @@ class StagedBackbone(Backbone):
             if stage.downsample is not None:
                 x = stage.downsample(x)
         return outputs
-
-    @property
-    def size_divisibility(self) -> int:
-        return self._out_feature_strides[self._stage_names[-1]]

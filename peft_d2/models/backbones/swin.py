@@ -169,6 +169,7 @@ class SwinTransformer(StagedBackbone):
     config_node = "MODEL.SWIN"
 
     def build(self, node: CfgNode, in_channels: int) -> None:
+        """Add the patch embedding, positions if APE is set, the stages and the norms of their outputs."""
         path = self.config_node
         expect_numbers(path, node, EMBED_DIM=1, WINDOW_SIZE=1, PATCH_SIZE=1)
         expect_lengths(path, node, "DEPTHS", "NUM_HEADS")

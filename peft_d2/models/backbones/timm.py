@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
+import itertools
 import logging
 import re
 from collections.abc import Mapping, Sequence
@@ -19,10 +20,11 @@ import torch.nn.functional as F
 import yaml
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
-from detectron2.modeling import BACKBONE_REGISTRY, Backbone
+from detectron2.modeling import BACKBONE_REGISTRY
 from torch import Tensor, nn
 
 from peft_d2.models.backbones.sam_vit import STRIDES, simple_pyramid
+from peft_d2.models.backbones.stages import MapBackbone
 from peft_d2.models.checks import ModelConfigError, expect, expect_some_of
 from peft_d2.models.registration import entry
 from peft_d2.peft.adapted import has_statistics
@@ -53,7 +55,33 @@ _PLAIN = {"depthwise_conv": "conv_dw", "project_conv": "conv_pw", "bn1": "bn1", 
 _LITE = re.compile(r"_blocks\.(\d+)\._(expand_conv|depthwise_conv|project_conv|bn\d)\.(\w+)")
 
 
-class TimmBackbone(Backbone):
+class PixelChange(nn.Module):
+    """From images (N, C, H, W) normalised by ``mean`` and ``std``, in BGR order with ``bgr``, to those ``net`` knows.
+
+    What timm says of a network is about three channels: others stay as they come.
+    """
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, net: Any, mean: Sequence[float], std: Sequence[float], bgr: bool) -> None:
+        super().__init__()
+        self.flip = bgr and len(mean) == 3
+        scale, shift = torch.ones(len(mean)), torch.zeros(len(mean))
+        if len(mean) == 3:
+            given, known = (mean, std), (net.pretrained_cfg["mean"], net.pretrained_cfg["std"])
+            means, stds, known_means, known_stds = (torch.tensor(v, dtype=torch.float64) for v in (*given, *known))
+            if bgr:
+                means, stds = means.flip(0), stds.flip(0)
+            scale, shift = stds / (255 * known_stds), (means / 255 - known_means) / known_stds
+        self.register_buffer("scale", scale.float().view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("shift", shift.float().view(1, -1, 1, 1), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x.flip(1) if self.flip else x) * self.scale + self.shift
+
+
+class TimmBackbone(MapBackbone):
     """A model of timm 1.0 or newer that gives maps for a head; its tensors keep timm's names, below ``net.``.
 
     ``out_features`` are out of ``res1`` (stride 2) to ``res5`` (stride 32); () takes all that there are from ``res2``.
@@ -76,7 +104,7 @@ class TimmBackbone(Backbone):
         self._frozen_statistics = frozen_statistics
         stages: Any = getattr(net, "feature_info", None)
         expect(bool(stages), "MODEL.TIMM.NAME", type(net).__name__, "a model of timm that gives feature maps")
-        self.net = net
+        self.net: Any = net
         self.pyramid: nn.ModuleDict | None = None
         strides = [int(stage["reduction"]) for stage in stages]
         if len(strides) > 1 and len(set(strides)) == 1:  # a plain ViT
@@ -84,8 +112,7 @@ class TimmBackbone(Backbone):
             names = list(out_features) or list(STRIDES)
             self.pyramid = simple_pyramid("MODEL.TIMM", names, int(stages[-1]["num_chs"]), pyramid_channels)
             self._indices: dict[str, int] = {}
-            self._out_feature_channels = dict.fromkeys(names, pyramid_channels)
-            self._out_feature_strides = {name: STRIDES[name] for name in names}
+            self.give_out(names, dict.fromkeys(names, pyramid_channels), {name: STRIDES[name] for name in names})
         else:
             self._patch = 0
             # The last one of each stride, as stems may have the stride of the first stage.
@@ -96,14 +123,9 @@ class TimmBackbone(Backbone):
             prune: Any = getattr(net, "prune_intermediate_layers", None)
             if prune is not None:  # what comes after the last map would never get a gradient
                 prune(list(self._indices.values()), prune_norm=True, prune_head=True)
-            self._out_feature_channels = {name: int(stages[i]["num_chs"]) for name, i in self._indices.items()}
-            self._out_feature_strides = {name: strides[i] for name, i in self._indices.items()}
-        self._out_features = names
-        self._size_divisibility = max(self._out_feature_strides.values())
-        scale, shift = pixel_change(net, pixel_mean, pixel_std, bgr)
-        self.register_buffer("pixel_scale", scale, persistent=False)
-        self.register_buffer("pixel_shift", shift, persistent=False)
-        self._flip = bgr and len(pixel_mean) == 3
+            channels = {name: int(stages[i]["num_chs"]) for name, i in self._indices.items()}
+            self.give_out(names, channels, {name: strides[i] for name, i in self._indices.items()})
+        self.pixels = PixelChange(net, pixel_mean, pixel_std, bgr)
 
     def train(self, mode: bool = True) -> TimmBackbone:
         super().train(mode)
@@ -112,10 +134,6 @@ class TimmBackbone(Backbone):
                 if has_statistics(module):
                     module.eval()
         return self
-
-    @property
-    def size_divisibility(self) -> int:
-        return self._size_divisibility
 
     @property
     def steps(self) -> list[str]:
@@ -128,8 +146,7 @@ class TimmBackbone(Backbone):
 
     def first(self, x: Tensor, count: int = 1) -> dict[str, Tensor]:
         """The network's maps, all of a plain ViT's patches being one of them."""
-        x = (x.flip(1) if self._flip else x) * self.pixel_scale + self.pixel_shift
-        net: Any = self.net
+        x, net = self.pixels(x), self.net
         if self.pyramid is None:
             indices = list(self._indices.values())
             maps = net.forward_intermediates(x, indices=indices, intermediates_only=True, output_fmt="NCHW")
@@ -259,11 +276,9 @@ def _from_original_efficientnet(state: Mapping[str, Tensor]) -> dict[str, Tensor
     """
     rest = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": "classifier"}
     count = 1 + max(int(found[1]) for key in state if (found := _LITE.fullmatch(key)))
-    channels = [len(state[f"_blocks.{i}._project_conv.weight"]) for i in range(count)]
-    places, stage, number = [], -1, 0
-    for i, width in enumerate(channels):
-        stage, number = (stage, number + 1) if i and channels[i - 1] == width else (stage + 1, 0)
-        places.append((stage, number))
+    channels = (len(state[f"_blocks.{i}._project_conv.weight"]) for i in range(count))
+    stages = enumerate(itertools.groupby(channels))
+    places = [(stage, number) for stage, (_, blocks) in stages for number, _ in enumerate(blocks)]
     renamed = {}
     for key, value in state.items():
         if found := _LITE.fullmatch(key):
@@ -274,16 +289,3 @@ def _from_original_efficientnet(state: Mapping[str, Tensor]) -> dict[str, Tensor
             head, _, tail = key.partition(".")
             renamed[f"{rest.get(head, head)}.{tail}"] = value
     return renamed
-
-
-def pixel_change(net: Any, mean: Sequence[float], std: Sequence[float], bgr: bool) -> tuple[Tensor, Tensor]:
-    """(scale, shift), each (1, C, 1, 1): from pixels normalised by ``mean`` and ``std`` to those that ``net`` knows."""
-    known = net.pretrained_cfg
-    means, stds = (torch.tensor(values, dtype=torch.float64) for values in (mean, std))
-    if len(mean) != 3:  # timm knows nothing of these channels: they stay as they come
-        return torch.ones(1, len(mean), 1, 1), torch.zeros(1, len(mean), 1, 1)
-    if bgr:
-        means, stds = means.flip(0), stds.flip(0)
-    wanted_mean, wanted_std = (torch.tensor(known[key], dtype=torch.float64) for key in ("mean", "std"))
-    scale, shift = stds / (255 * wanted_std), (means / 255 - wanted_mean) / wanted_std
-    return scale.float().view(1, 3, 1, 1), shift.float().view(1, 3, 1, 1)

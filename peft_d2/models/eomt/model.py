@@ -7,22 +7,28 @@ the end. Tasks are told apart by ``TEST``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+import math
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from detectron2.config import CfgNode
-from detectron2.modeling import META_ARCH_REGISTRY
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY, SEM_SEG_HEADS_REGISTRY
 from detectron2.structures import ImageList
 from detectron2.utils.events import get_event_storage
-from torch import Tensor
+from torch import Tensor, nn
 
-from peft_d2.models.backbones.timm import timm_of_config
+from peft_d2.models.backbones.stages import MapBackbone, note_freeze_at
+from peft_d2.models.backbones.timm import PixelChange, timm_of_config
 from peft_d2.models.checks import expect, expect_numbers
 from peft_d2.models.eomt.names import with_own_names
 from peft_d2.models.layers.criterion import Target
 from peft_d2.models.layers.postprocess import output_size
+from peft_d2.models.layers.transformer import LayerNorm2d
 from peft_d2.models.mask2former.model import MaskFormer
 from peft_d2.models.registration import entry
 
@@ -40,6 +46,189 @@ MODEL:
 SOLVER:
   {LAYER_DECAY: 1.0, LAYER_DECAY_BLOCKS: "backbone.net.blocks.*", LAYER_DECAY_SPARED: 0, BACKBONE_WARMUP_ITERS: 0}
 """
+
+
+@entry(BACKBONE_REGISTRY, "PD2EoMTEncoder")
+class EoMTEncoder(MapBackbone):
+    """The ViT that ``MODEL.TIMM`` names, below ``net.``; it runs its blocks but for the last ``DEC_LAYERS - 1``.
+
+    These are the ``joint_blocks``, in which queries stand before the tokens. What is injected can read off the blocks
+    and their parts how tokens lie: ``num_prefix_tokens``, then a grid of H x W.
+    """
+
+    def __init__(self, cfg: CfgNode, input_shape: ShapeSpec | None = None) -> None:
+        super().__init__()
+        node = cfg.MODEL.MASK_FORMER
+        self.net = timm_of_config(cfg)
+        note_freeze_at(cfg, "PD2EoMTEncoder")
+        blocks: Any = getattr(self.net, "blocks", ())
+        plain = len(blocks) > 0 and hasattr(self.net, "_pos_embed") and not getattr(self.net, "rope_mixed", False)
+        plain = plain and not isinstance(self.net.norm, nn.Identity)
+        expect(
+            plain, "MODEL.TIMM.NAME", cfg.MODEL.TIMM.NAME, "a plain ViT that ends in a norm, such as DINOv2 or DINOv3"
+        )
+        masked = "attn_mask" in inspect.signature(type(blocks[0]).forward).parameters
+        expect(
+            masked, "MODEL.TIMM.NAME", cfg.MODEL.TIMM.NAME, "a ViT with masked attention, as timm 1.0.20 or newer has"
+        )
+        depth, joint = len(blocks), node.DEC_LAYERS - 1
+        expect(
+            0 < joint <= depth, "MODEL.MASK_FORMER.DEC_LAYERS", node.DEC_LAYERS, f"2 to {depth + 1}: joint blocks + 1"
+        )
+        self.first_joint = depth - joint
+        for number, block in enumerate(blocks):
+            before = node.NUM_OBJECT_QUERIES if number >= self.first_joint else 0
+            for module in (block, block.attn, block.mlp):  # timm's rotated attention reads it, and what is injected
+                module.num_prefix_tokens = self.net.num_prefix_tokens + before
+        self.pixels = PixelChange(self.net, cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD, cfg.INPUT.FORMAT == "BGR")
+        patch = max(self.net.patch_embed.patch_size)
+        self.give_out(["tokens"], {"tokens": self.net.embed_dim}, {"tokens": patch})
+
+    def forward(self, x: Tensor) -> dict[str, Any]:
+        """Images (N, C, H, W), normalised by the config, sides multiples of the patch -> what the joint blocks take.
+
+        ``tokens`` (N, P + H' W', dim), those before the patches being the class and the registers; ``grid`` (H', W').
+        """
+        return self.rest(self.first(x, 0), x, 0)
+
+    @property
+    def steps(self) -> list[str]:
+        """Prefixes of the names of what runs one after the other, the joint blocks included."""
+        return [f"net.blocks.{i}." for i in range(len(self.net.blocks))] + ["net.norm."]
+
+    def first(self, x: Tensor, count: int) -> Tensor:
+        """Tokens of images after the first ``count`` of the ``steps``, but after none of the joint blocks."""
+        grid = self._lay_out(x)
+        placed = self.net._pos_embed(self.net.patch_embed(self.pixels(x)))
+        tokens = self.net.norm_pre(placed[0] if isinstance(placed, tuple) else placed)
+        return self._run(tokens, self._rope(grid), 0, count)
+
+    def rest(self, tokens: Tensor, x: Tensor, count: int) -> dict[str, Any]:
+        """As :meth:`forward` for the images ``x``, of what :meth:`first` makes of them."""
+        grid = self._lay_out(x)
+        rope = self._rope(grid)
+        return {"tokens": self._run(tokens, rope, count, self.first_joint), "grid": grid, "rope": rope}
+
+    def _run(self, tokens: Tensor, rope: Tensor | None, start: int, stop: int) -> Tensor:
+        for block in self.net.blocks[start : min(stop, self.first_joint)]:
+            tokens = self.run(block, tokens, rope)
+        return tokens
+
+    def _rope(self, grid: tuple[int, int]) -> Tensor | None:
+        """What rotates queries and keys, if anything."""
+        rope = getattr(self.net, "rope", None)
+        return None if rope is None else rope.get_embed(shape=list(grid))
+
+    def _lay_out(self, x: Tensor) -> tuple[int, int]:
+        """The patches' grid, which blocks and their parts are told."""
+        patch = self.net.patch_embed.patch_size
+        grid = (x.shape[-2] // patch[0], x.shape[-1] // patch[1])
+        for block in self.net.blocks:
+            for module in (block, block.attn, block.mlp):
+                module.H, module.W = grid
+        return grid
+
+    def fit_positions(self, state: dict[str, Tensor], name: str = "backbone.net.pos_embed") -> None:
+        """Interpolate positions of another square grid in a model's ``state`` to this one's, in place."""
+        net, found = self.net, state.get(name)
+        wanted = getattr(net, "pos_embed", None)
+        if found is None or wanted is None or found.shape[1] == wanted.shape[1]:
+            return
+        from timm.layers import resample_abs_pos_embed
+
+        before = 0 if net.no_embed_class else net.num_prefix_tokens
+        if math.isqrt(found.shape[1] - before) ** 2 == found.shape[1] - before:  # else the shapes will be refused
+            state[name] = resample_abs_pos_embed(found, list(net.patch_embed.grid_size), num_prefix_tokens=before)
+
+    @staticmethod
+    def run(block: nn.Module, tokens: Tensor, rope: Tensor | None, mask: Tensor | None = None) -> Tensor:
+        """One block; ``mask`` (N, 1, T, T) is True where a token attends."""
+        return block(tokens, attn_mask=mask) if rope is None else block(tokens, rope=rope, attn_mask=mask)
+
+    @property
+    def joint_blocks(self) -> Any:
+        """The last blocks, which queries and patches pass together."""
+        return self.net.blocks[self.first_joint :]
+
+
+class AnnealedQueries(nn.Embedding):
+    """Queries, and for each joint block the probability that one of them attends to its mask alone.
+
+    The probabilities are stored with the queries, as these learn to do without masks.
+    """
+
+    attn_mask_probs: Tensor
+
+    def __init__(self, count: int, dim: int, blocks: int) -> None:
+        super().__init__(count, dim)
+        self.register_buffer("attn_mask_probs", torch.ones(blocks))
+
+    @torch.no_grad()
+    def anneal(self, progress: float, start: Sequence[float], end: Sequence[float], power: float) -> None:
+        """Set the probabilities for the share ``progress`` of a training: 1 until ``start``, 0 from ``end`` on.
+
+        Between the two they fall as (1 - t) ** ``power`` (Kerssies et al., section 3.3).
+        """
+        for i, (first, last) in enumerate(zip(start, end, strict=True)):
+            done = (progress - first) / max(last - first, 1e-12)
+            self.attn_mask_probs[i] = (1 - min(max(done, 0.0), 1.0)) ** power
+
+
+def upscaling(dim: int) -> nn.Sequential:
+    """Twice the size: (N, C, H, W) -> (N, C, 2 H, 2 W)."""
+    layers = {
+        "conv1": nn.ConvTranspose2d(dim, dim, kernel_size=2, stride=2),
+        "act": nn.GELU(),
+        "conv2": nn.Conv2d(dim, dim, kernel_size=3, padding=1, groups=dim, bias=False),
+        "norm": LayerNorm2d(dim),
+    }
+    return nn.Sequential(OrderedDict(layers))
+
+
+@entry(SEM_SEG_HEADS_REGISTRY, "PD2EoMTHead")
+class EoMTHead(nn.Module):
+    """Masks and classes of the queries that stand before a ViT's tokens; ``ignore_value`` is a semantic map's."""
+
+    def __init__(self, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> None:
+        super().__init__()
+        head, former, shape = cfg.MODEL.SEM_SEG_HEAD, cfg.MODEL.MASK_FORMER, input_shape["tokens"]
+        expect_numbers("MODEL.SEM_SEG_HEAD", head, NUM_CLASSES=1)
+        expect_numbers("MODEL.MASK_FORMER", former, NUM_OBJECT_QUERIES=1, DEC_LAYERS=2)
+        dim = shape.channels
+        self.query_feat = AnnealedQueries(former.NUM_OBJECT_QUERIES, dim, former.DEC_LAYERS - 1)
+        self.class_embed = nn.Linear(dim, head.NUM_CLASSES + 1)
+        layers = (layer for _ in range(3) for layer in (nn.Linear(dim, dim), nn.GELU()))
+        self.mask_embed = nn.Sequential(*list(layers)[:-1])
+        steps = max(1, int(math.log2(shape.stride)) - 2)  # to a quarter of the image
+        self.upscale = nn.Sequential(*(upscaling(dim) for _ in range(steps)))
+        self.num_classes, self.ignore_value = head.NUM_CLASSES, head.IGNORE_VALUE
+
+    @property
+    def num_queries(self) -> int:
+        """Q: how many queries join the patches."""
+        return self.query_feat.num_embeddings
+
+    def forward(self, tokens: Tensor, grid: tuple[int, int]) -> dict[str, Tensor]:
+        """Normed tokens (N, Q + P + H W, C) -> ``pred_logits`` (N, Q, K + 1) and ``pred_masks`` (N, Q, 4 H, 4 W)."""
+        queries, patches = tokens[:, : self.num_queries], tokens[:, -grid[0] * grid[1] :]
+        pixels = self.upscale(patches.transpose(1, 2).unflatten(2, grid))
+        masks = torch.einsum("bqc,bchw->bqhw", self.mask_embed(queries), pixels)
+        return {"pred_logits": self.class_embed(queries), "pred_masks": masks}
+
+    @torch.no_grad()
+    def attention_mask(self, masks: Tensor, grid: tuple[int, int], tokens: int, probability: Tensor) -> Tensor:
+        """(N, 1, T, T), False where a query does not attend: to patches outside of its mask (N, Q, h, w).
+
+        Each query is masked with the ``probability`` () in training. In inference all of them are, or none, as most
+        were in training.
+        """
+        patches, queries = grid[0] * grid[1], masks.shape[1]
+        inside = F.interpolate(masks, size=grid, mode="bilinear", align_corners=False).flatten(2) > 0
+        free = torch.rand(inside.shape[:2], device=masks.device)[..., None] if self.training else 0.5
+        inside |= probability < free
+        allowed = torch.ones(masks.shape[0], tokens, tokens, dtype=torch.bool, device=masks.device)
+        allowed[:, :queries, -patches:] = inside
+        return allowed[:, None]
 
 
 @entry(META_ARCH_REGISTRY, "PD2EoMT", keys=KEYS)
@@ -109,10 +298,10 @@ class EoMT(MaskFormer):
         for block, is_masked, probability in zip(encoder.joint_blocks, masked, probabilities.unbind(), strict=True):
             mask = None
             if is_masked:
-                predictions.append(head(encoder.normed(tokens), grid))
+                predictions.append(head(encoder.net.norm(tokens), grid))
                 mask = head.attention_mask(predictions[-1]["pred_masks"], grid, tokens.shape[1], probability)
             tokens = encoder.run(block, tokens, rope, mask)
-        return {**head(encoder.normed(tokens), grid), "aux_outputs": predictions}
+        return {**head(encoder.net.norm(tokens), grid), "aux_outputs": predictions}
 
     def by_windows(self, item: dict[str, Any]) -> Tensor:
         """The semantic map (K, height, width) of an image: the mean of those of overlapping windows."""
