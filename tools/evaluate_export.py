@@ -98,7 +98,7 @@ def _replace_prompted(model: SegmentAnything, graphs: list[Callable[..., tuple[T
     def image_maps(images: Tensor) -> tuple[Tensor, ...]:
         return graphs[0](image=images * model.pixel_std + model.pixel_mean)
 
-    def decode(maps: Any, prompts: Prompts, multimask: bool = False) -> tuple[Tensor, Tensor]:
+    def decode(maps: tuple[Tensor, ...], prompts: Prompts, multimask: bool = False) -> tuple[Tensor, Tensor]:
         if prompts.masks is not None or not len(prompts):
             raise ConfigError("an exported Segment Anything takes points and boxes")
         points, labels = [], []
@@ -110,7 +110,7 @@ def _replace_prompted(model: SegmentAnything, graphs: list[Callable[..., tuple[T
         if prompts.boxes is None or isinstance(model, SAM2):
             points.append(torch.zeros(len(prompts), 1, 2))
             labels.append(torch.full((len(prompts), 1), NOT_A_POINT))
-        named = dict(zip(MAPS, maps if isinstance(maps, tuple) else (maps,), strict=False))
+        named = dict(zip(MAPS, maps, strict=False))
         masks, quality = graphs[1](points=torch.cat(points, 1), labels=torch.cat(labels, 1).long(), **named)
         return masks, quality
 

@@ -112,8 +112,6 @@ class SamPrompts(nn.Module):
         tokens = prompts.embed_points(points, labels, alone=False)
         dense = prompts.no_mask_embed.weight[:, :, None, None].expand(tokens.shape[0], -1, prompts.grid, prompts.grid)
         inputs = embedding, prompts.dense_positions(), tokens, dense, self.model.multimask
-        if finest is None:
-            return self.model.mask_decoder(*inputs)
         return self.model.mask_decoder(*inputs, (finest, finer))[:2]
 
 

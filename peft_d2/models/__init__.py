@@ -16,7 +16,6 @@ for _module in (
     "seem.model",
     "sam.model",
     "sam2.model",
-    "sam2.image_encoder",
     "eomt.model",
     "backbones.swin",
     "backbones.focalnet",

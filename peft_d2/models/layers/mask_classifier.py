@@ -66,6 +66,20 @@ class PixelModel(nn.Module):
             )
         return not batched_inputs
 
+    def count_objects(self, batched_inputs: list[dict[str, Any]]) -> list[int]:
+        """How many targets each image becomes: what a trainer of several processes or pieces tells all of them.
+
+        They are ``instances``, or the classes in ``sem_seg`` other than the head's ``ignore_value``.
+        """
+        ignored = getattr(getattr(self, "sem_seg_head", None), "ignore_value", 255)
+
+        def count(item: Mapping[str, Any]) -> int:
+            if "instances" in item:
+                return len(item["instances"])
+            return int((item["sem_seg"].unique() != ignored).sum()) if "sem_seg" in item else 0
+
+        return [count(item) for item in batched_inputs]
+
     def normalised(self, image: Tensor, name: Any = "an image") -> Tensor:
         """``image`` (C, H, W), called ``name`` in messages; other channels would be broadcast, and are refused."""
         if not isinstance(image, Tensor):
@@ -164,10 +178,6 @@ class MaskClassifier(PixelModel):
         """The images, normalised, then padded with zeros to one size."""
         images = [self.normalised(item["image"], item.get("file_name", "an image")) for item in batched_inputs]
         return ImageList.from_tensors(images, self.size_divisibility)
-
-    def count_objects(self, batched_inputs: list[dict[str, Any]]) -> list[int]:
-        """How many objects each image holds: what a trainer of several processes or pieces tells all of them."""
-        return [count_objects(item, self.sem_seg_head.ignore_value) for item in batched_inputs]
 
     def predict(self, features: dict[str, Tensor], targets: list[Target] | None = None) -> dict[str, Any]:
         """What the head predicts; ``targets`` in training."""
@@ -297,12 +307,3 @@ def _refuse_other_classes(item: Mapping[str, Any], labels: Tensor, count: int) -
         f"{wrong[0]}, but the model has {count}, 0 to {count - 1}: set MODEL.SEM_SEG_HEAD.NUM_CLASSES, or number the "
         "classes from 0 on as Detectron2's loaders do (of semantic labels without a class, IGNORE_VALUE)"
     )
-
-
-def count_objects(item: Mapping[str, Any], ignore_value: int = 255) -> int:
-    """How many targets a mapped dict becomes: instances, or classes in ``sem_seg`` other than ``ignore_value``."""
-    if "instances" in item:
-        return len(item["instances"])
-    if "sem_seg" in item:
-        return int((item["sem_seg"].unique() != ignore_value).sum())
-    return 0

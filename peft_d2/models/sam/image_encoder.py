@@ -15,7 +15,7 @@ from detectron2.modeling import build_backbone
 from torch import Tensor, nn
 
 from peft_d2.models.backbones.stages import PatchEmbed, from_windows, pad_bottom_right, to_windows
-from peft_d2.models.checks import expect, expect_heads, expect_numbers
+from peft_d2.models.checks import expect, expect_heads, expect_multiple, expect_numbers
 from peft_d2.models.layers.transformer import FeedForward, LayerNorm2d, run_block
 
 MLPBlock = partial(FeedForward, names=("lin1", "lin2"))
@@ -43,8 +43,7 @@ class ImageEncoder(nn.Module):
         node = cfg.MODEL.SAM
         path = "MODEL.SAM"
         expect_numbers(path, node, PATCH_SIZE=1, IMAGE_SIZE=1, DEPTH=1, WINDOW_SIZE=1, OUT_CHANNELS=0)
-        whole = node.IMAGE_SIZE % node.PATCH_SIZE == 0
-        expect(whole, f"{path}.IMAGE_SIZE", node.IMAGE_SIZE, f"a multiple of PATCH_SIZE, {node.PATCH_SIZE}")
+        expect_multiple(f"{path}.IMAGE_SIZE", node.IMAGE_SIZE, node.PATCH_SIZE, "PATCH_SIZE, {}")
         inside = all(0 <= i < node.DEPTH for i in node.GLOBAL_BLOCKS)
         expect(inside, f"{path}.GLOBAL_BLOCKS", node.GLOBAL_BLOCKS, f"numbers of the {node.DEPTH} blocks, from 0")
         expect_heads(f"{path}.EMBED_DIM", node.EMBED_DIM, f"{path}.NUM_HEADS", node.NUM_HEADS)
@@ -72,18 +71,16 @@ class ImageEncoder(nn.Module):
         if x.shape[1:3] != positions.shape[1:3]:
             resized = F.interpolate(positions.permute(0, 3, 1, 2), size=x.shape[1:3], mode="bicubic")
             positions = resized.permute(0, 2, 3, 1)
-        x = x + positions
-        for block in self.blocks[:count]:
-            x = run_block(block, x, use_checkpoint=self.use_checkpoint)
-        return x if count < len(self.steps) else self.neck(x.permute(0, 3, 1, 2))
+        return self._run(x + positions, 0, count)
 
     def rest(self, features: Tensor, x: Tensor, count: int) -> Tensor:
         """The steps after the first ``count``, of what these make of the images ``x``."""
-        if count == len(self.steps):
-            return features
-        for block in self.blocks[count:]:
-            features = run_block(block, features, use_checkpoint=self.use_checkpoint)
-        return self.neck(features.permute(0, 3, 1, 2))
+        return self._run(features, count, len(self.steps)) if count < len(self.steps) else features
+
+    def _run(self, x: Tensor, start: int, stop: int) -> Tensor:
+        for block in self.blocks[start:stop]:
+            x = run_block(block, x, use_checkpoint=self.use_checkpoint)
+        return self.neck(x.permute(0, 3, 1, 2)) if stop == len(self.steps) else x
 
 
 class BackboneEncoder(nn.Module):
@@ -98,8 +95,7 @@ class BackboneEncoder(nn.Module):
         strides = [shapes[name].stride for name in self.names]
         has_own = strides[:1] == [node.PATCH_SIZE]
         expect(has_own, "MODEL.SAM.PATCH_SIZE", node.PATCH_SIZE, f"the stride of a map of {cfg.MODEL.BACKBONE.NAME}")
-        whole = node.IMAGE_SIZE % strides[-1] == 0
-        expect(whole, "MODEL.SAM.IMAGE_SIZE", node.IMAGE_SIZE, f"a multiple of the backbone's stride, {strides[-1]}")
+        expect_multiple("MODEL.SAM.IMAGE_SIZE", node.IMAGE_SIZE, strides[-1], "the backbone's stride, {}")
         channels = sum(shapes[name].channels for name in self.names)
         self.neck = nn.Sequential(*normed_convolutions(channels, node.OUT_CHANNELS))
 

@@ -112,14 +112,20 @@ class SAMMaskDecoder(nn.Module):
         self.iou_prediction_head = MLP(dim, node.IOU_HEAD_HIDDEN, masks, node.IOU_HEAD_DEPTH)
 
     def forward(
-        self, embedding: Tensor, positions: Tensor, tokens: Tensor, dense: Tensor, multimask: bool
-    ) -> tuple[Tensor, Tensor]:
+        self,
+        embedding: Tensor,
+        positions: Tensor,
+        tokens: Tensor,
+        dense: Tensor,
+        multimask: bool,
+        fine: Sequence[Tensor] = (),
+    ) -> tuple[Tensor, ...]:
         """Logits (B, K, 4 G, 4 G) and expected IoU (B, K) of B prompts, K = 1, or 3 for ambiguous prompts.
 
         The image's ``embedding`` is (1, C, G, G), or one per prompt, its ``positions`` (1, C, G, G); of the prompts are
         ``tokens`` (B, T, C) and what is added to the pixels, ``dense`` (B, C, G, G).
         """
-        tokens, upscaled = self.attend(embedding, positions, tokens, dense)
+        tokens, upscaled = self.attend(embedding, positions, tokens, dense, fine)
         # The first token expects the IoU, one token per mask follows.
         chosen = list(range(1, len(self.output_hypernetworks_mlps)) if multimask else range(1))
         return self.masks(tokens[:, 1:], upscaled, chosen), self.iou_prediction_head(tokens[:, 0])[:, chosen]
@@ -133,7 +139,7 @@ class SAMMaskDecoder(nn.Module):
         return self.output_upscaling(pixels)
 
     def attend(
-        self, embedding: Tensor, positions: Tensor, tokens: Tensor, dense: Tensor, fine: Sequence[Tensor] = ()
+        self, embedding: Tensor, positions: Tensor, tokens: Tensor, dense: Tensor, fine: Sequence[Tensor]
     ) -> tuple[Tensor, Tensor]:
         """The decoder's own tokens and then the prompts', (B, own + T, C), and the upscaled pixels, after attending."""
         own = self.own_tokens().expand(tokens.shape[0], -1, -1)

@@ -17,10 +17,10 @@ from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from peft_d2.models.checks import expect, expect_numbers
+from peft_d2.models.checks import expect, expect_multiple, expect_numbers
 from peft_d2.models.layers.boxes import mask_boxes
 from peft_d2.models.layers.criterion import Target, average_count, dice_loss, mask_loss, objects_of_all
-from peft_d2.models.layers.mask_classifier import PixelModel, count_objects, object_masks
+from peft_d2.models.layers.mask_classifier import PixelModel, object_masks
 from peft_d2.models.layers.postprocess import Canvas, output_size
 from peft_d2.models.registration import entry
 from peft_d2.models.sam.image_encoder import BackboneEncoder, ImageEncoder
@@ -56,8 +56,8 @@ class SegmentAnything(PixelModel):
 
     # The single mask's loss reaches neither the tokens of the other masks nor, without its loss, the expected IoU.
     has_unused_parameters = True
-    image_encoder_class: type[nn.Module] = ImageEncoder
-    prompt_encoder_class = PromptEncoder
+    image_encoders: dict[str, type[nn.Module]] = {"": ImageEncoder, "backbone": BackboneEncoder}  # by ENCODER
+    pads_boxes = False  # see :class:`PromptEncoder`
     mask_decoder_class = SAMMaskDecoder
 
     def __init__(self, cfg: CfgNode) -> None:
@@ -66,18 +66,21 @@ class SegmentAnything(PixelModel):
         expect_numbers(path, node, DECODER_HEADS=1, DECODER_DEPTH=1, DECODER_MLP_DIM=1, PROMPTS_PER_CALL=1)
         # Each head has its share of half the channels; masks have an eighth of them.
         shares = math.lcm(2 * node.DECODER_HEADS, 8)
-        shared_out = node.OUT_CHANNELS >= 1 and node.OUT_CHANNELS % shares == 0
-        expected = f"a multiple of {shares}, with DECODER_HEADS {node.DECODER_HEADS}"
-        expect(shared_out, f"{path}.OUT_CHANNELS", node.OUT_CHANNELS, expected)
-        self.image_encoder: Any = self._encoder_class(node.ENCODER)(cfg)
+        expect_multiple(
+            f"{path}.OUT_CHANNELS", node.OUT_CHANNELS, shares, f"{{}}, with DECODER_HEADS {node.DECODER_HEADS}"
+        )
+        known = node.ENCODER in self.image_encoders
+        expect(known, f"{path}.ENCODER", node.ENCODER, "'', or 'backbone' for PD2SegmentAnything")
+        self.image_encoder: Any = self.image_encoders[node.ENCODER](cfg)
         grid = node.IMAGE_SIZE // node.PATCH_SIZE
         prompts = node.OUT_CHANNELS, grid, node.IMAGE_SIZE, node.MASK_IN_CHANNELS
-        self.prompt_encoder = self.prompt_encoder_class(*prompts)
+        self.prompt_encoder = PromptEncoder(*prompts, self.pads_boxes)
         self.mask_decoder: Any = self.mask_decoder_class(cfg)
         self.image_size = node.IMAGE_SIZE
         self.multimask = node.MULTIMASK
         self.prompts_per_call = node.PROMPTS_PER_CALL
-        self.weights = {"loss_mask": node.MASK_WEIGHT, "loss_dice": node.DICE_WEIGHT, "loss_iou": node.IOU_WEIGHT}
+        weights = {"loss_mask": node.MASK_WEIGHT, "loss_dice": node.DICE_WEIGHT, "loss_iou": node.IOU_WEIGHT}
+        self.weights = {name: weight for name, weight in weights.items() if weight}
 
     def forward(self, batched_inputs: list[dict[str, Any]]) -> dict[str, Tensor] | list[dict[str, Any]]:
         """The weighted losses by name in training, otherwise a dict per image with ``instances``.
@@ -105,18 +108,12 @@ class SegmentAnything(PixelModel):
             for embedding, item in zip(embeddings, batched_inputs, strict=True)
         ]
 
-    def _encoder_class(self, name: str) -> type[nn.Module]:
-        known = {"": self.image_encoder_class, "backbone": BackboneEncoder}
-        fits = name in known and (not name or self.image_encoder_class is ImageEncoder)
-        expect(fits, "MODEL.SAM.ENCODER", name, "'', or 'backbone' for PD2SegmentAnything")
-        return known[name]
-
-    def encode(self, images: Tensor) -> list[Any]:
-        """What :meth:`decode` takes of each of the images (N, C, S, S)."""
-        return list(self.image_maps(images)[0].split(1))
+    def encode(self, images: Tensor) -> list[tuple[Tensor, ...]]:
+        """What :meth:`decode` takes of each of the images (N, C, S, S): its :meth:`image_maps`."""
+        return list(zip(*(maps.split(1) for maps in self.image_maps(images)), strict=True))
 
     def image_maps(self, images: Tensor) -> tuple[Tensor, ...]:
-        """The embeddings (N, C, G, G) of images (N, C, S, S), normalised."""
+        """The embeddings (N, C, G, G) of images (N, C, S, S), normalised, and their finer maps, if there are any."""
         return (self.image_encoder(images),)
 
     def preprocess(self, image: Tensor, name: str = "an image") -> Tensor:
@@ -134,18 +131,16 @@ class SegmentAnything(PixelModel):
             )
         return height, width
 
-    def count_objects(self, batched_inputs: list[dict[str, Any]]) -> list[int]:
-        """How many objects each image holds: what a trainer of several processes or pieces tells all of them."""
-        return [count_objects(item) for item in batched_inputs]
-
-    def decode(self, embedding: Any, prompts: Prompts, multimask: bool = False) -> tuple[Tensor, Tensor]:
-        """Logits (N, K, 4 G, 4 G) on the padded image and expected IoU (N, K) for one embedding (1, C, G, G)."""
+    def decode(self, maps: tuple[Tensor, ...], prompts: Prompts, multimask: bool = False) -> tuple[Tensor, Tensor]:
+        """Logits (N, K, 4 G, 4 G) on the image as it is encoded, and expected IoU (N, K), for one image's ``maps``."""
+        embedding, *fine = maps
         tokens, dense = self.prompt_encoder(prompts.points, prompts.boxes, prompts.masks)
-        return self.mask_decoder(embedding, self.prompt_encoder.dense_positions(), tokens, dense, multimask)
+        positions = self.prompt_encoder.dense_positions()
+        return self.mask_decoder(embedding, positions, tokens, dense, multimask, fine)[:2]
 
-    def losses(self, embeddings: list[Any], batched_inputs: list[dict[str, Any]]) -> dict[str, Tensor]:
+    def losses(self, embeddings: list[tuple[Tensor, ...]], batched_inputs: list[dict[str, Any]]) -> dict[str, Tensor]:
         """The weighted losses, means over all objects of the batch."""
-        totals = {name: torch.zeros((), device=self.device) for name, weight in self.weights.items() if weight}
+        totals = {name: torch.zeros((), device=self.device) for name in self.weights}
         targets = [_target(item, self.device) for item in batched_inputs]
         count = average_count(batched_inputs[0].get("batch_objects") or objects_of_all(targets))
         for embedding, item, target in zip(embeddings, batched_inputs, targets, strict=True):
@@ -173,11 +168,24 @@ class SegmentAnything(PixelModel):
         return totals
 
     def _part_losses(
-        self, embedding: Any, prompts: Prompts, labels: Tensor, size: tuple[int, int], count: float
+        self, embedding: tuple[Tensor, ...], prompts: Prompts, labels: Tensor, size: tuple[int, int], count: float
     ) -> dict[str, Tensor]:
-        logits, quality = self.decode(embedding, prompts)
+        """Sums over these objects of one image, divided by ``count``."""
+        logits, quality = (output.float() for output in self.decode(embedding, prompts))
+        if not len(labels):
+            return dict.fromkeys(self.weights, 0.0 * (logits.sum() + quality.sum()))
         with torch.autocast(self.device.type, enabled=False):
-            return self._image_losses(logits.float(), quality.float(), labels, size, count)
+            whole = self._canvas(size).to_padded(logits[:, 0])
+            pixels = whole[:, : size[0], : size[1]].flatten(1)
+            wanted = labels.flatten(1).to(pixels.dtype)
+            found, labels = pixels > THRESHOLD, labels.flatten(1)
+            overlap = (found & labels).sum(1) / (found | labels).sum(1).clamp(min=1)
+            losses = {
+                "loss_mask": mask_loss(pixels, wanted, count),
+                "loss_dice": dice_loss(pixels, wanted, count),
+                "loss_iou": (quality[:, 0] - overlap).square().sum() / count,
+            }
+        return {name: losses[name] for name in self.weights}
 
     def _canvas(self, size: tuple[int, int], output: tuple[int, int] | None = None) -> Canvas:
         """Where the masks of an image of ``size`` (H, W) go, for an ``output`` (H, W), by default its own."""
@@ -186,25 +194,7 @@ class SegmentAnything(PixelModel):
     def _prompts(self, item: dict[str, Any], size: tuple[int, int]) -> Prompts:
         return read_prompts(item, size, 4 * self.prompt_encoder.grid, self.device)
 
-    def _image_losses(
-        self, logits: Tensor, quality: Tensor, labels: Tensor, size: tuple[int, int], count: float
-    ) -> dict[str, Tensor]:
-        """Sums over the objects of one image, divided by ``count``."""
-        if not len(labels):
-            return {name: 0.0 * (logits.sum() + quality.sum()) for name, weight in self.weights.items() if weight}
-        whole = self._canvas(size).to_padded(logits[:, 0])
-        pixels = whole[:, : size[0], : size[1]].flatten(1)
-        wanted = labels.flatten(1).to(pixels.dtype)
-        found, labels = pixels > THRESHOLD, labels.flatten(1)
-        overlap = (found & labels).sum(1) / (found | labels).sum(1).clamp(min=1)
-        losses = {
-            "loss_mask": mask_loss(pixels, wanted, count),
-            "loss_dice": dice_loss(pixels, wanted, count),
-            "loss_iou": (quality[:, 0] - overlap).square().sum() / count,
-        }
-        return {name: value for name, value in losses.items() if self.weights[name]}
-
-    def inference(self, embedding: Any, item: dict[str, Any]) -> Instances:
+    def inference(self, embedding: tuple[Tensor, ...], item: dict[str, Any]) -> Instances:
         """One instance per prompt of an image, in the size that the item wants."""
         size = (item["image"].shape[-2], item["image"].shape[-1])
         wanted = output_size(item, size)

@@ -180,11 +180,14 @@ class FourierPositions(nn.Module):
 
 
 class PromptEncoder(nn.Module):
-    """Points, boxes and masks as embeddings of ``dim`` channels; the image's embedding has ``grid`` pixels a side."""
+    """Points, boxes and masks as embeddings of ``dim`` channels; the image's embedding has ``grid`` pixels a side.
 
-    def __init__(self, dim: int, grid: int, image_size: int, mask_channels: int) -> None:
+    ``pads_boxes``: after a box comes a token that is no point.
+    """
+
+    def __init__(self, dim: int, grid: int, image_size: int, mask_channels: int, pads_boxes: bool) -> None:
         super().__init__()
-        self.dim, self.grid, self.image_size = dim, grid, image_size
+        self.dim, self.grid, self.image_size, self.pads_boxes = dim, grid, image_size, pads_boxes
         self.pe_layer = FourierPositions(dim // 2)
         self.point_embeddings = nn.ModuleList(nn.Embedding(1, dim) for _ in range(4))
         self.not_a_point_embed = nn.Embedding(1, dim)
@@ -219,6 +222,8 @@ class PromptEncoder(nn.Module):
         if boxes is not None:
             corners = torch.cat([self._kind(_TOP_LEFT), self._kind(_BOTTOM_RIGHT)])
             tokens.append(self._places(boxes.reshape(-1, 2, 2)) + corners)
+            if self.pads_boxes:
+                tokens.append(self.not_a_point_embed.weight.expand(count, 1, -1))
         if masks is not None:
             dense = self.mask_downscaling(masks)
         else:

@@ -89,7 +89,7 @@ def test_outputs(sam: Any, golden: Any, filler: Any, arrays: dict[str, np.ndarra
             corner = arrays[f"dense.{name}"]
             close(dense[..., : corner.shape[2], : corner.shape[3]], corner)
             for mode in ("single", "multi"):
-                logits, quality = model.decode(embedding, prompt, multimask=mode == "multi")
+                logits, quality = model.decode((embedding,), prompt, multimask=mode == "multi")
                 close(logits, arrays[f"low_res_masks.{name}.{mode}"])
                 close(quality, arrays[f"iou.{name}.{mode}"])
     assert len(CASES) == len([key for key in arrays if key.startswith("low_res_masks")]) / 2
