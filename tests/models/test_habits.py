@@ -136,6 +136,15 @@ def test_results_have_the_size_that_is_asked_for(build: Any, sam: Any, kind: str
         model([{**item, "height": 0}])
 
 
+@pytest.mark.parametrize("kind", [*CLASSIFIERS, "sam"])
+def test_an_image_of_one_pixel(build: Any, sam: Any, kind: str) -> None:
+    """Padded to 32 px its coarsest map has one, and at width 32 each group of a norm has a single value."""
+    model = sam({}) if kind == "sam" else build(*CLASSIFIERS[kind][:2])
+    item = {"image": torch.rand(3, 1, 1) * 255, "boxes": torch.tensor([[0.0, 0, 1, 1]])}
+    [result] = model.eval()([item])
+    assert result["instances"].pred_masks.shape[1:] == (1, 1) and result["instances"].scores.isfinite().all()
+
+
 @every_backbone
 def test_lora_behind_frozen_layers_learns_with_activation_checkpointing(name: str) -> None:
     node, _, key, target = BACKBONES[name]

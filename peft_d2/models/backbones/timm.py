@@ -90,6 +90,8 @@ class TimmBackbone(MapBackbone):
     ``frozen_statistics`` norms use their running statistics in training, too; their weights are trained.
     """
 
+    steps = ("net.", "pyramid.")  # of the feature cache: the network, then what makes a plain ViT's maps
+
     def __init__(
         self,
         net: nn.Module,
@@ -111,10 +113,8 @@ class TimmBackbone(MapBackbone):
             self._patch = strides[0]
             names = list(out_features) or list(STRIDES)
             self.pyramid = simple_pyramid("MODEL.TIMM", names, int(stages[-1]["num_chs"]), pyramid_channels)
-            self._indices: dict[str, int] = {}
             self.give_out(names, dict.fromkeys(names, pyramid_channels), {name: STRIDES[name] for name in names})
         else:
-            self._patch = 0
             # The last one of each stride, as stems may have the stride of the first stage.
             stage_of = {f"res{stride.bit_length() - 1}": i for i, stride in enumerate(strides)}
             names = list(out_features) or [name for name in stage_of if name >= "res2"]
@@ -134,11 +134,6 @@ class TimmBackbone(MapBackbone):
                 if has_statistics(module):
                     module.eval()
         return self
-
-    @property
-    def steps(self) -> list[str]:
-        """The network, then what makes a plain ViT's maps."""
-        return ["net.", "pyramid."]
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """Maps of images (N, C, H, W), normalised as the constructor says, sides multiples of the largest stride."""

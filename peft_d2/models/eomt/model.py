@@ -76,6 +76,7 @@ class EoMTEncoder(MapBackbone):
             0 < joint <= depth, "MODEL.MASK_FORMER.DEC_LAYERS", node.DEC_LAYERS, f"2 to {depth + 1}: joint blocks + 1"
         )
         self.first_joint = depth - joint
+        self.steps = [*(f"net.blocks.{i}." for i in range(depth)), "net.norm."]  # the joint blocks included
         for number, block in enumerate(blocks):
             before = node.NUM_OBJECT_QUERIES if number >= self.first_joint else 0
             for module in (block, block.attn, block.mlp):  # timm's rotated attention reads it, and what is injected
@@ -91,17 +92,12 @@ class EoMTEncoder(MapBackbone):
         """
         return self.rest(self.first(x, 0), x, 0)
 
-    @property
-    def steps(self) -> list[str]:
-        """Prefixes of the names of what runs one after the other, the joint blocks included."""
-        return [f"net.blocks.{i}." for i in range(len(self.net.blocks))] + ["net.norm."]
-
     def first(self, x: Tensor, count: int) -> Tensor:
         """Tokens of images after the first ``count`` of the ``steps``, but after none of the joint blocks."""
         grid = self._lay_out(x)
         placed = self.net._pos_embed(self.net.patch_embed(self.pixels(x)))
         tokens = self.net.norm_pre(placed[0] if isinstance(placed, tuple) else placed)
-        return self._run(tokens, self._rope(grid), 0, count)
+        return self._run(tokens, self._rope(grid), 0, count) if count else tokens
 
     def rest(self, tokens: Tensor, x: Tensor, count: int) -> dict[str, Any]:
         """As :meth:`forward` for the images ``x``, of what :meth:`first` makes of them."""

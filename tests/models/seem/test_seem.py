@@ -142,6 +142,12 @@ def test_state_dict_of_the_whole_model(build: Any, golden: Any, name: str) -> No
     assert len(model.criterion.weight_dict) == 3 * 10 and model.criterion.empty_weight.shape == (134,)
 
 
+def test_an_image_of_one_pixel(small_seem: Any) -> None:
+    """Padded to 32 px its coarsest map has one, and at width 32 each group of a norm has a single value."""
+    [result] = small_seem().eval()([{"image": torch.rand(3, 1, 1) * 255}])
+    assert result["instances"].pred_masks.shape[1:] == (1, 1) and result["instances"].scores.isfinite().all()
+
+
 @pytest.fixture
 def outputs(build: Any, golden: Any, filler: Any, two_threads: None) -> dict[str, Any]:
     """What the reduced model gives, by the golden's names, and its instances."""
