@@ -146,12 +146,8 @@ class SEEM(MaskFormer):
                 f"the checkpoint has no text encoder ({text}*): set MODEL.SEEM.TEXT_ENCODER to False, and name a file "
                 "of class vectors in MODEL.SEEM.CLASS_VECTORS"
             )
-        parked = {
-            f"{name}.{leaf}": value
-            for name, module in self.named_modules()
-            if isinstance(module, Parked)
-            for leaf, value in module.state_dict().items()
-        }
+        parents = {name: self.get_submodule(name.rpartition(".")[0]) for name in own}
+        parked = {name: own[name] for name, parent in parents.items() if isinstance(parent, Parked)}
         if parked and not parked.keys() & state.keys():
             _logger.info("The checkpoint has no tensors of prompts: %d of them stay zero.", len(parked))
             state.update(parked)
@@ -160,6 +156,5 @@ class SEEM(MaskFormer):
     def set_classes(self, classes: ClassVectors | Sequence[str]) -> None:
         """Predict these classes from now on: their vectors, or names for the text encoder."""
         predictor = self.sem_seg_head.predictor
-        given = classes if isinstance(classes, ClassVectors) else None
-        names = () if isinstance(classes, ClassVectors) else classes
+        names, given = ((), classes) if isinstance(classes, ClassVectors) else (classes, None)
         predictor.vocabulary = Vocabulary(names, "set_classes", predictor.vocabulary.tokenizer, given=given)
