@@ -23,8 +23,7 @@ from peft_d2.data.formats import READERS, map_classes, read_class_map, read_fold
 from peft_d2.data.images import DatasetError, read_rgb, set_pixel_limit
 from peft_d2.data.labels import Problem
 from peft_d2.data.pictures import overlay, sheet
-from peft_d2.data.records import read_json
-from peft_d2.data.registration import register_builtin, require_registered
+from peft_d2.data.registration import read_json, register_builtin, require_registered
 from peft_d2.data.segmentation import segmentation_to_mask
 from peft_d2.data.validation import Rules, check_coco, check_registered, summary
 from peft_d2.engine.errors import bounded, one_line_errors

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from peft_d2.data.records import CocoJson, read_json, write_coco  # noqa: F401  the converters take all from here
-from peft_d2.data.registration import data_root
+from peft_d2.data.formats.export import CocoJson, write_coco  # noqa: F401  the converters take all from here
+from peft_d2.data.registration import data_root, read_json
 
 
 def split_names(

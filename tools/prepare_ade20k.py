@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from converting import CocoJson, converter_main, in_parallel, read_label_image, require_folder
+from converting import CocoJson, converter_main, in_parallel, read_label_image, require_folder, write_coco
 from PIL import Image
 
 from peft_d2.data.images import image_size
@@ -82,7 +82,7 @@ def _ade20k_instances(
         for number, mask in objects:
             coco.add_mask(image_id, classes[number - 1][0], mask)
     path = source / f"ade20k_instance_{split}.json"
-    return {str(path): coco.write(path)}
+    return {str(path): write_coco(path, coco.data)}
 
 
 def _read_objects(instances: Path, image: Path) -> list[tuple[int, np.ndarray]]:

@@ -15,8 +15,7 @@ import numpy as np
 from converting import converter_main, in_parallel, read_label_image, require_folder
 from PIL import Image
 
-from peft_d2.data.records import read_json
-from peft_d2.data.registration import panoptic_categories
+from peft_d2.data.registration import panoptic_categories, read_json
 from peft_d2.storage import atomic
 
 _UNLABELLED = 255

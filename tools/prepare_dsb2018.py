@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from converting import CocoJson
+from converting import CocoJson, write_coco
 from PIL import Image
 from tile_dataset import tile_coco
 
@@ -74,7 +74,7 @@ def _write_split(split: str, folders: Sequence[Path], output: Path, polygons: bo
         image_id = coco.add_image(name, picture.size)
         for mask in _read_masks(folder, picture.height, picture.width):
             coco.add_mask(image_id, 1, mask, mask_to_polygons(mask) if polygons else None)
-    return coco.write(output / f"{split}.json")
+    return write_coco(output / f"{split}.json", coco.data)
 
 
 def _read_image(folder: Path, coloured: bool) -> Image.Image:

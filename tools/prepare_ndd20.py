@@ -21,10 +21,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from converting import CocoJson, converter_main, require_folder, split_names
+from converting import CocoJson, converter_main, require_folder, split_names, write_coco
 
 from peft_d2.data.images import image_size
-from peft_d2.data.records import read_json
+from peft_d2.data.registration import read_json
 
 logger = logging.getLogger(__name__)
 
@@ -157,7 +157,7 @@ def convert_ndd20(source: str | Path, splits: str | Path | None = None) -> dict[
             for line in [] if water else left_out:
                 logger.warning("%s", line)
             path = source / "annotations" / f"{water.lower()}{'_' if water else ''}{split}.json"
-            counts[str(path)] = coco.write(path)
+            counts[str(path)] = write_coco(path, coco.data)
     return counts
 
 

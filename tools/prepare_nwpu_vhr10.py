@@ -22,8 +22,7 @@ from typing import Any
 from converting import CocoJson, converter_main, require_folder, split_names, write_coco
 
 from peft_d2.data.images import image_size
-from peft_d2.data.records import read_json
-from peft_d2.data.registration import NWPU_VHR10_CLASSES
+from peft_d2.data.registration import NWPU_VHR10_CLASSES, read_json
 
 _VAL_SHARE = 130 / 650
 _BOX = re.compile(r"\(\s*(\d+)\s*,\s*(\d+)\s*\)\s*,\s*\(\s*(\d+)\s*,\s*(\d+)\s*\)\s*,\s*(\d+)")
@@ -66,7 +65,9 @@ def convert_nwpu_vhr10(
         ids = {i["id"] for i in kept}
         objects = [a for a in data["annotations"] if a["image_id"] in ids]
         target = source / "annotations" / f"{split}.json"
-        counts[str(target)] = write_coco(target, kept, objects, data["categories"])
+        counts[str(target)] = write_coco(
+            target, {"images": kept, "annotations": objects, "categories": data["categories"]}
+        )
     return counts
 
 
@@ -101,7 +102,7 @@ def _read_boxes(source: Path, images: Path) -> dict[str, Any]:
                 )
             x1, y1, x2, y2, category = map(int, found.groups())
             coco.add_box(image_id, category, [x1, y1, x2 - x1, y2 - y1])
-    return {"images": coco.images, "annotations": coco.annotations, "categories": coco.categories}
+    return coco.data
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
-from converting import CocoJson, converter_main, require_folder
+from converting import CocoJson, converter_main, require_folder, write_coco
 
 from peft_d2.data.images import image_size
 
@@ -44,10 +44,10 @@ def convert_ssdd(source: str | Path) -> dict[str, int]:
             image_id = coco.add_image(str(image.relative_to(source)), image_size(image))
             for polygon in _voc_polygons(path):
                 coco.add_polygons(image_id, 1, [polygon])
-        if not coco.images:
+        if not coco.data["images"]:
             raise FileNotFoundError(f"{annotations}: expected *.xml files, found none. Is this the official release?")
         target = source / "annotations" / f"{split}.json"
-        counts[str(target)] = coco.write(target)
+        counts[str(target)] = write_coco(target, coco.data)
     return counts
 
 

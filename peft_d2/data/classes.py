@@ -12,8 +12,7 @@ from typing import Any
 
 from peft_d2.data.config import CLASS_COUNT_KEYS, PROMPTED, published_name
 from peft_d2.data.images import DatasetError
-from peft_d2.data.records import read_categories
-from peft_d2.data.registration import register_from_config, require_registered
+from peft_d2.data.registration import read_categories, register_from_config, require_registered
 
 _BY_CATEGORY = ("coco", "lvis")  # kinds of sets whose predictions are judged by category ids
 logger = logging.getLogger(__name__)

@@ -1,4 +1,4 @@
-"""Data sets in Detectron2's catalogs: one's own in COCO's format, which the config names, and published ones.
+"""Data sets in Detectron2's catalogs, and their records: one's own in COCO's format, and published ones.
 
 Published ones lie below the folder that ``DETECTRON2_DATASETS`` names (else ``./datasets``), in the layout in which
 their authors publish them. A name is registered when a config first uses it: ``builtin.json`` lists names, files,
@@ -18,55 +18,108 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterable, Mapping
-from functools import partial
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from peft_d2.compat import lend_cityscapesscripts
-from peft_d2.data.images import check_input, path_inside
-from peft_d2.data.records import add_coco, load_coco, load_lvis, read_categories, read_json
+from peft_d2.data.images import DatasetError, check_input, path_inside
+from peft_d2.data.segmentation import run_lengths
+from peft_d2.storage import foreign
 
 logger = logging.getLogger(__name__)
 
 
-class CocoSet(NamedTuple):
-    """A set of instances in COCO's format: paths below the folder of all data sets, classes in the order of their ids.
+class Category(NamedTuple):
+    """A class of a json, and how many annotations it has."""
 
-    ``classes`` is empty where only the json knows them; ``tool`` writes the json, "" where it is published.
+    id: int
+    name: str
+    objects: int
+
+
+def read_json(path: str | Path) -> Any:
+    """The content of a json.
+
+    Raises:
+        FileNotFoundError: no such file.
+        DatasetError: it cannot be read, or is not json; an archive, a web page and the like are named as such.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path} is no file.")
+    try:
+        content = Path(path).read_bytes()
+        return json.loads(content)
+    except OSError as error:
+        raise DatasetError(f"{path} cannot be read ({error.strerror}).") from error
+    except (ValueError, RecursionError) as error:
+        raise DatasetError(f"{path} is {json_defect(content, error)}.") from error
+
+
+def json_defect(content: bytes, error: Exception) -> str:
+    """What a file is that is no json, from its bytes and what Python says of them."""
+    kind = "an archive (unpack it first)" if content[:2] == b"PK" else foreign.kind_of(content)
+    return kind or f"not json ({error})"
+
+
+def read_categories(json_path: str | Path) -> list[Category]:
+    """Categories of a COCO-format json by id: the order of the contiguous class indices.
+
+    Raises:
+        ValueError: not a COCO-format json, one without categories, or one that lists an id twice.
+    """
+    stat = os.stat(json_path)
+    return list(_read_categories(str(json_path), stat.st_mtime_ns, stat.st_size))
+
+
+@lru_cache(maxsize=64)
+def _read_categories(json_path: str, mtime_ns: int, size: int) -> tuple[Category, ...]:
+    data = read_json(json_path)
+    try:
+        objects = Counter(a.get("category_id") for a in data.get("annotations") or () if isinstance(a, dict))
+        rows = sorted(Category(int(c["id"]), str(c["name"]), objects[c["id"]]) for c in data["categories"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{json_path}: not a COCO-format json ({type(error).__name__}: {error}). "
+            "Expected an object with images, annotations and categories: [{id, name}, ...]."
+        ) from error
+    ids = [row.id for row in rows]
+    if not rows:
+        raise ValueError(f"{json_path}: lists no categories. Expected at least one {{id, name}}.")
+    if len(set(ids)) < len(ids):
+        raise ValueError(f"{json_path}: lists a category id twice: {ids}.")
+    return tuple(rows)
+
+
+class PublishedSet(NamedTuple):
+    """A published set: of instances in COCO's format, or with panoptic labels.
+
+    ``paths``, below the folder of all data sets, by their keys in Detectron2's metadata; ``classes`` in the order of
+    their ids, none where only the json knows them; ``tool`` writes what is not published, "" where all is.
     """
 
-    json: str
-    images: str
-    classes: tuple[str, ...]
-    tool: str
-
-
-class PanopticSet(NamedTuple):
-    """A set with panoptic labels: paths by their keys in Detectron2's metadata, its ``evaluator_type``, the tool."""
-
     paths: Mapping[str, str]
-    kind: str
-    tool: str
+    classes: tuple[str, ...] = ()
+    kind: str = "coco"  # Detectron2's evaluator_type
+    tool: str = ""
 
 
 _TABLE = json.loads(Path(__file__).with_name("builtin.json").read_text(encoding="utf-8"))
 _ADE20K_STUFF = frozenset(_TABLE["ade20k"]["stuff"])
 _LONG = {"train": "training", "val": "validation", "test": "testing"}
-COCO_SETS: dict[str, CocoSet] = {}
-_PANOPTIC: dict[str, PanopticSet] = {}
-for _row in _TABLE["instances"] + _TABLE["panoptic"]:
+_PUBLISHED: dict[str, PublishedSet] = {}
+for _row in _TABLE["sets"]:
     for _split in _row["splits"]:
         _fill = partial(str.format, split=_split, long=_LONG[_split])
-        if "paths" in _row:
-            _paths = {key: _fill(path) for key, path in _row["paths"].items()}
-            _PANOPTIC[_fill(_row["name"])] = PanopticSet(_paths, _row["kind"], _row["tool"])
-        else:
-            COCO_SETS[_fill(_row["name"])] = CocoSet(
-                _fill(_row["json"]), _fill(_row["images"]), tuple(_row["classes"]), _row.get("tool", "")
-            )
+        _paths = {key: _fill(path) for key, path in _row["paths"].items()}
+        _PUBLISHED[_fill(_row["name"])] = PublishedSet(
+            _paths, tuple(_row.get("classes", ())), _row.get("kind", "coco"), _row.get("tool", "")
+        )
+COCO_SETS = {name: entry for name, entry in _PUBLISHED.items() if entry.kind == "coco"}
 NWPU_VHR10_CLASSES = COCO_SETS["nwpu_vhr10_train"].classes
-NAMES = (*COCO_SETS, *_PANOPTIC)
+NAMES = tuple(_PUBLISHED)
 _LVIS = tuple(f"lvis_{version}_{split}" for version in ("v0.5", "v1") for split in ("train", "val"))
 _KEYS = ("NAME", "JSON", "IMAGES")
 _NAME = re.compile(r"[^\s/\\.\-][^\s/\\]*")
@@ -119,10 +172,25 @@ def register_coco(name: str, json_path: str | Path, image_root: str | Path, outs
                 f"(json {known.get('json_file')!r}, images {known.get('image_root')!r}). Choose another NAME."
             )
         DatasetCatalog[name] = partial(load_coco, name, json_path, image_root, outside)
-        return
+    else:
+        _add_coco(name, json_path, image_root, _class_metadata(json_path), outside)
+
+
+def _add_coco(name: str, json_path: str, image_root: str, classes: Mapping[str, Any], outside: bool = False) -> None:
+    """Put a COCO-format set into Detectron2's catalogs, whether or not its files exist; ``classes`` as far as known."""
+    from detectron2.data import DatasetCatalog, MetadataCatalog
+
+    DatasetCatalog[name] = partial(load_coco, name, json_path, image_root, outside)
+    MetadataCatalog.get(name).set(json_file=json_path, image_root=image_root, evaluator_type="coco", **classes)
+
+
+def _class_metadata(json_path: str) -> dict[str, Any]:
+    """The classes of a COCO-format json as Detectron2's metadata has them."""
     categories = read_categories(json_path)
-    contiguous = {category.id: i for i, category in enumerate(categories)}
-    add_coco(name, json_path, image_root, [category.name for category in categories], contiguous, outside)
+    return {
+        "thing_classes": [category.name for category in categories],
+        "thing_dataset_id_to_contiguous_id": {category.id: i for i, category in enumerate(categories)},
+    }
 
 
 def require_registered(name: str) -> None:
@@ -188,24 +256,25 @@ def remedy(name: str) -> str:
     if name not in NAMES:
         return ""
     where = f"below DETECTRON2_DATASETS, which is {str(data_root())!r}"
-    if tool := (COCO_SETS.get(name) or _PANOPTIC[name]).tool:
+    if tool := _PUBLISHED[name].tool:
         return f"{tool} writes it from the published files {where}."
-    return f"Unpack the published files {where}, so that {COCO_SETS[name].json!r} is there."
+    return f"Unpack the published files {where}, so that {_PUBLISHED[name].paths['json_file']!r} is there."
 
 
 def _register_instances(name: str) -> None:
-    entry = COCO_SETS[name]
-    json_path, images = os.path.abspath(data_root() / entry.json), os.path.abspath(data_root() / entry.images)
-    if not os.path.isfile(json_path):
-        ade20k = ade20k_instance_categories() if name.startswith("ade20k") else []
-        add_coco(name, json_path, images, entry.classes or [label for _, label in ade20k], None)
-        return
-    categories = read_categories(json_path)
-    found = [category.name for category in categories]
-    if entry.classes and found != list(entry.classes):
-        logger.warning("data set %r: %s lists the classes %s, expected %s. The json's are used.",
-                       name, json_path, found, list(entry.classes))  # fmt: skip
-    add_coco(name, json_path, images, found, {category.id: i for i, category in enumerate(categories)})
+    entry = _PUBLISHED[name]
+    json_path, images = (os.path.abspath(data_root() / entry.paths[key]) for key in ("json_file", "image_root"))
+    expected = list(entry.classes)
+    if os.path.isfile(json_path):
+        classes = _class_metadata(json_path)
+        if expected and classes["thing_classes"] != expected:
+            logger.warning("data set %r: %s lists the classes %s, expected %s. The json's are used.",
+                           name, json_path, classes["thing_classes"], expected)  # fmt: skip
+    else:
+        if name.startswith("ade20k"):
+            expected = [label for _, label in ade20k_instance_categories()]
+        classes = {"thing_classes": expected} if expected else {}
+    _add_coco(name, json_path, images, classes)
 
 
 def ade20k_instance_categories() -> list[tuple[int, str]]:
@@ -235,20 +304,107 @@ def panoptic_categories(name: str) -> list[dict[str, Any]]:
 def _register_panoptic(name: str) -> None:
     from detectron2.data import DatasetCatalog, MetadataCatalog
 
-    categories = panoptic_categories(name)
-    everything = {category["id"]: i for i, category in enumerate(categories)}
-    paths = {key: str(data_root() / path) for key, path in _PANOPTIC[name].paths.items()}
+    categories, entry = panoptic_categories(name), _PUBLISHED[name]
     DatasetCatalog.register(name, partial(_load_panoptic, name))
     MetadataCatalog.get(name).set(
-        **paths,
-        evaluator_type=_PANOPTIC[name].kind,
+        **{key: str(data_root() / path) for key, path in entry.paths.items()},
+        evaluator_type=entry.kind,
         ignore_label=255,
         label_divisor=1000,
         thing_classes=[category["name"] for category in categories if category["isthing"]],
         stuff_classes=[category["name"] for category in categories],
         thing_dataset_id_to_contiguous_id={c["id"]: i for i, c in enumerate(categories) if c["isthing"]},
-        stuff_dataset_id_to_contiguous_id=everything,
+        stuff_dataset_id_to_contiguous_id={c["id"]: i for i, c in enumerate(categories)},
     )
+
+
+def load_coco(name: str, json_path: str, image_root: str, outside: bool = False) -> list[dict[str, Any]]:
+    """Detectron2's records of a COCO-format set, by image id; those of a json without annotations have none.
+
+    As Detectron2's own loader, but annotation ids are not looked at, and ids may be anything. The set's metadata get
+    the classes if they are not known yet.
+
+    Raises:
+        DatasetError: an image outside the folder ``image_root``, unless ``outside``; an entry that cannot be used.
+    """
+    from detectron2.data import MetadataCatalog
+
+    meta = MetadataCatalog.get(name)
+    if not meta.get("thing_dataset_id_to_contiguous_id"):
+        meta.set(**_class_metadata(json_path))
+    data = read_json(json_path)
+    records: dict[Any, dict[str, Any]] = {}
+    try:
+        _set_keypoints(meta, data["categories"])
+        for image in data["images"]:
+            record = {"file_name": path_inside(image_root, image["file_name"], outside), "image_id": image["id"]}
+            record |= {"height": image["height"], "width": image["width"]}
+            records[image["id"]] = record | ({"annotations": []} if "annotations" in data else {})
+        for annotation in data.get("annotations", ()):
+            if annotation["image_id"] in records:
+                thing = _object(annotation, meta.thing_dataset_id_to_contiguous_id)
+                records[annotation["image_id"]]["annotations"].append(thing)
+    except (KeyError, TypeError) as error:
+        raise DatasetError(
+            f"{json_path}: an entry lacks {error} or has another form. tools/check_dataset.py says which."
+        ) from error
+    logger.info("%d images in %s.", len(records), json_path)
+    numbered = all(isinstance(image, int) for image in records)
+    return [records[image] for image in sorted(records, key=None if numbered else str)]
+
+
+def _object(annotation: dict[str, Any], contiguous: Mapping[int, int]) -> dict[str, Any]:
+    from detectron2.structures import BoxMode
+
+    found: dict[str, Any] = {key: annotation[key] for key in ("iscrowd", "bbox") if key in annotation}
+    found |= {"bbox_mode": BoxMode.XYWH_ABS, "category_id": contiguous[annotation["category_id"]]}
+    if segmentation := annotation.get("segmentation"):
+        found["segmentation"] = run_lengths(segmentation, 0, 0) if isinstance(segmentation, dict) else segmentation
+    if annotation.get("keypoints"):  # pixel indices in the json, coordinates in training
+        found["keypoints"] = [v if i % 3 == 2 else v + 0.5 for i, v in enumerate(annotation["keypoints"])]
+    return found
+
+
+def _set_keypoints(meta: Any, categories: Sequence[Mapping[str, Any]]) -> None:
+    """Let Detectron2 mirror keypoints whose names begin or end with left and right, as COCO's do."""
+    names = next((list(c["keypoints"]) for c in categories if c.get("keypoints")), [])
+    if names and not meta.get("keypoint_names"):
+        swapped = {name: name.replace("left", "right") for name in names if "left" in name}
+        meta.keypoint_names = names
+        meta.keypoint_flip_map = [(left, right) for left, right in swapped.items() if right in names]
+
+
+def load_lvis(json_file: str, image_root: str) -> list[dict[str, Any]]:
+    """Detectron2's records of an LVIS json, with ``neg_category_ids`` and ``not_exhaustive_category_ids``.
+
+    Stands in for Detectron2's loader, which needs the package lvis, which lags behind NumPy and OpenCV.
+
+    Args:
+        json_file: of LVIS v0.5 or v1, whose category ids count from 1 without gaps.
+        image_root: the folder that holds ``train2017`` and its like, which ``coco_url`` names.
+
+    Raises:
+        FileNotFoundError, ValueError: no such file, or not an LVIS json.
+    """
+    from detectron2.structures import BoxMode
+
+    data = read_json(json_file)
+    try:
+        records: dict[Any, dict[str, Any]] = {}
+        for image in sorted(data["images"], key=lambda entry: entry["id"]):
+            record = {"height": image["height"], "width": image["width"], "image_id": image["id"], "annotations": []}
+            record |= {key: image.get(key, []) for key in ("neg_category_ids", "not_exhaustive_category_ids")}
+            record["file_name"] = path_inside(image_root, "/".join(image["coco_url"].split("/")[-2:]))
+            records[image["id"]] = record
+        for annotation in data.get("annotations", ()):
+            records[annotation["image_id"]]["annotations"].append({
+                "bbox": annotation["bbox"], "bbox_mode": BoxMode.XYWH_ABS,
+                "category_id": annotation["category_id"] - 1, "segmentation": annotation["segmentation"],
+            })  # fmt: skip
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{json_file}: not an LVIS json ({type(error).__name__}: {error}).") from error
+    logger.info("%d images in %s.", len(records), json_file)
+    return list(records.values())
 
 
 def _load_panoptic(name: str) -> list[dict[str, Any]]:

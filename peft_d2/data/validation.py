@@ -32,8 +32,7 @@ from peft_d2.data.labels import (
     check_records,
     unpaired,
 )
-from peft_d2.data.records import json_defect, load_coco, read_json
-from peft_d2.data.registration import remedy
+from peft_d2.data.registration import json_defect, load_coco, read_json, remedy
 from peft_d2.data.segmentation import HUGE, Level, extent, polygon_defect, run_length_defect
 
 _RULES = 6  # raised when the checks change, so that no older verdict is recalled

@@ -24,8 +24,7 @@ from peft_d2.compat import find_file
 from peft_d2.data.config import PEFT_ARCHITECTURE
 from peft_d2.data.formats import map_classes, read_class_map, read_folder, store
 from peft_d2.data.images import lies_inside
-from peft_d2.data.records import read_json
-from peft_d2.data.registration import register_from_config
+from peft_d2.data.registration import read_json, register_from_config
 from peft_d2.engine.checkpointer import Checkpointer
 from peft_d2.engine.checks import apply_class_count, check_run, run_lock
 from peft_d2.engine.config import AUTO, LoadedConfig, load_config

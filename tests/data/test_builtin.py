@@ -16,10 +16,10 @@ from prepare_ndd20 import convert_ndd20  # noqa: E402
 
 from peft_d2.data.classes import class_names  # noqa: E402
 from peft_d2.data.config import add_data_config  # noqa: E402
-from peft_d2.data.records import load_lvis  # noqa: E402
 from peft_d2.data.registration import (  # noqa: E402
     COCO_SETS,
     NAMES,
+    load_lvis,  # noqa: E402
     register_builtin,  # noqa: E402
     register_from_config,  # noqa: E402
     remedy,

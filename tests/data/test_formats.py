@@ -31,9 +31,9 @@ from pycocotools.cocoeval import COCOeval  # noqa: E402
 import peft_d2  # noqa: E402
 from peft_d2.compat import require_cityscapes  # noqa: E402
 from peft_d2.data.loader import build_test_loader  # noqa: E402
-from peft_d2.data.records import load_lvis  # noqa: E402
 from peft_d2.data.registration import (
     NAMES,  # noqa: E402
+    load_lvis,  # noqa: E402
     register_builtin,  # noqa: E402
     register_coco,  # noqa: E402
 )

@@ -1,10 +1,11 @@
-"""What a folder was understood as, and what its readers share: finding images and jsons, groups, and shapes."""
+"""What a folder was understood as, what it becomes, and what readers share: images and jsons, groups, and shapes."""
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from os.path import commonpath
 from pathlib import Path
@@ -13,10 +14,54 @@ from typing import Any
 import numpy as np
 
 from peft_d2.data.images import DatasetError, image_size, visible
-from peft_d2.data.records import CocoJson, read_json
-from peft_d2.data.segmentation import segmentation_to_mask
+from peft_d2.data.registration import read_json
+from peft_d2.data.segmentation import extent, mask_box, mask_to_compressed_rle, segmentation_to_mask
+from peft_d2.storage import atomic
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif")
+
+
+class CocoJson:
+    """A COCO-format json, ``data``, that grows by images and objects, whose ids count from 1."""
+
+    def __init__(self, categories: Iterable[tuple[int, str]]) -> None:
+        listed = [{"id": number, "name": name} for number, name in categories]
+        self.data: dict[str, list[Any]] = {"images": [], "annotations": [], "categories": listed}
+
+    def add_image(self, file_name: str, size: tuple[int, int], image_id: int | str | None = None) -> int | str:
+        """Add an image of ``size`` (width, height) and return its id."""
+        images = self.data["images"]
+        image_id = len(images) + 1 if image_id is None else image_id
+        images.append({"id": image_id, "file_name": file_name, "width": size[0], "height": size[1]})
+        return image_id
+
+    def add_polygons(self, image_id: int | str, category_id: int, polygons: Sequence[Sequence[float]]) -> None:
+        """Add an object of flat polygons ``[x0, y0, x1, y1, ...]``; its area is the sum of theirs."""
+        (x0, y0, x1, y1), area = extent(polygons)
+        form = [list(polygon) for polygon in polygons]
+        self._add(image_id, category_id, [x0, y0, x1 - x0, y1 - y0], area, segmentation=form)
+
+    def add_mask(self, image_id: int | str, category_id: int, mask: np.ndarray, segmentation: Any = None) -> None:
+        """Add an object of an (H, W) mask, as compressed run lengths unless its ``segmentation`` is given."""
+        form = mask_to_compressed_rle(mask) if segmentation is None else segmentation
+        self._add(image_id, category_id, mask_box(mask), int(mask.sum()), segmentation=form)
+
+    def add_box(self, image_id: int | str, category_id: int, box: Sequence[float]) -> None:
+        """Add an object without a mask; ``box`` is [x, y, width, height]."""
+        self._add(image_id, category_id, list(box), box[2] * box[3])
+
+    def _add(self, image_id: int | str, category_id: int, box: list[float], area: float, **more: Any) -> None:
+        number = len(self.data["annotations"]) + 1
+        self.data["annotations"].append({
+            "id": number, "image_id": image_id, "category_id": category_id, "bbox": box, "area": area, "iscrowd": 0,
+            **more,
+        })  # fmt: skip
+
+
+def write_coco(path: str | Path, data: Mapping[str, Any]) -> int:
+    """Write a json in one step and return the number of its annotations."""
+    atomic.write_bytes(path, json.dumps(data).encode())
+    return len(data["annotations"])
 
 
 @dataclass
@@ -62,7 +107,7 @@ class Export:
                     coco.add_polygons(image, label, thing.polygons)
                 else:
                     coco.add_box(image, label, thing.box)
-        return coco.content(), root
+        return coco.data, root
 
 
 class Images:
