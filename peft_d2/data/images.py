@@ -157,6 +157,21 @@ def as_rgb(image: np.ndarray, image_format: str) -> np.ndarray:
     return image.repeat(3, axis=-1) if image.shape[-1] == 1 else image
 
 
+def output_size(item: Mapping[str, Any], image: tuple[int, int]) -> tuple[int, int]:
+    """The (height, width) that results of an input are asked in: its ``height`` and ``width``, or those of ``image``.
+
+    Raises:
+        DatasetError: one of them is below 1.
+    """
+    size = int(item.get("height", image[0])), int(item.get("width", image[1]))
+    if min(size) < 1:
+        name = item.get("file_name", "an image")
+        raise DatasetError(
+            f"{name}: results of {size[0]} x {size[1]} px are asked for ('height', 'width'); 1 is the least"
+        )
+    return size
+
+
 def seems_cut_off(path: str | Path) -> bool:
     """Whether a JPEG or PNG lacks its end mark, as files do that were copied in part."""
     with open(path, "rb") as file:

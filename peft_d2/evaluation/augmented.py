@@ -15,9 +15,9 @@ from pycocotools import mask as coco_mask
 from torch import nn
 
 from peft_d2.data.augmentation import keep_a_pixel
+from peft_d2.data.images import output_size
 from peft_d2.evaluation.build import outputs_node
 from peft_d2.evaluation.results import encode_masks
-from peft_d2.models.layers.postprocess import output_size
 
 
 def check_augmentation(cfg: Any) -> None:

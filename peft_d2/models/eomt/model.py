@@ -22,12 +22,12 @@ from detectron2.structures import ImageList
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
+from peft_d2.data.images import output_size
 from peft_d2.models.backbones.stages import MapBackbone, note_freeze_at
 from peft_d2.models.backbones.timm import PixelChange, timm_of_config
 from peft_d2.models.checks import expect, expect_numbers
 from peft_d2.models.eomt.names import with_own_names
 from peft_d2.models.layers.criterion import Target
-from peft_d2.models.layers.postprocess import output_size
 from peft_d2.models.layers.transformer import LayerNorm2d
 from peft_d2.models.mask2former.model import MaskFormer
 from peft_d2.models.registration import entry

@@ -14,13 +14,12 @@ from detectron2.structures import BitMasks, Boxes, ImageList, Instances, Polygon
 from detectron2.structures.masks import polygons_to_bitmask
 from torch import Tensor, nn
 
-from peft_d2.data.images import DatasetError
+from peft_d2.data.images import DatasetError, output_size
 from peft_d2.models.checks import ModelConfigError, expect, expect_numbers
 from peft_d2.models.layers.criterion import SetCriterion, Target
 from peft_d2.models.layers.postprocess import (
     Canvas,
     instance_inference,
-    output_size,
     panoptic_inference,
     semantic_inference,
 )

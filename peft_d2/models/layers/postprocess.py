@@ -5,16 +5,13 @@ Masks are brought to full size a few queries at a time: :data:`CHUNK_VALUES` bou
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from detectron2.structures import Instances
 from torch import Tensor
-
-from peft_d2.data.images import DatasetError
 
 CHUNK_VALUES = 2**24  # float32 values that are held at full size at once: 64 MiB
 CACHE_VALUES = 2**19  # and in inference on a CPU: 2 MiB, which its cache holds
@@ -56,21 +53,6 @@ class Canvas:
         values = min(CHUNK_VALUES, CACHE_VALUES) if device == "cpu" else CHUNK_VALUES
         step = max(1, values // (height * width))
         return (slice(start, min(start + step, count)) for start in range(0, count, step))
-
-
-def output_size(item: Mapping[str, Any], image: tuple[int, int]) -> tuple[int, int]:
-    """The (height, width) that results of an input are asked in: its ``height`` and ``width``, or those of ``image``.
-
-    Raises:
-        DatasetError: one of them is below 1.
-    """
-    size = int(item.get("height", image[0])), int(item.get("width", image[1]))
-    if min(size) < 1:
-        name = item.get("file_name", "an image")
-        raise DatasetError(
-            f"{name}: results of {size[0]} x {size[1]} px are asked for ('height', 'width'); 1 is the least"
-        )
-    return size
 
 
 def instance_inference(

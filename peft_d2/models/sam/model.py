@@ -17,11 +17,12 @@ from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from peft_d2.data.images import output_size
 from peft_d2.models.checks import expect, expect_multiple, expect_numbers
 from peft_d2.models.layers.boxes import mask_boxes
 from peft_d2.models.layers.criterion import Target, average_count, dice_loss, mask_loss, objects_of_all
 from peft_d2.models.layers.mask_classifier import PixelModel, object_masks
-from peft_d2.models.layers.postprocess import Canvas, output_size
+from peft_d2.models.layers.postprocess import Canvas
 from peft_d2.models.registration import entry
 from peft_d2.models.sam.image_encoder import BackboneEncoder, ImageEncoder
 from peft_d2.models.sam.mask_decoder import SAMMaskDecoder
