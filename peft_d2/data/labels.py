@@ -14,7 +14,7 @@ from PIL import Image
 
 from peft_d2.compat import require_cityscapes
 from peft_d2.data.images import DatasetError, read_header
-from peft_d2.data.segmentation import Level
+from peft_d2.data.segmentation import Level, panoptic_ids
 
 _WHOLE: tuple[type, ...] = (int, np.integer)
 _AGAIN = "Write label images with one channel, whose values are class numbers from 0."
@@ -69,29 +69,29 @@ def check_labels(
         ignore: the value that means "no label".
         as_grey: the model reads them with Detectron2's mapper, which turns palettes into brightness.
     """
+    step = -(-len(records) // _MOST_READ) or 1
+    read = {id(record) for record in records[::step] if "pan_seg_file_name" in record}
 
-    whole = records[:: -(-len(records) // _MOST_READ)] if records else ()
-    read, apart = {id(record) for record in whole if "pan_seg_file_name" in record}, Counter[str]()
-
-    def look(record: Mapping[str, Any]) -> tuple[dict[int, int], _Fault | None]:
+    def look(record: Mapping[str, Any]) -> tuple[dict[int, int], dict[str, int], _Fault | None]:
+        """How many pixels have each value, how many segments are apart, and the fault of a record's files."""
+        found: dict[int, int] = {}
+        apart: dict[str, int] = {}
         try:
             found = _label_values(record, as_grey)
-            if id(record) in read:
-                apart.update(_segments_apart(record))
+            apart = _segments_apart(record) if id(record) in read else {}
+            if unknown := sorted(v for v in found if v != ignore and not 0 <= v < (len(classes) or v + 1)):
+                what = f"has the value(s) {', '.join(map(str, unknown[:5]))}, but there are {len(classes)} classes "
+                what += f"(0 to {len(classes) - 1}), and {ignore} means no label"
+                raise _Fault("label values", record["sem_seg_file_name"], what, _AGAIN)
         except _Fault as fault:
-            return {}, fault
-        unknown = sorted(v for v in found if v != ignore and not 0 <= v < (len(classes) or v + 1))
-        if not unknown:
-            return found, None
-        what = f"has the value(s) {', '.join(map(str, unknown[:5]))}, but there are {len(classes)} classes "
-        what += f"(0 to {len(classes) - 1}), and {ignore} means no label"
-        return found, _Fault("label values", record["sem_seg_file_name"], what, _AGAIN)
+            return found, apart, fault
+        return found, apart, None
 
-    values: Counter[int] = Counter()
-    faults: list[Problem] = []
+    values, apart, faults = Counter[int](), Counter[str](), list[Problem]()
     with ThreadPoolExecutor(max_workers=8) as pool:
-        for found, fault in pool.map(look, records):
+        for found, segments, fault in pool.map(look, records):
             values.update(found)
+            apart.update(segments)
             faults += [Problem("error", *fault.args)] if fault else []
     if set(values) == {0, 255} and len(classes) >= 2:
         what = f"the labels hold 0 and 255 alone, but there are {len(classes)} classes"
@@ -150,10 +150,9 @@ def _segments_apart(record: Mapping[str, Any]) -> dict[str, int]:
         raise _Fault("segments", path, what, "Each segment needs its own.")
     try:
         with Image.open(path) as opened:
-            form, colours = f"{opened.format}, {opened.mode}", np.asarray(opened.convert("RGB").convert("RGBX"))
+            form, ids = f"{opened.format}, {opened.mode}", panoptic_ids(np.asarray(opened.convert("RGB"))).ravel()
     except (OSError, SyntaxError, ValueError) as error:
         raise _Fault("unreadable file", path, f"cannot be read ({error})", "Replace the file.") from error
-    ids = colours.view("<u4").ravel() & 0xFFFFFF
     firsts = ids[np.append(True, ids[1:] != ids[:-1])]  # of equal ones in a row: few are left to be put in order
     seen = set(np.unique(firsts).tolist()) - {0}
     if listed and not seen & listed.keys():
@@ -225,11 +224,8 @@ def check_records(records: Sequence[Any], count: int, test: bool) -> Iterator[Pr
         count: how many classes the set has; 0 where that is not known.
         test: the set is evaluated on, which needs more than training does.
     """
-    needed: dict[str, tuple[type, ...]] = {
-        "file_name": (str, os.PathLike),
-        **({"image_id": (*_WHOLE, str)} if test else {}),
-    }
-    needed |= dict.fromkeys(("height", "width"), _WHOLE) if test else {}
+    needed: dict[str, tuple[type, ...]] = {"file_name": (str, os.PathLike)}
+    needed |= {"image_id": (*_WHOLE, str), "height": _WHOLE, "width": _WHOLE} if test else {}
     ids: Counter[Any] = Counter()
     if not records:
         advice = "Let the registered function return at least one."
@@ -264,10 +260,8 @@ def _defects(thing: Mapping[str, Any], count: int, test: bool) -> Iterator[tuple
     if not isinstance(box, list | tuple | np.ndarray) or len(box) not in (4, 5):
         yield f"bbox is {box!r}", "Expected four numbers, as bbox_mode says."
     elif thing.get("bbox_mode") not in list(BoxMode):
-        yield (
-            f"bbox_mode is {thing.get('bbox_mode')!r}",
-            "Expected BoxMode.XYXY_ABS, BoxMode.XYWH_ABS or another of it.",
-        )
+        expected = "Expected BoxMode.XYXY_ABS, BoxMode.XYWH_ABS or another of it."
+        yield f"bbox_mode is {thing.get('bbox_mode')!r}", expected
     if isinstance(masks, dict) and not isinstance(masks.get("counts"), str | bytes) and test:
         yield "its run lengths are not compressed", "Compress them with pycocotools.mask.frPyObjects."
 

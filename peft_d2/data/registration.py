@@ -40,8 +40,8 @@ class Category(NamedTuple):
     objects: int
 
 
-def read_json(path: str | Path) -> Any:
-    """The content of a json.
+def read_json(path: str | Path, encoding: str | None = None) -> Any:
+    """The content of a json; without an ``encoding`` it is recognised.
 
     Raises:
         FileNotFoundError: no such file.
@@ -51,17 +51,12 @@ def read_json(path: str | Path) -> Any:
         raise FileNotFoundError(f"{path} is no file.")
     try:
         content = Path(path).read_bytes()
-        return json.loads(content)
+        return json.loads(content.decode(encoding) if encoding else content)
     except OSError as error:
         raise DatasetError(f"{path} cannot be read ({error.strerror}).") from error
     except (ValueError, RecursionError) as error:
-        raise DatasetError(f"{path} is {json_defect(content, error)}.") from error
-
-
-def json_defect(content: bytes, error: Exception) -> str:
-    """What a file is that is no json, from its bytes and what Python says of them."""
-    kind = "an archive (unpack it first)" if content[:2] == b"PK" else foreign.kind_of(content)
-    return kind or f"not json ({error})"
+        kind = "an archive (unpack it first)" if content[:2] == b"PK" else foreign.kind_of(content)
+        raise DatasetError(f"{path} is {kind or f'not json ({error})'}.") from error
 
 
 def read_categories(json_path: str | Path) -> list[Category]:

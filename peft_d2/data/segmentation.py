@@ -27,8 +27,10 @@ def mask_to_compressed_rle(mask: np.ndarray) -> dict[str, Any]:
 
 
 def panoptic_ids(colours: np.ndarray) -> np.ndarray:
-    """Segment ids (H, W) of a panoptic image (H, W, 3) in RGB, as COCO writes them: red + 256 green + 65536 blue."""
-    return colours.astype(np.int64) @ (1, 256, 256 * 256)
+    """Segment ids (H, W) of a panoptic image (H, W, 3) uint8 in RGB, as COCO has them: red + 256 green + 65536 blue."""
+    packed = np.zeros((*colours.shape[:2], 4), dtype=np.uint8)  # read as numbers: far faster than sums of products
+    packed[..., :3] = colours
+    return packed.view("<i4")[..., 0]
 
 
 def run_lengths(segmentation: Any, height: int, width: int) -> dict[str, Any]:

@@ -6,16 +6,17 @@ Of COCO-format sets the json is read and each image's header, of sets with label
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import hashlib
 import json
 import logging
 import os
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -32,7 +33,7 @@ from peft_d2.data.labels import (
     check_records,
     unpaired,
 )
-from peft_d2.data.registration import json_defect, load_coco, read_json, remedy
+from peft_d2.data.registration import load_coco, read_json, remedy
 from peft_d2.data.segmentation import HUGE, Level, extent, polygon_defect, run_length_defect
 
 _RULES = 6  # raised when the checks change, so that no older verdict is recalled
@@ -57,8 +58,7 @@ def check_coco(
     """All problems of a COCO-format set, errors first.
 
     Args:
-        remember: keep in ``~/.cache/peft_d2`` that a set has no errors, and answer from there for as long as the json
-            and all images are the same by size and time of change.
+        remember: do not check a set without errors again while its json and all its images stay as they are.
     """
     json_path, image_root, rules = str(json_path), str(image_root), rules or Rules()
     if not os.path.isfile(json_path):
@@ -66,23 +66,21 @@ def check_coco(
     if not os.path.isdir(image_root):
         what = "is a file, not a folder" if os.path.isfile(image_root) else "is no folder"
         return [Problem("error", "missing folder", image_root, what, "Give the folder of the images, unpacked.")]
-    memory = _Memory((os.path.abspath(json_path), os.path.abspath(image_root), rules), image_root) if remember else None
-    if memory and (problems := memory.recall()) is not None:
-        return problems
-    content = b""
+    check = partial(_check_json, json_path, image_root, rules)
+    key = os.path.abspath(json_path), os.path.abspath(image_root), rules
+    return _remembered(key, image_root, check) if remember else check()[0]
+
+
+def _check_json(json_path: str, image_root: str, rules: Rules) -> tuple[list[Problem], list[str]]:
+    """The problems of a COCO-format set, and the names of its files."""
     try:
-        content = Path(json_path).read_bytes()
-        data = json.loads(content.decode("utf-8"))  # which Detectron2 reads, without a byte order mark
-    except OSError as error:
-        return [Problem("error", "not json", json_path, f"cannot be read ({error.strerror})", "Let it be read.")]
-    except (ValueError, RecursionError) as error:
-        what = f"is {json_defect(content, error)}"
-        return [Problem("error", "not json", json_path, what, "Give a COCO-format json in UTF-8.")]
+        data = read_json(json_path, "utf-8")  # as Detectron2 reads it, without a byte order mark
+    except DatasetError as error:
+        what = str(error).removeprefix(f"{json_path} ").removesuffix(".")
+        advice = "Let it be read." if isinstance(error.__cause__, OSError) else "Give a COCO-format json in UTF-8."
+        return [Problem("error", "not json", json_path, what, advice)], []
     check = _Check(data, Path(image_root), rules)
-    problems = check.run()
-    if memory:
-        memory.keep(problems, [os.path.abspath(json_path), *(i["file_name"] for i in check.images.values())])
-    return problems
+    return check.run(), [os.path.abspath(json_path), *(image["file_name"] for image in check.images.values())]
 
 
 def check_datasets(cfg: Any) -> None:
@@ -162,11 +160,13 @@ def _check_labels(cfg: Any, name: str, meta: Mapping[str, Any], records: Sequenc
     ignore = meta.get("ignore_label", cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE)
     as_grey = uses_detectron2_mapper(cfg)
     files = [str(path) for r in records for key, path in sorted(r.items()) if key.endswith("file_name")]
-    memory = _Memory((name, classes, ignore, as_grey), "")
-    if (problems := memory.recall(files)) is None:
+
+    def check() -> tuple[list[Problem], list[str]]:
+        """The problems of the label images, and the set's files."""
         logger.info("data set %r: reading %d label images, once.", name, len(records))
-        problems = list(check_labels(records, classes, ignore, as_grey))
-        memory.keep(problems, files)
+        return list(check_labels(records, classes, ignore, as_grey)), files
+
+    problems = _remembered((name, classes, ignore, as_grey, files), "", check)
     roots = [str(meta.get(key, "")) for key in ("image_root", "sem_seg_root")]
     if all(os.path.isdir(root) for root in roots) and "panoptic_root" not in meta:
         problems += unpaired(*roots)
@@ -242,45 +242,40 @@ def summary(problems: Iterable[Problem], per_kind: int = 3) -> list[str]:
     return lines
 
 
-class _Memory:
-    """File that remembers the warnings of a set without errors, and the state of the set's files.
+def _remembered(key: Any, folder: str, check: Callable[[], tuple[Sequence[Problem], Sequence[str]]]) -> list[Problem]:
+    """The problems that a check finds, and the files that it looked at; a set without errors is not checked twice.
 
-    ``key`` tells this check from others; ``folder`` is what the names of the set's files are relative to.
+    What was found is kept in ``~/.cache/peft_d2`` for as long as the files are the same by size and time of change.
+
+    Args:
+        key: tells this check from others.
+        folder: what the names of the files are relative to.
+        check: gives the problems and the names.
     """
-
-    def __init__(self, key: Any, folder: str) -> None:
-        self.folder = folder
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))  # "~" where there is no home
-        name = hashlib.sha256(repr((key, _RULES)).encode()).hexdigest()
-        self.path = cache / "peft_d2" / "checks" / f"{name}.json"
-
-    def keep(self, problems: Sequence[Problem], names: Sequence[str]) -> None:
-        """Remember them for the files as they are, unless there are errors, or no folder is there for that."""
-        if not self.path.is_absolute() or any(p.level == "error" for p in problems):
-            return
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))  # "~" where there is no home
+    name = hashlib.sha256(repr((key, _RULES)).encode()).hexdigest()
+    path = cache / "peft_d2" / "checks" / f"{name}.json"
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+        kept = json.loads(path.read_text())
+        if kept["state"] == _state(folder, kept["names"]):
+            return [Problem(*entry) for entry in kept["problems"]]
+    problems, names = check()
+    if path.is_absolute() and all(p.level == "warning" for p in problems):
         try:
-            state = {"problems": problems, "names": names, "state": self._state(names)}
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.write_text(json.dumps(state))
+            content = json.dumps({"problems": problems, "names": names, "state": _state(folder, names)})
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(content)
         except OSError as error:
             logger.debug("the result of the check is not kept: %s", error)
+    return list(problems)
 
-    def recall(self, names: Sequence[str] | None = None) -> list[Problem] | None:
-        """The problems, None where nothing is known of the files (of these ``names``) as they are."""
-        try:
-            kept = json.loads(self.path.read_text())
-            if names in (None, kept["names"]) and kept["state"] == self._state(kept["names"]):
-                return [Problem(*entry) for entry in kept["problems"]]
-        except (OSError, ValueError, TypeError, KeyError):
-            pass
-        return None
 
-    def _state(self, names: Sequence[str]) -> str:
-        """Checksum of each file's size and time of change."""
-        with ThreadPoolExecutor(max_workers=8) as pool:  # on network drives each answer takes its time
-            found = pool.map(os.stat, (os.path.join(self.folder, name) for name in names), chunksize=256)
-            lines = [f"{stat.st_size} {stat.st_mtime_ns} {stat.st_ino}" for stat in found]
-            return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+def _state(folder: str, names: Sequence[str]) -> str:
+    """Checksum of each file's size and time of change."""
+    with ThreadPoolExecutor(max_workers=8) as pool:  # on network drives each answer takes its time
+        found = pool.map(os.stat, (os.path.join(folder, name) for name in names), chunksize=256)
+        lines = [f"{stat.st_size} {stat.st_mtime_ns} {stat.st_ino}" for stat in found]
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 class _Check:
@@ -380,7 +375,7 @@ class _Check:
                     where = f"images[id {image['id']} {image['file_name']}]"
                     (self.warn if defect[0] == "cut off" else self.error)(defect[0], where, *defect[1:])
 
-    @functools.cached_property
+    @cached_property
     def _listed_files(self) -> dict[str, str]:
         """Names of the folder's files by what is left of them in any spelling, with and without their ending."""
         names = [entry.name for entry in os.scandir(self.image_root) if entry.is_file()]
@@ -397,28 +392,30 @@ class _Check:
             return "outside the folder", f"the file lies outside {self.image_root}", advice
         if not os.access(path.parent, os.X_OK) and path.parent.is_dir():
             return "unreadable file", f"{path}: its folder cannot be entered", "Let it be read."
-        if not path.is_file() and "\\" in name:
-            what = f"{path} is no file: its name has backslashes, as on Windows"
-            return "backslashes", what, "Write / in place of them in the json."
         if not path.is_file():
-            listed, plain = self._listed_files, _plain(path.name)
-            if other := listed.get(plain) or listed.get(os.path.splitext(plain)[0]):
-                advice = "Correct file_name in the json, or the folder that is given."
-                return "missing file", f"{path} is no file, but {self.image_root / other} is", advice
-            return "missing file", f"{path} is no file", "Correct the json or put the file there."
+            return self._missing(path, name)
         found, defect, advice = read_header(path)
         if defect:
             return "unreadable file", f"{path}: {defect}", advice
         if found != given:
             what = f"the file is {found[0]} x {found[1]} px, the json says {given[0]} x {given[1]}"
-            turned = (
-                "Width and height are exchanged: correct the json. If its annotations do not follow the camera's EXIF "
-            )
-            turned += "tag, by which images are turned, write the file again without the tag."
+            turned = "Width and height are exchanged: correct the json. If its annotations do not follow the camera's "
+            turned += "EXIF tag, by which images are turned, write the file again without the tag."
             return "sizes disagree", what, turned if found == given[::-1] else "Correct the json or the file."
         if seems_cut_off(path):
             return "cut off", f"{path} has no end: it may have been copied in part", "Copy it again."
         return None
+
+    def _missing(self, path: Path, name: str) -> tuple[str, str, str]:
+        """(kind, what is wrong, remedy) of an image that is not there, with what is there in its place."""
+        if "\\" in name:
+            what = f"{path} is no file: its name has backslashes, as on Windows"
+            return "backslashes", what, "Write / in place of them in the json."
+        plain = _plain(path.name)
+        if other := self._listed_files.get(plain) or self._listed_files.get(os.path.splitext(plain)[0]):
+            advice = "Correct file_name in the json, or the folder that is given."
+            return "missing file", f"{path} is no file, but {self.image_root / other} is", advice
+        return "missing file", f"{path} is no file", "Correct the json or put the file there."
 
     def _annotations(self) -> None:
         needed: dict[str, Any] = {"id": (int, str), "image_id": (int, str), "category_id": int}
@@ -448,13 +445,12 @@ class _Check:
         if image is None and annotation["image_id"] in self.listed["images"]:
             return  # an image that cannot be used
         if image is None:
-            what, advice = (
-                f"image_id {annotation['image_id']!r} is not listed",
-                "Add the image or remove the annotation.",
-            )
-            if (twin := self.by_text.get(str(annotation["image_id"]))) is not None:
-                what, advice = f"{what}, but {twin!r} is", "Write both as numbers, or both as texts."
-            self.error("unknown image", where, what, advice)
+            what = f"image_id {annotation['image_id']!r} is not listed"
+            if (twin := self.by_text.get(str(annotation["image_id"]))) is None:
+                self.error("unknown image", where, what, "Add the image or remove the annotation.")
+            else:
+                advice = "Write both as numbers, or both as texts."
+                self.error("unknown image", where, f"{what}, but {twin!r} is", advice)
             return
         height, width = image["height"], image["width"]
         self._box(annotation.get("bbox"), where, height, width)
