@@ -74,7 +74,7 @@ def peak_memory(args: argparse.Namespace) -> int:
     from peft_d2.engine.checks import build_model
     from peft_d2.engine.config import load_config
     from peft_d2.engine.factory import register
-    from peft_d2.evaluation.results import instances_to_results
+    from peft_d2.evaluation.coco import instances_to_results
 
     register(upstream_names=True)
     opts = ["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "", "TEST.DETECTIONS_PER_IMAGE", str(args.detections)]

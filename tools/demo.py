@@ -143,7 +143,7 @@ class Predictions:
         Raises:
             ConfigError: the model predicts none.
         """
-        from peft_d2.evaluation.results import instances_to_results
+        from peft_d2.evaluation.coco import instances_to_results
 
         if "instances" not in prediction:
             raise ConfigError("--json, --results and --polygons take instances, and this model predicts none.")

@@ -80,7 +80,7 @@ def _ade20k_instances(
     for image, objects in zip(images, in_parallel(partial(_read_objects, instances), images, workers), strict=True):
         image_id = coco.add_image(image.name, image_size(image), image.stem)
         for number, mask in objects:
-            coco.add_mask(image_id, classes[number - 1][0], mask)
+            coco.add(image_id, classes[number - 1][0], mask=mask)
     path = source / f"ade20k_instance_{split}.json"
     return {str(path): write_coco(path, coco.data)}
 

@@ -73,7 +73,7 @@ def _write_split(split: str, folders: Sequence[Path], output: Path, polygons: bo
         picture.save(output / split / name)
         image_id = coco.add_image(name, picture.size)
         for mask in _read_masks(folder, picture.height, picture.width):
-            coco.add_mask(image_id, 1, mask, mask_to_polygons(mask) if polygons else None)
+            coco.add(image_id, 1, mask=mask, polygons=mask_to_polygons(mask) if polygons else ())
     return write_coco(output / f"{split}.json", coco.data)
 
 

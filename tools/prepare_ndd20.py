@@ -124,7 +124,7 @@ def via_to_coco(
             if len(polygon) < 6:
                 left_out.append(f"{name}: region {number} has {len(polygon) // 2} point(s) and is left out")
             else:
-                coco.add_polygons(image_id, category(region), [polygon])
+                coco.add(image_id, category(region), polygons=[polygon])
     return left_out
 
 

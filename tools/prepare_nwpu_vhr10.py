@@ -101,7 +101,7 @@ def _read_boxes(source: Path, images: Path) -> dict[str, Any]:
                     f"{text}, line {number}: {line!r} is not (x1,y1),(x2,y2),class with a class of 1 to 10."
                 )
             x1, y1, x2, y2, category = map(int, found.groups())
-            coco.add_box(image_id, category, [x1, y1, x2 - x1, y2 - y1])
+            coco.add(image_id, category, box=[x1, y1, x2 - x1, y2 - y1])
     return coco.data
 
 

@@ -43,7 +43,7 @@ def convert_ssdd(source: str | Path) -> dict[str, int]:
                 raise FileNotFoundError(f"{image} is missing: {path} describes it.")
             image_id = coco.add_image(str(image.relative_to(source)), image_size(image))
             for polygon in _voc_polygons(path):
-                coco.add_polygons(image_id, 1, [polygon])
+                coco.add(image_id, 1, polygons=[polygon])
         if not coco.data["images"]:
             raise FileNotFoundError(f"{annotations}: expected *.xml files, found none. Is this the official release?")
         target = source / "annotations" / f"{split}.json"

@@ -18,9 +18,9 @@ import numpy as np
 from PIL import Image
 
 from peft_d2.data.images import image_size, path_inside, read_rgb, set_pixel_limit
+from peft_d2.data.pictures import enlarge, tile_starts
 from peft_d2.data.registration import read_json
 from peft_d2.data.segmentation import mask_box, mask_to_compressed_rle, segmentation_to_mask
-from peft_d2.data.tiles import enlarge, tile_starts
 from peft_d2.engine.errors import bounded, one_line_errors
 
 _LARGEST = 2**15  # px of a tile's side

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,6 +37,11 @@ class Problem(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.level}: {self.where}: {self.what}. {self.remedy}"
+
+
+def repeated(values: Iterable[Any]) -> list[tuple[Any, int]]:
+    """Each value that is there more than once, and how often."""
+    return [(value, count) for value, count in Counter(values).items() if count > 1]
 
 
 class _Fault(Exception):
@@ -144,9 +149,9 @@ def _label_values(record: Mapping[str, Any], as_grey: bool) -> dict[int, int]:
 
 def _segments_apart(record: Mapping[str, Any]) -> dict[str, int]:
     """How many segments of a panoptic record are in its list or in its image alone; a fault where nothing fits."""
-    path, listed = record["pan_seg_file_name"], Counter(s["id"] for s in record["segments_info"])
-    if twice := [number for number, count in listed.items() if count > 1]:
-        what = f"the segment id {twice[0]} is listed {listed[twice[0]]} times in its segments_info"
+    path, listed = record["pan_seg_file_name"], {s["id"] for s in record["segments_info"]}
+    for number, count in repeated(s["id"] for s in record["segments_info"]):
+        what = f"the segment id {number} is listed {count} times in its segments_info"
         raise _Fault("segments", path, what, "Each segment needs its own.")
     try:
         with Image.open(path) as opened:
@@ -155,13 +160,13 @@ def _segments_apart(record: Mapping[str, Any]) -> dict[str, int]:
         raise _Fault("unreadable file", path, f"cannot be read ({error})", "Replace the file.") from error
     firsts = ids[np.append(True, ids[1:] != ids[:-1])]  # of equal ones in a row: few are left to be put in order
     seen = set(np.unique(firsts).tolist()) - {0}
-    if listed and not seen & listed.keys():
+    if listed and not seen & listed:
         known, given = (", ".join(map(str, sorted(ids)[:3])) or "none" for ids in (seen, listed))
         what = f"its colours ({known}; {form}) are none of the ids of its segments_info ({given})"
         raise _Fault("segments", path, what, "Write an RGB PNG of red + 256 green + 65536 blue = id.")
     return {
-        "segment(s) of segments_info have no pixel, and are never learnt": len(listed.keys() - seen),
-        "colour(s) of images are in no segments_info, and count as not annotated": len(seen - listed.keys()),
+        "segment(s) of segments_info have no pixel, and are never learnt": len(listed - seen),
+        "colour(s) of images are in no segments_info, and count as not annotated": len(seen - listed),
     }
 
 
@@ -201,10 +206,9 @@ def check_panoptic(data: Any, things: Collection[int], stuff: Collection[int]) -
     if (all_segments := [s for row in rows[0] for s in row["segments_info"]]) and all(map(_is_crowd, all_segments)):
         what, advice = f"all {len(all_segments)} are crowds, of which nothing is learnt or judged", "Set iscrowd 0."
         yield Problem("error", "crowds", "segments_info", what, advice)
-    for number, count in Counter(map(image_key, (row.get("image_id") for row in rows[0]))).items():
-        if count > 1:
-            what, advice = f"is there {count} times", "A panoptic json has one annotation an image."
-            yield Problem("error", "duplicate id", f"annotations[image_id {number}]", what, advice)
+    for number, count in repeated(image_key(row.get("image_id")) for row in rows[0]):
+        what, advice = f"is there {count} times", "A panoptic json has one annotation an image."
+        yield Problem("error", "duplicate id", f"annotations[image_id {number}]", what, advice)
 
 
 def check_image_ids(records: Sequence[Mapping[str, Any]], data: Any) -> Iterator[Problem]:
@@ -226,7 +230,6 @@ def check_records(records: Sequence[Any], count: int, test: bool) -> Iterator[Pr
     """
     needed: dict[str, tuple[type, ...]] = {"file_name": (str, os.PathLike)}
     needed |= {"image_id": (*_WHOLE, str), "height": _WHOLE, "width": _WHOLE} if test else {}
-    ids: Counter[Any] = Counter()
     if not records:
         advice = "Let the registered function return at least one."
         yield Problem("error", "no images", "records", "there are none", advice)
@@ -239,14 +242,13 @@ def check_records(records: Sequence[Any], count: int, test: bool) -> Iterator[Pr
         path = str(record.get("file_name", ""))
         if path and "://" not in path and not os.path.isfile(path):
             yield Problem("error", "missing file", where, "is no file", "Correct the name or put the file there.")
-        ids[record.get("image_id")] += 1
         for position, thing in enumerate(record.get("annotations", ())):
             for what, advice in _defects(thing, count, test):
                 yield Problem("error", "annotation", f"{where}: annotations[{position}]", what, advice)
-    for value, times in ids.items():
-        if test and value is not None and times > 1:
-            what = f"the image_id {value!r} is that of {times} records"
-            yield Problem("error", "duplicate id", "records", what, "Every image needs its own.")
+    ids = (record["image_id"] for record in records if test and record.get("image_id") is not None)
+    for value, times in repeated(ids):
+        what = f"the image_id {value!r} is that of {times} records"
+        yield Problem("error", "duplicate id", "records", what, "Every image needs its own.")
 
 
 def _defects(thing: Mapping[str, Any], count: int, test: bool) -> Iterator[tuple[str, str]]:

@@ -1,8 +1,9 @@
-"""Pictures of images with their masks."""
+"""Pictures: with masks drawn on them, side by side, and cut into tiles, the same for a set and for evaluation."""
 
 from __future__ import annotations
 
 import colorsys
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -39,3 +40,23 @@ def sheet(pictures: Sequence[Image.Image], cell: int = 0, columns: int = 6) -> I
         thumbnail.thumbnail((cell, cell))
         canvas.paste(thumbnail, (position % columns * cell, position // columns * cell))
     return canvas
+
+
+def tile_starts(length: int, tile: int, overlap: int = 0) -> list[int]:
+    """Starts of the fewest evenly spaced tiles that cover ``length`` px and overlap by at least ``overlap`` px.
+
+    Raises:
+        ValueError: the overlap is not smaller than the tile.
+    """
+    if not 0 <= overlap < tile:
+        raise ValueError(f"tile overlap {overlap}: expected 0 to {tile - 1}, as the tiles are {tile} px.")
+    if length <= tile:
+        return [0]
+    count = math.ceil((length - overlap) / (tile - overlap))
+    return [round(i * (length - tile) / (count - 1)) for i in range(count)]
+
+
+def enlarge(picture: Image.Image, scale: float) -> Image.Image:
+    """The picture resized by ``scale``, as tiles are for training and for evaluation."""
+    size = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
+    return picture.resize(size, Image.Resampling.BILINEAR)

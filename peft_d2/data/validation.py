@@ -31,6 +31,7 @@ from peft_d2.data.labels import (
     check_labels,
     check_panoptic,
     check_records,
+    repeated,
     unpaired,
 )
 from peft_d2.data.registration import load_coco, read_json, remedy
@@ -313,7 +314,7 @@ class _Check:
             return self.problems
         categories = self._entries("categories", {"id": int, "name": str})
         self.category_names = {c["id"]: c["name"] for c in categories}
-        for name, count in _repeated(c["name"] for c in categories):
+        for name, count in repeated(c["name"] for c in categories):
             what, advice = f"{count} categories have this name", "Classes go by their names: merge them or rename one."
             self.error("duplicate name", f"categories[{name}]", what, advice)
         if self.rules.lvis:
@@ -338,7 +339,7 @@ class _Check:
                 self.error("incomplete entry", f"{key}[{position}]", f"lacks a usable {', '.join(named)}", advice)
             else:
                 found.append(entry)
-        for value, count in _repeated(entry["id"] for entry in found):
+        for value, count in repeated(entry["id"] for entry in found):
             where, what = f"{key}[id {value}]", f"the id is used {count} times"
             self.error(f"duplicate id in {key}", where, what, "Every id must be unique in its list.")
         if not self.data[key] and key != "annotations":
@@ -367,7 +368,7 @@ class _Check:
         entries = self._entries("images", {"id": (int, str), name: str, "height": int, "width": int})
         self.images = {i["id"]: i for i in entries}
         self.by_text = {str(i): i for i in self.images}
-        for name, count in _repeated(i["file_name"] for i in entries):
+        for name, count in repeated(i["file_name"] for i in entries):
             self.warn("duplicate file", f"images[{name}]", f"{count} images are this file", "Merge their annotations.")
         with ThreadPoolExecutor(max_workers=8) as pool:
             for image, defect in zip(entries, pool.map(self._file_defect, entries, chunksize=64), strict=True):
@@ -509,9 +510,6 @@ class _Objects:
     def add(self, annotation: Mapping[str, Any], height: int, width: int) -> None:
         """Count an annotation whose box and segmentation are well-formed, of an image of (height, width)."""
         box, crowd = annotation["bbox"], bool(annotation.get("iscrowd", 0))
-        if not crowd:
-            self.per_image[annotation["image_id"]] += 1
-            self.per_class[annotation["image_id"], annotation["category_id"]] += 1
         corners = (box[0], box[1], box[0] + box[2], box[1] + box[3])
         masked, small = bool(annotation.get("segmentation")), min(height, width) <= 4
         shape, mask_area = extent(annotation["segmentation"]) if masked else (corners, box[2] * box[3])
@@ -527,19 +525,19 @@ class _Objects:
             "leaves": not masked and (corners[2] > width + 1 or corners[3] > height + 1),
             "areas disagree": mask_area >= 4 and not mask_area / 4 <= area <= 4 * mask_area,
         }
-        seen["copies"] = not crowd and self._is_copy(annotation, shape)
+        if not crowd:
+            place = annotation["image_id"], annotation["category_id"]
+            self.per_image[place[0]] += 1
+            self.per_class[place] += 1
+            key = hash((*place, *box, *shape))
+            seen["copies"] = key in self.keys
+            self.keys.add(key)
         seen["areas are 0"] = seen["areas disagree"] and area == 0
         if masked and not seen["boxes in 0..1"] and not seen["polygons in 0..1"] and _iou(corners, shape) < 0.5:
             seen["masks disagree"] = True
             seen["masks agree as corners"] = _iou(box, shape) > 0.7
             seen["masks agree if swapped"] = _iou(corners, (shape[1], shape[0], shape[3], shape[2])) > 0.7
         self.counts.update(key for key, value in seen.items() if value)
-
-    def _is_copy(self, annotation: Mapping[str, Any], shape: Sequence[float]) -> bool:
-        key = hash((annotation["image_id"], annotation["category_id"], *annotation["bbox"], *shape))
-        known = key in self.keys
-        self.keys.add(key)
-        return known
 
     def problems(self, rules: Rules) -> Iterator[tuple[Level, str, str, str, str]]:
         """(level, kind, where, what, remedy) of each thing that many objects have in common."""
@@ -598,10 +596,6 @@ def _iou(one: Sequence[float], other: Sequence[float]) -> float:
     shared = max(width, 0) * max(height, 0)
     union = sum((b[2] - b[0]) * (b[3] - b[1]) for b in (one, other)) - shared
     return shared / union if union > 0 else 1.0
-
-
-def _repeated(values: Iterable[Any]) -> list[tuple[Any, int]]:
-    return [(value, count) for value, count in Counter(values).items() if count > 1]
 
 
 def _plain(name: str) -> str:

@@ -17,7 +17,7 @@ from torch import nn
 from peft_d2.data.augmentation import keep_a_pixel
 from peft_d2.data.images import output_size
 from peft_d2.evaluation.build import outputs_node
-from peft_d2.evaluation.results import encode_masks
+from peft_d2.evaluation.coco import encode_masks
 
 
 def check_augmentation(cfg: Any) -> None:

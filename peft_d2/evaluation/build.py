@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import numpy as np
+from detectron2 import evaluation
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators, PascalVOCDetectionEvaluator, SemSegEvaluator
 
+from peft_d2.compat import require_cityscapes
 from peft_d2.data.classes import category_indices, check_classes
 from peft_d2.data.config import PROMPTED, published_name
 from peft_d2.data.registration import register_from_config
-from peft_d2.evaluation.cityscapes import CityscapesInstanceEvaluator, CityscapesSemSegEvaluator
 from peft_d2.evaluation.coco import FastCOCOEvaluator
 from peft_d2.evaluation.lvis import FastLVISEvaluator
 from peft_d2.evaluation.panoptic import PanopticQualityEvaluator
@@ -21,6 +26,41 @@ from peft_d2.evaluation.prompted import PromptedMaskEvaluator
 _INSTANCE = {"coco", "coco_panoptic_seg", "ade20k_panoptic_seg"}
 _SEMANTIC = {"sem_seg", "coco_panoptic_seg", "ade20k_panoptic_seg", "mapillary_vistas_panoptic_seg"}
 _PANOPTIC = {"coco_panoptic_seg", "ade20k_panoptic_seg", "cityscapes_panoptic_seg", "mapillary_vistas_panoptic_seg"}
+
+
+class _Cityscapes(evaluation.DatasetEvaluator):
+    """What both tasks have before Detectron2's own evaluator.
+
+    Raises:
+        ModuleNotFoundError: cityscapesscripts is not installed; the message names the extra.
+    """
+
+    def __init__(self, dataset_name: str) -> None:
+        require_cityscapes()
+        super().__init__(dataset_name)
+
+    def evaluate(self) -> Any:
+        """Detectron2's figures, None on all but the main process."""
+        import cityscapesscripts.evaluation.evalInstanceLevelSemanticLabeling as instances
+
+        # cityscapesscripts 2.3 calls np.in1d, which NumPy 2.4 has no more; for it np.isin is the same.
+        replaced = mock.patch.object(np, "in1d", np.isin, create=True)
+        with replaced, mock.patch.object(instances, "writeDict2JSON", _write_json):
+            return super().evaluate()
+
+
+class CityscapesInstanceEvaluator(_Cityscapes, evaluation.CityscapesInstanceEvaluator):
+    """AP and AP50 of instances, by cityscapesscripts."""
+
+
+class CityscapesSemSegEvaluator(_Cityscapes, evaluation.CityscapesSemSegEvaluator):
+    """IoU of the semantic classes and categories, by cityscapesscripts."""
+
+
+def _write_json(content: Any, path: str) -> None:
+    """The package's own function fails on NumPy's numbers, and leaves a matches.json in the current folder."""
+    if Path(path).is_absolute():
+        Path(path).write_text(json.dumps(content, default=lambda o: o.item() if hasattr(o, "item") else vars(o)))
 
 
 def build_evaluator(cfg: Any, dataset_name: str, output_folder: str | None) -> DatasetEvaluator:

@@ -1,4 +1,4 @@
-"""Detectron2's COCO evaluator on faster-coco-eval, whose figures are pycocotools'."""
+"""Detectron2's COCO evaluator on faster-coco-eval, whose figures are pycocotools'; and instances as its results."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+import torch
 from detectron2.data import MetadataCatalog
 from detectron2.data.datasets.coco import convert_to_coco_dict
 from detectron2.evaluation import COCOEvaluator
+from detectron2.structures import BoxMode, Instances
 from faster_coco_eval import COCO, COCOeval_faster
 from pycocotools import mask as coco_mask
 
 from peft_d2.data.segmentation import run_lengths
 from peft_d2.evaluation.report import write_report
-from peft_d2.evaluation.results import instances_to_results
 
 _FEDERATED = ("neg_category_ids", "not_exhaustive_category_ids")  # LVIS's keys of images that hold category ids
 _CHUNK = 200  # pycocotools 2.0.11 overflows a byte when it measures more than 255 masks at once
@@ -36,14 +37,12 @@ class Evaluation(COCOeval_faster):
 
     def __init__(self, truth: COCO, found: COCO, task: str, **more: Any) -> None:
         super().__init__(truth, found, task, print_function=logger.info, **more)
-        self.masks = task == "segm"
-        if self.masks:
-            self.params.compute_rle = False  # matching takes IoUs and areas, not masks
-            self._rows = [_by_image_and_class(data) for data in (found, truth)]
+        self.params.compute_rle = False  # matching takes IoUs and areas, not masks
+        self._rows = [_by_image_and_class(data) for data in (found, truth)]
 
     def computeIoU(self, imgId: Any, catId: Any) -> Any:
         """IoU of one image's predictions of a class, in the order of their scores, with its annotations."""
-        if not self.masks:
+        if self.params.iouType == "bbox":
             return super().computeIoU(imgId, catId)
         found, truth = (rows.get((imgId, catId), []) for rows in self._rows)
         if not truth or not found:
@@ -139,8 +138,11 @@ class FastCOCOEvaluator(COCOEvaluator):
             super()._eval_predictions(predictions, img_ids=img_ids)
             return
         results = restore_category_ids(results, self._classes or own, subset=self._classes is not None)
-        if self._output_dir:
-            write_results(results, os.path.join(self._output_dir, self.results_file))
+        if self._output_dir:  # as COCO's evaluation server takes them
+            path = os.path.join(self._output_dir, self.results_file)
+            logger.info("Saving results to %s", path)
+            with open(path, "w", encoding="utf-8") as file:
+                json.dump(results, file)
         if not self._do_evaluation:
             logger.info("the json has no annotations: predictions are written, nothing is evaluated.")
             return
@@ -273,14 +275,43 @@ def restore_category_ids(
     return [{**r, "category_id": original[r["category_id"]]} for r in results if r["category_id"] in original]
 
 
-def write_results(results: Sequence[dict[str, Any]], path: str) -> None:
-    """Results as json, where COCO's evaluation server takes them."""
-    logger.info("Saving results to %s", path)
-    with open(path, "w", encoding="utf-8") as file:
-        json.dump(results, file)
-
-
 def mean_precision(precision: np.ndarray) -> float:
     """Mean of a part of COCO's precision array, -1 where it holds nothing."""
     valid = precision[precision > -1]
     return float(valid.mean()) if valid.size else -1.0
+
+
+def encode_masks(masks: Any, chunk: int = 16) -> list[dict[str, Any]]:
+    """Compressed COCO run lengths (counts as str) of (N, H, W) masks, a tensor on any device or what splits as one.
+
+    ``chunk`` masks leave the device at once.
+    """
+    encoded: list[dict[str, Any]] = []
+    for part in masks.split(chunk):
+        # pycocotools reads columns first: a (n, w, h) array in memory is its (h, w, n).
+        columns = part.permute(0, 2, 1).to(torch.uint8).contiguous().cpu().numpy()
+        encoded += coco_mask.encode(np.asfortranarray(columns.transpose(2, 1, 0)))
+    for rle in encoded:
+        rle["counts"] = rle["counts"].decode("ascii")
+    return encoded
+
+
+def instances_to_results(instances: Instances, image_id: Any) -> list[dict[str, Any]]:
+    """COCO results of one image; ``category_id`` is the contiguous class index."""
+    if not len(instances):
+        return []
+    boxes = BoxMode.convert(instances.pred_boxes.tensor.detach().cpu(), BoxMode.XYXY_ABS, BoxMode.XYWH_ABS).tolist()
+    columns: dict[str, Sequence[Any]] = {
+        "category_id": instances.pred_classes.tolist(),
+        "bbox": boxes,
+        "score": instances.scores.tolist(),
+    }
+    if instances.has("pred_masks"):
+        columns["segmentation"] = encode_masks(instances.pred_masks)
+    if instances.has("pred_keypoints"):
+        points = instances.pred_keypoints.detach().cpu().clone()
+        points[..., :2] -= 0.5  # annotations count pixels, predictions measure from the corner
+        columns["keypoints"] = points.flatten(1).tolist()
+    return [
+        {"image_id": image_id, **{key: values[i] for key, values in columns.items()}} for i in range(len(instances))
+    ]

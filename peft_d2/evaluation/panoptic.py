@@ -79,20 +79,17 @@ class PanopticQualityEvaluator(COCOPanopticEvaluator):
 
     def _show(self, record: dict[str, Any], counted: Any, truth: _Segments, found: _Segments) -> None:
         """Keep an image's pictures if it is among the best or the worst so far; one that cannot be read is left out."""
-        iou, true, false, missed = counted
-        weight = true + 0.5 * false + 0.5 * missed
-        quality, name = float(iou / weight) if weight else 1.0, os.path.basename(record["file_name"])
+        value = quality([counted])["PQ"]
+        value, name = 1.0 if np.isnan(value) else value, os.path.basename(record["file_name"])
         html = ""
         for rows, sign in zip(self._shown, (-1, 1), strict=True):
-            if len(rows) == IMAGES and (sign * quality, name) >= rows[-1][:2]:
+            if len(rows) == IMAGES and (sign * value, name) >= rows[-1][:2]:
                 continue
             try:
-                html = html or side_by_side(
-                    read_rgb(record["file_name"]), _masks(*truth), _masks(*found), name, quality
-                )
+                html = html or side_by_side(read_rgb(record["file_name"]), _masks(*truth), _masks(*found), name, value)
             except (OSError, DatasetError, Image.DecompressionBombError):
                 return
-            rows.append((sign * quality, name, html))
+            rows.append((sign * value, name, html))
             rows.sort()
             del rows[IMAGES:]
 

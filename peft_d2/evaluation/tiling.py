@@ -14,8 +14,8 @@ from PIL import Image
 from torch import nn
 
 from peft_d2.data.augmentation import keep_a_pixel
+from peft_d2.data.pictures import enlarge, tile_starts
 from peft_d2.data.segmentation import mask_box
-from peft_d2.data.tiles import enlarge, tile_starts
 
 Box = tuple[int, int, int, int]  # x0, y0, x1, y1 in px of the whole image, ends exclusive
 _LARGE = 2**29  # bytes of masks that are held at once
@@ -118,10 +118,7 @@ class _Object:
     def on(self, box: Box) -> np.ndarray:
         """The mask on another box, empty where it is not known."""
         canvas = np.zeros((box[3] - box[1], box[2] - box[0]), dtype=bool)
-        if _touch(self.box, box):
-            x0, y0, x1, y1 = _shared(self.box, box)
-            mine = self.mask[y0 - self.box[1] : y1 - self.box[1], x0 - self.box[0] : x1 - self.box[0]]
-            canvas[y0 - box[1] : y1 - box[1], x0 - box[0] : x1 - box[0]] = mine
+        canvas[_window(self.box, box)] = self.mask[_window(box, self.box)]
         return canvas
 
     def tight(self) -> _Object | None:
@@ -183,8 +180,7 @@ def _seen(tiles: Sequence[Box], tile: Box) -> np.ndarray:
     """Which part of ``tile`` (or of any box) the tiles cover."""
     canvas = np.zeros((tile[3] - tile[1], tile[2] - tile[0]), dtype=bool)
     for other in tiles:
-        x0, y0, x1, y1 = _shared(other, tile)
-        canvas[max(0, y0 - tile[1]) : max(0, y1 - tile[1]), max(0, x0 - tile[0]) : max(0, x1 - tile[0])] = True
+        canvas[_window(other, tile)] = True
     return canvas
 
 
@@ -192,8 +188,11 @@ def _touch(a: Box, b: Box) -> bool:
     return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
-def _shared(a: Box, b: Box) -> Box:
-    return max(a[0], b[0]), max(a[1], b[1]), min(a[2], b[2]), min(a[3], b[3])
+def _window(part: Box, whole: Box) -> tuple[slice, slice]:
+    """The rows and columns of an array on the box ``whole`` that lie in ``part``, none where the boxes are apart."""
+    left, top = whole[:2]
+    columns = slice(max(part[0] - left, 0), max(min(part[2], whole[2]) - left, 0))
+    return slice(max(part[1] - top, 0), max(min(part[3], whole[3]) - top, 0)), columns
 
 
 def _parts(output: dict[str, Any], tile: Box) -> list[_Object]:

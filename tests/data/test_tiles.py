@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from tile_dataset import tile_coco
 
+from peft_d2.data.pictures import tile_starts
 from peft_d2.data.segmentation import segmentation_to_mask
-from peft_d2.data.tiles import tile_starts
 from peft_d2.data.validation import check_coco
 
 

@@ -20,8 +20,12 @@ from detectron2.structures import Boxes, Instances  # noqa: E402
 
 from peft_d2.data.registration import register_coco  # noqa: E402
 from peft_d2.data.segmentation import segmentation_to_mask  # noqa: E402
-from peft_d2.evaluation.coco import FastCOCOEvaluator, complete, evaluate_coco  # noqa: E402
-from peft_d2.evaluation.results import encode_masks  # noqa: E402
+from peft_d2.evaluation.coco import (  # noqa: E402
+    FastCOCOEvaluator,
+    complete,
+    encode_masks,  # noqa: E402
+    evaluate_coco,
+)
 
 from .worlds import encoded, pycocotools, random_world  # noqa: E402
 

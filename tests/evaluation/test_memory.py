@@ -16,7 +16,7 @@ from detectron2.structures import Boxes, Instances  # noqa: E402
 import peft_d2  # noqa: E402
 from peft_d2.engine.config import load_config  # noqa: E402
 from peft_d2.evaluation.augmented import AugmentedModel  # noqa: E402
-from peft_d2.evaluation.results import instances_to_results  # noqa: E402
+from peft_d2.evaluation.coco import instances_to_results  # noqa: E402
 from peft_d2.memory import SavedTensors  # noqa: E402
 from peft_d2.models.layers import boxes, postprocess  # noqa: E402
 

@@ -15,7 +15,7 @@ from torch import nn  # noqa: E402
 
 from peft_d2.data.config import add_data_config  # noqa: E402
 from peft_d2.evaluation import tiling  # noqa: E402
-from peft_d2.evaluation.results import instances_to_results  # noqa: E402
+from peft_d2.evaluation.coco import instances_to_results  # noqa: E402
 from peft_d2.evaluation.tiling import TiledModel, inference_model  # noqa: E402
 
 

@@ -41,21 +41,19 @@ def read_folder(folder: str | Path, split: str = "train") -> tuple[str, dict[str
         raise FileNotFoundError(f"{folder} is no folder. Give the unpacked folder of an export.")
     for name, reader in READERS.items():
         try:
-            made = reader(folder, split)
-            if made is None:
+            export = reader(folder, split)
+            if export is None:
                 continue
-            data, root = made.to_coco() if isinstance(made, Export) else made
+            data, root = export.to_coco()
         except (KeyError, TypeError, IndexError, AttributeError, yaml.YAMLError, ArithmeticError) as error:
             fault = f"{type(error).__name__}: {_one_line(error)}"
             raise DatasetError(f"{folder}: looks like {name}, but an entry has another form ({fault}).") from error
         if not data["images"]:
             raise DatasetError(f"{folder}: looks like {name}, but has no images for {split!r}.")
-        said = made.format if isinstance(made, Export) else name
         classes = shortened([category["name"] for category in data["categories"]], 10)
         counts = f"{len(data['images'])} images, {len(data.get('annotations', ()))} objects"
-        skipped = made.skipped if isinstance(made, Export) else {}
-        left_out = "".join(f"; left out: {count} x {kind}" for kind, count in skipped.items() if count)
-        return f"{said}: {counts}, {len(data['categories'])} class(es): {classes}{left_out}", data, root
+        left_out = "".join(f"; left out: {count} x {kind}" for kind, count in export.skipped.items() if count)
+        return f"{export.format}: {counts}, {len(data['categories'])} class(es): {classes}{left_out}", data, root
     raise DatasetError(f"{folder}: no data set that is known. Expected one of {', '.join(READERS)} (docs/own-data.md).")
 
 
@@ -115,7 +113,7 @@ def _mapped(data: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
     }
 
 
-def read_coco(folder: Path, split: str) -> tuple[dict[str, Any], Path] | None:
+def read_coco(folder: Path, split: str) -> Export | None:
     """A json of COCO's format, with the images wherever its names lead below the folder."""
     found: dict[Path, Any] = {}
     for path, data in jsons(folder):
@@ -135,11 +133,11 @@ def read_coco(folder: Path, split: str) -> tuple[dict[str, Any], Path] | None:
     paths = {image["id"]: images.find(image["file_name"], chosen[0]) for image in data["images"]}
     root = common_folder(paths.values())
     renamed = [{**image, "file_name": paths[image["id"]].relative_to(root).as_posix()} for image in data["images"]]
-    return {**data, "images": renamed}, root
+    return Export("COCO", coco=({**data, "images": renamed}, root))
 
 
 # The order matters: jsons and XML say what they are, folders of PNGs say least.
-READERS: dict[str, Callable[[Path, str], Any]] = {
+READERS: dict[str, Callable[[Path, str], Export | None]] = {
     "COCO": read_coco,
     "CVAT for images": read_cvat,
     "Label Studio": read_label_studio,

@@ -35,27 +35,26 @@ class CocoJson:
         images.append({"id": image_id, "file_name": file_name, "width": size[0], "height": size[1]})
         return image_id
 
-    def add_polygons(self, image_id: int | str, category_id: int, polygons: Sequence[Sequence[float]]) -> None:
-        """Add an object of flat polygons ``[x0, y0, x1, y1, ...]``; its area is the sum of theirs."""
-        (x0, y0, x1, y1), area = extent(polygons)
-        form = [list(polygon) for polygon in polygons]
-        self._add(image_id, category_id, [x0, y0, x1 - x0, y1 - y0], area, segmentation=form)
+    def add(
+        self, image_id: int | str, category_id: int, *,
+        polygons: Sequence[Sequence[float]] = (), mask: np.ndarray | None = None, box: Sequence[float] = (),
+    ) -> None:  # fmt: skip
+        """Add an object: flat polygons ``[x0, y0, x1, y1, ...]``, an (H, W) mask, or only a box [x, y, width, height].
 
-    def add_mask(self, image_id: int | str, category_id: int, mask: np.ndarray, segmentation: Any = None) -> None:
-        """Add an object of an (H, W) mask, as compressed run lengths unless its ``segmentation`` is given."""
-        form = mask_to_compressed_rle(mask) if segmentation is None else segmentation
-        self._add(image_id, category_id, mask_box(mask), int(mask.sum()), segmentation=form)
-
-    def add_box(self, image_id: int | str, category_id: int, box: Sequence[float]) -> None:
-        """Add an object without a mask; ``box`` is [x, y, width, height]."""
-        self._add(image_id, category_id, list(box), box[2] * box[3])
-
-    def _add(self, image_id: int | str, category_id: int, box: list[float], area: float, **more: Any) -> None:
-        number = len(self.data["annotations"]) + 1
-        self.data["annotations"].append({
-            "id": number, "image_id": image_id, "category_id": category_id, "bbox": box, "area": area, "iscrowd": 0,
-            **more,
-        })  # fmt: skip
+        Of a mask with polygons, these are what is written, else its run lengths.
+        """
+        shape: dict[str, Any] = {"segmentation": [list(polygon) for polygon in polygons]} if polygons else {}
+        if mask is not None:
+            box, area = mask_box(mask), int(mask.sum())
+            shape = shape or {"segmentation": mask_to_compressed_rle(mask)}
+        elif polygons:
+            (x0, y0, x1, y1), area = extent(polygons)
+            box = x0, y0, x1 - x0, y1 - y0
+        else:
+            area = box[2] * box[3]
+        things = self.data["annotations"]
+        entry = {"id": len(things) + 1, "image_id": image_id, "category_id": category_id, "bbox": list(box)}
+        things.append(entry | {"area": area, "iscrowd": 0} | shape)
 
 
 def write_coco(path: str | Path, data: Mapping[str, Any]) -> int:
@@ -83,15 +82,19 @@ class Export:
         images: each image file with its objects.
         classes: in their order; those of no list are ordered by name.
         skipped: kinds of annotations that are no objects with an area, and how many.
+        coco: what is in COCO's format already, and the folder that its file names are relative to.
     """
 
     format: str
     images: dict[Path, list[Thing]] = field(default_factory=dict)
     classes: list[str] = field(default_factory=list)
     skipped: Counter[str] = field(default_factory=Counter)
+    coco: tuple[dict[str, Any], Path] | None = None
 
     def to_coco(self) -> tuple[dict[str, Any], Path]:
         """The set in COCO's format, and the folder that its file names are relative to."""
+        if self.coco is not None:
+            return self.coco
         found = {thing.label for things in self.images.values() for thing in things}
         classes = [*dict.fromkeys(self.classes), *sorted(found - set(self.classes))]
         coco = CocoJson(enumerate(classes, 1))
@@ -100,13 +103,8 @@ class Export:
             image = coco.add_image(path.relative_to(root).as_posix(), image_size(path))
             for thing in things:
                 label = classes.index(thing.label) + 1
-                if thing.mask is not None:
-                    if thing.mask.any():
-                        coco.add_mask(image, label, thing.mask)
-                elif thing.polygons:
-                    coco.add_polygons(image, label, thing.polygons)
-                else:
-                    coco.add_box(image, label, thing.box)
+                if thing.mask is None or thing.mask.any():
+                    coco.add(image, label, polygons=thing.polygons, mask=thing.mask, box=thing.box)
         return coco.data, root
 
 

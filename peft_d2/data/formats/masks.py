@@ -10,6 +10,7 @@ from PIL import Image
 
 from peft_d2.data.formats.export import IMAGE_SUFFIXES, Export, Images, Thing
 from peft_d2.data.images import DatasetError, visible
+from peft_d2.data.segmentation import panoptic_ids
 
 _FOLDERS = ("masks", "mask", "labels", "instances", "annotations")
 _ENDINGS = ("", "_mask", "_masks", "_label", "_labels", "_instance", "_instances", "_gt")
@@ -100,8 +101,7 @@ def _colours(file: Path) -> np.ndarray:
     with Image.open(file) as opened:
         if opened.mode not in ("P", "RGB", "RGBA"):
             return np.asarray(opened).astype(np.int64)
-        image = np.asarray(opened.convert("RGB")).astype(np.int64)
-    return (image[..., 0] << 16) + (image[..., 1] << 8) + image[..., 2]
+        return panoptic_ids(np.asarray(opened.convert("RGB"))[..., ::-1])
 
 
 def _instances(image: np.ndarray) -> Iterator[np.ndarray]:
