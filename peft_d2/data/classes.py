@@ -133,6 +133,7 @@ def _category_names(name: str) -> dict[int, str] | None:
 
 
 def _metadata(name: str) -> dict[str, Any]:
+    """A set's metadata; a DatasetError where its classes are no lists."""
     from detectron2.data import MetadataCatalog
 
     found = dict(MetadataCatalog.get(name).as_dict())

@@ -83,6 +83,7 @@ class BatchOrder:
             epoch += 1
 
     def _epoch(self, epoch: int) -> np.ndarray:
+        """Indices of the records in the order of an epoch, each as often as it comes in it."""
         rng = np.random.default_rng([self.seed, epoch])
         indices = np.arange(len(self.groups))
         if self.repeats is not None:
@@ -241,6 +242,7 @@ def _as_list(batch: list[Any]) -> list[Any]:
 
 
 def _repeats(cfg: Any, records: Sequence[dict[str, Any]]) -> Sequence[float] | None:
+    """How often each record comes in an epoch, by ``DATALOADER.SAMPLER_TRAIN``; None: once."""
     name = cfg.DATALOADER.SAMPLER_TRAIN
     if name not in ("TrainingSampler", "RepeatFactorTrainingSampler"):
         raise DatasetError(

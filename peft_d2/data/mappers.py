@@ -156,6 +156,7 @@ class _Mapper:
         return picture, transforms
 
     def _pad(self, pixels: torch.Tensor, value: float) -> torch.Tensor:
+        """(..., H, W) filled up with ``value`` right and bottom to multiples of ``size_divisibility``."""
         if self.size_divisibility <= 0:
             return pixels
         height, width = pixels.shape[-2:]

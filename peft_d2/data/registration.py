@@ -349,6 +349,7 @@ def load_coco(name: str, json_path: str, image_root: str, outside: bool = False)
 
 
 def _object(annotation: dict[str, Any], contiguous: Mapping[int, int]) -> dict[str, Any]:
+    """An annotation of a record as Detectron2 has it, of one of a json."""
     from detectron2.structures import BoxMode
 
     found: dict[str, Any] = {key: annotation[key] for key in ("iscrowd", "bbox") if key in annotation}

@@ -99,6 +99,7 @@ def polygon_defect(polygons: Sequence[Any], height: int, width: int) -> list[tup
 
 
 def _one_polygon(polygon: Any, height: int, width: int) -> tuple[Level, str] | None:
+    """Level and defect of one polygon, None where there is none."""
     if not isinstance(polygon, (list, tuple)):
         return "error", f"is {polygon!r}, expected a flat list of coordinates"
     if polygon and isinstance(polygon[0], list | tuple | dict):

@@ -79,6 +79,7 @@ class AugmentedModel(nn.Module):
         return [self._one(record) for record in batched_inputs]
 
     def _one(self, record: dict[str, Any]) -> dict[str, Any]:
+        """The result of one image from all its views."""
         height, width = record["image"].shape[1:]
         size = output_size(record, (height, width))
         found: list[_Found] = []
@@ -162,6 +163,7 @@ def group(found: Sequence[_Found], threshold: float) -> list[list[_Found]]:
 
 
 def _instances(groups: Sequence[Sequence[_Found]], views: int, size: tuple[int, ...], masks: bool) -> Instances:
+    """One instance of each group, on an image of ``size`` (H, W)."""
     result = Instances((size[0], size[1]))
     scores = [np.array([m.score for m in members]) for members in groups]
     shares = [s / s.sum() if s.sum() > 0 else np.full(len(s), 1 / len(s)) for s in scores]

@@ -54,6 +54,7 @@ class Evaluation(COCOeval_faster):
 
 
 def _by_image_and_class(data: COCO) -> dict[tuple[Any, Any], list[dict[str, Any]]]:
+    """Annotations by image and category id, in the order in which matching takes them."""
     rows: dict[tuple[Any, Any], list[dict[str, Any]]] = defaultdict(list)
     for image in sorted(data.imgToAnns):
         for row in data.imgToAnns[image]:
@@ -126,6 +127,7 @@ class FastCOCOEvaluator(COCOEvaluator):
                 self._predictions.append(prediction)
 
     def _eval_predictions(self, predictions: Sequence[dict[str, Any]], img_ids: Any = None) -> None:
+        """Figures of all processes' predictions; Detectron2 calls it on the main process."""
         results = list(itertools.chain.from_iterable(p["instances"] for p in predictions))
         tasks = self._tasks or self._tasks_from_predictions(results)
         own = self._metadata.get("thing_dataset_id_to_contiguous_id")

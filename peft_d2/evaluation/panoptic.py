@@ -111,6 +111,7 @@ class PanopticQualityEvaluator(COCOPanopticEvaluator):
         return OrderedDict(panoptic_seg=figures)
 
     def _report(self, figures: Mapping[str, float], total: Mapping[int, Any], gathered: Sequence[Any]) -> None:
+        """Write the page, of the best and worst images of all processes."""
         classes = []
         for category, thing in self._is_thing.items():
             row = [100 * value for value in quality([total[category]]).values()]

@@ -137,33 +137,28 @@ def judge_images(evaluation: COCOeval_faster, thresholds: Mapping[Any, float]) -
     """Panoptic quality of each image's predictions above the thresholds; 1 where there is nothing and nothing found."""
     judged = []
     for image in evaluation.params.imgIds:
-        shown, quality, weight = [], 0.0, 0.0
-        truths = [row for row in evaluation.cocoGt.imgToAnns[image] if not row.get("iscrowd", 0)]
+        truths = evaluation.cocoGt.imgToAnns[image]
         found = [r for r in evaluation.cocoDt.imgToAnns[image] if r["score"] >= thresholds.get(r["category_id"], 0)]
-        for category in {row["category_id"] for row in [*truths, *found]}:
-            mine = sorted((r for r in found if r["category_id"] == category), key=lambda r: -r["score"])
-            matched = _matched_ious(evaluation.ious.get((image, category), []), image, category, len(mine), evaluation)
-            shown += [row["id"] for row in mine]
-            quality += sum(matched)
-            count = sum(row["category_id"] == category for row in truths)
-            weight += 0.5 * (count + len(mine))
-        judged.append(_Judged(image, quality / weight if weight else 1.0, shown))
+        total = 0.0
+        for category in {row["category_id"] for row in found}:
+            count = sum(row["category_id"] == category for row in found)
+            free = [not row.get("iscrowd", 0) for row in truths if row["category_id"] == category]
+            if free:  # IoUs are of predictions in the order of their scores
+                total += _matched_iou(np.asarray(evaluation.ious[image, category])[:count], free)
+        weight = 0.5 * (len(found) + sum(not row.get("iscrowd", 0) for row in truths))
+        judged.append(_Judged(image, total / weight if weight else 1.0, [row["id"] for row in found]))
     return judged
 
 
-def _matched_ious(ious: Any, image: Any, category: Any, count: int, evaluation: COCOeval_faster) -> list[float]:
-    """IoUs of the first ``count`` predictions with the objects that they hit."""
-    if not len(ious) or not count:
-        return []
-    rows = [row for row in evaluation.cocoGt.imgToAnns[image] if row["category_id"] == category]
-    free = [not row.get("iscrowd", 0) for row in rows]
-    matched = []
-    for row in np.asarray(ious)[:count]:
+def _matched_iou(ious: np.ndarray, free: list[bool]) -> float:
+    """Sum of the IoUs of predictions with the objects that they hit, of those that are ``free`` the best."""
+    total = 0.0
+    for row in ious:
         best = int(np.where(free, row, -1).argmax())
         if free[best] and row[best] >= 0.5:
             free[best] = False
-            matched.append(float(row[best]))
-    return matched
+            total += float(row[best])
+    return total
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -173,6 +168,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _classes(evaluation: COCOeval_faster, thresholds: Mapping[Any, float]) -> str:
+    """HTML of the table of classes."""
     precision = evaluation.eval["precision"][..., 0, -1]  # (IoU, recall, class)
     objects = [row["category_id"] for row in evaluation.cocoGt.anns.values()]
     rows = []
@@ -196,6 +192,7 @@ def _number(value: float | None) -> str:
 
 
 def _curves(evaluation: COCOeval_faster) -> str:
+    """HTML of each class's precision over recall, at three IoUs."""
     recall, drawn = np.asarray(evaluation.params.recThrs), []
     for k, category in list(enumerate(evaluation.params.catIds))[:_CURVES]:
         lines = ""
@@ -266,6 +263,7 @@ def side_by_side(pixels: np.ndarray, truth: Drawn, found: Drawn, name: str, qual
 
 
 def _mask(row: Mapping[str, Any], height: int, width: int) -> np.ndarray:
+    """(H, W) mask of an annotation or a prediction; its box, filled, where it has none."""
     if row.get("segmentation"):
         return segmentation_to_mask(row["segmentation"], height, width)
     mask = np.zeros((height, width), dtype=bool)

@@ -73,6 +73,7 @@ class TiledModel(nn.Module):
         return [{"instances": self._whole(record)} for record in batched_inputs]
 
     def _whole(self, record: dict[str, Any]) -> Instances:
+        """Predictions on a whole image, of all its tiles."""
         image = record["image"].permute(1, 2, 0).to(torch.uint8).cpu().numpy()
         height, width = image.shape[:2]
         if (height, width) != (record.get("height", height), record.get("width", width)):
@@ -96,6 +97,7 @@ class TiledModel(nn.Module):
         return _instances(merged, height, width)
 
     def _input(self, image: np.ndarray, box: Box) -> dict[str, Any]:
+        """A tile of an image (H, W, C) as the model takes it: enlarged, then resized as test images are."""
         x0, y0, x1, y1 = box
         cut = np.ascontiguousarray(image[y0:y1, x0:x1])
         tile = np.asarray(enlarge(Image.fromarray(cut.squeeze(-1) if cut.shape[-1] == 1 else cut), self.scale))
@@ -196,6 +198,7 @@ def _window(part: Box, whole: Box) -> tuple[slice, slice]:
 
 
 def _parts(output: dict[str, Any], tile: Box) -> list[_Object]:
+    """What was found in a tile, as objects of the whole image."""
     if "instances" not in output:
         raise ValueError("TEST.TILES merges instances, but the model puts out none. Set TEST.TILES.ENABLED False.")
     instances = output["instances"]

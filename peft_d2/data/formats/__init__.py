@@ -103,6 +103,7 @@ def map_classes(names: Mapping[str, str], *sets: dict[str, Any]) -> list[dict[st
 
 
 def _mapped(data: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """One set with its classes renamed, numbered anew from 1 in their order."""
     renamed = {category["id"]: names.get(category["name"], category["name"]) for category in data["categories"]}
     ids = {name: number for number, name in enumerate(dict.fromkeys(filter(None, renamed.values())), 1)}
     kept = [a for a in data.get("annotations", ()) if renamed[a["category_id"]]]

@@ -139,6 +139,7 @@ class Images:
         return self._single(self._by_stem.get(parts[-1], []), parts, name, named_by)
 
     def _single(self, found: list[Path], parts: list[str], name: str, named_by: Path) -> Path:
+        """The one of ``found`` whose folders are most like those that the annotation gives, or that lies beside it."""
         for count in range(len(parts), 1, -1):  # the longest end of the path that fits
             ending = [path for path in found if path.with_suffix("").parts[-count:-1] == tuple(parts[-count:-1])]
             if len(ending) == 1:
@@ -180,6 +181,7 @@ def grouped(things: Iterable[tuple[Any, Thing | None]], size: tuple[int, int]) -
 
 
 def _joined(parts: Sequence[Thing], size: tuple[int, int]) -> Thing:
+    """One object of several parts: polygons, or a mask where one of them is a mask."""
     if len(parts) == 1:
         return parts[0]
     polygons = [polygon for part in parts for polygon in part.polygons]

@@ -51,6 +51,7 @@ def read_cvat(folder: Path, split: str) -> Export | None:
 
 
 def _cvat_thing(shape: Any, size: tuple[int, int], export: Export) -> Thing | None:
+    """The object of an XML element, None for one without an area, which is counted in ``export.skipped``."""
     label, turn = shape.get("label", ""), float(shape.get("rotation", 0))
 
     def numbers(*names: str) -> list[float]:
@@ -92,6 +93,7 @@ def read_label_studio(folder: Path, split: str) -> Export | None:
 
 
 def _label_studio_things(region: Mapping[str, Any], path: Path, export: Export) -> Iterator[Thing]:
+    """The object of a region of an image, if it has an area; others are counted in ``export.skipped``."""
     value = region.get("value", region)
     kind = next((key for key in value if key.endswith("labels")), "")
     if kind not in _LABEL_STUDIO or not value[kind]:
@@ -169,6 +171,7 @@ def read_labelme(folder: Path, split: str) -> Export | None:
 
 
 def _labelme_thing(shape: Mapping[str, Any], size: tuple[int, int], export: Export) -> Thing | None:
+    """The object of a shape, None for one without an area, which is counted in ``export.skipped``."""
     label, kind, points = str(shape["label"]), shape.get("shape_type") or "polygon", shape["points"]
     if kind == "polygon":
         return Thing(label, [[float(v) for point in points for v in point]])
@@ -218,6 +221,7 @@ def _yolo_config(folder: Path) -> tuple[dict[str, Any], Path]:
 
 
 def _yolo_thing(where: str, row: Sequence[str], names: Mapping[int, Any], width: int, height: int) -> Thing:
+    """The object of a line: a class number, and points or a box in shares of the image's size."""
     try:
         number, values = int(row[0]), [float(value) for value in row[1:]]
     except ValueError as error:
@@ -247,6 +251,7 @@ def _yolo_images(config: Mapping[str, Any], split: str, folder: Path) -> list[Pa
 
 
 def _yolo_text(image: Path, folder: Path) -> Path | None:
+    """The text file of an image: below ``labels`` in place of ``images``, beside it, or in ``folder/labels``."""
     swapped, parts = image, image.parts
     if "images" in parts:
         last = len(parts) - 1 - parts[::-1].index("images")
