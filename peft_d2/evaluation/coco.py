@@ -17,7 +17,8 @@ import torch
 from detectron2.data import MetadataCatalog
 from detectron2.data.datasets.coco import convert_to_coco_dict
 from detectron2.evaluation import COCOEvaluator
-from detectron2.structures import BoxMode, Instances
+from detectron2.evaluation.coco_evaluation import instances_to_coco_json
+from detectron2.structures import Instances
 from faster_coco_eval import COCO, COCOeval_faster
 from pycocotools import mask as coco_mask
 
@@ -299,21 +300,13 @@ def encode_masks(masks: Any, chunk: int = 16) -> list[dict[str, Any]]:
 
 
 def instances_to_results(instances: Instances, image_id: Any) -> list[dict[str, Any]]:
-    """COCO results of one image; ``category_id`` is the contiguous class index."""
-    if not len(instances):
-        return []
-    boxes = BoxMode.convert(instances.pred_boxes.tensor.detach().cpu(), BoxMode.XYXY_ABS, BoxMode.XYWH_ABS).tolist()
-    columns: dict[str, Sequence[Any]] = {
-        "category_id": instances.pred_classes.tolist(),
-        "bbox": boxes,
-        "score": instances.scores.tolist(),
-    }
-    if instances.has("pred_masks"):
-        columns["segmentation"] = encode_masks(instances.pred_masks)
-    if instances.has("pred_keypoints"):
-        points = instances.pred_keypoints.detach().cpu().clone()
-        points[..., :2] -= 0.5  # annotations count pixels, predictions measure from the corner
-        columns["keypoints"] = points.flatten(1).tolist()
-    return [
-        {"image_id": image_id, **{key: values[i] for key, values in columns.items()}} for i in range(len(instances))
-    ]
+    """COCO results of one image, as Detectron2's; ``category_id`` is the contiguous class index."""
+    fields = {name: value for name, value in instances.get_fields().items() if name != "pred_masks"}
+    small = Instances(instances.image_size, **fields).to("cpu")
+    if small.has("pred_keypoints"):  # which are moved by half a pixel in place
+        small.pred_keypoints = small.pred_keypoints.clone()
+    results = instances_to_coco_json(small, image_id)
+    if results and instances.has("pred_masks"):
+        for result, mask in zip(results, encode_masks(instances.pred_masks), strict=True):
+            result["segmentation"] = mask
+    return results
