@@ -5,9 +5,6 @@ their authors publish them. A name is registered when a config first uses it: ``
 classes, and the tool that prepares what is not published (``tools/prepare_*.py``). COCO, LVIS, Cityscapes
 (``tools/prepare_cityscapes.py``), Pascal VOC and ``ade20k_sem_seg_{train,val}`` are registered by Detectron2. Names
 that Mask2Former's package has as well mean the same there, and stay as they are if it came first.
-
-What could not be verified: WIXray's class names, so they are read from its json (the paper gives their number, 12); and
-which images of NDD20 the papers tested on, so the split is one of this project, see ``tools/prepare_ndd20.py``.
 """
 
 from __future__ import annotations
