@@ -44,6 +44,7 @@ class CocoJson:
         Of a mask with polygons, these are what is written, else its run lengths.
         """
         shape: dict[str, Any] = {"segmentation": [list(polygon) for polygon in polygons]} if polygons else {}
+        area: float
         if mask is not None:
             box, area = mask_box(mask), int(mask.sum())
             shape = shape or {"segmentation": mask_to_compressed_rle(mask)}
