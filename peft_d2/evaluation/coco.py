@@ -142,9 +142,9 @@ class FastCOCOEvaluator(COCOEvaluator):
             return
         results = restore_category_ids(results, self._classes or own, subset=self._classes is not None)
         if self._output_dir:  # as COCO's evaluation server takes them
-            path = os.path.join(self._output_dir, self.results_file)
-            logger.info("Saving results to %s", path)
-            with open(path, "w", encoding="utf-8") as file:
+            target = os.path.join(self._output_dir, self.results_file)
+            logger.info("Saving results to %s", target)
+            with open(target, "w", encoding="utf-8") as file:
                 json.dump(results, file)
         if not self._do_evaluation:
             logger.info("the json has no annotations: predictions are written, nothing is evaluated.")

@@ -61,8 +61,8 @@ def _coco(folder, entry, classes):
         {"id": i, "image_id": 1, "category_id": i, "bbox": [5, 5, 25, 25], "area": 312.5, "iscrowd": 0,
          "segmentation": [polygon]} for i in range(1, len(classes) + 1)
     ]  # fmt: skip
-    published.write(folder / entry.json, data)
-    published.save(published.picture(0), folder / entry.images / "a.png")
+    published.write(folder / entry.paths["json_file"], data)
+    published.save(published.picture(0), folder / entry.paths["image_root"] / "a.png")
 
 
 def test_a_config_registers_what_it_names_and_nothing_else():
