@@ -7,7 +7,6 @@ import json
 import logging
 import os
 import tempfile
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -28,39 +27,6 @@ from peft_d2.evaluation.report import write_report
 _FEDERATED = ("neg_category_ids", "not_exhaustive_category_ids")  # LVIS's keys of images that hold category ids
 _CHUNK = 200  # pycocotools 2.0.11 overflows a byte when it measures more than 255 masks at once
 logger = logging.getLogger(__name__)
-
-
-class Evaluation(COCOeval_faster):
-    """COCO's or LVIS's evaluation of one task, "bbox" or "segm".
-
-    IoUs of masks come straight from their run lengths, which faster-coco-eval would decode and encode before.
-    """
-
-    def __init__(self, truth: COCO, found: COCO, task: str, **more: Any) -> None:
-        super().__init__(truth, found, task, print_function=logger.info, **more)
-        self.params.compute_rle = False  # matching takes IoUs and areas, not masks
-        self._rows = [_by_image_and_class(data) for data in (found, truth)]
-
-    def computeIoU(self, imgId: Any, catId: Any) -> Any:
-        """IoU of one image's predictions of a class, in the order of their scores, with its annotations."""
-        if self.params.iouType == "bbox":
-            return super().computeIoU(imgId, catId)
-        found, truth = (rows.get((imgId, catId), []) for rows in self._rows)
-        if not truth or not found:
-            return []
-        found = sorted(found, key=lambda row: -row["score"])[: self.params.maxDets[-1]]
-        size = self.cocoGt.imgs[imgId]["height"], self.cocoGt.imgs[imgId]["width"]
-        masks = [[run_lengths(row["segmentation"], *size) for row in rows] for rows in (found, truth)]
-        return coco_mask.iou(*masks, [int(row.get("iscrowd", 0)) for row in truth])
-
-
-def _by_image_and_class(data: COCO) -> dict[tuple[Any, Any], list[dict[str, Any]]]:
-    """Annotations by image and category id, in the order in which matching takes them."""
-    rows: dict[tuple[Any, Any], list[dict[str, Any]]] = defaultdict(list)
-    for image in sorted(data.imgToAnns):
-        for row in data.imgToAnns[image]:
-            rows[image, row["category_id"]].append(row)
-    return rows
 
 
 @contextmanager
@@ -149,7 +115,7 @@ class FastCOCOEvaluator(COCOEvaluator):
         if not self._do_evaluation:
             logger.info("the json has no annotations: predictions are written, nothing is evaluated.")
             return
-        evaluations: dict[str, Evaluation] = {}
+        evaluations: dict[str, COCOeval_faster] = {}
         for task in sorted(tasks):
             if results:
                 evaluations[task] = self._evaluated(results, task, img_ids)
@@ -160,24 +126,27 @@ class FastCOCOEvaluator(COCOEvaluator):
             path = write_report(self._output_dir, self._metadata.name, root, evaluations, figures, self._outside)
             logger.info("Report with curves and pictures: %s", path)
 
-    def _evaluated(self, results: Sequence[dict[str, Any]], task: str, img_ids: Sequence[Any] | None) -> Evaluation:
+    def _evaluated(
+        self, results: Sequence[dict[str, Any]], task: str, img_ids: Sequence[Any] | None
+    ) -> COCOeval_faster:
         max_dets = sorted({1, 10, self._max_detections})
         return evaluate_coco(self._coco_api.dataset, results, task, img_ids, max_dets)
 
-    def _figures(self, evaluation: Evaluation | None, task: str) -> dict[str, float]:
+    def _figures(self, evaluation: COCOeval_faster | None, task: str) -> dict[str, float]:
         return self._derive_coco_results(evaluation, task, class_names=self._metadata.get("thing_classes"))
 
 
 def evaluate_coco(
     dataset: dict[str, Any], results: Sequence[dict[str, Any]], task: str, img_ids: Sequence[Any] | None = None,
     max_dets: Sequence[int] = (1, 10, 100),
-) -> Evaluation:  # fmt: skip
+) -> COCOeval_faster:  # fmt: skip
     """COCO's evaluation of results in the data set's own category ids; ``task`` is "bbox" or "segm".
 
     Sizes (small, medium, large) go by the mask's area for "segm", by the box's for "bbox". Ids may be anything.
     """
     dataset, results, images = renumbered(dataset, results)
-    evaluation = Evaluation(COCO(dataset), predictions(dataset, results, task), task)
+    found = predictions(dataset, results, task)
+    evaluation = COCOeval_faster(COCO(dataset), found, task, print_function=logger.info)
     if img_ids is not None:
         evaluation.params.imgIds = [images[i] for i in img_ids]
     evaluation.params.maxDets = list(max_dets)

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 from detectron2.utils.logger import create_small_table
-from faster_coco_eval import COCO
+from faster_coco_eval import COCO, COCOeval_faster
 
-from peft_d2.evaluation.coco import Evaluation, FastCOCOEvaluator, mean_precision, predictions, renumbered
+from peft_d2.evaluation.coco import FastCOCOEvaluator, mean_precision, predictions, renumbered
 
 _MAX_DETECTIONS = 300  # of an image, over all classes
 logger = logging.getLogger(__name__)
@@ -22,16 +22,18 @@ class FastLVISEvaluator(FastCOCOEvaluator):
 
     results_file = "lvis_instances_results.json"
 
-    def _evaluated(self, results: Sequence[dict[str, Any]], task: str, img_ids: Sequence[Any] | None) -> Evaluation:
+    def _evaluated(
+        self, results: Sequence[dict[str, Any]], task: str, img_ids: Sequence[Any] | None
+    ) -> COCOeval_faster:
         return lvis_evaluation(self._coco_api.dataset, results, task)
 
-    def _figures(self, evaluation: Evaluation | None, task: str) -> dict[str, float]:
+    def _figures(self, evaluation: COCOeval_faster | None, task: str) -> dict[str, float]:
         found = figures(evaluation)
         logger.info("Evaluation results for %s: \n%s", task, create_small_table(found))
         return found
 
 
-def lvis_evaluation(dataset: dict[str, Any], results: Sequence[dict[str, Any]], task: str) -> Evaluation:
+def lvis_evaluation(dataset: dict[str, Any], results: Sequence[dict[str, Any]], task: str) -> COCOeval_faster:
     """Evaluate at least one result.
 
     Args:
@@ -48,14 +50,15 @@ def lvis_evaluation(dataset: dict[str, Any], results: Sequence[dict[str, Any]], 
         by_image[result["image_id"]].append(result)
     best = [result for image in by_image.values() for result in image[:_MAX_DETECTIONS]]
     truth = COCO({**dataset, "annotations": [a for a in dataset["annotations"] if a["area"] > 0]})
-    evaluation = Evaluation(truth, predictions(dataset, best, task, keep_empty=False), task, lvis_style=True)
+    found = predictions(dataset, best, task, keep_empty=False)
+    evaluation = COCOeval_faster(truth, found, task, print_function=logger.info, lvis_style=True)
     evaluation.params.maxDets = [_MAX_DETECTIONS]
     evaluation.evaluate()
     evaluation.accumulate()
     return evaluation
 
 
-def figures(evaluation: Evaluation | None) -> dict[str, float]:
+def figures(evaluation: COCOeval_faster | None) -> dict[str, float]:
     """AP, AP50, AP75, APs, APm, APl, APr, APc, APf in per cent; -100 where there is nothing to measure, as LVIS has it.
 
     Without predictions there is no evaluation, and all are nan.
