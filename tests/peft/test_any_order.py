@@ -217,4 +217,6 @@ def test_calls_in_any_order(toy: nn.Module, images: Tensor, tmp_path: Path) -> N
     def start() -> AnyOrder:
         return AnyOrder(toy, images, Path(tempfile.mkdtemp(dir=tmp_path)))
 
-    run_state_machine_as_test(start, settings=settings(max_examples=40, stateful_step_count=20, deadline=None, derandomize=True))
+    run_state_machine_as_test(
+        start, settings=settings(max_examples=40, stateful_step_count=20, deadline=None, derandomize=True)
+    )
