@@ -20,8 +20,9 @@ from peft_d2 import peft
 from peft_d2.peft.adapted import walk
 from peft_d2.peft.errors import shortened
 from peft_d2.peft.state import injected, low_ranks, tensor_hash
-from peft_d2.storage import CheckpointError, LoadReport, adapter_file, atomic, checkpoint, hub, huggingface
-from peft_d2.storage.adapter_file import RECORD, AdapterFile, AdapterFileError, Fingerprint, difference, fingerprint
+from peft_d2.storage import CheckpointError, LoadReport, adapter_file, checkpoint, disk, huggingface
+from peft_d2.storage.adapter_file import RECORD, AdapterFile, AdapterFileError
+from peft_d2.storage.disk import Fingerprint, difference, fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -213,14 +214,14 @@ def load_adapter(
     if said := peft.without_values(model):
         remedy = "give it its base's weights first: model.to_empty(device=...), then peft_d2.load_base(model, path)"
         raise AdapterFileError(folder, said, remedy)
-    folder, pinned = hub.resolved(folder)
+    folder, pinned = adapter_file.resolved(folder)
     is_theirs = not os.path.lexists(os.path.join(folder, RECORD)) and huggingface.is_huggingface(folder)
     if is_theirs:
         with _base_of(model):
             content = huggingface.read(folder, model)
     else:
         content = adapter_file.read(folder)
-    if defect := adapter_file.not_finite(content.tensors, dict(model.named_buffers(remove_duplicate=False)).keys()):
+    if defect := disk.not_finite(content.tensors, dict(model.named_buffers(remove_duplicate=False)).keys()):
         remedy = "use an earlier checkpoint: this one comes from a training that diverged, or is damaged"
         raise AdapterFileError(folder, f"it holds {defect}", remedy)
     if content.base is not None:
@@ -318,7 +319,7 @@ def save_merged(model: nn.Module, path: str | os.PathLike[str]) -> None:
         modules = {name for name, *_ in walk(model)}
         # Versions of adapter layers are no part of a base.
         state._metadata = {name: entry for name, entry in state._metadata.items() if name in modules}
-        with atomic.file(path) as temporary:
+        with disk.file(path) as temporary:
             torch.save({"model": state, "__author__": "peft_d2"}, temporary)
     except BaseException:
         if not was_merged:

@@ -37,7 +37,7 @@ from peft_d2.engine.launch import prepare_config, take_pairs
 from peft_d2.memory import MemoryBudgetError, MemoryPlan, SavedTensors, fit_memory
 from peft_d2.memory.blocks import resident_bytes, return_freed_memory
 from peft_d2.memory.meter import ProcessPeak
-from peft_d2.storage import atomic
+from peft_d2.storage import disk
 
 _PICTURES = (".png", ".pdf", ".svg", ".jpg")
 FULL = "full fine-tuning"
@@ -176,7 +176,7 @@ def write_json(path: str | Path, args: argparse.Namespace, figures: Sequence[Fig
     about |= {"torch": torch.__version__, "machine": platform.processor() or platform.machine()}
     about |= {"threads": torch.get_num_threads(), "clock": args.clock, "opts": args.opts, "operator": operator}
     content = json.dumps({"run": about, "cases": [asdict(f) for f in figures]}, indent=1) + "\n"
-    atomic.write_bytes(path, content.encode())
+    disk.write_bytes(path, content.encode())
 
 
 def table(figures: Sequence[Figures]) -> str:

@@ -29,7 +29,7 @@ from peft_d2.engine.checks import build_model
 from peft_d2.engine.config import PEFT_ARCHITECTURE
 from peft_d2.engine.errors import ConfigError, bounded, one_line_errors
 from peft_d2.engine.launch import config_parser, prepare_config, take_pairs, warn_of_untrained
-from peft_d2.storage import atomic, hub
+from peft_d2.storage import adapter_file, disk
 
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif"}
 _SHORT_SIDE = 480
@@ -107,7 +107,7 @@ def picture(args: argparse.Namespace) -> list[Path]:
                     file = targets[path].with_suffix(suffix)
                     name = os.path.relpath(path.resolve(), file.parent.resolve())
                     content = write(found.labelled(objects, holes, args.simplify), name, image.shape[:2])
-                    atomic.write_bytes(file, json.dumps(content).encode())
+                    disk.write_bytes(file, json.dumps(content).encode())
             if not on_terminal():
                 print(f"{path}: {count} instances -> {targets[path]}", flush=True)
     finally:  # an image that fails, or Ctrl-C, costs nothing of those before it
@@ -132,7 +132,7 @@ class Predictions:
         rows = [{key: row[key] for key in kept if key in row} for row in self.content["annotations"]]
         for file, content in ((json_file, self.content), (results_file, rows)):
             if file:
-                atomic.write_bytes(file, json.dumps(content).encode())
+                disk.write_bytes(file, json.dumps(content).encode())
 
     def add(self, name: Path, image: np.ndarray, prediction: dict[str, Any], threshold: float) -> list[dict[str, Any]]:
         """Take up one image's instances from ``threshold`` on; a box's mask, which has no class, is of category 0.
@@ -313,7 +313,7 @@ def read_adapters(arguments: list[str]) -> dict[str, Path]:
     folders: dict[str, Path] = {}
     for argument in arguments:
         name, _, given = argument.partition("=")
-        folder = Path(hub.resolved(given)[0])
+        folder = Path(adapter_file.resolved(given)[0])
         if not name or not given or name in folders or not folder.is_dir():
             raise ConfigError(
                 f"--adapters {argument}: expected NAME=DIR, an adapter's folder (or user/name@revision on the hub) "

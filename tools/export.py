@@ -34,7 +34,7 @@ from peft_d2.models.sam.model import SegmentAnything
 from peft_d2.models.sam.prompt_encoder import NOT_A_POINT
 from peft_d2.models.sam2.model import SAM2
 from peft_d2.peft.state import get_injection, injected_tensors, layer_tensors
-from peft_d2.storage import adapter_config, atomic
+from peft_d2.storage import adapter_file, disk
 
 # 18 is the lowest that torch's exporter writes itself: antialiased Resize, and LayerNormalization (17) as one node.
 OPSET = 18
@@ -174,7 +174,7 @@ def export(
         shapes: tuple[Any, ...] = (open_axes, tuple(None for _ in adapter))
     else:
         arguments, shapes = examples, open_axes
-    with torch.no_grad(), atomic.file(path) as temporary:
+    with torch.no_grad(), disk.file(path) as temporary:
         if kind == "torchscript":
             torch.jit.trace(graph, arguments, check_trace=False).save(str(temporary))
             return
@@ -205,7 +205,7 @@ def adapter_inputs(model: nn.Module, prefix: str) -> tuple[dict[str, Tensor], di
     own = {**injected_tensors(injection, injection.active)}
     own |= {name: injection.full[name].get() for name in injection.current.values}
     tensors = {prefix + layers.get(id(value), name): value for name, value in own.items()}
-    keys = dict(zip((input_name(name) for name in tensors), adapter_config.to_file(own), strict=True))
+    keys = dict(zip((input_name(name) for name in tensors), adapter_file.to_file(own), strict=True))
     return tensors, keys
 
 
@@ -250,7 +250,7 @@ def write(model: nn.Module, cfg: Any, path: Path, kind: str, size: tuple[int, in
             f"MODEL: {type(model).__name__} is none of Mask2Former, Mask DINO, SEEM, EoMT and Segment Anything 1 and 2."
         )
     record["graphs"] = [file.name for file in files]
-    atomic.write_bytes(f"{path}.json", json.dumps(record, indent=1).encode())
+    disk.write_bytes(f"{path}.json", json.dumps(record, indent=1).encode())
     return [*files, Path(f"{path}.json")]
 
 

@@ -29,7 +29,7 @@ from PIL import Image
 from peft_d2.data.images import image_size
 from peft_d2.data.registration import ade20k_instance_categories, panoptic_categories
 from peft_d2.data.segmentation import mask_box
-from peft_d2.storage import atomic
+from peft_d2.storage import disk
 
 _ADE20K_SPLITS = {"train": "training", "val": "validation"}
 _IMAGES = ("*.png",)  # what a converted folder consists of, and may therefore be replaced with
@@ -56,7 +56,7 @@ def convert_ade20k(source: str | Path, workers: int = 1) -> dict[str, int]:
         if not images:
             raise FileNotFoundError(f"{source / 'images' / long}: expected *.jpg files, found none.")
         labels = require_folder(source / "annotations" / long, "the semantic labels of ADE20K")
-        with atomic.folder(source / "annotations_detectron2" / long, _IMAGES) as folder:
+        with disk.folder(source / "annotations_detectron2" / long, _IMAGES) as folder:
             in_parallel(partial(_shift_labels, labels, folder), [image.stem for image in images], workers)
         counts[str(source / "annotations_detectron2" / long)] = len(images)
         if (source / "annotations_instance").is_dir():
@@ -109,7 +109,7 @@ def _ade20k_panoptic(
     categories = panoptic_categories(name)
     stuff = [category["id"] for category in categories if not category["isthing"]]
     things = [number for number, _ in ade20k_instance_categories()]
-    with atomic.folder(source / name, _IMAGES) as folder:
+    with disk.folder(source / name, _IMAGES) as folder:
         work = partial(_panoptic_image, labels, instances, folder, stuff, things)
         segments = in_parallel(work, images, workers)
     data: dict[str, Any] = {"images": [], "annotations": [], "categories": categories}
@@ -118,7 +118,7 @@ def _ade20k_panoptic(
         data["images"].append({"id": image.stem, "file_name": image.name, "width": width, "height": height})
         entry = {"image_id": image.stem, "file_name": f"{image.stem}.png", "segments_info": found}
         data["annotations"].append(entry)
-    atomic.write_bytes(source / f"{name}.json", json.dumps(data).encode())
+    disk.write_bytes(source / f"{name}.json", json.dumps(data).encode())
     return {str(source / f"{name}.json"): len(images)}
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from converting import converter_main, in_parallel, require_folder
 
 from peft_d2.compat import require_cityscapes
-from peft_d2.storage import atomic
+from peft_d2.storage import disk
 
 
 def convert_cityscapes(source: str | Path, workers: int = 1) -> dict[str, int]:
@@ -44,10 +44,10 @@ def convert_cityscapes(source: str | Path, workers: int = 1) -> dict[str, int]:
         name = f"cityscapes_panoptic_{split}"
         with tempfile.TemporaryDirectory(dir=truth, prefix=".panoptic-") as work:
             panoptic.convert2panoptic(str(truth), work, False, [split])
-            with atomic.folder(truth / name, ("*.png",)) as images:
+            with disk.folder(truth / name, ("*.png",)) as images:
                 for path in Path(work, name).iterdir():
                     os.replace(path, images / path.name)
-            with atomic.file(truth / f"{name}.json") as annotations:
+            with disk.file(truth / f"{name}.json") as annotations:
                 os.replace(Path(work, f"{name}.json"), annotations)
         counts[str(truth / f"{name}.json")] = len(list((truth / name).glob("*.png")))
     return counts
@@ -57,7 +57,7 @@ def _train_ids(polygons: Path) -> None:
     drawing = importlib.import_module("cityscapesscripts.preparation.json2labelImg")
     annotation = drawing.Annotation()
     annotation.fromJsonFile(str(polygons))
-    with atomic.file(str(polygons).replace("_polygons.json", "_labelTrainIds.png")) as temporary:
+    with disk.file(str(polygons).replace("_polygons.json", "_labelTrainIds.png")) as temporary:
         drawing.createLabelImage(annotation, "trainIds").save(temporary, format="PNG")
 
 

@@ -16,7 +16,7 @@ from converting import converter_main, in_parallel, read_label_image, require_fo
 from PIL import Image
 
 from peft_d2.data.registration import panoptic_categories, read_json
-from peft_d2.storage import atomic
+from peft_d2.storage import disk
 
 _UNLABELLED = 255
 
@@ -39,7 +39,7 @@ def convert_coco_panoptic(source: str | Path, workers: int = 1) -> dict[str, int
             continue
         images = require_folder(source / f"panoptic_{split}2017", f"the images of {path.name}, unpacked")
         annotations = read_json(path)["annotations"]
-        with atomic.folder(source / f"panoptic_semseg_{split}2017", ("*.png",)) as folder:
+        with disk.folder(source / f"panoptic_semseg_{split}2017", ("*.png",)) as folder:
             in_parallel(partial(_panoptic_classes, images, folder, places), annotations, workers)
         counts[str(source / f"panoptic_semseg_{split}2017")] = len(annotations)
     if not counts:

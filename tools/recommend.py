@@ -11,7 +11,7 @@ import argparse
 
 from peft_d2.engine.errors import ConfigError, bounded, one_line_errors, require_output
 from peft_d2.engine.launch import prepare_config, take_pairs
-from peft_d2.storage import atomic
+from peft_d2.storage import disk
 
 BYTES = 16  # of a trained parameter: itself, its gradient and two moments, in float32
 
@@ -25,7 +25,7 @@ def main(arguments: list[str] | None = None) -> None:
             require_output("--output", args.output, args.config_file, args.peft_config, args.train_json)
         print(text := recommended(args))
         if args.output:
-            atomic.write_bytes(args.output, text.encode())
+            disk.write_bytes(args.output, text.encode())
 
     one_line_errors(run)
 

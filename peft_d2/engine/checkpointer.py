@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from peft_d2 import adapters, peft
 from peft_d2.engine.errors import ConfigError
-from peft_d2.storage import CheckpointError, adapter_file, atomic
+from peft_d2.storage import CheckpointError, adapter_file, disk
 from peft_d2.storage.checkpoint import SYSTEM_ERRORS, CheckpointDamaged, read_file
 
 TRAINING_STATE, STATE_RECORD = "training_state.pth", "training_state.json"
@@ -74,7 +74,7 @@ class Checkpointer(DetectionCheckpointer):
         """Write the checkpoint ``name`` as a whole, then point ``last_checkpoint`` at it.
 
         Raises:
-            peft_d2.storage.atomic.StorageError: it cannot be stored; the checkpoints before it are untouched.
+            peft_d2.storage.disk.StorageError: it cannot be stored; the checkpoints before it are untouched.
         """
         if not self.save_dir or not self.save_to_disk:
             return
@@ -86,15 +86,15 @@ class Checkpointer(DetectionCheckpointer):
         target = Path(self.save_dir, basename)
         if self.prefix == "adapter":
             files = adapters.adapter_contents(self.model, metrics=self.metrics)
-            with atomic.folder(target, _CHECKPOINT_FILES) as folder:
+            with disk.folder(target, _CHECKPOINT_FILES) as folder:
                 torch.save(state, folder / TRAINING_STATE)
                 record = {**_RECORD, "run": self._run, "adapter": _tie(files), **_digest(folder / TRAINING_STATE)}
-                for filename, data in {**files, STATE_RECORD: adapter_file.sign(record)}.items():
+                for filename, data in {**files, STATE_RECORD: disk.sign(record)}.items():
                     (folder / filename).write_bytes(data)
             if name.endswith("final"):
                 adapter_file.say_why_not_peft(target, files)
         else:
-            with atomic.file(target) as path:
+            with disk.file(target) as path:
                 torch.save({"model": _dense(self.model.state_dict()), **state}, path)
         self.tag_last_checkpoint(basename)
         logger.info("Saved checkpoint %s", os.path.join(self.save_dir, basename))
@@ -103,7 +103,7 @@ class Checkpointer(DetectionCheckpointer):
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         """Write that name into ``last_checkpoint``, as a whole or not at all."""
-        atomic.write_bytes(Path(self.save_dir, LAST), last_filename_basename.encode())
+        disk.write_bytes(Path(self.save_dir, LAST), last_filename_basename.encode())
 
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
         """Load weights of the model itself from a file or URL; an empty path loads nothing.
@@ -223,7 +223,7 @@ class Checkpointer(DetectionCheckpointer):
         if os.path.isfile(tag):
             tagged, written = tag.read_bytes()[:300].decode(errors="replace").strip(), tag.stat().st_mtime_ns
             if _NAME.fullmatch(tagged):
-                atomic.recover(tag.with_name(tagged), only_put_back=True)
+                disk.recover(tag.with_name(tagged), only_put_back=True)
         found = self._found()
         newest = max((run for _, run, _ in found if run is not None), key=_number, default="")
         # What cannot be read is taken for this run's, so that it is tried, and a line says why it is passed over.
@@ -297,7 +297,7 @@ class Checkpointer(DetectionCheckpointer):
         path = Path(self.save_dir, basename)
         if not os.path.isdir(path):
             path.unlink(missing_ok=True)
-        elif (other := atomic.foreign_entry(path, _CHECKPOINT_FILES)) is None:
+        elif (other := disk.foreign_entry(path, _CHECKPOINT_FILES)) is None:
             shutil.rmtree(path)
         else:
             logger.warning("Checkpoint %s is kept: it holds %r, which is not part of one.", path, other)
@@ -383,15 +383,15 @@ def _check_record(folder: Path) -> dict[str, Any] | None:
             raise CheckpointDamaged(f"{TRAINING_STATE} is missing or no regular file")
         if not os.path.lexists(path):
             return None
-        data = path.read_bytes() if path.is_file() and path.stat().st_size < adapter_file.MAX_JSON else b""
-        record = adapter_file.load_json(data)
-        if not adapter_file.is_signed(data, record) or any(record.get(key) != _RECORD[key] for key in _RECORD):
+        data = path.read_bytes() if path.is_file() and path.stat().st_size < disk.MAX_JSON else b""
+        record = disk.load_json(data)
+        if not disk.is_signed(data, record) or any(record.get(key) != _RECORD[key] for key in _RECORD):
             raise CheckpointDamaged(f"{STATE_RECORD} was damaged or edited, or is of another version")
         if any(record.get(key) != value for key, value in _digest(file).items()):
             raise CheckpointDamaged(f"{TRAINING_STATE} is not the one that was saved: it was damaged or replaced")
         if _tie({adapter_file.RECORD: (folder / adapter_file.RECORD).read_bytes()}) != record.get("adapter"):
             raise CheckpointDamaged(f"{TRAINING_STATE} was saved beside another adapter")
-    except atomic.Defect as error:
+    except disk.Defect as error:
         raise CheckpointDamaged(f"{STATE_RECORD}: {error}") from error
     except OSError as error:
         kind = CheckpointError if error.errno in SYSTEM_ERRORS else CheckpointDamaged

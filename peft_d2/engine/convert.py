@@ -18,7 +18,7 @@ from peft_d2.engine.config import add_config
 from peft_d2.engine.errors import ConfigError
 from peft_d2.engine.factory import register
 from peft_d2.ops.official import serve_official
-from peft_d2.storage import atomic
+from peft_d2.storage import disk
 
 
 def their_config(config_file: str, adders: Sequence[str], opts: Sequence[str] = ()) -> Any:
@@ -165,5 +165,5 @@ def _write_merged(model: nn.Module, cfg: Any, merged: str | os.PathLike[str], be
     plain.defrost()
     plain.MODEL.META_ARCHITECTURE, plain.MODEL.WEIGHTS = base_architecture(cfg), os.fspath(merged)
     del plain.MODEL["PEFT"]
-    atomic.write_bytes(beside, plain.dump().encode())
+    disk.write_bytes(beside, plain.dump().encode())
     return [os.fspath(merged), str(beside)]

@@ -44,8 +44,8 @@ from peft_d2.engine.processes import launch, layout
 from peft_d2.engine.recommend import settled
 from peft_d2.engine.trainer import CONFIG_FILE, Trainer
 from peft_d2.peft import is_untrained
-from peft_d2.storage import atomic, hub
-from peft_d2.storage.adapter_file import newest_in_run
+from peft_d2.storage import disk, hub
+from peft_d2.storage.foreign import newest_in_run
 
 FILE_ONLY = {"file_only": True}  # logger.info(..., extra=FILE_ONLY): into the log's file, not to the terminal
 _HELP = {
@@ -148,7 +148,7 @@ def run(args: argparse.Namespace) -> Any:
             if comm.is_main_process() and not args.eval_only:
                 stack.enter_context(run_lock(cfg.OUTPUT_DIR))
             start_logs(cfg, args)
-        stack.enter_context(atomic.explained(Path(cfg.OUTPUT_DIR)))
+        stack.enter_context(disk.explained(Path(cfg.OUTPUT_DIR)))
         stack.enter_context(_failures_named())
         if AUTO in cfg.MODEL.PEFT.METHODS:
             cfg = settled(cfg, args.resume, args.eval_only)
@@ -166,7 +166,7 @@ def evaluate(cfg: Any, resume: bool = False) -> Any:
     if config.exists():
         logger.info("%s is kept: it belongs to the training.", config)
     elif comm.is_main_process():
-        atomic.write_bytes(config, cfg.dump().encode())
+        disk.write_bytes(config, cfg.dump().encode())
     if cfg.SEED >= 0:  # a base without weights is the training's
         seed_everything(cfg.SEED, 0, 0)
     model = Trainer.build_model(cfg)

@@ -27,7 +27,7 @@ from peft_d2.engine.errors import ConfigError
 from peft_d2.engine.hooks import seed_everything
 from peft_d2.engine.optimizer import build_optimizer
 from peft_d2.peft.ranking import Recommendation, recommend
-from peft_d2.storage import atomic
+from peft_d2.storage import disk
 
 FILE = "recommended.yaml"
 BATCHES, TEST_STEPS, HELD_OUT = 16, 12, 4
@@ -57,7 +57,7 @@ def settled(cfg: Any, resume: bool = False, evaluate: bool = False) -> Any:
     if not ((resume or evaluate) and path.is_file()):
         text = explained(*advise(cfg))
         path.parent.mkdir(parents=True, exist_ok=True)
-        atomic.write_bytes(path, text.encode())
+        disk.write_bytes(path, text.encode())
     logger.info("MODEL.PEFT.METHODS auto: %s\n%s", path, path.read_text())
     changed = cfg.clone()
     changed.defrost()

@@ -15,7 +15,7 @@ import yaml
 from detectron2.utils.events import EventWriter, get_event_storage
 
 from peft_d2.engine.errors import ConfigError
-from peft_d2.storage import atomic
+from peft_d2.storage import disk
 
 RUNS_FILE = "tracking.json"  # which run of which service belongs to the folder
 
@@ -54,7 +54,7 @@ class Tracker(EventWriter):
             raise ConfigError(
                 f"{self.service} cannot open a run: {error}. Set it up, or take it out of TRACKING.WITH."
             ) from error
-        atomic.write_bytes(path, json.dumps(runs).encode())
+        disk.write_bytes(path, json.dumps(runs).encode())
 
     def write(self) -> None:
         """Hand on all scalars that are newer than those of the last call."""

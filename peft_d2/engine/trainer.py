@@ -48,7 +48,7 @@ from peft_d2.evaluation.augmented import augmented_model
 from peft_d2.evaluation.build import build_evaluator
 from peft_d2.evaluation.tiling import inference_model
 from peft_d2.models import feature_cache
-from peft_d2.storage import CheckpointError, atomic
+from peft_d2.storage import CheckpointError, disk
 
 CONFIG_FILE, REPORT_FILE = "config.yaml", "peft_report.json"
 logger = logging.getLogger(__name__)
@@ -273,8 +273,8 @@ class Trainer(DefaultTrainer):
             if comm.is_main_process():
                 folder = self.cfg.OUTPUT_DIR
                 stack.enter_context(run_lock(folder))
-                atomic.write_bytes(Path(folder, CONFIG_FILE), self.cfg.dump().encode())
-                atomic.write_bytes(Path(folder, REPORT_FILE), json.dumps(self.report, indent=1).encode())
+                disk.write_bytes(Path(folder, CONFIG_FILE), self.cfg.dump().encode())
+                disk.write_bytes(Path(folder, REPORT_FILE), json.dumps(self.report, indent=1).encode())
             stack.enter_context(self.loader.closed())
             super().train()
         return getattr(self, "_last_eval_results", None)

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from peft_d2.engine.errors import ConfigError
 from peft_d2.peft.adapted import STORE, Adapted
-from peft_d2.storage import atomic
-from peft_d2.storage.adapter_file import dump_tensors, load_tensors
+from peft_d2.storage import disk
+from peft_d2.storage.disk import dump_tensors, load_tensors
 
 logger = logging.getLogger(__name__)
 _NO_FEATURES = ("PEFT", "WEIGHTS", "DEVICE", "FEATURE_CACHE", "META_ARCHITECTURE", "MASK_FORMER", "SEM_SEG_HEAD")
@@ -112,7 +112,7 @@ class FeatureCache:
             named = found if isinstance(found, Mapping) else {"embedding": found}
             for row, i in enumerate(missing):
                 kept[i] = features = {name: value[row].cpu().contiguous() for name, value in named.items()}
-                atomic.write_bytes(paths[i], dump_tensors(features))
+                disk.write_bytes(paths[i], dump_tensors(features))
         rows: list[dict[str, Tensor]] = [features for features in kept if features is not None]
         stacked = {name: torch.stack([row[name] for row in rows]).to(images.device) for name in rows[0]}
         return stacked["embedding"] if stacked.keys() == {"embedding"} else stacked

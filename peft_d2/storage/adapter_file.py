@@ -8,6 +8,10 @@
 Every byte of the folder is covered by a checksum, so a flipped bit anywhere is found, and a file that was exchanged or
 written again, in half precision say, is refused. An adapter is a difference: on other base weights it is noise that
 loads without complaint, so its record carries a fingerprint of its base.
+
+`adapter_config.json` says `peft_type` LORA only where `PeftModel.from_pretrained(model, folder)` computes what our
+model computes. Everything else is stored under the same scheme of names with `peft_type` PEFT_D2, which `peft` refuses
+by that name.
 """
 
 from __future__ import annotations
@@ -15,25 +19,22 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
-import hashlib
 import json
 import logging
 import math
 import os
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
-from torch import Tensor
+from torch import Tensor, nn
 
 from peft_d2.peft.errors import shortened
-from peft_d2.peft.state import unstorable, whole
-from peft_d2.storage import adapter_config, atomic, foreign
-from peft_d2.storage.atomic import Defect
+from peft_d2.peft.state import NAME, SUFFIXES, unstorable
+from peft_d2.storage import disk, foreign
+from peft_d2.storage.disk import Defect, Fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -43,20 +44,28 @@ TENSORS, CONFIG, RECORD = FILES = "adapter_model.safetensors", "adapter_config.j
 # commit of which adapter on the hub the training started from, and how the model takes its pixels.
 WHY_NOT_PEFT, STARTED_FROM, PIXELS = "why_not_peft", "started_from", "pixels"
 MARK = "peft_d2"  # in the tensors' header: tells our folder that lost its record from one of Hugging Face's
-MAX_JSON = 32 * 2**20  # bytes
+PREFIX = "base_model.model."  # of all names in the file of tensors
+LORA, OWN = "LORA", "PEFT_D2"  # peft_type
+A, B, MAGNITUDE, EMBEDDING_A, EMBEDDING_B = SUFFIXES
 
 _ATTEMPTS = 3
-_MAX_DEPTH, _MAX_DIGITS, _MAX_NAME = 100, 40, 1024
-_CHUNK = 2**22  # values that are hashed at once
-_ROW = 2**13  # bytes that are summed up together
-_NAMED = 6
+_ADDRESS = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)@(?P<revision>[\w./-]+)")  # on the hub
+_INSTALL = "pip install 'peft_d2[hub]'"
 _OF_THE_SYSTEM = "correct the path, its permissions, or the limits of this process; the files themselves may be whole"
+_CORRECT = "correct MODEL.PEFT.WEIGHTS or the path given"
 _DAMAGED = "copy the folder again from where it was saved, or use an earlier checkpoint"
 _AGAIN = "save the adapter again with this version of peft_d2"
 _TYPES = {"base": dict, "checksum": str, "files": dict, "format": str, "format_version": int, "methods": list,
-          "metrics": dict, "peft_d2_version": str, "train": list}  # fmt: skip
-_OPTIONAL = {WHY_NOT_PEFT: str, STARTED_FROM: str, PIXELS: dict}
-_ENTRY = re.compile(r"(?P<shape>|\d{1,12}(x\d{1,12}){0,15})(:(?P<hash>[0-9a-f]{16}))?")
+          "metrics": dict, "peft_d2_version": str, "train": list,
+          WHY_NOT_PEFT: str, STARTED_FROM: str, PIXELS: dict}  # fmt: skip
+_ABSENT: dict[str, Any] = {WHY_NOT_PEFT: "", STARTED_FROM: "", PIXELS: {}}
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+# What `peft` adds below a module that it adapts; its `modules_to_save` are compared with these names, too.
+_LAYER_NAMES = [".base_layer", ".lora_embedding_A", ".lora_embedding_B"]
+_LAYER_NAMES += [f".{name}{end}" for name in ("lora_dropout", "lora_A", "lora_B") for end in ("", ".default")]
+_LAYER_NAMES += [".lora_magnitude_vector", ".lora_magnitude_vector.default"]
+
+Modules = Sequence[tuple[str, nn.Module]]
 
 
 class AdapterFileError(ValueError):
@@ -65,119 +74,6 @@ class AdapterFileError(ValueError):
     def __init__(self, path: str | os.PathLike[str], defect: str, remedy: str) -> None:
         self.path, self.defect, self.remedy = str(path), defect, remedy
         super().__init__(f"{path}: {defect}. Remedy: {remedy}")
-
-
-@dataclasses.dataclass(frozen=True)
-class Fingerprint:
-    """What a base model is: which tensors it has, and hashes of the values that a run leaves as they are.
-
-    Attributes:
-        tensors: name -> "64x3x7x7:0123456789abcdef" (shape and start of the value's sha256), or the shape alone for a
-            tensor that the run trains in full and whose value therefore is no property of the base.
-        halves: name -> "float16" or "bfloat16" of the tensors that are held so: their values are rounded.
-    """
-
-    tensors: Mapping[str, str]
-    halves: Mapping[str, str] = dataclasses.field(default_factory=dict, compare=False)
-
-    @property
-    def structure(self) -> str:
-        """sha256 over all names and shapes."""
-        return _sha256("\n".join(f"{name} {shape}" for name, (shape, _) in sorted(self.parts().items())).encode())
-
-    @property
-    def weights(self) -> str:
-        """sha256 over the names and value hashes of the tensors that are not trained."""
-        return _sha256("\n".join(f"{name} {e}" for name, e in sorted(self.tensors.items()) if ":" in e).encode())
-
-    def parts(self) -> dict[str, tuple[str, str]]:
-        """Name -> shape and hash, both as texts; the hash is "" where the value does not count."""
-        return {name: entry.partition(":")[::2] for name, entry in self.tensors.items()}
-
-    def without(self, names: Collection[str]) -> Fingerprint:
-        """The fingerprint of the other tensors alone."""
-        return Fingerprint(*({k: v for k, v in t.items() if k not in names} for t in (self.tensors, self.halves)))
-
-    def to_json(self) -> dict[str, Any]:
-        """A plain record; `from_json` reverses it."""
-        record: dict[str, Any] = {"structure": self.structure, "weights": self.weights, "count": len(self.tensors)}
-        record["tensors"] = dict(self.tensors)
-        return record | ({"halves": dict(self.halves)} if self.halves else {})
-
-    @classmethod
-    def from_json(cls, record: Any) -> Fingerprint:
-        """Read a record written by `to_json`.
-
-        Raises:
-            ValueError: the record has another form, or contradicts itself.
-        """
-        tensors, halves = record.get("tensors"), record.get("halves", {})
-        plain = isinstance(tensors, dict) and all(isinstance(v, str) and _ENTRY.fullmatch(v) for v in tensors.values())
-        if not plain or not isinstance(halves, dict) or not set(halves.values()) <= {"float16", "bfloat16"}:
-            raise ValueError("the base's fingerprint has another form than expected")
-        result = cls(tensors, halves)
-        if record != result.to_json() or not halves.keys() <= tensors.keys():
-            raise ValueError("the base's fingerprint contradicts itself")
-        return result
-
-
-def fingerprint(
-    state: Mapping[str, Tensor], trained: Collection[str] = (), memo: dict[str, Any] | None = None
-) -> Fingerprint:
-    """Fingerprint of a base model's state dict (without injected tensors).
-
-    Values are hashed as float32 or int64, so a model has the same fingerprint on any device and, as long as the
-    values are equal, in any dtype. Rounding to half precision changes values and so changes the fingerprint.
-
-    Args:
-        state: all tensors of the base model.
-        trained: names in `state` whose values do not count, while their names and shapes do: what is trained in full,
-            and counters that every step moves.
-        memo: filled with what was hashed. Given again, a tensor is hashed once more only where the sums of its bits
-            (a tenth of the work, and on its own device) have changed, by whatever means.
-    """
-    left_out, memo = set(trained), {} if memo is None else memo
-    entries, halves = {}, {}
-    for name, tensor in state.items():
-        tensor = whole(tensor)
-        entries[name] = "x".join(map(str, tensor.shape))
-        if name in left_out:
-            continue
-        if tensor.dtype in (torch.float16, torch.bfloat16):
-            halves[name] = str(tensor.dtype).removeprefix("torch.")
-        sums = _sums(tensor)
-        if name not in memo or memo[name][0] != sums:
-            memo[name] = sums, _hash(tensor)[:16]
-        entries[name] += f":{memo[name][1]}"
-    return Fingerprint(entries, halves)
-
-
-def difference(expected: Fingerprint, found: Fingerprint) -> str:
-    """Say in one line how the base `found` differs from `expected`; empty when an adapter of one fits the other.
-
-    A value is compared where both sides hash it: a tensor that either side trains in full is no property of the base.
-    """
-    old, new = expected.parts(), found.parts()
-    common = sorted(old.keys() & new.keys())
-    structure = {
-        "tensors missing": sorted(old.keys() - new.keys()),
-        "tensors not expected": sorted(new.keys() - old.keys()),
-        "other shapes": [f"{n} ({old[n][0]} -> {new[n][0]})" for n in common if old[n][0] != new[n][0]],
-    }
-    if parts := [f"{len(names)} {what}: {shortened(names, _NAMED)}" for what, names in structure.items() if names]:
-        return "; ".join(parts)
-    compared = [n for n in common if old[n][1] and new[n][1]]
-    changed = [n for n in compared if old[n] != new[n]]
-    if rounded := [n for n in changed if expected.halves.get(n) != found.halves.get(n)]:
-        here, there = (base.halves.get(rounded[0], "float32") for base in (found, expected))
-        return (
-            f"same structure, other dtype: {len(rounded)} tensors that were {there} when the adapter was saved are "
-            f"{here} here, so their values are rounded differently: {shortened(rounded, _NAMED)}"
-        )
-    if changed:
-        count = f"{len(changed)} of {len(compared)} tensors differ"
-        return f"same structure, other weights: {count}: {shortened(changed, _NAMED)}"
-    return ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,15 +111,15 @@ def write(folder: str | os.PathLike[str], tensors: Mapping[str, Tensor], **descr
         ValueError: a tensor name or a value cannot be stored.
     """
     data = contents(tensors, **described)
-    with atomic.folder(folder, FILES) as temporary:
+    with disk.folder(folder, FILES) as temporary:
         for name, content in data.items():
             (temporary / name).write_bytes(content)
     say_why_not_peft(folder, data)
 
 
-def say_why_not_peft(folder: str | os.PathLike[str], files: Mapping[str, bytes]) -> None:
+def say_why_not_peft(folder: str | os.PathLike[str], written: Mapping[str, bytes]) -> None:
     """Log why Hugging Face's `peft` cannot open what was written, where it cannot."""
-    if reason := json.loads(files[RECORD]).get(WHY_NOT_PEFT):
+    if reason := json.loads(written[RECORD]).get(WHY_NOT_PEFT):
         logger.info("Hugging Face's peft cannot open %s, this package can: %s.", folder, reason)
 
 
@@ -235,7 +131,7 @@ def contents(
     base: Fingerprint,
     metrics: Mapping[str, Any] | None = None,
     scales: Mapping[str, float] | None = None,
-    modules: adapter_config.Modules = (),
+    modules: Modules = (),
     started_from: str = "",
     pixels: Mapping[str, Any] | None = None,
 ) -> dict[str, bytes]:
@@ -252,27 +148,64 @@ def contents(
 
     if problem := unstorable(tensors):
         raise ValueError(problem)
-    config, reason = adapter_config.describe(tensors, base.tensors, scales or {}, modules)
-    adapter_config.scales(tensors, config)  # what could not be read is not written
-    data = {
-        TENSORS: dump_tensors(adapter_config.to_file(tensors), {MARK: str(FORMAT_VERSION)}),
-        CONFIG: dump_json(config),
-    }
+    config, reason = describe(tensors, base.tensors, scales or {}, modules)
+    lora_scales(tensors, config)  # what could not be read is not written
+    stored = disk.dump_tensors(to_file(tensors), {MARK: str(FORMAT_VERSION)})
+    data = {TENSORS: stored, CONFIG: disk.dump_json(config)}
     record = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "peft_d2_version": __version__,
-        "methods": [_plain(dict(method), "a method") for method in methods],
+        "methods": [disk.plain(dict(method), "a method") for method in methods],
         "train": list(train),
         "base": base.to_json(),
-        "metrics": _plain(dict(metrics or {}), "the metrics"),
-        "files": {name: {"bytes": len(content), "sha256": _sha256(content)} for name, content in data.items()},
+        "metrics": disk.plain(dict(metrics or {}), "the metrics"),
+        "files": {name: {"bytes": len(content), "sha256": disk.sha256(content)} for name, content in data.items()},
         **{k: said for k, said in ((WHY_NOT_PEFT, reason), (STARTED_FROM, started_from), (PIXELS, pixels)) if said},
     }
     try:
-        return {**data, RECORD: sign(record)}
+        return {**data, RECORD: disk.sign(record)}
     except Defect as error:
         raise ValueError(f"methods or metrics cannot be stored: {error}") from None
+
+
+def resolved(folder: str | os.PathLike[str]) -> tuple[str | os.PathLike[str], str]:
+    """For ``user/name@revision`` the folder in the hub's cache, fetched where that is needed, and ``user/name@commit``.
+
+    Other folders, and those that exist, are as they are (`~` is one's home), and "". The revision is required, so that
+    a run names what it used. Offline (HF_HUB_OFFLINE) the cache alone is asked.
+
+    Raises:
+        AdapterFileError: it is no path, it cannot be fetched, or ``huggingface_hub`` is missing.
+    """
+    if not isinstance(folder, str | os.PathLike):
+        raise AdapterFileError(repr(folder), "it is no path", "give the folder of an adapter")
+    folder = os.path.expanduser(folder)
+    address = _ADDRESS.fullmatch(os.fspath(folder))
+    if address is None or os.path.exists(folder):
+        return folder, ""
+    hub = import_hub(folder)
+    try:
+        local = hub.snapshot_download(address["repo"], revision=address["revision"], allow_patterns=list(FILES))
+    except (OSError, ValueError) as error:  # the library's own errors are of these
+        said = str(error).strip().partition("\n")[0]
+        remedy = "check the name, the revision and your access (hf auth login); offline it has to be in the cache"
+        raise AdapterFileError(folder, f"cannot be fetched from the hub: {said}", remedy) from error
+    logger.info("Adapter %s is commit %s of %s, in %s", folder, Path(local).name, address["repo"], local)
+    return local, f"{address['repo']}@{Path(local).name}"
+
+
+def import_hub(folder: str | os.PathLike[str]) -> Any:
+    """The package ``huggingface_hub``.
+
+    Raises:
+        AdapterFileError: it is not installed.
+    """
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise AdapterFileError(folder, "the hub needs the package huggingface_hub", _INSTALL) from error
+    return huggingface_hub
 
 
 def read(folder: str | os.PathLike[str]) -> AdapterFile:
@@ -283,15 +216,15 @@ def read(folder: str | os.PathLike[str]) -> AdapterFile:
     """
     if not os.fspath(folder):
         raise AdapterFileError("", "the path of the adapter folder is empty", "name the folder")
-    root, attempt = Path(folder), 1
-    while True:
+    root = Path(folder)
+    for _ in range(_ATTEMPTS - 1):
         before = _identity(root)
         try:
             return _read(root)
         except AdapterFileError:
-            if _identity(root) == before or attempt == _ATTEMPTS:
+            if _identity(root) == before:
                 raise
-        attempt += 1
+    return _read(root)
 
 
 def _refuse_other_folder(root: Path) -> None:
@@ -305,16 +238,15 @@ def _refuse_other_folder(root: Path) -> None:
         raise AdapterFileError(
             root,
             "it holds no file of an adapter" + (f", but {shortened(others, 3)}" if others else ""),
-            f"correct MODEL.PEFT.WEIGHTS or the path given; an adapter is {TENSORS} beside {CONFIG}, as this package "
-            "and Hugging Face's peft write them, and not kohya's scripts or diffusers",
+            f"{_CORRECT}; an adapter is {TENSORS} beside {CONFIG}, as this package and Hugging Face's peft write them, "
+            "and not kohya's scripts or diffusers",
         )
     if len(there) == 1:
         missing = CONFIG if there == [TENSORS] else TENSORS
         raise AdapterFileError(root / missing, f"the file is missing beside {there[0]}", _DAMAGED)
     with _refusing(root / TENSORS), (root / TENSORS).open("rb") as stream:
-        is_pointer = stream.read(12) == b"version http"
-    if is_pointer:
-        raise AdapterFileError(root / TENSORS, "it is a pointer of Git LFS, not the file itself", "run git lfs pull")
+        if kind := foreign.kind_of(stream.read(foreign.LENGTH)):
+            raise Defect(f"it is {kind}")
 
 
 def _identity(root: Path) -> Any:
@@ -327,41 +259,35 @@ def _identity(root: Path) -> Any:
 def _read(root: Path) -> AdapterFile:
     with _refusing(root):
         if not root.exists():
-            atomic.recover(root, only_put_back=True)
+            disk.recover(root, only_put_back=True)
         if root.is_file():
             raise AdapterFileError(root, "it is a file, not an adapter folder", "give the folder that holds it")
         if not root.is_dir():
-            remedy = "correct MODEL.PEFT.WEIGHTS or the path given"
-            raise AdapterFileError(root, "there is no such adapter folder", remedy)
-        if not any(os.path.lexists(root / name) for name in FILES) and (inside := newest_in_run(root)):
+            raise AdapterFileError(root, "there is no such adapter folder", _CORRECT)
+        if not any(os.path.lexists(root / name) for name in FILES) and (inside := foreign.newest_in_run(root)):
             raise AdapterFileError(root, "it is the folder of a run, not of an adapter", f"give {inside}")
         if not os.path.lexists(root / RECORD):
             _refuse_other_folder(root)
-    record = _read_record(root)
-    data = {name: _read_member(root / name, record["files"][name]) for name in (CONFIG, TENSORS)}
-    with _refusing(root / CONFIG):
-        config = load_json(data[CONFIG])
-    with _refusing(root / TENSORS):
-        stored, metadata = load_tensors(data[TENSORS])
-        if metadata.get(MARK) != str(FORMAT_VERSION):
-            raise AdapterFileError(root / TENSORS, "it was not written together with its record", _AGAIN)
-    try:
-        tensors = adapter_config.to_model(stored)
-        adapter_config.check(tensors, config)
-        scales, base = adapter_config.scales(tensors, config), Fingerprint.from_json(record["base"])
-    except ValueError as error:
-        raise AdapterFileError(root, str(error), _AGAIN) from None
-    version, train = record["peft_d2_version"], tuple(record["train"])
-    more = record.get(STARTED_FROM, ""), record.get(PIXELS, {})
-    return AdapterFile(tensors, record["methods"], train, base, record["metrics"], version, scales, *more)
+    record = _read_record(root / RECORD)
+    config = _read_member(root / CONFIG, record["files"][CONFIG], disk.load_json)
+    stored, metadata = _read_member(root / TENSORS, record["files"][TENSORS], disk.load_tensors)
+    if metadata.get(MARK) != str(FORMAT_VERSION):
+        raise AdapterFileError(root / TENSORS, "it was not written together with its record", _AGAIN)
+    with _refusing(root, _AGAIN):
+        tensors = to_model(stored)
+        check_config(tensors, config)
+        scales, base = lora_scales(tensors, config), Fingerprint.from_json(record["base"])
+    return AdapterFile(
+        tensors, record["methods"], tuple(record["train"]), base, record["metrics"], record["peft_d2_version"], scales,
+        record[STARTED_FROM], record[PIXELS],
+    )  # fmt: skip
 
 
-def _read_record(root: Path) -> dict[str, Any]:
-    path = root / RECORD
-    data = _bounded(path, MAX_JSON)
+def _read_record(path: Path) -> dict[str, Any]:
     with _refusing(path):
-        record = load_json(data)
-        is_whole = is_signed(data, record)
+        data = _bounded(path, disk.MAX_JSON)
+        record = disk.load_json(data)
+        is_whole = disk.is_signed(data, record)
     version = record.get("format_version")
     if record.get("format") == FORMAT and version != FORMAT_VERSION:
         remedy = "install a peft_d2 that reads that version, or save the adapter again; if the number looks odd, "
@@ -369,57 +295,63 @@ def _read_record(root: Path) -> dict[str, Any]:
         raise AdapterFileError(path, defect, remedy + _DAMAGED)
     if not is_whole:
         raise AdapterFileError(path, "its checksum does not match: it was damaged or edited", _DAMAGED)
-    if (
-        record.get("format") != FORMAT
-        or {**_OPTIONAL, **{key: type(value) for key, value in record.items()}} != {**_OPTIONAL, **_TYPES}
-        or record["files"].keys() != {TENSORS, CONFIG}  # fixed names: none can point elsewhere
-        or any(not isinstance(entry, dict) or entry.keys() != {"bytes", "sha256"} for entry in record["files"].values())
-        or any(not isinstance(entry["bytes"], int) for entry in record["files"].values())
-        or not all(isinstance(method, dict) for method in record["methods"])
-        or not all(isinstance(pattern, str) for pattern in record["train"])
-        or not _are_pixels(record.get(PIXELS, {}))
+    record = {**_ABSENT, **record}
+    if not (
+        _has_types(record, _TYPES)
+        and record["format"] == FORMAT
+        and record["files"].keys() == {TENSORS, CONFIG}  # fixed names: none can point elsewhere
+        and all(_has_types(entry, {"bytes": int, "sha256": str}) for entry in record["files"].values())
+        and all(isinstance(method, dict) for method in record["methods"])
+        and all(isinstance(pattern, str) for pattern in record["train"])
+        and _are_pixels(record[PIXELS])
     ):
         raise AdapterFileError(path, "it is not the record of a peft_d2 adapter", _AGAIN)
     return record
 
 
+def _has_types(record: Any, types: Mapping[str, type]) -> bool:
+    return isinstance(record, dict) and {key: type(value) for key, value in record.items()} == types
+
+
 def _are_pixels(record: Mapping[str, Any]) -> bool:
-    numbers = [record.get(key, []) for key in ("mean", "std")]
-    plain = all(isinstance(values, list) and all(isinstance(v, int | float) for v in values) for values in numbers)
+    lists = [record.get(key, []) for key in ("mean", "std")]
+    numbers = all(isinstance(values, list) and all(isinstance(v, int | float) for v in values) for values in lists)
     kind = record.get("format", "")
-    return plain and record.keys() <= {"mean", "std", "format"} and isinstance(kind, str) and kind.isprintable()
+    return numbers and record.keys() <= {"mean", "std", "format"} and isinstance(kind, str) and kind.isprintable()
 
 
-def _read_member(path: Path, entry: Mapping[str, Any]) -> bytes:
-    data, expected = _bounded(path, entry["bytes"]), entry["bytes"]
-    if len(data) != expected:
-        raise AdapterFileError(path, f"it has {len(data)} bytes instead of {expected}: it was cut short", _DAMAGED)
-    if _sha256(data) != entry["sha256"]:
-        raise AdapterFileError(path, "its sha256 is not the recorded one: it was damaged or replaced", _DAMAGED)
-    return data
+def _read_member(path: Path, entry: Mapping[str, Any], parse: Callable[[bytes], Any]) -> Any:
+    with _refusing(path):
+        data = _bounded(path, entry["bytes"])
+        if len(data) != entry["bytes"]:
+            raise Defect(f"it has {len(data)} bytes instead of {entry['bytes']}: it was cut short")
+        if disk.sha256(data) != entry["sha256"]:
+            raise Defect("its sha256 is not the recorded one: it was damaged or replaced")
+        return parse(data)
 
 
 def _bounded(path: Path, limit: int) -> bytes:
     """The bytes of a regular file of the folder; never more than `limit`, nor than there are."""
-    with _refusing(path):
-        if path.is_symlink() or (path.exists() and not path.is_file()):
-            raise AdapterFileError(path, "it is a link or no regular file", "put the file itself into the folder")
-        if not path.exists():
-            raise AdapterFileError(path, "the file is missing", _DAMAGED)
-        size = path.stat().st_size
-        if size > limit:
-            raise AdapterFileError(path, f"it has {size} bytes instead of {limit}", _DAMAGED)
-        with path.open("rb") as stream:
-            return stream.read(size)
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        raise AdapterFileError(path, "it is a link or no regular file", "put the file itself into the folder")
+    if not path.exists():
+        raise Defect("the file is missing")
+    size = path.stat().st_size
+    if size > limit:
+        raise Defect(f"it has {size} bytes instead of {limit}")
+    with path.open("rb") as stream:
+        return stream.read(size)
 
 
 @contextlib.contextmanager
-def _refusing(path: Path) -> Iterator[None]:
+def _refusing(path: Path, remedy: str = _DAMAGED) -> Iterator[None]:
     """Say of which file a defect is, and what the system says about a path that cannot be read."""
     try:
         yield
-    except Defect as error:
-        raise AdapterFileError(path, str(error), _DAMAGED) from None
+    except AdapterFileError:
+        raise
+    except ValueError as error:
+        raise AdapterFileError(path, str(error), remedy) from None
     except MemoryError as error:
         raise AdapterFileError(path, "it does not fit into the memory of this process", _OF_THE_SYSTEM) from error
     except OSError as error:
@@ -427,156 +359,263 @@ def _refusing(path: Path) -> Iterator[None]:
         raise AdapterFileError(str(path)[:400], f"it cannot be read ({error.strerror or error})", remedy) from error
 
 
-def newest_in_run(folder: Path) -> str:
-    """The checkpoint that stands for the run in a folder, "" where it is none's: for messages."""
-    found = [folder / "adapter_final", folder / "model_final.pth"]
-    for pattern in ("adapter_[0-9]*", "model_[0-9]*.pth"):
-        found += sorted(folder.glob(pattern), reverse=True)
-    return next((str(path) for path in found if path.exists()), "")
+def to_file(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of the model under their names in the file: "fc.lora_a" is "base_model.model.fc.lora_A.weight" there.
 
-
-def not_finite(tensors: Mapping[str, Tensor], buffers: Collection[str]) -> str:
-    """Say which tensor holds NaN or infinity, and how often; "" for none. Infinity in `buffers` (masks) is allowed."""
+    `peft` keeps DoRA's magnitude of a convolution as (1, out, 1, 1).
+    """
+    stored = {}
     for name, value in tensors.items():
-        if (value.is_floating_point() or value.is_complex()) and not value.is_meta:
-            value = value.float() if value.element_size() == 1 else value
-            wrong = value.isnan() if name in buffers else ~value.isfinite()
-            if wrong.any():
-                return f"NaN or infinity: {int(wrong.sum())} of {value.numel()} values of {name}"
+        own = next((suffix for suffix in SUFFIXES if name.endswith(suffix)), "")
+        a = tensors.get(name.removesuffix(own) + A)
+        if own == MAGNITUDE and a is not None and a.ndim > 2:
+            value = value.reshape(1, -1, *[1] * (a.ndim - 2))
+        stored[PREFIX + name.removesuffix(own) + SUFFIXES.get(own, "")] = value
+    return stored
+
+
+def to_model(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Reverse of `to_file`.
+
+    Raises:
+        ValueError: a name that `to_file` cannot have given.
+    """
+    tensors = {}
+    for name, value in stored.items():
+        suffix, theirs = next((pair for pair in SUFFIXES.items() if name.endswith(pair[1])), ("", ""))
+        own = name.removeprefix(PREFIX).removesuffix(theirs) + suffix
+        if not name.startswith(PREFIX) or name.endswith(tuple(SUFFIXES)) or not NAME.fullmatch(own):
+            raise ValueError(
+                f"the tensor name {name[:80]!r} is not one of an adapter, where peft writes "
+                "'base_model.model.<module>.lora_A.weight'; kohya's scripts, diffusers and loralib write others"
+            )
+        tensors[own] = value.flatten() if suffix == MAGNITUDE else value
+    return tensors
+
+
+def lora_ranks(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """Path of each module with a LoRA -> rank.
+
+    Raises:
+        ValueError: a factor is missing, or the two disagree.
+    """
+    ranks = {}
+    for path in sorted({name.removesuffix(s) for s in SUFFIXES for name in tensors if name.endswith(s)}):
+        a = tensors.get(path + A, tensors.get(path + EMBEDDING_A))
+        b = tensors.get(path + B, tensors.get(path + EMBEDDING_B))
+        if a is None or b is None:
+            raise ValueError(f"the LoRA of {path} has only one of its two factors")
+        if a.ndim < 2 or b.ndim < 2 or a.shape[0] != b.shape[1]:
+            raise ValueError(f"the LoRA factors of {path} have no common rank: {tuple(a.shape)}, {tuple(b.shape)}")
+        ranks[path] = int(a.shape[0])
+    return ranks
+
+
+def describe(
+    tensors: Mapping[str, Tensor], base: Collection[str], scales: Mapping[str, float], modules: Modules = ()
+) -> tuple[dict[str, Any], str]:
+    """The content of `adapter_config.json`, and why `peft` cannot open the folder, "" where it can.
+
+    Args:
+        tensors: injected tensors and those trained in full, by name in the model.
+        base: names of the base model's tensors.
+        scales: path of a LoRA -> factor on B A x (alpha / r, or alpha / sqrt(r) with rsLoRA).
+        modules: (name, module) of the whole base model, shared modules under each of their names. Empty: whether
+            `peft` finds the same modules and computes the same in them is not checked.
+    """
+    injected, full = tensors.keys() - set(base), tensors.keys() & set(base)
+    ranks = lora_ranks(tensors)
+    unknown = sorted(injected - {path + suffix for path in ranks for suffix in SUFFIXES})
+    dora = sum(path + MAGNITUDE in tensors for path in ranks)
+    saved = _saved_modules(full, base, list(ranks), modules)
+    targets = _targets(list(ranks), saved or [], modules)
+    if reason := _not_for_peft(ranks, unknown, dora, saved, targets, scales, dict(modules)):
+        return {
+            "peft_type": OWN,
+            "target_modules": sorted({name.rpartition(".")[0] for name in injected}),
+            "modules_to_save": sorted({name.rpartition(".")[0] or name for name in full}) or None,
+            "inference_mode": True,
+            "lora_scales": {path: float(value) for path, value in scales.items()},
+        }, reason
+    alphas = {path: scales[path] * rank for path, rank in ranks.items()}
+    alphas = {path: round(v) if math.isclose(v, round(v), rel_tol=1e-9) else v for path, v in alphas.items()}
+    rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
+    return {
+        "peft_type": LORA,
+        "task_type": None,
+        "base_model_name_or_path": None,
+        "inference_mode": True,
+        "target_modules": targets,
+        "r": rank,
+        "lora_alpha": alpha,
+        "rank_pattern": {_exactly(path): value for path, value in ranks.items() if value != rank},
+        "alpha_pattern": {_exactly(path): value for path, value in alphas.items() if value != alpha},
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "use_rslora": False,
+        "use_dora": bool(dora),
+        "modules_to_save": saved or None,
+    }, ""
+
+
+def _not_for_peft(
+    ranks: Mapping[str, int], unknown: Sequence[str], dora: int, saved: list[str] | None,
+    targets: list[str] | str | None, scales: Mapping[str, float], modules: Mapping[str, nn.Module],
+) -> str:  # fmt: skip
+    """Why `peft` would not open the folder, or would compute something else with it; empty where it does."""
+    if unknown:
+        return f"{unknown[0]} belongs to a method that peft does not have ({len(unknown)} such tensors)"
+    if not ranks:
+        return "it has no LoRA, and peft needs one"
+    if saved is None:
+        return (
+            "what is trained in full is shared, no whole module, or of a name that modules_to_save finds elsewhere too"
+        )
+    if not targets:
+        return "an adapted module lies in one that is trained in full, where peft leaves it out"
+    if not ranks.keys() <= scales.keys():
+        return "the factor of a LoRA is not known"
+    if dora not in (0, len(ranks)):
+        return "some modules have DoRA and some have not, and peft has one use_dora for all"
+    for path in ranks if modules else ():
+        if reason := difference_to_peft(path, modules) if path in modules else "it is not in the base":
+            return f"{path}: {reason}"
+        parents = [modules[path[:end]] for end, letter in enumerate(path) if letter == "."]
+        if any(isinstance(parent, nn.TransformerEncoderLayer) for parent in parents):
+            return f"{path}: torch's fast path of nn.TransformerEncoderLayer passes peft's layer by in eval mode"
     return ""
 
 
-def dump_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> bytes:
-    """Tensors as the bytes of a safetensors file: equal input, equal bytes; shared memory is written once per name."""
-    whole = {name: tensors[name].detach().to("cpu", copy=True).contiguous() for name in sorted(tensors)}
-    data = save(whole, {"format": "pt", **(metadata or {})})
-    # The library writes metadata in random order: the header is put in order, so that equal files have equal hashes.
-    start = 8 + int.from_bytes(data[:8], "little")
-    header = json.dumps(json.loads(data[8:start]), sort_keys=True, separators=(",", ":")).encode()
-    header += b" " * (-len(header) % 8)
-    return b"".join((len(header).to_bytes(8, "little"), header, memoryview(data)[start:]))
+def _saved_modules(
+    full: Collection[str], base: Collection[str], targets: Sequence[str], modules: Modules
+) -> list[str] | None:
+    """The modules that hold exactly the tensors in ``full``; None where `modules_to_save` would hit others, too.
+
+    `peft` copies each module whose name ends with an entry, with all that is in it, which unties what is shared.
+    """
+    owners = sorted({name.rpartition(".")[0] for name in full})
+    if any(not owner or any(n.startswith(f"{owner}.") and n not in full for n in base) for owner in owners):
+        return None
+    outer = [owner for owner in owners if not any(owner.startswith(f"{other}.") for other in owners)]
+    if not modules or not outer:
+        return outer
+    by_name = dict(modules)
+    names = [*by_name, *(f"{path}{end}" for path in targets for end in _LAYER_NAMES)]
+    hit = {name for name in names if name.endswith(tuple(outer))}
+    inside = [by_name[name] for name in by_name if f"{name}.".startswith(tuple(f"{owner}." for owner in outer))]
+    shared = shared_ids(modules)
+    tied = any(id(module) in shared or any(id(t) in shared for t in _own(module)) for module in inside)
+    return None if tied or hit != set(outer) or any(isinstance(by_name[n], _CONTAINERS) for n in outer) else outer
 
 
-def load_tensors(data: bytes) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a safetensors file given as bytes; the library checks header, offsets and sizes.
+def shared_ids(modules: Modules) -> set[int]:
+    """`id` of every module and tensor that has several owners or names; `peft` separates them as it copies one."""
+    count = Counter(id(module) for _, module in modules)
+    for module in {id(module): module for _, module in modules}.values():
+        count.update(id(tensor) for tensor in _own(module))
+    return {key for key, number in count.items() if number > 1}
+
+
+def _own(module: nn.Module) -> list[Tensor]:
+    return [value for value in (*module._parameters.values(), *module._buffers.values()) if value is not None]
+
+
+def _targets(paths: Sequence[str], saved: Sequence[str], modules: Modules) -> list[str] | str | None:
+    """`target_modules` that choose exactly ``paths``: the list, or where its suffixes hit more a regular expression.
+
+    None where `peft` would leave one out, because it is in one of `modules_to_save`.
+    """
+    if any(re.match(rf"(^|.*\.){module}($|\..*)", path) for module in saved for path in paths):
+        return None
+    ends = tuple(f".{path}" for path in paths)
+    only = all(name in paths for name, _ in modules if f".{name}".endswith(ends))
+    return list(paths) if only else "|".join(map(re.escape, paths))
+
+
+def difference_to_peft(path: str, modules: Mapping[str, nn.Module]) -> str:
+    """Why `peft`'s layer for the module computes something else than ours; empty when it does not."""
+    module = modules[path]
+    if sum(other is module for other in modules.values()) > 1:
+        return "it is shared under several names, and peft adapts it under the first alone"
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        if getattr(module, "norm", None) is not None or getattr(module, "activation", None) is not None:
+            return "peft adds its branch after the norm and the activation of this layer, ours before them"
+        if module.groups > 1:
+            return "peft's branch of a grouped convolution mixes all groups, ours changes the grouped weight"
+        dilated = any(d > 1 < k for d, k in zip(module.dilation, module.kernel_size, strict=True))
+        if dilated or module.padding_mode != "zeros":
+            return "peft's branch of a convolution knows neither dilation nor padding modes"
+        return ""
+    return "" if isinstance(module, nn.Linear | nn.Embedding) else f"peft has no such layer for {type(module).__name__}"
+
+
+def check_config(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
+    """Verify that a description fits its tensors.
 
     Raises:
-        Defect: the bytes are not a whole safetensors file.
+        ValueError: a type that is not known, factors that disagree, or a rank other than the described one.
     """
-    try:
-        tensors = load(data)
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    except (SafetensorError, ValueError, TypeError, KeyError, RuntimeError, RecursionError) as error:
-        said = foreign.kind_of(data) or f"cut short, damaged, or not safetensors ({str(error)[:200]})"
-        raise Defect(f"it is {said}") from None
-    if strange := next((name for name in tensors if len(name) > _MAX_NAME or not name.isprintable()), ""):
-        raise Defect(f"the tensor name {strange[:60]!r} is too long or has unprintable characters")
-    return tensors, header.get("__metadata__", {})
+    ranks, kind = lora_ranks(tensors), config.get("peft_type")
+    if kind not in (LORA, OWN):
+        raise ValueError(f"adapter_config.json has peft_type {kind!r}; known are {LORA} and {OWN}")
+    for path, rank in ranks.items() if kind == LORA else ():
+        described = by_pattern(config, "rank_pattern", path, config.get("r"))
+        if type(described) is not int or described != rank:
+            says = f"adapter_config.json says {described!r} (r, rank_pattern)"
+            raise ValueError(f"the LoRA of {path} has rank {rank}, and {says}")
 
 
-def load_json(data: bytes) -> dict[str, Any]:
-    """Parse a JSON object from a stranger: bounded in size, depth and numbers, finite, no key twice.
+def lora_scales(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, float]:
+    """Path of each LoRA -> factor on B A x.
 
     Raises:
-        Defect: the bytes are not such an object.
+        ValueError: an alpha is missing or no positive number.
     """
-    if len(data) > MAX_JSON:
-        raise Defect(f"it has {len(data)} bytes, more than the {MAX_JSON} that such a file may have")
-    numbers: dict[str, Any] = {"parse_constant": _number, "parse_float": _number, "parse_int": _number}
-    try:
-        parsed = json.loads(data.decode("utf-8"), object_pairs_hook=_unique, **numbers)
-    except RecursionError:
-        raise Defect("it is nested too deeply") from None
-    except Defect:
-        raise
-    except ValueError as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
-        kind = foreign.kind_of(data)
-        raise Defect(f"it is {kind or f'not valid JSON ({error}): the file is damaged or cut short'}") from None
-    if not isinstance(parsed, dict):
-        raise Defect(f"it holds a {type(parsed).__name__}, not an object")
-    return parsed
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        raise Defect("a key occurs twice in one object")
+    result: dict[str, float] = {}
+    if config.get("peft_type") != LORA:
+        stored = config.get("lora_scales") or {}  # not there in folders written before 0.2
+        if not isinstance(stored, Mapping) or not all(isinstance(value, float) for value in stored.values()):
+            raise ValueError("adapter_config.json: lora_scales are not numbers")
+        return dict(stored)
+    for path, rank in lora_ranks(tensors).items():
+        alpha = by_pattern(config, "alpha_pattern", path, config.get("lora_alpha"))
+        if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 < alpha < math.inf:
+            says = f"lora_alpha of {path} is {alpha!r}, not a positive number (lora_alpha, alpha_pattern)"
+            raise ValueError(f"adapter_config.json: {says}")
+        result[path] = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
     return result
 
 
-def _number(text: str) -> int | float:
-    if len(text) > _MAX_DIGITS or not math.isfinite(number := float(text)):
-        raise Defect(f"it holds the number {text[:_MAX_DIGITS]}, which is not finite or has too many digits")
-    return number if set(".eE") & set(text) else int(text)
-
-
-def dump_json(value: Mapping[str, Any]) -> bytes:
-    """The one form of a file of ours, so that any change of a byte is seen: sorted keys, two spaces, a final newline.
+def by_pattern(config: Mapping[str, Any], key: str, path: str, default: Any) -> Any:
+    """The value of the first expression in `rank_pattern` or `alpha_pattern` that matches the end of a module's path.
 
     Raises:
-        Defect: it is nested too deeply.
+        ValueError: the patterns have another form.
+    """
+    patterns = config.get(key) or {}
+    if not isinstance(patterns, Mapping) or len(patterns) > 100_000:
+        raise ValueError(f"adapter_config.json: {key} is not an object of patterns")
+    if _exactly(path) in patterns:
+        return patterns[_exactly(path)]
+    for pattern, value in patterns.items():
+        if expression(rf"(.*\.)?({pattern})$", key).match(path):
+            return value
+    return default
+
+
+def expression(pattern: str, key: str) -> re.Pattern[str]:
+    """A regular expression of the field ``key``, compiled.
+
+    Raises:
+        ValueError: it is none.
     """
     try:
-        return (json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n").encode("ascii")
-    except RecursionError:
-        raise Defect("it is nested too deeply") from None
+        return re.compile(pattern)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ValueError(f"adapter_config.json: {pattern[:80]!r} in {key} is no regular expression ({error})") from None
 
 
-def sign(record: dict[str, Any]) -> bytes:
-    """A record with a checksum of itself.
-
-    Raises:
-        Defect: `load_json` would not accept it: it is too long, too deep, or holds too long a number.
-    """
-    data = dump_json({**record, "checksum": _sha256(dump_json(record))})
-    load_json(data)
-    return data
-
-
-def is_signed(data: bytes, record: Mapping[str, Any]) -> bool:
-    """Whether `data`, of which `load_json` gave `record`, is what `sign` wrote."""
-    rest = {key: value for key, value in record.items() if key != "checksum"}
-    return record.get("checksum") == _sha256(dump_json(rest)) and data == dump_json(record)
-
-
-def _plain(value: Any, where: str, depth: int = 0) -> Any:
-    """A copy of plain JSON values; numbers that JSON cannot hold (the AP of an absent class is NaN) become null."""
-    if depth > _MAX_DEPTH:
-        raise ValueError(f"{where} are nested more than {_MAX_DEPTH} deep, or hold themselves")
-    if isinstance(value, Mapping):
-        return {str(key): _plain(entry, where, depth + 1) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(entry, where, depth + 1) for entry in value]
-    if not isinstance(value, (str, int, float)) and callable(getattr(value, "item", None)):
-        value = value.item()  # NumPy and torch scalars
-    if isinstance(value, float):
-        return float(value) if math.isfinite(value) else None
-    if value is None or isinstance(value, (str, int)):
-        return value
-    raise ValueError(f"{where} hold a {type(value).__name__}; only numbers, texts, lists and dicts can be stored")
-
-
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
-
-
-def _sums(tensor: Tensor) -> Any:
-    """A cheap checksum of a tensor: its type, its shape and a hash of sums over its bits."""
-    raw = tensor.detach().contiguous().reshape(-1)
-    raw = (torch.view_as_real(raw).reshape(-1) if raw.is_complex() else raw).view(torch.uint8)
-    whole = len(raw) // _ROW * _ROW
-    words = raw[:whole] if raw.storage_offset() % 8 == 0 else raw[:whole].clone()
-    digest = hashlib.sha256(words.view(torch.int64).view(-1, _ROW // 8).sum(1).cpu().numpy().data)
-    digest.update(raw[whole:].cpu().numpy().data)
-    return tensor.dtype, tuple(tensor.shape), digest.digest()
-
-
-def _hash(tensor: Tensor) -> str:
-    """sha256 of a tensor's values in row-major order; converted chunk by chunk, so that no second copy is held."""
-    digest = hashlib.sha256()
-    flat = tensor.detach().reshape(-1)
-    flat = torch.view_as_real(flat).reshape(-1) if flat.is_complex() else flat
-    kind = torch.float32 if flat.is_floating_point() else torch.int64
-    for chunk in flat.split(_CHUNK):
-        digest.update(chunk.to(device="cpu", dtype=kind).contiguous().numpy())
-    return digest.hexdigest()
+def _exactly(path: str) -> str:
+    return "^" + re.escape(path)

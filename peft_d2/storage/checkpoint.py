@@ -21,9 +21,10 @@ from torch import Tensor, nn
 
 from peft_d2.peft import injected_keys
 from peft_d2.peft.errors import shortened
-from peft_d2.storage import adapter_config, torch_file
-from peft_d2.storage.adapter_file import load_tensors, newest_in_run, not_finite
-from peft_d2.storage.atomic import Defect
+from peft_d2.peft.targets import ModelIndex
+from peft_d2.storage import adapter_file, torch_file
+from peft_d2.storage.disk import Defect, load_tensors, not_finite
+from peft_d2.storage.foreign import newest_in_run
 from peft_d2.storage.names import FROM_TORCHVISION, TORCHVISION, from_caffe2, renamed, torchvision_misfit, written_by
 
 # Tensors whose first dimension counts classes. One of these with another first dimension, all others equal, belongs
@@ -132,8 +133,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     inner = next((content[key] for key in _NESTS if isinstance(content.get(key), Mapping)), content)
     if isinstance(inner.get("model"), Mapping):  # {"model": {"model": ...}}, as some trainers nest it
         inner = inner["model"]
-    found = {name: torch_file.as_tensor(value) for name, value in inner.items() if isinstance(name, str)}
-    state = {name: tensor.detach() for name, tensor in found.items() if tensor is not None} or _nested(content)
+    state = _tensors(inner, depth=1) or _tensors(content, depth=3)
     if not state:
         keys = ", ".join(sorted(str(key)[:80] for key in content)[:8])
         raise CheckpointError(f"the checkpoint {path} holds no tensors (found: {keys or 'nothing'}). {_REMEDY}")
@@ -147,12 +147,12 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     return Checkpoint({name.removeprefix(prefix): value for name, value in state.items()}, metadata, str(path))
 
 
-def _nested(content: Mapping[Any, Any], depth: int = 3) -> dict[str, Tensor]:
-    """The tensors of dicts in a dict, {"ema": {"module": {...}}}, as names below these keys, as wrappers make them."""
+def _tensors(content: Mapping[Any, Any], depth: int) -> dict[str, Tensor]:
+    """The tensors of a dict and of dicts in it, {"ema": {"module": {...}}}, whose keys stand before their names."""
     found: dict[str, Tensor] = {}
     for key, value in content.items() if depth else ():
         if isinstance(key, str) and isinstance(value, Mapping):
-            found |= {f"{key}.{name}": tensor for name, tensor in _nested(value, depth - 1).items()}
+            found |= {f"{key}.{name}": tensor for name, tensor in _tensors(value, depth - 1).items()}
         elif isinstance(key, str) and (tensor := torch_file.as_tensor(value)) is not None:
             found[key] = tensor.detach()
     return found
@@ -206,7 +206,7 @@ def read_file(path: str | os.PathLike[str], values: bool = True) -> Any:
 
 
 def _refuse_adapter(state: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
-    if any(name.startswith(adapter_config.PREFIX) for name in state):
+    if any(name.startswith(adapter_file.PREFIX) for name in state):
         raise CheckpointError(f"{path} is the file of an adapter. {_GIVE_ADAPTER}")
 
 
@@ -230,8 +230,9 @@ def load_base(
             else. The model is then unchanged.
     """
     file = checkpoint if isinstance(checkpoint, Checkpoint) else read_checkpoint(checkpoint)
-    injected, aliases, current = injected_keys(model), _aliases(model), model.state_dict()
-    own = {name: value for name, value in current.items() if name not in injected}
+    aliases = {name: tensor.names for tensor in ModelIndex.of(model).tensors.values() for name in tensor.names}
+    injected = injected_keys(model)
+    own = {name: value for name, value in model.state_dict().items() if name not in injected}
     state, removed = unwrapped(model, file, own)
     state, prefix = _named_as_in_model(model, dataclasses.replace(file, state=state), own)
     state = _without_layers(state, own, file.path, of_injected)
@@ -346,41 +347,26 @@ def _named_as_in_model(model: nn.Module, file: Checkpoint, own: Mapping[str, Ten
     return {best + name: value for name, value in state.items()}, best
 
 
-def _aliases(model: nn.Module) -> dict[str, list[str]]:
-    """Name of each tensor -> all its names: a shared module has several, and one of them in a file is enough."""
-    names: dict[int, list[str]] = {}
-    for source in (model.named_parameters, model.named_buffers):
-        for name, value in source(remove_duplicate=False):
-            names.setdefault(id(value), []).append(name)
-    return {name: group for group in names.values() for name in group}
-
-
 def _refusal(
-    file: Checkpoint,
-    missing: list[str],
-    misshaped: list[str],
-    unexpected: list[str],
-    own: Mapping[str, Tensor],
+    file: Checkpoint, missing: list[str], misshaped: list[str], unexpected: list[str], own: Mapping[str, Tensor],
     any_match: bool,
-) -> str:
-    lines = [f"the checkpoint {file.path} does not fit the model; nothing was loaded"]
-    if not any_match and not misshaped:
-        lines = [f"the checkpoint {file.path} has no tensor of the model; nothing was loaded"]
-        lines += [
-            f"  the model has: {shortened(sorted(own), 5)}",
-            f"  the file has: {shortened(sorted(file.state), 5)}",
-        ]
-    else:
+) -> str:  # fmt: skip
+    if any_match or misshaped:
+        problem = "does not fit the model"
         rows = (
-            (missing if any_match or not misshaped else [], "tensors of the model are not in the file"),
+            (missing if any_match else [], "tensors of the model are not in the file"),
             (misshaped, "have another shape (file -> model)"),
             (unexpected, "tensors of the file are not in the model"),
         )
-        lines += [f"  {len(names)} {what}: {shortened(names)}" for names, what in rows if names]
-    remedy = "use the config that belongs to this file (backbone, depth, queries), or the file of this config"
+        lines = [f"{len(names)} {what}: {shortened(names)}" for names, what in rows if names]
+    else:
+        problem = "has no tensor of the model"
+        lines = [f"the {of} has: {shortened(sorted(names), 5)}" for of, names in (("model", own), ("file", file.state))]
     if not any_match and (program := written_by(file.state)):
-        remedy = f"its names are those of {program}: take the weights that the model's authors published"
-    return "\n".join([*lines, f"  {remedy}"])
+        lines.append(f"its names are those of {program}: take the weights that the model's authors published")
+    else:
+        lines.append("use the config that belongs to this file (backbone, depth, queries), or the file of this config")
+    return "\n  ".join([f"the checkpoint {file.path} {problem}; nothing was loaded", *lines])
 
 
 def _any(name: str, patterns: Sequence[str]) -> bool:

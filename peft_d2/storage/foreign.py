@@ -1,9 +1,10 @@
-"""What a file holds that cannot be read as what its name says, by its first bytes."""
+"""What a file or a folder holds that cannot be read as what it was given for: for messages."""
 
 from __future__ import annotations
 
 import os
 import re
+from pathlib import Path
 
 _KINDS = (
     (rb"version https://git-lfs", "a pointer of Git LFS in place of the file (`git lfs pull` fetches it)"),
@@ -33,3 +34,11 @@ def kind_of_file(path: str | os.PathLike[str]) -> str:
             return kind_of(file.read(LENGTH))
     except OSError:
         return ""
+
+
+def newest_in_run(folder: Path) -> str:
+    """The checkpoint that stands for the run in a folder, "" where it is none's: for messages."""
+    found = [folder / "adapter_final", folder / "model_final.pth"]
+    for pattern in ("adapter_[0-9]*", "model_[0-9]*.pth"):
+        found += sorted(folder.glob(pattern), reverse=True)
+    return next((str(path) for path in found if path.exists()), "")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import re
 import shutil
@@ -16,37 +15,7 @@ import yaml
 
 from peft_d2.peft import METHODS
 from peft_d2.storage import adapter_file
-from peft_d2.storage.adapter_file import FILES, STARTED_FROM, WHY_NOT_PEFT, AdapterFileError
-
-_ADDRESS = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)@(?P<revision>[\w./-]+)")
-_INSTALL = "pip install 'peft_d2[hub]'"
-logger = logging.getLogger(__name__)
-
-
-def resolved(folder: str | os.PathLike[str]) -> tuple[str | os.PathLike[str], str]:
-    """For ``user/name@revision`` the folder in the hub's cache, fetched where that is needed, and ``user/name@commit``.
-
-    Other folders, and those that exist, are as they are (`~` is one's home), and "". The revision is required, so that
-    a run names what it used. Offline (HF_HUB_OFFLINE) the cache alone is asked.
-
-    Raises:
-        AdapterFileError: it is no path, it cannot be fetched, or ``huggingface_hub`` is missing.
-    """
-    if not isinstance(folder, str | os.PathLike):
-        raise AdapterFileError(repr(folder), "it is no path", "give the folder of an adapter")
-    folder = os.path.expanduser(folder)
-    address = _ADDRESS.fullmatch(os.fspath(folder))
-    if address is None or os.path.exists(folder):
-        return folder, ""
-    hub = _hub(folder)
-    try:
-        local = hub.snapshot_download(address["repo"], revision=address["revision"], allow_patterns=list(FILES))
-    except (OSError, ValueError) as error:  # the library's own errors are of these
-        said = str(error).strip().partition("\n")[0]
-        remedy = "check the name, the revision and your access (hf auth login); offline it has to be in the cache"
-        raise AdapterFileError(folder, f"cannot be fetched from the hub: {said}", remedy) from error
-    logger.info("Adapter %s is commit %s of %s, in %s", folder, Path(local).name, address["repo"], local)
-    return local, f"{address['repo']}@{Path(local).name}"
+from peft_d2.storage.adapter_file import CONFIG, FILES, LORA, RECORD, STARTED_FROM, WHY_NOT_PEFT, import_hub, resolved
 
 
 def pinned(folder: str) -> str:
@@ -78,7 +47,7 @@ def push_to_hub(
         AdapterFileError: the folder is damaged, or ``huggingface_hub`` is missing.
     """
     adapter_file.read(folder)  # whole, and with the checksums that it names
-    api = _hub(folder).HfApi()
+    api = import_hub(folder).HfApi()
     api.create_repo(repo, private=private, exist_ok=True)
     with tempfile.TemporaryDirectory() as temporary:
         for name in FILES:
@@ -101,40 +70,33 @@ def _curves(folder: Path) -> Path | None:
 
 def model_card(folder: str | os.PathLike[str], repo: str, picture: str = "", command: str = "") -> str:
     """The card of an adapter: its base and fingerprint, data, methods, metrics, command, and how to load it."""
-    record = json.loads(Path(folder, "peft_d2.json").read_bytes())
-    hf = json.loads(Path(folder, "adapter_config.json").read_bytes()).get("peft_type") == "LORA"
+    record = json.loads(Path(folder, RECORD).read_bytes())
+    is_theirs = json.loads(Path(folder, CONFIG).read_bytes()).get("peft_type") == LORA
     beside = Path(folder).parent / "config.yaml"
     run: dict[str, Any] = (yaml.safe_load(beside.read_bytes()) or {}) if beside.is_file() else {}
-    base, data = _shown(run.get("MODEL", {}).get("WEIGHTS") or "not named by the run"), run.get("DATASETS", {})
-    header = {
-        "library_name": "peft_d2",
-        "tags": ["detectron2", "peft", "image-segmentation", *(["lora"] if hf else [])],
-    }
+    weights, base = _shown(run.get("MODEL", {}).get("WEIGHTS") or "not named by the run"), record["base"]
     start = record.get(STARTED_FROM) or _shown(run.get("MODEL", {}).get("PEFT", {}).get("WEIGHTS") or "")
-    rows = [
-        *([("started from", f"`{start}`")] if start else []),
-        ("base", f"`{base}`, {record['base']['count']} tensors, fingerprint `{record['base']['weights'][:16]}`"),
-        *(
-            (f"data, {split.lower()}", ", ".join(map(str, data.get(split) or ())) or "not named")
-            for split in ("TRAIN", "TEST")
-        ),
-        *(("method", _method(entry)) for entry in record["methods"]),
-        ("trained in full", ", ".join(f"`{name}`" for name in record["train"]) or "nothing"),
-        *(
-            (key, f"{value:.4g}" if isinstance(value, float) else value)
-            for key, value in sorted(record["metrics"].items())
-        ),
-        ("written by", f"peft_d2 {record['peft_d2_version']}"),
-    ]
-    lines = [f"---\n{yaml.safe_dump(header, sort_keys=False)}---", f"# {repo}", ""]
-    lines += [*([f"![Evaluation]({picture})", ""] if picture else []), "| | |", "|---|---|"]
-    lines += [f"| {key} | {value} |".replace("\n", " ") for key, value in rows]
-    lines += ["", "```python", f'peft_d2.load_adapter(model, "{repo}@main")  # or a commit, which stays', "```", ""]
-    command = command or _command(beside.with_name("log.txt"))
-    lines += [f"Trained by `{command}`.", ""] if command else []
+    rows = [("started from", f"`{start}`")] if start else []
+    rows.append(("base", f"`{weights}`, {base['count']} tensors, fingerprint `{base['weights'][:16]}`"))
+    for split in ("TRAIN", "TEST"):
+        names = run.get("DATASETS", {}).get(split) or ["not named"]
+        rows.append((f"data, {split.lower()}", ", ".join(map(str, names))))
+    rows += [("method", _method(entry)) for entry in record["methods"]]
+    rows.append(("trained in full", ", ".join(f"`{name}`" for name in record["train"]) or "nothing"))
+    rows += [(key, f"{v:.4g}" if isinstance(v, float) else v) for key, v in sorted(record["metrics"].items())]
+    rows.append(("written by", f"peft_d2 {record['peft_d2_version']}"))
+    table = "\n".join(f"| {key} | {value} |".replace("\n", " ") for key, value in rows)
+    tags = ["detectron2", "peft", "image-segmentation", *(["lora"] if is_theirs else [])]
+    header = yaml.safe_dump({"library_name": "peft_d2", "tags": tags}, sort_keys=False)
+    parts = [f"---\n{header}---\n# {repo}", f"| | |\n|---|---|\n{table}"]
+    if picture:
+        parts.insert(1, f"![Evaluation]({picture})")
+    parts.append(f'```python\npeft_d2.load_adapter(model, "{repo}@main")  # or a commit, which stays\n```')
+    if command := command or _command(beside.with_name("log.txt")):
+        parts.append(f"Trained by `{command}`.")
     reason = record.get(WHY_NOT_PEFT) or "see peft_type in adapter_config.json"
-    lines.append(f"Hugging Face's `peft` {'opens it as it is' if hf else f'cannot open it: {reason}'}.")
-    return "\n".join(lines) + "\n"
+    parts.append(f"Hugging Face's `peft` {'opens it as it is' if is_theirs else f'cannot open it: {reason}'}.")
+    return "\n\n".join(parts) + "\n"
 
 
 def _command(log: Path) -> str:
@@ -159,11 +121,3 @@ def _method(entry: dict[str, Any]) -> str:
     )
     targets = ", ".join(f"`{name}`" for name in entry["TARGETS"])
     return f"{entry['NAME']} on {targets}" + (f" ({shown})" if shown else "")
-
-
-def _hub(folder: str | os.PathLike[str]) -> Any:
-    try:
-        import huggingface_hub
-    except ImportError as error:
-        raise AdapterFileError(folder, "the hub needs the package huggingface_hub", _INSTALL) from error
-    return huggingface_hub

@@ -8,18 +8,17 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from peft_d2.storage import adapter_config
-from peft_d2.storage.adapter_config import EMBEDDING_A, MAGNITUDE, SUFFIXES, A, B, expression
-from peft_d2.storage.adapter_file import CONFIG, MARK, TENSORS, AdapterFile, AdapterFileError, load_json, load_tensors
-from peft_d2.storage.atomic import Defect
+from peft_d2.peft.state import SUFFIXES
+from peft_d2.storage import adapter_file
+from peft_d2.storage.adapter_file import CONFIG, EMBEDDING_A, LORA, MAGNITUDE, TENSORS, A, AdapterFile, B, expression
+from peft_d2.storage.disk import Defect, load_json, load_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +63,7 @@ def is_huggingface(folder: str | os.PathLike[str]) -> bool:
     if not os.path.isfile(root / TENSORS):
         return os.path.isfile(root / _PICKLE)
     try:
-        return MARK not in load_tensors((root / TENSORS).read_bytes())[1]
+        return adapter_file.MARK not in load_tensors((root / TENSORS).read_bytes())[1]
     except (Defect, OSError):
         return False
 
@@ -90,18 +89,17 @@ def read(folder: str | os.PathLike[str], model: nn.Module | None = None) -> Adap
         path, remedy = root / TENSORS, f"{_SAVE_AGAIN} (safe_serialization=True): {_PICKLE} is a pickle and is not read"
         stored, _ = load_tensors(path.read_bytes())
     except Defect as error:
-        raise AdapterFileError(path, str(error), _SAVE_AGAIN) from None
+        raise adapter_file.AdapterFileError(path, str(error), _SAVE_AGAIN) from None
     except OSError as error:
-        raise AdapterFileError(path, error.strerror or str(error), remedy) from error
+        raise adapter_file.AdapterFileError(path, error.strerror or str(error), remedy) from error
     if wrapper := _wrapper(stored, model):
         logger.info("%s is of a model inside another, which it calls %r: that name is taken off.", path, wrapper)
     try:
         known = {key: value for key, value in config.items() if value is not None}
-        content = _Reader(known, stored, model, wrapper).content()
-        return _without(wrapper, content) if wrapper else content
+        return _Reader(known, stored, model, wrapper).content()
     except ValueError as error:
         remedy = "train a plain LoRA or DoRA in peft, or merge this one there into the base (merge_and_unload)"
-        raise AdapterFileError(root, str(error), remedy) from None
+        raise adapter_file.AdapterFileError(root, str(error), remedy) from None
 
 
 class _Reader:
@@ -115,16 +113,16 @@ class _Reader:
         self, config: Mapping[str, Any], stored: Mapping[str, Tensor], model: nn.Module | None, wrapper: str = ""
     ) -> None:
         _check_fields(config)
-        self.config = config
+        self.config, self.wrapper = config, wrapper
         self.dora = bool(config.get("use_dora"))
         modules = [] if model is None else model.named_modules(remove_duplicate=False)
         self.by_name = {".".join(filter(None, (wrapper, name))): module for name, module in modules}
         self.tensors = _named_as_in_model(stored)
         self._drop_unused_output_projections()
         tensors = {name: value for name, value in self.tensors.items() if _OUT_PROJ not in name}
-        adapter_config.check(tensors, config)
-        self.ranks = adapter_config.lora_ranks(tensors)
-        self.scales = adapter_config.scales(tensors, config)
+        adapter_file.check_config(tensors, config)
+        self.ranks = adapter_file.lora_ranks(tensors)
+        self.scales = adapter_file.lora_scales(tensors, config)
 
     def content(self) -> AdapterFile:
         """The adapter as ours would be stored, without a base's fingerprint."""
@@ -133,7 +131,7 @@ class _Reader:
             self._check_targeted(path)
             entry = self._entry(path, rank)
             alike = entries.setdefault(tuple(map(str, entry.values())), {**entry, "TARGETS": []})
-            alike["TARGETS"].append(f"re:{re.escape(path)}")  # each module outright
+            alike["TARGETS"].append(self._outright(path))
         self._add_biases_of_factors()
         self._set_tokens()
         self._leave_base_layers()
@@ -144,7 +142,16 @@ class _Reader:
                 self._set_start(path)
         full = [name for name in self.tensors if not _is_injected(name)]
         self._refuse_shared(full)
-        return AdapterFile(self.tensors, list(entries.values()), self._train(full), None, {}, "", self.scales)
+        tensors, scales = ({self._own(k): v for k, v in named.items()} for named in (self.tensors, self.scales))
+        return AdapterFile(tensors, list(entries.values()), self._train(full), None, {}, "", scales)
+
+    def _own(self, name: str) -> str:
+        """The model's name for one of the file."""
+        return name.removeprefix(f"{self.wrapper}.") if self.wrapper else name
+
+    def _outright(self, name: str) -> str:
+        """The pattern that chooses one module or tensor alone."""
+        return f"re:{re.escape(self._own(name))}"
 
     def _module(self, path: str, what: str) -> nn.Module:
         if not self.by_name:
@@ -195,7 +202,7 @@ class _Reader:
     def _entry(self, path: str, rank: int) -> dict[str, Any]:
         """The entry of METHODS for one module; what `peft` does not compute as ours does is refused."""
         attention, embedding = path + _OUT_PROJ + A in self.tensors, path + EMBEDDING_A in self.tensors
-        different = path in self.by_name and not attention and adapter_config.difference_to_peft(path, self.by_name)
+        different = path in self.by_name and not attention and adapter_file.difference_to_peft(path, self.by_name)
         if different:
             raise ValueError(f"{path}: {different}")
         if (path + MAGNITUDE in self.tensors) != self.dora:
@@ -269,7 +276,7 @@ class _Reader:
 
     def _refuse_shared(self, full: Collection[str]) -> None:
         """`peft` copies a module of `modules_to_save`, and so separates it from others that share its tensors."""
-        shared = adapter_config.shared_ids(list(self.by_name.items()))
+        shared = adapter_file.shared_ids(list(self.by_name.items()))
         for name in full:
             owner, _, leaf = name.rpartition(".")
             module = self.by_name.get(owner)
@@ -283,15 +290,13 @@ class _Reader:
         for name in sorted(names):
             owners = [name[: dot.start()] for dot in re.finditer(r"\.", name)]
             chosen.append(next((owner for owner in owners if wanted and owner.endswith(wanted)), name))
-        return tuple(dict.fromkeys(f"re:{re.escape(name)}" for name in chosen))
+        return tuple(dict.fromkeys(map(self._outright, chosen)))
 
 
 def _check_fields(config: Mapping[str, Any]) -> None:
     """Every field is known and of its type, or is off."""
-    if config.get("peft_type") != adapter_config.LORA:
-        raise ValueError(
-            f"adapter_config.json has peft_type {config.get('peft_type')!r}; known is {adapter_config.LORA}"
-        )
+    if config.get("peft_type") != LORA:
+        raise ValueError(f"adapter_config.json has peft_type {config.get('peft_type')!r}; known is {LORA}")
     said = {"bias": "none", "lora_dropout": 0, "init_lora_weights": True, **config}
     for key, value in said.items():
         known = FIELDS.get(key, "this field is not known here, and may change what the tensors mean")
@@ -320,7 +325,7 @@ def _check_fields(config: Mapping[str, Any]) -> None:
 
 def _wrapper(stored: Mapping[str, Tensor], model: nn.Module | None) -> str:
     """The name, such as "module" or "_orig_mod.module", that all tensors lie below and the model does not have."""
-    names = [name.removeprefix(adapter_config.PREFIX).split(".") for name in stored]
+    names = [name.removeprefix(adapter_file.PREFIX).split(".") for name in stored]
     children = {name for name, _ in model.named_children()} if model is not None else set()
     for depth in range(1, 4):
         above, below = {tuple(name[:depth]) for name in names}, {name[depth] for name in names if len(name) > depth}
@@ -331,24 +336,8 @@ def _wrapper(stored: Mapping[str, Tensor], model: nn.Module | None) -> str:
     return ""
 
 
-def _without(wrapper: str, content: AdapterFile) -> AdapterFile:
-    """What was read, with the names that the model has: those behind ``wrapper``."""
-    name, pattern = f"{wrapper}.", f"re:{re.escape(wrapper)}\\."
-
-    def patterns(given: Iterable[str]) -> list[str]:
-        return [f"re:{item.removeprefix(pattern)}" if item.startswith(pattern) else item for item in given]
-
-    return replace(
-        content,
-        tensors={key.removeprefix(name): value for key, value in content.tensors.items()},
-        methods=[{**entry, "TARGETS": patterns(entry["TARGETS"])} for entry in content.methods],
-        train=tuple(patterns(content.train)),
-        scales={key.removeprefix(name): value for key, value in content.scales.items()},
-    )
-
-
 def _named_as_in_model(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    tensors = adapter_config.to_model(stored)
+    tensors = adapter_file.to_model(stored)
     for name, value in tensors.items():
         if not _is_injected(name) and not name.endswith(_BIAS_OF_B):
             if any(part.startswith("lora_") for part in name.split(".")):

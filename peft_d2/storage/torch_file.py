@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from peft_d2.storage import foreign
-from peft_d2.storage.atomic import Defect
+from peft_d2.storage.disk import Defect
 
 _ZIP, _PICKLE = b"PK\x03\x04", b"\x80"
 _OLD_MAGIC = 0x1950A86A20F9469CFC6C  # begins a file of torch before 1.6

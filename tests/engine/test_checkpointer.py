@@ -340,8 +340,8 @@ def test_an_adapter_that_is_replaced_while_it_is_read_is_read_again(
         adapters.save_adapter(model, tmp_path / f"adapter_{seed}")
     original, replaced = adapter_file._read_record, []
 
-    def read_record(root: Path) -> Any:
-        record = original(root)
+    def read_record(path: Path) -> Any:
+        record = original(path)
         if not replaced:
             replaced.append(adapters.save_adapter(models[1], tmp_path / "adapter_0"))
         return record

@@ -20,7 +20,7 @@ import peft_d2
 from peft_d2 import peft
 from peft_d2.adapters import load_adapter, save_adapter, save_merged
 from peft_d2.peft.methods import METHODS
-from peft_d2.storage import adapter_file
+from peft_d2.storage import adapter_file, disk
 
 LORA: dict[str, Any] = {"NAME": "lora", "TARGETS": ["proj"], "RANK": 2}
 ADAPTER: dict[str, Any] = {"NAME": "adapter", "TARGETS": ["mlp"]}
@@ -225,8 +225,8 @@ def change_record(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None
     record = json.loads(path.read_bytes())
     change(record)
     record.pop("checksum")
-    checksum = adapter_file._sha256(adapter_file.dump_json(record))
-    path.write_bytes(adapter_file.dump_json({**record, "checksum": checksum}))
+    checksum = disk.sha256(disk.dump_json(record))
+    path.write_bytes(disk.dump_json({**record, "checksum": checksum}))
 
 
 FILES: dict[str, Callable[[dict[str, Any]], Any]] = {

@@ -29,7 +29,7 @@ import torch
 from torch import nn
 
 from peft_d2.adapters import load_adapter
-from peft_d2.storage import AdapterFileError, CheckpointError, adapter_file, fingerprint, read_checkpoint
+from peft_d2.storage import AdapterFileError, CheckpointError, adapter_file, disk, fingerprint, read_checkpoint
 
 WEIGHTS = {"a.weight": torch.ones(2, 2)}
 
@@ -404,7 +404,7 @@ def adapter(tmp_path: Path) -> Path:
 
 def signed(record: dict[str, Any]) -> bytes:
     record.pop("checksum", None)
-    return adapter_file.dump_json({**record, "checksum": adapter_file._sha256(adapter_file.dump_json(record))})
+    return disk.dump_json({**record, "checksum": disk.sha256(disk.dump_json(record))})
 
 
 def moved(name: str) -> Callable[[dict[str, Any]], bytes]:
@@ -434,7 +434,7 @@ RECORDS: dict[str, Callable[[dict[str, Any]], bytes]] = {
     "hundred megabytes of spaces": lambda record: b" " * (100 * 2**20),
     "compressed": lambda record: zlib.compress(b" " * 10**6),
     "not utf-8": lambda record: b'{"a": "\xff\xfe"}',
-    "not signed": lambda record: adapter_file.dump_json({**record, "checksum": "0" * 64}),
+    "not signed": lambda record: disk.dump_json({**record, "checksum": "0" * 64}),
 }  # fmt: skip
 
 

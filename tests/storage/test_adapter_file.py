@@ -16,8 +16,8 @@ from peft_d2.storage import (
     AdapterFileError,
     Fingerprint,
     StorageError,
-    adapter_config,
     adapter_file,
+    disk,
     fingerprint,
 )
 
@@ -172,8 +172,8 @@ def resigned(folder: Path, change: Any) -> Path:
     record = json.loads((folder / "peft_d2.json").read_text())
     del record["checksum"]
     change(record)
-    record["checksum"] = adapter_file._sha256(adapter_file.dump_json(record))
-    (folder / "peft_d2.json").write_bytes(adapter_file.dump_json(record))
+    record["checksum"] = disk.sha256(disk.dump_json(record))
+    (folder / "peft_d2.json").write_bytes(disk.dump_json(record))
     return folder
 
 
@@ -198,8 +198,8 @@ def test_a_record_with_other_content_is_refused(tmp_path: Path, change: Any, mes
 
 
 def test_a_rank_that_is_not_the_described_one_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    describe = adapter_config.describe
-    monkeypatch.setattr(adapter_config, "describe", lambda *a: ({**describe(*a)[0], "r": 4}, ""))
+    describe = adapter_file.describe
+    monkeypatch.setattr(adapter_file, "describe", lambda *a: ({**describe(*a)[0], "r": 4}, ""))
     with pytest.raises(AdapterFileError, match=r"LoRA of enc\.fc has rank 2, and adapter_config\.json says 4"):
         adapter_file.read(save(tmp_path / "adapter"))
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from peft_d2.storage import adapter_file
-from peft_d2.storage.adapter_file import Fingerprint, difference, fingerprint
+from peft_d2.storage import disk
+from peft_d2.storage.disk import Fingerprint, difference, fingerprint
 
 STATE = {
     "stem.weight": torch.linspace(-1, 1, 24).reshape(2, 3, 4),
@@ -68,8 +68,8 @@ def test_a_memo_changes_nothing_but_the_work(monkeypatch: pytest.MonkeyPatch) ->
     memo: dict[str, Any] = {}
     assert fingerprint(state, memo=memo) == fingerprint(state)
     hashed: list[torch.Tensor] = []
-    original = adapter_file._hash
-    monkeypatch.setattr(adapter_file, "_hash", lambda tensor: hashed.append(tensor) or original(tensor))
+    original = disk._hash
+    monkeypatch.setattr(disk, "_hash", lambda tensor: hashed.append(tensor) or original(tensor))
     assert fingerprint({name: value.clone() for name, value in state.items()}, memo=memo) == fingerprint(state)
     assert len(hashed) == len(state), "of those without a memo alone"
     state["large"].data[4999] += 1e-6
@@ -96,5 +96,5 @@ def test_another_dtype_is_named(kind: torch.dtype) -> None:
 
 def test_large_tensors_are_hashed_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = fingerprint(STATE)
-    monkeypatch.setattr(adapter_file, "_CHUNK", 3)
+    monkeypatch.setattr(disk, "_CHUNK", 3)
     assert fingerprint(STATE) == whole

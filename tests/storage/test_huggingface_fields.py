@@ -269,7 +269,7 @@ def test_factors_in_other_precisions_are_read_as_peft_reads_them(tmp_path: Path,
 
 def test_what_peft_computes_in_another_way_is_refused(tmp_path: Path) -> None:
     """A grouped convolution, a module under two names: the outputs would differ."""
-    from peft_d2.storage.adapter_config import difference_to_peft
+    from peft_d2.storage.adapter_file import difference_to_peft
 
     grouped = nn.Sequential(nn.Conv2d(4, 4, 3, groups=2), nn.Linear(2, 2))
     hf.get_peft_model(grouped, hf.LoraConfig(target_modules=["0"], r=4)).save_pretrained(tmp_path / "grouped")

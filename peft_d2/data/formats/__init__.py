@@ -19,7 +19,7 @@ from peft_d2.data.formats.masks import read_masks, read_voc
 from peft_d2.data.formats.shapes import read_cvat, read_label_studio, read_labelme, read_yolo
 from peft_d2.data.images import DatasetError
 from peft_d2.peft.errors import shortened
-from peft_d2.storage import atomic
+from peft_d2.storage import disk
 
 
 def read_folder(folder: str | Path, split: str = "train") -> tuple[str, dict[str, Any], Path]:
@@ -63,7 +63,7 @@ def store(data: dict[str, Any], folder: Path, name: str) -> Path:
     path = folder / f"{name}_{hashlib.sha256(content).hexdigest()[:8]}.json"
     if not path.is_file():
         folder.mkdir(parents=True, exist_ok=True)
-        atomic.write_bytes(path, content)
+        disk.write_bytes(path, content)
     return path
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from peft_d2.data.images import DatasetError, image_size, visible
 from peft_d2.data.registration import read_json
 from peft_d2.data.segmentation import extent, mask_box, mask_to_compressed_rle, segmentation_to_mask
-from peft_d2.storage import atomic
+from peft_d2.storage import disk
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif")
 
@@ -60,7 +60,7 @@ class CocoJson:
 
 def write_coco(path: str | Path, data: Mapping[str, Any]) -> int:
     """Write a json in one step and return the number of its annotations."""
-    atomic.write_bytes(path, json.dumps(data).encode())
+    disk.write_bytes(path, json.dumps(data).encode())
     return len(data["annotations"])
 
 

@@ -25,8 +25,8 @@ from peft_d2.models.seem.text_encoder import (
     load_tokenizer,
     prompts,
 )
-from peft_d2.storage import CheckpointError, atomic
-from peft_d2.storage.adapter_file import dump_json, dump_tensors, fingerprint, load_json, load_tensors
+from peft_d2.storage import CheckpointError, disk
+from peft_d2.storage.disk import dump_json, dump_tensors, fingerprint, load_json, load_tensors
 
 _TENSOR, _RECORD, _FORMAT = "vectors", "class_vectors", 1
 _TEXTS_PER_CALL = 512
@@ -92,7 +92,7 @@ class ClassVectors:
             "sha256": _sha256(vectors),
         }
         data = dump_tensors({_TENSOR: vectors}, {_RECORD: dump_json(record).decode("ascii")})
-        atomic.write_bytes(path, data)
+        disk.write_bytes(path, data)
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> ClassVectors:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from peft_d2.engine.errors import ConfigError
 from peft_d2.models.seem.text_encoder import TEMPLATES, TextEncoder, TokenizerError, load_tokenizer, prompts
 from peft_d2.models.seem.vocabulary import ClassVectors, ClassVectorsError, encode_classes
-from peft_d2.storage.adapter_file import dump_tensors, load_tensors
+from peft_d2.storage.disk import dump_tensors, load_tensors
 
 from ..conftest import GOLDENS, ROOT
 

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import random
 import re
 import resource
-import signal
 import subprocess
 import sys
 import time
+from multiprocessing.synchronize import Event
 from pathlib import Path
 
 import pytest
 
-from peft_d2.storage import StorageError, atomic
+from peft_d2.storage import StorageError, disk
 
-ROOT = Path(__file__).resolve().parents[2]
 ANY = ("*",)
 
 
@@ -26,7 +26,7 @@ def hidden(folder: Path) -> list[str]:
 def test_a_file_is_created_and_replaced(tmp_path: Path) -> None:
     target = tmp_path / "deep" / "a.bin"
     for data in (b"one", b"two, longer", b""):
-        atomic.write_bytes(target, data)
+        disk.write_bytes(target, data)
         assert target.read_bytes() == data
     assert not hidden(target.parent)
 
@@ -34,7 +34,7 @@ def test_a_file_is_created_and_replaced(tmp_path: Path) -> None:
 def test_a_folder_is_replaced_as_a_whole(tmp_path: Path) -> None:
     target = tmp_path / "run" / "adapter"
     for names in (("a", "b"), ("b", "c/d")):
-        with atomic.folder(target, ANY) as temporary:
+        with disk.folder(target, ANY) as temporary:
             for name in names:
                 (temporary / name).parent.mkdir(exist_ok=True)
                 (temporary / name).write_text(name)
@@ -57,7 +57,7 @@ def test_a_folder_that_holds_anything_else_is_refused_and_untouched(tmp_path: Pa
         (target / "a.bin").write_text("old")
     before = {path: path.read_bytes() for path in target.rglob("*") if path.is_file()}
     name = foreign.partition("/")[0]
-    with pytest.raises(StorageError, match=re.escape(repr(name))), atomic.folder(target, ["a.bin"]) as temporary:
+    with pytest.raises(StorageError, match=re.escape(repr(name))), disk.folder(target, ["a.bin"]) as temporary:
         (temporary / "a.bin").write_text("new")
     assert {path: path.read_bytes() for path in target.rglob("*") if path.is_file()} == before
     assert not hidden(tmp_path)
@@ -65,7 +65,7 @@ def test_a_folder_that_holds_anything_else_is_refused_and_untouched(tmp_path: Pa
 
 def test_a_file_that_appears_while_a_folder_is_written_is_kept(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
-    with pytest.raises(StorageError, match="notes"), atomic.folder(tmp_path / "mine", ["a.bin"]) as temporary:
+    with pytest.raises(StorageError, match="notes"), disk.folder(tmp_path / "mine", ["a.bin"]) as temporary:
         (temporary / "a.bin").write_text("new")
         (tmp_path / "mine" / "notes").write_text("mine")
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["notes"]
@@ -73,21 +73,21 @@ def test_a_file_that_appears_while_a_folder_is_written_is_kept(tmp_path: Path) -
 
 def test_an_empty_path_is_not_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(StorageError, match="empty"), atomic.folder("", ANY):
+    with pytest.raises(StorageError, match="empty"), disk.folder("", ANY):
         pass
     with pytest.raises(StorageError, match="empty"):
-        atomic.write_bytes("", b"x")
+        disk.write_bytes("", b"x")
     assert not list(tmp_path.iterdir())
 
 
 def test_an_error_inside_leaves_the_old_one(tmp_path: Path) -> None:
-    atomic.write_bytes(tmp_path / "file", b"old")
-    with atomic.folder(tmp_path / "folder", ANY) as temporary:
+    disk.write_bytes(tmp_path / "file", b"old")
+    with disk.folder(tmp_path / "folder", ANY) as temporary:
         (temporary / "x").write_text("old")
-    with pytest.raises(KeyError), atomic.file(tmp_path / "file") as path:
+    with pytest.raises(KeyError), disk.file(tmp_path / "file") as path:
         path.write_bytes(b"half")
         raise KeyError
-    with pytest.raises(KeyError), atomic.folder(tmp_path / "folder", ANY) as temporary:
+    with pytest.raises(KeyError), disk.folder(tmp_path / "folder", ANY) as temporary:
         (temporary / "x").write_text("half")
         raise KeyError
     assert (tmp_path / "file").read_bytes() == b"old" and (tmp_path / "folder" / "x").read_text() == "old"
@@ -96,7 +96,7 @@ def test_an_error_inside_leaves_the_old_one(tmp_path: Path) -> None:
 
 def test_a_file_in_the_folders_place_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x").write_text("mine")
-    with pytest.raises(NotADirectoryError, match="is a file"), atomic.folder(tmp_path / "x", ANY):
+    with pytest.raises(NotADirectoryError, match="is a file"), disk.folder(tmp_path / "x", ANY):
         pass
     assert (tmp_path / "x").read_text() == "mine"
 
@@ -104,7 +104,7 @@ def test_a_file_in_the_folders_place_is_refused(tmp_path: Path) -> None:
 def test_a_link_keeps_pointing_where_it_did(tmp_path: Path) -> None:
     (tmp_path / "disk").mkdir()
     (tmp_path / "link").symlink_to("disk")
-    with atomic.folder(tmp_path / "link", ANY) as temporary:
+    with disk.folder(tmp_path / "link", ANY) as temporary:
         (temporary / "x").write_text("x")
     assert (tmp_path / "link").is_symlink() and (tmp_path / "disk" / "x").exists()
 
@@ -128,20 +128,20 @@ def test_temporaries_of_dead_writers_are_removed_and_of_live_ones_kept(tmp_path:
     command = [sys.executable, "-c", LOCK, str(alive)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as writer:
         assert writer.stdout is not None and writer.stdout.readline() == b"locked\n"
-        atomic.recover(target, only_put_back=True)
+        disk.recover(target, only_put_back=True)
         assert len(hidden(tmp_path)) == 4
-        with atomic.folder(target, ANY) as temporary:
+        with disk.folder(target, ANY) as temporary:
             (temporary / "x").write_text("x")
         assert sorted(hidden(tmp_path)) == sorted(path.name for path in (alive, *others))
         writer.kill()
-    atomic.recover(target)
+    disk.recover(target)
     assert sorted(hidden(tmp_path)) == sorted(path.name for path in others)
 
 
 def test_what_this_process_is_writing_is_not_cleaned_away(tmp_path: Path) -> None:
     """By another writer of the same name, of this process or another."""
-    with atomic.folder(tmp_path / "adapter", ANY) as first:
-        with atomic.folder(tmp_path / "adapter", ANY) as second:
+    with disk.folder(tmp_path / "adapter", ANY) as first:
+        with disk.folder(tmp_path / "adapter", ANY) as second:
             (second / "x").write_text("second")
         (first / "x").write_text("first")
     assert (tmp_path / "adapter" / "x").read_text() == "first" and not hidden(tmp_path)
@@ -150,10 +150,10 @@ def test_what_this_process_is_writing_is_not_cleaned_away(tmp_path: Path) -> Non
 def test_the_old_folder_comes_back_after_a_kill_between_two_renames(tmp_path: Path) -> None:
     target = tmp_path / "adapter"
     for only_put_back in (False, True):
-        with atomic.folder(target, ANY) as temporary:
+        with disk.folder(target, ANY) as temporary:
             (temporary / "x").write_text("old")
         target.rename(tmp_path / ".adapter.0123abcd.old")
-        atomic.recover(target, only_put_back)
+        disk.recover(target, only_put_back)
         assert (target / "x").read_text() == "old" and not hidden(tmp_path)
 
 
@@ -161,8 +161,8 @@ def test_the_old_folder_comes_back_after_a_kill_between_two_renames(tmp_path: Pa
 def test_long_names_are_stored(tmp_path: Path, length: int) -> None:
     name = "n" * length
     for _ in range(2):
-        atomic.write_bytes(tmp_path / name, b"x")
-        with atomic.folder(tmp_path / "f" / name, ANY) as temporary:
+        disk.write_bytes(tmp_path / name, b"x")
+        with disk.folder(tmp_path / "f" / name, ANY) as temporary:
             (temporary / "x").write_text("x")
     assert (tmp_path / name).read_bytes() == b"x" and (tmp_path / "f" / name / "x").exists()
     assert not hidden(tmp_path) and not hidden(tmp_path / "f")
@@ -177,56 +177,56 @@ def test_places_that_cannot_hold_a_file_are_named(tmp_path: Path, name: str, mes
     (tmp_path / "file").write_text("mine")
     (tmp_path / "folder").mkdir()
     with pytest.raises(StorageError, match=rf"cannot store .*({message})") as caught:
-        atomic.write_bytes(tmp_path / name, b"x")
+        disk.write_bytes(tmp_path / name, b"x")
     assert "space" not in str(caught.value)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
 
 
 def test_a_full_place_elsewhere_is_not_called_the_targets(tmp_path: Path) -> None:
     error = OSError(28, "No space left on device", "/dev/shm/torch_1")
-    with pytest.raises(StorageError, match=r"at /dev/shm/torch_1.*/dev/shm is full"), atomic.explained(tmp_path / "x"):
+    with pytest.raises(StorageError, match=r"at /dev/shm/torch_1.*/dev/shm is full"), disk.explained(tmp_path / "x"):
         raise error
-    with pytest.raises(RuntimeError), atomic.explained(tmp_path / "x"):
+    with pytest.raises(RuntimeError), disk.explained(tmp_path / "x"):
         raise RuntimeError("PytorchStreamReader failed reading zip archive: [enforce fail at inline_container.cc:1]")
 
 
 def test_folders_are_replaced_where_they_cannot_be_exchanged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(atomic, "_exchange", lambda first, second: False)
+    monkeypatch.setattr(disk, "_exchange", lambda first, second: False)
     for text in ("one", "two"):
-        with atomic.folder(tmp_path / "adapter", ANY) as temporary:
+        with disk.folder(tmp_path / "adapter", ANY) as temporary:
             (temporary / "x").write_text(text)
     assert (tmp_path / "adapter" / "x").read_text() == "two" and not hidden(tmp_path)
 
 
-SAVE_LOOP = """
-import sys
-from peft_d2.storage import atomic
-for number in range(10**6):
-    with atomic.folder(sys.argv[1] + "/adapter", ("*",)) as folder:
-        for name in ("a", "b", "c"):
-            (folder / name).write_bytes(number.to_bytes(4, "little") * 50_000)
-    atomic.write_bytes(sys.argv[1] + "/last", number.to_bytes(4, "little") * 10_000)
-    if number == 0:
-        print("saving", flush=True)
-"""
+def save_for_ever(folder: Path, saving: Event) -> None:
+    for number in range(10**6):
+        with disk.folder(folder / "adapter", ANY) as temporary:
+            for name in ("a", "b", "c"):
+                (temporary / name).write_bytes(number.to_bytes(4, "little") * 50_000)
+        disk.write_bytes(folder / "last", number.to_bytes(4, "little") * 10_000)
+        saving.set()
 
 
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 @pytest.mark.parametrize("exchange", [True, False])
-def test_a_kill_at_any_moment_leaves_a_whole_one(tmp_path: Path, exchange: bool) -> None:
-    generator = random.Random(0)
-    program = (
-        SAVE_LOOP if exchange else SAVE_LOOP.replace("for number", "atomic._exchange = lambda *_: False\nfor number")
-    )
+def test_a_kill_at_any_moment_leaves_a_whole_one(
+    tmp_path: Path, exchange: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The writers are forks of this process: a start of torch for every kill would take the time of the test."""
+    if not exchange:
+        monkeypatch.setattr(disk, "_exchange", lambda first, second: False)
+    generator, forks = random.Random(0), multiprocessing.get_context("fork")
     seen = set()
     for _ in range(12):
-        process = subprocess.Popen([sys.executable, "-S", "-c", BARE + program, str(tmp_path)], stdout=subprocess.PIPE)
-        assert process.stdout is not None and process.stdout.readline() == b"saving\n"
+        saving = forks.Event()
+        process = forks.Process(target=save_for_ever, args=(tmp_path, saving))
+        process.start()
+        assert saving.wait(60)
         time.sleep(generator.uniform(0, 0.2))
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        process.stdout.close()
-        atomic.recover(tmp_path / "adapter")
-        atomic.recover(tmp_path / "last")
+        process.kill()
+        process.join()
+        disk.recover(tmp_path / "adapter")
+        disk.recover(tmp_path / "last")
         contents = [(tmp_path / "adapter" / name).read_bytes() for name in ("a", "b", "c")]
         assert len(set(contents)) == 1 and contents[0] == contents[0][:4] * 50_000
         last = (tmp_path / "last").read_bytes()
@@ -236,16 +236,6 @@ def test_a_kill_at_any_moment_leaves_a_whole_one(tmp_path: Path, exchange: bool)
         seen.add(contents[0][:4])
     assert len(seen) > 1, "the kills all came at the same place"
     assert not hidden(tmp_path)
-
-
-# Loads the module alone: a start of torch for every kill would take the time of the test.
-BARE = f"""
-import importlib.util, sys, types
-package = types.ModuleType("peft_d2"); io = types.ModuleType("peft_d2.storage")
-sys.modules.update({{"peft_d2": package, "peft_d2.storage": io}})
-spec = importlib.util.spec_from_file_location("peft_d2.storage.atomic", {str(ROOT / "peft_d2/storage/atomic.py")!r})
-io.atomic = importlib.util.module_from_spec(spec); spec.loader.exec_module(io.atomic)
-"""
 
 
 @pytest.fixture
@@ -258,9 +248,9 @@ def file_size_limit():
 
 
 def test_no_space_keeps_the_old_file_and_says_so_once(tmp_path: Path, file_size_limit: None) -> None:
-    atomic.write_bytes(tmp_path / "file", b"old")
+    disk.write_bytes(tmp_path / "file", b"old")
     with pytest.raises(StorageError, match=r"cannot store .*file.*is kept\. Free some space"):
-        atomic.write_bytes(tmp_path / "file", b"x" * 100_000)
+        disk.write_bytes(tmp_path / "file", b"x" * 100_000)
     assert (tmp_path / "file").read_bytes() == b"old" and not hidden(tmp_path)
 
 
@@ -268,9 +258,9 @@ def test_no_space_keeps_the_old_file_and_says_so_once(tmp_path: Path, file_size_
 def test_no_space_keeps_the_old_folder_and_says_so_once(tmp_path: Path, file_size_limit: None, by: str) -> None:
     import torch
 
-    with atomic.folder(tmp_path / "adapter", ANY) as folder:
+    with disk.folder(tmp_path / "adapter", ANY) as folder:
         (folder / "x").write_text("old")
-    with pytest.raises(StorageError, match="adapter.*is kept"), atomic.folder(tmp_path / "adapter", ANY) as folder:
+    with pytest.raises(StorageError, match="adapter.*is kept"), disk.folder(tmp_path / "adapter", ANY) as folder:
         if by == "bytes":
             (folder / "x").write_bytes(b"x" * 100_000)
         else:
@@ -280,6 +270,6 @@ def test_no_space_keeps_the_old_folder_and_says_so_once(tmp_path: Path, file_siz
 
 def test_a_full_device_is_named(tmp_path: Path) -> None:
     device = open("/dev/full", "wb", buffering=0)  # noqa: SIM115  closed below
-    with device, pytest.raises(StorageError, match="No space left on device"), atomic.file(tmp_path / "file"):
+    with device, pytest.raises(StorageError, match="No space left on device"), disk.file(tmp_path / "file"):
         device.write(b"x")
     assert not (tmp_path / "file").exists()
