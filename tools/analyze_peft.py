@@ -42,7 +42,6 @@ from peft_d2.storage import disk
 _PICTURES = (".png", ".pdf", ".svg", ".jpg")
 FULL = "full fine-tuning"
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
-_OBJECTS = 5
 _ROOM = 1.05  # beside the smallest budget, which is not measured the same twice
 
 
@@ -127,9 +126,6 @@ def analyze(args: argparse.Namespace) -> list[Figures]:
     Raises:
         ConfigError: a config or a number that cannot be; a case whose process ended early.
     """
-    for name in ("size", "batch", "rounds"):
-        if getattr(args, name) < 1:
-            raise ConfigError(f"--{name} is {getattr(args, name)}; expected 1 or more.")
     for option in ("json", "plot"):
         if file := getattr(args, option):
             require_output(f"--{option}", file, args.config_file, *args.peft_config)
@@ -182,47 +178,36 @@ def write_json(path: str | Path, args: argparse.Namespace, figures: Sequence[Fig
 def table(figures: Sequence[Figures]) -> str:
     """The figures as a markdown table; in brackets relative to the first case."""
     base = figures[0]
-    rows = [
-        ["", "trainable", "%", "step s", "peak MiB", "saved MiB", "saved tensors"]
-        + ["file MB", "inference s", "merged s"],
-        ["---", *["---:"] * 9],
-    ]
     planned = any(item.planned_memory is not None for item in figures)
-    if planned:
-        rows[0].append("planned MiB")
-        rows[1].append("---:")
-    if base.twin_time is not None:
-        rows[0].append("step with the twin s (of its own)")
-        rows[1].append("---:")
+    rows = []
     for item in figures:
-        merged = "-" if item.merged_time is None else _beside(item.merged_time, base.inference_time, 1, 3)
-        rows.append(
-            [
-                item.name,
-                f"{item.trainable:,}",
-                f"{item.percent:.2f}",
-                _beside(item.step_time, base.step_time, 1, 3),
-                _beside(item.peak_memory, base.peak_memory, 2**20),
-                _beside(item.saved_bytes, base.saved_bytes, 2**20),
-                _beside(item.saved_tensors, base.saved_tensors, 1),
-                _beside(item.file_size, base.file_size, 1e6, 2),
-                _beside(item.inference_time, base.inference_time, 1, 3),
-                merged,
-                *(["" if item.planned_memory is None else f"{item.planned_memory / 2**20:.0f}"] if planned else []),
-                *([] if item.twin_time is None else [_beside(item.twin_time, item.step_time, 1, 3)]),
-            ]
-        )
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+        row = {
+            "": item.name,
+            "trainable": f"{item.trainable:,}",
+            "%": f"{item.percent:.2f}",
+            "step s": _beside(item.step_time, base.step_time, 1, 3),
+            "peak MiB": _beside(item.peak_memory, base.peak_memory, 2**20),
+            "saved MiB": _beside(item.saved_bytes, base.saved_bytes, 2**20),
+            "saved tensors": _beside(item.saved_tensors, base.saved_tensors, 1),
+            "file MB": _beside(item.file_size, base.file_size, 1e6, 2),
+            "inference s": _beside(item.inference_time, base.inference_time, 1, 3),
+            "merged s": "-" if item.merged_time is None else _beside(item.merged_time, base.inference_time, 1, 3),
+        }
+        if planned:
+            row["planned MiB"] = "" if item.planned_memory is None else f"{item.planned_memory / 2**20:.0f}"
+        if item.twin_time is not None:
+            row["step with the twin s (of its own)"] = _beside(item.twin_time, item.step_time, 1, 3)
+        rows.append(row)
+    lines = [rows[0], ["---", *["---:"] * (len(rows[0]) - 1)], *(row.values() for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def plot(figures: Sequence[Figures], path: str) -> None:
     """Draw each case's peak of a training step against its time."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 5))
+    figure = Figure(figsize=(7, 5))
+    axes = figure.subplots()
     for item in figures:
         at = (item.step_time, item.peak_memory / 2**20)
         axes.plot(*at, "o" if item.planned_memory is None else "s")
@@ -235,7 +220,6 @@ def plot(figures: Sequence[Figures], path: str) -> None:
     axes.set_ylim(0)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, bbox_inches="tight", dpi=120)
-    pyplot.close(figure)
 
 
 def _beside(value: float, reference: float, unit: float, digits: int = 0) -> str:
@@ -461,18 +445,18 @@ class Case:
         return self._clock() - start
 
 
-def random_sample(size: int, classes: int) -> dict[str, Any]:
+def random_sample(size: int, classes: int, objects: int = 5) -> dict[str, Any]:
     """A mapped dict of Detectron2: an image of noise (3, size, size) and rectangular objects."""
     from detectron2.structures import BitMasks, Boxes, Instances
 
-    corners = torch.rand(_OBJECTS, 2) * size * 0.6
+    corners = torch.rand(objects, 2) * size * 0.6
     boxes = torch.cat([corners, corners + size * 0.3], dim=1)
-    masks = torch.zeros(_OBJECTS, size, size, dtype=torch.bool)
+    masks = torch.zeros(objects, size, size, dtype=torch.bool)
     for mask, (left, top, right, bottom) in zip(masks, boxes.int().tolist(), strict=True):
         mask[top:bottom, left:right] = True
     instances = Instances((size, size))
     instances.gt_boxes, instances.gt_masks = Boxes(boxes), BitMasks(masks)
-    instances.gt_classes = torch.randint(0, classes, (_OBJECTS,))
+    instances.gt_classes = torch.randint(0, classes, (objects,))
     labels = torch.where(masks.any(0), 1 % classes, 0)
     image = torch.randint(0, 256, (3, size, size)).float()
     return {"image": image, "height": size, "width": size, "instances": instances, "sem_seg": labels}

@@ -311,16 +311,14 @@ def key(row: Row) -> dict[str, object]:
 def plot(rows: list[Row], path: Path) -> None:
     """Bars of forward + backward, one group a case."""
     try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
+        from matplotlib.figure import Figure
     except ImportError:
         print("no plot: matplotlib is not installed")
         return
     groups = list(dict.fromkeys(tuple(key(row).values()) for row in rows))
     names = list(dict.fromkeys(row.implementation for row in rows))
-    figure, axes = plt.subplots(figsize=(10, 0.5 + 0.22 * len(groups) * (len(names) + 1)))
+    figure = Figure(figsize=(10, 0.5 + 0.22 * len(groups) * (len(names) + 1)))
+    axes = figure.subplots()
     for offset, name in enumerate(names):
         bars = {tuple(key(row).values()): row.forward_backward for row in rows if row.implementation == name}
         positions = [i * (len(names) + 1) + offset for i, group in enumerate(groups) if group in bars]
@@ -333,7 +331,6 @@ def plot(rows: list[Row], path: Path) -> None:
     axes.legend()
     figure.tight_layout()
     figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 def main() -> None:

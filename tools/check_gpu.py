@@ -192,15 +192,8 @@ def floors(case: Any, dtype: Any, form: str) -> dict[str, float]:
     bandwidth = 2 * source.numel() / seconds
     properties = torch.cuda.get_device_properties(0)
     clock = getattr(properties, "clock_rate", 0) * 1e3 or 1.755e9
-    l1 = (
-        case.n
-        * queries
-        * case.heads
-        * count
-        * 4
-        * (case.channels * size / 128)
-        / (properties.multi_processor_count * clock)
-    )
+    corners = case.n * queries * case.heads * count * 4
+    l1 = corners * (case.channels * size / 128) / (properties.multi_processor_count * clock)
     found = {name: round(number / bandwidth * 1e6, 1) for name, number in moved.items()}
     return {**found, "forward_L1": round(l1 * 1e6, 1)}
 
@@ -270,23 +263,13 @@ def build(config: str, method: str, device: str) -> Any:
 
 
 def pictures(side: int, batch: int) -> list[dict[str, Any]]:
-    """Noise with twelve objects each, as a mapper would give it."""
+    """Noise with twelve objects each, the same whenever it is asked for."""
     import torch
-    from detectron2.structures import BitMasks, Boxes, Instances
+    from analyze_peft import random_sample
 
-    generator = torch.Generator().manual_seed(0)
-    inputs = []
-    for _ in range(batch):
-        masks = torch.zeros(12, side, side, dtype=torch.bool)
-        for mask in masks:
-            y, x = torch.randint(0, side * 3 // 4, (2,), generator=generator).tolist()
-            mask[y : y + side // 4, x : x + side // 5] = True
-        classes = torch.randint(0, 7, (12,), generator=generator)
-        image = torch.randint(0, 256, (3, side, side), generator=generator, dtype=torch.uint8)
-        instances = Instances((side, side), gt_classes=classes, gt_masks=BitMasks(masks))
-        instances.gt_boxes = Boxes(instances.gt_masks.get_bounding_boxes().tensor)
-        inputs.append({"image": image, "instances": instances, "height": side, "width": side})
-    return inputs
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return [random_sample(side, classes=7, objects=12) for _ in range(batch)]
 
 
 @contextmanager
@@ -444,24 +427,12 @@ def runs(run: Run) -> None:
 
     data = toy.generate(run.work / "toy", "night", 8 if run.dry else 64, seed=1, size=64 if run.dry else 128)
     config = ["--config-file", "configs/demo/lora.yaml"]
-    config = (
-        ["--config-file", "tests/engine/tiny.yaml", "--peft-config", "configs/peft/mask2former/lora.yaml"]
-        if run.dry
-        else config
-    )
+    if run.dry:
+        config = ["--config-file", "tests/engine/tiny.yaml", "--peft-config", METHODS["LoRA"]]
     config += ["--name", "night", "--train-json", str(data.json), "--train-images", str(data.images)]
     config += ["--val-json", str(data.json), "--val-images", str(data.images)]
     steps = 4 if run.dry else 50
-    options = [
-        "MODEL.DEVICE",
-        run.device,
-        "SEED",
-        "1",
-        "TEST.EVAL_PERIOD",
-        "0",
-        "SOLVER.WARMUP_ITERS",
-        "1",
-    ]
+    options = ["MODEL.DEVICE", run.device, "SEED", "1", "TEST.EVAL_PERIOD", "0", "SOLVER.WARMUP_ITERS", "1"]
     options += ["SOLVER.CHECKPOINT_PERIOD", str(steps // 2), "DATALOADER.NUM_WORKERS", "0"]
 
     def train_net(name: str, last: int, *extra: str, launcher: tuple[str, ...] = ()) -> bool:

@@ -295,18 +295,15 @@ def _share(result: Result) -> float:
 @contextmanager
 def _axes(path: str | Path, across: str, metric: str, title: str) -> Iterator[Any]:
     """Axes of a picture that is written when the block ends."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4.2))
+    figure = Figure(figsize=(7, 4.2))
+    axes = figure.subplots()
     axes.set(xlabel=across, ylabel=_label(metric), title=title)
     axes.grid(alpha=0.3)
     yield axes
     figure.tight_layout()
     figure.savefig(path, dpi=130)
-    pyplot.close(figure)
 
 
 def _names(configs: Sequence[str]) -> list[str]:

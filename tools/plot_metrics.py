@@ -64,13 +64,11 @@ def plot_runs(folders: Sequence[str | Path], output: str | Path, smooth: int = 1
     Raises:
         ConfigError: a folder without metrics, or a kind of picture that matplotlib does not know.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     runs = {_label(folder, folders): read_metrics(folder) for folder in folders}
-    figure, (losses, scores) = pyplot.subplots(1, 2, figsize=(12, 4.5))
+    figure = Figure(figsize=(12, 4.5))
+    losses, scores = figure.subplots(1, 2)
     for label, rows in runs.items():
         names = sorted({name for row in rows for name in row if _PARTS.fullmatch(name)})
         for name in names if len(runs) == 1 else ["total_loss"]:
@@ -92,8 +90,6 @@ def plot_runs(folders: Sequence[str | Path], output: str | Path, smooth: int = 1
         figure.savefig(output, dpi=130)
     except (ValueError, OSError) as error:
         raise ConfigError(f"--output {output}: {error}") from error
-    finally:
-        pyplot.close(figure)
 
 
 def _label(folder: str | Path, folders: Sequence[str | Path]) -> str:

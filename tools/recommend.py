@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 
 from peft_d2.engine.errors import ConfigError, bounded, one_line_errors, require_output
-from peft_d2.engine.launch import prepare_config, take_pairs
+from peft_d2.engine.launch import config_parser, prepare_config, take_pairs
 from peft_d2.storage import disk
 
 BYTES = 16  # of a trained parameter: itself, its gradient and two moments, in float32
@@ -32,15 +32,9 @@ def main(arguments: list[str] | None = None) -> None:
 
 def recommend_parser() -> argparse.ArgumentParser:
     """The arguments of ``tools/recommend.py``."""
-    example = (
-        "an example:\n  %(prog)s --config-file configs/nuclei/efficientnet/adapt.yaml --train-json a.json \\\n"
-        "    --train-images a/ --output recommended.yaml MODEL.WEIGHTS base.pth"
-    )
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=example, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--config-file", required=True, metavar="FILE", help="a model's config, or a PEFT run's")
-    parser.add_argument("--peft-config", default="", metavar="FILE", help="one of configs/peft, on top, for its TRAIN")
+    example = """--config-file configs/nuclei/efficientnet/adapt.yaml --train-json a.json \\
+    --train-images a/ --output recommended.yaml MODEL.WEIGHTS base.pth"""
+    parser = config_parser(str(__doc__), example, "a model's config, or a PEFT run's")
     parser.add_argument("--train-json", default="", metavar="FILE", help="annotations, COCO format")
     parser.add_argument("--train-images", default="", metavar="DIR", help="folder of the images")
     parser.add_argument("--train-data", default="", metavar="DIR", help="instead: a folder; its format is recognised")
