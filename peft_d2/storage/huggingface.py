@@ -142,7 +142,8 @@ class _Reader:
                 self._set_start(path)
         full = [name for name in self.tensors if not _is_injected(name)]
         self._refuse_shared(full)
-        tensors, scales = ({self._own(k): v for k, v in named.items()} for named in (self.tensors, self.scales))
+        tensors = {self._own(name): value for name, value in self.tensors.items()}
+        scales = {self._own(path): value for path, value in self.scales.items()}
         return AdapterFile(tensors, list(entries.values()), self._train(full), None, {}, "", scales)
 
     def _own(self, name: str) -> str:
