@@ -13,6 +13,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from multiprocessing.connection import wait
 from typing import Any, NamedTuple
 
 import torch
@@ -144,22 +145,29 @@ def _wait(context: Any, messages: Any) -> None:
 
     with handled({signal.SIGTERM: pass_on, signal.SIGINT: pass_on}):
         try:
-            while not context.join(**grace):
-                pass
+            joined = False
+            while not joined:
+                wait(context.sentinels)
+                codes = [process.exitcode or 0 for process in context.processes]  # join ends others after a failure
+                joined = context.join(**grace)
         except (mp.ProcessExitedException, mp.ProcessRaisedException) as error:
             if not interrupted:
-                _report(error, messages, context.processes)
+                _report(error, messages, codes)
                 raise SystemExit(1) from error
     if interrupted:
         raise KeyboardInterrupt
 
 
-def _report(error: Exception, messages: Any, processes: list[Any]) -> None:
-    """Print why processes failed, each reason once; of what nobody expected, the traceback."""
+def _report(error: Exception, messages: Any, codes: list[int]) -> None:
+    """Print why processes failed, each reason once; raise ``error``, with the traceback, where nobody expected it.
+
+    Args:
+        codes: exit codes before the others were made to end, minus the number of a signal that ended a process.
+    """
     reasons = set()
     while not messages.empty():
         reasons.add(messages.get())
-    rank, number = next(((i, -p.exitcode) for i, p in enumerate(processes) if (p.exitcode or 0) < 0), (0, 0))
+    rank, number = next(((rank, -code) for rank, code in enumerate(codes) if code < 0), (0, 0))
     if not reasons and not number:
         raise error
     reasons = reasons or {

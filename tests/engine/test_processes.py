@@ -6,6 +6,7 @@ import argparse
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
+from torch.multiprocessing import ProcessRaisedException
 
 import peft_d2
 from peft_d2.engine import launch, processes
@@ -150,6 +152,19 @@ def test_two_processes_equal_one_and_stop_together(
     assert_two_equal_one(one, cfg, tmp_path)
     error = capfd.readouterr().err
     assert error.count("error: iteration 1: rank 1: loss is not finite") == 1, error
+
+
+def raise_or_wait() -> None:
+    if comm.get_rank() == 1:
+        raise ArithmeticError("a bug")
+    time.sleep(600)
+
+
+def test_a_bug_in_one_process_is_what_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the signal that ends the others, which wait for it in vain."""
+    monkeypatch.setattr(processes, "_GRACE", 0.5)
+    with pytest.raises(ProcessRaisedException, match=r"Process 1 terminated(?s:.*)ArithmeticError: a bug"):
+        processes.launch(raise_or_wait, (), processes.Layout(2, on_cpu=True))
 
 
 def arguments(**given: Any) -> argparse.Namespace:
