@@ -15,7 +15,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
@@ -23,31 +23,27 @@ from torch.utils.checkpoint import checkpoint
 
 from peft_d2.peft.adapted import Adapted, has_statistics
 
-from .frozen import FrozenConvolutions
-from .host import OnHost
+from .kept import FrozenConvolutions, OnHost
 
 Mode = Literal["keep", "recompute", "offload"]
-_FIELD = "memory_block"
 _CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
 _M_MMAP_THRESHOLD, _LARGE = -3, 8 * 2**20  # mallopt's key, and bytes
 _SLACK = 64 * 2**20  # freed bytes that malloc may hold back
 
 
-class Recorder(Protocol):
-    """Listens to blocks while a plan is made."""
-
-    def run(self, name: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Run one block's forward pass, so that its activations do not stay on the device."""
-
-
 @dataclass
 class BlockState:
-    """What one block does with its activations: keep them, compute them again, or keep them in the host's memory."""
+    """What one block does with its activations: keep them, compute them again, or keep them in the host's memory.
+
+    Attributes:
+        recorder: while a plan is made, runs the forward pass instead: of (name, forward, *args, **kwargs).
+        ceiling: resident bytes of the process above which freed memory is given back.
+    """
 
     name: str
     mode: Mode = "keep"
-    recorder: Recorder | None = None
-    ceiling: int = 0  # resident bytes of the process above which freed memory is given back
+    recorder: Callable[..., Any] | None = None
+    ceiling: int = 0
 
 
 class Block(nn.Module):
@@ -63,9 +59,9 @@ class Block(nn.Module):
             return super().forward(*args, **kwargs)
         forward = partial(_lean, super().forward)
         if state.recorder is not None:
-            output = state.recorder.run(state.name, forward, *args, **kwargs)
+            output = state.recorder(state.name, forward, *args, **kwargs)
         elif state.mode == "recompute":
-            output = checkpoint(_tidied(forward, state.ceiling), *args, use_reentrant=False, **kwargs)
+            output = checkpoint(partial(_tidied, forward, state.ceiling), *args, use_reentrant=False, **kwargs)
         else:
             with OnHost() if state.mode == "offload" else contextlib.nullcontext():
                 output = forward(*args, **kwargs)
@@ -87,12 +83,9 @@ def _lean(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return forward(*args, **kwargs)
 
 
-def _tidied(forward: Callable[..., Any], ceiling: int) -> Callable[..., Any]:
-    def run(*args: Any, **kwargs: Any) -> Any:
-        return_freed_memory(ceiling)
-        return forward(*args, **kwargs)
-
-    return run
+def _tidied(forward: Callable[..., Any], ceiling: int, *args: Any, **kwargs: Any) -> Any:
+    return_freed_memory(ceiling)
+    return forward(*args, **kwargs)
 
 
 def _new(make: Callable[..., nn.Module], args: tuple[Any, ...]) -> nn.Module:
@@ -113,14 +106,14 @@ def make_block(module: nn.Module, name: str) -> BlockState:
     """Change the class of ``module`` in place; its names, weights and identity stay."""
     if not isinstance(module, Block):
         module.__class__ = _block_class(type(module))
-        module.__dict__[_FIELD] = BlockState(name)
-    return module.__dict__[_FIELD]
+        module.__dict__["memory_block"] = BlockState(name)
+    return module.__dict__["memory_block"]
 
 
 def release_block(module: nn.Module) -> None:
     """Undo :func:`make_block`."""
     if isinstance(module, Block):
-        module.__dict__.pop(_FIELD, None)
+        module.__dict__.pop("memory_block", None)
         module.__class__ = type(module).memory_class  # type: ignore[assignment]
 
 

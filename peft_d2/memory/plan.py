@@ -144,7 +144,7 @@ def fit_memory(
             ``model(batch)``.
         optimizer_states: numbers that the optimizer keeps per trained one: 2 for Adam, 1 for SGD with momentum.
         pieces: in how many pieces the batch is computed already.
-        agree: of several processes' excess over the budget, the one that counts for all; they must take equal pieces.
+        agree: of a number of each of several processes, the largest: all choose equal pieces, after equally many steps.
 
     Raises:
         InjectionError: nothing is trained, no step can be run, or there are no values: the meta device.
@@ -162,16 +162,16 @@ def fit_memory(
     smallest: int | None = None
     share = _CPU_SHARE if device_of(model).type == "cpu" else 1.0
     room = None if limit is None else int(share * (limit - resident))
+    forward = forward or (lambda model, batch: model(batch))
     try:
-        for step, part, mode, count in _steps(model, batch, pieces, forward or _call, states):
-            if step is None:
-                agree(_FAR_ABOVE)
+        for step, part, mode, count in _steps(model, batch, pieces, forward, states):
+            if agree(int(step is None)) or step is None:  # one of the processes has no memory for it
                 continue
             choice = partial(choose, step, resident=resident, mode=mode, pieces=count)
             if room is None:
                 plan = choice(None)
             else:
-                plan = _measured(choice, room, partial(measure_peak, model, part, forward or _call), step, states)
+                plan = _measured(choice, room, partial(measure_peak, model, part, forward), step, states, agree)
             smallest = min(smallest or plan.smallest, plan.smallest)
             if agree(0 if limit is None else plan.peak - limit) <= 0:
                 plan.budget, plan.smallest = limit, smallest
@@ -194,9 +194,10 @@ def _steps(
     piece of the batch, the blocks' mode, and how many pieces there are.
     """
     step = part = None
-    counts = _piece_counts(batch, pieces)
+    size = len(batch) if isinstance(batch, list | tuple) else 0
+    counts = [count for count in range(pieces, size + 1) if size % count == 0] or [1]
     for count in counts:
-        step, part = None, batch[: len(batch) // count] if count > 1 else batch
+        step, part = None, batch[: size // count] if count > 1 else batch
         with contextlib.suppress(torch.cuda.OutOfMemoryError):
             step = measure(model, part, forward, states)
         yield step, part, "recompute", count
@@ -213,16 +214,20 @@ def _measured(
     measure: Callable[[], int],
     step: LeanStep,
     states: dict[str, BlockState],
+    agree: Callable[[int], int],
 ) -> MemoryPlan:
     """The plan of most kept activations whose measured peak is within ``room``; else the leanest that was tried.
 
-    The number of measured steps is the same in all processes, whose losses may wait for each other.
+    A choice that equals the one before is not measured again, unless another process has a new one: all take equally
+    many steps, as their losses may wait for each other.
     """
     tried: list[MemoryPlan] = []
     within: list[MemoryPlan] = []
     asked = room
     for number in range(_TRIES):
         plan = choice(asked if within or number < _TRIES - 1 else 0)  # the last of them is the leanest
+        if not agree(int(not tried or plan.modes != tried[-1].modes)):
+            continue
         _set_modes(states, plan.modes)
         planned = plan.above_idle
         try:
@@ -253,9 +258,7 @@ def choose(step: LeanStep, room: int | None, resident: int, mode: Mode, pieces: 
     times = {name: sum(call.seconds for call in calls) for name, calls in blocks.items()}
     peaks = [peak + step.unseen for _, peak in step.readings]
     smallest = max(peaks)
-    whole = peaks
-    for calls in blocks.values():
-        whole = step.with_kept(whole, calls)
+    whole = step.with_kept(peaks, step.calls)
     kept: set[str] = set()
     for name in sorted(blocks, key=lambda name: -times[name] / max(sizes[name], 1)):
         raised = step.with_kept(peaks, blocks[name])
@@ -336,12 +339,3 @@ def _resident(model: nn.Module, optimizer_states: int) -> int:
 
 def _trained_bytes(model: nn.Module) -> int:
     return sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
-
-
-def _piece_counts(batch: Any, pieces: int) -> list[int]:
-    size = len(batch) if isinstance(batch, list | tuple) else 0
-    return [count for count in range(pieces, size + 1) if size % count == 0] or [1]
-
-
-def _call(model: nn.Module, batch: Any) -> Any:
-    return model(batch)

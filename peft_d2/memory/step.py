@@ -19,7 +19,7 @@ from peft_d2.peft.errors import InjectionError
 from peft_d2.peft.probe import as_it_was, own_event_storage, tensors_of, with_own_dicts
 
 from .blocks import BlockState, return_freed_memory
-from .host import OnHost
+from .kept import OnHost
 from .meter import Meter, ProcessPeak, device_of, return_workspaces
 
 Forward = Callable[[nn.Module, Any], Any]
@@ -97,11 +97,6 @@ class Recorder:
         self.calls.append(call)
         return output
 
-    def time(self) -> None:
-        """Fill in what each call's recomputing took."""
-        for call, begun, ended in self.spans:
-            call.seconds += _seconds(begun, ended)
-
 
 class HostRecorder(Recorder):
     """Lets every block keep its activations in the host's memory, and notes when its backward pass begins."""
@@ -168,18 +163,19 @@ def measure(model: nn.Module, batch: Any, forward: Forward, states: dict[str, Bl
     run = partial(_run, model, batch, forward, states)
     timed, metered = Recorder(device), Recorder(device, Meter(device))
     with _apart(model, device):
-        _forget_gradients(model)
+        model.zero_grad()
         return_workspaces(device)
         before = Meter.allocated(device)
         run(Recorder(device))
-        _forget_gradients(model)
+        model.zero_grad()
         unseen = Meter.allocated(device) - before
         return_freed_memory()
         with ProcessPeak() as process:
             seconds = run(timed)
         return_freed_memory()
         run(metered)
-    timed.time()
+    for call, begun, ended in timed.spans:
+        call.seconds += _seconds(begun, ended)
     for call, of_time in zip(metered.calls, timed.calls, strict=True):
         call.seconds = of_time.seconds
     if device.type == "cpu":
@@ -226,30 +222,20 @@ def _apart(model: nn.Module, device: torch.device) -> Iterator[None]:
 
 def _run(model: nn.Module, batch: Any, forward: Forward, states: dict[str, BlockState], recorder: Recorder) -> float:
     """One step with ``recorder``; returns the seconds that it took."""
-    with recorder.meter or contextlib.nullcontext(), _recording(states, recorder):
-        begun = _moment(recorder.device)
-        _step(model, batch, forward)
-        recorder.read()
-        return _seconds(begun, _moment(recorder.device))
-
-
-def _forget_gradients(model: nn.Module) -> None:
-    for parameter in model.parameters():
-        parameter.grad = None
-
-
-def _step(model: nn.Module, batch: Any, forward: Forward) -> None:
-    _forget_gradients(model)
-    with torch.enable_grad():
-        _total(forward(model, with_own_dicts(batch))).backward()
-
-
-@contextlib.contextmanager
-def _recording(states: dict[str, BlockState], recorder: Recorder) -> Iterator[None]:
     for state in states.values():
-        state.recorder = recorder
+        state.recorder = recorder.run
     try:
-        yield
+        with recorder.meter or contextlib.nullcontext():
+            begun = _moment(recorder.device)
+            _step(model, batch, forward)
+            recorder.read()
+            return _seconds(begun, _moment(recorder.device))
     finally:
         for state in states.values():
             state.recorder = None
+
+
+def _step(model: nn.Module, batch: Any, forward: Forward) -> None:
+    model.zero_grad()
+    with torch.enable_grad():
+        _total(forward(model, with_own_dicts(batch))).backward()

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from peft_d2.memory import SavedTensors
-from peft_d2.memory.frozen import FrozenConvolutions
+from peft_d2.memory.kept import FrozenConvolutions
 
 CONVOLUTIONS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
     "1d": (nn.Conv1d(4, 6, 3, padding=1), (2, 4, 9)),

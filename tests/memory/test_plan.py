@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 import peft_d2
 from peft_d2 import memory, peft
+from peft_d2.memory import plan as planning
 from peft_d2.memory.blocks import Block, BlockState, find_blocks, make_block
-from peft_d2.memory.host import strides_to_keep
+from peft_d2.memory.kept import strides_to_keep
 from peft_d2.memory.meter import Meter
 from peft_d2.memory.plan import choose
 from peft_d2.memory.step import LeanStep, measure, measure_on_host
@@ -248,6 +249,25 @@ def test_figures_beside_the_losses(others: dict[str, Any]) -> None:
     peft_d2.fit_memory(model, batch, None, forward=lambda m, x: {**others, "loss": m(x)})
     with pytest.raises(peft_d2.peft.InjectionError, match="has no loss that depends on what is trained"):
         peft_d2.fit_memory(model, batch, None, forward=lambda m, x: others)
+
+
+@pytest.mark.parametrize(("others", "expected"), [([0, 0, 0], 1), ([1, 1, 1], 3)], ids=["none", "each time"])
+def test_a_choice_is_measured_again_where_another_process_has_a_new_one(
+    monkeypatch: pytest.MonkeyPatch, others: list[int], expected: int
+) -> None:
+    """All processes take equally many steps: their losses may wait for each other."""
+    measured: list[int] = []
+    measure_peak = planning.measure_peak
+    monkeypatch.setattr(planning, "measure_peak", lambda *args: measured.append(measure_peak(*args)) or measured[-1])
+    answers = iter([0, *others, 0])  # of a step that was measured, of new choices, of an excess
+    peft_d2.fit_memory(net(), torch.randn(2, 5, 8), 100.0, agree=lambda own: max(own, next(answers)))
+    assert len(measured) == expected and not list(answers)
+
+
+def test_what_one_process_has_no_memory_for_all_leave_out() -> None:
+    answers = iter([1, 0, -1])  # another one's step does not fit, in two pieces it does
+    fitted = peft_d2.fit_memory(net(), list(torch.randn(2, 5, 8)), None, agree=lambda own: max(own, next(answers)))
+    assert fitted.pieces == 2 and not list(answers)
 
 
 def test_all_is_kept_where_there_is_room() -> None:
