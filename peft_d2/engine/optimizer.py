@@ -6,12 +6,13 @@ import itertools
 import logging
 import math
 import os
-from collections.abc import Iterator
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from peft_d2.engine.errors import ConfigError
 from peft_d2.peft.errors import PatternError
@@ -20,18 +21,8 @@ from peft_d2.storage import CheckpointError
 
 logger = logging.getLogger(__name__)
 
-_NORMS = (
-    nn.BatchNorm1d,
-    nn.BatchNorm2d,
-    nn.BatchNorm3d,
-    nn.SyncBatchNorm,
-    nn.GroupNorm,
-    nn.InstanceNorm1d,
-    nn.InstanceNorm2d,
-    nn.InstanceNorm3d,
-    nn.LayerNorm,
-    nn.LocalResponseNorm,
-)
+# As in Detectron2's get_default_optimizer_params; the first is torch's base of all batch and instance norms.
+_NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.LocalResponseNorm)
 _TWO_STAGES = "TwoStagePolyLR"
 _POSITION_TABLES = ("relative_position_bias_table", "absolute_pos_embed")
 
@@ -89,7 +80,11 @@ def build_optimizer(cfg: Any, model: nn.Module) -> torch.optim.Optimizer:
         )
     else:
         raise ConfigError(f"SOLVER.OPTIMIZER is {solver.OPTIMIZER!r}; expected 'ADAMW' or 'SGD'.")
-    _describe(groups, solver.OPTIMIZER)
+    parts = [
+        f"{sum(p.numel() for p in g['params']):,} parameters at lr {g['lr']:g}, weight decay {g['weight_decay']:g}"
+        for g in groups
+    ]
+    logger.info("Optimizer %s: %s", solver.OPTIMIZER, "; ".join(parts))
     return _add_clipping(cfg, optimizer)
 
 
@@ -100,44 +95,29 @@ def _parameter_groups(cfg: Any, model: nn.Module) -> list[dict[str, Any]]:
     """
     from peft_d2 import peft
 
+    solver, node = cfg.SOLVER, cfg.MODEL.PEFT
     is_peft = peft.get_injection(model) is not None
     injected = {id(t.param) for t in peft.trained_parameters(model) if t.kind == "injected"} if is_peft else set()
     groups: dict[tuple[float, float, bool], dict[str, Any]] = {}
-    trained = list(_trained(model))
-    factors = _named_factors(cfg, [name for name, _, _ in trained])
-    layers, staged = layer_factors(cfg, model), cfg.SOLVER.LR_SCHEDULER_NAME == _TWO_STAGES
-    for name, module, parameter in trained:
-        full = id(parameter) not in injected
-        rate = _learning_rate(cfg, name, not full, is_peft) * factors.get(name, 1.0)
-        rate *= layers.get(name, 1.0) if full else 1.0
-        decay = _weight_decay(cfg, name, module)
-        if name.endswith("bias"):
-            rate *= cfg.SOLVER.BIAS_LR_FACTOR or 1.0
-        late = staged and full and _in_backbone(name)
+    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    factors = _named_factors(cfg, [name for name, _ in trained])
+    layers, staged = layer_factors(cfg, model), solver.LR_SCHEDULER_NAME == _TWO_STAGES
+    for name, parameter in trained:
+        path, _, leaf = name.rpartition(".")
+        full, in_backbone = id(parameter) not in injected, "backbone" in path
+        rate = solver.BASE_LR * factors.get(name, 1.0)
+        if full:
+            rate *= (node.TRAIN_LR_FACTOR if is_peft else 1.0) * layers.get(name, 1.0)
+            rate *= solver.BACKBONE_MULTIPLIER if in_backbone else 1.0
+        else:
+            rate *= node.LR_FACTOR
+        if leaf.endswith("bias"):
+            rate *= solver.BIAS_LR_FACTOR or 1.0
+        decay = _weight_decay(cfg, leaf, model.get_submodule(path))
+        late = staged and full and in_backbone
         group: dict[str, Any] = {"params": [], "lr": rate, "weight_decay": decay, "late": late}
         groups.setdefault((rate, decay, late), group)["params"].append(parameter)
     return list(groups.values())
-
-
-def _trained(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Parameter]]:
-    """(name, owner, parameter) of every parameter that needs gradients, each once."""
-    seen: set[int] = set()
-    for module_name, module in model.named_modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if parameter.requires_grad and id(parameter) not in seen:
-                seen.add(id(parameter))
-                yield f"{module_name}.{name}" if module_name else name, module, parameter
-
-
-def _learning_rate(cfg: Any, name: str, injected: bool, is_peft: bool) -> float:
-    if injected:
-        return cfg.SOLVER.BASE_LR * cfg.MODEL.PEFT.LR_FACTOR
-    rate = cfg.SOLVER.BASE_LR * (cfg.MODEL.PEFT.TRAIN_LR_FACTOR if is_peft else 1.0)
-    return rate * cfg.SOLVER.BACKBONE_MULTIPLIER if _in_backbone(name) else rate
-
-
-def _in_backbone(name: str) -> bool:
-    return "backbone" in name.rpartition(".")[0]
 
 
 def layer_factors(cfg: Any, model: nn.Module) -> dict[str, float]:
@@ -192,23 +172,15 @@ def _named_factors(cfg: Any, names: list[str]) -> dict[str, float]:
     return found
 
 
-def _weight_decay(cfg: Any, name: str, module: nn.Module) -> float:
+def _weight_decay(cfg: Any, leaf: str, module: nn.Module) -> float:
     solver = cfg.SOLVER
     if isinstance(module, nn.Embedding):
         return solver.WEIGHT_DECAY_EMBED
     if isinstance(module, _NORMS):
         return solver.WEIGHT_DECAY_NORM
-    if name.rpartition(".")[2] in _POSITION_TABLES:
+    if leaf in _POSITION_TABLES:
         return 0.0
     return solver.WEIGHT_DECAY
-
-
-def _describe(groups: list[dict[str, Any]], name: str) -> None:
-    parts = [
-        f"{sum(p.numel() for p in g['params']):,} parameters at lr {g['lr']:g}, weight decay {g['weight_decay']:g}"
-        for g in groups
-    ]
-    logger.info("Optimizer %s: %s", name, "; ".join(parts))
 
 
 def _add_clipping(cfg: Any, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
@@ -246,73 +218,50 @@ def build_lr_scheduler(cfg: Any, optimizer: torch.optim.Optimizer) -> Any:
     """
     from detectron2.solver import build_lr_scheduler as build_detectron2_scheduler
 
-    name, warm_up = cfg.SOLVER.LR_SCHEDULER_NAME, cfg.SOLVER.WARMUP_METHOD
-    if warm_up not in ("linear", "constant"):
-        raise ConfigError(f"SOLVER.WARMUP_METHOD is {warm_up!r}; expected 'linear' or 'constant'.")
+    solver = cfg.SOLVER
+    name = solver.LR_SCHEDULER_NAME
+    if solver.WARMUP_METHOD not in ("linear", "constant"):
+        raise ConfigError(f"SOLVER.WARMUP_METHOD is {solver.WARMUP_METHOD!r}; expected 'linear' or 'constant'.")
     if name == "WarmupPolyLR":
-        return _warmup_poly(cfg, optimizer)
+        return LambdaLR(optimizer, partial(_warmup_poly, solver))
     if name == _TWO_STAGES:
-        return _two_stage_poly(cfg, optimizer)
+        late = [group.get("late", False) for group in optimizer.param_groups]
+        if any(late) and solver.MAX_ITER <= solver.WARMUP_ITERS:
+            raise ConfigError(
+                f"SOLVER.MAX_ITER {solver.MAX_ITER} ends before what is trained in the backbone starts to learn, which "
+                f"{_TWO_STAGES} does after WARMUP_ITERS {solver.WARMUP_ITERS}: lower WARMUP_ITERS."
+            )
+        return LambdaLR(optimizer, [partial(_two_stage_poly, solver, late=is_late) for is_late in late])
     try:
         return build_detectron2_scheduler(cfg, optimizer)
     except ValueError as error:
         raise ConfigError(
-            f"SOLVER.LR_SCHEDULER_NAME {name!r} with STEPS {cfg.SOLVER.STEPS}: {error}. Expected WarmupPolyLR, "
+            f"SOLVER.LR_SCHEDULER_NAME {name!r} with STEPS {solver.STEPS}: {error}. Expected WarmupPolyLR, "
             f"TwoStagePolyLR, WarmupCosineLR, or WarmupMultiStepLR with steps that grow and stay below MAX_ITER "
-            f"{cfg.SOLVER.MAX_ITER}."
+            f"{solver.MAX_ITER}."
         ) from error
 
 
-def _warmup_poly(cfg: Any, optimizer: torch.optim.Optimizer) -> Any:
+def _warmup_poly(solver: Any, step: int) -> float:
     """``(1 - t) ** power`` over the run, times a warm-up factor (Chen et al., DeepLab, 2018, section 4.1)."""
-    from detectron2.solver import LRMultiplier
-    from fvcore.common.param_scheduler import ParamScheduler
-
-    solver = cfg.SOLVER
-
-    class WarmupPoly(ParamScheduler):
-        def __call__(self, where: float) -> float:
-            step = where * solver.MAX_ITER
-            warm = 1.0
-            if step < solver.WARMUP_ITERS:
-                share = step / solver.WARMUP_ITERS if solver.WARMUP_METHOD == "linear" else 0.0
-                warm = solver.WARMUP_FACTOR * (1 - share) + share
-            decay = math.pow(max(0.0, 1.0 - where), solver.POLY_LR_POWER)
-            if warm == 1.0:
-                decay = max(decay, solver.POLY_LR_CONSTANT_ENDING)
-            return warm * decay
-
-    return LRMultiplier(optimizer, multiplier=WarmupPoly(), max_iter=solver.MAX_ITER)
+    warm = 1.0
+    if step < solver.WARMUP_ITERS:
+        share = step / solver.WARMUP_ITERS if solver.WARMUP_METHOD == "linear" else 0.0
+        warm = solver.WARMUP_FACTOR * (1 - share) + share
+    decay = max(0.0, 1.0 - step / solver.MAX_ITER) ** solver.POLY_LR_POWER
+    return warm * (max(decay, solver.POLY_LR_CONSTANT_ENDING) if warm == 1.0 else decay)
 
 
-def _two_stage_poly(cfg: Any, optimizer: torch.optim.Optimizer) -> Any:
+def _two_stage_poly(solver: Any, step: int, late: bool) -> float:
     """From 0 up in a line, then down as ``(1 - t) ** power``; late groups begin where the others have warmed up.
 
     Source: EoMT's published training (Kerssies et al., CVPR 2025).
     """
-    from detectron2.solver import LRMultiplier
-    from fvcore.common.param_scheduler import ConstantParamScheduler
-
-    solver = cfg.SOLVER
-    if solver.MAX_ITER <= solver.WARMUP_ITERS and any(group.get("late") for group in optimizer.param_groups):
-        raise ConfigError(
-            f"SOLVER.MAX_ITER {solver.MAX_ITER} ends before what is trained in the backbone starts to learn, which "
-            f"{_TWO_STAGES} does after WARMUP_ITERS {solver.WARMUP_ITERS}: lower WARMUP_ITERS."
-        )
-
-    def share(step: int, late: bool) -> float:
-        begin, warm = (solver.WARMUP_ITERS, solver.BACKBONE_WARMUP_ITERS) if late else (0, solver.WARMUP_ITERS)
-        if step < begin + warm:
-            return max(0.0, (step - begin) / max(1, warm))
-        done = (step - begin - warm) / max(1, solver.MAX_ITER - begin - warm)
-        return max(0.0, 1.0 - done) ** solver.POLY_LR_POWER
-
-    class TwoStagePoly(LRMultiplier):
-        def get_lr(self) -> list[float]:
-            pairs = zip(self.base_lrs, self.optimizer.param_groups, strict=True)
-            return [base * share(self.last_epoch, group.get("late", False)) for base, group in pairs]
-
-    return TwoStagePoly(optimizer, multiplier=ConstantParamScheduler(1.0), max_iter=solver.MAX_ITER)
+    begin, warm = (solver.WARMUP_ITERS, solver.BACKBONE_WARMUP_ITERS) if late else (0, solver.WARMUP_ITERS)
+    if step < begin + warm:
+        return max(0.0, (step - begin) / max(1, warm))
+    done = (step - begin - warm) / max(1, solver.MAX_ITER - begin - warm)
+    return max(0.0, 1.0 - done) ** solver.POLY_LR_POWER
 
 
 def parameter_names(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[str]:
@@ -369,14 +318,18 @@ def restore_optimizer(
 
 
 def restore_scheduler(scheduler: Any, saved: dict[str, Any], optimizer: torch.optim.Optimizer) -> None:
-    """Go on with the schedule at the saved step; Detectron2's own follow today's rates, others go on as they were."""
+    """Go on with the schedule at the saved step; those of a config follow today's rates, others go on as they were."""
     from detectron2.solver import LRMultiplier
 
-    if not isinstance(scheduler, LRMultiplier):
+    if isinstance(scheduler, LambdaLR | LRMultiplier):
+        scheduler.last_epoch = step = int(saved["last_epoch"])
+        if isinstance(scheduler, LambdaLR):
+            rates = [rate * scale(step) for rate, scale in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
+        else:
+            rates = scheduler.get_lr()
+        scheduler._last_lr = rates
+    else:
         scheduler.load_state_dict(saved)
         rates = saved.get("_last_lr", [])
-    else:
-        scheduler.last_epoch = int(saved["last_epoch"])
-        rates = scheduler._last_lr = scheduler.get_lr()
     for group, rate in zip(optimizer.param_groups, rates, strict=False):
         group["lr"] = rate
