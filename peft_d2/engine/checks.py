@@ -25,7 +25,7 @@ from peft_d2.data.config import CLASS_COUNT_KEYS, published_name
 from peft_d2.data.prompts import check_prompts
 from peft_d2.data.registration import COCO_SETS
 from peft_d2.data.validation import DatasetError, check_datasets
-from peft_d2.engine.config import leaves
+from peft_d2.engine.config import leaves, with_values
 from peft_d2.engine.errors import ConfigError
 from peft_d2.evaluation.augmented import check_augmentation
 from peft_d2.evaluation.build import check_evaluators
@@ -71,7 +71,11 @@ def check_run(cfg: Any, evaluate: bool) -> None:
         check_evaluators(cfg)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    _check_annotations(cfg)
+    try:
+        check_datasets(cfg)
+        check_prompts(cfg)
+    except DatasetError as error:
+        raise ConfigError(str(error)) from error
     _check_writable(cfg.OUTPUT_DIR)
 
 
@@ -100,14 +104,9 @@ def _check_numbers(cfg: Any) -> None:
             *(list(cfg.MODEL.PIXEL_MEAN), order, cfg.INPUT.FORMAT, order),
         )
     if cfg.TEST.TILES.ENABLED:
-        node = cfg.TEST.TILES
-        ranges: dict[str, tuple[float, float]] = {
-            "SIZE": (1, 2**31),
-            "SCALE": (0.001, 1000),
-            "OVERLAP": (0, node.SIZE - 1),
-        }
-        for key, (low, high) in ranges.items():
-            expect(low <= node[key] <= high, f"TEST.TILES.{key}", node[key], f"{low} to {high}")
+        tiles = cfg.TEST.TILES
+        for key, low, high in (("SIZE", 1, 2**31), ("SCALE", 0.001, 1000), ("OVERLAP", 0, tiles.SIZE - 1)):
+            expect(low <= tiles[key] <= high, f"TEST.TILES.{key}", tiles[key], f"{low} to {high}")
     if cfg.SEED >= 2**63:
         raise ConfigError(f"SEED is {cfg.SEED}; expected less than 2**63, or -1 to draw one.")
 
@@ -153,16 +152,12 @@ def build_model(cfg: Any) -> nn.Module:
 
 def build_without_weights(cfg: Any) -> nn.Module:
     """Build the config's model on torch's meta device: shapes alone, in a moment. Where a model cannot, on the CPU."""
-    cfg = cfg.clone()
-    cfg.defrost()
-    cfg.MODEL.WEIGHTS = cfg.MODEL.PEFT.WEIGHTS = ""
-    cfg.MODEL.DEVICE = "meta"
+    cfg = with_values(cfg, {"MODEL.WEIGHTS": "", "MODEL.PEFT.WEIGHTS": "", "MODEL.DEVICE": "cpu"})
     try:
         with torch.device("meta"):
-            return build_model(cfg)
+            return build_model(with_values(cfg, {"MODEL.DEVICE": "meta"}))
     except (NotImplementedError, RuntimeError) as error:
         logger.info("The model cannot be built on the meta device (%s): building it on the CPU.", error)
-    cfg.MODEL.DEVICE = "cpu"
     return build_model(cfg)
 
 
@@ -192,14 +187,6 @@ def _check_names(cfg: Any, needed: str) -> None:
                     f"DATASETS.{key}: data set {name!r} is not registered{_near(name, DatasetCatalog)}. Add your own "
                     "to DATASETS.REGISTER as {NAME, JSON, IMAGES}."
                 )
-
-
-def _check_annotations(cfg: Any) -> None:
-    try:
-        check_datasets(cfg)
-        check_prompts(cfg)
-    except DatasetError as error:
-        raise ConfigError(str(error)) from error
 
 
 def _check_writable(folder: str) -> None:

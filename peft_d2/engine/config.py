@@ -10,6 +10,7 @@ import ast
 import difflib
 import itertools
 import logging
+import operator
 import os
 import re
 import tempfile
@@ -194,13 +195,18 @@ def resolve_device(cfg: Any) -> None:
         raise ConfigError(f"MODEL.DEVICE is {name!r}; expected 'cpu', 'cuda' or 'cuda:0' (torch: {said}).") from error
     if device.type == "cuda" and (device.index or 0) >= max(torch.cuda.device_count(), 1):
         raise ConfigError(f"MODEL.DEVICE is {name!r}, and torch sees {torch.cuda.device_count()} CUDA devices here.")
-    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
-        frozen = cfg.is_frozen()
-        cfg.defrost()
-        requested, cfg.MODEL.DEVICE = cfg.MODEL.DEVICE, "cpu"
-        if frozen:
-            cfg.freeze()
-        logger.warning("MODEL.DEVICE is %r but torch sees no CUDA device here: running on the CPU.", requested)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        cfg.MODEL.DEVICE = "cpu"
+        logger.warning("MODEL.DEVICE is %r but torch sees no CUDA device here: running on the CPU.", name)
+
+
+def with_values(cfg: Any, values: Mapping[str, Any]) -> Any:
+    """A copy of a config in which these keys, "SOLVER.BASE_LR" say, have these values; frozen if ``cfg`` is."""
+    cfg = cfg.clone()
+    for key, value in values.items():
+        path, _, leaf = key.rpartition(".")
+        operator.attrgetter(path)(cfg)[leaf] = value
+    return cfg
 
 
 def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -215,11 +221,7 @@ def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 def _merge_file(loaded: LoadedConfig, path: str, level: int) -> None:
     cfg = loaded.cfg
     tree = read_tree(path)
-    known = dict(leaves(cfg))
-    for key, value in leaves(tree):
-        _refuse_repeated_keys(f"{path}: {key}", value)
-        _refuse_nothing(f"{path}: {key}", value, known.get(key))
-    _adjust(tree, cfg)
+    _adjust(tree, cfg, path)
     tree.setdefault("VERSION", cfg.VERSION)
     with tempfile.TemporaryDirectory() as folder:
         # Detectron2's merge, which upgrades old versions, takes a file: it gets one without bases and tags.
@@ -251,9 +253,7 @@ def _merge_pairs(loaded: LoadedConfig, opts: Sequence[str]) -> None:
             inside = next((name for name in known if name.startswith(f"{key}.")), "")
             said = f"command line: {key} is a group of keys. Give one of them, such as {inside}."
             raise ConfigError(said if inside else _unknown_key("command line", key, loaded.cfg))
-        _refuse_repeated_keys(f"command line: {key}", value)
-        value = _adjusted(key, value, known[key])
-        _refuse_nothing(f"command line: {key}", None if value == "None" else value, known[key])
+        value = _adjusted("command line", key, None if value == "None" else value, known[key])
         try:
             loaded.cfg.merge_from_list([key, value])
         except (AssertionError, KeyError, TypeError, ValueError) as error:
@@ -263,27 +263,29 @@ def _merge_pairs(loaded: LoadedConfig, opts: Sequence[str]) -> None:
         loaded.explicit[key] = 2
 
 
-def _adjust(tree: dict[str, Any], node: Any, prefix: str = "") -> None:
+def _adjust(tree: dict[str, Any], node: Any, path: str, prefix: str = "") -> None:
     """Take the values of a file as :func:`_adjusted` says."""
     for key, value in tree.items():
         default = node.get(key) if isinstance(node, Mapping) else None
         if isinstance(value, dict):
-            _adjust(value, default, f"{prefix}{key}.")
+            _adjust(value, default, path, f"{prefix}{key}.")
         else:
-            tree[key] = _adjusted(f"{prefix}{key}", value, default)
+            tree[key] = _adjusted(path, f"{prefix}{key}", value, default)
 
 
-def _adjusted(key: str, value: Any, default: Any) -> Any:
-    """A value as Detectron2 takes it: a whole number where a real one is expected, and ``METHODS: auto``."""
+def _adjusted(where: str, key: str, value: Any, default: Any) -> Any:
+    """A value as Detectron2 takes it: a whole number where a real one is expected, and ``METHODS: auto``.
+
+    Raises:
+        ConfigError: it names a key twice, or is None, which Detectron2 lets stand for any value, and fails where that
+            is used.
+    """
+    _refuse_repeated_keys(f"{where}: {key}", value)
+    if value is None and type(default) in _EXPECTED and key not in _MAY_BE_NONE:
+        raise ConfigError(f"{where}: {key}: is empty (None); expected {_EXPECTED[type(default)]}.")
     if isinstance(default, float) and re.fullmatch(r"[+-]?\d+", str(value)):
         return float(value)
     return [AUTO] if (key, value) == ("MODEL.PEFT.METHODS", AUTO) else value
-
-
-def _refuse_nothing(where: str, value: Any, default: Any) -> None:
-    """Detectron2 lets None stand for any value, and fails where that is used."""
-    if value is None and type(default) in _EXPECTED and not where.endswith(_MAY_BE_NONE):
-        raise ConfigError(f"{where}: is empty (None); expected {_EXPECTED[type(default)]}.")
 
 
 def _mismatch(where: str, error: Exception, cfg: Any) -> str:
@@ -312,13 +314,9 @@ def _refuse_repeated_keys(where: str, value: Any) -> None:
         return  # no Python, or none that will be evaluated
     for node in nodes:
         keys = [key.value for key in node.keys if isinstance(key, ast.Constant)] if isinstance(node, ast.Dict) else []
-        if (repeated := _repeated(keys)) is not None:
-            raise ConfigError(f"{where}: the key {repeated!r} is given twice in one entry. Leave one of them out.")
-
-
-def _repeated(keys: Sequence[Any]) -> Any:
-    """The first key that a list has more than once; None where there is none."""
-    return next((key for key, count in Counter(keys).items() if count > 1), None)
+        for key, count in Counter(keys).items():
+            if count > 1:
+                raise ConfigError(f"{where}: the key {key!r} is given twice in one entry. Leave one of them out.")
 
 
 def _unknown_key(where: str, key: str, cfg: Any) -> str:

@@ -9,7 +9,7 @@ from torch import nn
 
 from peft_d2.compat import require_detectron2
 from peft_d2.data.config import PEFT_ARCHITECTURE
-from peft_d2.engine.config import AUTO
+from peft_d2.engine.config import AUTO, with_values
 from peft_d2.engine.errors import ConfigError
 from peft_d2.peft.targets import nearest
 
@@ -52,10 +52,7 @@ def PEFTModel(cfg: Any) -> nn.Module:  # noqa: N802  the registry knows it by th
 
     node = cfg.MODEL.PEFT
     _check(node, META_ARCH_REGISTRY)
-    base_cfg = cfg.clone()
-    base_cfg.defrost()
-    base_cfg.MODEL.META_ARCHITECTURE = node.META_ARCHITECTURE
-    base_cfg.freeze()
+    base_cfg = with_values(cfg, {"MODEL.META_ARCHITECTURE": node.META_ARCHITECTURE})
     model = META_ARCH_REGISTRY.get(node.META_ARCHITECTURE)(base_cfg)
     report, layers = adapters.load_base_of_any(model, cfg.MODEL.WEIGHTS) if cfg.MODEL.WEIGHTS else (None, {})
     if node.METHODS or node.TRAIN:

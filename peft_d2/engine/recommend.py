@@ -22,7 +22,7 @@ from peft_d2 import adapters, peft
 from peft_d2.data.config import PEFT_ARCHITECTURE
 from peft_d2.data.loader import build_train_loader, sample_seed
 from peft_d2.engine.checks import build_model
-from peft_d2.engine.config import leaves
+from peft_d2.engine.config import leaves, with_values
 from peft_d2.engine.errors import ConfigError
 from peft_d2.engine.hooks import seed_everything
 from peft_d2.engine.optimizer import build_optimizer
@@ -98,9 +98,7 @@ def range_test(cfg: Any, model: nn.Module, batches: Sequence[Any], held_out: Seq
     start = [(item.param, item.param.detach().clone()) for item in peft.trained_parameters(model)]
     found = {}
     for rate in (cfg.SOLVER.BASE_LR * factor for factor in RATES):
-        trial = cfg.clone()
-        trial.defrost()
-        trial.SOLVER.BASE_LR, trial.MODEL.PEFT.LR_FACTOR = rate, LR_FACTOR
+        trial = with_values(cfg, {"SOLVER.BASE_LR": rate, "MODEL.PEFT.LR_FACTOR": LR_FACTOR})
         optimizer = build_optimizer(trial, model)
         model.train()
         for loss in _losses(model, batches, cfg.SEED):
@@ -147,11 +145,8 @@ def explained(cfg: Any, found: Recommendation, losses: dict[float, float]) -> st
 
 def _base(cfg: Any) -> tuple[nn.Module, list[str]]:
     """The config's model without PEFT, with its weights, and which heads of another class count start anew."""
-    plain = cfg.clone()
-    plain.defrost()
-    plain.MODEL.META_ARCHITECTURE = cfg.MODEL.PEFT.META_ARCHITECTURE or cfg.MODEL.META_ARCHITECTURE
-    plain.freeze()
-    model = build_model(plain)
+    name = cfg.MODEL.PEFT.META_ARCHITECTURE or cfg.MODEL.META_ARCHITECTURE
+    model = build_model(with_values(cfg, {"MODEL.META_ARCHITECTURE": name}))
     if not cfg.MODEL.WEIGHTS:
         return model, []
     anew = [name for name, *_ in adapters.load_base(model, cfg.MODEL.WEIGHTS).reinitialised]
