@@ -133,12 +133,8 @@ def create_local_process_group(size: int) -> None:
 
     if hasattr(comm, "create_local_process_group"):
         comm.create_local_process_group(size)
-        return
-    for first in range(0, dist.get_world_size(), size):
-        ranks = list(range(first, first + size))
-        group = dist.new_group(ranks)
-        if dist.get_rank() in ranks:
-            comm._LOCAL_PROCESS_GROUP = group
+    else:
+        comm._LOCAL_PROCESS_GROUP, _ = dist.new_subgroups(size)
 
 
 def forget_process_groups() -> None:

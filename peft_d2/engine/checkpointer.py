@@ -42,6 +42,10 @@ class Checkpointer(DetectionCheckpointer):
         keep: how many periodic checkpoints stay; 0 keeps all.
         allow_other_base: take up an adapter of another base all the same.
         checkpointables: objects with ``state_dict`` that are stored and restored besides.
+
+    Attributes:
+        metrics: of the last evaluation, stored with an adapter.
+        resumed: whether :meth:`resume_or_load` has gone on from a checkpoint.
     """
 
     def __init__(
@@ -55,15 +59,14 @@ class Checkpointer(DetectionCheckpointer):
     ) -> None:
         super().__init__(model, save_dir, **checkpointables)
         self.logger = logger
-        self.metrics: dict[str, float] = {}  # of the last evaluation, stored with an adapter
+        self.metrics: dict[str, float] = {}
+        self.resumed = False
         self._keep = keep
         self._allow_other_base = allow_other_base
         # The mark of this run: a number that grows from run to run in a folder, 0 of one that a version without marks
         # began, and random digits.
         self._run = ""
         self._own: list[str] = []  # names of this run's checkpoints, oldest first
-        self._resumed = False
-        self._said: set[str] = set()
 
     @property
     def prefix(self) -> str:
@@ -99,7 +102,9 @@ class Checkpointer(DetectionCheckpointer):
         self.tag_last_checkpoint(basename)
         logger.info("Saved checkpoint %s", os.path.join(self.save_dir, basename))
         self._own = [*(own for own in self._own if own != basename), basename]
-        self._thin_out()
+        periodic = [own for own in self._own if "final" not in own]
+        for oldest in periodic[: -self._keep] if self._keep > 0 else ():
+            self._delete(oldest)
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         """Write that name into ``last_checkpoint``, as a whole or not at all."""
@@ -140,7 +145,7 @@ class Checkpointer(DetectionCheckpointer):
 
     def has_checkpoint(self) -> bool:
         """Whether there is a whole checkpoint to resume from."""
-        return self._resumed or bool(self.get_checkpoint_file())
+        return self.resumed or bool(self.get_checkpoint_file())
 
     def get_checkpoint_file(self) -> str:
         """Path of the newest whole checkpoint of this kind of run, empty when there is none."""
@@ -176,7 +181,7 @@ class Checkpointer(DetectionCheckpointer):
                 f"{newest} does not fit this run ({type(error).__name__}: {told}). Resume with the config it was "
                 "trained with, or start without --resume in another OUTPUT_DIR."
             ) from error
-        self._resumed = True
+        self.resumed = True
         self._run = state.pop("run", f"0000-{secrets.token_hex(4)}")
         marks = {self._run} if _number(self._run) else {self._run, ""}
         self._own = [found.name for found, run, _ in sorted(self._found(), key=lambda row: row[2]) if run in marks]
@@ -235,7 +240,9 @@ class Checkpointer(DetectionCheckpointer):
         if first is None:
             return []
         if named is None and _NAME.fullmatch(tagged):
-            self._say(f"Checkpoint {tag.with_name(tagged)} is passed over: {LAST} names it, and it is not there")
+            logger.warning(
+                "Checkpoint %s is passed over: %s names it, and it is not there", tag.with_name(tagged), LAST
+            )
         elif tagged and first is not named:
             logger.info("%s names %r; going on from %s, which is newer.", LAST, tagged[:80], first.name)
         runs = {path: run if _number(run) else "" for path, run, _ in rows}
@@ -256,9 +263,9 @@ class Checkpointer(DetectionCheckpointer):
             try:
                 return str(path), _read(path)
             except CheckpointDamaged as error:
-                self._say(f"Checkpoint {path} is passed over: {error.defect}")
+                logger.warning("Checkpoint %s is passed over: %s", path, error.defect)
         if candidates:
-            self._say(f"No whole checkpoint is left in {self.save_dir}.")
+            logger.warning("No whole checkpoint is left in %s.", self.save_dir)
         elif others := [path for path, _ in self._named()]:
             this = "trains an adapter" if self.prefix == "adapter" else "has no MODEL.PEFT (is --peft-config missing?)"
             raise CheckpointError(
@@ -266,19 +273,6 @@ class Checkpointer(DetectionCheckpointer):
                 "Give the config of that run, or another OUTPUT_DIR."
             )
         return "", {}
-
-    def _say(self, line: str) -> None:
-        """Warn once."""
-        if line not in self._said:
-            logger.warning("%s", line)
-        self._said.add(line)
-
-    def _thin_out(self) -> None:
-        """Delete this run's oldest periodic checkpoints."""
-        if self._keep <= 0:
-            return
-        for name in [name for name in self._own if "final" not in name][: -self._keep]:
-            self._delete(name)
 
     def remove(self, name: str) -> None:
         """Delete this run's checkpoint ``name`` and point ``last_checkpoint`` at the one before it."""
@@ -417,11 +411,9 @@ def _defect(path: Path, state: Any) -> str:
         return "its iteration is none"
     if len({*told, *([int(number)] if number != "final" else [])}) > 1:
         return f"it is of iteration {told[0]}"
-    trainer = {"seed": 0, "optimizer": {"param_groups": [], "state": {}}}
-    if not isinstance(state.get("trainer", {}), dict):
+    if not isinstance(trainer := state.get("trainer", {}), dict):
         return "it holds no trainer"
-    trainer.update(state.get("trainer", {}))
-    seed, optimizer = trainer["seed"], trainer["optimizer"]
+    seed, optimizer = trainer.get("seed", 0), trainer.get("optimizer", {"param_groups": [], "state": {}})
     if type(seed) is not int or seed < 0:
         return "its seed is no number"
     parts = (optimizer.get("param_groups"), optimizer.get("state")) if isinstance(optimizer, dict) else ()

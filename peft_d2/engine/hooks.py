@@ -9,7 +9,7 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -27,13 +27,6 @@ from peft_d2.engine.step import unwrapped
 _SAME_KEY = 1.0  # seconds within which torchrun passes on the Ctrl-C that the terminal has sent already
 
 logger = logging.getLogger(__name__)
-
-
-def choose_seed(seed: int) -> int:
-    """``seed`` itself, or where it is negative a random one that all ranks agree on."""
-    if seed >= 0:
-        return seed
-    return int(comm.all_gather(random.SystemRandom().randrange(2**31))[0])
 
 
 def seed_everything(seed: int, rank: int, iteration: int) -> None:
@@ -88,9 +81,6 @@ class FitMemory(HookBase):
 
     _STEPS = 10  # after which the measured peak is logged
 
-    def __init__(self, budget: float | str) -> None:
-        self._budget = budget
-
     def before_train(self) -> None:
         """Plan with the first batch; all processes compute as many pieces as the one that needs most."""
         step = self.trainer._trainer
@@ -104,7 +94,7 @@ class FitMemory(HookBase):
         self._plan = memory.fit_memory(
             model,
             list(self.trainer.loader.first()),
-            self._budget,
+            self.trainer.cfg.MODEL.PEFT.MEMORY_BUDGET,
             forward=forward,
             optimizer_states=states,
             pieces=step.pieces,
@@ -174,8 +164,6 @@ class SaveOnSignal(HookBase):
 
     def __init__(self) -> None:
         self._taken = contextlib.ExitStack()
-        self._process = 0
-        self._interrupted = 0.0
 
     def before_train(self) -> None:
         """Take the signals over."""
@@ -217,13 +205,11 @@ class SaveOnSignal(HookBase):
 class Writers(PeriodicWriter):
     """Detectron2's; files and services begin with the training; what cannot be written at its end is no reason to fail.
 
-    Args:
-        build: makes the writers, each of which opens its file.
+    The trainer's ``build_writers`` makes the writers, each of which opens its file.
     """
 
-    def __init__(self, build: Callable[[], list[Any]]) -> None:
-        super().__init__([], period=20)
-        self._build = build
+    def __init__(self) -> None:
+        super().__init__([])
 
     def before_train(self) -> None:
         """Make the writers, let the services open their runs.
@@ -231,7 +217,7 @@ class Writers(PeriodicWriter):
         Raises:
             ConfigError: one of them cannot.
         """
-        self._writers = self._build()
+        self._writers = self.trainer.build_writers()
         for writer in self._writers:
             if hasattr(writer, "start"):
                 writer.start()

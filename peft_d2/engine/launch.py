@@ -10,7 +10,7 @@ import os
 import shlex
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -171,9 +171,8 @@ def evaluate(cfg: Any, resume: bool = False) -> Any:
         seed_everything(cfg.SEED, 0, 0)
     model = Trainer.build_model(cfg)
     checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, allow_other_base=cfg.MODEL.PEFT.ALLOW_OTHER_BASE)
-    resumed = resume and checkpointer.has_checkpoint()
     checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
-    if not resumed:
+    if not checkpointer.resumed:
         warn_of_untrained(cfg, model, checkpointer.names())
     return Trainer.test_all(cfg, model)
 
@@ -274,12 +273,9 @@ def _own_sets(args: argparse.Namespace) -> dict[str, tuple[dict[str, Any], Path]
 
 def _make_paths_absolute(cfg: Any) -> None:
     """Files and folders that exist, so that ``OUTPUT_DIR/config.yaml`` holds from any folder."""
-    cfg.DATASETS.REGISTER = [
-        {key: _absolute(value) if key in ("JSON", "IMAGES") else value for key, value in entry.items()}
-        if isinstance(entry, Mapping)
-        else entry
-        for entry in cfg.DATASETS.REGISTER
-    ]
+    for entry in cfg.DATASETS.REGISTER:
+        for key in {"JSON", "IMAGES"} & entry.keys() if isinstance(entry, dict) else ():
+            entry[key] = _absolute(entry[key])
     cfg.OUTPUT_DIR = os.path.expanduser(cfg.OUTPUT_DIR)
     for node, key in (
         *((cfg.MODEL, "WEIGHTS"), (cfg.MODEL.PEFT, "WEIGHTS"), (cfg.MODEL.SEEM, "CLASS_VECTORS")),

@@ -28,7 +28,7 @@ from peft_d2.data.loader import build_test_loader, build_train_loader
 from peft_d2.engine import optimizer as optimization
 from peft_d2.engine.checkpointer import Checkpointer
 from peft_d2.engine.checks import build_model, check_batch, run_lock
-from peft_d2.engine.config import leaves, read_top, resolve_device
+from peft_d2.engine.config import leaves, read_top, resolve_device, with_values
 from peft_d2.engine.errors import EvaluationFailed, message_of
 from peft_d2.engine.hooks import (
     Bar,
@@ -39,7 +39,6 @@ from peft_d2.engine.hooks import (
     SeedEachStep,
     TrainingBar,
     Writers,
-    choose_seed,
     on_terminal,
     seed_everything,
 )
@@ -75,7 +74,7 @@ class Trainer(DefaultTrainer):
             *(batch, world, batch // world, cfg.SOLVER.ACCUMULATE, batch // world // cfg.SOLVER.ACCUMULATE),
         )
         self._seed_is_drawn = cfg.SEED < 0
-        cfg.SEED = choose_seed(cfg.SEED)
+        cfg.SEED = int(comm.shared_random_seed()) if self._seed_is_drawn else cfg.SEED
         self.cfg = cfg
         self.start_iter = 0
         self._failed = False
@@ -157,9 +156,7 @@ class Trainer(DefaultTrainer):
         logger.info("Evaluating with test-time augmentation: sizes %s.", tuple(cfg.TEST.AUG.MIN_SIZES))
         names = cfg.DATASETS.TEST
         evaluators = [cls.build_evaluator(cfg, n, os.path.join(cfg.OUTPUT_DIR, "inference_TTA", n)) for n in names]
-        own_size = cfg.clone()
-        own_size.defrost()
-        own_size.INPUT.MIN_SIZE_TEST = 0
+        own_size = with_values(cfg, {"INPUT.MIN_SIZE_TEST": 0})
         found = super().test(own_size, augmented_model(cfg, unwrapped(model)), evaluators)
         if len(names) > 1:
             return {name: {f"{task}_TTA": row for task, row in tasks.items()} for name, tasks in found.items()}
@@ -187,13 +184,13 @@ class Trainer(DefaultTrainer):
             hooks.IterationTimer(),
             SeedEachStep(),
             hooks.LRScheduler(),
-            None if cfg.MODEL.PEFT.MEMORY_BUDGET is None else FitMemory(cfg.MODEL.PEFT.MEMORY_BUDGET),
+            None if cfg.MODEL.PEFT.MEMORY_BUDGET is None else FitMemory(),
             ProveLive() if prefix == "adapter" and cfg.MODEL.PEFT.PROVE_LIVE else None,
             FrozenWeights() if prefix == "adapter" else None,
             saver if main else None,
             SaveOnSignal(),  # before an evaluation, which may take longer than a preempted job has
             hooks.EvalHook(cfg.TEST.EVAL_PERIOD, self._evaluate) if cfg.DATASETS.TEST else None,
-            Writers(self.build_writers) if main else None,
+            Writers() if main else None,
             TrainingBar() if on_terminal() else None,
         ]
 
@@ -331,11 +328,9 @@ def _reason(error: BaseException) -> str:
 
 
 def _distributed(model: nn.Module) -> nn.Module:
-    on_cpu = next(model.parameters()).device.type == "cpu"
-    options: dict[str, Any] = {"device_ids": None} if on_cpu else {}
-    if getattr(model, "has_unused_parameters", False):
-        options["find_unused_parameters"] = True
-    return create_ddp_model(model, broadcast_buffers=False, **options)
+    on_cpu: dict[str, Any] = {"device_ids": None} if next(model.parameters()).device.type == "cpu" else {}
+    unused = getattr(model, "has_unused_parameters", False)
+    return create_ddp_model(model, broadcast_buffers=False, find_unused_parameters=unused, **on_cpu)
 
 
 def _report(model: nn.Module) -> dict[str, Any]:
