@@ -13,8 +13,13 @@ import argparse
 import os
 import sys
 
+from take_adapter import their_config
+
+from peft_d2.data.config import PEFT_ARCHITECTURE, base_architecture
 from peft_d2.engine import convert
-from peft_d2.engine.errors import one_line_errors
+from peft_d2.engine.checks import build_model
+from peft_d2.engine.config import with_values
+from peft_d2.engine.errors import ConfigError, one_line_errors
 from peft_d2.engine.launch import prepare_config, take_pairs
 
 
@@ -36,14 +41,30 @@ def merge_parser() -> argparse.ArgumentParser:
 
 
 def merge_adapter(args: argparse.Namespace) -> str:
-    """Merge what the arguments ask for; returns the line to print."""
+    """Merge what the arguments ask for; returns the line to print.
+
+    Raises:
+        ConfigError: no base weights are named, or a file would be written over.
+        CheckpointError, AdapterFileError, InjectionError: what cannot be loaded or merged, by name.
+    """
     if args.adders:
         sys.path.insert(0, os.getcwd())  # where their train_net.py is started
-        cfg = convert.their_config(args.config_file, args.adders, args.opts)
+        cfg = their_config(args.config_file, args.adders, args.opts)
     else:
         args.peft_config = ""
         cfg = prepare_config(args)
-    written = convert.merge_adapter(cfg, args.adapter, args.output, with_config=bool(args.adders))
+    if not cfg.MODEL.WEIGHTS:
+        raise ConfigError("MODEL.WEIGHTS is empty: append MODEL.WEIGHTS and the base checkpoint to the command.")
+    beside = convert.merged_place(args.output, cfg.MODEL.WEIGHTS, with_config=bool(args.adders))
+    values = {
+        "MODEL.DEVICE": "cpu",
+        "MODEL.META_ARCHITECTURE": PEFT_ARCHITECTURE,
+        "MODEL.PEFT.META_ARCHITECTURE": base_architecture(cfg),
+        "MODEL.PEFT.METHODS": [],
+        "MODEL.PEFT.TRAIN": [],
+        "MODEL.PEFT.WEIGHTS": args.adapter,
+    }
+    written = convert.write_merged(build_model(with_values(cfg, values)), cfg, args.output, beside)
     return f"{' and '.join(written)}: {cfg.MODEL.WEIGHTS} with {args.adapter} merged in"
 
 

@@ -12,12 +12,19 @@ models. Beside ``merged.pth`` comes ``merged.yaml``, which their code reads with
 from __future__ import annotations
 
 import argparse
+import importlib
+import inspect
 import os
 import sys
+from collections.abc import Sequence
+from typing import Any
 
 from peft_d2.engine import convert
-from peft_d2.engine.errors import one_line_errors
+from peft_d2.engine.config import add_config
+from peft_d2.engine.errors import ConfigError, one_line_errors
+from peft_d2.engine.factory import register
 from peft_d2.engine.launch import take_pairs
+from peft_d2.ops.official import serve_official
 
 
 def take_parser() -> argparse.ArgumentParser:
@@ -39,10 +46,48 @@ def take_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def their_config(config_file: str, adders: Sequence[str], opts: Sequence[str] = ()) -> Any:
+    """A config of somebody else's code: Detectron2's defaults, their keys, ``MODEL.PEFT``, then the file and the pairs.
+
+    Args:
+        config_file: a yaml of theirs, or the ``config.yaml`` of a run.
+        adders: ``PKG.MOD:FN``, functions that add keys to a config, or make one, as their program calls them.
+        opts: KEY VALUE pairs.
+
+    Raises:
+        ConfigError: a function that cannot be imported, a file that cannot be read, a key that nobody has added.
+    """
+    from detectron2.config import get_cfg
+
+    cfg = get_cfg()
+    serve_official()
+    for adder in adders:
+        module, _, name = adder.partition(":")
+        try:
+            function = getattr(importlib.import_module(module), name)
+            cfg = function() if not inspect.signature(function).parameters else function(cfg) or cfg
+        except (ImportError, AttributeError, TypeError, ValueError) as error:
+            said = " ".join(str(error).split())
+            raise ConfigError(f"--import {adder}: {said}. Expected PKG.MOD:FN, a function of a config.") from error
+    register()
+    add_config(cfg, models=False)
+    for where, read in (
+        (config_file, lambda: cfg.merge_from_file(config_file, allow_unsafe=False)),
+        ("KEY VALUE pairs", lambda: cfg.merge_from_list(list(opts))),
+    ):
+        try:
+            read()
+        except (KeyError, OSError, AssertionError, ValueError) as error:
+            said = " ".join(str(error.args[0] if isinstance(error, KeyError) else error).split())
+            hint = "Name the functions that add its keys: --import; peft_d2:add_config is the one for our own models."
+            raise ConfigError(f"{where}: {said}. {hint if isinstance(error, KeyError) else ''}".strip()) from error
+    return cfg
+
+
 def take_adapter(args: argparse.Namespace) -> list[str]:
     """Take what the arguments ask for; returns the files."""
     sys.path.insert(0, os.getcwd())  # where their train_net.py is started
-    cfg = convert.their_config(args.config_file, args.adders, args.opts)
+    cfg = their_config(args.config_file, args.adders, args.opts)
     return convert.take_adapter(cfg, args.checkpoint, args.adapter, args.merged)
 
 

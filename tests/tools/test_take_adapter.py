@@ -17,7 +17,6 @@ import torch
 
 import peft_d2
 from peft_d2 import peft
-from peft_d2.engine.convert import their_config
 from peft_d2.engine.errors import ConfigError
 from peft_d2.engine.factory import PEFTModel
 
@@ -96,7 +95,7 @@ ADDERS = ["field_theirs:add_theirs_config"]
 
 
 def config(*opts: str, adders: list[str] = ADDERS) -> Any:
-    return their_config("config.yaml", adders, opts)
+    return take_adapter.their_config("config.yaml", adders, opts)
 
 
 def config_of_theirs() -> Any:
@@ -227,7 +226,7 @@ def test_a_config_that_cannot_be_read_is_refused(run: torch.nn.Module) -> None:
     with pytest.raises(ConfigError, match="KEY VALUE pairs: Non-existent key: MODEL.THEIR.WIDTH"):
         config("MODEL.THEIR.WIDTH", "5")
     with pytest.raises(ConfigError, match="nothing.yaml"):
-        their_config("nothing.yaml", ADDERS)
+        take_adapter.their_config("nothing.yaml", ADDERS)
 
 
 def test_what_was_trained_is_loaded_whole_or_not_at_all(run: torch.nn.Module) -> None:
