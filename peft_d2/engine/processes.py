@@ -147,7 +147,8 @@ def _wait(context: Any, messages: Any) -> None:
         try:
             joined = False
             while not joined:
-                wait(context.sentinels)
+                for sentinel in wait(context.sentinels):
+                    context.processes[context.sentinels[sentinel]].join()  # it is ending; now it has an exit code
                 codes = [process.exitcode or 0 for process in context.processes]  # join ends others after a failure
                 joined = context.join(**grace)
         except (mp.ProcessExitedException, mp.ProcessRaisedException) as error:
