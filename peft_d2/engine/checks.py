@@ -34,8 +34,9 @@ from peft_d2.models.checks import expect, expect_norm, expect_some_of
 logger = logging.getLogger(__name__)
 
 _RATES = (
-    *("BASE_LR", "WEIGHT_DECAY", "WEIGHT_DECAY_NORM", "WEIGHT_DECAY_EMBED", "MOMENTUM", "GAMMA", "WARMUP_FACTOR"),
-    *("BACKBONE_MULTIPLIER", "BIAS_LR_FACTOR", "POLY_LR_POWER", "POLY_LR_CONSTANT_ENDING", "LAYER_DECAY"),
+    *("BASE_LR", "WEIGHT_DECAY", "WEIGHT_DECAY_NORM", "WEIGHT_DECAY_EMBED", "WEIGHT_DECAY_BIAS", "MOMENTUM", "GAMMA"),
+    *("WARMUP_FACTOR", "BACKBONE_MULTIPLIER", "BIAS_LR_FACTOR", "POLY_LR_POWER", "POLY_LR_CONSTANT_ENDING"),
+    "LAYER_DECAY",
 )
 _FINITE = (*(f"SOLVER.{name}" for name in _RATES), "MODEL.PEFT.LR_FACTOR", "MODEL.PEFT.TRAIN_LR_FACTOR")
 _COUNTS = {
@@ -83,7 +84,7 @@ def _check_numbers(cfg: Any) -> None:
     known = dict(leaves(cfg))
     for key in _FINITE:
         value = known[key]
-        if value is not None and not 0 <= value < math.inf:  # BIAS_LR_FACTOR may be None
+        if value is not None and not 0 <= value < math.inf:  # those of biases may be None
             raise ConfigError(f"{key} is {value}; expected a number of 0 or more.")
     for key, (least, most) in _COUNTS.items():
         if not least <= known[key] <= most:

@@ -102,6 +102,7 @@ def _parameter_groups(cfg: Any, model: nn.Module) -> list[dict[str, Any]]:
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     factors = _named_factors(cfg, [name for name, _ in trained])
     layers, staged = layer_factors(cfg, model), solver.LR_SCHEDULER_NAME == _TWO_STAGES
+    bias_decay = _bias_decay(cfg)
     for name, parameter in trained:
         path, _, leaf = name.rpartition(".")
         full, in_backbone = id(parameter) not in injected, "backbone" in path
@@ -111,9 +112,10 @@ def _parameter_groups(cfg: Any, model: nn.Module) -> list[dict[str, Any]]:
             rate *= solver.BACKBONE_MULTIPLIER if in_backbone else 1.0
         else:
             rate *= node.LR_FACTOR
+        decay = _weight_decay(cfg, leaf, model.get_submodule(path))
         if leaf.endswith("bias"):
             rate *= solver.BIAS_LR_FACTOR or 1.0
-        decay = _weight_decay(cfg, leaf, model.get_submodule(path))
+            decay = decay if bias_decay is None else bias_decay
         late = staged and full and in_backbone
         group: dict[str, Any] = {"params": [], "lr": rate, "weight_decay": decay, "late": late}
         groups.setdefault((rate, decay, late), group)["params"].append(parameter)
@@ -181,6 +183,14 @@ def _weight_decay(cfg: Any, leaf: str, module: nn.Module) -> float:
     if leaf in _POSITION_TABLES:
         return 0.0
     return solver.WEIGHT_DECAY
+
+
+def _bias_decay(cfg: Any) -> float | None:
+    """``WEIGHT_DECAY_BIAS`` where somebody set it: Detectron2 0.5 has a number there that no published config means."""
+    from detectron2.config import get_cfg
+
+    own = cfg.SOLVER.WEIGHT_DECAY_BIAS
+    return None if own == get_cfg().SOLVER.WEIGHT_DECAY_BIAS else own
 
 
 def _add_clipping(cfg: Any, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 from torch import nn
 
@@ -44,6 +45,20 @@ def test_mask2former_rules(make_cfg: Callable[..., Any]) -> None:
     assert found["sem_seg_head.predictor.class_embed.weight"][1] == 0.05
     tables = [decay for name, (_, decay) in found.items() if name.endswith("relative_position_bias_table")]
     assert tables and set(tables) == {0.0}
+
+
+@pytest.mark.parametrize("decay", [None, 0.0001, 0.0])
+def test_biases_decay_as_it_is_set(make_cfg: Callable[..., Any], decay: float | None) -> None:
+    """0.0001 is what Detectron2 0.5 has by default, None what later ones have: Mask2Former's rule holds."""
+    cfg = make_cfg("SOLVER.WEIGHT_DECAY_NORM", 0.01)
+    cfg.SOLVER.WEIGHT_DECAY_BIAS = decay
+    if decay == 0.0001 and get_cfg().SOLVER.WEIGHT_DECAY_BIAS is None:
+        pytest.skip("there it is a value of one's own")
+    model = build_model(cfg)
+    found = rates(model, build_optimizer(cfg, model))
+    assert found["sem_seg_head.predictor.class_embed.bias"][1] == (0.0 if decay == 0 else 0.05)
+    assert found["backbone.norm3.bias"][1] == (0.0 if decay == 0 else 0.01)
+    assert found["sem_seg_head.predictor.class_embed.weight"][1] == 0.05
 
 
 def test_rates_of_injected_and_fully_trained_parts(make_cfg: Callable[..., Any]) -> None:
