@@ -198,6 +198,8 @@ def _check_writable(folder: str) -> None:
         os.makedirs(folder, exist_ok=True)
     except OSError as error:
         why = "it is a link to nothing" if os.path.islink(folder) else error.strerror
+    if "://" in folder:
+        raise ConfigError(f"OUTPUT_DIR {folder!r} is an address. Name a folder of this machine, and copy it there.")
         raise ConfigError(f"OUTPUT_DIR {folder!r} cannot be made: {why}. Choose another folder.") from error
     if not os.access(folder, os.W_OK | os.X_OK):
         raise ConfigError(f"OUTPUT_DIR {folder!r} cannot be written to. Choose another folder.")

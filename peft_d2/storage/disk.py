@@ -195,9 +195,12 @@ def _refusal(target: Path, error: OSError) -> StorageError:
 
 
 def _target(path: str | os.PathLike[str]) -> Path:
-    if not os.fspath(path):  # would be the current folder
+    name = os.fsdecode(path)
+    if not name:  # would be the current folder
         raise StorageError(errno.EINVAL, "the path to store something at is empty. Name a file or folder")
-    return Path(os.path.realpath(os.path.expanduser(path)))
+    if re.match(r"[A-Za-z][\w+.-]+://", name):  # would be a folder called "s3:" below the current one
+        raise StorageError(errno.EINVAL, f"{name} is an address. Name a file or folder here, and copy it there")
+    return Path(os.path.realpath(os.path.expanduser(name)))
 
 
 def _short(target: Path) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ from peft_d2.data.images import DatasetError  # noqa: E402
 from peft_d2.engine.config import load_config  # noqa: E402
 from peft_d2.models.checks import ModelConfigError  # noqa: E402
 from peft_d2.models.sam.prompt_encoder import PromptError  # noqa: E402
-from peft_d2.storage import CheckpointError  # noqa: E402
+from peft_d2.storage import CheckpointError, StorageError  # noqa: E402
 from peft_d2.storage.adapter_file import AdapterFileError  # noqa: E402
 
 from .conftest import ROOT  # noqa: E402
@@ -451,3 +452,14 @@ def test_what_was_frozen_after_the_injection_is_not_live() -> None:
 def test_a_folder_that_is_none() -> None:
     with pytest.raises(AdapterFileError, match="None: it is no path"):
         peft_d2.load_adapter(net(), None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("address", ["s3://bucket/a", "hdfs:///a", "https://example.org/a"])
+def test_files_are_not_written_to_addresses(address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They went into a folder called "s3:" below the current one."""
+    monkeypatch.chdir(tmp_path)
+    peft_d2.inject(model := net(), LORA, ["2"])
+    for call in (peft_d2.save_adapter, peft_d2.save_merged):
+        with pytest.raises(StorageError, match=f"{address}.* is an address"):
+            call(model, address + ("" if call is peft_d2.save_adapter else ".pth"))
+    assert not list(tmp_path.iterdir())

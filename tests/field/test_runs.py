@@ -406,3 +406,9 @@ def test_what_a_terminal_cannot_show(own: Any, tmp_path: Path, case: str) -> Non
     done = subprocess.run(line, capture_output=True, text=True, env=environment)
     assert done.returncode == (141 if case == "no reader" else 1) and "Traceback" not in done.stderr, done.stderr
     assert case != "ascii" or r"b\xefld.png" in done.stdout
+
+
+def test_an_output_folder_that_is_an_address(own: Any, tool: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, text = tool("train_net", *_options(own, "s3://bucket/run"))
+    assert code == 1 and "OUTPUT_DIR 's3://bucket/run' is an address" in text and not Path("s3:").exists()
