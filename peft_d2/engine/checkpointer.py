@@ -106,6 +106,17 @@ class Checkpointer(DetectionCheckpointer):
         for oldest in periodic[: -self._keep] if self._keep > 0 else ():
             self._delete(oldest)
 
+    def require_own(self, start: int) -> None:
+        """Refuse, before a run that goes on at iteration ``start``, folders that it could not replace when it saves.
+
+        Raises:
+            peft_d2.storage.disk.StorageError: one holds somebody's files.
+        """
+        for path, _ in self._named():
+            number = _NAME.fullmatch(path.name)[2]  # type: ignore[index]
+            if os.path.isdir(path) and (number == "final" or int(number) >= start):
+                disk.require_own(path, _CHECKPOINT_FILES)
+
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         """Write that name into ``last_checkpoint``, as a whole or not at all."""
         disk.write_bytes(Path(self.save_dir, LAST), last_filename_basename.encode())

@@ -271,6 +271,7 @@ class Trainer(DefaultTrainer):
                 folder = self.cfg.OUTPUT_DIR
                 stack.enter_context(run_lock(folder))
                 disk.write_bytes(Path(folder, CONFIG_FILE), self.cfg.dump().encode())
+                self.checkpointer.require_own(self.start_iter)
                 disk.write_bytes(Path(folder, REPORT_FILE), json.dumps(self.report, indent=1).encode())
             stack.enter_context(self.loader.closed())
             super().train()

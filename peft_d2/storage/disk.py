@@ -43,6 +43,7 @@ _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _NO_DIRECTORY_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EPERM}
 _TORCH_WRITE_SIGNS = ("PytorchStreamWriter", "unexpected pos", "iostream error", "file write failed")
 _RENAME_EXCHANGE, _AT_FDCWD = 2, -100
+_LITTER = {".DS_Store", "Thumbs.db", "desktop.ini"}  # what file managers leave in folders that they show
 _MAX_FILE_NAME = 230  # bytes; file systems allow 255
 _MAX_DEPTH, _MAX_DIGITS, _MAX_NAME = 100, 40, 1024
 _CHUNK = 2**22  # values that are hashed at once
@@ -107,7 +108,7 @@ def _replacing(path: str | os.PathLike[str], replaces: Collection[str] | None) -
         if replaces is not None and target.exists() and not target.is_dir():
             reason = f"{target} is a file, but a folder is to be written there: move it or choose another name"
             raise NotAFolderError(errno.ENOTDIR, reason)
-        _require_own(target, replaces or ())
+        require_own(target, replaces or ())
         for _ in range(100):  # a cleaner may take it before it is locked
             temporary = target.with_name(f".{_short(target)}.{secrets.token_hex(4)}.tmp")
             temporary.touch(exist_ok=False) if replaces is None else temporary.mkdir()
@@ -120,7 +121,7 @@ def _replacing(path: str | os.PathLike[str], replaces: Collection[str] | None) -
             with explained(target, everything=True):
                 for written in (*temporary.rglob("*"), temporary):
                     _sync(written)
-                _require_own(target, replaces or ())  # somebody may have put a file there meanwhile
+                require_own(target, replaces or ())  # somebody may have put a file there meanwhile
                 _replace(temporary, target)
                 _sync(target.parent)
         finally:
@@ -130,6 +131,7 @@ def _replacing(path: str | os.PathLike[str], replaces: Collection[str] | None) -
 
 def foreign_entry(path: Path, own: Collection[str]) -> str | None:
     """The name of an entry of the folder `path` that is not a regular file named by `own`; None where there is none."""
+    own = {*own, *_LITTER}
     for entry in sorted(os.scandir(path), key=lambda entry: entry.name):
         if not entry.is_file(follow_symlinks=False) or not any(fnmatch.fnmatchcase(entry.name, name) for name in own):
             return entry.name
@@ -208,8 +210,12 @@ def _short(target: Path) -> str:
     return target.name if len(name) <= _MAX_FILE_NAME else hashlib.sha256(name).hexdigest()
 
 
-def _require_own(path: Path, own: Collection[str]) -> None:
-    """Refuse to replace a folder that holds more than the files named by `own`."""
+def require_own(path: Path, own: Collection[str]) -> None:
+    """Refuse to replace a folder that holds more than the files named by `own`.
+
+    Raises:
+        StorageError: it does.
+    """
     found = foreign_entry(path, own) if path.is_dir() else None
     if found is not None:
         raise StorageError(

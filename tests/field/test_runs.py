@@ -408,6 +408,39 @@ def test_what_a_terminal_cannot_show(own: Any, tmp_path: Path, case: str) -> Non
     assert case != "ascii" or r"b\xefld.png" in done.stdout
 
 
+PLAIN = ["MODEL.PEFT.METHODS", LORA, "DATASETS.TEST", "()"]
+
+
+def test_what_somebody_put_into_a_checkpoints_folder(own: Any, tool: Any, tmp_path: Path) -> None:
+    """It is found before the training, which could not be saved at its end; file managers' own files are none."""
+    arguments = _options(own, run := tmp_path / "run", *PLAIN)
+    assert tool("train_net", *arguments)[0] == 0
+    resumed = ["--resume", *arguments, "SOLVER.MAX_ITER"]
+    (run / "adapter_final" / "notes.md").write_text("the best one so far")
+    code, text = tool("train_net", *resumed, 2)
+    assert code == 1 and "adapter_final: that folder would be replaced as a whole, and it holds 'notes.md'" in text
+    assert "lr: " not in text and (run / "adapter_final" / "notes.md").exists()
+    (run / "adapter_final" / "notes.md").rename(run / "adapter_final" / ".DS_Store")
+    code, text = tool("train_net", *resumed, 2)
+    assert code == 0 and not (run / "adapter_final" / ".DS_Store").exists(), text
+
+
+def test_keys_and_files_of_detectron2s_own_trainer(own: Any, tool: Any, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    arguments = _options(own, run, *PLAIN[:2], "TEST.PRECISE_BN.ENABLED", True)
+    code, text = tool("train_net", *arguments)
+    assert code == 0 and "TEST.PRECISE_BN is not done here" in text, text
+    evaluated = ["--config-file", run / "config.yaml", "--eval-only"]
+    code, text = tool("train_net", *evaluated, "TEST.EXPECTED_RESULTS", "[['segm', 'AP', 101.0, 0.1]]")
+    assert code == 1 and "Result verification failed" in text, text
+    code, text = tool("train_net", *evaluated, "MODEL.WEIGHTS", run / "model_final.pth")
+    assert code == 1 and f"do not exist. There is {run}/adapter_final. MODEL.WEIGHTS takes the weights of a" in text
+    assert "an adapter's folder goes into MODEL.PEFT.WEIGHTS" in text and "Traceback" not in text, text
+    for methods, said in (("['lora']", "expected a method like {NAME: lora, TARGETS: [...]}, got 'lora'"),):
+        code, text = tool("train_net", *arguments, "MODEL.PEFT.METHODS", methods)
+        assert code == 1 and said in text and "Traceback" not in text, text
+
+
 def test_an_output_folder_that_is_an_address(own: Any, tool: Any, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.chdir(tmp_path)
     code, text = tool("train_net", *_options(own, "s3://bucket/run"))
