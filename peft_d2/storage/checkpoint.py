@@ -35,6 +35,10 @@ CLASS_HEADS = (
     "*head.cls_score.*", "*head.bbox_pred.*",  # RetinaNet, FCOS
     "sem_seg_head.predictor.weight", "sem_seg_head.predictor.bias",  # semantic FPN
 )  # fmt: skip
+# The same of tensors whose other dimensions count classes, too: Keypoint R-CNN's keypoints, PointRend's point heads.
+_CLASS_SIZED = (
+    "*keypoint_head.score_lowres.*", "*coarse_head.prediction.*", "*point_head.predictor.*", "*point_head.fc*.weight",
+)  # fmt: skip
 
 # Buffers that the constructor computes from the config or from nothing: harmless when a file lacks them or has them
 # in excess.
@@ -292,7 +296,8 @@ def _compared(
     matched, heads, misshaped = {}, [], []
     for name in sorted(state.keys() & own.keys()):
         old, new = tuple(state[name].shape), tuple(own[name].shape)
-        is_head = any(_any(alias, CLASS_HEADS) for alias in aliases.get(name, [name]))
+        patterns = (*CLASS_HEADS, *_CLASS_SIZED) if old[1:] == new[1:] else _CLASS_SIZED
+        is_head = any(_any(alias, patterns) for alias in aliases.get(name, [name]))
         if old == new:
             matched[name] = state[name]
         elif len(old) == len(new) > 0 and old[1:] == new[1:] and is_head:

@@ -463,3 +463,24 @@ def test_files_are_not_written_to_addresses(address: str, tmp_path: Path, monkey
         with pytest.raises(StorageError, match=f"{address}.* is an address"):
             call(model, address + ("" if call is peft_d2.save_adapter else ".pth"))
     assert not list(tmp_path.iterdir())
+
+
+class Sized(nn.Module):
+    """The tensors of Detectron2's Keypoint R-CNN and of PointRend whose sizes follow the number of classes."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.backbone = nn.Linear(4, 4)
+        self.keypoint_head, self.coarse_head, self.point_head = nn.Module(), nn.Module(), nn.Module()
+        self.keypoint_head.score_lowres = nn.ConvTranspose2d(4, classes, 4)
+        self.coarse_head.prediction = nn.Linear(4, 49 * classes)
+        self.point_head.fc1 = nn.Conv1d(4 + classes, 4, 1)
+        self.point_head.predictor = nn.Conv1d(4 + classes, classes, 1)
+
+
+def test_heads_whose_sizes_follow_the_classes_start_anew(tmp_path: Path) -> None:
+    torch.save(Sized(17).state_dict(), tmp_path / "base.pth")
+    report = peft_d2.load_base(Sized(5), tmp_path / "base.pth")
+    anew = {name.rpartition(".")[0] for name, *_ in report.reinitialised}
+    assert anew == {"keypoint_head.score_lowres", "coarse_head.prediction", "point_head.fc1", "point_head.predictor"}
+    assert {"backbone.weight", "point_head.fc1.bias"} <= set(report.loaded)
