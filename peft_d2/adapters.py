@@ -11,6 +11,7 @@ import os
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict
 from math import isclose
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -355,7 +356,9 @@ def _local_file(path: str) -> str:
                 f"weights {path!r} cannot be fetched: {error}. Download them and give the file."
             ) from error
     if not os.path.isfile(local):
-        raise CheckpointError(f"weights {path!r} do not exist. Give the path of a .pth, .pkl or .safetensors file.")
+        inside = adapter_file.newest_in_run(Path(local).parent)
+        remedy = f"There is {inside}. {checkpoint.GIVE_ADAPTER}" if inside else "Give a .pth, .pkl or .safetensors"
+        raise CheckpointError(f"weights {path!r} do not exist. {remedy}.")
     return local
 
 

@@ -58,7 +58,7 @@ _USUAL = ("model.safetensors", "pytorch_model.bin", "model.safetensors.index.jso
 
 logger = logging.getLogger(__name__)
 _REMEDY = "Download or copy it again; if it is meant to hold more than tensors, save its state dict alone and use that"
-_GIVE_ADAPTER = "MODEL.WEIGHTS takes the weights of a whole model; an adapter's folder goes into MODEL.PEFT.WEIGHTS"
+GIVE_ADAPTER = "MODEL.WEIGHTS takes the weights of a whole model; an adapter's folder goes into MODEL.PEFT.WEIGHTS"
 SYSTEM_ERRORS = {errno.EMFILE, errno.ENFILE, errno.EACCES, errno.EPERM, errno.ENOMEM}
 
 
@@ -181,7 +181,7 @@ def read_file(path: str | os.PathLike[str], values: bool = True) -> Any:
             kind = kind or (f", that of a run: give {inside}" if inside else "")
             usual = [name for name in _USUAL if (file / name).is_file()]
             kind = kind or (f", that of a model of the hub: give {file / usual[0]}" if usual else "")
-            raise CheckpointError(f"{file} is a folder{kind}. {_GIVE_ADAPTER}")
+            raise CheckpointError(f"{file} is a folder{kind}. {GIVE_ADAPTER}")
         if not file.exists():
             raise CheckpointError(f"there is no checkpoint {file}: correct MODEL.WEIGHTS, or download the file first")
         if file.name.endswith(".index.json"):
@@ -211,7 +211,7 @@ def read_file(path: str | os.PathLike[str], values: bool = True) -> Any:
 
 def _refuse_adapter(state: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
     if any(name.startswith(adapter_file.PREFIX) for name in state):
-        raise CheckpointError(f"{path} is the file of an adapter. {_GIVE_ADAPTER}")
+        raise CheckpointError(f"{path} is the file of an adapter. {GIVE_ADAPTER}")
 
 
 def is_layer(name: str) -> bool:
@@ -300,7 +300,7 @@ def _compared(
         is_head = any(_any(alias, patterns) for alias in aliases.get(name, [name]))
         if old == new:
             matched[name] = state[name]
-        elif len(old) == len(new) > 0 and old[1:] == new[1:] and is_head:
+        elif len(old) == len(new) > 0 and is_head:
             heads.append((name, old, new))
         else:
             misshaped.append(f"{name} {old} -> {new}")
