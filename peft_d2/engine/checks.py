@@ -104,6 +104,10 @@ def _check_numbers(cfg: Any) -> None:
             "set INPUT.FORMAT %s, as the base was trained.",
             *(list(cfg.MODEL.PIXEL_MEAN), order, cfg.INPUT.FORMAT, order),
         )
+    if cfg.TEST.PRECISE_BN.ENABLED:
+        logger.warning(
+            "TEST.PRECISE_BN is not done here: predictions use the statistics that norms have from training."
+        )
     if cfg.TEST.TILES.ENABLED:
         tiles = cfg.TEST.TILES
         for key, low, high in (("SIZE", 1, 2**31), ("SCALE", 0.001, 1000), ("OVERLAP", 0, tiles.SIZE - 1)):
@@ -194,12 +198,12 @@ def _check_writable(folder: str) -> None:
     if re.search("[\ud800-\udfff]", folder):  # bytes that Python could not decode: TensorBoard cannot name them
         encoding = sys.getfilesystemencoding()
         raise ConfigError(f"OUTPUT_DIR {folder!r} is no text in this environment's {encoding}. Set PYTHONUTF8=1.")
+    if "://" in folder:
+        raise ConfigError(f"OUTPUT_DIR {folder!r} is an address. Name a folder of this machine, and copy it there.")
     try:
         os.makedirs(folder, exist_ok=True)
     except OSError as error:
         why = "it is a link to nothing" if os.path.islink(folder) else error.strerror
-    if "://" in folder:
-        raise ConfigError(f"OUTPUT_DIR {folder!r} is an address. Name a folder of this machine, and copy it there.")
         raise ConfigError(f"OUTPUT_DIR {folder!r} cannot be made: {why}. Choose another folder.") from error
     if not os.access(folder, os.W_OK | os.X_OK):
         raise ConfigError(f"OUTPUT_DIR {folder!r} cannot be written to. Choose another folder.")

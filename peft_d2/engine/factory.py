@@ -56,7 +56,7 @@ def PEFTModel(cfg: Any) -> nn.Module:  # noqa: N802  the registry knows it by th
     model = META_ARCH_REGISTRY.get(node.META_ARCHITECTURE)(base_cfg)
     report, layers = adapters.load_base_of_any(model, cfg.MODEL.WEIGHTS) if cfg.MODEL.WEIGHTS else (None, {})
     if node.METHODS or node.TRAIN:
-        peft.inject(model, [dict(method) for method in node.METHODS], train=node.TRAIN)
+        peft.inject(model, node.METHODS, train=node.TRAIN)
     if layers and not node.WEIGHTS:
         adapters.load_layers(model, cfg.MODEL.WEIGHTS, layers)
     if node.WEIGHTS:

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from detectron2.engine import default_argument_parser
+from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 from detectron2.utils.collect_env import collect_env_info
 from detectron2.utils.logger import setup_logger
@@ -174,7 +175,10 @@ def evaluate(cfg: Any, resume: bool = False) -> Any:
     checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
     if not checkpointer.resumed:
         warn_of_untrained(cfg, model, checkpointer.names())
-    return Trainer.test_all(cfg, model)
+    results = Trainer.test_all(cfg, model)
+    if comm.is_main_process():
+        verify_results(cfg, results)  # TEST.EXPECTED_RESULTS
+    return results
 
 
 def warn_of_untrained(cfg: Any, model: torch.nn.Module, trained: Sequence[str]) -> None:
