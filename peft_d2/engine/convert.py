@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from torch import nn
 from peft_d2 import adapters, peft
 from peft_d2.data.config import PEFT_ARCHITECTURE, base_architecture
 from peft_d2.engine.checks import build_model
-from peft_d2.engine.config import with_values
+from peft_d2.engine.config import leaves, read_top, with_values
 from peft_d2.engine.errors import ConfigError
 from peft_d2.storage import disk
 
@@ -67,11 +68,10 @@ def merged_place(merged: str | os.PathLike[str], base: str | os.PathLike[str], w
     if Path(merged).exists() and Path(base).exists() and os.path.samefile(merged, base):
         raise ConfigError(f"{merged} is what is read, and would be written over: choose another name.")
     beside = Path(merged).with_suffix(".yaml")
-    if (
-        with_config
-        and beside.exists()
-        and f"  WEIGHTS: {os.fspath(merged)}\n" not in beside.read_text(errors="replace")
-    ):
+    before = {}
+    with contextlib.suppress(ConfigError):
+        before = dict(leaves(read_top(str(beside))))
+    if with_config and beside.exists() and before.get("MODEL.WEIGHTS") != os.fspath(merged):
         raise ConfigError(f"{beside} is of something else and would be written over: choose another name for {merged}.")
     return beside if with_config else None
 

@@ -15,8 +15,9 @@ from merge_adapter import merge_adapter, merge_parser  # noqa: E402
 
 import peft_d2  # noqa: E402
 from peft_d2 import peft  # noqa: E402
+from peft_d2.engine import convert  # noqa: E402
 from peft_d2.engine.config import load_config  # noqa: E402
-from peft_d2.engine.errors import one_line_errors  # noqa: E402
+from peft_d2.engine.errors import ConfigError, one_line_errors  # noqa: E402
 
 ENGINE = Path(__file__).parents[1] / "engine"
 TINY, DINO = ENGINE / "tiny.yaml", ENGINE / "tiny_mask_dino.yaml"
@@ -111,3 +112,16 @@ def test_what_cannot_be_merged_is_one_line(tmp_path: Path, methods: list[dict], 
         run(tmp_path, *(("MODEL.WEIGHTS", str(tmp_path / "base.pth")) if opts else ()))
     assert message in errors.getvalue() and errors.getvalue().count("\n") == 1
     assert not (tmp_path / "merged.pth").exists()
+
+
+def test_merged_again_into_a_folder_whose_name_yaml_writes_otherwise(tmp_path: Path) -> None:
+    """A long one with spaces is folded, letters beyond ASCII are escaped: the config there was not known again."""
+    adapted([LORA], tmp_path)
+    merged = tmp_path / "m\u00fcnchen " / ("of november " * 9) / "merged.pth"
+    cfg = load_config(str(TINY), opts=["MODEL.WEIGHTS", str(tmp_path / "base.pth")]).cfg
+    for _ in range(2):
+        written = convert.merge_adapter(cfg, tmp_path / "adapter", merged, with_config=True)
+    assert written == [str(merged), str(merged.with_suffix(".yaml"))]
+    merged.with_suffix(".yaml").write_text("MODEL: {WEIGHTS: other.pth}")
+    with pytest.raises(ConfigError, match="is of something else and would be written over"):
+        convert.merge_adapter(cfg, tmp_path / "adapter", merged, with_config=True)
