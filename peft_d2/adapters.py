@@ -319,7 +319,8 @@ def save_merged(model: nn.Module, path: str | os.PathLike[str]) -> None:
             del state[key]
         modules = {name for name, *_ in walk(model)}
         # Versions of adapter layers are no part of a base.
-        state._metadata = {name: entry for name, entry in state._metadata.items() if name in modules}
+        versions = getattr(state, "_metadata", {})  # none where a model makes its state dict itself
+        state._metadata = {name: entry for name, entry in versions.items() if name in modules}
         with disk.file(path) as temporary:
             torch.save({"model": state, "__author__": "peft_d2"}, temporary)
     except BaseException:

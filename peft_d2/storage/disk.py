@@ -404,8 +404,8 @@ def plain(value: Any, where: str, depth: int = 0) -> Any:
         return {str(key): plain(entry, where, depth + 1) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
         return [plain(entry, where, depth + 1) for entry in value]
-    if not isinstance(value, (str, int, float)) and callable(getattr(value, "item", None)):
-        value = value.item()  # NumPy and torch scalars
+    if callable(getattr(value, "tolist", None)):  # numbers and arrays of NumPy and torch
+        return plain(value.tolist(), where, depth + 1)
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else None
     if value is None or isinstance(value, (str, int)):

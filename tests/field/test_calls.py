@@ -484,3 +484,12 @@ def test_heads_whose_sizes_follow_the_classes_start_anew(tmp_path: Path) -> None
     anew = {name.rpartition(".")[0] for name, *_ in report.reinitialised}
     assert anew == {"keypoint_head.score_lowres", "coarse_head.prediction", "point_head.fc1", "point_head.predictor"}
     assert {"backbone.weight", "point_head.fc1.bias"} <= set(report.loaded)
+
+
+def test_figures_of_each_class_are_stored_with_the_adapter(tmp_path: Path) -> None:
+    """As arrays, too, as evaluators keep them: a training of hours ended in an error about them."""
+    peft_d2.inject(model := net(), LORA, ["2"])
+    given = {"AP": torch.tensor(0.5), "of classes": np.array([0.25, np.nan]), "counts": torch.tensor([[1, 2]])}
+    peft_d2.save_adapter(model, tmp_path / "a", metrics=given)
+    found = peft_d2.load_adapter(net(), tmp_path / "a").metrics
+    assert found == {"AP": 0.5, "of classes": [0.25, None], "counts": [[1, 2]]}

@@ -236,3 +236,22 @@ def test_what_is_trained_became_half_after_inject(dtype: torch.dtype, images: Te
     model = injected().to(dtype)
     with pytest.raises(peft.LivenessError, match=rf"fc.lora_a is {dtype}, .*must be float32"):
         peft_d2.prove_live(model, images.to(dtype))
+
+
+class Partial(Model):
+    """Leaves out of its state dict what it gets from elsewhere, as models around CLIP do."""
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        return {name: value for name, value in super().state_dict(*args, **kwargs).items() if "conv" not in name}
+
+
+def test_a_model_that_makes_its_state_dict_itself(images: Tensor, tmp_path: Path) -> None:
+    model = Partial()
+    peft_d2.inject(model, [LORA], ["head"])
+    expected = change(model).eval()(images)
+    peft_d2.save_adapter(model, tmp_path / "a")
+    peft_d2.save_merged(model, tmp_path / "merged.pth")
+    peft_d2.load_adapter(loaded := Partial().eval(), tmp_path / "a")
+    peft_d2.load_base(merged := Partial().eval(), tmp_path / "merged.pth")
+    assert torch.equal(loaded(images), expected)
+    torch.testing.assert_close(merged(images), expected)
