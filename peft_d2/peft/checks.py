@@ -111,10 +111,10 @@ def not_live(model: nn.Module, *batches: Any) -> list[NotLive]:
     if not batches:
         raise LivenessError("give at least one batch, as the model is called with in training")
     record, trained = injection.current, list(trained_parameters(root))
-    if (record.injected or record.full) and not any(item.param.requires_grad for item in trained):
+    if frozen := _frozen_later(injection):
         raise LivenessError(
-            "nothing that is trained requires gradients any more: requires_grad_(False) or its like came after inject, "
-            "which is what freezes the base. Leave it out, or call it before"
+            f"what is trained requires no gradients any more, {shortened(frozen, 6)}: requires_grad_(False) or its "
+            "like came after inject, which is what freezes the base. Leave it out, or call it before"
         )
     for item in trained:
         if item.param.dtype in (torch.float16, torch.bfloat16):
@@ -129,13 +129,18 @@ def not_live(model: nn.Module, *batches: Any) -> list[NotLive]:
     }
     full = {item.name: item.param for item in trained if item.kind == "full"}
     with as_it_was(root), torch.random.fork_rng(), own_event_storage():
-        seen = _Pass(root)
+        seen, buffers = _Pass(root), _frozen_buffers(root, injection)
         for number, batch in enumerate([*batches, *batches[:1]]):
             shown = seen.reached.issuperset(id(item.param) for item in trained)
             if number and shown and not torch.distributed.is_initialized():
                 break  # processes must stay together: their passes may meet
             seen.train(batch, seed=number)
         found = [*_of_layers(layers, seen, "train"), *_of_parameters(injection, root, full, seen)]
+        if moved := [name for name, value in _frozen_buffers(root, injection).items() if value != buffers.get(name)]:
+            raise LivenessError(
+                f"training moves buffers that are in no adapter, {shortened(moved, 6)} (spectral_norm, a running "
+                "average), so that it would not fit its base: name their modules in TRAIN"
+            )
         if not _has_objects(batches):
             found = [item for item in found if item.reason not in _DEPENDS_ON_OBJECTS]
         seen = _Pass(root)
@@ -144,6 +149,27 @@ def not_live(model: nn.Module, *batches: Any) -> list[NotLive]:
         else:
             found += _of_layers(layers, seen, "eval")
     return found
+
+
+def _frozen_later(injection: Injection) -> list[str]:
+    """Adapter layers and parameters trained in full that somebody froze whole; with TRAIN "*" all of them together."""
+    record = injection.current
+    layers = [
+        (f"{module.peft_name}: {method}", list(layer.parameters()))
+        for module in record.modules
+        for method, layer in module.peft_layers().items()
+    ]
+    full = [(name, injection.full[name].get()) for name in record.full]
+    every = [(name, [value]) for name, value in full if isinstance(value, nn.Parameter) and value.is_floating_point()]
+    groups = layers + ([("all", [value for _, [value] in every])] if EVERYTHING in record.train else every)
+    return [name for name, values in groups if values and not any(value.requires_grad for value in values)]
+
+
+def _frozen_buffers(root: nn.Module, injection: Injection) -> dict[str, str]:
+    """Hashes of the base's buffers by name, without those that are trained and those that count."""
+    names = dict(root.named_buffers(remove_duplicate=False)).keys() - counters(root)
+    trained = {alias for name in injection.current.full for alias in injection.full[name].names}
+    return {key: tensor_hash(value) for key, value in base_values(root).items() if key in names - trained}
 
 
 class _Pass:
@@ -160,7 +186,7 @@ class _Pass:
         """One forward and backward pass in training mode, without dropout, which would hide a layer by chance."""
         self.root.train()
         for module in self.root.modules():
-            if not any(True for _ in module.children()) and not any(True for _ in module.parameters(recurse=False)):
+            if not (module._modules or module._parameters or module._buffers):
                 module.eval()
         self.root.zero_grad(set_to_none=True)
         torch.manual_seed(seed)

@@ -238,6 +238,71 @@ def test_what_is_trained_became_half_after_inject(dtype: torch.dtype, images: Te
         peft_d2.prove_live(model, images.to(dtype))
 
 
+FREEZING: dict[str, tuple[Callable[[str], bool], str]] = {
+    "mark_only_lora_as_trainable": (lambda name: "lora_" in name, "head.weight, head.bias"),
+    "only the head": (lambda name: name.startswith("head"), "fc: lora"),
+    "all of it": (lambda name: False, "fc: lora, head.weight, head.bias"),
+    "A alone": (lambda name: "lora_b" not in name, ""),
+}
+
+
+@pytest.mark.parametrize("way", FREEZING)
+def test_a_part_of_the_adapter_that_was_frozen_after_inject(way: str, images: Tensor) -> None:
+    """loralib's and peft's helpers go by names, and know nothing of TRAIN."""
+    keep, said = FREEZING[way]
+    model = injected()
+    for name, value in model.named_parameters():
+        value.requires_grad_(value.requires_grad and keep(name))
+    if not said:
+        peft_d2.prove_live(model, images)
+        return
+    with pytest.raises(peft.LivenessError, match=rf"what is trained requires no gradients any more, {said}: "):
+        peft_d2.prove_live(model, images)
+
+
+class Centred(Model):
+    """A running average that is no norm's, as self-distillation and losses have them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("centre", torch.zeros(8))
+        self.register_buffer("last", torch.zeros(8), persistent=False)
+
+    def forward(self, batch: Any) -> Any:
+        features = self.fc(self.bn(self.conv(batch)).relu().mean((2, 3)))
+        if self.training:
+            self.last.copy_(features.detach().mean(0))  # type: ignore[operator]
+            self.centre.mul_(0.9).add_(self.last)  # type: ignore[operator]
+        return self.head(features - self.centre)
+
+
+def normed() -> nn.Module:
+    model = Model()
+    nn.utils.parametrizations.spectral_norm(model.head)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "said"), [(Centred, "centre"), (normed, "head.parametrizations.weight.0._u, .*_v")], ids=str
+)
+def test_buffers_that_training_moves_are_found_before_it(
+    make: Callable[[], nn.Module], said: str, images: Tensor, tmp_path: Path
+) -> None:
+    """An adapter that was saved after it was refused on its own base."""
+    model = make()
+    peft_d2.inject(model, [LORA])
+    with pytest.raises(peft.LivenessError, match=rf"buffers that are in no adapter, {said} .*name their modules in TR"):
+        peft_d2.prove_live(model, images)
+    peft.remove(model)
+    if make is normed:
+        peft_d2.inject(model, [LORA], ["head"])
+        peft_d2.prove_live(model, images)
+        backward(model, images)
+        peft_d2.save_adapter(model, tmp_path / "a")
+        peft_d2.load_adapter(other := make(), tmp_path / "a")
+        assert torch.equal(other.eval()(images), model.eval()(images))
+
+
 class Partial(Model):
     """Leaves out of its state dict what it gets from elsewhere, as models around CLIP do."""
 
