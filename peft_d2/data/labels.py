@@ -242,7 +242,10 @@ def check_records(records: Sequence[Any], count: int, test: bool) -> Iterator[Pr
         path = str(record.get("file_name", ""))
         if path and "://" not in path and not os.path.isfile(path):
             yield Problem("error", "missing file", where, "is no file", "Correct the name or put the file there.")
-        for position, thing in enumerate(record.get("annotations", ())):
+        if not isinstance(things := record.get("annotations", []), Sequence):
+            yield Problem("error", "annotation", where, f"annotations is {things!r}", "Expected a list.")
+            continue
+        for position, thing in enumerate(things):
             for what, advice in _defects(thing, count, test):
                 yield Problem("error", "annotation", f"{where}: annotations[{position}]", what, advice)
     ids = (record["image_id"] for record in records if test and record.get("image_id") is not None)

@@ -163,9 +163,10 @@ def register_coco(name: str, json_path: str | Path, image_root: str | Path, outs
                 f"DATASETS.REGISTER: the name {name!r} is taken by another data set "
                 f"(json {known.get('json_file')!r}, images {known.get('image_root')!r}). Choose another NAME."
             )
-        DatasetCatalog[name] = partial(load_coco, name, json_path, image_root, outside)
-    else:
-        _add_coco(name, json_path, image_root, _class_metadata(json_path), outside)
+        if known.get("thing_classes"):
+            DatasetCatalog[name] = partial(load_coco, name, json_path, image_root, outside)
+            return
+    _add_coco(name, json_path, image_root, _class_metadata(json_path), outside)
 
 
 def _add_coco(name: str, json_path: str, image_root: str, classes: Mapping[str, Any], outside: bool = False) -> None:
@@ -173,7 +174,10 @@ def _add_coco(name: str, json_path: str, image_root: str, classes: Mapping[str, 
     from detectron2.data import DatasetCatalog, MetadataCatalog
 
     DatasetCatalog[name] = partial(load_coco, name, json_path, image_root, outside)
-    MetadataCatalog.get(name).set(json_file=json_path, image_root=image_root, evaluator_type="coco", **classes)
+    try:
+        MetadataCatalog.get(name).set(json_file=json_path, image_root=image_root, evaluator_type="coco", **classes)
+    except AssertionError as error:  # somebody has set another value
+        raise DatasetError(f"data set {name!r}: {' '.join(str(error).split())} Choose another name.") from error
 
 
 def _class_metadata(json_path: str) -> dict[str, Any]:

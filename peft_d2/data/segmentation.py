@@ -134,7 +134,7 @@ def polygon_area(polygon: Sequence[float]) -> float:
 def run_length_defect(segmentation: Any, height: int, width: int) -> str:
     """What is wrong with COCO run lengths, compressed or not, of an image of (height, width); "" if nothing."""
     size, counts = segmentation.get("size"), segmentation.get("counts")
-    if not isinstance(size, (list, tuple)) or list(size) != [height, width]:
+    if not isinstance(size, (list, tuple)) or list(size) != [height, width] or float in map(type, size):
         return f"run lengths are of size {size}, the image is [{height}, {width}] (height, width)"
     if isinstance(counts, (str, bytes)) and (counts := decode_counts(counts)) is None:
         return "compressed run lengths cannot be decoded"

@@ -21,8 +21,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
-import numpy as np
-
 from peft_d2.data.images import DatasetError, lies_inside, read_header, seems_cut_off
 from peft_d2.data.labels import (
     Problem,
@@ -139,6 +137,9 @@ def _check_loaded(cfg: Any, name: str, meta: Mapping[str, Any]) -> list[Problem]
             if problems := list(check_panoptic(truth, *known)):
                 return problems
         records = DatasetCatalog.get(name)
+        if not isinstance(records, Sequence) or not all(isinstance(record, Mapping) for record in records):
+            text = f"its function gives a {type(records).__name__}, not a list of dicts"
+            return [Problem("error", "not loaded", name, text, "Let it return list(...) of Detectron2's records.")]
         if truth is not None and (problems := list(check_image_ids(records, truth))):
             return problems
     except (AssertionError, OSError, KeyError, ValueError) as error:
@@ -393,7 +394,7 @@ class _Check:
             return "outside the folder", f"the file lies outside {self.image_root}", advice
         if not os.access(path.parent, os.X_OK) and path.parent.is_dir():
             return "unreadable file", f"{path}: its folder cannot be entered", "Let it be read."
-        if not path.is_file():
+        if not os.path.isfile(path):  # Path.is_file raises where the name is too long
             return self._missing(path, name)
         found, defect, advice = read_header(path)
         if defect:
@@ -490,7 +491,7 @@ class _Check:
             self.error("box", where, f"bbox is {box!r}", "Expected four numbers [x, y, width, height].")
             return
         x, y, w, h = box
-        if not np.isfinite(box).all() or max(map(abs, box)) > HUGE:
+        if not all(abs(value) <= HUGE for value in box):  # of NaN, too
             self.error("box", where, f"bbox {box} is not finite or huge", "Correct the box.")
         elif w <= 0 or h <= 0:
             self.warn("degenerate box", where, f"bbox {box} has no area", "Correct the box.")

@@ -33,6 +33,7 @@ from peft_d2.data.images import DatasetError, read_header  # noqa: E402
 from peft_d2.data.registration import register_from_config  # noqa: E402
 from peft_d2.data.segmentation import segmentation_to_mask  # noqa: E402
 from peft_d2.data.validation import Rules, check_coco, check_datasets  # noqa: E402
+from peft_d2.engine.checks import apply_class_count  # noqa: E402
 from peft_d2.engine.config import load_config  # noqa: E402
 from peft_d2.evaluation import lvis  # noqa: E402
 from peft_d2.evaluation.build import build_evaluator  # noqa: E402
@@ -296,7 +297,12 @@ OTHER_FORMS = {  # change, what is said, how many errors: what follows from anot
     "class names are numbers": (lambda d: [c.update(name=c["id"]) for c in d["categories"]],
                                 r"categories\[0\]: lacks a usable name \(1\). Expected .* texts for names", 3),
     "classes are names": (lambda d: d.update(categories=["circle"]), r"categories\[0\]: lacks a usable id, name", 1),
+    "numbers without end": (lambda d: d["annotations"][0]["bbox"].__setitem__(0, 10**400), "is not finite or huge", 1),
+    "sizes of masks are not whole": (
+        lambda d: d["annotations"][0].update(segmentation={"size": [64.0, 64.0], "counts": [0, 4096]}),
+        r"run lengths are of size \[64.0, 64.0\], the image is \[64, 64\]", 1),
     "ids of two kinds": (_numbers_as_text, "image_id '1' is not listed, but 1 is. Write both as numbers", None),
+    "a name that no file can have": (lambda d: d["images"][0].update(file_name="data:" + "A" * 300), "A is no file", 1),
     "a missing number": (lambda d: d["annotations"][0].pop("id"), r"annotations\[0\]: lacks a usable id. Add it", 1),
     "labelme's own": (lambda d: (d.clear(), d.update(shapes=[], imagePath="a.png")),
                       r"the json is an object with \['shapes', 'imagePath'\]", 1),
@@ -346,6 +352,8 @@ RECORDS = {  # what is changed in each record, and what is said before the train
     "one number": (lambda r: r.update(image_id=5), "image_id 5 is that of 4 records"),
     "no size": (lambda r: (r.pop("height"), r.pop("width")), "lacks a usable height"),
     "no file": (lambda r: r.update(file_name="gone.png"), r"gone.png\]: is no file"),
+    "a name that no file can have": (lambda r: r.update(file_name="data:" + "A" * 300), r"A\]: is no file"),
+    "no list of annotations": (lambda r: r.update(annotations=None), "annotations is None. Expected a list"),
 }  # fmt: skip
 
 
@@ -393,6 +401,34 @@ def test_names_of_classes_are_a_list_and_some_image_is_there(own, classes, recor
     with pytest.raises(DatasetError, match="there are none" if records else "thing_classes are .*Expected a list"):
         check_classes(cfg)
         check_datasets(cfg)
+
+
+FUNCTIONS = {"generator": lambda: (r for r in [{}]), "dict": lambda: {1: {}}, "NoneType": lambda: None}
+
+
+@pytest.mark.parametrize("kind", FUNCTIONS)
+def test_functions_give_lists_of_records(own, kind):
+    name = _function_set(own("set"), None, records=FUNCTIONS[kind])
+    cfg = _config(None)
+    cfg.DATASETS.REGISTER, cfg.DATASETS.TRAIN = [], (name,)
+    with pytest.raises(DatasetError, match=f"its function gives a {kind}, not a list of dicts"):
+        check_datasets(cfg)
+
+
+def test_a_set_that_detectron2_knows_already_and_has_not_loaded(own):
+    """Its classes were not known, and the config's class count stayed as it was."""
+    made, name = own("set"), f"both_{uuid.uuid4().hex}"
+    register_coco_instances(name, {}, str(made.json), str(made.images))
+    cfg = _config(None)
+    cfg.DATASETS.REGISTER = [{"NAME": name, "JSON": str(made.json), "IMAGES": str(made.images)}]
+    cfg.DATASETS.TRAIN, cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES = (name,), 80
+    apply_class_count(cfg)
+    assert cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES == 3
+    other = f"named_{uuid.uuid4().hex}"
+    MetadataCatalog.get(other).thing_classes = ["balloon"]
+    cfg.DATASETS.REGISTER[0]["NAME"] = other
+    with pytest.raises(DatasetError, match=f"data set '{other}': Attribute 'thing_classes' .*Choose another name"):
+        register_from_config(cfg)
 
 
 def test_the_truth_is_that_of_today(own, tmp_path):
