@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from multiprocessing.queues import Queue
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,7 +21,8 @@ import torch
 from detectron2.data import DatasetFromList, build_detection_test_loader, get_detection_dataset_dicts
 from detectron2.data.samplers import RepeatFactorTrainingSampler
 from detectron2.utils import comm
-from torch.utils.data import DataLoader, Dataset
+from torch._utils import ExceptionWrapper
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from peft_d2.data.images import DatasetError, reading, set_pixel_limit
 from peft_d2.data.mappers import build_mapper, build_test_mapper
@@ -201,15 +203,29 @@ def training_records(cfg: Any) -> list[dict[str, Any]]:
 
 
 class _NamesFiles:
-    """Another mapper, whose errors name the file, with the config's limit of pixels in every process."""
+    """Another mapper, whose errors name the file, with the config's limit of pixels in every process.
+
+    A process that loads data says why it cannot send a sample, see :func:`_send_error`.
+    """
 
     def __init__(self, mapper: Mapper, max_pixels: int) -> None:
         self.mapper, self.max_pixels = mapper, max_pixels
 
     def __call__(self, record: dict[str, Any]) -> dict[str, Any] | None:
         set_pixel_limit(self.max_pixels)
+        if get_worker_info() is not None:
+            Queue._on_queue_feeder_error = _send_error  # type: ignore[attr-defined]
         with reading(record):
             return self.mapper(record)
+
+
+def _send_error(queue: Any, error: Exception, sent: Any) -> None:
+    """Send the error in place of samples that cannot be sent (no shared memory, an unusable TMPDIR).
+
+    Python prints it and forgets the samples, for which torch would wait without end; there is no public place to say
+    otherwise.
+    """
+    queue.put((sent[0], ExceptionWrapper(where="in a DataLoader worker")))
 
 
 class _Samples(Dataset):

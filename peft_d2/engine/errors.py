@@ -33,7 +33,7 @@ class WorkerDied(RuntimeError):
 
 
 class LimitReached(RuntimeError):
-    """The machine, or a limit set for the process, has no more memory or file handles."""
+    """The machine, or a limit of it, has no more memory, shared memory or file handles for the process."""
 
 
 class Unusable(OSError):
@@ -50,6 +50,10 @@ _LIMITS = {
     r"MemoryError|(can't|cannot) allocate memory|not enough memory|out of memory|can't start new thread": "no more "
     "memory ({said}). " + _RESUME + ", with more memory, fewer DATALOADER.NUM_WORKERS, smaller images or a higher "
     "SOLVER.ACCUMULATE.",
+    "shared memory|</torch_|on device: .?/dev/shm|bus error": "no more shared memory ({said}). " + _RESUME + ", with "
+    "more of it (docker run --shm-size 8g), or DATALOADER.NUM_WORKERS 0.",
+    "AF_UNIX path too long": "the folder of temporary files has too long a name for the processes that load data to "
+    "meet there ({said}). Set TMPDIR to a shorter one, or DATALOADER.NUM_WORKERS 0.",
 }
 
 
@@ -97,6 +101,9 @@ def named(error: Exception) -> Exception:
     if isinstance(error, ConfigError | EvaluationFailed | LimitReached | WorkerDied):
         return error
     name, text = type(error).__name__, str(error).strip()
+    passed = [frame.f_globals.get("__name__") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    if "multiprocessing.synchronize" in passed:  # locks of data-loading processes, which are files there
+        text = f"{text}: /dev/shm"
     if isinstance(error, MemoryError | OSError | RuntimeError):
         said = text.rpartition("\n")[2].strip().partition(". ")[0].rstrip(".")[:200] or name
         for pattern, told in _LIMITS.items():
@@ -106,7 +113,6 @@ def named(error: Exception) -> Exception:
         remedy = "Let it be used, or name another." if error.errno in (errno.EACCES, errno.EPERM) else "Name another."
         return Unusable(f"{error.filename or 'a file'}: {error.strerror}. {remedy}")
     said = text.partition(". ")[0].rstrip(".")
-    passed = (frame.f_globals.get("__name__") for frame, _ in traceback.walk_tb(error.__traceback__))
     if isinstance(error, ConnectionError | EOFError) and "torch.utils.data.dataloader" in passed:
         said = f"{name}: {said}" if said else name
     elif not (isinstance(error, RuntimeError) and said.startswith("DataLoader worker (pid")):

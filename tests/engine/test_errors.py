@@ -10,7 +10,7 @@ import pytest
 from torch.utils.data import DataLoader
 from torch.utils.data.dataloader import _SingleProcessDataLoaderIter
 
-from peft_d2.engine.errors import Unusable, WorkerDied, bounded, named
+from peft_d2.engine.errors import LimitReached, Unusable, WorkerDied, bounded, named
 
 
 @pytest.mark.parametrize("error", [ConnectionResetError(104, "reset by peer"), BrokenPipeError(), EOFError()], ids=repr)
@@ -39,6 +39,27 @@ def test_torchs_own_message() -> None:
     assert str(named(RuntimeError(said))).startswith(
         "a process that loads data was killed (DataLoader worker (pid 7) is"
     )
+
+
+BUS = "DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that dataloader's workers are out of "
+SHARED = "unable to allocate shared memory(shm) for file </torch_1_2_3>: No space left on device (28)"
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (RuntimeError(BUS + "shared memory. Please try to raise your shared memory limit."), "shared memory"),
+        (RuntimeError(SHARED), "shared memory"),
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/dev/shm/torch_1"), "shared memory"),
+        (RuntimeError("unable to open shared memory object </torch_1>: Too many open files (24)"), "file handles"),
+        (RuntimeError("unable to mmap 8 bytes from file </torch_1>: Cannot allocate memory (12)"), "memory"),
+    ],
+)
+def test_containers_with_little_shared_memory(error: Exception, said: str) -> None:
+    """64 MiB is what docker gives."""
+    told = named(error)
+    assert isinstance(told, LimitReached) and str(told).startswith(f"no more {said} (")
+    assert ("--shm-size" in str(told)) == (said == "shared memory")
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from peft_d2 import data
 from peft_d2.data.images import DatasetError
 from peft_d2.data.loader import build_train_loader
+from peft_d2.engine.errors import LimitReached, named
 from peft_d2.engine.step import LazyLoader
 from peft_d2.engine.trainer import Trainer
 
@@ -39,6 +40,23 @@ class OneNumber(nn.Module):
 
     def forward(self, batch: list[dict[str, Any]]) -> dict[str, Tensor]:
         return {"loss": self.number.sum() * len(batch)}
+
+
+class Unsendable:
+    """As tensors are where there is no more shared memory, which docker gives little of, or TMPDIR is too long."""
+
+    def __reduce__(self) -> Any:
+        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
+
+
+def test_samples_that_cannot_be_sent_are_an_error(make_cfg: Callable[..., Any]) -> None:
+    """The training waited for them without end."""
+    loader = build_train_loader(make_cfg("DATALOADER.NUM_WORKERS", 1), mapper=lambda record: {"image": Unsendable()})
+    loader.timeout = 60
+    with contextlib.closing(loader), pytest.raises(RuntimeError, match="unable to allocate") as raised:
+        next(iter(loader))
+    told = named(raised.value)
+    assert isinstance(told, LimitReached) and "no more shared memory (RuntimeError: unable to allocate" in str(told)
 
 
 def own(cfg: Any, mapper: Mapper) -> Iterable[Any]:
