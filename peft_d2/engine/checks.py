@@ -27,6 +27,7 @@ from peft_d2.data.registration import COCO_SETS
 from peft_d2.data.validation import DatasetError, check_datasets
 from peft_d2.engine.config import leaves, with_values
 from peft_d2.engine.errors import ConfigError
+from peft_d2.engine.hooks import seed_everything
 from peft_d2.evaluation.augmented import check_augmentation
 from peft_d2.evaluation.build import check_evaluators
 from peft_d2.models.checks import expect, expect_norm, expect_some_of
@@ -133,13 +134,15 @@ def check_batch(cfg: Any) -> None:
 
 
 def build_model(cfg: Any) -> nn.Module:
-    """Detectron2's ``build_model``.
+    """Detectron2's ``build_model``; a base without weights is that of the training, if the config has a ``SEED``.
 
     Raises:
         ConfigError: the config names something that is not registered.
         ModelConfigError: values that one of our models, or a ResNet, cannot be built with.
     """
     _check_resnet(cfg)
+    if cfg.SEED >= 0 and not cfg.MODEL.WEIGHTS:
+        seed_everything(cfg.SEED, 0, 0)
     try:
         return modeling.build_model(cfg)
     except KeyError as error:

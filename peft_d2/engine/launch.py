@@ -40,7 +40,6 @@ from peft_d2.engine.errors import (
     printable,
 )
 from peft_d2.engine.factory import register
-from peft_d2.engine.hooks import seed_everything
 from peft_d2.engine.processes import launch, layout
 from peft_d2.engine.recommend import settled
 from peft_d2.engine.trainer import CONFIG_FILE, Trainer
@@ -168,8 +167,6 @@ def evaluate(cfg: Any, resume: bool = False) -> Any:
         logger.info("%s is kept: it belongs to the training.", config)
     elif comm.is_main_process():
         disk.write_bytes(config, cfg.dump().encode())
-    if cfg.SEED >= 0:  # a base without weights is the training's
-        seed_everything(cfg.SEED, 0, 0)
     model = Trainer.build_model(cfg)
     checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, allow_other_base=cfg.MODEL.PEFT.ALLOW_OTHER_BASE)
     checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)

@@ -436,6 +436,9 @@ def test_keys_and_files_of_detectron2s_own_trainer(own: Any, tool: Any, tmp_path
     code, text = tool("train_net", *evaluated, "MODEL.WEIGHTS", run / "model_final.pth")
     assert code == 1 and f"do not exist. There is {run}/adapter_final. MODEL.WEIGHTS takes the weights of a" in text
     assert "an adapter's folder goes into MODEL.PEFT.WEIGHTS" in text and "Traceback" not in text, text
+    photos = ["--input", own("photos").images, "--output", tmp_path / "drawn"]
+    code, text = tool("demo", *evaluated[:2], *photos, "--opts", "MODEL.PEFT.WEIGHTS", run / "adapter_final")
+    assert code == 0, text  # the random base is that of the training, as in its evaluation
     for methods, said in (("['lora']", "expected a method like {NAME: lora, TARGETS: [...]}, got 'lora'"),):
         code, text = tool("train_net", *arguments, "MODEL.PEFT.METHODS", methods)
         assert code == 1 and said in text and "Traceback" not in text, text
