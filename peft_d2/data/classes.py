@@ -13,6 +13,7 @@ from typing import Any
 from peft_d2.data.config import CLASS_COUNT_KEYS, PROMPTED, published_name
 from peft_d2.data.images import DatasetError
 from peft_d2.data.registration import read_categories, register_from_config, require_registered
+from peft_d2.storage import CheckpointError
 
 _BY_CATEGORY = ("coco", "lvis")  # kinds of sets whose predictions are judged by category ids
 logger = logging.getLogger(__name__)
@@ -91,6 +92,34 @@ def check_classes(cfg: Any) -> None:
                     f"test set {name!r} has other classes, or the same in another order, than {cfg.DATASETS.TRAIN[0]!r}"
                     f": {_few(tested)} and {_few(trained)}. It is judged by class numbers, which must agree."
                 )
+
+
+def class_order(cfg: Any) -> list[str]:
+    """Names of the classes trained on, by the model's indices; none where they are not known yet, or are given to the
+    model otherwise (Segment Anything, SEEM).
+    """
+    metas = [_metadata(name) for name in cfg.DATASETS.TRAIN[:1] if published_name(cfg) not in ("SEEM", *PROMPTED)]
+    return [name for meta in metas for name in meta.get("thing_classes") or meta.get("stuff_classes", ())]
+
+
+def check_order(before: Any, cfg: Any) -> None:
+    """Refuse classes that have changed places since ``before``, as in another export of the annotations; name others.
+
+    Args:
+        before: what :func:`class_order` gave when a checkpoint was written, None in those that do not say.
+
+    Raises:
+        CheckpointError: they are the same in another order.
+    """
+    now = class_order(cfg)
+    if not before or not now or before == now:
+        return
+    if sorted(before) == sorted(now):
+        raise CheckpointError(
+            f"it was trained on the classes {before}, and {cfg.DATASETS.TRAIN[0]!r} has them in another order, {now}: "
+            "what was learnt would be taken for other classes. Give the categories the ids that they had."
+        )
+    logger.warning("The classes were %s in the checkpoint and are %s now: is that a renaming?", before, now)
 
 
 def _trained_classes(cfg: Any, tested: Mapping[int, str]) -> list[str]:

@@ -44,11 +44,14 @@ def PEFTModel(cfg: Any) -> nn.Module:  # noqa: N802  the registry knows it by th
 
     Raises:
         ConfigError: no or an unknown base architecture, or nothing to inject.
-        CheckpointError: the base's weights do not exist or do not fit.
+        CheckpointError: the base's weights do not exist or do not fit, or the adapter was trained on the classes in
+            another order.
     """
     from detectron2.modeling import META_ARCH_REGISTRY
 
     from peft_d2 import adapters, peft
+    from peft_d2.data.classes import check_order
+    from peft_d2.engine.checkpointer import trained_classes
 
     node = cfg.MODEL.PEFT
     _check(node, META_ARCH_REGISTRY)
@@ -61,6 +64,7 @@ def PEFTModel(cfg: Any) -> nn.Module:  # noqa: N802  the registry knows it by th
         adapters.load_layers(model, cfg.MODEL.WEIGHTS, layers)
     if node.WEIGHTS:
         adapters.load_adapter(model, node.WEIGHTS, allow_other_base=node.ALLOW_OTHER_BASE)
+        check_order(trained_classes(node.WEIGHTS), cfg)
     injection = peft.get_injection(model)
     assert injection is not None
     injection.base_file = cfg.MODEL.WEIGHTS

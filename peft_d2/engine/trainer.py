@@ -24,6 +24,7 @@ from detectron2.utils import comm
 from torch import nn
 
 from peft_d2 import peft
+from peft_d2.data.classes import check_order, class_order
 from peft_d2.data.loader import build_test_loader, build_train_loader
 from peft_d2.engine import optimizer as optimization
 from peft_d2.engine.checkpointer import Checkpointer
@@ -270,8 +271,8 @@ class Trainer(DefaultTrainer):
             if comm.is_main_process():
                 folder = self.cfg.OUTPUT_DIR
                 stack.enter_context(run_lock(folder))
-                disk.write_bytes(Path(folder, CONFIG_FILE), self.cfg.dump().encode())
                 self.checkpointer.require_own(self.start_iter)
+                disk.write_bytes(Path(folder, CONFIG_FILE), self.cfg.dump().encode())
                 disk.write_bytes(Path(folder, REPORT_FILE), json.dumps(self.report, indent=1).encode())
             stack.enter_context(self.loader.closed())
             super().train()
@@ -282,6 +283,7 @@ class Trainer(DefaultTrainer):
         return {
             "iteration": min(self.iter, self.max_iter - 1),
             "seed": self.cfg.SEED,
+            "classes": class_order(self.cfg),
             "optimizer": self.optimizer.state_dict(),
             "parameters": optimization.parameter_names(self.optimizer, unwrapped(self.model)),
             "scheduler": self.scheduler.state_dict(),
@@ -292,7 +294,8 @@ class Trainer(DefaultTrainer):
         """Go on from what :meth:`state_dict` gave; see :meth:`resume_or_load` for what is taken from it.
 
         Raises:
-            CheckpointError: it is none, or of a run with other trained parameters, another optimizer, more iterations.
+            CheckpointError: it is none, or of a run with other trained parameters, another optimizer, more iterations,
+                or the same classes in another order.
         """
         try:
             iteration, seed = state_dict["iteration"], state_dict["seed"]
@@ -303,6 +306,7 @@ class Trainer(DefaultTrainer):
                     f"the checkpoint has taken {iteration + 1} iterations and SOLVER.MAX_ITER is {self.max_iter}: "
                     "nothing is left to train. Raise it, or run without --resume in another OUTPUT_DIR."
                 )
+            check_order(state_dict.get("classes"), self.cfg)
             names = optimization.parameter_names(self.optimizer, unwrapped(self.model))
             optimization.restore_optimizer(self.optimizer, state_dict["optimizer"], names, state_dict.get("parameters"))
             optimization.restore_scheduler(self.scheduler, state_dict["scheduler"], self.optimizer)

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from detectron2.data import MetadataCatalog
 from detectron2.engine import HookBase
 
 from peft_d2.engine.checks import run_lock
@@ -141,6 +142,27 @@ def test_an_optimizer_of_another_size(stopped: Callable[..., Any], tmp_path: Pat
     state["optimizer"]["state"][0]["exp_avg"] = torch.zeros(2, 2)
     with pytest.raises(CheckpointError, match="of another model"):
         Trainer(stopped()).load_state_dict(state)
+
+
+def test_classes_that_have_changed_places(
+    stopped: Callable[..., Any],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As in another export of the same annotations: the run went on, and the head's rows meant other classes."""
+    state = torch.load(tmp_path / "adapter_0000002" / "training_state.pth", weights_only=True)["trainer"]
+    assert state["classes"] == ["circle", "square", "triangle"]
+    with pytest.raises(CheckpointError, match=r"trained on the classes \['square', 'circle'.*in another order, "):
+        Trainer(stopped()).load_state_dict({**state, "classes": ["square", "circle", "triangle"]})
+    Trainer(stopped()).load_state_dict({**state, "classes": ["disc", "square", "triangle"]})
+    assert "The classes were ['disc', " in caplog.text
+    cfg = stopped("MODEL.PEFT.WEIGHTS", tmp_path / "adapter_0000002")
+    Trainer.build_model(cfg)
+    known = MetadataCatalog.get(cfg.DATASETS.TRAIN[0]).__dict__
+    monkeypatch.setitem(known, "thing_classes", ["triangle", "square", "circle"])
+    with pytest.raises(CheckpointError, match="has them in another order"):
+        Trainer.build_model(cfg)
 
 
 def test_a_state_of_an_earlier_release_resumes(stopped: Callable[..., Any], tmp_path: Path) -> None:
