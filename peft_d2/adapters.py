@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+from collections import OrderedDict
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict
 from math import isclose
@@ -314,12 +315,11 @@ def save_merged(model: nn.Module, path: str | os.PathLike[str]) -> None:
     was_merged = injected(model)[1].merged
     peft.merge_whole(model)
     try:
-        state: Any = model.state_dict()
-        for key in peft.injected_keys(model) & state.keys():  # of other adapters
-            del state[key]
+        own, others = model.state_dict(), peft.injected_keys(model)  # of other adapters
+        state: Any = OrderedDict((key, value) for key, value in own.items() if key not in others)
         modules = {name for name, *_ in walk(model)}
         # Versions of adapter layers are no part of a base.
-        versions = getattr(state, "_metadata", {})  # none where a model makes its state dict itself
+        versions = getattr(own, "_metadata", {})  # none where a model makes its state dict itself
         state._metadata = {name: entry for name, entry in versions.items() if name in modules}
         with disk.file(path) as temporary:
             torch.save({"model": state, "__author__": "peft_d2"}, temporary)

@@ -45,6 +45,8 @@ _COUNTS = {
     **dict.fromkeys(("SOLVER.WARMUP_ITERS", "SOLVER.REFERENCE_IMS", "SOLVER.CHECKPOINTS_TO_KEEP"), (0, 2**31 - 1)),
     **dict.fromkeys(("SOLVER.BACKBONE_WARMUP_ITERS", "SOLVER.LAYER_DECAY_SPARED"), (0, 2**31 - 1)),
     "DATALOADER.NUM_WORKERS": (0, 1024),
+    "INPUT.MIN_SIZE_TEST": (0, 2**31 - 1),  # 0: as they are
+    "INPUT.MAX_SIZE_TEST": (1, 2**31 - 1),
 }
 _IMAGENET = (124, 116, 104)  # means of red, green and blue
 _RESNET_BUILDERS = {"build_resnet_backbone", "build_resnet_fpn_backbone", "build_retinanet_resnet_fpn_backbone"}

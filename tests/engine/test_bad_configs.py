@@ -146,6 +146,7 @@ def test_a_schedule_that_cannot_be(opts: tuple[str, ...], said: str) -> None:
         ("SOLVER.MOMENTUM", -1.0), ("MODEL.PEFT.LR_FACTOR", -2.0), ("SOLVER.MAX_ITER", 2**40), ("SOLVER.ACCUMULATE", 0),
         ("DATALOADER.NUM_WORKERS", -1), ("DATALOADER.NUM_WORKERS", 10**6), ("SEED", 2**70),
         ("SOLVER.CHECKPOINTS_TO_KEEP", -3), ("SOLVER.WARMUP_ITERS", -1), ("SOLVER.BACKBONE_MULTIPLIER", float("nan")),
+        ("INPUT.MIN_SIZE_TEST", -1), ("INPUT.MAX_SIZE_TEST", 0),
     ],
 )  # fmt: skip
 def test_numbers_out_of_range(make_cfg: Callable[..., Any], key: str, value: float) -> None:
