@@ -58,6 +58,7 @@ BAD: list[tuple[Path, str, Any, str]] = [
     (TINY, f"{FORMER}.NHEADS", 3, f"{HEAD}.CONVS_DIM is 32; it should be a multiple of {FORMER}.NHEADS, 3"),
     (TINY, f"{FORMER}.NHEADS", 0, AT_LEAST_1),
     (TINY, f"{FORMER}.NUM_OBJECT_QUERIES", 0, AT_LEAST_1),
+    (TINY, "TEST.DETECTIONS_PER_IMAGE", -1, "is -1; it should be a number of at least 0"),
     (TINY, f"{FORMER}.DEC_LAYERS", 0, AT_LEAST_1),
     (TINY, f"{FORMER}.TRAIN_NUM_POINTS", 0, AT_LEAST_1),
     (TINY, f"{FORMER}.DROPOUT", 2.0, "is 2.0; it should be between 0 and 1"),

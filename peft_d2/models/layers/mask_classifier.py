@@ -140,6 +140,7 @@ class MaskClassifier(PixelModel):
         self.resize_semantic_last = not (
             test.SEM_SEG_POSTPROCESSING_BEFORE_INFERENCE or test.PANOPTIC_ON or test.INSTANCE_ON
         )
+        expect_numbers("TEST", cfg.TEST, DETECTIONS_PER_IMAGE=0)  # -1, "all", is of Detectron2's detectors
         self.top_k = cfg.TEST.DETECTIONS_PER_IMAGE
 
     def forward(self, batched_inputs: list[dict[str, Any]]) -> dict[str, Tensor] | list[dict[str, Any]]:
