@@ -25,6 +25,7 @@ from peft_d2.peft.state import injected, low_ranks, tensor_hash
 from peft_d2.storage import CheckpointError, LoadReport, adapter_file, checkpoint, disk, huggingface
 from peft_d2.storage.adapter_file import RECORD, AdapterFile, AdapterFileError
 from peft_d2.storage.disk import Fingerprint, difference, fingerprint
+from peft_d2.storage.foreign import newest_in_run
 
 logger = logging.getLogger(__name__)
 
@@ -357,7 +358,7 @@ def _local_file(path: str) -> str:
                 f"weights {path!r} cannot be fetched: {error}. Download them and give the file."
             ) from error
     if not os.path.isfile(local):
-        inside = adapter_file.newest_in_run(Path(local).parent)
+        inside = newest_in_run(Path(local).parent)
         remedy = f"There is {inside}. {checkpoint.GIVE_ADAPTER}" if inside else "Give a .pth, .pkl or .safetensors"
         raise CheckpointError(f"weights {path!r} do not exist. {remedy}.")
     return local
