@@ -283,7 +283,9 @@ def normed() -> nn.Module:
 
 
 @pytest.mark.parametrize(
-    ("make", "said"), [(Centred, "centre"), (normed, "head.parametrizations.weight.0._u, .*_v")], ids=str
+    ("make", "said"),
+    [(Centred, "centre"), (normed, "head.parametrizations.weight.0._u, .*_v")],
+    ids=["running average", "spectral norm"],
 )
 def test_buffers_that_training_moves_are_found_before_it(
     make: Callable[[], nn.Module], said: str, images: Tensor, tmp_path: Path
