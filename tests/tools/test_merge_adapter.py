@@ -116,12 +116,12 @@ def test_what_cannot_be_merged_is_one_line(tmp_path: Path, methods: list[dict], 
 
 def test_merged_again_into_a_folder_whose_name_yaml_writes_otherwise(tmp_path: Path) -> None:
     """A long one with spaces is folded, letters beyond ASCII are escaped: the config there was not known again."""
-    adapted([LORA], tmp_path)
-    merged = tmp_path / "m\u00fcnchen " / ("of november " * 9) / "merged.pth"
-    cfg = load_config(str(TINY), opts=["MODEL.WEIGHTS", str(tmp_path / "base.pth")]).cfg
+    merged, base = tmp_path / "m\u00fcnchen " / ("of november " * 9) / "merged.pth", str(tmp_path / "base.pth")
+    cfg = load_config(str(TINY), opts=["MODEL.WEIGHTS", base]).cfg
     for _ in range(2):
-        written = convert.merge_adapter(cfg, tmp_path / "adapter", merged, with_config=True)
+        beside = convert.merged_place(merged, base, with_config=True)
+        written = convert.write_merged(adapted([LORA], tmp_path), cfg, merged, beside)
     assert written == [str(merged), str(merged.with_suffix(".yaml"))]
     merged.with_suffix(".yaml").write_text("MODEL: {WEIGHTS: other.pth}")
     with pytest.raises(ConfigError, match="is of something else and would be written over"):
-        convert.merge_adapter(cfg, tmp_path / "adapter", merged, with_config=True)
+        convert.merged_place(merged, base, with_config=True)
