@@ -180,6 +180,7 @@ def _report(error: Exception, messages: Any, codes: list[int]) -> None:
 
 
 def _process(rank: int, function: Callable[..., Any], args: tuple[Any, ...], layout: Layout, messages: Any) -> None:
+    mp._prctl_pr_set_pdeathsig(signal.SIGTERM)  # type: ignore[attr-defined]  # torch's is SIGINT, which is ignored here
     try:
         with _group(layout, rank):
             function(*args)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -319,9 +320,13 @@ def test_an_error_is_said_once_and_last(run: Callable[..., str], finished: Path,
     assert (tmp_path / "log.txt").read_text().count("The step was not applied") == 1
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_ctrl_c_saves_and_leaves(finished: Path, run: Callable[..., str], tmp_path: Path, processes: int) -> None:
-    """Which a terminal sends to the training, to those that it started, and to their workers."""
+@pytest.mark.parametrize(("processes", "killed"), [(1, False), (2, False), (2, True)])
+def test_ctrl_c_saves_and_leaves(
+    finished: Path, run: Callable[..., str], tmp_path: Path, processes: int, killed: bool
+) -> None:
+    """Which a terminal sends to the training, to those that it started, and to their workers. So do the processes of
+    a launcher that was killed.
+    """
     config = ("--config-file", finished / "lora" / "config.yaml")
     opts = f"OUTPUT_DIR {tmp_path} DATASETS.TEST () DATALOADER.NUM_WORKERS 1 SOLVER.CHECKPOINT_PERIOD 1000000".split()
     command = [sys.executable, ROOT / "tools" / "train_net.py", *config, "--num-processes", processes, *opts]
@@ -335,15 +340,20 @@ def test_ctrl_c_saves_and_leaves(finished: Path, run: Callable[..., str], tmp_pa
         figures = tmp_path / "metrics.json"  # has its first line when all processes are well within the training
         while not (figures.is_file() and figures.stat().st_size) and training.poll() is None:
             time.sleep(0.02)
-        os.killpg(training.pid, signal.SIGINT)
+        (os.kill if killed else os.killpg)(training.pid, signal.SIGKILL if killed else signal.SIGINT)
         try:
             status = training.wait(timeout=60)
+            deadline = time.monotonic() + 60
+            with contextlib.suppress(ProcessLookupError):  # until nobody of the group is left
+                while time.monotonic() < deadline:
+                    os.killpg(training.pid, 0)
+                    time.sleep(0.1)
         finally:
-            if training.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
                 os.killpg(training.pid, signal.SIGKILL)
     said = (tmp_path / "console.txt").read_text()
-    assert status == 130 and "Traceback" not in said, said[-3000:]
-    assert said.count("a second one leaves at once") == 1 and "saved after iteration" in said
+    assert status == (-signal.SIGKILL if killed else 130) and "Traceback" not in said, said[-3000:]
+    assert said.count("a second one leaves at once") == (not killed) and "saved after iteration" in said
     (saved,) = tmp_path.glob("adapter_*")
     reached = int(saved.name[8:])
     console = run("train_net", *config, "--resume", *opts, "SOLVER.MAX_ITER", reached + 3)
