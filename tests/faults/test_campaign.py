@@ -17,7 +17,7 @@ from fault_campaign.kills import Seen, _compare, _partial  # noqa: E402
 from fault_campaign.world import World  # noqa: E402
 
 from peft_d2.engine import checkpointer  # noqa: E402
-from peft_d2.storage import adapter_file  # noqa: E402
+from peft_d2.storage import disk  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 
@@ -41,7 +41,7 @@ def test_a_few_of_each(tmp_path: Path) -> None:
 
 def test_silent_mutations_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A reader whose checksums always agree."""
-    monkeypatch.setattr(adapter_file, "_sha256", lambda data: "0" * 64)
+    monkeypatch.setattr(disk, "sha256", lambda data: "0" * 64)
     (result,) = mutations.mutations(World(tmp_path), 18)
     assert result.held < result.caused and any("silent" in failure for failure in result.failures)
 
