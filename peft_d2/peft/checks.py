@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from .adapted import Adapted
 from .errors import LivenessError, shortened
 from .probe import as_it_was, call, own_event_storage, tensors_of
 from .state import (
@@ -123,9 +124,8 @@ def not_live(model: nn.Module, *batches: Any) -> list[NotLive]:
                 "is trained must be float32, model.float(); train under autocast"
             )
     layers = {
-        f"{module.peft_name}: {method}": (module, [value for value in layer.parameters() if value.requires_grad])
-        for module in record.modules
-        for method, layer in module.peft_layers().items()
+        name: (module, [value for value in values if value.requires_grad])
+        for name, module, values in _layers(record.modules)
     }
     full = {item.name: item.param for item in trained if item.kind == "full"}
     with as_it_was(root), torch.random.fork_rng(), own_event_storage():
@@ -154,22 +154,25 @@ def not_live(model: nn.Module, *batches: Any) -> list[NotLive]:
 def _frozen_later(injection: Injection) -> list[str]:
     """Adapter layers and parameters trained in full that somebody froze whole; with TRAIN "*" all of them together."""
     record = injection.current
-    layers = [
-        (f"{module.peft_name}: {method}", list(layer.parameters()))
-        for module in record.modules
-        for method, layer in module.peft_layers().items()
-    ]
+    layers = [(name, values) for name, _, values in _layers(record.modules)]
     full = [(name, injection.full[name].get()) for name in record.full]
     every = [(name, [value]) for name, value in full if isinstance(value, nn.Parameter) and value.is_floating_point()]
     groups = layers + ([("all", [value for _, [value] in every])] if EVERYTHING in record.train else every)
     return [name for name, values in groups if values and not any(value.requires_grad for value in values)]
 
 
+def _layers(modules: Iterable[Adapted]) -> Iterator[tuple[str, Adapted, list[nn.Parameter]]]:
+    """Name, module and parameters of each layer of the active adapter."""
+    for module in modules:
+        for method, layer in module.peft_layers().items():
+            yield f"{module.peft_name}: {method}", module, list(layer.parameters())
+
+
 def _frozen_buffers(root: nn.Module, injection: Injection) -> dict[str, str]:
     """Hashes of the base's buffers by name, without those that are trained and those that count."""
-    names = dict(root.named_buffers(remove_duplicate=False)).keys() - counters(root)
     trained = {alias for name in injection.current.full for alias in injection.full[name].names}
-    return {key: tensor_hash(value) for key, value in base_values(root).items() if key in names - trained}
+    names = dict(root.named_buffers(remove_duplicate=False)).keys() - counters(root) - trained
+    return {key: tensor_hash(value) for key, value in base_values(root).items() if key in names}
 
 
 class _Pass:
