@@ -37,6 +37,7 @@ from peft_d2.data.segmentation import HUGE, Level, extent, polygon_defect, run_l
 
 _RULES = 6  # raised when the checks change, so that no older verdict is recalled
 _NO_ANNOTATIONS = "no annotations"
+_MANY = 100_000  # objects, whose check takes so long that a line says so
 logger = logging.getLogger(__name__)
 
 
@@ -320,6 +321,8 @@ class _Check:
             self.error("duplicate name", f"categories[{name}]", what, advice)
         if self.rules.lvis:
             self._lvis(categories)
+        if len(self.data["annotations"]) > _MANY:
+            logger.info("Checking %d objects, which takes about a minute a million.", len(self.data["annotations"]))
         self._images()
         self._annotations()
         self.problems += [Problem(*row) for row in self.objects.problems(self.rules)]
