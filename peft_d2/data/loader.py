@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from peft_d2.data.images import DatasetError, reading, set_pixel_limit
 from peft_d2.data.mappers import build_mapper, build_test_mapper
+from peft_d2.data.proposals import proposal_files
 from peft_d2.data.registration import register_from_config
 
 Mapper = Callable[[dict[str, Any]], "dict[str, Any] | None"]
@@ -175,6 +176,8 @@ def build_train_loader(
 def build_test_loader(cfg: Any, name: str) -> DataLoader:
     """Loader of one data set in order, one image at a time, dealt out to the ranks."""
     register_from_config(cfg)
+    if name in cfg.DATASETS.TEST:
+        proposal_files(cfg, "TEST")
     return build_detection_test_loader(
         cfg, name, mapper=_NamesFiles(build_test_mapper(cfg, name), cfg.INPUT.get("MAX_PIXELS", 0))
     )
@@ -187,7 +190,7 @@ def training_records(cfg: Any) -> list[dict[str, Any]]:
         list(cfg.DATASETS.TRAIN),
         filter_empty=False,  # Detectron2 fails with a bare assertion when nothing is left
         min_keypoints=keypoints,
-        proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
+        proposal_files=proposal_files(cfg, "TRAIN"),
     )
     if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS and "annotations" in records[0]:
         before = len(records)

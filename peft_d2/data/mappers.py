@@ -43,6 +43,11 @@ MAPPERS = {  # what each needs in the data set's records
     "sam_prompts": "annotations",
     "detectron2": "annotations",
 }
+_DETECTRON2_NEEDS = {  # what its own models are trained on
+    **dict.fromkeys(("GeneralizedRCNN", "ProposalNetwork", "RetinaNet", "FCOS"), ("annotations",)),
+    "PanopticFPN": ("annotations", "sem_seg_file_name"),
+    "SemanticSegmentor": ("sem_seg_file_name",),
+}
 _IMAGE_PADDING = 128
 logger = logging.getLogger(__name__)
 
@@ -311,6 +316,7 @@ def transformed_mask(
 
 def _detectron2_mapper(cfg: Any, records: Sequence[dict[str, Any]]) -> Any:
     """Detectron2's own mapper, or ours in its format where its polygons cannot hold what the data set has."""
+    _refuse_other_labels(cfg, records)
     augmentations = detectron2_recipe(cfg)
     plain = cfg.MODEL.MASK_ON and not cfg.MODEL.KEYPOINT_ON and not cfg.MODEL.LOAD_PROPOSALS
     plain = plain and "sem_seg_file_name" not in records[0] and "annotations" in records[0]
@@ -328,6 +334,18 @@ def _detectron2_mapper(cfg: Any, records: Sequence[dict[str, Any]]) -> Any:
     mapper = Detectron2Mapper(cfg, is_train=True)
     mapper.augmentations = T.AugmentationList(augmentations)
     return mapper
+
+
+def _refuse_other_labels(cfg: Any, records: Sequence[dict[str, Any]]) -> None:
+    """Detectron2's models answer records without the labels that they are trained on with bare assertions."""
+    name = base_architecture(cfg)
+    needs = _DETECTRON2_NEEDS.get(name, ()) if _architecture_module(cfg).startswith("detectron2.") else ()
+    if missing := [key for key in needs if not all(key in record for record in records)]:
+        lacking = next(record for record in records if missing[0] not in record)
+        raise DatasetError(
+            f"{name} is trained on {' and '.join(needs)}, and records of {list(cfg.DATASETS.TRAIN)} hold "
+            f"{sorted(lacking)}. Name sets with {' and '.join(missing)}, or another MODEL.META_ARCHITECTURE."
+        )
 
 
 def _architecture_module(cfg: Any) -> str:

@@ -23,6 +23,7 @@ from torch import nn
 from peft_d2.data.classes import class_names
 from peft_d2.data.config import CLASS_COUNT_KEYS, published_name
 from peft_d2.data.prompts import check_prompts
+from peft_d2.data.proposals import proposal_files
 from peft_d2.data.registration import COCO_SETS
 from peft_d2.data.validation import DatasetError, check_datasets
 from peft_d2.engine.config import leaves, with_values
@@ -78,6 +79,8 @@ def check_run(cfg: Any, evaluate: bool) -> None:
     try:
         check_datasets(cfg)
         check_prompts(cfg)
+        for split in ("TEST",) if evaluate else ("TRAIN", "TEST"):
+            proposal_files(cfg, split)
     except DatasetError as error:
         raise ConfigError(str(error)) from error
     _check_writable(cfg.OUTPUT_DIR)

@@ -15,6 +15,7 @@ from detectron2.data import transforms as T  # noqa: E402
 from detectron2.structures import BitMasks, BoxMode, PolygonMasks  # noqa: E402
 
 from peft_d2.data.augmentation import SSDColour, large_scale_jitter_recipe, resize_recipe  # noqa: E402
+from peft_d2.data.images import DatasetError  # noqa: E402
 from peft_d2.data.mappers import (  # noqa: E402
     InstanceMapper,
     PanopticMapper,
@@ -215,3 +216,20 @@ def test_colour_distortion_keeps_grey_grey_and_bounds():
     red[..., 2] = 200  # BGR
     turned = [SSDColour("BGR").get_transform(red).apply_image(red) for _ in range(30)]
     assert all(t[..., 2].min() > t[..., :2].max() for t in turned)  # 18 of 180 degrees leave red mostly red
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "said"),
+    [
+        ("SemanticSegmentor", "annotations", "Name sets with sem_seg_file_name"),
+        ("PanopticFPN", "annotations", "Name sets with sem_seg_file_name"),
+        ("RetinaNet", "sem_seg_file_name", "Name sets with annotations"),
+        ("GeneralizedRCNN", "sem_seg_file_name", "Name sets with annotations"),
+    ],
+)
+def test_labels_of_another_kind_than_detectron2s_model_is_trained_on(make_cfg, toy_set, name, key, said):
+    cfg = make_cfg(toy_set)
+    cfg.INPUT.DATASET_MAPPER_NAME = ""
+    cfg.MODEL.META_ARCHITECTURE = name
+    with pytest.raises(DatasetError, match=f"{name} is trained on .*{said}"):
+        build_mapper(cfg, [{"file_name": "a.png", key: []}])

@@ -322,3 +322,30 @@ def test_a_model_that_makes_its_state_dict_itself(images: Tensor, tmp_path: Path
     peft_d2.load_base(merged := Partial().eval(), tmp_path / "merged.pth")
     assert torch.equal(loaded(images), expected)
     torch.testing.assert_close(merged(images), expected)
+
+
+class Hiding(Model):
+    """Keeps a part from its optimizers, as models with a teacher or a text encoder do."""
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Any:
+        return (item for item in super().named_parameters(*args, **kwargs) if not item[0].startswith(("conv", "fc")))
+
+
+def test_what_a_model_hides_of_its_parameters_is_frozen_and_stored(
+    images: Tensor, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It stayed trainable, and adapters in it were said to be reached by no gradient."""
+    model = Hiding()
+    peft_d2.inject(model, [LORA], ["conv.bias", "head"])
+    trained = {name for name, value in nn.Module.named_parameters(model) if value.requires_grad}
+    assert trained == {"conv.bias", "head.weight", "head.bias", *(f"fc.peft.default.lora.lora_{end}" for end in "ab")}
+    change(model)
+    peft_d2.prove_live(model, images)
+    assert "Hiding.parameters() leaves out 3 parameters of the adapter" in caplog.text
+    expected = model.eval()(images)
+    peft_d2.save_adapter(model, tmp_path / "adapter")
+    other = Hiding().eval()
+    peft_d2.load_adapter(other, tmp_path / "adapter")
+    assert torch.equal(other(images), expected)
+    peft.remove(model)
+    assert all(value.requires_grad for _, value in nn.Module.named_parameters(model))
