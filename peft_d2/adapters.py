@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_d2 import peft
-from peft_d2.peft.adapted import walk
+from peft_d2.peft.adapted import own_parameters, walk
 from peft_d2.peft.errors import shortened
 from peft_d2.peft.state import injected, low_ranks, tensor_hash
 from peft_d2.storage import CheckpointError, LoadReport, adapter_file, checkpoint, disk, huggingface
@@ -116,7 +116,7 @@ def require_trained(model: nn.Module, report: LoadReport) -> None:
     Raises:
         CheckpointError: a head of another class count is not trained.
     """
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    parameters = dict(own_parameters(model, remove_duplicate=False))
     frozen = [name for name, *_ in report.reinitialised if name in parameters and not parameters[name].requires_grad]
     if frozen:
         raise CheckpointError(
@@ -497,7 +497,7 @@ def _base_fingerprint(model: nn.Module, tensors: Collection[str]) -> Fingerprint
     state = (
         peft.base_values(model) if injection else {k: v for k, v in model.state_dict().items() if isinstance(v, Tensor)}
     )
-    all_names = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    all_names = [*own_parameters(model, remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     chosen = {id(value) for name, value in all_names if name in tensors}  # a shared module has several names for each
     left_out = {name for name, value in all_names if id(value) in chosen} | peft.counters(model)
     return fingerprint(state, trained=left_out, memo=injection.hashes if injection else None)

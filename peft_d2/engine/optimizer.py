@@ -15,6 +15,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from peft_d2.engine.errors import ConfigError
+from peft_d2.peft.adapted import own_parameters
 from peft_d2.peft.errors import PatternError
 from peft_d2.peft.targets import match
 from peft_d2.storage import CheckpointError
@@ -99,7 +100,7 @@ def _parameter_groups(cfg: Any, model: nn.Module) -> list[dict[str, Any]]:
     is_peft = peft.get_injection(model) is not None
     injected = {id(t.param) for t in peft.trained_parameters(model) if t.kind == "injected"} if is_peft else set()
     groups: dict[tuple[float, float, bool], dict[str, Any]] = {}
-    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    trained = [(name, parameter) for name, parameter in own_parameters(model) if parameter.requires_grad]
     factors = _named_factors(cfg, [name for name, _ in trained])
     layers, staged = layer_factors(cfg, model), solver.LR_SCHEDULER_NAME == _TWO_STAGES
     bias_decay = _bias_decay(cfg)
@@ -145,7 +146,7 @@ def layer_factors(cfg: Any, model: nn.Module) -> dict[str, float]:
     if isinstance(model.get_submodule(".".join(path)), nn.ModuleList | nn.Sequential):
         path = path[:-1]  # the encoder holds the list of blocks
     factors, before = {}, 1.0
-    for name in reversed([name for name, _ in model.named_parameters() if name.split(".")[: len(path)] == path]):
+    for name in reversed([name for name, _ in own_parameters(model) if name.split(".")[: len(path)] == path]):
         inside = [number for number, block in enumerate(blocks) if name.startswith(f"{block}.")]
         before = decay ** (len(blocks) - 1 - inside[0]) if inside else before
         factors[name] = 1.0 if inside and inside[0] >= len(blocks) - spared else before
@@ -276,7 +277,7 @@ def _two_stage_poly(solver: Any, step: int, late: bool) -> float:
 
 def parameter_names(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[str]:
     """Names of an optimizer's parameters, in the order in which its ``state_dict`` numbers them."""
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    names = {id(parameter): name for name, parameter in own_parameters(model)}
     return [names.get(id(parameter), "?") for group in optimizer.param_groups for parameter in group["params"]]
 
 

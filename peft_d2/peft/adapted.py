@@ -290,6 +290,15 @@ def walk(
             yield from walk(child, join(prefix, name), module)
 
 
+def own_parameters(model: nn.Module, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Parameter]]:
+    """(name, parameter) of all parameters of a model, as torch gives them.
+
+    Models override ``named_parameters`` or ``parameters`` to keep some from their optimizers or checkpoints; these have
+    to be frozen and stored all the same.
+    """
+    return nn.Module.named_parameters(model, remove_duplicate=remove_duplicate)
+
+
 def walk_adapted(model: nn.Module) -> Iterator[tuple[str, Adapted]]:
     """(name, module) of all adapted modules, shared ones under each of their names."""
     for path, module, _ in walk(model):

@@ -43,6 +43,7 @@ class AdaptFormerBranch(OutputLayer):
     """s Up(dropout(ReLU(Down(LayerNorm(x))))): (..., d) -> (..., d), zero at the start, added to the block's output."""
 
     reads = "input"
+    advice = "choose modules whose input and output have one shape, or the method adapter, or set DIM and LAYOUT"
 
     def __init__(self, target: Target, options: AdaptFormerOptions, cobot: CobotStep | None = None) -> None:
         super().__init__(target, options)

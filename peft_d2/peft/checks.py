@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .adapted import Adapted
+from .adapted import Adapted, own_parameters
 from .errors import LivenessError, shortened
 from .probe import as_it_was, call, own_event_storage, tensors_of
 from .state import (
@@ -191,7 +191,8 @@ class _Pass:
         for module in self.root.modules():
             if not (module._modules or module._parameters or module._buffers):
                 module.eval()
-        self.root.zero_grad(set_to_none=True)
+        for _, parameter in own_parameters(self.root):
+            parameter.grad = None
         torch.manual_seed(seed)
         torch.clear_autocast_cache()
         with torch.enable_grad(), _Uses(self.used, self.recorded):
@@ -201,7 +202,7 @@ class _Pass:
             if losses:
                 sums = [torch.where(loss.isfinite(), loss, 0).sum().real.double() for loss in losses]
                 torch.stack(sums).sum().backward()
-        for parameter in self.root.parameters():
+        for _, parameter in own_parameters(self.root):
             if parameter.grad is not None:
                 self.reached.add(id(parameter))
                 if bool(parameter.grad.any()):
@@ -275,7 +276,7 @@ def _require_numbers(root: nn.Module, outputs: Sequence[Tensor]) -> None:
     """NaN differs from everything and proves nothing."""
     if not any(bool(value.isnan().any()) for value in outputs if value.is_floating_point()):
         return
-    bad = [name for name, value in root.named_parameters() if not bool(value.isfinite().all())]
+    bad = [name for name, value in own_parameters(root) if not bool(value.isfinite().all())]
     bad += [name for name, value in root.named_buffers() if value.is_floating_point() and bool(value.isnan().any())]
     cause = f"{', '.join(bad[:6])} hold values that are not finite" if bad else "all weights are finite: see the batch"
     raise LivenessError(f"the model's output is NaN, so nothing can be proved live; {cause}")

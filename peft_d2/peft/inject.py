@@ -30,6 +30,7 @@ from .adapted import (
     guard,
     has_statistics,
     join,
+    own_parameters,
     remove_layers,
     restore,
     walk,
@@ -96,7 +97,7 @@ def inject(
     plan = Plan(model, entries, patterns, name == BASE, example)
     everything = EVERYTHING in patterns
     injection = Injection({name: plan.record}, ActiveAdapter(name), installed=name)
-    injection.was_trainable = {key: value.requires_grad for key, value in model.named_parameters()}
+    injection.was_trainable = {key: value.requires_grad for key, value in own_parameters(model)}
     with _undone_on_error(lambda: undo(model, injection)):
         for key in plan.full:
             injection.full[key] = plan.index.tensors[key]
@@ -105,7 +106,8 @@ def inject(
                 injection.base[key] = _frozen_copy(tensor)
         injection.current.values.update(injection.original)
         if not everything:
-            model.requires_grad_(False)
+            for _, parameter in own_parameters(model):
+                parameter.requires_grad_(False)
             for tensor in injection.original.values():
                 _set_trainable(tensor)
         _place(model, injection, name, plan, freeze_statistics=not everything)
@@ -113,7 +115,7 @@ def inject(
         model._register_load_state_dict_pre_hook(before_load, with_module=True)
         model._register_state_dict_hook(after_state_dict)
         injection.current.start = start_hashes(injection, name)
-    for parameter in model.parameters():
+    for _, parameter in own_parameters(model):
         if not parameter.requires_grad:
             parameter.grad = None  # optimizers move whatever has a gradient, zero with weight decay, too
     if torch.is_inference_mode_enabled():
@@ -304,7 +306,7 @@ def undo(model: nn.Module, injection: Injection) -> None:
             if getattr(hook, "hook", hook) in (before_load, after_state_dict):
                 del table[number]
     model.__dict__.pop(ATTRIBUTE, None)
-    for key, parameter in model.named_parameters():
+    for key, parameter in own_parameters(model):
         parameter.requires_grad_(injection.was_trainable.get(key, parameter.requires_grad))
 
 
@@ -353,7 +355,7 @@ def _check_model(model: nn.Module) -> None:
             )
         if has_statistics(module) and (problem := adapt_problem(module)):
             raise InjectionError(f"the running statistics of {name} cannot be frozen: {problem}")
-    lazy = [name for name, parameter in model.named_parameters() if is_lazy(parameter)]
+    lazy = [name for name, parameter in own_parameters(model) if is_lazy(parameter)]
     if lazy:
         raise InjectionError(f"{lazy[0]} has no shape yet (a lazy module): run the model once, then inject")
 
@@ -421,7 +423,7 @@ def make_report(model: nn.Module, adapter: str | None = None) -> Report:
         count = counts.setdefault(".".join(path.split(".")[:2]) or "(top)", Counter())
         layers = module.peft_parameters(name) if isinstance(module, Adapted) else {}
         kinds = [("injected", parameter) for parameter in layers.values()]
-        for leaf, parameter in module.named_parameters(recurse=False):
+        for leaf, parameter in nn.Module.named_parameters(module, recurse=False):
             is_full = join(path, leaf) in full and (parameter.requires_grad or EVERYTHING not in record.train)
             kinds.append(("full" if is_full else "frozen", parameter))
         for kind, parameter in kinds:

@@ -30,6 +30,7 @@ from .state import (
     low_ranks,
     refuse_meta,
     refuse_sharded,
+    require_intact,
     trainable_tensors,
     without_autocast,
 )
@@ -112,7 +113,8 @@ def merge(model: nn.Module) -> list[str]:
         The modules with layers that are no change of weights (adapters, say): these run beside the merged weights.
 
     Raises:
-        InjectionError: a merged weight also belongs to a module that is not adapted in the same way.
+        InjectionError: a merged weight also belongs to a module that is not adapted in the same way, or to none of the
+            model any more.
     """
     root, injection = injected(model)
     injection.require_plain()
@@ -234,7 +236,9 @@ def _refuse_shared(model: nn.Module, plan: Sequence[tuple[Adapted, Mapping[str, 
                 owners.setdefault(id(parameter), []).append(join(path, leaf))
     for module, changed, methods in plan:
         for name in changed:
-            known = owners[id(module.get_parameter(name))]
+            known = owners.get(id(module.get_parameter(name)), [])
+            if not known:  # another module is in this one's place
+                require_intact(model)
             if len(known) > 1:
                 own = f"{module.peft_name}.{name}"
                 others = " and ".join(other for other in known if other != own)

@@ -22,6 +22,7 @@ from .method import Allowed, Method, Options, Positive, one_of
 from .probe import Outputs
 from .targets import Target, first_match
 
+_NO_TENSOR = "{} returns {}; an adapter needs a tensor or a tuple that begins with one: choose a module inside"
 _OUTPUT = re.compile("[1-9][0-9]{0,5} (first|last)").fullmatch
 Grid = Annotated[str, one_of("auto", "square")]
 _CHANNELS_FIRST = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm)
@@ -62,6 +63,7 @@ class OutputLayer(AdapterLayer):
     """
 
     reads: ClassVar[str] = "output"  # what :meth:`forward` is given
+    advice: ClassVar[str] = "set DIM and LAYOUT"  # where that has another width
 
     def __init__(self, target: Target, options: Any) -> None:
         super().__init__()
@@ -86,7 +88,7 @@ class OutputLayer(AdapterLayer):
             where = "axis 1 (LAYOUT first)" if self.channels_first else "the last axis (LAYOUT last)"
             raise MethodError(
                 f"{self.name}: its {self.reads} is {tuple(x.shape)}, but the adapter was made for {self.channels} "
-                f"channels on {where}; set DIM and LAYOUT"
+                f"channels on {where}; {self.advice}"
             )
         h = match_dtype(x, next(self.parameters()))
         h = self.change(h.movedim(1, -1)).movedim(-1, 1) if self.channels_first else self.change(h)
@@ -111,6 +113,8 @@ class OutputMethod(Method):
         """
         for target in targets:
             read, shapes = read_output(target), [tuple(shape) for shape, _ in seen.shapes.get(target.name, ())]
+            if not shapes and (kind := seen.others.get(target.name)):
+                raise MethodError(_NO_TENSOR.format(target.name, kind))
             found = seen.channels(target.name, read.widths, read.first)
             if found is not None and (read.widths, read.first) != ({found[0]}, found[1]):
                 text = f"{found[0]} {'first' if found[1] else 'last'}"
@@ -144,10 +148,7 @@ def map_first_tensor(out: Any, change: Callable[[Tensor], Tensor], name: str) ->
     if isinstance(out, tuple) and out and isinstance(out[0], Tensor):
         items = (change(out[0]), *out[1:])
         return type(out)(*items) if hasattr(out, "_fields") else items
-    raise MethodError(
-        f"{name} returns {type(out).__name__}; an adapter needs a tensor or a tuple that begins with one: "
-        "choose a module inside"
-    )
+    raise MethodError(_NO_TENSOR.format(name, type(out).__name__))
 
 
 @dataclass(frozen=True)

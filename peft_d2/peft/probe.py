@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from .adapted import own_parameters
+
 _TOKENS = 6
 _FEATURES = {nn.Linear: "in_features", nn.MultiheadAttention: "embed_dim", nn.LayerNorm: "normalized_shape"}
 Size = tuple[int, int]
@@ -26,7 +28,7 @@ def as_it_was(root: nn.Module) -> Iterator[None]:
     Python's and NumPy's random states.
     """
     attributes = [(module, module.training, dict(module.__dict__)) for module in root.modules()]
-    parameters = [(parameter, parameter.grad, parameter.requires_grad) for parameter in root.parameters()]
+    parameters = [(parameter, parameter.grad, parameter.requires_grad) for _, parameter in own_parameters(root)]
     buffers = [
         (module._buffers, name, value, value.detach().clone())
         for module in root.modules()
@@ -99,6 +101,7 @@ class Outputs:
     """
 
     shapes: dict[str, set[tuple[torch.Size, Size]]] = field(default_factory=lambda: defaultdict(set))
+    others: dict[str, str] = field(default_factory=dict)  # class names of outputs that are no tensors
     problem: str = ""
 
     def note(self, name: str, output: Any, image: Size) -> None:
@@ -106,6 +109,8 @@ class Outputs:
         first = output[0] if isinstance(output, tuple) and output else output
         if isinstance(first, Tensor):
             self.shapes[name].add((first.shape, image))
+        else:
+            self.others[name] = type(output).__name__
 
     def channels(self, name: str, widths: set[int], first: bool) -> tuple[int, bool] | None:
         """Width of a module's outputs and whether it is on axis 1; None where they do not tell, or disagree.

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 
-from .adapted import STORE, ActiveAdapter, Adapted, join, walk_adapted
+from .adapted import STORE, ActiveAdapter, Adapted, join, own_parameters, walk_adapted
 from .errors import AdapterStateError, InjectionError, shortened
 from .lora.factors import LowRank
 from .targets import BaseTensor
@@ -176,7 +176,7 @@ def trainable_tensors(function: Callable[P, R]) -> Callable[P, R]:
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         model = args[0] if args else kwargs.get("model")
         mode = isinstance(model, nn.Module) and any(
-            not is_lazy(value) and value.is_inference() for value in model.parameters()
+            not is_lazy(value) and value.is_inference() for _, value in own_parameters(model)
         )
         if mode == torch.is_inference_mode_enabled():
             return function(*args, **kwargs)
@@ -195,7 +195,7 @@ def without_autocast(function: Callable[P, R]) -> Callable[P, R]:
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         model = args[0] if args else kwargs.get("model")
-        devices = {value.device.type for value in model.parameters()} if isinstance(model, nn.Module) else set()
+        devices = {value.device.type for _, value in own_parameters(model)} if isinstance(model, nn.Module) else set()
         with contextlib.ExitStack() as stack:
             stack.callback(torch.clear_autocast_cache)
             for device in devices - {"meta"}:
@@ -219,7 +219,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether ``fully_shard`` spread some of a model's tensors over processes."""
-    return any(hasattr(value, "full_tensor") for value in model.parameters())
+    return any(hasattr(value, "full_tensor") for _, value in own_parameters(model))
 
 
 def refuse_sharded(model: nn.Module, what: str, flat_alone: bool = False) -> None:
@@ -239,7 +239,7 @@ def refuse_sharded(model: nn.Module, what: str, flat_alone: bool = False) -> Non
 
 def without_values(model: nn.Module) -> str:
     """That a model is on the meta device, whole or in part, and a tensor that is; "" if none is."""
-    tensors = [*model.named_parameters(), *model.named_buffers()]
+    tensors = [*own_parameters(model), *model.named_buffers()]
     empty = next((name for name, value in tensors if value.is_meta), "")
     return f"the model is on the meta device ({empty} has no values)" if empty else ""
 
@@ -291,7 +291,7 @@ def require_intact(model: nn.Module) -> None:
         first, key = injection.full[name].places[0]
         if key not in first or not any(table.get(leaf) is first[key] for table in tables):
             gone.append(f"{name} (trained in full)")
-    here = {name for name, _ in root.named_parameters()} | set(injection.current.full)
+    here = {name for name, _ in own_parameters(root)} | set(injection.current.full)
     gone += [f"{name} (of the base)" for name in injection.was_trainable if name not in here]
     if gone:
         raise InjectionError(
@@ -323,9 +323,19 @@ def trained_parameters(model: nn.Module) -> Iterator[TrainedParameter]:
 
 
 def warn_of_strays(model: nn.Module) -> None:
-    """Say what requires gradients besides the adapter: its file does not hold that, and the base becomes another."""
-    own = {id(trained.param) for trained in trained_parameters(model)}
-    strays = [name for name, value in model.named_parameters() if value.requires_grad and id(value) not in own]
+    """Say what requires gradients besides the adapter: its file does not hold that, and the base becomes another.
+
+    And what of the adapter an optimizer of ``model.parameters()`` would not be given.
+    """
+    trained, given = list(trained_parameters(model)), {id(value) for value in model.parameters()}
+    own = {id(item.param) for item in trained}
+    if hidden := [item.name for item in trained if id(item.param) not in given]:
+        logger.warning(
+            "%s.parameters() leaves out %d parameters of the adapter, from %s on: an optimizer that is made of it does "
+            "not train them. Give it peft_d2.peft.trained_parameters(model), or choose other target modules.",
+            *(type(model).__name__, len(hidden), hidden[0]),
+        )
+    strays = [name for name, value in own_parameters(model) if value.requires_grad and id(value) not in own]
     if strays:
         logger.warning(
             "%d parameters require gradients and are in no adapter, from %s on (requires_grad_(True) after inject?): "

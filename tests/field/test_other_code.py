@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import threading
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 import peft_d2
 from peft_d2 import peft
@@ -349,3 +351,52 @@ def test_what_a_model_hides_of_its_parameters_is_frozen_and_stored(
     assert torch.equal(other(images), expected)
     peft.remove(model)
     assert all(value.requires_grad for _, value in nn.Module.named_parameters(model))
+
+
+def test_a_norm_that_was_fused_into_an_adapted_convolution(tmp_path: Path) -> None:
+    """Merging afterwards was a KeyError; merged first, the fused model is right."""
+    model = injected([{**LORA, "TARGETS": ["conv", "fc"]}]).eval()
+    images = torch.randn(2, 3, 6, 6)
+    expected = model(images)
+    peft_d2.merge(model)
+    whole = copy.deepcopy(model)
+    peft.remove(whole, keep=True)
+    whole.conv = fuse_conv_bn_eval(whole.conv, whole.bn)
+    whole.bn = nn.Identity()
+    torch.testing.assert_close(whole(images), expected)
+    peft_d2.unmerge(model)
+    model.conv = fuse_conv_bn_eval(model.conv, model.bn)
+    with pytest.raises(peft.InjectionError, match=r"no longer in the model: conv \(adapted\).*fused"):
+        peft_d2.merge(model)
+
+
+class Strided(nn.Module):
+    """Images -> a dict of one map, as Detectron2's backbones give."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.stage = nn.Conv2d(3, 4, 1), nn.Sequential(nn.Conv2d(4, 8, 3, 2), nn.ReLU())
+        self.backbone = Maps(self.stem, self.stage)
+        self.head = nn.Linear(8, 2)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.backbone(images)["res2"].mean((2, 3)))
+
+
+class Maps(nn.Module):
+    def __init__(self, stem: nn.Module, stage: nn.Module) -> None:
+        super().__init__()
+        self.stem, self.stage = stem, stage
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        return {"res2": self.stage(self.stem(images))}
+
+
+def test_modules_that_no_layer_fits_are_called_what_they_are() -> None:
+    """One was said not to be called, the other to need another DIM, which does not exist."""
+    with pytest.raises(peft.MethodError, match=r"backbone returns dict; .*choose a module inside"):
+        peft_d2.inject(Strided(), [{"NAME": "adapter", "TARGETS": ["backbone"]}])
+    model = Strided()
+    peft_d2.inject(model, [{"NAME": "adaptformer", "TARGETS": ["stage"]}])
+    with pytest.raises(peft.MethodError, match="choose modules whose input and output have one shape"):
+        model(torch.randn(1, 3, 8, 8))
