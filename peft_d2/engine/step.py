@@ -141,6 +141,11 @@ class TrainStep(SimpleTrainer):
         start = time.perf_counter()
         data = next(self._data_loader_iter)
         data_time = time.perf_counter() - start
+        if not self.model.training:
+            raise RuntimeError(
+                f"iteration {self.iter}: the model is in eval mode, in which it predicts and learns nothing. What put "
+                "it there (a hook, an evaluation of your own) must call model.train() afterwards."
+            )
         self.optimizer.zero_grad(set_to_none=True)
         losses = self._backward(data)
         own = torch.stack([loss.float() for loss in losses.values()])

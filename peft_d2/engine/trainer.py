@@ -30,7 +30,7 @@ from peft_d2.engine import optimizer as optimization
 from peft_d2.engine.checkpointer import Checkpointer
 from peft_d2.engine.checks import build_model, check_batch, run_lock
 from peft_d2.engine.config import leaves, read_top, resolve_device, with_values
-from peft_d2.engine.errors import EvaluationFailed, message_of
+from peft_d2.engine.errors import ConfigError, EvaluationFailed, message_of
 from peft_d2.engine.hooks import (
     Bar,
     FitMemory,
@@ -78,7 +78,7 @@ class Trainer(DefaultTrainer):
         cfg.SEED = int(comm.shared_random_seed()) if self._seed_is_drawn else cfg.SEED
         self.cfg = cfg
         self.start_iter = 0
-        self._failed = False
+        self._failed = self._trained = False
         self.max_iter = cfg.SOLVER.MAX_ITER
         dtype = amp_dtype(cfg)
         if comm.is_main_process():
@@ -196,8 +196,17 @@ class Trainer(DefaultTrainer):
         ]
 
     def build_writers(self) -> list[Any]:
-        """Detectron2's console, ``metrics.json`` and TensorBoard, and what ``TRACKING.WITH`` names."""
-        return [*super().build_writers(), *self._trackers]
+        """Detectron2's console, ``metrics.json`` and TensorBoard, and what ``TRACKING.WITH`` names.
+
+        Raises:
+            ConfigError: tensorboard is not installed.
+        """
+        try:
+            return [*super().build_writers(), *self._trackers]
+        except ModuleNotFoundError as error:
+            raise ConfigError(
+                f"the package {error.name}, with which Detectron2 writes figures, is missing: pip install tensorboard"
+            ) from error
 
     def before_train(self) -> None:
         """Detectron2's hooks begin; where one refuses, nothing is evaluated."""
@@ -265,7 +274,16 @@ class Trainer(DefaultTrainer):
                 logger.info("Changed, and in effect from now on: %s %s -> %s", key, old, value)
 
     def train(self) -> OrderedDict[str, Any] | None:
-        """Run the training; returns the last evaluation's results. However it ends, its data loaders' processes do."""
+        """Run the training, once; returns the last evaluation's results. However it ends, its loaders' processes do.
+
+        Raises:
+            RuntimeError: this trainer has trained before: schedule, hooks and files are where that left them.
+        """
+        if self._trained:
+            raise RuntimeError(
+                "this trainer has trained already, and its schedule and hooks are used up. Make another, Trainer(cfg): "
+                "with resume_or_load(resume=True) and a higher SOLVER.MAX_ITER it goes on from there."
+            )
         seed_everything(self.cfg.SEED, comm.get_rank(), self.max_iter)
         with ExitStack() as stack:
             if comm.is_main_process():
@@ -275,6 +293,7 @@ class Trainer(DefaultTrainer):
                 disk.write_bytes(Path(folder, CONFIG_FILE), self.cfg.dump().encode())
                 disk.write_bytes(Path(folder, REPORT_FILE), json.dumps(self.report, indent=1).encode())
             stack.enter_context(self.loader.closed())
+            self._trained = True
             super().train()
         return getattr(self, "_last_eval_results", None)
 

@@ -17,7 +17,7 @@ from detectron2.engine import HookBase
 from fault_campaign.poison import Poison
 
 from peft_d2.engine.checkpointer import Checkpointer
-from peft_d2.engine.errors import LossNotFinite
+from peft_d2.engine.errors import ConfigError, LossNotFinite
 from peft_d2.engine.trainer import Trainer
 from peft_d2.peft import LivenessError
 
@@ -243,3 +243,33 @@ def test_the_proof_changes_nothing(make_cfg: Callable[..., Any], base_weights: P
         for on in (True, False)
     )
     assert_equal(with_proof, without)
+
+
+class PutsIntoEval(HookBase):
+    """As an evaluation of one's own that forgets to put the model back."""
+
+    def after_step(self) -> None:
+        self.trainer.model.eval()
+
+
+def test_a_model_that_is_left_in_eval_mode_is_called_that(make_cfg: Callable[..., Any], base_weights: Path) -> None:
+    with pytest.raises(RuntimeError, match=r"iteration 1: the model is in eval mode.*model\.train\(\)"):
+        train(make_cfg("MODEL.WEIGHTS", base_weights), PutsIntoEval())
+
+
+def test_a_trainer_trains_once(make_cfg: Callable[..., Any], base_weights: Path, tmp_path: Path) -> None:
+    """Schedule and hooks were used up: it went on with a rate of nothing, and failed at the evaluation."""
+    trainer = train(make_cfg("MODEL.WEIGHTS", base_weights, "SOLVER.MAX_ITER", 2))
+    files = sorted(path.name for path in tmp_path.iterdir())
+    with pytest.raises(RuntimeError, match=r"has trained already.*Make another, Trainer\(cfg\)"):
+        trainer.train()
+    assert sorted(path.name for path in tmp_path.iterdir()) == files
+
+
+def test_no_tensorboard_is_one_line(
+    make_cfg: Callable[..., Any], base_weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("tensorboard", "torch.utils.tensorboard"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ConfigError, match="tensorboard, with which Detectron2 writes figures, is missing: pip install"):
+        train(make_cfg("MODEL.WEIGHTS", base_weights))
