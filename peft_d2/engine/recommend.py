@@ -6,7 +6,9 @@ every time from the start, choose the rate by the loss on batches that were left
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -94,22 +96,37 @@ def advise(cfg: Any, budget: int = 0) -> tuple[Any, Recommendation, dict[float, 
 
 
 def range_test(cfg: Any, model: nn.Module, batches: Sequence[Any], held_out: Sequence[Any]) -> dict[float, float]:
-    """Rate -> mean loss on ``held_out`` after a step on each of ``batches``; an injected model, left as it was."""
+    """Rate -> mean loss on ``held_out`` after a step on each of ``batches``; an injected model, left as it was.
+
+    Infinity stands for losses that are not finite, and for Detectron2's region proposals, which raise an error then.
+
+    Raises:
+        ConfigError: no rate has a finite loss.
+    """
     start = [(item.param, item.param.detach().clone()) for item in peft.trained_parameters(model)]
     found = {}
     for rate in (cfg.SOLVER.BASE_LR * factor for factor in RATES):
         trial = with_values(cfg, {"SOLVER.BASE_LR": rate, "MODEL.PEFT.LR_FACTOR": LR_FACTOR})
         optimizer = build_optimizer(trial, model)
         model.train()
-        for loss in _losses(model, batches, cfg.SEED):
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
+        found[rate] = math.inf
+        with contextlib.suppress(FloatingPointError):
+            for loss in _losses(model, batches, cfg.SEED):
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                optimizer.step()
+            with torch.no_grad():
+                mean = sum(float(loss) for loss in _losses(model, held_out, 0)) / len(held_out)
+            found[rate] = mean if math.isfinite(mean) else math.inf
         with torch.no_grad():
-            found[rate] = sum(float(loss) for loss in _losses(model, held_out, 0)) / len(held_out)
             for parameter, value in start:
                 parameter.copy_(value)
         model.zero_grad(set_to_none=True)
+    if not any(map(math.isfinite, found.values())):
+        raise ConfigError(
+            f"MODEL.PEFT.METHODS auto: no loss is finite after {TEST_STEPS} steps, at rates from {min(found):g} to "
+            f"{max(found):g}: lower SOLVER.BASE_LR, and look whether the base's weights are those of its config."
+        )
     return found
 
 

@@ -174,8 +174,11 @@ class TrainStep(SimpleTrainer):
         means: dict[str, Tensor] = {}
         for number, piece in enumerate(pieces, 1):
             with self._gradients_kept_local() if number < self.pieces else nullcontext():
-                with self.precision():
-                    losses = self.model(piece)
+                try:
+                    with self.precision():
+                        losses = self.model(piece)
+                except FloatingPointError as error:  # Detectron2's region proposals look at theirs
+                    raise LossNotFinite(self._refusal(f"{str(error).rstrip('.')}; images: {_images(data)}")) from error
                 losses = {"total_loss": losses} if isinstance(losses, Tensor) else losses
                 total = torch.stack([loss.float() for loss in losses.values()]).sum() / self.pieces
                 self.grad_scaler.scale(total).backward()
@@ -226,7 +229,10 @@ class TrainStep(SimpleTrainer):
         # Where one rank's loss is bad, the exchange has spread its gradients to the others.
         chosen = [item for item in notes if item[1][0]] or notes
         found = "; ".join(f"rank {rank}: {note}" if len(notes) > 1 else note for rank, (_, note) in chosen)
-        raise LossNotFinite(
+        raise LossNotFinite(self._refusal(found))
+
+    def _refusal(self, found: str) -> str:
+        return (
             f"iteration {self.iter}: {found}. The step was not applied and the last checkpoint is good. "
             "Look at these images and their annotations, lower SOLVER.BASE_LR, or switch SOLVER.AMP off."
         )

@@ -196,8 +196,13 @@ class _Pass:
         torch.manual_seed(seed)
         torch.clear_autocast_cache()
         with torch.enable_grad(), _Uses(self.used, self.recorded):
-            outputs = tensors_of(call(self.root, batch))
-            _require_numbers(self.root, outputs)
+            try:
+                outputs = tensors_of(call(self.root, batch))
+            except FloatingPointError as error:  # Detectron2's region proposals look at theirs
+                raise LivenessError(f"the model refuses its own values ({error}); {_not_finite(self.root)}") from error
+            if any(bool(value.isnan().any()) for value in outputs if value.is_floating_point()):
+                said = _not_finite(self.root)
+                raise LivenessError(f"the model's output is NaN, so nothing can be proved live; {said}")
             losses = [value * torch.randn_like(value) for value in outputs if value.requires_grad]
             if losses:
                 sums = [torch.where(loss.isfinite(), loss, 0).sum().real.double() for loss in losses]
@@ -272,14 +277,11 @@ class _Uses(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _require_numbers(root: nn.Module, outputs: Sequence[Tensor]) -> None:
-    """NaN differs from everything and proves nothing."""
-    if not any(bool(value.isnan().any()) for value in outputs if value.is_floating_point()):
-        return
+def _not_finite(root: nn.Module) -> str:
+    """Which values of a model may be why its output is NaN, which differs from everything and proves nothing."""
     bad = [name for name, value in own_parameters(root) if not bool(value.isfinite().all())]
     bad += [name for name, value in root.named_buffers() if value.is_floating_point() and bool(value.isnan().any())]
-    cause = f"{', '.join(bad[:6])} hold values that are not finite" if bad else "all weights are finite: see the batch"
-    raise LivenessError(f"the model's output is NaN, so nothing can be proved live; {cause}")
+    return f"{', '.join(bad[:6])} hold values that are not finite" if bad else "all weights are finite: see the batch"
 
 
 def _has_objects(batches: Sequence[Any]) -> bool:

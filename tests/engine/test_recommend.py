@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from torch import nn
 
 pytest.importorskip("detectron2")
 
@@ -100,6 +102,38 @@ def test_too_small_a_budget(make_cfg: Callable[..., Any], base_weights: Path) ->
     )
     with pytest.raises(ConfigError, match="METHODS auto: TRAIN alone has .* parameters and the budget is"):
         recommend.settled(cfg)
+
+
+class Overflows(nn.Module):
+    """A loss that falls as the weight grows; from one weight on it is NaN, from the next on an error, as in R-CNNs."""
+
+    def __init__(self, nan: float, error: float) -> None:
+        super().__init__()
+        self.fc = nn.Linear(1, 1)
+        self.nan, self.error = nan, error
+        nn.init.zeros_(self.fc.weight)
+
+    def forward(self, batch: Any) -> dict[str, torch.Tensor]:
+        weight = self.fc.weight.sum()
+        if float(weight) >= self.error:
+            raise FloatingPointError("Predicted boxes or scores contain Inf/NaN. Training has diverged.")
+        return {"loss": -weight * (float("nan") if float(weight) >= self.nan else 1.0)}
+
+
+def test_rates_that_diverge_are_not_taken(make_cfg: Callable[..., Any]) -> None:
+    cfg = make_cfg("SOLVER.OPTIMIZER", "SGD", "SOLVER.CLIP_GRADIENTS.ENABLED", False, "SOLVER.WEIGHT_DECAY", 0.0)
+    step = cfg.SOLVER.BASE_LR * recommend.RATES[0]
+    for nan, error, finite in ((3.0, 5.0, 2), (9.0, 1.5, 1)):
+        model = Overflows(nan * step, error * step)
+        peft.inject(model, [], ["fc"])
+        losses = recommend.range_test(cfg, model, [[{}]], [[{}]])
+        assert [math.isfinite(loss) for loss in losses.values()] == [i < finite for i in range(len(losses))]
+        assert min(losses, key=lambda key: losses[key]) == list(losses)[finite - 1]
+        assert float(model.fc.weight) == 0.0
+    model = Overflows(0.0, 9.0)
+    peft.inject(model, [], ["fc"])
+    with pytest.raises(ConfigError, match="METHODS auto: no loss is finite after 2 steps.*lower SOLVER.BASE_LR"):
+        recommend.range_test(cfg, model, [[{}]], [[{}]])
 
 
 def test_the_tool(toy_set: Any, base_weights: Path, tmp_path: Path) -> None:

@@ -273,3 +273,19 @@ def test_no_tensorboard_is_one_line(
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ConfigError, match="tensorboard, with which Detectron2 writes figures, is missing: pip install"):
         train(make_cfg("MODEL.WEIGHTS", base_weights))
+
+
+class LooksAtItsOwnValues(HookBase):
+    """Makes the model refuse them, as Detectron2's region proposals do."""
+
+    def before_step(self) -> None:
+        def forward(data: Any) -> Any:
+            raise FloatingPointError("Predicted boxes or scores contain Inf/NaN. Training has diverged.")
+
+        if self.trainer.iter == 1:
+            self.trainer.model.forward = forward
+
+
+def test_a_model_that_finds_nan_itself(make_cfg: Callable[..., Any], base_weights: Path) -> None:
+    with pytest.raises(LossNotFinite, match=r"iteration 1: Predicted.*diverged; images: .*\.png \(id \d.*BASE_LR"):
+        train(make_cfg("MODEL.WEIGHTS", base_weights), LooksAtItsOwnValues())

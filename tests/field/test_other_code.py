@@ -400,3 +400,21 @@ def test_modules_that_no_layer_fits_are_called_what_they_are() -> None:
     peft_d2.inject(model, [{"NAME": "adaptformer", "TARGETS": ["stage"]}])
     with pytest.raises(peft.MethodError, match="choose modules whose input and output have one shape"):
         model(torch.randn(1, 3, 8, 8))
+
+
+class Refusing(Model):
+    """Looks at its own values, as Detectron2's region proposals do."""
+
+    def forward(self, batch: Any) -> Any:
+        if not (out := super().forward(batch)).isfinite().all():
+            raise FloatingPointError("Predicted boxes or scores contain Inf/NaN. Training has diverged.")
+        return out
+
+
+def test_a_model_that_refuses_its_own_values_cannot_be_proved_live(images: Tensor) -> None:
+    model = Refusing()
+    peft_d2.inject(model, [LORA], ["head"])
+    with torch.no_grad():
+        model.conv.bias[0] = torch.nan
+    with pytest.raises(peft.LivenessError, match=r"Inf/NaN.*conv\.bias hold values that are not finite"):
+        peft_d2.prove_live(model, images)
