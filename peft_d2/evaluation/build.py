@@ -27,6 +27,11 @@ _INSTANCE = {"coco", "coco_panoptic_seg", "ade20k_panoptic_seg"}
 _SEMANTIC = {"sem_seg", "coco_panoptic_seg", "ade20k_panoptic_seg", "mapillary_vistas_panoptic_seg"}
 _PANOPTIC = {"coco_panoptic_seg", "ade20k_panoptic_seg", "cityscapes_panoptic_seg", "mapillary_vistas_panoptic_seg"}
 
+_DETECTRON2_OUTPUTS = {  # of its own models, see `_outputs`
+    **dict.fromkeys(("GeneralizedRCNN", "ProposalNetwork", "RetinaNet", "FCOS"), (True, False, False)),
+    "SemanticSegmentor": (False, True, False),
+}
+
 
 class _Cityscapes(evaluation.DatasetEvaluator):
     """What both tasks have before Detectron2's own evaluator.
@@ -93,11 +98,8 @@ def check_evaluators(cfg: Any) -> None:
 
 def _makers(cfg: Any, name: str, folder: str | None) -> list[Callable[[], DatasetEvaluator]]:
     """What makes the evaluators; most read the data set when they are made."""
-    kind, test = MetadataCatalog.get(name).get("evaluator_type", ""), outputs_node(cfg)
-    classes = category_indices(cfg, name)
-    instance, semantic, panoptic = (
-        test is None or bool(test[key]) for key in ("INSTANCE_ON", "SEMANTIC_ON", "PANOPTIC_ON")
-    )
+    kind, classes = MetadataCatalog.get(name).get("evaluator_type", ""), category_indices(cfg, name)
+    instance, semantic, panoptic = _outputs(cfg)
     prompted = published_name(cfg) in PROMPTED and not cfg.INPUT.PROMPTS.DETECTIONS
     shared = {
         "output_dir": folder, "classes": classes, "report": cfg.TEST.get("REPORT", False),
@@ -127,6 +129,16 @@ def _makers(cfg: Any, name: str, folder: str | None) -> list[Callable[[], Datase
             f"MetadataCatalog.get({name!r}).set(evaluator_type=...), 'coco' for COCO-format instances."
         )
     return found
+
+
+def _outputs(cfg: Any) -> tuple[bool, bool, bool]:
+    """Whether there are results of instances, of pixels' classes, and of panoptic segments; all of models not known."""
+    name, test = published_name(cfg), outputs_node(cfg)
+    if test is not None:
+        return test.INSTANCE_ON, test.SEMANTIC_ON, test.PANOPTIC_ON
+    if name == "PanopticFPN":
+        return True, True, cfg.MODEL.PANOPTIC_FPN.COMBINE.ENABLED
+    return _DETECTRON2_OUTPUTS.get(name, (True, True, True))
 
 
 def outputs_node(cfg: Any) -> Any:
