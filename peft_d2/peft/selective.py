@@ -78,7 +78,7 @@ class NormTuning(_ByParameter):
     """
 
     name = "norm"
-    nothing = "no norm has parameters"
+    nothing = "no norm has parameters (a FrozenBatchNorm2d holds buffers: MODEL.RESNETS.NORM BN)"
 
     def wants(self, module: nn.Module, name: str) -> bool:
         return isinstance(module, _NORMS) or "Norm" in base_class(module).__name__

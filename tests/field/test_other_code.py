@@ -418,3 +418,9 @@ def test_a_model_that_refuses_its_own_values_cannot_be_proved_live(images: Tenso
         model.conv.bias[0] = torch.nan
     with pytest.raises(peft.LivenessError, match=r"Inf/NaN.*conv\.bias hold values that are not finite"):
         peft_d2.prove_live(model, images)
+
+
+def test_frozen_norms_of_detectron2_are_named_with_what_to_build_in_their_place() -> None:
+    layers = pytest.importorskip("detectron2.layers")
+    with pytest.raises(peft.MethodError, match=r"no norm has parameters \(a FrozenBatchNorm2d.*NORM BN\) in 0"):
+        peft_d2.inject(nn.Sequential(layers.FrozenBatchNorm2d(3)), [{"NAME": "norm", "TARGETS": ["0"]}])
