@@ -9,7 +9,7 @@ import contextlib
 import logging
 import os
 from collections import OrderedDict
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from math import isclose
 from pathlib import Path
@@ -127,8 +127,9 @@ def require_trained(model: nn.Module, report: LoadReport) -> None:
 
 
 def save_adapter(
-    model: nn.Module, folder: str | os.PathLike[str], metrics: Mapping[str, Any] | None = None, name: str | None = None
-) -> None:
+    model: nn.Module, folder: str | os.PathLike[str], metrics: Mapping[str, Any] | None = None,
+    name: str | None = None, classes: Sequence[str] | None = None,
+) -> None:  # fmt: skip
     """Write an adapter and the modules trained in full; an earlier adapter in that folder is replaced as a whole.
 
     Args:
@@ -137,24 +138,28 @@ def save_adapter(
             empty one, or one that holds nothing but these three.
         metrics: what was measured, stored with it.
         name: which adapter; the active one when None.
+        classes: names of the classes that it was trained on, by the model's indices. None: those that are known, from
+            the config (``PEFTModel``) or from the folder that the adapter was loaded from.
     Of a model under FSDP's ``fully_shard`` every process must call this; the first one writes.
 
     Raises:
-        ValueError: the model has no injection.
+        ValueError: the model has no injection, or `classes` are no names.
         InjectionError: the model is a wrapper around one that has none, or what was injected is no longer in it.
         peft_d2.storage.StorageError: the folder holds other files, or the disk is full; what was there before stays.
     """
-    stored = _stored(model, metrics, name)
+    stored = _stored(model, metrics, name, classes)
     if not peft.is_sharded(model) or torch.distributed.get_rank() == 0:
         adapter_file.write(folder, **stored)
 
 
 def adapter_contents(model: nn.Module, metrics: Mapping[str, Any] | None = None) -> dict[str, bytes]:
     """The files that `save_adapter` writes, by name: for a caller that stores more beside them."""
-    return adapter_file.contents(**_stored(model, metrics, None))
+    return adapter_file.contents(**_stored(model, metrics, None, None))
 
 
-def _stored(model: nn.Module, metrics: Mapping[str, Any] | None, name: str | None) -> dict[str, Any]:
+def _stored(
+    model: nn.Module, metrics: Mapping[str, Any] | None, name: str | None, classes: Sequence[str] | None
+) -> dict[str, Any]:
     """What an adapter's files hold, as `adapter_file.write` takes it."""
     model = _root(model)
     injection = peft.get_injection(model)
@@ -179,6 +184,7 @@ def _stored(model: nn.Module, metrics: Mapping[str, Any] | None, name: str | Non
         "modules": [(path, module) for path, module, _ in walk(model)],
         "started_from": injection.adapters[name].started_from,
         "pixels": _pixels(model),
+        "classes": injection.adapters[name].classes if classes is None else classes,
     }
 
 
@@ -198,7 +204,7 @@ def load_adapter(
         allow_other_base: only warn when the base has other tensors than the adapter was made for.
 
     Returns:
-        what the file holds: methods, metrics, fingerprint.
+        what the file holds: methods, metrics, fingerprint, names of classes.
 
     Raises:
         AdapterFileError: the files are missing or damaged, or belong to another base, rank, or method. The model is
@@ -244,6 +250,7 @@ def load_adapter(
         logger.info("%s was written by Hugging Face peft: it does not say for which base", folder)
     record = injected(model)[1].adapters[name]
     record.started_from = pinned or content.started_from
+    record.classes = list(content.classes)
     record.base = content.base if other_classes and not allow_other_base else None
     _say_in_effect(model, content, folder, name)
     _warn_of_other_pixels(model, content, folder)

@@ -23,6 +23,7 @@ from PIL import Image, ImageDraw
 from pycocotools import mask as coco_mask
 
 import peft_d2
+from peft_d2 import peft
 from peft_d2.data.images import image_size, visible
 from peft_d2.data.segmentation import mask_outlines, mask_to_polygons
 from peft_d2.engine.checks import build_model
@@ -88,7 +89,7 @@ def picture(args: argparse.Namespace) -> list[Path]:
     boxes = read_boxes(args.boxes, images) if args.boxes else None
     if args.adapters and (args.json or args.results or args.polygons):
         raise ConfigError("--adapters draws several models' instances; --json, --results and --polygons take one's.")
-    cfg, adapters = prepare_config(args), read_adapters(args.adapters)
+    cfg, adapters = prepare_config(args, reads=()), read_adapters(args.adapters)
     _check_headers(images)
     predictor = Predictor(cfg, adapters)
     if predictor.prompted != (boxes is not None):
@@ -324,12 +325,14 @@ def read_adapters(arguments: list[str]) -> dict[str, Path]:
 
 
 def classes_of_run(folder: Path, default: Any) -> Any:
-    """Metadata of the data that an adapter was trained on, if its run's config.yaml lies beside it and names them."""
-    from detectron2.data import MetadataCatalog
+    """Names of the classes that an adapter was trained on, from itself or from its run's config.yaml beside it."""
+    from detectron2.data import Metadata, MetadataCatalog
 
     from peft_d2.data.registration import register_from_config
     from peft_d2.engine.config import load_config
 
+    if classes := adapter_file.classes_of(folder):
+        return Metadata(thing_classes=classes, stuff_classes=classes)
     file = folder.parent / "config.yaml"
     if not file.is_file():
         return default
@@ -367,7 +370,9 @@ class Predictor:
         warn_of_untrained(cfg, self.model, checkpointer.names())
         names = (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)  # the model's classes are those trained on
         self.metadata = MetadataCatalog.get(names[0] if names else "__unnamed__")
+        injection = peft.get_injection(self.model)
         scored = list(getattr(self.model, "class_names", ()))  # of a model that is told its classes by name
+        scored = scored or (list(injection.current.classes) if injection else [])
         if scored and scored not in (self.metadata.get("stuff_classes"), self.metadata.get("thing_classes")):
             self.metadata = Metadata(thing_classes=scored, stuff_classes=scored)
         self.base = self.model

@@ -132,7 +132,7 @@ def main(arguments: list[str] | None = None) -> None:
     args = evaluate_parser().parse_args(arguments)
 
     def run() -> None:
-        cfg = prepare_config(args)
+        cfg = prepare_config(args, reads=("TEST",))
         if not cfg.DATASETS.TEST:
             raise ConfigError("DATASETS.TEST is empty: name a data set, or --val-json and --val-images.")
         own, graphs = compare(cfg, args.model)

@@ -211,6 +211,8 @@ def adapter_inputs(model: nn.Module, prefix: str) -> tuple[dict[str, Tensor], di
 
 def write(model: nn.Module, cfg: Any, path: Path, kind: str, size: tuple[int, int], with_adapter: bool) -> list[Path]:
     """Write the graphs of one model and what is needed to use them; returns the files."""
+    injection = get_injection(model)
+    trained_on = injection.current.classes if injection else []
     model = prepared(model, merged=not with_adapter)
     tensors, keys = adapter_inputs(model, "model.") if with_adapter else ({}, {})
     channels = len(cfg.MODEL.PIXEL_MEAN)
@@ -239,7 +241,8 @@ def write(model: nn.Module, cfg: Any, path: Path, kind: str, size: tuple[int, in
         classify = "softmax" if getattr(model, "softmax_classes", True) else "sigmoid"
         record |= {"model": type(model).__name__.removeprefix("Adapted"), "scores": classify}
         record["bicubic"], record["mask_quality"] = model.bicubic_results, model.mask_quality
-        record["classes"] = list(getattr(model, "class_names", ()) or getattr(model.metadata, "thing_classes", ()))
+        names = getattr(model, "class_names", ()) or getattr(model.metadata, "thing_classes", ())
+        record["classes"] = list(names or trained_on)
         image = 255 * torch.rand(2, channels, *size)
         graph = RawOutputs(model)
         with torch.no_grad():  # also makes class vectors that are made at their first use
@@ -266,7 +269,7 @@ def main(arguments: list[str] | None = None) -> None:
             raise ConfigError(
                 f"--output {args.output} is no earlier export, and would be written over. Choose another."
             )
-        cfg = prepare_config(args)
+        cfg = prepare_config(args, reads=())
         model = build_model(cfg).eval()
         checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, allow_other_base=cfg.MODEL.PEFT.ALLOW_OTHER_BASE)
         checkpointer.load(cfg.MODEL.WEIGHTS)

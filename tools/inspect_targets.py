@@ -39,7 +39,7 @@ def describe(args: argparse.Namespace) -> str:
     """The text that ``tools/inspect_targets.py`` prints."""
     from peft_d2 import peft
 
-    model = build_without_weights(prepare_config(args))
+    model = build_without_weights(prepare_config(args, reads=()))
     parts = [_matches(model, pattern) for pattern in args.pattern]
     if args.modules:
         parts.append(_modules(model))

@@ -52,7 +52,7 @@ def merge_adapter(args: argparse.Namespace) -> str:
         cfg = their_config(args.config_file, args.adders, args.opts)
     else:
         args.peft_config = ""
-        cfg = prepare_config(args)
+        cfg = prepare_config(args, reads=())
     if not cfg.MODEL.WEIGHTS:
         raise ConfigError("MODEL.WEIGHTS is empty: append MODEL.WEIGHTS and the base checkpoint to the command.")
     beside = convert.merged_place(args.output, cfg.MODEL.WEIGHTS, with_config=bool(args.adders))

@@ -44,6 +44,8 @@ class Model:
 
             stored = load_file(adapter / "adapter_model.safetensors")
             self.tensors = {name: stored[key] for name, key in keys.items()}
+            trained = json.loads((adapter / "peft_d2.json").read_text())
+            self.record["classes"] = trained.get("classes") or self.record.get("classes")
 
     def run(self, graph: int, **inputs: Array) -> list[Array]:
         """The outputs of one graph."""

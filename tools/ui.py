@@ -136,7 +136,7 @@ def serve(args: argparse.Namespace) -> None:
         raise ConfigError(
             f"the page needs gradio ({error}): pip install 'peft_d2[ui]', or pip install gradio."
         ) from error
-    predictor = Predictor(prepare_config(args), read_adapters(args.adapters))
+    predictor = Predictor(prepare_config(args, reads=()), read_adapters(args.adapters))
     try:
         # Fonts of the machine: the page loads nothing from elsewhere.
         theme = gradio.themes.Base(font=["system-ui", "sans-serif"], font_mono=["monospace"])

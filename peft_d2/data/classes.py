@@ -13,7 +13,7 @@ from typing import Any
 from peft_d2.data.config import CLASS_COUNT_KEYS, PROMPTED, published_name
 from peft_d2.data.images import DatasetError
 from peft_d2.data.registration import read_categories, register_from_config, require_registered
-from peft_d2.storage import CheckpointError
+from peft_d2.storage import CheckpointError, adapter_file
 
 _BY_CATEGORY = ("coco", "lvis")  # kinds of sets whose predictions are judged by category ids
 logger = logging.getLogger(__name__)
@@ -95,31 +95,39 @@ def check_classes(cfg: Any) -> None:
 
 
 def class_order(cfg: Any) -> list[str]:
-    """Names of the classes trained on, by the model's indices; none where they are not known yet, or are given to the
-    model otherwise (Segment Anything, SEEM).
+    """Names of the classes trained on, by the model's indices; none where they are not known yet, are given to the
+    model otherwise (Segment Anything, SEEM), or are not as many as the model has: the training set is another's then.
     """
-    metas = [_metadata(name) for name in cfg.DATASETS.TRAIN[:1] if published_name(cfg) not in ("SEEM", *PROMPTED)]
-    return [name for meta in metas for name in meta.get("thing_classes") or meta.get("stuff_classes", ())]
+    if not cfg.DATASETS.TRAIN or published_name(cfg) in ("SEEM", *PROMPTED):
+        return []
+    name, count = cfg.DATASETS.TRAIN[0], _class_count(cfg)
+    known, of_json = _metadata(name), _category_names(name) or {}
+    lists = [list(known.get(key, ())) for key in ("thing_classes", "stuff_classes")] + [list(of_json.values())]
+    return next((names for names in lists if names and count in (None, len(names))), [])
 
 
-def check_order(before: Any, cfg: Any) -> None:
+def check_order(before: Any, cfg: Any) -> list[str]:
     """Refuse classes that have changed places since ``before``, as in another export of the annotations; name others.
 
     Args:
-        before: what :func:`class_order` gave when a checkpoint was written, None in those that do not say.
+        before: what :func:`class_order` gave when a checkpoint was written; none in those that do not say.
+
+    Returns:
+        the model's classes from now on: the config's where they are known, else those of before.
 
     Raises:
         CheckpointError: they are the same in another order.
     """
     now = class_order(cfg)
     if not before or not now or before == now:
-        return
+        return now or list(before or ())
     if sorted(before) == sorted(now):
         raise CheckpointError(
             f"it was trained on the classes {before}, and {cfg.DATASETS.TRAIN[0]!r} has them in another order, {now}: "
             "what was learnt would be taken for other classes. Give the categories the ids that they had."
         )
     logger.warning("The classes were %s in the checkpoint and are %s now: is that a renaming?", before, now)
+    return now
 
 
 def _trained_classes(cfg: Any, tested: Mapping[int, str]) -> list[str]:
@@ -131,10 +139,17 @@ def _trained_classes(cfg: Any, tested: Mapping[int, str]) -> list[str]:
     if first is None or architecture in PROMPTED or "panoptic" in _metadata(first).get("evaluator_type", ""):
         return []
     found = list((_category_names(first) or {}).values()) or list(_metadata(first).get("thing_classes", ()))
-    key = CLASS_COUNT_KEYS.get(architecture)
-    count = len(found) if key is None else reduce(getitem, key.split("."), cfg)
-    other_model = count != len(found) and count == len(tested)  # the config's training set is not its own
-    return [] if other_model else found
+    count = _class_count(cfg)
+    other_model = count not in (None, len(found)) and count == len(tested)  # the config's training set is not its own
+    if other_model or not cfg.DATASETS.TRAIN:
+        return adapter_file.classes_of(cfg.MODEL.PEFT.WEIGHTS) or ([] if other_model else found)
+    return found
+
+
+def _class_count(cfg: Any) -> int | None:
+    """How many classes the config says that its model has; None where no key is known to say it."""
+    key = CLASS_COUNT_KEYS.get(published_name(cfg))
+    return None if key is None else reduce(getitem, key.split("."), cfg)
 
 
 def _unknown(name: str, names: Mapping[int, str], trained: Sequence[str]) -> list[str]:

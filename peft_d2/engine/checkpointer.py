@@ -6,7 +6,6 @@ mark of its run and its iteration, so that a run goes on from the newest of its 
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import logging
 import os
@@ -307,13 +306,6 @@ class Checkpointer(DetectionCheckpointer):
             shutil.rmtree(path)
         else:
             logger.warning("Checkpoint %s is kept: it holds %r, which is not part of one.", path, other)
-
-
-def trained_classes(folder: str) -> Any:
-    """What a checkpoint of a run says of its classes; None where it does not, or is none of a run."""
-    with contextlib.suppress(CheckpointError, OSError, AttributeError):
-        return read_file(Path(folder, TRAINING_STATE), values=False).get("trainer", {}).get("classes")
-    return None
 
 
 def teach_safetensors() -> None:

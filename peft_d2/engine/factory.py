@@ -51,7 +51,6 @@ def PEFTModel(cfg: Any) -> nn.Module:  # noqa: N802  the registry knows it by th
 
     from peft_d2 import adapters, peft
     from peft_d2.data.classes import check_order
-    from peft_d2.engine.checkpointer import trained_classes
 
     node = cfg.MODEL.PEFT
     _check(node, META_ARCH_REGISTRY)
@@ -64,9 +63,9 @@ def PEFTModel(cfg: Any) -> nn.Module:  # noqa: N802  the registry knows it by th
         adapters.load_layers(model, cfg.MODEL.WEIGHTS, layers)
     if node.WEIGHTS:
         adapters.load_adapter(model, node.WEIGHTS, allow_other_base=node.ALLOW_OTHER_BASE)
-        check_order(trained_classes(node.WEIGHTS), cfg)
     injection = peft.get_injection(model)
     assert injection is not None
+    injection.current.classes = check_order(injection.current.classes, cfg)
     injection.base_file = cfg.MODEL.WEIGHTS
     if report is not None:
         adapters.require_trained(model, report)

@@ -141,7 +141,7 @@ def run(args: argparse.Namespace) -> Any:
     """Train or evaluate in this process."""
     with contextlib.ExitStack() as stack:
         with _lines_held_back():
-            cfg = prepare_config(args)
+            cfg = prepare_config(args, reads=("TEST",) if args.eval_only else ("TRAIN", "TEST"))
             if args.resume:
                 _refuse_another_folder(cfg.OUTPUT_DIR, args.config_file)
             check_run(cfg, args.eval_only)
@@ -200,8 +200,11 @@ def warn_of_untrained(cfg: Any, model: torch.nn.Module, trained: Sequence[str]) 
         )
 
 
-def prepare_config(args: argparse.Namespace) -> Any:
+def prepare_config(args: argparse.Namespace, reads: Sequence[str] = ("TRAIN", "TEST")) -> Any:
     """The frozen config of a command line, data sets registered and class counts settled.
+
+    Args:
+        reads: whose sets the program is going to read. One's own sets of the other lists may be on another machine.
 
     Raises:
         ConfigError: anything that the user can put right.
@@ -212,8 +215,10 @@ def prepare_config(args: argparse.Namespace) -> Any:
         _take_own_data(loaded, args)
         _make_paths_absolute(loaded.cfg)
         loaded.cfg.MODEL.PEFT.WEIGHTS = hub.pinned(loaded.cfg.MODEL.PEFT.WEIGHTS)
+        trained_elsewhere = "TRAIN" in _leave_out_missing(loaded.cfg, reads)
         register_from_config(loaded.cfg)
-        apply_class_count(loaded.cfg, loaded.explicit)
+        if not trained_elsewhere:  # else the count is the one that the training wrote into its config
+            apply_class_count(loaded.cfg, loaded.explicit)
     except (ValueError, FileNotFoundError) as error:
         raise ConfigError(str(error)) from error
     loaded.cfg.freeze()
@@ -245,7 +250,8 @@ def _take_own_data(loaded: LoadedConfig, args: argparse.Namespace) -> None:
             raise ConfigError(f"--{split}-json and --{split}-images belong together: give both or none.")
         if json_path:
             name = f"{args.name}_{split}"
-            node.REGISTER = [*node.REGISTER, {"NAME": name, "JSON": json_path, "IMAGES": images}]
+            others = [entry for entry in node.REGISTER if not isinstance(entry, dict) or entry.get("NAME") != name]
+            node.REGISTER = [*others, {"NAME": name, "JSON": json_path, "IMAGES": images}]
             node[target] = (name,)
             loaded.explicit[f"DATASETS.{target}"] = 3
         elif target == "TEST" and others_data and loaded.explicit.get("DATASETS.TEST") != 2:
@@ -270,6 +276,33 @@ def _own_sets(args: argparse.Namespace) -> dict[str, tuple[dict[str, Any], Path]
         mapped = map_classes(read_class_map(class_map), *(data for data, _ in sets.values()))
         sets = {split: (data, root) for data, (split, (_, root)) in zip(mapped, sets.items(), strict=True)}
     return sets
+
+
+def _leave_out_missing(cfg: Any, reads: Sequence[str]) -> set[str]:
+    """Take one's own sets out of the config that nothing reads and that are not on this machine.
+
+    Returns:
+        the lists that were left with fewer sets, of TRAIN and TEST.
+    """
+    node, splits = cfg.DATASETS, ("TRAIN", "TEST")
+    needed = {name for split in reads for name in node[split]}
+    missing = {
+        str(entry["NAME"]): str(entry["JSON"])
+        for entry in node.REGISTER
+        if isinstance(entry, dict) and {"NAME", "JSON", "IMAGES"} <= entry.keys() and entry["NAME"] not in needed
+        if not (os.path.isfile(str(entry["JSON"])) and os.path.isdir(str(entry["IMAGES"])))
+    }
+    if not missing:
+        return set()
+    logger.warning(
+        "Not on this machine, and left out: %s. Names of classes are those that the adapter holds, if it holds any.",
+        ", ".join(f"data set {name!r} ({path})" for name, path in missing.items()),
+    )
+    node.REGISTER = [entry for entry in node.REGISTER if entry.get("NAME") not in missing]
+    shorter = {split for split in splits if not missing.keys().isdisjoint(node[split])}
+    for split in shorter:
+        node[split] = tuple(name for name in node[split] if name not in missing)
+    return shorter
 
 
 def _make_paths_absolute(cfg: Any) -> None:

@@ -325,7 +325,9 @@ class Trainer(DefaultTrainer):
                     f"the checkpoint has taken {iteration + 1} iterations and SOLVER.MAX_ITER is {self.max_iter}: "
                     "nothing is left to train. Raise it, or run without --resume in another OUTPUT_DIR."
                 )
-            check_order(state_dict.get("classes"), self.cfg)
+            classes = check_order(state_dict.get("classes"), self.cfg)
+            if injection := peft.get_injection(unwrapped(self.model)):
+                injection.current.classes = classes
             names = optimization.parameter_names(self.optimizer, unwrapped(self.model))
             optimization.restore_optimizer(self.optimizer, state_dict["optimizer"], names, state_dict.get("parameters"))
             optimization.restore_scheduler(self.scheduler, state_dict["scheduler"], self.optimizer)

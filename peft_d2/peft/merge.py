@@ -274,6 +274,8 @@ def combine_adapters(
     places = [({(p.name, p.method) for p in record.places}, record.full) for record in records.values()]
     if any(place != places[0] for place in places):
         raise InjectionError(f"{', '.join(weights)} do not adapt the same places and cannot be combined")
+    first = records[next(iter(weights))]
+    _compare_classes([record.classes for record in records.values() if record.classes])
     sources = [(weight, low_ranks(injection, adapter)) for adapter, weight in weights.items()]
     others = [(weight, _others(injection, adapter)) for adapter, weight in weights.items()]
     _refuse(sources, others, kind)
@@ -282,9 +284,9 @@ def combine_adapters(
     if kind == "svd":
         width = rank or max((len(item.lora_a) for _, factors in sources for item in factors.values()), default=0)
         pairs = {key: _nearest(*pair, width) for key, pair in pairs.items()}
-    first = records[next(iter(weights))]
     report = add_adapter(model, name, [_entry(entry, width) for entry in first.methods], first.train)
     record = injection.adapters[name]
+    record.classes = first.classes
     for key, target in low_ranks(injection, name).items():
         b, a = pairs[key]
         target.lora_a.zero_()
@@ -309,6 +311,16 @@ def _others(injection: Injection, adapter: str) -> dict[str, Tensor]:
         for local, value in module.peft_parameters(adapter).items()
         if id(value) not in inside
     }
+
+
+def _compare_classes(lists: Sequence[list[str]]) -> None:
+    """Refuse to combine adapters that were trained on the same classes in another order; say if they are others."""
+    for names in lists:
+        if names != lists[0]:
+            both = f"{shortened(lists[0], 5)} and {shortened(names, 5)}"
+            if sorted(names) == sorted(lists[0]):
+                raise InjectionError(f"adapters of the same classes in another order cannot be combined: {both}")
+            logger.warning("Adapters of other classes are combined, heads too if they are trained: %s.", both)
 
 
 def _refuse(sources: Sequence[Any], others: Sequence[Any], kind: str) -> None:

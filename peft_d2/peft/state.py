@@ -68,6 +68,7 @@ class AdapterRecord:
     values: dict[str, Tensor] = field(default_factory=dict, compare=False, repr=False)  # trained in full, by first name
     start: dict[str, str] = field(default_factory=dict, compare=False, repr=False)  # hashes of its tensors, untrained
     started_from: str = field(default="", compare=False)  # "user/name@commit" on the hub, if it was loaded from there
+    classes: list[str] = field(default_factory=list, compare=False)  # names of those trained on, where they are known
     base: Any = field(default=None, compare=False, repr=False)  # its file's fingerprint of a base of other class counts
 
     @property

@@ -41,8 +41,9 @@ logger = logging.getLogger(__name__)
 FORMAT, FORMAT_VERSION = "peft_d2-adapter", 1
 TENSORS, CONFIG, RECORD = FILES = "adapter_model.safetensors", "adapter_config.json", "peft_d2.json"
 # Of the record, where there is something to say: why Hugging Face's peft cannot open the folder as it is, which
-# commit of which adapter on the hub the training started from, and how the model takes its pixels.
-WHY_NOT_PEFT, STARTED_FROM, PIXELS = "why_not_peft", "started_from", "pixels"
+# commit of which adapter on the hub the training started from, how the model takes its pixels, and the names of the
+# classes that it was trained on.
+WHY_NOT_PEFT, STARTED_FROM, PIXELS, CLASSES = "why_not_peft", "started_from", "pixels", "classes"
 MARK = "peft_d2"  # in the tensors' header: tells our folder that lost its record from one of Hugging Face's
 PREFIX = "base_model.model."  # of all names in the file of tensors
 LORA, OWN = "LORA", "PEFT_D2"  # peft_type
@@ -57,8 +58,8 @@ _DAMAGED = "copy the folder again from where it was saved, or use an earlier che
 _AGAIN = "save the adapter again with this version of peft_d2"
 _TYPES = {"base": dict, "checksum": str, "files": dict, "format": str, "format_version": int, "methods": list,
           "metrics": dict, "peft_d2_version": str, "train": list,
-          WHY_NOT_PEFT: str, STARTED_FROM: str, PIXELS: dict}  # fmt: skip
-_ABSENT: dict[str, Any] = {WHY_NOT_PEFT: "", STARTED_FROM: "", PIXELS: {}}
+          WHY_NOT_PEFT: str, STARTED_FROM: str, PIXELS: dict, CLASSES: list}  # fmt: skip
+_ABSENT: dict[str, Any] = {WHY_NOT_PEFT: "", STARTED_FROM: "", PIXELS: {}, CLASSES: []}
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 # What `peft` adds below a module that it adapts; its `modules_to_save` are compared with these names, too.
 _LAYER_NAMES = [".base_layer", ".lora_embedding_A", ".lora_embedding_B"]
@@ -90,6 +91,7 @@ class AdapterFile:
         scales: path of each LoRA that `adapter_config.json` describes -> factor on its branch.
         started_from: `user/name@commit` of the adapter on the hub that its training started from, or "".
         pixels: `mean`, `std` and `format` (RGB or BGR) of the images that it was trained on, as far as they are known.
+        classes: names of the classes that it was trained on, by the model's indices; empty where they are not known.
     """
 
     tensors: dict[str, Tensor]
@@ -101,6 +103,7 @@ class AdapterFile:
     scales: dict[str, float]
     started_from: str = ""
     pixels: dict[str, Any] = dataclasses.field(default_factory=dict)
+    classes: tuple[str, ...] = ()
 
 
 def write(folder: str | os.PathLike[str], tensors: Mapping[str, Tensor], **described: Any) -> None:
@@ -134,6 +137,7 @@ def contents(
     modules: Modules = (),
     started_from: str = "",
     pixels: Mapping[str, Any] | None = None,
+    classes: Sequence[str] = (),
 ) -> dict[str, bytes]:
     """The three files of an adapter, by name.
 
@@ -148,10 +152,13 @@ def contents(
 
     if problem := unstorable(tensors):
         raise ValueError(problem)
+    if isinstance(classes, str) or not all(isinstance(label, str) for label in classes):
+        raise ValueError(f"classes are {classes!r:.80}; expected a list of names, in the order of the model's classes")
     config, reason = describe(tensors, base.tensors, scales or {}, modules)
     lora_scales(tensors, config)  # what could not be read is not written
     stored = disk.dump_tensors(to_file(tensors), {MARK: str(FORMAT_VERSION)})
     data = {TENSORS: stored, CONFIG: disk.dump_json(config)}
+    optional = {WHY_NOT_PEFT: reason, STARTED_FROM: started_from, PIXELS: pixels, CLASSES: list(classes)}
     record = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -161,7 +168,7 @@ def contents(
         "base": base.to_json(),
         "metrics": disk.plain(dict(metrics or {}), "the metrics"),
         "files": {name: {"bytes": len(content), "sha256": disk.sha256(content)} for name, content in data.items()},
-        **{k: said for k, said in ((WHY_NOT_PEFT, reason), (STARTED_FROM, started_from), (PIXELS, pixels)) if said},
+        **{key: said for key, said in optional.items() if said},
     }
     try:
         return {**data, RECORD: disk.sign(record)}
@@ -227,6 +234,13 @@ def read(folder: str | os.PathLike[str]) -> AdapterFile:
     return _read(root)
 
 
+def classes_of(folder: str | os.PathLike[str]) -> list[str]:
+    """Names of the classes that an adapter was trained on; none where its record does not say or cannot be read."""
+    with contextlib.suppress(AdapterFileError):
+        return list(_read_record(Path(resolved(folder)[0], RECORD))[CLASSES])
+    return []
+
+
 def _refuse_other_folder(root: Path) -> None:
     """Say what a folder without a record is, where more than the record is not as it should be."""
     there = [name for name in (CONFIG, TENSORS) if os.path.lexists(root / name)]
@@ -279,7 +293,7 @@ def _read(root: Path) -> AdapterFile:
         scales, base = lora_scales(tensors, config), Fingerprint.from_json(record["base"])
     return AdapterFile(
         tensors, record["methods"], tuple(record["train"]), base, record["metrics"], record["peft_d2_version"], scales,
-        record[STARTED_FROM], record[PIXELS],
+        record[STARTED_FROM], record[PIXELS], tuple(record[CLASSES]),
     )  # fmt: skip
 
 
@@ -302,7 +316,7 @@ def _read_record(path: Path) -> dict[str, Any]:
         and record["files"].keys() == {TENSORS, CONFIG}  # fixed names: none can point elsewhere
         and all(_has_types(entry, {"bytes": int, "sha256": str}) for entry in record["files"].values())
         and all(isinstance(method, dict) for method in record["methods"])
-        and all(isinstance(pattern, str) for pattern in record["train"])
+        and all(isinstance(text, str) for text in (*record["train"], *record[CLASSES]))
         and _are_pixels(record[PIXELS])
     ):
         raise AdapterFileError(path, "it is not the record of a peft_d2 adapter", _AGAIN)

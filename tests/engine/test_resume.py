@@ -20,6 +20,7 @@ from peft_d2.engine.errors import ConfigError, is_expected
 from peft_d2.engine.trainer import Trainer
 from peft_d2.peft import LivenessError, NotLive
 from peft_d2.storage import AdapterFileError, CheckpointError
+from peft_d2.storage.adapter_file import classes_of
 
 from .test_training import StopAfter, assert_equal, train, trained
 
@@ -157,12 +158,26 @@ def test_classes_that_have_changed_places(
         Trainer(stopped()).load_state_dict({**state, "classes": ["square", "circle", "triangle"]})
     Trainer(stopped()).load_state_dict({**state, "classes": ["disc", "square", "triangle"]})
     assert "The classes were ['disc', " in caplog.text
-    cfg = stopped("MODEL.PEFT.WEIGHTS", tmp_path / "adapter_0000002")
+    adapter = tmp_path / "adapter_0000002"
+    for file in adapter.glob("training_state*"):
+        file.unlink()  # as an adapter goes from person to person
+    cfg = stopped("MODEL.PEFT.WEIGHTS", adapter)
     Trainer.build_model(cfg)
     known = MetadataCatalog.get(cfg.DATASETS.TRAIN[0]).__dict__
     monkeypatch.setitem(known, "thing_classes", ["triangle", "square", "circle"])
     with pytest.raises(CheckpointError, match="has them in another order"):
         Trainer.build_model(cfg)
+
+
+def test_an_adapter_has_the_classes_of_its_runs_config(
+    stopped: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = stopped()
+    names = ["disc", "square", "triangle"]
+    monkeypatch.setitem(MetadataCatalog.get(cfg.DATASETS.TRAIN[0]).__dict__, "thing_classes", names)
+    train(cfg, resume=True)
+    assert classes_of(tmp_path / "adapter_0000002") == ["circle", "square", "triangle"]
+    assert classes_of(tmp_path / "adapter_final") == names
 
 
 def test_a_state_of_an_earlier_release_resumes(stopped: Callable[..., Any], tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from detectron2 import model_zoo  # noqa: E402
 from detectron2.data import DatasetCatalog, MetadataCatalog  # noqa: E402
 from detectron2.data.datasets import register_coco_instances  # noqa: E402
 from detectron2.data.datasets.coco import load_sem_seg  # noqa: E402
+from detectron2.modeling import build_model  # noqa: E402
 from detectron2.structures import Boxes, Instances  # noqa: E402
 from pycocotools.coco import COCO  # noqa: E402
 from pycocotools.cocoeval import COCOeval  # noqa: E402
@@ -39,6 +40,7 @@ from peft_d2.evaluation import lvis  # noqa: E402
 from peft_d2.evaluation.build import build_evaluator  # noqa: E402
 from peft_d2.evaluation.coco import evaluate_coco  # noqa: E402
 from peft_d2.evaluation.panoptic import PanopticQualityEvaluator  # noqa: E402
+from peft_d2.storage.adapter_file import classes_of  # noqa: E402
 
 from .conftest import TINY, Own  # noqa: E402
 
@@ -1056,3 +1058,32 @@ def test_panoptic_sets_are_checked_before_training(tmp_path, name, caplog, tool)
         evaluator = PanopticQualityEvaluator(data_set)
         evaluator.process(records(), [{"panoptic_seg": (torch.from_numpy(ids), found)}])
         assert evaluator.evaluate()["panoptic_seg"]["PQ"] == 100
+
+
+def test_classes_of_an_adapter_whose_training_set_is_elsewhere(own, tmp_path):
+    """The adapter says what its indices stand for; the test set of whoever got it has them in another order."""
+    test = own("test", seed=1).change(PAIRED["another order"])
+    cfg = _config(None, test)
+    model = build_model(cfg)
+    peft_d2.inject(model, train=["class_embed"])
+    peft_d2.save_adapter(model, tmp_path / "adapter", classes=TRAINED)
+    assert _perfect(cfg, cfg.DATASETS.TEST[0], test.data)["segm"]["AP"] < 50
+    cfg.MODEL.PEFT.WEIGHTS = str(tmp_path / "adapter")
+    assert _perfect(cfg, cfg.DATASETS.TEST[0], test.data)["segm"]["AP"] == pytest.approx(100)
+
+
+@pytest.mark.parametrize("name", ["registered by Detectron2", "registered by us"])
+def test_an_adapter_of_a_config_knows_its_classes(own, tmp_path, name):
+    train = own("train")
+    cfg = _config(train)
+    if name == "registered by Detectron2":  # which reads the names when it reads the images
+        cfg.DATASETS.TRAIN = (f"foreign {cfg.DATASETS.TRAIN[0]}",)
+        register_coco_instances(cfg.DATASETS.TRAIN[0], {}, str(train.json), str(train.images))
+    cfg.MODEL.PEFT.META_ARCHITECTURE, cfg.MODEL.META_ARCHITECTURE = cfg.MODEL.META_ARCHITECTURE, "PEFTModel"
+    cfg.MODEL.PEFT.TRAIN = ["class_embed"]
+    model = build_model(cfg)
+    peft_d2.save_adapter(model, tmp_path / "adapter")
+    assert classes_of(tmp_path / "adapter") == list(TRAINED)
+    torch.save({"model": model.state_dict()}, tmp_path / "model_final.pth")
+    peft_d2.take_adapter(cfg, tmp_path / "model_final.pth", tmp_path / "taken")
+    assert classes_of(tmp_path / "taken") == list(TRAINED)

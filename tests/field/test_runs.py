@@ -185,6 +185,46 @@ def test_what_a_folder_holds_is_said_before_it_is_written_over(own: Any, tool: A
         assert code == 0 and len(warned) == bool(said) and re.search(said, "".join(warned)), text
 
 
+def test_a_runs_config_on_a_machine_without_its_data(
+    own: Any, tool: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An adapter goes to somebody with its config.yaml and base: nothing but training reads the training set."""
+    test, base, adapter = own("elsewhere", seed=2), tmp_path / "base.pth", tmp_path / "run" / "adapter"
+    code, text = tool("train_net", *_options(own, tmp_path / "run"), "MODEL.WEIGHTS", "")
+    assert code == 0, text
+    model = build_model(load_config(str(tmp_path / "run" / "config.yaml")).cfg)
+    torch.save({"model": model.state_dict()}, base)
+    peft_d2.inject(model, [{"NAME": "lora", "RANK": 2, "TARGETS": ["qkv"]}], train=["class_embed"])
+    peft_d2.save_adapter(model, adapter, classes=["circle", "square", "triangle"])
+    for name in ("train", "val"):
+        shutil.rmtree(tmp_path / name, ignore_errors=True)
+    config, weights = ["--config-file", tmp_path / "run" / "config.yaml"], ["MODEL.WEIGHTS", base]
+    opts = ["MODEL.META_ARCHITECTURE", "PEFTModel", "MODEL.PEFT.META_ARCHITECTURE", "PD2MaskFormer",
+            "MODEL.PEFT.WEIGHTS", adapter, *weights]  # fmt: skip
+    found = tmp_path / "found.json"
+    code, text = tool("demo", *config, "--input", test.images, "--output", tmp_path / "drawn", "--json", found,
+                      "--opts", *opts)  # fmt: skip
+    assert code == 0 and "Not on this machine, and left out: data set" in caplog.text, text
+    assert [row["name"] for row in json.loads(found.read_text())["categories"]] == ["circle", "square", "triangle"]
+    code, text = tool("merge_adapter", *config, "--adapter", adapter, "--output", tmp_path / "merged.pth", *weights)
+    assert code == 0, text
+    code, text = tool("train_net", *config, "--eval-only", "--val-json", test.json, "--val-images", test.images, *opts)
+    assert code == 0 and "inference/own_val/report.html" in text, text
+    code, text = tool("train_net", *config)
+    assert code == 1 and "annotations.json' is no file" in text, text
+
+
+def test_another_set_under_the_name_of_the_configs_own(own: Any, tmp_path: Path) -> None:
+    """As where a run's config is evaluated on another json: both are called own_val."""
+    before, after, name = own("before"), own("after", seed=1), f"field_{uuid.uuid4().hex}"
+    entry = {"NAME": f"{name}_val", "JSON": str(before.json), "IMAGES": str(before.images)}
+    (tmp_path / "config.yaml").write_text(f"{BASE}DATASETS: {{REGISTER: [{json.dumps(entry)}], TEST: [{name}_val]}}")
+    sets = ["--val-json", str(after.json), "--val-images", str(after.images), "--name", name, "--eval-only"]
+    args = launch.training_parser().parse_args(["--config-file", str(tmp_path / "config.yaml"), *sets])
+    cfg = launch.prepare_config(args, reads=("TEST",))
+    assert cfg.DATASETS.REGISTER == [{**entry, "JSON": str(after.json), "IMAGES": str(after.images)}]
+
+
 LORA = "[{'NAME': 'lora', 'RANK': 2, 'TARGETS': ['qkv']}]"
 
 

@@ -339,3 +339,34 @@ def test_a_merged_file_has_the_versions_of_the_bases_modules(tmp_path: Path) -> 
     model = trained("attention")
     save_merged(model, tmp_path / "merged.pth")
     assert torch.load(tmp_path / "merged.pth")["model"]._metadata == base().state_dict()._metadata
+
+
+def test_names_of_classes_go_with_an_adapter(tmp_path: Path) -> None:
+    """So that whoever gets the folder alone can tell what its head's rows stand for."""
+    model, fresh = trained("heads"), base()
+    save_adapter(model, tmp_path / "unknown")
+    save_adapter(model, tmp_path / "known", classes=["car", "bus", "tram"])
+    assert load_adapter(fresh, tmp_path / "unknown").classes == ()
+    assert load_adapter(fresh, tmp_path / "known").classes == ("car", "bus", "tram")
+    save_adapter(fresh, tmp_path / "again")
+    assert adapter_file.classes_of(tmp_path / "again") == ["car", "bus", "tram"]
+    assert adapter_file.classes_of(tmp_path / "unknown") == adapter_file.classes_of(tmp_path) == []
+    for wrong in ("car", [1, 2, 3]):
+        with pytest.raises(ValueError, match="classes are .*; expected a list of names"):
+            save_adapter(model, tmp_path / "wrong", classes=wrong)  # type: ignore[arg-type]
+
+
+def test_heads_of_classes_in_another_order_are_not_combined(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    names = {"a": ["car", "bus", "tram"], "b": ["bus", "car", "tram"], "c": ["cat", "dog", "cow"]}
+    model = base()
+    for seed, (name, classes) in enumerate(names.items()):
+        save_adapter(trained("heads", seed), tmp_path / name, classes=classes)
+        load_adapter(model, tmp_path / name, name)
+    with pytest.raises(
+        peft.InjectionError, match="another order cannot be combined: car, bus, tram and bus, car, tram"
+    ):
+        peft.combine_adapters(model, {"a": 0.5, "b": 0.5}, "mix")
+    peft.combine_adapters(model, {"a": 0.5, "c": 0.5}, "mix")
+    assert "Adapters of other classes are combined" in caplog.text
+    save_adapter(model, tmp_path / "mix", name="mix")
+    assert adapter_file.classes_of(tmp_path / "mix") == names["a"]
