@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from peft_d2 import peft
+from peft_d2.adapters import adapter_contents
 from peft_d2.engine.checks import build_model
 from peft_d2.engine.errors import ConfigError, bounded, one_line_errors, require_output
 from peft_d2.engine.launch import config_parser, prepare_config, take_pairs, warn_of_untrained
@@ -213,6 +214,7 @@ def write(model: nn.Module, cfg: Any, path: Path, kind: str, size: tuple[int, in
     """Write the graphs of one model and what is needed to use them; returns the files."""
     injection = get_injection(model)
     trained_on = injection.current.classes if injection else []
+    adapter = json.loads(adapter_contents(model)[adapter_file.RECORD]) if injection and with_adapter else {}
     model = prepared(model, merged=not with_adapter)
     tensors, keys = adapter_inputs(model, "model.") if with_adapter else ({}, {})
     channels = len(cfg.MODEL.PIXEL_MEAN)
@@ -221,6 +223,8 @@ def write(model: nn.Module, cfg: Any, path: Path, kind: str, size: tuple[int, in
         "resize": [cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST], "top_k": cfg.TEST.DETECTIONS_PER_IMAGE,
         "pad": [0.0] * channels if getattr(model, "pads_with_black", False) else list(cfg.MODEL.PIXEL_MEAN),
     }  # fmt: skip
+    if adapter:  # of other adapters the graph computes something else
+        record["adapter"] = {"methods": adapter["methods"], "base": {"weights": adapter["base"]["weights"]}}
     files = [path]
     if isinstance(model, SegmentAnything):
         side = model.image_size

@@ -18,9 +18,12 @@ from typing import Any
 
 import numpy as np
 import onnxruntime
-from PIL import Image
+from PIL import Image, ImageOps
 
 Array = np.ndarray[Any, Any]
+# Keys of an adapter's methods that do not say what its tensors mean.
+_FREE = {"TARGETS", "EXCLUDE", "DROPOUT", "INIT", "OUTPUTS"}
+_TENSORS, _RECORD = "adapter_model.safetensors", "peft_d2.json"
 
 
 class Model:
@@ -40,12 +43,24 @@ class Model:
         if keys := self.record["adapter_inputs"]:
             if adapter is None:
                 raise SystemExit(f"error: {path} takes an adapter's tensors as inputs: name its folder, --adapter DIR")
-            from safetensors.numpy import load_file
+            self._take(adapter, keys)
+        elif adapter is not None:
+            raise SystemExit(f"error: {path} has its adapter merged in and takes no other: export it --adapter-inputs")
 
-            stored = load_file(adapter / "adapter_model.safetensors")
-            self.tensors = {name: stored[key] for name, key in keys.items()}
-            trained = json.loads((adapter / "peft_d2.json").read_text())
-            self.record["classes"] = trained.get("classes") or self.record.get("classes")
+    def _take(self, adapter: Path, keys: dict[str, str]) -> None:
+        """Read an adapter's tensors, refusing those that the graph would compute something else with."""
+        from safetensors.numpy import load_file
+
+        if missing := [name for name in (_TENSORS, _RECORD) if not (adapter / name).is_file()]:
+            raise SystemExit(f"error: --adapter {adapter}: no folder of an adapter, it lacks {missing[0]}")
+        stored, trained = load_file(adapter / _TENSORS), json.loads((adapter / _RECORD).read_text())
+        if stored.keys() != set(keys.values()) or _meaning(trained) != _meaning(self.record.get("adapter", trained)):
+            raise SystemExit(
+                f"error: --adapter {adapter}: it has other methods, modules or another base than the adapter that "
+                "was exported; export this one"
+            )
+        self.tensors = {name: stored[key] for name, key in keys.items()}
+        self.record["classes"] = trained.get("classes") or self.record.get("classes")
 
     def run(self, graph: int, **inputs: Array) -> list[Array]:
         """The outputs of one graph."""
@@ -122,6 +137,23 @@ class Model:
         return resize(padded[:, : inside[0], : inside[1]], *output)
 
 
+def _meaning(trained: dict[str, Any]) -> tuple[str, list[dict[str, Any]]]:
+    """What an adapter's tensors are a change of, and how: its base, and its methods."""
+    methods = [{key: value for key, value in method.items() if key not in _FREE} for method in trained["methods"]]
+    return trained["base"]["weights"], methods
+
+
+def read_picture(path: Path) -> Image.Image:
+    """A picture of 8 bits a channel, turned as its EXIF says."""
+    try:
+        image = ImageOps.exif_transpose(Image.open(path))
+    except OSError as error:
+        raise SystemExit(f"error: {path}: {error.strerror or error}") from error
+    if image.mode.startswith(("I", "F")):
+        raise SystemExit(f"error: {path}: more than 8 bits a channel ({image.mode}); convert it to 8 bits")
+    return image
+
+
 def resize(maps: Array, height: int, width: int) -> Array:
     """Bilinear, from pixel centre to pixel centre, without antialiasing: (M, h, w) -> (M, height, width)."""
     for axis, size in ((1, height), (2, width)):
@@ -152,10 +184,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--box", type=float, nargs=4, action="append", metavar=("X0", "Y0", "X1", "Y1"))
     parser.add_argument("--confidence-threshold", type=float, default=0.5)
     args = parser.parse_args(arguments)
-    try:
-        image = Image.open(args.image)
-    except OSError as error:
-        raise SystemExit(f"error: {args.image}: {error.strerror or error}") from error
+    suffix = args.output.suffix.lower()
+    if suffix not in Image.registered_extensions() or not args.output.parent.is_dir():
+        raise SystemExit(f"error: --output {args.output}: expected a picture's name, .png say, in a folder that exists")
+    image = read_picture(args.image)
     model = Model(args.model, args.adapter)
     scores, classes, masks = model.predict(image, np.array(args.box) if args.box else None)
     kept = scores >= args.confidence_threshold

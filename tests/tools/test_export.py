@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -161,6 +162,42 @@ def test_the_server_says_in_one_line_what_is_missing(tmp_path: Path) -> None:
         serve_onnx.Image.new("RGB", (8, 8)).save(tmp_path / "b.png")
         with pytest.raises(SystemExit, match=f"^error: .*{said}"):
             serve_onnx.main([str(tmp_path / "m.onnx"), str(tmp_path / picture), "--output", str(tmp_path / "c.png")])
+
+
+@torch.no_grad()
+def test_the_server_refuses_adapters_that_the_graph_is_not_of(tmp_path: Path) -> None:
+    """Another alpha or base changes no shape: what was served was noise."""
+    cfg = build("tiny")[0]
+    export.write(adapted(tmp_path / "first", 1), cfg, tmp_path / "m.onnx", "onnx", (64, 64), with_adapter=True)
+    other = adapted(tmp_path / "second", 2)
+    for name, value in (("alpha", 3.0), ("base", None)):
+        shutil.copytree(tmp_path / "second", tmp_path / name)
+        record = json.loads((tmp_path / "second" / "peft_d2.json").read_text())
+        if value:
+            record["methods"][0]["ALPHA"] = value
+        else:
+            record["base"]["weights"] = "0" * 64
+        (tmp_path / name / "peft_d2.json").write_text(json.dumps(record))
+    (tmp_path / "empty").mkdir()
+    for name, said in (("alpha", "other methods"), ("base", "another base"), ("empty", "it lacks adapter_model")):
+        with pytest.raises(SystemExit, match=f"^error: --adapter .*{name}: .*{said}"):
+            serve_onnx.Model(tmp_path / "m.onnx", tmp_path / name)
+    export.write(other, cfg, tmp_path / "merged.onnx", "onnx", (64, 64), with_adapter=False)
+    with pytest.raises(SystemExit, match="has its adapter merged in and takes no other"):
+        serve_onnx.Model(tmp_path / "merged.onnx", tmp_path / "first")
+
+
+def test_the_server_reads_pictures_as_the_model_does(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a phone that was held upright
+    Image.new("RGB", (8, 4)).save(tmp_path / "phone.jpg", exif=exif)
+    assert serve_onnx.read_picture(tmp_path / "phone.jpg").size == (4, 8)
+    Image.new("I;16", (8, 8)).save(tmp_path / "deep.png")
+    with pytest.raises(SystemExit, match="error: .*deep.png: more than 8 bits a channel"):
+        serve_onnx.read_picture(tmp_path / "deep.png")
+    for output in ("out.txt", "nowhere/out.png"):
+        with pytest.raises(SystemExit, match="error: --output .*expected a picture's name"):
+            serve_onnx.main(["m.onnx", str(tmp_path / "phone.jpg"), "--output", str(tmp_path / output)])
 
 
 @torch.no_grad()
