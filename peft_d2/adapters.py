@@ -320,7 +320,8 @@ def save_merged(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """
     require_torch_name(path)
     model = _root(model)
-    was_merged = injected(model)[1].merged
+    injection = injected(model)[1]
+    was_merged, classes = injection.merged, injection.current.classes
     peft.merge_whole(model)
     try:
         own, others = model.state_dict(), peft.injected_keys(model)  # of other adapters
@@ -330,7 +331,8 @@ def save_merged(model: nn.Module, path: str | os.PathLike[str]) -> None:
         versions = getattr(own, "_metadata", {})  # none where a model makes its state dict itself
         state._metadata = {name: entry for name, entry in versions.items() if name in modules}
         with disk.file(path) as temporary:
-            torch.save({"model": state, "__author__": "peft_d2"}, temporary)
+            known = {"classes": classes} if classes else {}
+            torch.save({"model": state, "__author__": "peft_d2", **known}, temporary)
     except BaseException:
         if not was_merged:
             peft.unmerge(model)

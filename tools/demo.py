@@ -352,7 +352,7 @@ class Predictor:
         from detectron2.data import transforms as T
 
         from peft_d2.data.augmentation import LongestSide, keep_a_pixel
-        from peft_d2.engine.checkpointer import Checkpointer
+        from peft_d2.engine.checkpointer import Checkpointer, trained_classes
         from peft_d2.evaluation.tiling import inference_model
         from peft_d2.models.sam.model import SegmentAnything
 
@@ -372,7 +372,7 @@ class Predictor:
         self.metadata = MetadataCatalog.get(names[0] if names else "__unnamed__")
         injection = peft.get_injection(self.model)
         scored = list(getattr(self.model, "class_names", ()))  # of a model that is told its classes by name
-        scored = scored or (list(injection.current.classes) if injection else [])
+        scored = scored or (injection.current.classes if injection else trained_classes(cfg.MODEL.WEIGHTS))
         if scored and scored not in (self.metadata.get("stuff_classes"), self.metadata.get("thing_classes")):
             self.metadata = Metadata(thing_classes=scored, stuff_classes=scored)
         self.base = self.model

@@ -26,6 +26,7 @@ from torch.func import functional_call
 
 from peft_d2 import peft
 from peft_d2.adapters import adapter_contents
+from peft_d2.engine.checkpointer import trained_classes
 from peft_d2.engine.checks import build_model
 from peft_d2.engine.errors import ConfigError, bounded, one_line_errors, require_output
 from peft_d2.engine.launch import config_parser, prepare_config, take_pairs, warn_of_untrained
@@ -213,7 +214,7 @@ def adapter_inputs(model: nn.Module, prefix: str) -> tuple[dict[str, Tensor], di
 def write(model: nn.Module, cfg: Any, path: Path, kind: str, size: tuple[int, int], with_adapter: bool) -> list[Path]:
     """Write the graphs of one model and what is needed to use them; returns the files."""
     injection = get_injection(model)
-    trained_on = injection.current.classes if injection else []
+    trained_on = injection.current.classes if injection else trained_classes(cfg.MODEL.WEIGHTS)
     adapter = json.loads(adapter_contents(model)[adapter_file.RECORD]) if injection and with_adapter else {}
     model = prepared(model, merged=not with_adapter)
     tensors, keys = adapter_inputs(model, "model.") if with_adapter else ({}, {})

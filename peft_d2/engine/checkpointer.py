@@ -6,6 +6,7 @@ mark of its run and its iteration, so that a run goes on from the newest of its 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import os
@@ -306,6 +307,15 @@ class Checkpointer(DetectionCheckpointer):
             shutil.rmtree(path)
         else:
             logger.warning("Checkpoint %s is kept: it holds %r, which is not part of one.", path, other)
+
+
+def trained_classes(path: str) -> list[str]:
+    """Names of the classes that a whole model was trained on, of a run's or a merged checkpoint; none where unknown."""
+    with contextlib.suppress(CheckpointError, OSError, AttributeError):
+        content = read_file(path, values=False)
+        names = content["classes"] if "classes" in content else content.get("trainer", {}).get("classes")
+        return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else []
+    return []
 
 
 def teach_safetensors() -> None:

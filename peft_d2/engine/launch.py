@@ -22,11 +22,12 @@ from detectron2.utils.collect_env import collect_env_info
 from detectron2.utils.logger import setup_logger
 
 from peft_d2.compat import find_file
+from peft_d2.data.classes import check_order
 from peft_d2.data.config import PEFT_ARCHITECTURE
 from peft_d2.data.formats import map_classes, read_class_map, read_folder, store
 from peft_d2.data.images import lies_inside
 from peft_d2.data.registration import read_json, register_from_config
-from peft_d2.engine.checkpointer import Checkpointer
+from peft_d2.engine.checkpointer import Checkpointer, trained_classes
 from peft_d2.engine.checks import apply_class_count, check_run, run_lock
 from peft_d2.engine.config import AUTO, LoadedConfig, load_config
 from peft_d2.engine.errors import (
@@ -183,8 +184,13 @@ def warn_of_untrained(cfg: Any, model: torch.nn.Module, trained: Sequence[str]) 
 
     Args:
         trained: names of the checkpoints in ``OUTPUT_DIR``.
+
+    Raises:
+        CheckpointError: the weights were trained on the config's classes in another order.
     """
     node, given = cfg.MODEL.PEFT, cfg.MODEL.WEIGHTS
+    if given and cfg.MODEL.META_ARCHITECTURE != PEFT_ARCHITECTURE:
+        check_order(trained_classes(given), cfg)
     if not given:
         logger.warning("MODEL.WEIGHTS is empty: the model has random weights.")
     elif cfg.MODEL.META_ARCHITECTURE != PEFT_ARCHITECTURE and trained and not lies_inside(cfg.OUTPUT_DIR, given):

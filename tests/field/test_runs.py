@@ -225,6 +225,24 @@ def test_another_set_under_the_name_of_the_configs_own(own: Any, tmp_path: Path)
     assert cfg.DATASETS.REGISTER == [{**entry, "JSON": str(after.json), "IMAGES": str(after.images)}]
 
 
+def test_a_whole_model_of_classes_in_another_order(own: Any, tmp_path: Path) -> None:
+    """The checkpoint of a run without an adapter, and a merged one, say what their heads' rows stand for, too."""
+    model, sets = build_model(load_config(str(TINY), opts=["MODEL.SEM_SEG_HEAD.NUM_CLASSES", "3"]).cfg), own("train")
+    classes = ["square", "circle", "triangle"]
+    torch.save({"model": model.state_dict(), "trainer": {"classes": classes}}, tmp_path / "model_final.pth")
+    peft_d2.inject(model, train=["class_embed"])
+    peft_d2.save_adapter(model, tmp_path / "adapter", classes=classes)
+    peft_d2.load_adapter(model, tmp_path / "adapter")
+    peft_d2.save_merged(model, tmp_path / "merged.pth")
+    arguments = ["--config-file", str(TINY), "--val-json", str(sets.json), "--val-images", str(sets.images)]
+    arguments += ["--train-json", str(sets.json), "--train-images", str(sets.images), "--name", uuid.uuid4().hex]
+    for name in ("model_final.pth", "merged.pth"):
+        opts = ["--eval-only", "MODEL.WEIGHTS", str(tmp_path / name), "OUTPUT_DIR", str(tmp_path / "out")]
+        args = launch.training_parser().parse_args([*arguments, *opts])
+        with pytest.raises(CheckpointError, match="trained on the classes .*in another order"):
+            launch.evaluate(launch.prepare_config(args))
+
+
 LORA = "[{'NAME': 'lora', 'RANK': 2, 'TARGETS': ['qkv']}]"
 
 
