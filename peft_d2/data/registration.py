@@ -156,6 +156,7 @@ def register_coco(name: str, json_path: str | Path, image_root: str | Path, outs
     ):  # fmt: skip
         if not there:
             raise FileNotFoundError(f"DATASETS.REGISTER: data set {name!r}: {what}")
+    classes = _class_metadata(json_path)
     if name in DatasetCatalog:
         known = MetadataCatalog.get(name).as_dict()
         if (known.get("json_file"), known.get("image_root")) != (json_path, image_root):
@@ -163,10 +164,14 @@ def register_coco(name: str, json_path: str | Path, image_root: str | Path, outs
                 f"DATASETS.REGISTER: the name {name!r} is taken by another data set "
                 f"(json {known.get('json_file')!r}, images {known.get('image_root')!r}). Choose another NAME."
             )
-        if known.get("thing_classes"):
+        loader = DatasetCatalog[name]
+        is_ours = isinstance(loader, partial) and loader.func is load_coco
+        if is_ours and any(known.get(key) != value for key, value in classes.items()):
+            MetadataCatalog.remove(name)  # the json was edited since then, between two cells of a notebook say
+        elif known.get("thing_classes"):
             DatasetCatalog[name] = partial(load_coco, name, json_path, image_root, outside)
             return
-    _add_coco(name, json_path, image_root, _class_metadata(json_path), outside)
+    _add_coco(name, json_path, image_root, classes, outside)
 
 
 def _add_coco(name: str, json_path: str, image_root: str, classes: Mapping[str, Any], outside: bool = False) -> None:

@@ -31,7 +31,7 @@ from pycocotools.cocoeval import COCOeval  # noqa: E402
 import peft_d2  # noqa: E402
 from peft_d2.data.classes import check_classes  # noqa: E402
 from peft_d2.data.images import DatasetError, read_header  # noqa: E402
-from peft_d2.data.registration import register_from_config  # noqa: E402
+from peft_d2.data.registration import register_coco, register_from_config  # noqa: E402
 from peft_d2.data.segmentation import segmentation_to_mask  # noqa: E402
 from peft_d2.data.validation import Rules, check_coco, check_datasets  # noqa: E402
 from peft_d2.engine.checks import apply_class_count  # noqa: E402
@@ -1087,3 +1087,16 @@ def test_an_adapter_of_a_config_knows_its_classes(own, tmp_path, name):
     torch.save({"model": model.state_dict()}, tmp_path / "model_final.pth")
     peft_d2.take_adapter(cfg, tmp_path / "model_final.pth", tmp_path / "taken")
     assert classes_of(tmp_path / "taken") == list(TRAINED)
+
+
+def test_a_json_that_was_edited_in_a_notebook(own):
+    """Detectron2's catalogs kept the classes of the first time: objects of one class counted as another."""
+    made, name = own("set"), f"field_{uuid.uuid4().hex}"
+    register_coco(name, made.json, made.images)
+    before = [record["annotations"] for record in DatasetCatalog.get(name)]
+    made.change(lambda data: _give_ids(data, triangle=1, square=2, circle=30))
+    register_coco(name, made.json, made.images)
+    assert MetadataCatalog.get(name).thing_classes == ["triangle", "square", "circle"]
+    after = [record["annotations"] for record in DatasetCatalog.get(name)]
+    for one, other in zip(sum(before, []), sum(after, []), strict=True):
+        assert other["category_id"] == 2 - one["category_id"]

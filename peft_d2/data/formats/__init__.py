@@ -54,7 +54,10 @@ def read_folder(folder: str | Path, split: str = "train") -> tuple[str, dict[str
         counts = f"{len(data['images'])} images, {len(data.get('annotations', ()))} objects"
         left_out = "".join(f"; left out: {count} x {kind}" for kind, count in export.skipped.items() if count)
         return f"{export.format}: {counts}, {len(data['categories'])} class(es): {classes}{left_out}", data, root
-    raise DatasetError(f"{folder}: no data set that is known. Expected one of {', '.join(READERS)} (docs/own-data.md).")
+    raise DatasetError(
+        f"{folder}: no data set that is known. Expected one of {', '.join(READERS)} (docs/own-data.md). Other tools, "
+        "VIA and Supervisely among them, can export COCO: choose that there."
+    )
 
 
 def store(data: dict[str, Any], folder: Path, name: str) -> Path:
