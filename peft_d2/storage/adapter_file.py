@@ -152,13 +152,14 @@ def contents(
 
     if problem := unstorable(tensors):
         raise ValueError(problem)
-    if isinstance(classes, str) or not all(isinstance(label, str) for label in classes):
+    labels = [] if isinstance(classes, str) else list(classes)
+    if isinstance(classes, str) or not all(isinstance(label, str) for label in labels):
         raise ValueError(f"classes are {classes!r:.80}; expected a list of names, in the order of the model's classes")
     config, reason = describe(tensors, base.tensors, scales or {}, modules)
     lora_scales(tensors, config)  # what could not be read is not written
     stored = disk.dump_tensors(to_file(tensors), {MARK: str(FORMAT_VERSION)})
     data = {TENSORS: stored, CONFIG: disk.dump_json(config)}
-    optional = {WHY_NOT_PEFT: reason, STARTED_FROM: started_from, PIXELS: pixels, CLASSES: list(classes)}
+    optional = {WHY_NOT_PEFT: reason, STARTED_FROM: started_from, PIXELS: pixels, CLASSES: labels}
     record = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
