@@ -96,6 +96,32 @@ def check_datasets(cfg: Any) -> None:
         return
     for name in dict.fromkeys([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]):
         _judge(name, *check_registered(cfg, name))
+    for tested in cfg.DATASETS.TEST:
+        for trained in cfg.DATASETS.TRAIN:
+            _warn_of_shared(trained, tested)
+
+
+def _warn_of_shared(trained: str, tested: str) -> None:
+    """Say that images are both trained and tested on, as where one json is given twice."""
+    from detectron2.data import MetadataCatalog
+
+    metas = [MetadataCatalog.get(name).as_dict() for name in (trained, tested)]
+    if not all(os.path.isfile(meta.get("json_file") or "") and meta.get("image_root") for meta in metas):
+        return
+    roots = [os.path.realpath(meta["image_root"]) for meta in metas]
+    if not any(lies_inside(*pair) for pair in (roots, roots[::-1])):
+        return  # of large published sets, whose jsons take long to read
+    files = [
+        {os.path.realpath(os.path.join(root, image["file_name"])) for image in read_json(meta["json_file"])["images"]}
+        for root, meta in zip(roots, metas, strict=True)
+        if meta.get("evaluator_type") == "coco"
+    ]
+    if shared := set.intersection(*files) if len(files) == 2 else None:
+        logger.warning(
+            "data set %r: %d of its %d images are those of %r, too, %s first: figures of what was trained on say "
+            "little of other images.",
+            *(tested, len(shared), len(files[1]), trained, min(shared)),
+        )
 
 
 def check_registered(cfg: Any, name: str) -> tuple[str, list[Problem]]:

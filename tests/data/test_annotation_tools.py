@@ -262,6 +262,23 @@ def test_what_is_no_object_is_counted(name: str, left_out: str, tmp_path: Path) 
     assert f"left out: {left_out}" in read_folder(tmp_path / "export")[0]
 
 
+def test_a_validation_part_before_a_test_part(tmp_path: Path) -> None:
+    """As Roboflow exports COCO: train, valid and test, each with a json of the same name beside its images."""
+    for part, name in (("train", "a.png"), ("valid", "b.png"), ("test", "c.png")):
+        _images(tmp_path / part, [name])
+        image = {"id": 1, "file_name": name, "width": 40, "height": 30}
+        content = {"images": [image], "annotations": [], "categories": [{"id": 1, "name": "x"}]}
+        (tmp_path / part / "_annotations.coco.json").write_text(json.dumps(content))
+    for split, part, name in (("train", "train", "a.png"), ("val", "valid", "b.png"), ("val", "test", "c.png")):
+        _, data, root = read_folder(tmp_path, split)
+        assert [image["file_name"] for image in data["images"]] == [name] and root == tmp_path / part
+        if split == "val":
+            shutil.rmtree(tmp_path / part)
+    shutil.copytree(tmp_path / "train", tmp_path / "train2")
+    with pytest.raises(DatasetError, match="train/_annotations.coco.json, train2/_annotations.coco.json"):
+        read_folder(tmp_path)
+
+
 def test_the_other_split(tmp_path: Path) -> None:
     write_yolo(tmp_path)
     understood, data, root = read_folder(tmp_path, "val")

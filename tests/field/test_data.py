@@ -1100,3 +1100,20 @@ def test_a_json_that_was_edited_in_a_notebook(own):
     after = [record["annotations"] for record in DatasetCatalog.get(name)]
     for one, other in zip(sum(before, []), sum(after, []), strict=True):
         assert other["category_id"] == 2 - one["category_id"]
+
+
+def test_images_that_are_trained_and_tested_on_are_named(own, caplog):
+    train, test = own("train"), own("test", seed=1)
+    cfg = _config(train, test)
+    check_datasets(cfg)
+    assert "figures of what was trained on" not in caplog.text
+    some = own("some").change(lambda data: data.update(images=data["images"][:2], annotations=[]))
+    some.images = train.images
+    cfg = _config(train, train, some)
+    check_datasets(cfg)
+    said = [r.getMessage() for r in caplog.records if "figures of what was trained on" in r.getMessage()]
+    assert [re.search(r"(\d) of its (\d) images", line)[0] for line in said] == [
+        "4 of its 4 images",
+        "2 of its 2 images",
+    ]
+    assert str(train.images) in said[0]

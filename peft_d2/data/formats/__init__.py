@@ -125,13 +125,14 @@ def read_coco(folder: Path, split: str) -> Export | None:
             return None
         if isinstance(data, dict) and {"images", "categories"} <= data.keys():
             found[path] = data
+    below = {path: path.relative_to(folder).as_posix() for path in found}
     words = ("val", "test") if split == "val" else ("train",)
-    matching = [path for path in found if any(word in path.relative_to(folder).as_posix().lower() for word in words)]
-    chosen = matching or list(found)
+    matching = ([path for path in found if word in below[path].lower()] for word in words)
+    chosen = next(filter(None, matching), list(found))
     if not chosen:
         return None
     if len(chosen) > 1:
-        names = shortened([path.name for path in chosen])
+        names = shortened([below[path] for path in chosen])
         raise DatasetError(f"{folder}: several COCO jsons, {names}. Name one with --{split}-json.")
     data, images = found[chosen[0]], Images(folder)
     paths = {image["id"]: images.find(image["file_name"], chosen[0]) for image in data["images"]}
