@@ -281,9 +281,7 @@ def _read(root: Path) -> AdapterFile:
                 remedy = "unpack an archive, and give its folder; the file of a whole model goes into MODEL.WEIGHTS"
             raise AdapterFileError(root, "it is a file, not an adapter folder", remedy)
         if not root.is_dir():
-            on_hub = _ADDRESS.fullmatch(f"{root}@main") and not root.parent.is_dir()
-            remedy = f"{_CORRECT}; on the hub it is {root}@main" if on_hub else _CORRECT
-            raise AdapterFileError(root, "there is no such adapter folder", remedy)
+            raise AdapterFileError(root, "there is no such adapter folder", _CORRECT)
         if not any(os.path.lexists(root / name) for name in FILES) and (inside := foreign.newest_in_run(root)):
             raise AdapterFileError(root, "it is the folder of a run, not of an adapter", f"give {inside}")
         if not os.path.lexists(root / RECORD):
