@@ -127,9 +127,12 @@ def require_trained(model: nn.Module, report: LoadReport) -> None:
 
 
 def save_adapter(
-    model: nn.Module, folder: str | os.PathLike[str], metrics: Mapping[str, Any] | None = None,
-    name: str | None = None, classes: Sequence[str] | None = None,
-) -> None:  # fmt: skip
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    metrics: Mapping[str, Any] | None = None,
+    name: str | None = None,
+    classes: Sequence[str] | None = None,
+) -> None:
     """Write an adapter and the modules trained in full; an earlier adapter in that folder is replaced as a whole.
 
     Args:
