@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from .adapted import Adapted, AdapterLayer, base_class
-from .checks import NotLive, describe, frozen_hash, not_live, prove_live
 from .errors import (
     AdapterStateError,
     DeadPartError,
@@ -15,6 +14,7 @@ from .errors import (
     PeftError,
 )
 from .inject import Report, add_adapter, inject, make_report, match_targets
+from .liveness import NotLive, describe, frozen_hash, not_live, prove_live
 from .merge import combine_adapters, delete_adapter, disabled, merge, merge_whole, remove, set_adapter, unmerge
 from .methods import METHODS
 from .mixed import serve_adapters
