@@ -20,8 +20,8 @@ import torch
 
 import peft_d2
 from peft_d2 import peft
-from peft_d2.engine.checks import build_model
 from peft_d2.engine.errors import bounded, one_line_errors
+from peft_d2.engine.factory import build_model
 from peft_d2.engine.launch import config_parser, prepare_config, take_pairs
 
 

@@ -71,9 +71,8 @@ def peak_memory(args: argparse.Namespace) -> int:
     """Bytes by which a random model's forward pass, or its whole evaluation, exceeds the model alone."""
     import torch
 
-    from peft_d2.engine.checks import build_model
     from peft_d2.engine.config import load_config
-    from peft_d2.engine.factory import register
+    from peft_d2.engine.factory import build_model, register
     from peft_d2.evaluation.coco import instances_to_results
 
     register(upstream_names=True)

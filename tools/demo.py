@@ -26,9 +26,9 @@ import peft_d2
 from peft_d2 import peft
 from peft_d2.data.images import image_size, visible
 from peft_d2.data.segmentation import mask_outlines, mask_to_polygons
-from peft_d2.engine.checks import build_model
 from peft_d2.engine.config import PEFT_ARCHITECTURE
 from peft_d2.engine.errors import ConfigError, bounded, one_line_errors
+from peft_d2.engine.factory import build_model
 from peft_d2.engine.launch import config_parser, prepare_config, take_pairs, warn_of_untrained
 from peft_d2.storage import adapter_file, disk
 

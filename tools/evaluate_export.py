@@ -22,8 +22,8 @@ from export import MAPS
 from torch import Tensor
 
 from peft_d2.engine.checkpointer import Checkpointer
-from peft_d2.engine.checks import build_model
 from peft_d2.engine.errors import ConfigError, one_line_errors
+from peft_d2.engine.factory import build_model
 from peft_d2.engine.launch import config_parser, prepare_config, take_pairs
 from peft_d2.engine.trainer import Trainer
 from peft_d2.models.sam.model import SegmentAnything

@@ -13,8 +13,8 @@ from collections import Counter
 
 from torch import nn
 
-from peft_d2.engine.checks import build_without_weights
 from peft_d2.engine.errors import one_line_errors
+from peft_d2.engine.factory import build_without_weights
 from peft_d2.engine.launch import config_parser, prepare_config, take_pairs
 
 

@@ -17,9 +17,9 @@ from take_adapter import their_config
 
 from peft_d2.data.config import PEFT_ARCHITECTURE, base_architecture
 from peft_d2.engine import convert
-from peft_d2.engine.checks import build_model
 from peft_d2.engine.config import with_values
 from peft_d2.engine.errors import ConfigError, one_line_errors
+from peft_d2.engine.factory import build_model
 from peft_d2.engine.launch import prepare_config, take_pairs
 
 

@@ -1,37 +1,30 @@
-"""What a config says before anything is built: its numbers, names and folders make sense, its class count fits."""
+"""Checks of a config before anything is built: its numbers, names and folders, and the class count against the data."""
 
 from __future__ import annotations
 
-import contextlib
-import difflib
-import fcntl
 import logging
 import math
 import os
-import platform
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-import torch
-from detectron2 import modeling
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import MetadataCatalog
 from detectron2.utils import comm
-from torch import nn
 
 from peft_d2.data.classes import class_names
 from peft_d2.data.config import CLASS_COUNT_KEYS, published_name
 from peft_d2.data.prompts import check_prompts
 from peft_d2.data.proposals import proposal_files
-from peft_d2.data.registration import COCO_SETS
+from peft_d2.data.registration import COCO_SETS, require_registered
 from peft_d2.data.validation import DatasetError, check_datasets
-from peft_d2.engine.config import leaves, with_values
+from peft_d2.engine.config import leaves
 from peft_d2.engine.errors import ConfigError
-from peft_d2.engine.hooks import seed_everything
 from peft_d2.evaluation.augmented import check_augmentation
 from peft_d2.evaluation.build import check_evaluators
-from peft_d2.models.checks import expect, expect_norm, expect_some_of
+from peft_d2.models.checks import expect
+from peft_d2.peft.errors import shortened
 
 logger = logging.getLogger(__name__)
 
@@ -50,17 +43,14 @@ _COUNTS = {
     "INPUT.MAX_SIZE_TEST": (1, 2**31 - 1),
 }
 _IMAGENET = (124, 116, 104)  # means of red, green and blue
-_RESNET_BUILDERS = {"build_resnet_backbone", "build_resnet_fpn_backbone", "build_retinanet_resnet_fpn_backbone"}
-_RESNETS = [18, 34, 50, 101, 152]
-_RESNET_MAPS = ["stem", "res2", "res3", "res4", "res5"]
 
 
 def check_run(cfg: Any, evaluate: bool) -> None:
-    """Refuse a run that could only fail later.
+    """Refuse a run that would fail only after the model was built or the training had begun.
 
     Args:
-        cfg: with its own data sets registered.
-        evaluate: nothing is trained.
+        cfg: the run's config; the data sets of its ``DATASETS.REGISTER`` are registered already.
+        evaluate: the run evaluates and trains nothing.
 
     Raises:
         ConfigError: no, unknown or defective data sets, or such that nothing can evaluate; impossible numbers; a folder
@@ -138,54 +128,6 @@ def check_batch(cfg: Any) -> None:
         )
 
 
-def build_model(cfg: Any) -> nn.Module:
-    """Detectron2's ``build_model``; a base without weights is that of the training, if the config has a ``SEED``.
-
-    Raises:
-        ConfigError: the config names something that is not registered.
-        ModelConfigError: values that one of our models, or a ResNet, cannot be built with.
-    """
-    _check_resnet(cfg)
-    if cfg.SEED >= 0 and not cfg.MODEL.WEIGHTS:
-        seed_everything(cfg.SEED, 0, 0)
-    try:
-        return modeling.build_model(cfg)
-    except KeyError as error:
-        found = re.search(r"No object named '(.*)' found in '(.*)' registry", str(error))
-        if not found:
-            raise
-        name, kind = found.groups()
-        registry: Any = getattr(modeling, f"{kind}_REGISTRY", ())
-        keys = [key for key, value in leaves(cfg) if value == name]
-        raise ConfigError(
-            f"{' and '.join(keys) or 'the config'}: {name!r} is not registered as {kind}"
-            f"{_near(name, [known for known, _ in registry]) or '; import the package that defines it'}."
-        ) from None
-
-
-def build_without_weights(cfg: Any) -> nn.Module:
-    """Build the config's model on torch's meta device: shapes alone, in a moment. Where a model cannot, on the CPU."""
-    cfg = with_values(cfg, {"MODEL.WEIGHTS": "", "MODEL.PEFT.WEIGHTS": "", "MODEL.DEVICE": "cpu"})
-    try:
-        with torch.device("meta"):
-            return build_model(with_values(cfg, {"MODEL.DEVICE": "meta"}))
-    except (NotImplementedError, RuntimeError) as error:
-        logger.info("The model cannot be built on the meta device (%s): building it on the CPU.", error)
-    return build_model(cfg)
-
-
-def _check_resnet(cfg: Any) -> None:
-    """Detectron2 answers a ResNet that it cannot build with a bare KeyError or assertion."""
-    node, path = cfg.MODEL.RESNETS, "MODEL.RESNETS"
-    if not {cfg.MODEL.BACKBONE.NAME, cfg.MODEL.FPN.get("BOTTOM_UP", "")} & _RESNET_BUILDERS:
-        return
-    expect(node.DEPTH in _RESNETS, f"{path}.DEPTH", node.DEPTH, f"one of {_RESNETS}")
-    narrow = node.DEPTH >= 50 or node.RES2_OUT_CHANNELS == 64
-    expect(narrow, f"{path}.RES2_OUT_CHANNELS", node.RES2_OUT_CHANNELS, f"64 for DEPTH {node.DEPTH}")
-    expect_norm(f"{path}.NORM", node.NORM)
-    expect_some_of(f"{path}.OUT_FEATURES", node.OUT_FEATURES, _RESNET_MAPS, "a ResNet's maps")
-
-
 def _check_names(cfg: Any, needed: str) -> None:
     if not cfg.DATASETS[needed]:
         split = {"TRAIN": "train", "TEST": "val"}[needed]
@@ -195,11 +137,10 @@ def _check_names(cfg: Any, needed: str) -> None:
         )
     for key in ("TRAIN", "TEST"):
         for name in cfg.DATASETS[key]:
-            if name not in DatasetCatalog:
-                raise ConfigError(
-                    f"DATASETS.{key}: data set {name!r} is not registered{_near(name, DatasetCatalog)}. Add your own "
-                    "to DATASETS.REGISTER as {NAME, JSON, IMAGES}."
-                )
+            try:
+                require_registered(name)
+            except ValueError as error:
+                raise ConfigError(f"DATASETS.{key}: {error}") from error
 
 
 def _check_writable(folder: str) -> None:
@@ -215,45 +156,6 @@ def _check_writable(folder: str) -> None:
         raise ConfigError(f"OUTPUT_DIR {folder!r} cannot be made: {why}. Choose another folder.") from error
     if not os.access(folder, os.W_OK | os.X_OK):
         raise ConfigError(f"OUTPUT_DIR {folder!r} cannot be written to. Choose another folder.")
-
-
-@contextlib.contextmanager
-def run_lock(folder: str) -> Iterator[None]:
-    """Keep other trainings out of ``OUTPUT_DIR`` until the block is left or this process ends, however it does.
-
-    A POSIX lock belongs to the process: taking it again in the same one is free, and workers do not inherit it.
-
-    Raises:
-        ConfigError: another process trains there.
-    """
-    path = os.path.join(folder, ".lock")
-    try:
-        os.makedirs(folder, exist_ok=True)
-        stream = open(path, "a+")  # noqa: SIM115  closed below
-    except OSError as error:
-        raise ConfigError(f"OUTPUT_DIR {folder!r} cannot be written to: {error.strerror}.") from error
-    with stream:
-        try:
-            fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError) as error:
-            stream.seek(0)
-            raise ConfigError(
-                f"OUTPUT_DIR {folder!r} is in use by another training ({stream.read() or 'of unknown number'}). Wait "
-                "for its end, or choose another OUTPUT_DIR."
-            ) from error
-        except OSError as error:
-            logger.info("%s: this file system knows no locks (%s). Start no second run there.", folder, error.strerror)
-        stream.truncate(0)
-        stream.write(f"process {os.getpid()} on {platform.node()}")
-        stream.flush()
-        yield
-
-
-def _near(name: str, known: Iterable[str]) -> str:
-    known = sorted(known)
-    near = [other for other in known if other.startswith(name)][:3]
-    near = near or difflib.get_close_matches(name, known, n=3, cutoff=0.4)
-    return f"; the nearest names are {near}" if near else ""
 
 
 def class_count_key(cfg: Any) -> str:
@@ -290,7 +192,7 @@ def apply_class_count(cfg: Any, explicit: Mapping[str, int] | None = None) -> No
     if explicit.get(key, -1) >= min(named_at, 2):  # arguments and KEY VALUE pairs are on one line
         raise ConfigError(
             f"{key} is {count} but the json of data set {used[0]!r} lists {len(names)} categories "
-            f"({_some(names)}). Leave the key out, or correct it or the json."
+            f"({shortened(names, 5)}). Leave the key out, or correct it or the json."
         )
     logger.info("%s: %d -> %d, the categories of data set %r.", key, count, len(names), used[0])
     cfg.merge_from_list([key, len(names)])
@@ -308,8 +210,4 @@ def check_class_count(cfg: Any) -> None:
     for name in cfg.DATASETS.TRAIN:
         classes = list(MetadataCatalog.get(name).get("thing_classes", []))
         if count < len(classes):
-            raise ConfigError(f"{key} is {count}, but data set {name!r} has {len(classes)} ({_some(classes)}).")
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+            raise ConfigError(f"{key} is {count}, but data set {name!r} has {len(classes)} ({shortened(classes, 5)}).")

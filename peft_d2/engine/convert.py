@@ -11,9 +11,9 @@ from torch import nn
 
 from peft_d2 import adapters, peft
 from peft_d2.data.config import PEFT_ARCHITECTURE, base_architecture
-from peft_d2.engine.checks import build_model
 from peft_d2.engine.config import leaves, read_top, with_values
 from peft_d2.engine.errors import ConfigError
+from peft_d2.engine.factory import build_model
 from peft_d2.storage import disk
 
 

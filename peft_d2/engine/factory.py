@@ -1,19 +1,26 @@
-"""The registry entry ``PEFTModel``: builds any registered model, injects into it, and returns that very object."""
+"""Building a config's model, and the registry entry ``PEFTModel``, which injects into any registered model."""
 
 from __future__ import annotations
 
+import difflib
 import logging
+import re
+from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import nn
 
 from peft_d2.compat import require_detectron2
 from peft_d2.data.config import PEFT_ARCHITECTURE
-from peft_d2.engine.config import AUTO, with_values
+from peft_d2.engine.config import AUTO, leaves, with_values
 from peft_d2.engine.errors import ConfigError
 from peft_d2.peft.targets import nearest
 
 logger = logging.getLogger(__name__)
+_RESNET_BUILDERS = {"build_resnet_backbone", "build_resnet_fpn_backbone", "build_retinanet_resnet_fpn_backbone"}
+_RESNETS = [18, 34, 50, 101, 152]
+_RESNET_MAPS = ["stem", "res2", "res3", "res4", "res5"]
 
 
 def register(upstream_names: bool = False) -> None:
@@ -78,6 +85,77 @@ def PEFTModel(cfg: Any) -> nn.Module:  # noqa: N802  the registry knows it by th
             f" (SEED {cfg.SEED})" if cfg.SEED >= 0 else " and no SEED fixes it",
         )
     return model
+
+
+def build_model(cfg: Any) -> nn.Module:
+    """Build the config's model by Detectron2's ``build_model``, with errors that name the key.
+
+    Where ``MODEL.WEIGHTS`` is empty and the config has a ``SEED``, the random weights are those of the training.
+
+    Raises:
+        ConfigError: the config names something that is not registered.
+        ModelConfigError: values that one of our models, or a ResNet, cannot be built with.
+    """
+    from detectron2 import modeling
+
+    from peft_d2.engine.hooks import seed_everything
+
+    _check_resnet(cfg)
+    if cfg.SEED >= 0 and not cfg.MODEL.WEIGHTS:
+        seed_everything(cfg.SEED, 0, 0)
+    try:
+        return modeling.build_model(cfg)
+    except KeyError as error:
+        found = re.search(r"No object named '(.*)' found in '(.*)' registry", str(error))
+        if not found:
+            raise
+        name, kind = found.groups()
+        registry: Any = getattr(modeling, f"{kind}_REGISTRY", ())
+        keys = [key for key, value in leaves(cfg) if value == name]
+        raise ConfigError(
+            f"{' and '.join(keys) or 'the config'}: {name!r} is not registered as {kind}"
+            f"{_near(name, [known for known, _ in registry]) or '; import the package that defines it'}."
+        ) from None
+
+
+def build_without_weights(cfg: Any) -> nn.Module:
+    """Build the config's model on torch's meta device, which takes a moment: its tensors have shapes and no values.
+
+    A model that cannot be built there is built on the CPU.
+    """
+    cfg = with_values(cfg, {"MODEL.WEIGHTS": "", "MODEL.PEFT.WEIGHTS": "", "MODEL.DEVICE": "cpu"})
+    try:
+        with torch.device("meta"):
+            return build_model(with_values(cfg, {"MODEL.DEVICE": "meta"}))
+    except (NotImplementedError, RuntimeError) as error:
+        logger.info("The model cannot be built on the meta device (%s): building it on the CPU.", error)
+    return build_model(cfg)
+
+
+def _check_resnet(cfg: Any) -> None:
+    """Refuse a ResNet that Detectron2 cannot build: it would say so by a bare KeyError or assertion.
+
+    Raises:
+        ModelConfigError: a depth, a norm or a map that there is not.
+    """
+    from peft_d2.models.checks import expect, expect_norm, expect_some_of
+
+    node, path = cfg.MODEL.RESNETS, "MODEL.RESNETS"
+    if not {cfg.MODEL.BACKBONE.NAME, cfg.MODEL.FPN.get("BOTTOM_UP", "")} & _RESNET_BUILDERS:
+        return
+    expect(node.DEPTH in _RESNETS, f"{path}.DEPTH", node.DEPTH, f"one of {_RESNETS}")
+    narrow = node.DEPTH >= 50 or node.RES2_OUT_CHANNELS == 64
+    expect(narrow, f"{path}.RES2_OUT_CHANNELS", node.RES2_OUT_CHANNELS, f"64 for DEPTH {node.DEPTH}")
+    expect_norm(f"{path}.NORM", node.NORM)
+    expect_some_of(f"{path}.OUT_FEATURES", node.OUT_FEATURES, _RESNET_MAPS, "a ResNet's maps")
+
+
+def _near(name: str, known: Iterable[str]) -> str:
+    """The end of an error about an unknown name: three that begin with it or else resemble it; "" if none does."""
+    known = sorted(known)
+    near = [other for other in known if other.startswith(name)][:3]
+    near = near or difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+    return f"; the nearest names are {near}" if near else ""
 
 
 def _check(node: Any, registry: Any) -> None:

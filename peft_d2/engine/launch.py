@@ -28,7 +28,7 @@ from peft_d2.data.formats import map_classes, read_class_map, read_folder, store
 from peft_d2.data.images import lies_inside
 from peft_d2.data.registration import read_json, register_from_config
 from peft_d2.engine.checkpointer import Checkpointer, trained_classes
-from peft_d2.engine.checks import apply_class_count, check_run, run_lock
+from peft_d2.engine.checks import apply_class_count, check_run
 from peft_d2.engine.config import AUTO, LoadedConfig, load_config
 from peft_d2.engine.errors import (
     ConfigError,
@@ -41,7 +41,7 @@ from peft_d2.engine.errors import (
     printable,
 )
 from peft_d2.engine.factory import register
-from peft_d2.engine.processes import launch, layout
+from peft_d2.engine.processes import launch, layout, run_lock
 from peft_d2.engine.recommend import settled
 from peft_d2.engine.trainer import CONFIG_FILE, Trainer
 from peft_d2.peft import is_untrained

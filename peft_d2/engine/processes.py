@@ -1,12 +1,14 @@
-"""The processes of a run: how many, how they start, meet and end, and the signals that are passed on to them."""
+"""The processes of a run: how many, how they start, meet and end, their signals, and the lock of a run's folder."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import fcntl
 import inspect
 import logging
 import os
+import platform
 import signal
 import socket
 import sys
@@ -236,3 +238,35 @@ def handled(handlers: dict[int, Any]) -> Iterator[None]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def run_lock(folder: str) -> Iterator[None]:
+    """Keep other trainings out of ``OUTPUT_DIR`` until the block is left or this process ends, however it does.
+
+    A POSIX lock belongs to the process: taking it again in the same one is free, and workers do not inherit it.
+
+    Raises:
+        ConfigError: another process trains there.
+    """
+    path = os.path.join(folder, ".lock")
+    try:
+        os.makedirs(folder, exist_ok=True)
+        stream = open(path, "a+")  # noqa: SIM115  closed below
+    except OSError as error:
+        raise ConfigError(f"OUTPUT_DIR {folder!r} cannot be written to: {error.strerror}.") from error
+    with stream:
+        try:
+            fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            stream.seek(0)
+            raise ConfigError(
+                f"OUTPUT_DIR {folder!r} is in use by another training ({stream.read() or 'of unknown number'}). Wait "
+                "for its end, or choose another OUTPUT_DIR."
+            ) from error
+        except OSError as error:
+            logger.info("%s: this file system knows no locks (%s). Start no second run there.", folder, error.strerror)
+        stream.truncate(0)
+        stream.write(f"process {os.getpid()} on {platform.node()}")
+        stream.flush()
+        yield

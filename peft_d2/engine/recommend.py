@@ -23,9 +23,9 @@ from torch import nn
 from peft_d2 import adapters, peft
 from peft_d2.data.config import PEFT_ARCHITECTURE
 from peft_d2.data.loader import build_train_loader, sample_seed
-from peft_d2.engine.checks import build_model
 from peft_d2.engine.config import leaves, with_values
 from peft_d2.engine.errors import ConfigError
+from peft_d2.engine.factory import build_model
 from peft_d2.engine.hooks import seed_everything
 from peft_d2.engine.optimizer import build_optimizer
 from peft_d2.peft.ranking import Recommendation, recommend

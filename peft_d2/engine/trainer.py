@@ -28,9 +28,10 @@ from peft_d2.data.classes import check_order, class_order
 from peft_d2.data.loader import build_test_loader, build_train_loader
 from peft_d2.engine import optimizer as optimization
 from peft_d2.engine.checkpointer import Checkpointer
-from peft_d2.engine.checks import build_model, check_batch, run_lock
+from peft_d2.engine.checks import check_batch
 from peft_d2.engine.config import leaves, read_top, resolve_device, with_values
 from peft_d2.engine.errors import ConfigError, EvaluationFailed, message_of
+from peft_d2.engine.factory import build_model
 from peft_d2.engine.hooks import (
     Bar,
     FitMemory,
@@ -43,6 +44,7 @@ from peft_d2.engine.hooks import (
     on_terminal,
     seed_everything,
 )
+from peft_d2.engine.processes import run_lock
 from peft_d2.engine.step import LazyLoader, TrainStep, amp_dtype, unwrapped
 from peft_d2.evaluation.augmented import augmented_model
 from peft_d2.evaluation.build import build_evaluator

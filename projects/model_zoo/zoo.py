@@ -18,9 +18,9 @@ from typing import Any
 from torch import nn
 
 from peft_d2.data.config import base_architecture
-from peft_d2.engine.checks import build_without_weights
 from peft_d2.engine.config import load_config, read_tree
 from peft_d2.engine.errors import ConfigError, one_line_errors
+from peft_d2.engine.factory import build_without_weights
 
 MEASURED = Path("docs", "measured.json")
 ZOO = Path("MODEL_ZOO.md")

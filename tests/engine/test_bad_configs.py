@@ -18,9 +18,10 @@ import peft_d2
 from peft_d2.data.images import DatasetError
 from peft_d2.data.loader import build_train_loader
 from peft_d2.engine import launch
-from peft_d2.engine.checks import build_model, check_run
+from peft_d2.engine.checks import check_run
 from peft_d2.engine.config import load_config
 from peft_d2.engine.errors import ConfigError
+from peft_d2.engine.factory import build_model
 from peft_d2.engine.optimizer import build_lr_scheduler
 from peft_d2.models.checks import ModelConfigError
 from peft_d2.peft import PeftError

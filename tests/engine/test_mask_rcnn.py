@@ -128,8 +128,8 @@ def test_our_trainer(toy_set: toy.ToySet, tmp_path: Path, threshold: float, capl
 
 @pytest.mark.parametrize("file", ["mask_rcnn/lora.yaml", "full.yaml"])
 def test_peft_files(file: str, make_cfg: Callable[..., Any]) -> None:
-    from peft_d2.engine.checks import build_without_weights
     from peft_d2.engine.config import load_config
+    from peft_d2.engine.factory import build_without_weights
 
     peft_d2.register()
     folder = CONFIGS / "peft"
@@ -146,8 +146,8 @@ def test_peft_files(file: str, make_cfg: Callable[..., Any]) -> None:
     sorted(p.name for p in (CONFIGS / "peft/mask2former").glob("*.yaml") if not re.search("_sam|e3va", p.name)),
 )
 def test_peft_files_of_mask2former(file: str) -> None:
-    from peft_d2.engine.checks import build_without_weights
     from peft_d2.engine.config import load_config
+    from peft_d2.engine.factory import build_without_weights
 
     peft_d2.register()
     path = CONFIGS / "peft/mask2former" / file

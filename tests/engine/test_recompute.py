@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import peft_d2
-from peft_d2.engine.checks import build_model
 from peft_d2.engine.config import load_config
+from peft_d2.engine.factory import build_model
 from peft_d2.memory import SavedTensors
 from peft_d2.models.layers.transformer import TransformerEncoder
 

@@ -15,8 +15,8 @@ import yaml
 from detectron2.data import MetadataCatalog
 from detectron2.engine import HookBase
 
-from peft_d2.engine.checks import run_lock
 from peft_d2.engine.errors import ConfigError, is_expected
+from peft_d2.engine.processes import run_lock
 from peft_d2.engine.trainer import Trainer
 from peft_d2.peft import LivenessError, NotLive
 from peft_d2.storage import AdapterFileError, CheckpointError
@@ -223,7 +223,7 @@ def test_a_resumed_run_is_not_stopped_by_the_proof(
 
 HOLD = """
 import sys, time
-from peft_d2.engine.checks import run_lock
+from peft_d2.engine.processes import run_lock
 with run_lock(sys.argv[1]):
     print("held", flush=True)
     time.sleep(600)

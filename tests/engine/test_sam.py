@@ -23,12 +23,13 @@ from peft_d2.data import registration  # noqa: E402
 from peft_d2.data.loader import build_test_loader, build_train_loader  # noqa: E402
 from peft_d2.data.registration import register_from_config  # noqa: E402
 from peft_d2.data.segmentation import segmentation_to_mask  # noqa: E402
-from peft_d2.engine.checks import build_without_weights, check_run  # noqa: E402
+from peft_d2.engine.checks import check_run  # noqa: E402
 from peft_d2.engine.config import load_config  # noqa: E402
 from peft_d2.engine.errors import (
     ConfigError,  # noqa: E402
     one_line_errors,  # noqa: E402
 )
+from peft_d2.engine.factory import build_without_weights  # noqa: E402
 from peft_d2.engine.launch import prepare_config, training_parser  # noqa: E402
 from peft_d2.engine.optimizer import build_optimizer  # noqa: E402
 from peft_d2.engine.trainer import Trainer  # noqa: E402

@@ -14,8 +14,8 @@ from torch import nn
 
 import peft_d2
 from peft_d2 import ops
-from peft_d2.engine.checks import build_model
 from peft_d2.engine.config import load_config
+from peft_d2.engine.factory import build_model
 from peft_d2.memory import SavedTensors
 
 ROOT = Path(__file__).parents[2]

@@ -14,8 +14,8 @@ import torch
 import peft_d2
 from peft_d2 import peft
 from peft_d2.engine.checkpointer import Checkpointer
-from peft_d2.engine.checks import build_without_weights
 from peft_d2.engine.config import load_config
+from peft_d2.engine.factory import build_without_weights
 from peft_d2.engine.trainer import Trainer
 
 ROOT = Path(__file__).parents[2]

@@ -17,8 +17,8 @@ pytest.importorskip("timm")
 
 import peft_d2
 from peft_d2 import peft
-from peft_d2.engine.checks import build_without_weights
 from peft_d2.engine.config import load_config
+from peft_d2.engine.factory import build_without_weights
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "projects" / "peft_benchmark"))

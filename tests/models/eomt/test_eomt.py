@@ -11,8 +11,8 @@ from detectron2.utils.events import EventStorage
 
 import peft_d2
 from peft_d2 import adapters, peft
-from peft_d2.engine.checks import build_without_weights
 from peft_d2.engine.config import load_config
+from peft_d2.engine.factory import build_without_weights
 from peft_d2.models.checks import ModelConfigError
 from peft_d2.models.eomt.model import window_starts
 from peft_d2.models.eomt.names import with_own_names

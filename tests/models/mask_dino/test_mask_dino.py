@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from peft_d2.engine.checks import build_without_weights
 from peft_d2.engine.config import load_config
+from peft_d2.engine.factory import build_without_weights
 from peft_d2.models import register
 
 from ..conftest import GOLDENS, R50_DINO, ROOT, SWIN_L_DINO, build_published

@@ -13,8 +13,8 @@ from torch import nn
 
 from peft_d2 import peft
 from peft_d2.engine.checkpointer import Checkpointer
-from peft_d2.engine.checks import build_without_weights
 from peft_d2.engine.config import load_config
+from peft_d2.engine.factory import build_without_weights
 from peft_d2.models import register
 
 from ..conftest import R50_DINO, ROOT, SWIN_L_DINO

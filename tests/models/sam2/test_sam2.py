@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 import peft_d2
 from peft_d2 import adapters, peft
-from peft_d2.engine.checks import build_without_weights
 from peft_d2.engine.config import load_config
+from peft_d2.engine.factory import build_without_weights
 from peft_d2.models.checks import ModelConfigError
 from peft_d2.models.sam.prompt_encoder import Prompts
 

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from peft_d2 import peft
-from peft_d2.engine.checks import build_without_weights
 from peft_d2.engine.config import load_config
+from peft_d2.engine.factory import build_without_weights
 from peft_d2.models import register
 from peft_d2.models.backbones.sam_vit import SEEMViT
 from peft_d2.models.checks import ModelConfigError

@@ -14,8 +14,8 @@ from inspect_targets import describe, inspect_parser
 
 import peft_d2
 from peft_d2 import peft
-from peft_d2.engine.checks import build_without_weights
 from peft_d2.engine.config import load_config
+from peft_d2.engine.factory import build_without_weights
 from peft_d2.models import register
 
 from ..conftest import ROOT
