@@ -36,14 +36,14 @@ class ActiveAdapter:
     enabled: bool = True
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """A copy that is made within ``disabled`` has its adapters on: nobody would end the block for it."""
+        """Switch adapters on in a copy that was made within ``disabled``: the end of that block does not reach it."""
         self.__dict__.update(state, enabled=True)
 
 
 class AdapterLayer(nn.Module):
     """The tensors that one method adds to one target module for one adapter, and what is computed with them.
 
-    A layer whose whole effect is a change of weights says so (``changes_weights``) and can be merged.
+    ``changes_weights`` is True where the layer does nothing but change the module's weights: it can be merged.
     """
 
     changes_weights: ClassVar[bool] = False
@@ -53,31 +53,34 @@ class AdapterLayer(nn.Module):
         raise NotImplementedError
 
     def effective_weights(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The weights (by name within the base module) that give the adapted output; empty when there are none."""
+        """The weights with which the bare module would give the adapted output, by name; empty where none would do.
+
+        ``weights`` are the module's own by name, those that earlier layers changed in their place.
+        """
         return {}
 
 
 def first_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """The first input of a module, given by its place or by its name."""
+    """The first input of a module's call, whether it was given by position or by keyword."""
     return args[0] if args else kwargs.get("input", next(iter(kwargs.values())))
 
 
 class Adapted(nn.Module):
-    """What adapted modules are besides their own class. It is never instantiated: see :func:`adapt`."""
+    """Base of the classes that adapted modules get beside their own one; :func:`adapt` makes these, nobody else."""
 
     peft_base_class: ClassVar[type[nn.Module]]
-    peft_mixin: ClassVar[type[Adapted] | None]  # what it is besides an adapted module, if anything
+    peft_mixin: ClassVar[type[Adapted] | None]  # a subclass of Adapted that the module is as well, if any
     peft: nn.ModuleDict  # adapter name -> method name -> AdapterLayer, innermost first; only where there are any
     peft_active: ActiveAdapter
     peft_backup: dict[str, Tensor]  # base weights while merged, bit for bit
     peft_merged: list[str]  # methods whose layers are in the weights
-    peft_mode: bool  # what it was last put into: training, or eval; frozen statistics stay in eval all the same
+    peft_mode: bool  # whether train() or eval() came last; a norm with frozen statistics is in eval mode after both
     peft_name: str  # the module's first name in the model
     peft_trained_by: frozenset[str] | None  # of a norm with running statistics: the adapters that train them
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's own, with the active adapter's layers around it."""
-        if not isinstance(self, Adapted):  # somebody kept this method, and the adapters were taken out
+        """The module's own forward with the active adapter's layers around it, the innermost first."""
+        if not isinstance(self, Adapted):  # somebody kept this bound method, and the adapters were taken out since
             return type(self).forward(self, *args, **kwargs)
         forward = super().forward
         if self.peft_merged and self.training and torch.is_grad_enabled():
@@ -87,13 +90,13 @@ class Adapted(nn.Module):
         return forward(*args, **kwargs)
 
     def train(self, mode: bool = True) -> Adapted:
-        """As every module's; frozen running statistics stay in eval mode."""
+        """As of every module, but that a norm whose running statistics are frozen stays in eval mode."""
         self.peft_mode = mode
         frozen = self.peft_trained_by is not None and self.peft_active.name not in self.peft_trained_by
         return super().train(mode and not frozen)
 
     def peft_layers(self, adapter: str | None = None) -> dict[str, Any]:
-        """Method name -> layer of ``adapter``, or of the active one."""
+        """Method name -> layer, of ``adapter`` or else of the active one."""
         name = self.peft_active.name if adapter is None else adapter
         if STORE not in self._modules or name not in self.peft:
             return {}
@@ -106,7 +109,7 @@ class Adapted(nn.Module):
         return [layer for method, layer in self.peft_layers().items() if method not in self.peft_merged]
 
     def peft_tensors(self, adapter: str | None = None) -> dict[str, Tensor]:
-        """Injected parameters and buffers by local name (``lora_a``), of ``adapter`` or of the active one."""
+        """Injected parameters and buffers by local name (``lora_a``), of ``adapter`` or else of the active one."""
         tensors: dict[str, Tensor] = {}
         for layer in self.peft_layers(adapter).values():
             own = layer.state_dict(keep_vars=True)
@@ -134,7 +137,7 @@ class Adapted(nn.Module):
 
 
 class _AdaptedSequential(Adapted):
-    """nn.Sequential runs all of its children; the store of layers is not one of them."""
+    """Keeps the store of adapter layers out of the children that nn.Sequential runs."""
 
     def __iter__(self) -> Iterator[nn.Module]:
         return iter([child for name, child in self._modules.items() if name != STORE and child is not None])
@@ -144,7 +147,7 @@ class _AdaptedSequential(Adapted):
 
 
 def _zero_with_adapters(name: str) -> Any:
-    """An attribute that is 0 while adapters run inside the module, and otherwise what the module has set it to."""
+    """A property that reads as 0 while adapters run inside the module, and else as the value the module gave it."""
 
     def get(module: nn.Module) -> Any:
         runs = any(child.peft_running() for child in adapted_modules(module))
@@ -154,13 +157,13 @@ def _zero_with_adapters(name: str) -> Any:
 
 
 class _AdaptedEncoderLayer(Adapted):
-    """nn.TransformerEncoderLayer reads raw weights in eval without gradients; not while adapters run inside it."""
+    """Keeps nn.TransformerEncoderLayer off its fast path, which reads raw weights, while adapters run inside it."""
 
     activation_relu_or_gelu = _zero_with_adapters("activation_relu_or_gelu")
 
 
 class _AdaptedEncoder(Adapted):
-    """nn.TransformerEncoder packs padded batches for that fast path; not while adapters run inside it."""
+    """Keeps nn.TransformerEncoder from packing padded batches for that fast path while adapters run inside it."""
 
     use_nested_tensor = _zero_with_adapters("use_nested_tensor")
 
@@ -173,6 +176,7 @@ _SPECIAL: dict[type[nn.Module], type[Adapted]] = {
 
 
 def _adapted_class(base: type[nn.Module], mixin: type[Adapted] | None = None) -> type[Adapted]:
+    """The one subclass of ``base``, and of ``mixin`` if given, that adapted modules of the class ``base`` get."""
     if (base, mixin) not in _CLASSES:
         special = next((special for kind, special in _SPECIAL.items() if issubclass(base, kind)), Adapted)
         fields = {"peft_base_class": base, "peft_mixin": mixin, "__module__": base.__module__, "__doc__": base.__doc__}
@@ -194,7 +198,7 @@ def base_class(module: nn.Module) -> type[nn.Module]:
 
 
 def replaced_forward(module: nn.Module) -> str:
-    """Why a module's class cannot say what it computes; empty when it can."""
+    """Why an adapted class would have no effect: the object has a forward of its own; empty when it has none."""
     return (
         f"the forward of this very {base_class(module).__name__} was replaced (by a hook of accelerate, a patch), and "
         "would pass over adapter layers: inject first, or take that off"
@@ -218,11 +222,19 @@ def adapt_problem(module: nn.Module) -> str:
 
 
 def adapt(module: nn.Module, active: ActiveAdapter, name: str, mixin: type[Adapted] | None = None) -> Adapted:
-    """Change the class of ``module`` in place, to one with ``mixin`` if given; else an adapted one stays as it is."""
+    """Change the class of ``module`` in place to an adapted one, with ``mixin`` if given.
+
+    Args:
+        active: which adapter runs, shared by all adapted modules of the model.
+        name: the module's first name in the model.
+        mixin: a subclass of :class:`Adapted` that the module is to be as well. Without it, a module that is adapted
+            already stays as it is.
+    """
     if not isinstance(module, Adapted):
         module.__class__ = _adapted_class(type(module))
-        statistics = frozenset[str]() if has_statistics(module) else None
-        module.__dict__.update(zip(_FIELDS, (active, {}, [], module.training, name, statistics), strict=True))
+        vars(module).update(peft_active=active, peft_name=name, peft_backup={}, peft_merged=[])
+        trained_by = frozenset[str]() if has_statistics(module) else None
+        vars(module).update(peft_mode=module.training, peft_trained_by=trained_by)
     assert isinstance(module, Adapted)
     if mixin is not None and not isinstance(module, mixin):
         module.__class__ = _adapted_class(base_class(module), mixin)
@@ -240,7 +252,7 @@ def restore(module: Adapted) -> None:
 
 
 def add_layer(module: Adapted, adapter: str, method: str, layer: AdapterLayer) -> None:
-    """Store one layer around those that are there."""
+    """Store a layer of the adapter; it runs around the layers that the module has of it already."""
     if STORE not in module._modules:
         module.add_module(STORE, nn.ModuleDict())
     if adapter not in module.peft:
@@ -249,7 +261,7 @@ def add_layer(module: Adapted, adapter: str, method: str, layer: AdapterLayer) -
 
 
 def remove_layers(module: Adapted, adapter: str) -> None:
-    """Forget all layers of one adapter in one module; the class stays until :func:`restore`."""
+    """Remove all layers of one adapter from the module, which stays adapted until :func:`restore`."""
     if STORE in module._modules and adapter in module.peft:
         del module.peft[adapter]
         if not len(module.peft):
@@ -262,7 +274,11 @@ def has_statistics(module: nn.Module) -> bool:
 
 
 def guard(model: nn.Module, active: ActiveAdapter) -> list[Adapted]:
-    """Adapt every norm with running statistics, and torch's encoders around adapted modules; returns the norms."""
+    """Adapt every norm with running statistics, and torch's encoders that hold adapted modules.
+
+    Returns:
+        the norms, whose statistics are frozen unless an adapter trains them.
+    """
     norms = [adapt(module, active, name) for name, module in model.named_modules() if has_statistics(module)]
     for name, module in model.named_modules():
         if isinstance(module, nn.TransformerEncoder | nn.TransformerEncoderLayer) and adapted_modules(module):
@@ -283,7 +299,7 @@ def join(path: str, name: str) -> str:
 def walk(
     module: nn.Module, prefix: str = "", parent: nn.Module | None = None
 ) -> Iterator[tuple[str, nn.Module, nn.Module | None]]:
-    """(name, module, parent) of a module tree, shared modules under each of their names, adapter layers left out."""
+    """Yield (name, module, parent) of the modules of a tree, without adapter layers; shared ones under each name."""
     yield prefix, module, parent
     for name, child in module._modules.items():
         if child is not None and not (name == STORE and isinstance(module, Adapted)):
@@ -300,7 +316,7 @@ def own_parameters(model: nn.Module, remove_duplicate: bool = True) -> Iterator[
 
 
 def walk_adapted(model: nn.Module) -> Iterator[tuple[str, Adapted]]:
-    """(name, module) of all adapted modules, shared ones under each of their names."""
+    """Yield (name, module) of all adapted modules, shared ones under each of their names."""
     for path, module, _ in walk(model):
         if isinstance(module, Adapted):
             yield path, module

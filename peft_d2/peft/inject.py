@@ -66,7 +66,7 @@ Patterns = Iterable[str] | None
 
 
 def match_targets(model: nn.Module, pattern: str) -> list[str]:
-    """Module names that a pattern chooses; PatternError where there are none."""
+    """Names of the model's modules that a pattern chooses; PatternError where there are none."""
     return match(pattern, ModelIndex.of(model).module_names())
 
 
@@ -163,7 +163,10 @@ def add_adapter(
 
 
 class Plan:
-    """All that can be wrong, found before anything is changed: methods, their layers, what is trained in full."""
+    """What an injection will do: methods, the layers that they make, what is trained in full.
+
+    Making the plan finds all that can be wrong, before anything in the model is changed.
+    """
 
     def __init__(
         self, model: nn.Module, entries: list[Any], train: list[str], is_base: bool = False, example: Any = None
@@ -196,7 +199,10 @@ class Plan:
         self.record = AdapterRecord([normalised(method) for method in self.methods], list(train))
 
     def _refuse_two_on_one_module(self) -> None:
-        """Layers of one method would replace each other; of two that change a weight the inner one has no effect."""
+        """Refuse two layers on one module that have the same method, or that both change its weights.
+
+        The first two would be stored under one name; of the other two only one would have an effect.
+        """
         by_name: dict[tuple[int, str], Method] = {}
         changing: dict[int, Method] = {}
         for method, target, layer in self.layers:
@@ -213,7 +219,10 @@ class Plan:
                 )
 
     def _check_full(self, everything: bool, before: Injection | None) -> None:
-        """Refuse half precision, in which steps of 1e-4 vanish; warn of what the model itself had frozen."""
+        """Check what is trained in full: refuse half precision, in which small steps vanish, and scripted modules.
+
+        Warn of parameters that the model itself had frozen.
+        """
         tensors = {name: tensor.get() for name, tensor in self.index.tensors.items()}
         flags = {name: value.requires_grad for name, value in tensors.items() if isinstance(value, nn.Parameter)}
         full = [name for name in self.full if name in flags]
@@ -240,7 +249,7 @@ class Plan:
 
 
 def _listed(items: Any, what: str, error: type[PeftError]) -> list[Any]:
-    """Any iterable as a list; None is an empty one."""
+    """``items``, any iterable or None, as a list; what is no list at all is refused by ``error``."""
     if isinstance(items, str | bytes | Mapping) or not isinstance(items, Iterable | None):
         example = "[{NAME: ...}]" if isinstance(items, Mapping) else f"[{items!r}]"
         kind = "one mapping" if isinstance(items, Mapping) else f"{type(items).__name__} {items!r}"
@@ -249,7 +258,7 @@ def _listed(items: Any, what: str, error: type[PeftError]) -> list[Any]:
 
 
 def _place(model: nn.Module, injection: Injection, name: str, plan: Plan, freeze_statistics: bool) -> None:
-    """Put the layers of one adapter into their modules, innermost first, and note where they are."""
+    """Put the layers of one adapter into their modules, innermost first, and note in its record where they are."""
     record, order = injection.adapters[name], list(METHODS)
     for method, target, layer in sorted(plan.layers, key=lambda item: order.index(item[0].name)):
         module = adapt(target.module, injection.running, target.name)
@@ -276,7 +285,7 @@ def _place(model: nn.Module, injection: Injection, name: str, plan: Plan, freeze
 
 @torch.no_grad()
 def forget_adapter(root: nn.Module, name: str) -> None:
-    """Drop one adapter that is not active, and what nobody else needs."""
+    """Drop one adapter that is not active, with the tensors and the adapted classes that no other adapter needs."""
     injection = injected(root)[1]
     for module in adapted_modules(root):
         remove_layers(module, name)
@@ -295,7 +304,7 @@ def forget_adapter(root: nn.Module, name: str) -> None:
 
 
 def undo(model: nn.Module, injection: Injection) -> None:
-    """Take everything out again: classes, Parameters and flags are those of before the injection."""
+    """Undo the whole injection: classes, Parameters and requires_grad are as they were before it."""
     for key, original in injection.original.items():
         injection.full[key].put(original)
     for item in adapted_modules(model):
@@ -312,7 +321,7 @@ def undo(model: nn.Module, injection: Injection) -> None:
 
 @contextlib.contextmanager
 def _undone_on_error(undo: Callable[[], None]) -> Iterator[None]:
-    """Run ``undo`` when the block fails, whatever the reason; what is no error of ours becomes one."""
+    """Call ``undo`` where the block fails for any reason, and turn errors of others into an InjectionError."""
     try:
         yield
     except BaseException as error:
@@ -362,7 +371,7 @@ def _check_model(model: nn.Module) -> None:
 
 @dataclass(frozen=True)
 class ReportRow:
-    """Parameters of one part of the model, shared ones once: all with the injected, injected, trained in full."""
+    """How many parameters a part of the model has, shared ones counted once: in all, injected, trained in full."""
 
     part: str
     total: int = 0
@@ -371,18 +380,18 @@ class ReportRow:
 
     @property
     def trainable(self) -> int:
-        """Injected, and trained in full."""
+        """How many are trained: those injected and those trained in full."""
         return self.injected + self.full
 
     @property
     def percent(self) -> float:
-        """Trainable of all, 0 to 100."""
+        """The share that is trained, 0 to 100."""
         return 100 * self.trainable / max(1, self.total)
 
 
 @dataclass(frozen=True)
 class Report(ReportRow):
-    """Parameters of an adapted model, in all and in ``rows`` by part, and where the adapter's layers are."""
+    """The parameters of an adapted model, in all and by part (``rows``), and where the adapter's layers are."""
 
     adapter: str = ""
     rows: list[ReportRow] = field(default_factory=list)

@@ -1,8 +1,8 @@
-"""Proof that what is frozen stays, that a gradient reaches what is trained, and that predictions use adapter layers.
+"""Proof that a gradient reaches what is trained, that predictions use adapter layers, and that what is frozen stays.
 
-A layer that torch never runs (a weight read without a call) or that no gradient reaches (``torch.no_grad``, a
-detached output, a reentrant checkpoint behind frozen layers) trains nothing and says nothing. Here a training pass
-and a prediction show for every trained tensor whether a gradient arrives, and if not, whether torch was given it.
+A layer that the model never calls (it reads the weight instead), or that no gradient reaches (``torch.no_grad``, a
+detached output, a reentrant checkpoint behind frozen layers), learns nothing, and no error says so. Here a training
+pass and a prediction show of every trained tensor whether it gets a gradient, and if not, whether it was used at all.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def prove_live(model: nn.Module, *batches: Any) -> None:
     Args:
         model: an injected model.
         batches: what the model is called with, in train and in eval mode: Detectron2's list of dicts, say, with its
-            ground truth. A callable is given the model instead. What one batch has no need of, another may.
+            ground truth; or a callable that takes the model. It is enough if one of the batches needs a tensor.
 
     Raises:
         LivenessError: naming each layer and parameter that is not live, and why.
@@ -91,7 +91,7 @@ def prove_live(model: nn.Module, *batches: Any) -> None:
 
 
 def describe(found: Sequence[NotLive]) -> str:
-    """What is not live, by reason."""
+    """A message that names what is not live, by reason, with the remedy of each."""
     lines = []
     for reason, meaning in _MEANING.items():
         names = [f"{item.name} ({item.mode})" for item in found if item.reason == reason]
@@ -101,7 +101,7 @@ def describe(found: Sequence[NotLive]) -> str:
 
 
 def not_live(model: nn.Module, *batches: Any) -> list[NotLive]:
-    """What :func:`prove_live` finds, without judging it."""
+    """Make the passes of :func:`prove_live` and return what they do not prove live, faults or not."""
     root, injection = injected(model)
     injection.require_plain()
     require_intact(model)
@@ -152,7 +152,7 @@ def not_live(model: nn.Module, *batches: Any) -> list[NotLive]:
 
 
 def _frozen_later(injection: Injection) -> list[str]:
-    """Adapter layers and parameters trained in full that somebody froze whole; with TRAIN "*" all of them together."""
+    """Names of adapter layers, and of what is trained in full, that somebody has frozen since the injection."""
     record = injection.current
     layers = [(name, values) for name, _, values in _layers(record.modules)]
     full = [(name, injection.full[name].get()) for name in record.full]
@@ -162,28 +162,28 @@ def _frozen_later(injection: Injection) -> list[str]:
 
 
 def _layers(modules: Iterable[Adapted]) -> Iterator[tuple[str, Adapted, list[nn.Parameter]]]:
-    """Name, module and parameters of each layer of the active adapter."""
+    """Yield the name, module and parameters of each layer of the active adapter."""
     for module in modules:
         for method, layer in module.peft_layers().items():
             yield f"{module.peft_name}: {method}", module, list(layer.parameters())
 
 
 def _frozen_buffers(root: nn.Module, injection: Injection) -> dict[str, str]:
-    """Hashes of the base's buffers by name, without those that are trained and those that count."""
+    """Hashes of the base's buffers by name, without those that are trained and those that count steps."""
     trained = {alias for name in injection.current.full for alias in injection.full[name].names}
     names = dict(root.named_buffers(remove_duplicate=False)).keys() - counters(root) - trained
     return {key: tensor_hash(value) for key, value in base_values(root).items() if key in names}
 
 
 class _Pass:
-    """What passes through the model show of its tensors, by their ids."""
+    """What passes through the model have shown of its tensors, which are noted by their ids."""
 
     def __init__(self, root: nn.Module) -> None:
         self.root = root
-        self.used: set[int] = set()  # given to some operator
-        self.recorded: set[int] = set()  # while gradients were recorded
+        self.used: set[int] = set()  # were given to some operator
+        self.recorded: set[int] = set()  # the same, while gradients were recorded
         self.reached: set[int] = set()  # have a gradient
-        self.moved: set[int] = set()  # have one that is not zero
+        self.moved: set[int] = set()  # have a gradient that is not zero
 
     def train(self, batch: Any, seed: int) -> None:
         """One forward and backward pass in training mode, without dropout, which would hide a layer by chance."""
@@ -214,7 +214,7 @@ class _Pass:
                     self.moved.add(id(parameter))
 
     def predict(self, batch: Any) -> bool:
-        """One pass in eval mode, where torch takes its shortcuts; True for a detector that finds nothing."""
+        """Predict in eval mode, in which torch takes shortcuts; returns whether a detector found nothing."""
         self.root.eval()
         torch.clear_autocast_cache()  # which has copies of the parameters that the pass before used
         with torch.no_grad(), _Uses(self.used, self.recorded):
@@ -223,7 +223,7 @@ class _Pass:
         return _finds_nothing(output)
 
     def reason(self, own: Sequence[Tensor], base: Sequence[Tensor]) -> str:
-        """Why tensors that belong together are not live, "" if they are; ``base`` are those of their target module."""
+        """Why the tensors ``own`` of a layer are not live, "" if they are; ``base`` are those of its target module."""
         ids = {id(value) for value in own}
         if not ids <= self.reached:
             if ids & self.used:
@@ -233,6 +233,7 @@ class _Pass:
 
 
 def _of_layers(layers: Mapping[str, Any], seen: _Pass, mode: str) -> list[NotLive]:
+    """The adapter layers that are not live in ``mode``, "train" or "eval"."""
     found = []
     for name, (module, own) in layers.items():
         inside = {id(value) for value in own}
@@ -246,8 +247,10 @@ def _of_layers(layers: Mapping[str, Any], seen: _Pass, mode: str) -> list[NotLiv
 def _of_parameters(
     injection: Injection, root: nn.Module, full: Mapping[str, nn.Parameter], seen: _Pass
 ) -> list[NotLive]:
-    """Parameters trained in full. Broad patterns take in what a training has no use for; that all of a pattern is cut
-    off from the losses, or runs where no gradients are recorded, is a fault.
+    """The parameters trained in full that are not live.
+
+    A broad pattern of TRAIN also takes in parameters that a training has no use for, which is no fault. It is one where
+    all that a pattern chooses is cut off from the losses, or where it runs while no gradients are recorded.
     """
     reasons = {name: seen.reason([parameter], []) for name, parameter in full.items()}
     patterns = injection.current.train
@@ -263,7 +266,7 @@ def _of_parameters(
 
 
 class _Uses(TorchDispatchMode):
-    """Notes the ids of all parameters that operators are given."""
+    """Within the block, note the ids of all parameters that operators are given."""
 
     def __init__(self, used: set[int], recorded: set[int]) -> None:
         super().__init__()
@@ -278,19 +281,20 @@ class _Uses(TorchDispatchMode):
 
 
 def _not_finite(root: nn.Module) -> str:
-    """Which values of a model may be why its output is NaN, which differs from everything and proves nothing."""
+    """Name the weights that are not finite, by which a model's output may be NaN, which proves nothing."""
     bad = [name for name, value in own_parameters(root) if not bool(value.isfinite().all())]
     bad += [name for name, value in root.named_buffers() if value.is_floating_point() and bool(value.isnan().any())]
     return f"{', '.join(bad[:6])} hold values that are not finite" if bad else "all weights are finite: see the batch"
 
 
 def _has_objects(batches: Sequence[Any]) -> bool:
-    """False where the batches are Detectron2's and none has an object: then losses may lack whole heads."""
+    """False where the batches are Detectron2's and have no object, so that the losses may pass over whole heads."""
     samples = [sample for batch in batches if isinstance(batch, list) for sample in batch]
     return not samples or any(not isinstance(s, Mapping) or len(s.get("instances", "?")) > 0 for s in samples)
 
 
 def _finds_nothing(output: Any) -> bool:
+    """Whether an output is a list of Detectron2's results without any instance."""
     if not isinstance(output, list) or not output:
         return False
     return all(isinstance(found, Mapping) and len(found.get("instances", "?")) == 0 for found in output)

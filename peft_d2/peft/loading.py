@@ -1,4 +1,4 @@
-"""How weights meet a model that is injected: what ``load_state_dict`` means there."""
+"""What ``load_state_dict`` does on a model that is injected: the base again, another base, or all with the adapters."""
 
 from __future__ import annotations
 
@@ -33,12 +33,13 @@ logger = logging.getLogger(__name__)
 
 @torch.no_grad()
 def before_load(root: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """torch's hook before ``load_state_dict``: the one place where weights meet a model that is injected.
+    """torch's hook before ``load_state_dict`` of an injected model. It tells by the keys and values what is given:
 
-    - A state dict with injected keys was one of such a model, and all of it is loaded.
+    - With injected keys it is the state dict of an injected model, and all of it is loaded.
     - Without them it is a base's. The base that the adapters are on changes nothing, not what is trained in full
-      either. Another one is taken as long as nothing was trained or loaded: the adapters then start anew on it.
-    - Where adapters only train modules in full, other values of just these are what was trained, and are loaded.
+      either. Another base is taken as long as nothing was trained or loaded: the adapters then start anew on it.
+    - Where the adapters train modules in full and inject nothing, and just these modules differ from the base, theirs
+      are the trained values, and are loaded.
 
     Raises:
         InjectionError: these are the weights of another base; or the model is merged.
@@ -82,7 +83,9 @@ def before_load(root: nn.Module, state: dict[str, Any], prefix: str, *_: Any) ->
 
 @torch.no_grad()
 def _take_not_installed(injection: Injection, state: dict[str, Any], prefix: str) -> None:
-    """Load what :func:`after_state_dict` added and take it out of ``state``, whichever adapter was active there.
+    """Load the values that :func:`after_state_dict` had added to ``state``, and take them out of it.
+
+    The adapter that was active when ``state`` was made may be another than the active one here.
 
     Raises:
         InjectionError: the model is within ``disabled``, where it holds the base's values.
@@ -111,7 +114,7 @@ def _take_not_installed(injection: Injection, state: dict[str, Any], prefix: str
 
 
 def _is_base(injection: Injection, index: ModelIndex, key: str, given: Tensor, base: Tensor) -> bool:
-    """Whether a given tensor is the base's own of that name, in the base's dtype."""
+    """Whether ``given`` has the values of the base's tensor ``key``, compared in the base's dtype."""
     same_kind = given.to(base.device, base.dtype)
     if injection.base or not injection.full:
         equal = same_kind == base
@@ -131,7 +134,7 @@ def _other_base(injection: Injection, different: list[str], count: int) -> Injec
 
 
 def _start_anew(injection: Injection, index: ModelIndex, weights: Mapping[str, Tensor]) -> None:
-    """Exchange the base under adapters that are not trained; their layers get new values in the tensors they have."""
+    """Load another base under adapters that are untrained, and give their layers new start values, in place."""
     for key, value in weights.items():
         first = index.first_name.get(key, key)
         kept = [injection.base.get(first), *(record.values.get(first) for record in injection.adapters.values())]

@@ -77,7 +77,7 @@ def set_adapter(model: nn.Module, name: str) -> None:
 
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[nn.Module]:
-    """Within the block the model is the base, bit for bit, fully trained modules included.
+    """Within the block the model computes what its base does, bit for bit, modules trained in full included.
 
     Raises:
         InjectionError: TRAIN is "*", so no base values were kept.
@@ -110,7 +110,7 @@ def merge(model: nn.Module) -> list[str]:
     """Write the active adapter's weight changes into the base weights; the originals are kept for :func:`unmerge`.
 
     Returns:
-        The modules with layers that are no change of weights (adapters, say): these run beside the merged weights.
+        names of the modules with layers that no weight can hold (adapters, say): these run beside the merged weights.
 
     Raises:
         InjectionError: a merged weight also belongs to a module that is not adapted in the same way, or to none of the
@@ -215,7 +215,7 @@ def merge_whole(model: nn.Module) -> None:
 
 
 def _merged_weights(module: Adapted) -> tuple[dict[str, Tensor], list[str]]:
-    """The weights that all mergeable layers of a module give together, and the methods of those layers."""
+    """The weights into which the layers of a module can be merged, by name, and the methods of these layers."""
     weights = {name: value for name, value in module.named_parameters() if not name.startswith(f"{STORE}.")}
     changed: dict[str, Tensor] = {}
     methods = []
@@ -228,7 +228,7 @@ def _merged_weights(module: Adapted) -> tuple[dict[str, Tensor], list[str]]:
 
 
 def _refuse_shared(model: nn.Module, plan: Sequence[tuple[Adapted, Mapping[str, Tensor], Sequence[str]]]) -> None:
-    """A weight with two owners cannot be merged: the other owner would change too."""
+    """Refuse to merge into a weight that belongs to another module as well, which would change too."""
     owners: dict[int, list[str]] = {}
     for path, module in model.named_modules():
         for leaf, parameter in module._parameters.items():
@@ -303,7 +303,7 @@ def combine_adapters(
 
 
 def _others(injection: Injection, adapter: str) -> dict[str, Tensor]:
-    """All other injected parameters of an adapter."""
+    """The injected parameters of an adapter that are no low-rank factors, by name."""
     inside = {id(value) for item in low_ranks(injection, adapter).values() for value in item.parameters()}
     return {
         f"{module.peft_name}.{local}": value
@@ -324,7 +324,7 @@ def _compare_classes(lists: Sequence[list[str]]) -> None:
 
 
 def _refuse(sources: Sequence[Any], others: Sequence[Any], kind: str) -> None:
-    """Raise for what has no sum."""
+    """Raise InjectionError for adapters that cannot be added up."""
     for _, factors in sources:
         if factors.keys() != sources[0][1].keys():
             raise InjectionError("the adapters' LoRA is on different parts (PARTS) and cannot be combined")

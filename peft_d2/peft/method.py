@@ -1,4 +1,4 @@
-"""What a method is: options with upper-case config keys, the modules of a model it goes on, and the layers it makes."""
+"""What a method is: its options (upper-case keys in a config), the modules it goes on, the layers it makes."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from .probe import Outputs
 from .targets import ModelIndex, Target, is_literal, names_outright, nearest, resolve
 
 logger = logging.getLogger(__name__)
-_LARGEST = {"NUM": 1024, "EXPERTS": 1024}  # whole numbers; the others have 2**16: beyond it is a typing error
+_LARGEST = {"NUM": 1024, "EXPERTS": 1024}  # largest whole numbers by key, else 2**16: more is a typing error
 
 
 @dataclass(frozen=True)
 class Allowed:
-    """Which values an option may have, as the second part of its type: ``Annotated[int, Allowed(...)]``."""
+    """Which values an option may have: ``Annotated[int, Allowed(lambda value: value > 0, "a positive integer")]``."""
 
     holds: Callable[[Any], Any]
     expected: str
 
 
 def one_of(*values: str) -> Allowed:
-    """One of these texts, or a list of some of them."""
+    """Allow one of these texts, or of an option that is a list some of them."""
     expected = f"one of {', '.join(values)}"
     return Allowed(lambda given: {*([given] if isinstance(given, str) else given)} <= {*values}, expected)
 
@@ -39,13 +39,13 @@ Probability = Annotated[float, Allowed(lambda value: 0 <= value < 1, "a probabil
 
 @dataclass(frozen=True)
 class Options:
-    """Keys that every method knows. ``TARGETS`` are patterns of module names, ``EXCLUDE`` takes some of them back."""
+    """Keys of every method: ``TARGETS`` are patterns of module names, ``EXCLUDE`` those of modules to leave out."""
 
     targets: list[str] = field(default_factory=list)
     exclude: list[str] = field(default_factory=list)
 
     def check(self) -> None:
-        """Raise :class:`MethodError` when values do not go together: keys such as COBOT_MIX need ``COBOT: true``."""
+        """Raise :class:`MethodError` where values do not go together: COBOT_MIX, say, needs ``COBOT: true``."""
         if not self.targets:
             raise MethodError("TARGETS is empty: name at least one pattern of module names")
         for item in dataclasses.fields(self):
@@ -56,7 +56,7 @@ class Options:
 
 
 def expect(condition: bool, key: str, value: object, expected: str) -> None:
-    """Raise :class:`MethodError` naming the key unless ``condition`` holds."""
+    """Raise a :class:`MethodError` about the value of ``key`` unless ``condition`` holds."""
     if not condition:
         raise MethodError(f"{key} is {value!r}: expected {expected}")
 
@@ -72,7 +72,7 @@ class Method:
         self.options = options
 
     def redirect(self, target: Target, targets: Mapping[int, Target]) -> Target:
-        """The module that really does the work of ``target`` (``targets`` by module id); for most methods itself."""
+        """The target that a layer goes on in place of ``target``, out of ``targets`` by module id; mostly itself."""
         return target
 
     def refusal(self, target: Target) -> str:
@@ -84,23 +84,27 @@ class Method:
         return ""
 
     def unsure(self, targets: Sequence[Target]) -> list[Target]:
-        """Those of the targets whose output the layers must know and a forward pass has to show."""
+        """The targets of which only a forward pass can show what their layers must know of the output."""
         return []
 
     def learn(self, targets: Sequence[Target], seen: Outputs) -> None:
-        """Take what a forward pass has shown of the outputs of the :meth:`unsure` targets."""
+        """Take over what a forward pass has shown of the outputs of the :meth:`unsure` targets."""
 
     def make_layers(self, targets: Sequence[Target]) -> list[tuple[Target, AdapterLayer]]:
-        """The adapter layers of all chosen modules, in order; MethodError where the options leave something open."""
+        """The adapter layer of each target, in order.
+
+        Raises:
+            MethodError: an option does not suit a target, or what a layer must know of one is not known.
+        """
         return [(target, self.layer_class(target, self.options)) for target in targets]
 
     def select(self, targets: Sequence[Target]) -> list[str]:
-        """Names of parameters of the base, and of modules with all that they contain, to train in full as they are."""
+        """Names of what is to be trained in full in place: parameters of the base, or modules with all they contain."""
         return []
 
 
 def parse(entry: Mapping[str, Any], registry: Mapping[str, type[Method]]) -> Method:
-    """One config entry ``{NAME: ..., TARGETS: [...], ...}`` as a method; MethodError where anything in it is wrong."""
+    """Make the method of a config entry ``{NAME: ..., TARGETS: [...], ...}``; MethodError where it is wrong."""
     if not isinstance(entry, Mapping):
         raise MethodError(f"expected a method like {{NAME: lora, TARGETS: [...]}}, got {entry!r}")
     if not isinstance(entry.get("NAME"), str):
@@ -127,13 +131,18 @@ def parse(entry: Mapping[str, Any], registry: Mapping[str, type[Method]]) -> Met
 
 
 def normalised(method: Method) -> dict[str, Any]:
-    """The entry with every key filled in: what a file keeps."""
+    """The config entry of a method with every key filled in, as a file keeps it."""
     values = dataclasses.asdict(method.options)
     return {"NAME": method.name, **{key.upper(): value for key, value in values.items()}}
 
 
 def choose_targets(index: ModelIndex, method: Method) -> list[Target]:
-    """The modules of one method: patterns resolved, exclusions taken out, redirected, and all of them possible."""
+    """The modules that a method goes on, in the model's order: those of TARGETS without those of EXCLUDE, redirected.
+
+    Raises:
+        PatternError: a pattern matches nothing.
+        MethodError: the method cannot go on a module that a pattern names, or nothing is left.
+    """
     names = index.module_names()
     try:
         exclude = resolve(method.options.exclude, names)
@@ -171,7 +180,10 @@ def choose_targets(index: ModelIndex, method: Method) -> list[Target]:
 
 
 def _check_refused(method: Method, pattern: str, matched: list[str], refused: dict[str, str]) -> None:
-    """A sweeping pattern may pass over modules that a method cannot go on; a plain name must be possible."""
+    """Raise MethodError where the method can go on none of the modules, or not on one that the pattern names outright.
+
+    A pattern with wildcards may pass over some of them.
+    """
     if not refused or (not is_literal(pattern) and len(refused) < len(matched)):
         return
     name, reason = next(iter(refused.items()))
@@ -183,7 +195,7 @@ def _check_refused(method: Method, pattern: str, matched: list[str], refused: di
 
 
 def layers_of(method: Method, targets: Sequence[Target]) -> list[tuple[Method, Target, AdapterLayer]]:
-    """The adapter layers of one method; whatever it raises is one of our errors."""
+    """The adapter layers of one method; errors of other packages become a MethodError."""
     try:
         made = method.make_layers(targets)
     except PeftError:
@@ -197,13 +209,13 @@ def layers_of(method: Method, targets: Sequence[Target]) -> list[tuple[Method, T
 
 
 def closest(wanted: str, known: list[str]) -> str:
-    """The end of an error about an unknown name: the known ones, those that resemble it first."""
+    """The end of an error about an unknown name: the names nearest to it, and all that are known."""
     near = nearest(wanted, known)
     return (f" Nearest: {', '.join(near)}." if near else "") + f" Known: {', '.join(sorted(known))}."
 
 
 def _convert(method: str, key: str, value: Any, hint: Any) -> Any:
-    """A value as its option's type; ints serve as floats, tuples as lists; nothing else is converted."""
+    """Return a value if it is of its option's type ``hint``; ints become floats and tuples lists, nothing else."""
     options = typing.get_args(hint) if typing.get_origin(hint) not in (list, dict, Annotated) else ()
     if value is None and type(None) in options:
         return None

@@ -12,7 +12,7 @@ from .mona import Mona
 from .selective import BitFit, LastBlocks, NormTuning
 from .side import E3va
 
-# Their order is the order of adapter layers on one module, innermost first.
+# A new method is added here. The order is that of adapter layers on one module, innermost first.
 _INNERMOST_FIRST: tuple[type[Method], ...] = (
     *(Lora, HuggingFaceTuner),  # change weights
     *(ConvLora, AdaptFormer, Mona, Adapter, E3va),  # add to an output

@@ -1,13 +1,15 @@
 """One base with many adapters: samples of a batch that name theirs, and one sample under several.
 
-A sample ``{"image": ..., "adapter": "night"}`` runs with that adapter, one without a name with the base. What is frozen
-runs once for the whole batch. A module whose tensors belong to an adapter runs sample by sample, each with its own
-adapter's layers and values, whatever the others name: a result depends on the sample, its adapter and the shape of the
-batch alone. Which axis of which input has the samples is found by running the model on two and on three of them.
+A sample ``{"image": ..., "adapter": "night"}`` runs with that adapter, one that names none with the base. Two ways:
 
-Where that cannot be found (rows of several images in one, as behind region proposals), or where outputs of different
-class counts would have to be one tensor, the model runs once per adapter on the whole batch, and of each run its own
-samples' results are taken; parts that get the same inputs again give what they gave before.
+- One run. What is frozen runs once for the whole batch; a module that holds tensors of an adapter runs sample by
+  sample, each with its adapter's layers and values. A result thus depends on the sample, its adapter and the shape of
+  the batch alone. Which axis of each input and output has the samples is found by running the model on two and on
+  three of them (:func:`_find_split`).
+- One run per adapter, on the whole batch, of which the results of that adapter's samples are taken. This is for models
+  whose samples cannot be told apart (rows of several images in one, as behind region proposals), and for outputs of
+  different class counts that would have to be one tensor. Frozen parts that get the same inputs again are not run
+  again (:class:`_Recording`).
 """
 
 from __future__ import annotations
@@ -36,10 +38,13 @@ _PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device, torch.Si
 
 
 class Routed(Adapted):
-    """What the whole model is besides its own class once it serves several adapters: see :func:`serve_adapters`."""
+    """Base of the class that a whole model gets once it serves several adapters: see :func:`serve_adapters`."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Threads take turns: what runs is exchanged within modules that they share. A compiler sees no thread."""
+        """The model's own forward, or, of a batch that names adapters, the results of its samples with these.
+
+        Threads take turns, as the active adapter is exchanged within modules that they share.
+        """
         batch: Any = args[0] if args else None
         listed = isinstance(batch, list | tuple) and all(isinstance(item, Mapping) for item in batch)
         with nullcontext() if torch.compiler.is_compiling() else injected(self)[1].lock:
@@ -49,7 +54,7 @@ class Routed(Adapted):
 
     @torch.no_grad()
     def predict_with(self, image: Any, adapters: Sequence[str]) -> dict[str, Any]:
-        """One sample's result under each of ``adapters``; what they have in common runs once.
+        """One sample's result with each of ``adapters``, by name; what is frozen runs once for all of them.
 
         Args:
             image: the sample, as the model takes it in a batch, or its image alone, (C, H, W).
@@ -65,9 +70,12 @@ class Routed(Adapted):
 
 
 def serve_adapters(model: nn.Module) -> None:
-    """Let samples name their adapters (see this module); the base is in effect for those that name none.
+    """Let samples of a batch name their adapters; those that name none run with the base.
 
-    A model without adapters is injected with none: it is the base until some are added.
+    A model that was not injected becomes one whose only adapter is the base itself.
+
+    Raises:
+        InjectionError: somebody has replaced the model's forward.
     """
     root = injected_root(model)
     if problem := replaced_forward(model if root is None else root):
@@ -82,7 +90,7 @@ def serve_adapters(model: nn.Module) -> None:
 
 
 def _checked(root: nn.Module, names: Sequence[str]) -> Injection:
-    """The injection, if these adapters can run now."""
+    """The model's injection; InjectionError where adapters of these names cannot run now."""
     injection = injected(root)[1]
     injection.require_plain()
     for name in names:
@@ -93,7 +101,7 @@ def _checked(root: nn.Module, names: Sequence[str]) -> Injection:
 
 
 def _run_named(root: Routed, batch: Sequence[Any], names: Sequence[str]) -> list[Any]:
-    """The results of samples that run with the adapters ``names``, one for each."""
+    """The result of each sample of ``batch``, run with the adapter at its place in ``names``."""
     injection = _checked(root, names)
     if len(batch) > 1:
         if injection.split is None or injection.split.adapters != tuple(injection.adapters):
@@ -112,7 +120,7 @@ def _run_named(root: Routed, batch: Sequence[Any], names: Sequence[str]) -> list
 
 
 def _run_each(root: Routed, injection: Injection, batch: Sequence[Any], names: Sequence[str]) -> dict[str, Any]:
-    """What the model gives for the whole batch, by adapter."""
+    """The model's results for the whole batch with each of the adapters ``names``."""
     results, gradients = {}, torch.is_grad_enabled()
     # Tensors of inference mode do not tell whether they were changed in place.
     recording = _Recording(root, injection)
@@ -126,7 +134,7 @@ def _run_each(root: Routed, injection: Injection, batch: Sequence[Any], names: S
 
 @contextmanager
 def _running(injection: Injection, name: str) -> Iterator[None]:
-    """Run one adapter within the block; nothing is trained there."""
+    """Let one adapter be the active one within the block, for inference: no parameter's requires_grad changes."""
     before = injection.active
     injection.install(name)
     injection.running.name = name
@@ -139,7 +147,7 @@ def _running(injection: Injection, name: str) -> Iterator[None]:
 
 @contextmanager
 def _replaced(modules: Sequence[nn.Module], call: Callable[..., Any], method: str = "forward") -> Iterator[None]:
-    """Within the block ``call(module, its own method, ...)`` stands for each module's method."""
+    """Within the block each module's ``method`` is ``call(module, its own method, ...)``."""
     before = [(module, module.__dict__.get(method)) for module in modules]
     for module, _ in before:
         module.__dict__[method] = partial(call, module, getattr(module, method))
@@ -157,13 +165,18 @@ def _replaced(modules: Sequence[nn.Module], call: Callable[..., Any], method: st
 
 @dataclass
 class _Call:
+    """One call of a part: what it got, what it gave, and how often the tensors of that were changed in place before."""
+
     inputs: Any
     output: Any
     versions: list[int]
 
 
 class _Recording:
-    """Outputs of the parts that hold nothing of any adapter; given again where the same inputs come, bit for bit."""
+    """Outputs of the parts that hold nothing of any adapter, given again where the same inputs come, bit for bit.
+
+    The n-th call of a part in a run is compared with its n-th call in the first run.
+    """
 
     def __init__(self, root: nn.Module, injection: Injection) -> None:
         specific = {id(module) for module in _specific_modules(root, injection)}
@@ -182,6 +195,10 @@ class _Recording:
             yield
 
     def call(self, method: str, part: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Stand for ``method`` of ``part``, which is ``forward``: record its output, or give what is recorded.
+
+        Parts that run inside another one are not looked at: the outer one's output is all that is needed.
+        """
         if self.inside:
             return forward(*args, **kwargs)
         key = id(part), method
@@ -201,7 +218,7 @@ class _Recording:
 
 
 def _same(one: Any, other: Any) -> bool:
-    """Whether two inputs are equal, tensors bit for bit."""
+    """Whether two inputs are equal, tensors bit for bit; objects by identity or by what they hold."""
     if isinstance(one, Tensor) and isinstance(other, Tensor):
         return one.shape == other.shape and one.dtype == other.dtype and (one is other or torch.equal(one, other))
     if type(one) is not type(other):
@@ -216,7 +233,7 @@ def _same(one: Any, other: Any) -> bool:
 
 
 def _versions(value: Any) -> list[int]:
-    """How often each tensor in it was changed in place."""
+    """How often each tensor in ``value``, any nesting of them, was changed in place."""
     if isinstance(value, Tensor):
         return [value._version]
     if isinstance(value, Mapping):
@@ -230,31 +247,50 @@ def _versions(value: Any) -> list[int]:
 
 
 class _CannotSplitError(Exception):
-    pass
+    """A module cannot run sample by sample; the message says why."""
 
 
 Leaf = tuple[str, int, int, int]  # "in" or "out" of a call, which value of how many, and a tensor's dimensions
-Axes = dict[Leaf, int | None]  # axis of the samples
+Axes = dict[Leaf, int | None]  # the axis that has the samples; None where a value is the same for all of them
+
+
+@dataclass
+class SplitModule:
+    """A module that runs sample by sample.
+
+    Attributes:
+        axes: of its inputs and outputs.
+        full: names of the tensors in it that adapters train in full.
+        ragged: adapters have tensors of different shapes in it, heads of other class counts, so that its outputs are
+            given as a list by sample where they do not fit together.
+    """
+
+    module: nn.Module
+    axes: Axes
+    full: list[str]
+    ragged: bool
 
 
 @dataclass
 class Split:
-    """The modules that run sample by sample, with the axes of their inputs and outputs, or why there are none."""
+    """The modules that run sample by sample while there are these adapters; or ``reason``, why none can."""
 
     adapters: tuple[str, ...]
-    modules: list[tuple[nn.Module, Axes, list[str], bool]] = field(default_factory=list)  # tensors in it; may be ragged
+    modules: list[SplitModule] = field(default_factory=list)
     reason: str = ""
 
 
 def _specific_modules(root: nn.Module, injection: Injection) -> list[nn.Module]:
-    """Modules that hold a tensor of an adapter themselves: its layers, or what it trains in full."""
+    """Modules that hold something of an adapter themselves: its layers, or a tensor that it trains in full."""
     tables = {id(table) for tensor in injection.full.values() for table, _ in tensor.places}
     own = [m for m in root.modules() if id(m._parameters) in tables or id(m._buffers) in tables]
     return [*own, *(module for record in injection.adapters.values() for module in record.modules)]
 
 
 def _find_split(root: Routed, injection: Injection, sample: Mapping[str, Any]) -> Split:
-    """From each module with an adapter's tensors upwards, the first one whose samples are told apart."""
+    """Find the modules to run sample by sample: from each one with something of an adapter upwards, the first one whose
+    inputs and outputs show where the samples are.
+    """
     specific = list(dict.fromkeys(_specific_modules(root, injection)))
     inside = {id(module) for module in specific}
     above = [m for m in root.modules() if m is not root and any(id(child) in inside for child in m.modules())]
@@ -271,42 +307,37 @@ def _find_split(root: Routed, injection: Injection, sample: Mapping[str, Any]) -
         id(table) for key, tensor in injection.full.items() if _is_ragged(injection, key) for table, _ in tensor.places
     }
     allowed = getattr(root, "per_image_outputs", ())
-    split, chosen = Split(tuple(injection.adapters)), dict[int, tuple[nn.Module, Axes, list[str], bool]]()
-
-    def climb(module: nn.Module) -> None:
-        if id(module) in chosen:
-            return
+    split, judged = Split(tuple(injection.adapters)), set[int]()
+    while specific:
+        module = specific.pop(0)
+        if id(module) in judged:
+            continue
+        judged.add(id(module))
         if module is root:
-            raise _CannotSplitError("the samples are not told apart below the whole model")
+            reason = "the samples are not told apart below the whole model"
+            logger.info("One run per adapter of a mixed batch: %s.", reason)
+            return Split(split.adapters, reason=reason)
         tables = {id(table) for child in module.modules() for table in (child._parameters, child._buffers)}
-        uneven = bool(ragged & tables)
-        axes = _axes(two[id(module)], three[id(module)]) if not uneven or names[id(module)] in allowed else None
+        is_ragged = bool(ragged & tables)
+        axes = _axes(two[id(module)], three[id(module)]) if not is_ragged or names[id(module)] in allowed else None
         if axes is None:
-            for parent in parents[id(module)]:
-                climb(parent)
-            return
-        keys = [key for key, tensor in injection.full.items() if any(id(table) in tables for table, _ in tensor.places)]
-        chosen[id(module)] = (module, axes, keys, uneven)
-
-    try:
-        for module in specific:
-            climb(module)
-        split.modules = list(chosen.values())
-    except _CannotSplitError as error:
-        split.reason = str(error)
-        logger.info("One run per adapter of a mixed batch: %s.", error)
+            specific += parents[id(module)]
+        else:
+            places = ((key, table) for key, tensor in injection.full.items() for table, _ in tensor.places)
+            full = list(dict.fromkeys(key for key, table in places if id(table) in tables))
+            split.modules.append(SplitModule(module, axes, full, is_ragged))
     return split
 
 
 def _is_ragged(injection: Injection, key: str) -> bool:
-    """Whether adapters hold tensors of different shapes there: heads of other class counts."""
+    """Whether adapters hold tensors of different shapes under the name ``key``: heads of other class counts."""
     shapes = {record.values[key].shape for record in injection.adapters.values() if key in record.values}
     return len({*shapes, injection.base[key].shape}) > 1
 
 
 @torch.no_grad()
 def _calls(root: Routed, injection: Injection, modules: list[nn.Module], batch: list[Any]) -> dict[int, list[Any]]:
-    """Of each call of each module in one run of the base: what :func:`_means` says of its inputs and outputs."""
+    """Run the base on ``batch`` and return, by module's id, of each call the :func:`_means` of inputs and outputs."""
     calls: dict[int, list[Any]] = {id(module): [] for module in modules}
 
     def record(module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -321,7 +352,10 @@ def _calls(root: Routed, injection: Injection, modules: list[nn.Module], batch: 
 
 
 def _means(kind: str, values: Any) -> dict[Leaf, list[Tensor] | None]:
-    """Means along each axis of every tensor; None for other values, but for plain ones, as they may hide samples."""
+    """The means along each axis of every tensor in ``values``, which show what lies along the axis.
+
+    Plain values are left out. Any other object may hold samples, which nobody sees: None.
+    """
     means: dict[Leaf, list[Tensor] | None] = {}
     leaves = tree_flatten(values)[0]
     for index, leaf in enumerate(leaves):
@@ -335,7 +369,10 @@ def _means(kind: str, values: Any) -> dict[Leaf, list[Tensor] | None]:
 
 
 def _axes(two: list[Any], three: list[Any]) -> Axes | None:
-    """Where the samples are, from the calls with two and with three of them; None where that is not plain."""
+    """The axes that have the samples, from a module's calls with two and with three of them.
+
+    None where its calls do not agree, or where not all of its outputs have an axis that grew with the samples.
+    """
     axes: Axes = {}
     if not two or len(two) != len(three):
         return None
@@ -354,41 +391,46 @@ def _axes(two: list[Any], three: list[Any]) -> Axes | None:
 
 
 def _in_order(two: Tensor, three: Tensor) -> bool:
-    """Whether an axis grew with the samples, one after the other."""
+    """Whether an axis of three samples begins with what the axis of two holds, and is half as long again."""
     same = 3 * len(two) == 2 * len(three)
     return same and torch.allclose(two, three[: len(two)], rtol=1e-2, atol=1e-3 * float(two.abs().max()))
 
 
 @contextmanager
 def _sample_by_sample(injection: Injection, names: Sequence[str]) -> Iterator[None]:
-    """Within the block the modules of the split run one sample after the other, each with its adapter."""
+    """Within the block the modules of the split run one sample after the other, each with its adapter.
+
+    Raises:
+        _CannotSplitError: there is no split, or a call does not fit it.
+    """
     split, inside = injection.split, [False]
     if split.reason:
         raise _CannotSplitError(split.reason)
-    plans = {id(module): plan for module, *plan in split.modules}
+    parts = {id(part.module): part for part in split.modules}
 
     def call(module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Stand for the module's ``forward``: run it for each sample, unless it is inside a module that does."""
         if inside[0]:
             return forward(*args, **kwargs)
-        axes, keys, uneven = plans[id(module)]
+        part = parts[id(module)]
         leaves, spec = tree_flatten((args, kwargs))
         outputs, inside[0] = [], True
         try:
             for i, name in enumerate(names):
-                own_args, own_kwargs = tree_unflatten(_sample_of(leaves, axes, i, len(names)), spec)
-                _put(injection, keys, name)
+                own_args, own_kwargs = tree_unflatten(_sample_of(leaves, part.axes, i, len(names)), spec)
+                _put(injection, part.full, name)
                 outputs.append(forward(*own_args, **own_kwargs))
         finally:
-            _put(injection, keys, BASE)
+            _put(injection, part.full, BASE)
             inside[0] = False
-        return _joined(outputs, axes, uneven)
+        return _joined(outputs, part)
 
-    with _replaced([module for module, *_ in split.modules], call):
+    with _replaced([part.module for part in split.modules], call):
         yield
 
 
 def _put(injection: Injection, keys: Sequence[str], name: str) -> None:
-    """Let one adapter's layers run, and put its values (the base's where it has none) of ``keys`` into the model."""
+    """Let one adapter's layers run, and put its values of the tensors ``keys`` (or the base's) into the model."""
     injection.running.name = name
     own = injection.adapters[name].values
     for key in keys:
@@ -409,24 +451,25 @@ def _sample_of(leaves: Sequence[Any], axes: Axes, i: int, count: int) -> list[An
 
 
 def _axis(axes: Axes, kind: str, index: int, leaves: Sequence[Any]) -> int | None:
+    """The axis of the samples in a tensor among the inputs or outputs of a call."""
     key = (kind, index, len(leaves), leaves[index].dim())
     if key not in axes:
         raise _CannotSplitError("a module is called in another way than when the samples were told apart")
     return axes[key]
 
 
-def _joined(outputs: Sequence[Any], axes: Axes, uneven: bool) -> Any:
-    """The outputs of one sample each as one; with ``uneven``, tensors that do not fit together as a list by sample."""
+def _joined(outputs: Sequence[Any], module: SplitModule) -> Any:
+    """The outputs of one sample each as those of a batch; of a ragged module, what does not fit is a list by sample."""
     flat = [tree_flatten(output) for output in outputs]
     joined: list[Any] = []
     for index, parts in enumerate(zip(*(leaves for leaves, _ in flat), strict=True)):
         if not isinstance(parts[0], Tensor):
             joined.append(parts[0])
             continue
-        axis = _axis(axes, "out", index, flat[0][0])
+        axis = _axis(module.axes, "out", index, flat[0][0])
         if len({part.shape for part in parts}) == 1:
             joined.append(torch.cat(parts, dim=axis))
-        elif uneven and axis == 0 and all(len(part) == 1 for part in parts):
+        elif module.ragged and axis == 0 and all(len(part) == 1 for part in parts):
             joined.append([part[0] for part in parts])
         else:
             raise _CannotSplitError("the samples' outputs have different shapes")

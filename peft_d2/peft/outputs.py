@@ -1,7 +1,7 @@
 """Layers on a module's output, and what they must know of it: its width, the axis of its channels, its image grid.
 
-Adapter layers must exist before the optimizer does, so nothing waits for the first batch: the width is read off the
-module; what it does not say is seen in a forward pass on a small image, or asked for.
+Adapter layers must exist before the optimizer does, so nothing can wait for the first batch. The width is read off the
+module; where that does not tell it, a forward pass on a small image shows it, or the user has to set it.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ _ATTRIBUTES = ("out_channels", "d_model", "embed_dim", "hidden_size", "hidden_di
 
 @dataclass(frozen=True)
 class OutputOptions(Options):
-    """``DIM`` is the output's width. ``LAYOUT``: last (..., C), first (N, C, ...), or auto.
+    """``DIM`` is the output's width C. ``LAYOUT``: last for (..., C), first for (N, C, ...), or auto.
 
-    ``OUTPUTS`` says both of single modules, ``{"stages.0.blocks.1": "40 first"}``: what a forward pass has shown.
+    ``OUTPUTS`` holds both by module, ``{"stages.0.blocks.1": "40 first"}``, where a forward pass has shown them.
     """
 
     dim: Positive | None = None
@@ -71,7 +71,7 @@ class OutputLayer(AdapterLayer):
         self.channels, self.channels_first = output_width(target, options)
 
     def change(self, h: Tensor) -> Tensor:
-        """The adapted output for the module's (..., C), both in the dtype of the layer's parameters."""
+        """The adapted output (..., C) for the module's output (..., C), both in the dtype of the layer's parameters."""
         raise NotImplementedError
 
     def adapted_forward(self, module: Any, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -106,10 +106,10 @@ class OutputMethod(Method):
         return [t for t in targets if asked and t.name not in options.outputs and not read_output(t).is_sure]
 
     def learn(self, targets: Sequence[Target], seen: Outputs) -> None:
-        """Note in ``OUTPUTS`` what a pass has shown other than the modules say.
+        """Note in ``OUTPUTS`` where a forward pass has shown another width or layout than the module tells.
 
         Raises:
-            MethodError: neither says the width of a module's output.
+            MethodError: neither the pass nor the module tells the width of an output.
         """
         for target in targets:
             read, shapes = read_output(target), [tuple(shape) for shape, _ in seen.shapes.get(target.name, ())]
@@ -153,8 +153,9 @@ def map_first_tensor(out: Any, change: Callable[[Tensor], Tensor], name: str) ->
 
 @dataclass(frozen=True)
 class ReadOutput:
-    """What a module says of its output: possible widths, and whether they are on axis 1; ``is_sure`` if no pass need
-    be run to know.
+    """What can be read off a module about its output: possible widths, and whether they are on axis 1 (``first``).
+
+    ``is_sure``: no forward pass is needed to know.
     """
 
     widths: set[int]
@@ -163,12 +164,12 @@ class ReadOutput:
 
 
 def output_width(target: Target, options: OutputOptions, trust: bool = True) -> tuple[int, bool]:
-    """Channels of the (first) output at ``target``, and whether they are on axis 1 instead of the last one.
+    """The width of the (first) output of ``target``, and whether its axis is 1 instead of the last one.
 
-    Without ``trust`` only the options count.
+    Without ``trust`` the width must come from the options, not from the module.
 
     Raises:
-        MethodError: the module does not say, or says two things.
+        MethodError: no width is known, or several are possible.
     """
     read = read_output(target)
     widths, first = read.widths if trust else set[int](), read.first
@@ -186,7 +187,7 @@ def output_width(target: Target, options: OutputOptions, trust: bool = True) -> 
 
 
 def read_output(target: Target) -> ReadOutput:
-    """What the module at ``target`` says; of a dropout or an activation, what its siblings are made for."""
+    """What can be read off the module of ``target``; of a dropout or an activation, what its parent tells."""
     module = target.module
     is_alone = not (module._parameters or set(module._modules) - {STORE} or _widths(module)[0])
     if is_alone and target.parent is not None:
@@ -203,7 +204,7 @@ def read_output(target: Target) -> ReadOutput:
 
 
 def _widths(module: nn.Module) -> tuple[set[int], bool]:
-    """Possible output widths, one where the module says it, none where it does not; and whether that is no guess."""
+    """Possible output widths of a module, none where nothing tells; and whether they are known instead of guessed."""
     for attribute in [name for kind, name in _LEAVES if isinstance(module, kind)]:
         value: Any = getattr(module, attribute)
         return {value if isinstance(value, int) else value[-1]}, True
@@ -225,11 +226,11 @@ def _widths(module: nn.Module) -> tuple[set[int], bool]:
 
 
 class TokenGrid:
-    """Height and width of the image that tokens (N, L, C) at one place make up.
+    """Height and width of the image that the tokens (N, L, C) of one module make up.
 
-    ``GRID`` square takes sqrt(L) x sqrt(L); with auto the module or the one that holds it tells H and W as attributes,
-    as Swin's blocks and the attention of Segment Anything do in each forward pass. The first ``num_prefix_tokens``, of
-    which it may tell too, are no part of the image: a class, registers, queries.
+    With ``GRID`` square they are sqrt(L) each. With auto the module or its parent has them as attributes H and W, which
+    Swin's blocks and the attention of Segment Anything set in each forward pass. As many tokens as an attribute
+    ``num_prefix_tokens`` says come first and are no part of the image: a class, registers, queries.
     """
 
     def __init__(self, target: Target, grid: str) -> None:

@@ -1,4 +1,4 @@
-"""Forward passes that leave a model as it was, and what one on a small image shows of its modules' outputs."""
+"""Forward passes that leave a model as it was, and what a pass on a small image shows of its modules' outputs."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ Size = tuple[int, int]
 
 @contextmanager
 def as_it_was(root: nn.Module) -> Iterator[None]:
-    """Restores modes and what else modules hold themselves (a loss's running average), gradients, flags, buffers, and
-    Python's and NumPy's random states.
+    """After the block a model is as before: its modules' attributes (modes, a loss's running average), gradients,
+    requires_grad and buffers; so are Python's and NumPy's random states.
     """
     attributes = [(module, module.training, dict(module.__dict__)) for module in root.modules()]
     parameters = [(parameter, parameter.grad, parameter.requires_grad) for _, parameter in own_parameters(root)]
@@ -55,7 +55,7 @@ def as_it_was(root: nn.Module) -> Iterator[None]:
 
 
 def own_event_storage() -> AbstractContextManager[Any]:
-    """Where Detectron2's models put figures in training: they refuse without one, and a run's own stays clean."""
+    """An event storage for the block: Detectron2's models write figures to one in training, and fail without."""
     if "detectron2" not in sys.modules:
         return nullcontext()
     from detectron2.utils.events import EventStorage
@@ -64,21 +64,21 @@ def own_event_storage() -> AbstractContextManager[Any]:
 
 
 def call(model: nn.Module, batch: Any) -> Any:
-    """The model's output for a batch: its only argument, or a tuple of them; a callable is given the model instead."""
+    """The model's output for a batch: its argument, or a tuple of its arguments, or a callable that takes the model."""
     if callable(batch) and not isinstance(batch, Tensor):
         return batch(model)
     return model(*batch) if isinstance(batch, tuple) else model(with_own_dicts(batch))
 
 
 def with_own_dicts(batch: Any) -> Any:
-    """A list of dicts with copies of these: models change the dicts that they are given."""
+    """The batch with its dicts copied, where it is a list of dicts: models change the dicts that they are given."""
     if not isinstance(batch, list):
         return batch
     return [dict(sample) if isinstance(sample, Mapping) else sample for sample in batch]
 
 
 def tensors_of(output: Any) -> list[Tensor]:
-    """All tensors of any nesting, Detectron2's structures included."""
+    """All tensors in any nesting of lists, dicts, dataclasses and Detectron2's structures."""
     if isinstance(output, Tensor):
         return [output]
     if isinstance(output, Mapping):
@@ -95,9 +95,9 @@ def tensors_of(output: Any) -> list[Tensor]:
 
 @dataclass
 class Outputs:
-    """What a pass has shown: of each module the shapes of its output, each with (H, W) of the image that it was for.
+    """What forward passes have shown: by module's name, the shapes of its output, each with the image's (H, W).
 
-    ``problem`` says what ended the last pass, where some modules were not reached.
+    ``problem`` says why the last pass did not reach all modules.
     """
 
     shapes: dict[str, set[tuple[torch.Size, Size]]] = field(default_factory=lambda: defaultdict(set))
@@ -105,7 +105,7 @@ class Outputs:
     problem: str = ""
 
     def note(self, name: str, output: Any, image: Size) -> None:
-        """Add the output of the module ``name``, or its first, for an image of (H, W)."""
+        """Note the shape of an output of the module ``name``, or of the first of its outputs, for an image (H, W)."""
         first = output[0] if isinstance(output, tuple) and output else output
         if isinstance(first, Tensor):
             self.shapes[name].add((first.shape, image))
@@ -113,10 +113,11 @@ class Outputs:
             self.others[name] = type(output).__name__
 
     def channels(self, name: str, widths: set[int], first: bool) -> tuple[int, bool] | None:
-        """Width of a module's outputs and whether it is on axis 1; None where they do not tell, or disagree.
+        """The width of a module's outputs and whether it is on axis 1; None where they do not tell, or disagree.
 
-        The image's axes are those that are as long to each other as its sides, or, of windows, as long as each other.
-        Where that leaves both ways open, the one that ``widths`` has counts, or ``first``.
+        In four dimensions, two neighbouring axes are the image's if their lengths have the ratio of its sides, or, as
+        in windows, are equal; the other axis is the width. Where both layouts are possible, the one whose width is in
+        ``widths`` counts, else ``first``.
         """
         shapes = self.shapes.get(name, set())
         found = {entry for shape, image in shapes if (entry := _beside_the_image(shape, image))}
@@ -125,6 +126,7 @@ class Outputs:
 
 
 def _beside_the_image(shape: torch.Size, image: Size) -> tuple[int, bool] | None:
+    """The width, and whether it is on axis 1, of a shape in which the image's two axes can be told; else None."""
     if len(shape) != 4:
         return None
     last, first = (h == w or h * image[1] == w * image[0] for h, w in (shape[1:3], shape[2:]))
@@ -132,13 +134,14 @@ def _beside_the_image(shape: torch.Size, image: Size) -> tuple[int, bool] | None
 
 
 def _by_width(shape: torch.Size, widths: set[int], first: bool) -> tuple[int, bool]:
+    """The width, and whether it is on axis 1, by which of the two axes is as long as one of ``widths``."""
     last, second = shape[-1] in widths, shape[1] in widths
     on_second = len(shape) > 2 and (second if last != second else first)
     return (shape[1], True) if on_second else (shape[-1], False)
 
 
 def watch(model: nn.Module, modules: Mapping[str, nn.Module], example: Any = None) -> Outputs:
-    """What ``modules`` (by name) give out when ``model`` predicts for ``example``, or for small images made up for it.
+    """Run ``model`` on ``example``, or on made-up small images, and note the shapes of the outputs of ``modules``.
 
     Nothing is raised: ``problem`` says why a module was not reached. The model and the random state are as before.
     """
@@ -165,7 +168,7 @@ def watch(model: nn.Module, modules: Mapping[str, nn.Module], example: Any = Non
 
 
 def small_inputs(model: nn.Module) -> Iterator[Any]:
-    """What a model could be called with to predict, the smallest first: images of the mean, tokens of zeros."""
+    """Yield what a model could be called with to predict, the smallest first: images of its mean, tokens of zeros."""
     kinds = (*_FEATURES, nn.Embedding, nn.modules.conv._ConvNd)
     first: Any = next((module for module in model.modules() if isinstance(module, kinds)), None)
     mean: Any = getattr(model, "pixel_mean", None)
@@ -188,7 +191,7 @@ def small_inputs(model: nn.Module) -> Iterator[Any]:
 
 
 def _sizes(model: nn.Module) -> Iterator[Size]:
-    """Small, of unequal sides; then what modules say that they were made for; then the most usual one."""
+    """Yield image sizes to try: a small one of unequal sides, those that modules say they are made for, 224 x 224."""
     known = [getattr(module, key, None) for module in model.modules() for key in ("img_size", "image_size")]
     published = [getattr(module, "pretrained_cfg", None) for module in model.modules()]  # of timm
     known += [entry.get("input_size", ())[1:] for entry in published if isinstance(entry, dict)]

@@ -1,7 +1,8 @@
-"""What an injected model remembers, and its tensors: an adapter's, the base's, what is trained.
+"""What an injected model remembers of its injection, and its tensors: each adapter's, the base's, the trained ones.
 
-``state_dict()`` of an injected model holds the base's keys, the adapter layers, and, where an adapter could not be had
-back without them, the values that are not installed now: the base's of what is trained in full, and other adapters'.
+``state_dict()`` of an injected model holds the base's keys and the adapter layers. Of what is trained in full a module
+holds the values of one adapter at a time, which are *installed*; those of the others, and the base's, are in the state
+dict as well, under keys of their own, where an adapter could not be restored without them.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ R = TypeVar("R")
 ATTRIBUTE = "_peft_injection"  # of the model itself, so that copies and pickles carry their own
 BASE = "base"  # the adapter without layers and values of its own, which is the base itself
 _WRAPPERS = ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "OptimizedModule")
-_INSIDE = ("module", "_orig_mod", "_fsdp_wrapped_module")  # their names for the model
+_INSIDE = ("module", "_orig_mod", "_fsdp_wrapped_module")  # what wrappers call the model in them
 KEPT_BASE, KEPT_VALUES = f"{STORE}_base", f"{STORE}_values"  # first level of keys of values that are not installed
 
 # A name that a file can hold, and the endings of a LoRA's names in the model, each with Hugging Face's in the file.
@@ -48,7 +49,9 @@ SUFFIXES = {
 
 @dataclass
 class LayerRecord:
-    """Where one adapter layer sits: the module's first name, its own class, and how many numbers the layer adds."""
+    """Where one adapter layer is: the module's first name, the layer's method, the module's own class, and how many
+    parameters the layer adds.
+    """
 
     name: str
     method: str
@@ -66,32 +69,34 @@ class AdapterRecord:
     modules: list[Adapted] = field(default_factory=list, compare=False, repr=False)  # those that hold its layers
     injected: list[nn.Parameter] = field(default_factory=list, compare=False, repr=False)
     values: dict[str, Tensor] = field(default_factory=dict, compare=False, repr=False)  # trained in full, by first name
-    start: dict[str, str] = field(default_factory=dict, compare=False, repr=False)  # hashes of its tensors, untrained
+    start: dict[str, str] = field(default_factory=dict, compare=False, repr=False)  # hashes of its tensors at the start
     started_from: str = field(default="", compare=False)  # "user/name@commit" on the hub, if it was loaded from there
     classes: list[str] = field(default_factory=list, compare=False)  # names of those trained on, where they are known
     base: Any = field(default=None, compare=False, repr=False)  # its file's fingerprint of a base of other class counts
 
     @property
     def full(self) -> list[str]:
-        """First names of all tensors that it trains in full."""
+        """First names of the tensors that this adapter trains in full."""
         return list(self.values)
 
 
 @dataclass
 class Injection:
-    """All that was injected into a model. Tensors trained in full exist per adapter, and as the base's."""
+    """All that was injected into a model. Of a tensor trained in full there is one for each adapter, and the base's."""
 
     adapters: dict[str, AdapterRecord]
     running: ActiveAdapter
     merged: bool = False
     base_file: str = ""  # where the base's weights came from, if they were loaded by name before the injection
     installed: str | None = None  # whose values the model holds; None: the base's, within ``disabled``
-    full: dict[str, BaseTensor] = field(default_factory=dict, compare=False, repr=False)  # trained in full by any
-    base: dict[str, Tensor] = field(default_factory=dict, compare=False, repr=False)  # their frozen values; none for *
-    original: dict[str, Tensor] = field(default_factory=dict, compare=False, repr=False)  # their objects of before
-    was_trainable: dict[str, bool] = field(default_factory=dict, compare=False, repr=False)  # requires_grad of before
+    # What any adapter trains in full, by first name: where it is in the model, the base's values (none where TRAIN is
+    # "*"), and the objects that were there before the injection.
+    full: dict[str, BaseTensor] = field(default_factory=dict, compare=False, repr=False)
+    base: dict[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
+    original: dict[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
+    was_trainable: dict[str, bool] = field(default_factory=dict, compare=False, repr=False)  # before the injection
     statistics: list[Adapted] = field(default_factory=list, compare=False, repr=False)  # norms that stay frozen
-    hashes: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)  # of the base's tensors, once taken
+    hashes: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)  # of the base's tensors: a cache
     split: Any = field(default=None, compare=False, repr=False)  # how mixed batches run, once found: mixed.py
     lock: Any = field(default_factory=threading.RLock, compare=False, repr=False)  # one mixed batch at a time
 
@@ -111,16 +116,16 @@ class Injection:
         return self.current.methods
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy has a lock of its own."""
+        """Leave the lock out: it cannot be copied, and a copy gets one of its own."""
         return {key: value for key, value in self.__dict__.items() if key != "lock"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """A copy that is made within ``disabled`` has its adapters on, see :class:`ActiveAdapter`."""
+        """Install the active adapter's values: a copy made within ``disabled`` has its adapters on, too."""
         self.__dict__.update(state, lock=threading.RLock())
         self.install(self.active)
 
     def install(self, adapter: str | None) -> None:
-        """Put one adapter's (or the base's) tensors that are trained in full into the model."""
+        """Put the values of what is trained in full into the model: those of ``adapter``, or the base's if None."""
         if adapter == self.installed:
             return
         if self.installed is not None:
@@ -132,11 +137,11 @@ class Injection:
         self.installed = adapter
 
     def own_value(self, adapter: str, name: str) -> Tensor:
-        """The tensor of one adapter that is trained in full, installed or not."""
+        """The tensor ``name`` as ``adapter`` trains it in full, whether that is installed now or not."""
         return self.full[name].get() if self.installed == adapter else self.adapters[adapter].values[name]
 
     def require_plain(self) -> None:
-        """Raise while adapters are merged or disabled."""
+        """Raise InjectionError while the adapter is merged into the weights, or adapters are disabled."""
         if self.merged:
             raise InjectionError("the adapter is merged into the weights: call unmerge(model) first")
         if not self.running.enabled:
@@ -168,13 +173,14 @@ def injected_root(model: nn.Module) -> nn.Module | None:
 
 
 def trainable_tensors(function: Callable[P, R]) -> Callable[P, R]:
-    """Let a function whose first argument is a model make tensors that can be trained, within inference mode, too.
+    """Let a function whose first argument is a model make trainable tensors even where it is called in inference mode.
 
-    A model that was made in inference mode itself can never be trained, and all that is added is as it is.
+    What is added to a model that was made in inference mode is of that mode, like the model: neither can be trained.
     """
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        """Call the function in the mode that the model's own parameters were made in."""
         model = args[0] if args else kwargs.get("model")
         mode = isinstance(model, nn.Module) and any(
             not is_lazy(value) and value.is_inference() for _, value in own_parameters(model)
@@ -188,13 +194,14 @@ def trainable_tensors(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def without_autocast(function: Callable[P, R]) -> Callable[P, R]:
-    """Let a function whose first argument is a model compute in its tensors' own types within torch.autocast, too.
+    """Let a function whose first argument is a model compute in its tensors' own types even under torch.autocast.
 
-    Autocast keeps copies of parameters as long as it is on; it takes new ones of what the function has changed.
+    Autocast keeps copies of parameters. They are dropped afterwards, as the function may have changed the parameters.
     """
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        """Call the function with autocast switched off on the model's devices."""
         model = args[0] if args else kwargs.get("model")
         devices = {value.device.type for _, value in own_parameters(model)} if isinstance(model, nn.Module) else set()
         with contextlib.ExitStack() as stack:
@@ -207,27 +214,29 @@ def without_autocast(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def refuse_wrapper(model: nn.Module) -> None:
-    """Raise InjectionError for a wrapper: it knows the parameters that were there when it was made."""
+    """Raise InjectionError for a wrapper (DistributedDataParallel, ...), which does not know parameters added later."""
     wrapper = type(model).__name__
     if wrapper in _WRAPPERS:
         raise InjectionError(f"this is a {wrapper} around a model: inject the model itself, then wrap it")
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The tensor itself; one that FSDP's ``fully_shard`` spread over processes is put together, in all of them."""
+    """The tensor itself; put together where ``fully_shard`` has spread it over processes, all of which call this."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether ``fully_shard`` spread some of a model's tensors over processes."""
+    """Whether ``fully_shard`` (FSDP) has spread some of the model's tensors over processes."""
     return any(hasattr(value, "full_tensor") for _, value in own_parameters(model))
 
 
 def refuse_sharded(model: nn.Module, what: str, flat_alone: bool = False) -> None:
-    """Raise InjectionError for a model whose tensors are spread over processes, which hold parts of them alone.
+    """Raise InjectionError for a model whose tensors are spread over processes, so that each holds parts alone.
 
-    ``flat_alone`` passes ``fully_shard``, whose tensors know that they are parts; those of FullyShardedDataParallel
-    do not.
+    Args:
+        what: what has to be done before the tensors are spread, for the message.
+        flat_alone: let models under ``fully_shard`` pass, whose tensors can be put together; those that
+            FullyShardedDataParallel has flattened do not even know that they are parts.
     """
     kinds = nn.Linear | _ConvNd
     managed = [m for m in model.modules() if isinstance(m, kinds) and getattr(m, "_is_fsdp_managed_module", False)]
@@ -239,14 +248,14 @@ def refuse_sharded(model: nn.Module, what: str, flat_alone: bool = False) -> Non
 
 
 def without_values(model: nn.Module) -> str:
-    """That a model is on the meta device, whole or in part, and a tensor that is; "" if none is."""
+    """Say that the model, or a part of it, is on the meta device, naming a tensor; "" where nothing is."""
     tensors = [*own_parameters(model), *model.named_buffers()]
     empty = next((name for name, value in tensors if value.is_meta), "")
     return f"the model is on the meta device ({empty} has no values)" if empty else ""
 
 
 def refuse_meta(model: nn.Module, what: str) -> None:
-    """Raise InjectionError for a model some of whose tensors have no values, which ``what`` needs."""
+    """Raise InjectionError where some tensors of the model have no values (meta device), which ``what`` needs."""
     if said := without_values(model):
         raise InjectionError(
             f"{said}, and {what} needs them: model.to_empty(device=...), then load what it held; where a program "
@@ -255,7 +264,7 @@ def refuse_meta(model: nn.Module, what: str) -> None:
 
 
 def no_injection(model: nn.Module) -> str:
-    """Why there is nothing to save, merge or train in a model: another may hold the injected one, as Lightning's do."""
+    """Why the model has no adapter: nothing was injected, or it holds the injected one, as Lightning's modules do."""
     inside = next((name for name, module in model.named_modules() if ATTRIBUTE in module.__dict__), "")
     if inside:
         return f"{type(model).__name__} only holds the injected model, as its {inside!r}: give that one"
@@ -280,7 +289,7 @@ def get_injection(model: nn.Module) -> Injection | None:
 
 
 def require_intact(model: nn.Module) -> None:
-    """Raise InjectionError where something injected, trained or kept frozen is not in the model any more."""
+    """Raise InjectionError where a module or tensor that was there at the injection is no longer in the model."""
     root, injection = injected(model)
     modules = dict(root.named_modules(remove_duplicate=False))
     ours = [(module, "adapted") for module in injection.current.modules]
@@ -324,9 +333,9 @@ def trained_parameters(model: nn.Module) -> Iterator[TrainedParameter]:
 
 
 def warn_of_strays(model: nn.Module) -> None:
-    """Say what requires gradients besides the adapter: its file does not hold that, and the base becomes another.
+    """Warn of parameters that require gradients and belong to no adapter: no file would hold what they learn.
 
-    And what of the adapter an optimizer of ``model.parameters()`` would not be given.
+    And of those of the adapter that an optimizer of ``model.parameters()`` would not be given.
     """
     trained, given = list(trained_parameters(model)), {id(value) for value in model.parameters()}
     own = {id(item.param) for item in trained}
@@ -346,7 +355,7 @@ def warn_of_strays(model: nn.Module) -> None:
 
 
 def check_name(name: str) -> None:
-    """Raise InjectionError for what cannot name an adapter: the name is a module's, too, and part of keys."""
+    """Raise InjectionError for what cannot name an adapter. Its name also names a module, and is part of keys."""
     if not isinstance(name, str) or not re.fullmatch(r"[\w\-]+", name):
         reason = "expected letters, digits, _ and -"
         if isinstance(name, str) and (proposal := re.sub(r"[^\w\-]+", "_", name).strip("_")):
@@ -418,13 +427,13 @@ def load_adapter_state_dict(
 
 
 def _like(tensor: Tensor, other: Tensor) -> Tensor:
-    """A copy of ``other`` that is to a model what ``tensor`` is: a parameter or not, its dtype, device and flags."""
+    """A copy of ``other`` with what ``tensor`` is: a parameter or not, its dtype, its device, whether it is trained."""
     copy = other.to(tensor.device, tensor.dtype, copy=True)
     return nn.Parameter(copy, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else copy
 
 
 def injected_tensors(injection: Injection, name: str) -> dict[str, Tensor]:
-    """Injected tensors of one adapter by file name, shared ones under their first name."""
+    """Tensors of the adapter's layers by their names in a file, shared ones under their first name alone."""
     tensors: dict[str, Tensor] = {}
     seen: set[int] = set()
     for module in injection.adapter(name).modules:
@@ -436,7 +445,7 @@ def injected_tensors(injection: Injection, name: str) -> dict[str, Tensor]:
 
 
 def low_ranks(injection: Injection, name: str) -> dict[str, LowRank]:
-    """All pairs of LoRA's factors of one adapter, by their path in a file."""
+    """All pairs of LoRA factors of one adapter, by their path in a file."""
     return {
         join(module.peft_name, local).removesuffix("."): item
         for module in injection.adapters[name].modules
@@ -447,6 +456,7 @@ def low_ranks(injection: Injection, name: str) -> dict[str, LowRank]:
 
 
 def _tensors(injection: Injection, name: str) -> dict[str, Tensor]:
+    """All tensors of one adapter by their names in a file: those of its layers, and what it trains in full."""
     tensors = injected_tensors(injection, name)
     kept = {
         id(module.get_parameter(leaf)): value
@@ -460,12 +470,12 @@ def _tensors(injection: Injection, name: str) -> dict[str, Tensor]:
 
 
 def start_hashes(injection: Injection, name: str) -> dict[str, str]:
-    """Hashes of an adapter's tensors; compared with those of its start they tell whether it was trained or loaded."""
+    """Hashes of an adapter's tensors by name. Those taken at its start tell later whether it was trained or loaded."""
     return {key: tensor_hash(value) for key, value in _tensors(injection, name).items()}
 
 
 def is_untrained(model: nn.Module) -> bool:
-    """Whether all adapters are as they were put in: none was trained or loaded."""
+    """Whether no adapter of the model was trained or loaded since it was injected."""
     injection = injected(model)[1]
     return all(start_hashes(injection, name) == item.start for name, item in injection.adapters.items())
 
@@ -488,9 +498,9 @@ def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 
 def base_values(model: nn.Module) -> dict[str, Tensor]:
-    """Name -> value of the base's tensors, whatever adapter is active or merged; nothing is switched for it.
+    """The base's tensors by name, whichever adapter is active or merged. The model is not changed for it.
 
-    Where TRAIN is "*" there are no values of the base any more, and these are the trained ones.
+    Where TRAIN is "*" no values of the base are kept: these are then the trained ones.
     """
     root, injection = injected(model)
     state = base_state_dict(model)
@@ -502,7 +512,10 @@ def base_values(model: nn.Module) -> dict[str, Tensor]:
 
 
 def counters(model: nn.Module) -> set[str]:
-    """Names of buffers that count steps, or are another single number that training moves: no property of the base."""
+    """Names of buffers that hold a single number, such as ``num_batches_tracked``.
+
+    Training moves them, so they tell nothing about which base it is.
+    """
     buffers = model.named_buffers(remove_duplicate=False)
     return {name for name, value in buffers if value.numel() == 1 or name.endswith("num_batches_tracked")}
 
@@ -524,9 +537,9 @@ def layer_tensors(root: nn.Module) -> dict[str, Tensor]:
 
 
 def _not_installed(injection: Injection) -> dict[str, Tensor]:
-    """Values that are neither in a module's tables nor in its adapter layers, by their keys in a state dict.
+    """Values of what is trained in full that are not installed now, by their keys in a state dict.
 
-    A model whose only adapter trains modules in full and injects nothing has none: its state dict has its base's form.
+    There are none where the only adapter injects no layers: the model's state dict then has the form of its base's.
     """
     records = injection.adapters
     if len(records) == 1 and not injection.current.injected:
@@ -539,7 +552,7 @@ def _not_installed(injection: Injection) -> dict[str, Tensor]:
 
 
 def after_state_dict(root: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """torch's hook after ``state_dict()``: adds what is not installed, leaves out what is merged into the weights."""
+    """torch's hook after ``state_dict()``: add values that are not installed, drop layers merged into the weights."""
     injection = injected(root)[1]
     for path, module in walk_adapted(root):
         for method in module.peft_merged:

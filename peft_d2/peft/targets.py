@@ -48,12 +48,12 @@ _MOST_ALTERNATIVES = 10_000
 
 
 def is_literal(pattern: str) -> bool:
-    """Whether a pattern names modules outright (a suffix, braces allowed) instead of sweeping over them."""
+    """Whether a pattern spells names or ends of names, without wildcards; braces are allowed."""
     return not pattern.startswith(REGEX_PREFIX) and _WILDCARDS.search(pattern) is None
 
 
 def names_outright(pattern: str, name: str) -> bool:
-    """Whether a pattern spells the last level of a module's name, wherever it is, or as an expression all of it."""
+    """Whether a pattern spells the last level of the module's name, or, if it is an expression, the whole name."""
     if pattern.startswith(REGEX_PREFIX):
         return pattern.removeprefix(REGEX_PREFIX).replace("\\", "") == name
     return "*" not in pattern.rpartition(".")[2]
@@ -93,22 +93,22 @@ def match(pattern: str, names: Sequence[str], what: str = "module") -> list[str]
 
 
 def first_match(rules: Mapping[str, T], name: str) -> T | None:
-    """The value of the first pattern in ``rules`` that chooses ``name``; None when none does."""
+    """The value of the first of the patterns in ``rules`` that matches ``name``; None where none does."""
     for pattern, value in rules.items():
         if any(expression.fullmatch(name) for expression, _ in _expressions(pattern)):
             return value
     return None
 
 
-def nearest(wanted: str, names: Iterable[str], count: int = 3) -> list[str]:
-    """The ``count`` names that resemble ``wanted`` most, compared over as many trailing levels as it has."""
+def nearest(wanted: str, names: Iterable[str]) -> list[str]:
+    """The three names that resemble ``wanted`` most, compared over as many trailing levels as it has."""
     levels = wanted.count(".") + 1
     tails: dict[str, str] = {}
     for name in names:
         if name:
             tails.setdefault(_DIGITS.sub("0", ".".join(name.split(".")[-levels:])), name)
     query = _DIGITS.sub("0", wanted)
-    return [tails[tail] for tail in difflib.get_close_matches(query, list(tails), n=count, cutoff=0.4)]
+    return [tails[tail] for tail in difflib.get_close_matches(query, list(tails), n=3, cutoff=0.4)]
 
 
 def _hint(pattern: str, names: Sequence[str]) -> str:
@@ -119,7 +119,7 @@ def _hint(pattern: str, names: Sequence[str]) -> str:
 
 
 def _expressions(pattern: str) -> Iterator[tuple[re.Pattern[str], tuple[tuple[int, str], ...]]]:
-    """Each text that the braces stand for as an expression, with the (group number, alternative) pairs that made it."""
+    """Yield an expression for each text that the braces stand for, and the alternatives chosen: (group, text) pairs."""
     short = repr(pattern) if len(pattern) <= 200 else f"{pattern[:200]!r}..."
     is_regex = pattern.startswith(REGEX_PREFIX)
     for text, chosen in [(pattern.removeprefix(REGEX_PREFIX), ())] if is_regex else _expand(pattern, short):
@@ -163,9 +163,9 @@ def _glob(text: str, pattern: str) -> str:
 
 @dataclass(frozen=True)
 class Target:
-    """A module under its first name in the model, and its parent (None for the model itself).
+    """A module with its first name in the model and its parent, None for the model itself.
 
-    ``parts`` are those of its projections (q, k, v, out) that a method was redirected to.
+    ``parts`` are those of its projections (q, k, v, out) that a layer is for, where a method was redirected to it.
     """
 
     name: str
@@ -185,8 +185,8 @@ class Target:
 
 @dataclass
 class BaseTensor:
-    """A parameter or buffer of the base: all tables (a module's ``_parameters`` or ``_buffers``) that hold it, and all
-    of its names.
+    """A parameter or buffer of the base: where modules hold it, as (``_parameters`` or ``_buffers``, key) pairs, and
+    all of its names.
     """
 
     places: list[tuple[dict[str, Any], str]]
@@ -217,7 +217,7 @@ class ModelIndex:
 
     @classmethod
     def of(cls, model: nn.Module) -> ModelIndex:
-        """Walk ``model`` once."""
+        """The index of ``model``, made in one walk over its modules."""
         index, firsts = cls(), dict[int, str]()
         for name, module, parent in walk(model):
             index.modules[name] = module
@@ -244,7 +244,7 @@ class ModelIndex:
         return [name for name, first in self.first_name.items() if isinstance(self.tensors[first].get(), nn.Parameter)]
 
     def within(self, names: Iterable[str]) -> tuple[list[str], list[nn.Module]]:
-        """First names of the tensors that modules and parameters of these names hold, and all modules in these."""
+        """First names of the tensors in the modules and parameters of these names, and all modules in these modules."""
         tensors: list[str] = []
         modules: list[nn.Module] = []
         for name in names:
@@ -258,7 +258,7 @@ class ModelIndex:
 
 
 def resolve_train(index: ModelIndex, train: Sequence[str]) -> tuple[list[str], list[nn.Module]]:
-    """First names of the tensors that TRAIN chooses, and the modules among them (with all they contain)."""
+    """First names of the tensors that the patterns of TRAIN choose, and the modules chosen with all they contain."""
     if EVERYTHING in train:
         return list(index.tensors), list(index.modules.values())
     names = [*index.module_names(), *index.parameter_names()]
