@@ -29,11 +29,12 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from command_line import require_output, take_pairs
 from torch import nn
 
-from peft_d2.engine.errors import ConfigError, bounded, one_line_errors, require_output
+from peft_d2.engine.errors import ConfigError, bounded, one_line_errors
 from peft_d2.engine.factory import build_model
-from peft_d2.engine.launch import prepare_config, take_pairs
+from peft_d2.engine.launch import prepare_config
 from peft_d2.memory import MemoryBudgetError, MemoryPlan, SavedTensors, fit_memory
 from peft_d2.memory.blocks import resident_bytes, return_freed_memory
 from peft_d2.memory.meter import ProcessPeak

@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from command_line import config_parser, take_pairs
 
 import peft_d2
 from peft_d2 import peft
 from peft_d2.engine.errors import bounded, one_line_errors
 from peft_d2.engine.factory import build_model
-from peft_d2.engine.launch import config_parser, prepare_config, take_pairs
+from peft_d2.engine.launch import prepare_config
 
 
 def benchmark_parser() -> argparse.ArgumentParser:

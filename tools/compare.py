@@ -24,8 +24,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from command_line import take_pairs
+
 from peft_d2.engine.errors import ConfigError, bounded, one_line_errors
-from peft_d2.engine.launch import take_pairs
 
 TRAIN_NET = Path(__file__).with_name("train_net.py")
 OWN_DATA = ("train-json", "train-images", "val-json", "val-images", "name")

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from command_line import config_parser, take_pairs
 from PIL import Image, ImageDraw
 from pycocotools import mask as coco_mask
 
@@ -29,7 +30,7 @@ from peft_d2.data.segmentation import mask_outlines, mask_to_polygons
 from peft_d2.engine.config import PEFT_ARCHITECTURE
 from peft_d2.engine.errors import ConfigError, bounded, one_line_errors
 from peft_d2.engine.factory import build_model
-from peft_d2.engine.launch import config_parser, prepare_config, take_pairs, warn_of_untrained
+from peft_d2.engine.launch import prepare_config, warn_of_untrained
 from peft_d2.storage import adapter_file, disk
 
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif"}

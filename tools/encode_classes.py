@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Mapping
 from pathlib import Path
+
+from torch import Tensor
 
 from peft_d2.engine.errors import ConfigError, one_line_errors
 from peft_d2.models.seem.text_encoder import CLIP_TOKENIZER, TextEncoder, load_tokenizer
@@ -16,6 +19,7 @@ from peft_d2.models.seem.vocabulary import encode_classes
 from peft_d2.storage.checkpoint import read_checkpoint
 
 _PROJECTION = "lang_proj"
+_HEAD_CHANNELS = 64  # in the published models
 
 
 def encode_parser() -> argparse.ArgumentParser:
@@ -63,9 +67,23 @@ def read_text_encoder(path: str, n_heads: int | None = None) -> TextEncoder:
         )
     inside = {name.removeprefix(prefixes[0]): value for name, value in state.items() if name.startswith(prefixes[0])}
     try:
-        return TextEncoder.from_state(inside, n_heads)
+        return encoder_of(inside, n_heads)
     except ValueError as error:
         raise ConfigError(f"{path}: {error}") from error
+
+
+def encoder_of(state: Mapping[str, Tensor], n_heads: int | None = None) -> TextEncoder:
+    """The encoder whose state dict this is, with sizes read off the shapes; by default a head per 64 channels."""
+    try:
+        vocabulary, width = state["lang_encoder.token_embedding.weight"].shape
+        context, projection = len(state["lang_encoder.positional_embedding"]), state["lang_proj"].shape[1]
+        blocks = {name.split(".")[2] for name in state if name.startswith("lang_encoder.resblocks.")}
+        heads = n_heads or max(1, width // _HEAD_CHANNELS)
+        encoder = TextEncoder(vocabulary, context, width, heads, len(blocks), projection)
+        encoder.load_state_dict(state)
+    except (KeyError, ValueError, IndexError, RuntimeError, AssertionError) as error:
+        raise ValueError(f"these are not a text encoder's tensors: {error}") from None
+    return encoder.eval()
 
 
 def _category_names(path: str) -> list[str]:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from command_line import config_parser, take_pairs
 from detectron2.structures import ImageList
 from export import MAPS
 from torch import Tensor
@@ -24,7 +25,7 @@ from torch import Tensor
 from peft_d2.engine.checkpointer import Checkpointer
 from peft_d2.engine.errors import ConfigError, one_line_errors
 from peft_d2.engine.factory import build_model
-from peft_d2.engine.launch import config_parser, prepare_config, take_pairs
+from peft_d2.engine.launch import prepare_config
 from peft_d2.engine.trainer import Trainer
 from peft_d2.models.sam.model import SegmentAnything
 from peft_d2.models.sam.prompt_encoder import NOT_A_POINT, Prompts

@@ -21,15 +21,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from command_line import config_parser, require_output, take_pairs
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from peft_d2 import peft
 from peft_d2.adapters import adapter_contents
 from peft_d2.engine.checkpointer import trained_classes
-from peft_d2.engine.errors import ConfigError, bounded, one_line_errors, require_output
+from peft_d2.engine.errors import ConfigError, bounded, one_line_errors
 from peft_d2.engine.factory import build_model
-from peft_d2.engine.launch import config_parser, prepare_config, take_pairs, warn_of_untrained
+from peft_d2.engine.launch import prepare_config, warn_of_untrained
 from peft_d2.models.layers.mask_classifier import MaskClassifier
 from peft_d2.models.layers.transformer import MSDeformAttn
 from peft_d2.models.sam.model import SegmentAnything

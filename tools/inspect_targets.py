@@ -11,11 +11,12 @@ from __future__ import annotations
 import argparse
 from collections import Counter
 
+from command_line import config_parser, take_pairs
 from torch import nn
 
 from peft_d2.engine.errors import one_line_errors
 from peft_d2.engine.factory import build_without_weights
-from peft_d2.engine.launch import config_parser, prepare_config, take_pairs
+from peft_d2.engine.launch import prepare_config
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -12,10 +12,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+from command_line import take_pairs
 from safetensors.torch import save_file
 
 from peft_d2.engine.errors import one_line_errors
-from peft_d2.engine.launch import take_pairs
 from peft_d2.storage import read_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -13,6 +13,7 @@ import argparse
 import os
 import sys
 
+from command_line import take_pairs
 from take_adapter import their_config
 
 from peft_d2.data.config import PEFT_ARCHITECTURE, base_architecture
@@ -20,7 +21,7 @@ from peft_d2.engine import convert
 from peft_d2.engine.config import with_values
 from peft_d2.engine.errors import ConfigError, one_line_errors
 from peft_d2.engine.factory import build_model
-from peft_d2.engine.launch import prepare_config, take_pairs
+from peft_d2.engine.launch import prepare_config
 
 
 def merge_parser() -> argparse.ArgumentParser:

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import argparse
 
-from peft_d2.engine.errors import ConfigError, bounded, one_line_errors, require_output
-from peft_d2.engine.launch import config_parser, prepare_config, take_pairs
+from command_line import config_parser, require_output, take_pairs
+
+from peft_d2.engine.errors import ConfigError, bounded, one_line_errors
+from peft_d2.engine.launch import prepare_config
 from peft_d2.storage import disk
 
 BYTES = 16  # of a trained parameter: itself, its gradient and two moments, in float32

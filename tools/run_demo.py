@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from command_line import take_pairs
 from compare import Run, compare, plot_curves, table
 from demo import Predictor
 from PIL import Image, ImageDraw
@@ -29,7 +30,7 @@ import peft_d2
 from peft_d2.data.pictures import overlay
 from peft_d2.data.segmentation import segmentation_to_mask
 from peft_d2.engine.errors import ConfigError, one_line_errors
-from peft_d2.engine.launch import prepare_config, take_pairs
+from peft_d2.engine.launch import prepare_config
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs" / "nuclei" / "efficientnet"

@@ -19,11 +19,12 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from command_line import take_pairs
+
 from peft_d2.engine import convert
 from peft_d2.engine.config import add_config
 from peft_d2.engine.errors import ConfigError, one_line_errors
 from peft_d2.engine.factory import register
-from peft_d2.engine.launch import take_pairs
 from peft_d2.ops.official import serve_official
 
 

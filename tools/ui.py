@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from command_line import config_parser, take_pairs
 from demo import Predictor, paint, read_adapters
 from PIL import Image, ImageDraw
 
 from peft_d2.engine.errors import ConfigError, bounded, is_expected, one_line_errors
-from peft_d2.engine.launch import config_parser, prepare_config, take_pairs
+from peft_d2.engine.launch import prepare_config
 
 BOX, ON, OFF = "box: two clicks", "point on the object", "point off it"
 

@@ -12,7 +12,6 @@ import select
 import sys
 import traceback
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 
@@ -69,22 +68,6 @@ def bounded(kind: Callable[[str], float], least: float, most: float = math.inf) 
 
     read.__name__ = kind.__name__  # argparse says "invalid int value"
     return read
-
-
-def require_output(option: str, file: str, *read: str) -> None:
-    """Refuse, before anything is computed, a ``file`` to be written that cannot be, or is one of those that are read.
-
-    Raises:
-        ConfigError: naming the command line's ``option``.
-    """
-    above = next(place for place in (file, *map(str, Path(file).absolute().parents)) if os.path.exists(place))
-    same = any(os.path.exists(other) and os.path.samefile(above, other) for other in read if other)
-    said = "is a folder" if not file or os.path.isdir(file) else ""
-    said = said or ("is read, and would be written over" if above == file and same else "")
-    if not said and not (os.access(above, os.W_OK) and (above == file or os.path.isdir(above))):
-        said = "cannot be written"
-    if said:
-        raise ConfigError(f"{option} {file or repr(file)} {said}. Choose another file.")
 
 
 def is_expected(error: BaseException) -> bool:

@@ -103,33 +103,6 @@ def training_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def config_parser(
-    description: str, example: str = "", config: str = "e.g. OUTPUT_DIR/config.yaml of a run", required: bool = True
-) -> argparse.ArgumentParser:
-    """The parser of a tool that runs a config, without the KEY VALUE pairs that come last: see :func:`take_pairs`.
-
-    Args:
-        example: what follows the tool's name on the line.
-        config: what ``--config-file`` is, for the help.
-    """
-    parser = argparse.ArgumentParser(
-        description=description,
-        epilog=f"an example:\n  %(prog)s {example}" if example else None,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--config-file", required=required, default="", metavar="FILE", help=config)
-    parser.add_argument("--peft-config", default="", metavar="FILE", help="one of configs/peft, on top")
-    return parser
-
-
-def take_pairs(parser: argparse.ArgumentParser, help: str = "config KEY VALUE pairs") -> None:
-    """Let a command line end with KEY VALUE pairs, ``args.opts``, with the word ``--opts`` before them or without."""
-    parser.add_argument(
-        "--opts", action="store_true", dest="pairs_follow", help="KEY VALUE pairs follow; can be left out"
-    )
-    parser.add_argument("opts", nargs=argparse.REMAINDER, help=help)
-
-
 def main(arguments: list[str] | None = None) -> Any:
     """Run ``tools/train_net.py``: parse, launch the processes, train or evaluate."""
     args = training_parser().parse_args(arguments)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,6 @@ BACKGROUND = "background"  # stands for everything that is none of the classes
 CLIP_TOKENIZER = "openai/clip-vit-base-patch32"  # where transformers finds the tokenizer of the published models
 _SUFFIXES = ("-other", "-merged", "-stuff")  # of COCO's panoptic categories
 _EPS = 1e-12  # of the layer norms
-_HEAD_CHANNELS = 64
 
 # Prompts of CLIP for ImageNet (Radford et al., ICML 2021, section 3.1.4), put together from their parts: 80 sentences.
 _PHOTOS = (
@@ -165,20 +164,6 @@ class TextEncoder(nn.Module):
         self.logit_scale = nn.Parameter(torch.ones([]))
         self.lang_encoder = TextTransformer(vocabulary, context, width, n_heads, n_layers)
         self.initial_version = self.version
-
-    @classmethod
-    def from_state(cls, state: Mapping[str, Tensor], n_heads: int | None = None) -> TextEncoder:
-        """The encoder whose state dict this is, with sizes read off the shapes; by default a head per 64 channels."""
-        try:
-            vocabulary, width = state["lang_encoder.token_embedding.weight"].shape
-            context, projection = len(state["lang_encoder.positional_embedding"]), state["lang_proj"].shape[1]
-            blocks = {name.split(".")[2] for name in state if name.startswith("lang_encoder.resblocks.")}
-            n_heads = n_heads or max(1, width // _HEAD_CHANNELS)
-            encoder = cls(vocabulary, context, width, n_heads, len(blocks), projection)
-            encoder.load_state_dict(state)
-        except (KeyError, ValueError, IndexError, RuntimeError, AssertionError) as error:
-            raise ValueError(f"these are not a text encoder's tensors: {error}") from None
-        return encoder.eval()
 
     @property
     def version(self) -> int:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from encode_classes import read_text_encoder
+from encode_classes import encoder_of, read_text_encoder
 from torch import Tensor, nn
 
 from peft_d2.engine.errors import ConfigError
@@ -125,14 +125,14 @@ def test_vectors_are_the_published_ones(filler: ModuleType) -> None:
 def test_sizes_are_read_off_the_state(filler: ModuleType) -> None:
     encoder = filled(filler)
     ids = torch.tensor([[94, 5, 17, 95]])
-    again = TextEncoder.from_state(encoder.state_dict(), n_heads=4)
+    again = encoder_of(encoder.state_dict(), n_heads=4)
     assert torch.equal(again(ids), encoder(ids)) and not again.training
     state = encoder.state_dict()
     del state["lang_encoder.ln_final.bias"]
     with pytest.raises(ValueError, match=r"(?s)not a text encoder's tensors.*ln_final\.bias"):
-        TextEncoder.from_state(state)
+        encoder_of(state)
     with pytest.raises(ValueError, match="not a text encoder's tensors"):
-        TextEncoder.from_state({})
+        encoder_of({})
 
 
 @pytest.fixture
