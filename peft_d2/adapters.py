@@ -82,8 +82,10 @@ def load_trained(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
 
 def load_base_of_any(model: nn.Module, path: str) -> tuple[LoadReport, dict[str, Tensor]]:
-    """As :func:`load_base`, and the tensors of adapters where the file is the state dict of an injected model, as
-    Detectron2's own programs write it: for `load_layers`, after the injection.
+    """Load the base out of a file as :func:`load_base` does, or out of the state dict of an injected model.
+
+    Detectron2's own programs write the latter. Then the whole state is returned besides, for `load_layers` after the
+    injection, and otherwise an empty one.
     """
     file = checkpoint.read_checkpoint(_local_file(path))
     layers = {name: value for name, value in file.state.items() if checkpoint.is_layer(name)}
@@ -163,7 +165,7 @@ def adapter_contents(model: nn.Module, metrics: Mapping[str, Any] | None = None)
 def _stored(
     model: nn.Module, metrics: Mapping[str, Any] | None, name: str | None, classes: Sequence[str] | None
 ) -> dict[str, Any]:
-    """What an adapter's files hold, as `adapter_file.write` takes it."""
+    """The arguments of `adapter_file.write` for one adapter of a model."""
     model = _root(model)
     injection = peft.get_injection(model)
     if injection is None:
@@ -227,15 +229,7 @@ def load_adapter(
         remedy = "give it its base's weights first: model.to_empty(device=...), then peft_d2.load_base(model, path)"
         raise AdapterFileError(folder, said, remedy)
     folder, pinned = adapter_file.resolved(folder)
-    is_theirs = not os.path.lexists(os.path.join(folder, RECORD)) and huggingface.is_huggingface(folder)
-    if is_theirs:
-        with _base_of(model):
-            content = huggingface.read(folder, model)
-    else:
-        content = adapter_file.read(folder)
-    if defect := disk.not_finite(content.tensors, dict(model.named_buffers(remove_duplicate=False)).keys()):
-        remedy = "use an earlier checkpoint: this one comes from a training that diverged, or is damaged"
-        raise AdapterFileError(folder, f"it holds {defect}", remedy)
+    content, is_theirs = _read(model, folder)
     if content.base is not None:
         _refuse_other_base(model, content, folder, allow_other_base, other_classes)
     try:
@@ -258,6 +252,20 @@ def load_adapter(
     _say_in_effect(model, content, folder, name)
     _warn_of_other_pixels(model, content, folder)
     return content
+
+
+def _read(model: nn.Module, folder: str | os.PathLike[str]) -> tuple[AdapterFile, bool]:
+    """What an adapter's folder holds, and whether Hugging Face `peft` wrote it."""
+    is_theirs = not os.path.lexists(os.path.join(folder, RECORD)) and huggingface.is_huggingface(folder)
+    if is_theirs:
+        with _base_of(model):
+            content = huggingface.read(folder, model)
+    else:
+        content = adapter_file.read(folder)
+    if defect := disk.not_finite(content.tensors, dict(model.named_buffers(remove_duplicate=False)).keys()):
+        remedy = "use an earlier checkpoint: this one comes from a training that diverged, or is damaged"
+        raise AdapterFileError(folder, f"it holds {defect}", remedy)
+    return content, is_theirs
 
 
 def load_adapters(
@@ -294,7 +302,7 @@ def load_adapters(
 
 @contextlib.contextmanager
 def _as_before_on_error(model: nn.Module) -> Iterator[None]:
-    """Where the block fails, take out the adapters that came in it, or the whole injection if there was none."""
+    """Where the block fails, remove the adapters that were added in it, or the injection if there was none before."""
     before = peft.get_injection(model)
     known, active = (set(before.adapters), before.active) if before is not None else (set[str](), "")
     try:
@@ -385,7 +393,7 @@ def _root(model: nn.Module) -> nn.Module:
 
 
 def _warn_of_untrained(injection: peft.Injection, name: str, tensors: Mapping[str, Tensor]) -> None:
-    """Say that no adapter layer has moved, or nothing where there are none: an optimizer may not know them."""
+    """Warn where no adapter layer has changed since the start (or nothing trained in full, where there are none)."""
     record = injection.adapters[name]
     layers = [key for key in tensors if key not in record.values]
     if tensors and all(tensor_hash(tensors[key]) == record.start.get(key) for key in layers or tensors):
@@ -397,6 +405,7 @@ def _warn_of_untrained(injection: peft.Injection, name: str, tensors: Mapping[st
 
 
 def _say_in_effect(model: nn.Module, content: AdapterFile, folder: str | os.PathLike[str], name: str) -> None:
+    """Log what was loaded and whether it is active, and warn where the model has other dtypes than the file."""
     injection = injected(model)[1]
     full = len(injection.adapters[name].full)
     logger.info(
@@ -412,7 +421,7 @@ def _say_in_effect(model: nn.Module, content: AdapterFile, folder: str | os.Path
 
 
 def _pixels(model: nn.Module) -> dict[str, Any]:
-    """How a model takes its pixels, as far as it says so in the attributes that Detectron2's models have."""
+    """The mean, std and order of channels by which a model takes its images, as far as its attributes tell them."""
     given = {key: getattr(model, f"pixel_{key}", None) for key in ("mean", "std")}
     known: dict[str, Any] = {
         key: [round(number, 4) for number in value.flatten().tolist()]
@@ -424,7 +433,7 @@ def _pixels(model: nn.Module) -> dict[str, Any]:
 
 
 def _warn_of_other_pixels(model: nn.Module, content: AdapterFile, folder: str | os.PathLike[str]) -> None:
-    """Say that an adapter was trained on images of another order of channels, or normalised otherwise."""
+    """Warn where an adapter was trained on images of another order of channels, or normalised in another way."""
     here, there = _pixels(model), content.pixels
 
     def alike(a: Any, b: Any) -> bool:  # but for rounding, as half precision does
@@ -441,7 +450,7 @@ def _warn_of_other_pixels(model: nn.Module, content: AdapterFile, folder: str | 
 
 
 def _check_methods(model: nn.Module, content: AdapterFile, name: str, compare_entries: bool) -> None:
-    """A tensor of the right shape may still mean another thing: compare what the file and the model compute with it."""
+    """Refuse a file whose methods or LoRA scales are not the model's: equal shapes may still mean something else."""
     injection = injected(model)[1]
     for path, item in low_ranks(injection, name).items():
         scale, expected = item.scale, content.scales.get(path, item.scale)
@@ -464,7 +473,7 @@ def _check_methods(model: nn.Module, content: AdapterFile, name: str, compare_en
 
 
 def _meaning(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """What an entry says, with the defaults of keys that are younger than its file."""
+    """What an entry of METHODS means: its keys and the defaults of those it lacks, without keys that may differ."""
     method = peft.METHODS.get(entry.get("NAME", ""))
     defaults = {} if method is None else {k.upper(): v for k, v in asdict(method.options_class()).items()}
     return {key: value for key, value in {**defaults, **entry}.items() if key not in _FREE}
@@ -473,8 +482,10 @@ def _meaning(entry: Mapping[str, Any]) -> dict[str, Any]:
 def _refuse_other_base(
     model: nn.Module, content: AdapterFile, folder: str | os.PathLike[str], allowed: bool, other_classes: bool
 ) -> None:
-    """Compare the base with the one that the adapter was made for; ``other_classes`` forgives what these explain:
-    other first sizes of what is trained in full, and a loss's weights by class.
+    """Refuse an adapter that was made for another base than the model's, unless ``allowed``.
+
+    ``other_classes`` lets pass what another class count explains: other first sizes of what is trained in full, and of
+    a loss's weights by class.
     """
     assert content.base is not None
     expected, found = content.base, _base_fingerprint(model, content.tensors)
@@ -516,7 +527,7 @@ def _base_fingerprint(model: nn.Module, tensors: Collection[str]) -> Fingerprint
 
 
 def _base_of(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
-    """Within the block the model is its base, where one is kept: where everything is trained there is no other."""
+    """Let the model be its base within the block. Where TRAIN is "*" no base is kept, and nothing changes."""
     injection = peft.get_injection(model)
     hidden = injection is not None and not any("*" in record.train for record in injection.adapters.values())
     return peft.disabled(model) if hidden else contextlib.nullcontext()

@@ -13,6 +13,7 @@ from typing import Any
 from peft_d2.data.config import CLASS_COUNT_KEYS, PROMPTED, published_name
 from peft_d2.data.images import DatasetError
 from peft_d2.data.registration import read_categories, register_from_config, require_registered
+from peft_d2.peft.errors import shortened
 from peft_d2.storage import CheckpointError, adapter_file
 
 _BY_CATEGORY = ("coco", "lvis")  # kinds of sets whose predictions are judged by category ids
@@ -187,5 +188,5 @@ def _metadata(name: str) -> dict[str, Any]:
     return found
 
 
-def _few(names: Sequence[str], limit: int = 5) -> str:
-    return ", ".join(map(repr, names[:limit])) + (", ..." if len(names) > limit else "")
+def _few(names: Sequence[str]) -> str:
+    return shortened([repr(name) for name in names], 5)

@@ -33,6 +33,6 @@ DeadPartError = LivenessError  # its name until 0.1
 
 
 def shortened(items: Sequence[str], most: int = 20, between: str = ", ") -> str:
-    """The first of a list for a message, and how many more there are."""
+    """The first ``most`` items of a list for a message, and how many more there are."""
     more = f"{between if between != ', ' else ' '}and {len(items) - most} more" if len(items) > most else ""
     return between.join(items[:most]) + more

@@ -243,7 +243,10 @@ def classes_of(folder: str | os.PathLike[str]) -> list[str]:
 
 
 def _refuse_other_folder(root: Path) -> None:
-    """Say what a folder without a record is, where more than the record is not as it should be."""
+    """Raise AdapterFileError for a folder without a record, saying what it is instead of an adapter's.
+
+    Returns where nothing but the record is missing.
+    """
     there = [name for name in (CONFIG, TENSORS) if os.path.lexists(root / name)]
     inside = [str(path.parent) for path in sorted(root.glob(f"*/{CONFIG}"))]
     if not there and inside:
@@ -265,13 +268,14 @@ def _refuse_other_folder(root: Path) -> None:
 
 
 def _identity(root: Path) -> Any:
-    """What changes when the folder is replaced."""
+    """Something that is another when the folder was replaced meanwhile; None where there is no record."""
     with contextlib.suppress(OSError, ValueError):
         found = (root / RECORD).stat()
         return found.st_ino, found.st_mtime_ns, found.st_size
 
 
 def _read(root: Path) -> AdapterFile:
+    """Read a folder once, as :func:`read` does."""
     with _refusing(root):
         if not root.exists():
             disk.recover(root, only_put_back=True)
@@ -302,6 +306,7 @@ def _read(root: Path) -> AdapterFile:
 
 
 def _read_record(path: Path) -> dict[str, Any]:
+    """The record of an adapter: whole, of this format's version, each entry of its type."""
     with _refusing(path):
         data = _bounded(path, disk.MAX_JSON)
         record = disk.load_json(data)
@@ -328,6 +333,7 @@ def _read_record(path: Path) -> dict[str, Any]:
 
 
 def _has_types(record: Any, types: Mapping[str, type]) -> bool:
+    """Whether `record` is a dict of exactly these keys and types."""
     return isinstance(record, dict) and {key: type(value) for key, value in record.items()} == types
 
 
@@ -339,6 +345,7 @@ def _are_pixels(record: Mapping[str, Any]) -> bool:
 
 
 def _read_member(path: Path, entry: Mapping[str, Any], parse: Callable[[bytes], Any]) -> Any:
+    """What `parse` makes of a file of the folder, if it has the size and sha256 of its `entry` in the record."""
     with _refusing(path):
         data = _bounded(path, entry["bytes"])
         if len(data) != entry["bytes"]:
@@ -349,7 +356,7 @@ def _read_member(path: Path, entry: Mapping[str, Any], parse: Callable[[bytes], 
 
 
 def _bounded(path: Path, limit: int) -> bytes:
-    """The bytes of a regular file of the folder; never more than `limit`, nor than there are."""
+    """The bytes of a regular file of the folder; Defect where it is missing or has more than `limit` bytes."""
     if path.is_symlink() or (path.exists() and not path.is_file()):
         raise AdapterFileError(path, "it is a link or no regular file", "put the file itself into the folder")
     if not path.exists():
@@ -363,7 +370,7 @@ def _bounded(path: Path, limit: int) -> bytes:
 
 @contextlib.contextmanager
 def _refusing(path: Path, remedy: str = _DAMAGED) -> Iterator[None]:
-    """Say of which file a defect is, and what the system says about a path that cannot be read."""
+    """Turn defects and errors of the system in the block into an AdapterFileError that names the file and a remedy."""
     try:
         yield
     except AdapterFileError:
@@ -529,7 +536,7 @@ def _saved_modules(
 
 
 def shared_ids(modules: Modules) -> set[int]:
-    """`id` of every module and tensor that has several owners or names; `peft` separates them as it copies one."""
+    """`id` of every module and tensor with several owners or names. `peft` copies modules, which parts the shared."""
     count = Counter(id(module) for _, module in modules)
     for module in {id(module): module for _, module in modules}.values():
         count.update(id(tensor) for tensor in _own(module))
@@ -537,6 +544,7 @@ def shared_ids(modules: Modules) -> set[int]:
 
 
 def _own(module: nn.Module) -> list[Tensor]:
+    """The parameters and buffers of the module itself, without those of its children."""
     return [value for value in (*module._parameters.values(), *module._buffers.values()) if value is not None]
 
 
@@ -553,7 +561,7 @@ def _targets(paths: Sequence[str], saved: Sequence[str], modules: Modules) -> li
 
 
 def difference_to_peft(path: str, modules: Mapping[str, nn.Module]) -> str:
-    """Why `peft`'s layer for the module computes something else than ours; empty when it does not."""
+    """Why `peft`'s LoRA on the module computes something else than ours; empty where both are the same."""
     module = modules[path]
     if sum(other is module for other in modules.values()) > 1:
         return "it is shared under several names, and peft adapts it under the first alone"
@@ -636,4 +644,5 @@ def expression(pattern: str, key: str) -> re.Pattern[str]:
 
 
 def _exactly(path: str) -> str:
+    """The pattern by which `rank_pattern` and `alpha_pattern` name one module."""
     return "^" + re.escape(path)

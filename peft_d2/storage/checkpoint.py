@@ -67,7 +67,7 @@ class CheckpointError(ValueError):
 
 
 class CheckpointDamaged(CheckpointError):
-    """A checkpoint is not as it was written; another one may be. ``defect`` says what is wrong."""
+    """A checkpoint is not as it was written, so that an earlier one should be tried. ``defect`` says what is wrong."""
 
     def __init__(self, defect: str, message: str = "") -> None:
         self.defect = defect
@@ -76,7 +76,7 @@ class CheckpointDamaged(CheckpointError):
 
 @dataclasses.dataclass
 class Checkpoint:
-    """What a checkpoint file holds: tensors by name, on the CPU, and plain facts beside them ("__author__", ...)."""
+    """What a checkpoint file holds: tensors by name, on the CPU, and plain values beside them ("__author__", ...)."""
 
     state: dict[str, Tensor]
     metadata: dict[str, Any]
@@ -152,7 +152,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
 
 
 def _tensors(content: Mapping[Any, Any], depth: int) -> dict[str, Tensor]:
-    """The tensors of a dict and of dicts in it, {"ema": {"module": {...}}}, whose keys stand before their names."""
+    """The tensors in a dict and in dicts inside it, ``depth`` levels deep; the keys on the way stand before a name."""
     found: dict[str, Tensor] = {}
     for key, value in content.items() if depth else ():
         if isinstance(key, str) and isinstance(value, Mapping):
@@ -215,7 +215,7 @@ def _refuse_adapter(state: Mapping[str, Tensor], path: str | os.PathLike[str]) -
 
 
 def is_layer(name: str) -> bool:
-    """Whether a name in a state dict is one that an injection adds, see :mod:`peft_d2.peft.state`."""
+    """Whether a name in a state dict is one that an injection has added, see :mod:`peft_d2.peft.state`."""
     return _LAYER.search(name) is not None
 
 
@@ -264,10 +264,10 @@ def load_base(
 
 
 def load_named_as_now(model: nn.Module, tensors: Mapping[str, Tensor], strict: bool = True) -> list[str]:
-    """Load tensors that have the model's own names, and return those that its loading hooks lost.
+    """Load tensors that have the model's present names; returns the names that its own loading hooks have lost.
 
-    Without a version beside them, modules that rename what an older version of them saved (the official Mask2Former's
-    head) would do so.
+    The present versions of all modules are given with them: otherwise modules that rename the tensors of older versions
+    of themselves (the official Mask2Former's head) would rename these.
     """
     state = OrderedDict(tensors)
     state._metadata = getattr(model.state_dict(), "_metadata", {})  # type: ignore[attr-defined]
@@ -277,7 +277,7 @@ def load_named_as_now(model: nn.Module, tensors: Mapping[str, Tensor], strict: b
 def _without_layers(
     state: Mapping[str, Tensor], own: Mapping[str, Tensor], path: str, allowed: bool
 ) -> dict[str, Tensor]:
-    """The base in the state dict of an injected model, where such a one is ``allowed``."""
+    """The base's tensors of a state dict; CheckpointError where it holds adapter layers and that is not ``allowed``."""
     layers = {name for name in state if is_layer(name) and name not in own}
     if layers and not allowed:
         raise CheckpointError(
@@ -292,7 +292,7 @@ def _without_layers(
 def _compared(
     state: Mapping[str, Tensor], own: Mapping[str, Tensor], aliases: Mapping[str, list[str]]
 ) -> tuple[dict[str, Tensor], list[tuple[str, tuple[int, ...], tuple[int, ...]]], list[str]]:
-    """Of the names in both: tensors of equal shapes, heads of another class count, and what has another shape."""
+    """Compare file and model by name: tensors to load, heads of another class count, and what has a wrong shape."""
     matched, heads, misshaped = {}, [], []
     for name in sorted(state.keys() & own.keys()):
         old, new = tuple(state[name].shape), tuple(own[name].shape)
@@ -308,11 +308,11 @@ def _compared(
 
 
 def unwrapped(model: nn.Module, file: Checkpoint, own: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str]:
-    """The file's tensors without what a training program put before the names, and what that was.
+    """The file's tensors without the prefix that a training program has put before their names, and that prefix.
 
-    That is what stands before all names, or one of the usual words before some. Of several ("student." and "teacher.")
-    the one is taken under which most names are the model's, the first of the list above where they are equal. Names
-    that are the model's as they are stay.
+    A prefix is what all names begin with, or one of the usual words where some begin with it. Of several ("student."
+    and "teacher.") the one counts after which most names are the model's, in doubt the first of ``_WRAPPERS``. Without
+    such a prefix nothing is taken off.
     """
     split = [name.split(".") for name in file.state]
     shared = len(os.path.commonprefix([parts[:-1] for parts in split]))
@@ -336,7 +336,7 @@ def unwrapped(model: nn.Module, file: Checkpoint, own: Mapping[str, Tensor]) -> 
 
 
 def _named_as_in_model(model: nn.Module, file: Checkpoint, own: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str]:
-    """The file's tensors under the model's names, and the prefix that had to be added."""
+    """The file's tensors under the model's names, and the prefix, "backbone." say, that was added for it."""
     state = dict(file.state)
     if file.metadata.get("__author__") == "Caffe2":
         state = from_caffe2(state)
@@ -356,6 +356,7 @@ def _refusal(
     file: Checkpoint, missing: list[str], misshaped: list[str], unexpected: list[str], own: Mapping[str, Tensor],
     any_match: bool,
 ) -> str:  # fmt: skip
+    """The message of a checkpoint that does not fit the model."""
     if any_match or misshaped:
         problem = "does not fit the model"
         rows = (

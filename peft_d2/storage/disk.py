@@ -1,9 +1,11 @@
 """Files that can be trusted: written whole or not at all, read within bounds, tied by hashes to what they belong to.
 
-Everything is written to a hidden sibling of the target (`.<name>.<random>.tmp`), flushed to the disk, and renamed. A
-reader that lists a directory can therefore ignore names that begin with a dot, and what it sees under its own name is
-complete. A writer holds a lock (flock) on its temporary as long as it lives: the next writer of the same name removes
-what it can lock, so nothing of a live one, on any machine. Readers remove nothing.
+Everything is written to a hidden sibling of the target (`.<name>.<random>.tmp`), flushed to the disk, and renamed. What
+a reader sees under a name without a dot at its beginning is therefore complete. A writer holds a lock (flock) on its
+temporary file as long as it lives. The next writer of the same name removes the temporaries that it can lock itself:
+those of dead writers, never one of a live writer, on whatever machine that is. Readers remove nothing.
+
+In order: writing; tensors and JSON as bytes and back; the fingerprint of a base model.
 """
 
 from __future__ import annotations
@@ -61,7 +63,7 @@ class NotAFolderError(StorageError, NotADirectoryError):
 
 
 class Defect(ValueError):
-    """What is wrong with a file that was read, in words; the caller adds the file and the remedy."""
+    """What is wrong with a file that was read, in words; whoever catches it adds the file's name and the remedy."""
 
 
 def file(path: str | os.PathLike[str]) -> contextlib.AbstractContextManager[Path]:
@@ -98,7 +100,9 @@ def folder(path: str | os.PathLike[str], replaces: Collection[str]) -> contextli
 
 @contextlib.contextmanager
 def _replacing(path: str | os.PathLike[str], replaces: Collection[str] | None) -> Iterator[Path]:
-    """A locked, empty file (or folder, with `replaces`) beside the target, which it replaces where no error comes."""
+    """Give a locked, empty file beside the target, or a folder if `replaces` is given; without an error in the block
+    it then replaces the target.
+    """
     target, lock = _target(path), None
     with explained(target, everything=True):
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -181,6 +185,7 @@ def explained(target: Path, everything: bool = False) -> Iterator[None]:
 
 
 def _refusal(target: Path, error: OSError) -> StorageError:
+    """The error to raise where something cannot be stored: what is kept, how much room there is, what to do."""
     kept, free, remedy = "nothing was stored under that name", "", "Choose another place, or correct its name or rights"
     with contextlib.suppress(OSError):
         kept = "what was stored there before is kept" if target.exists() else kept
@@ -197,6 +202,7 @@ def _refusal(target: Path, error: OSError) -> StorageError:
 
 
 def _target(path: str | os.PathLike[str]) -> Path:
+    """The real path that is to be written; StorageError for an empty path and for addresses."""
     name = os.fsdecode(path)
     if not name:  # would be the current folder
         raise StorageError(errno.EINVAL, "the path to store something at is empty. Name a file or folder")
@@ -206,6 +212,7 @@ def _target(path: str | os.PathLike[str]) -> Path:
 
 
 def _short(target: Path) -> str:
+    """The target's name as a part of its temporaries' names, or a hash of it where these would be too long."""
     name = os.fsencode(target.name)
     return target.name if len(name) <= _MAX_FILE_NAME else hashlib.sha256(name).hexdigest()
 
@@ -226,7 +233,10 @@ def require_own(path: Path, own: Collection[str]) -> None:
 
 
 def _lock(path: Path) -> int | None:
-    """A descriptor that locks a file or folder while it is open; None where another has it; -1 where nothing can."""
+    """Lock a file or folder; returns the open descriptor that holds the lock.
+
+    None where another process has locked it or it is gone, -1 where the system knows no locks.
+    """
     if fcntl is None:
         return -1
     try:
@@ -256,6 +266,7 @@ def _remove(path: Path) -> None:
 
 
 def _replace(new: Path, target: Path) -> None:
+    """Rename `new` to `target`, in one step wherever the system can; an old folder there is removed."""
     if new.is_file() or not target.exists():
         os.replace(new, target)
     elif not _exchange(new, target):  # after an exchange, the old folder is removed under the temporary's name
@@ -282,6 +293,7 @@ def _exchange(first: Path, second: Path) -> bool:
 
 
 def _sync(path: Path) -> None:
+    """Flush a file or folder to the disk; file systems that cannot do so with folders are let be."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -293,7 +305,7 @@ def _sync(path: Path) -> None:
 
 
 def not_finite(tensors: Mapping[str, Tensor], buffers: Collection[str]) -> str:
-    """Say which tensor holds NaN or infinity, and how often; "" for none. Infinity in `buffers` (masks) is allowed."""
+    """Say which tensor holds NaN or infinity, and how often; "" for none. In `buffers` (masks) infinity is allowed."""
     for name, value in tensors.items():
         if (value.is_floating_point() or value.is_complex()) and not value.is_meta:
             value = value.float() if value.element_size() == 1 else value
@@ -304,7 +316,7 @@ def not_finite(tensors: Mapping[str, Tensor], buffers: Collection[str]) -> str:
 
 
 def dump_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> bytes:
-    """Tensors as the bytes of a safetensors file: equal input, equal bytes; shared memory is written once per name."""
+    """The bytes of a safetensors file with these tensors; equal input gives equal bytes. Shared tensors are copied."""
     whole = {name: tensors[name].detach().to("cpu", copy=True).contiguous() for name in sorted(tensors)}
     data = save(whole, {"format": "pt", **(metadata or {})})
     # The library writes metadata in random order: the header is put in order, so that equal files have equal hashes.
@@ -332,7 +344,7 @@ def load_tensors(data: bytes) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def load_json(data: bytes) -> dict[str, Any]:
-    """Parse a JSON object from a stranger: bounded in size, depth and numbers, finite, no key twice.
+    """Parse a JSON object of unknown origin, within bounds of size, depth and digits; no key twice, no NaN.
 
     Raises:
         Defect: the bytes are not such an object.
@@ -355,6 +367,7 @@ def load_json(data: bytes) -> dict[str, Any]:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON as a dict; Defect where a key occurs twice, of which `json` would take the last."""
     result = dict(pairs)
     if len(result) != len(pairs):
         raise Defect("a key occurs twice in one object")
@@ -362,13 +375,14 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _number(text: str) -> int | float:
+    """A number of JSON; Defect where it is not finite or longer than any that is written here."""
     if len(text) > _MAX_DIGITS or not math.isfinite(number := float(text)):
         raise Defect(f"it holds the number {text[:_MAX_DIGITS]}, which is not finite or has too many digits")
     return number if set(".eE") & set(text) else int(text)
 
 
 def dump_json(value: Mapping[str, Any]) -> bytes:
-    """The one form of a file of ours, so that any change of a byte is seen: sorted keys, two spaces, a final newline.
+    """JSON in the one form that is written here (sorted keys, two spaces, a final newline): any changed byte is seen.
 
     Raises:
         Defect: it is nested too deeply.
@@ -380,7 +394,7 @@ def dump_json(value: Mapping[str, Any]) -> bytes:
 
 
 def sign(record: dict[str, Any]) -> bytes:
-    """A record with a checksum of itself.
+    """The bytes of a record to which a checksum of all the rest was added.
 
     Raises:
         Defect: `load_json` would not accept it: it is too long, too deep, or holds too long a number.
@@ -397,7 +411,11 @@ def is_signed(data: bytes, record: Mapping[str, Any]) -> bool:
 
 
 def plain(value: Any, where: str, depth: int = 0) -> Any:
-    """A copy of plain JSON values; numbers that JSON cannot hold (the AP of an absent class is NaN) become null."""
+    """A copy of `value` made of plain JSON values; numbers that JSON cannot hold (an AP that is NaN) become null.
+
+    Raises:
+        ValueError: about `where`: it holds something that cannot be stored, or is nested too deeply.
+    """
     if depth > _MAX_DEPTH:
         raise ValueError(f"{where} are nested more than {_MAX_DEPTH} deep, or hold themselves")
     if isinstance(value, Mapping):
@@ -420,12 +438,12 @@ def sha256(data: bytes) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Fingerprint:
-    """What a base model is: which tensors it has, and hashes of the values that a run leaves as they are.
+    """What tells one base model from another: names and shapes of its tensors, and hashes of those that stay frozen.
 
     Attributes:
         tensors: name -> "64x3x7x7:0123456789abcdef" (shape and start of the value's sha256), or the shape alone for a
             tensor that the run trains in full and whose value therefore is no property of the base.
-        halves: name -> "float16" or "bfloat16" of the tensors that are held so: their values are rounded.
+        halves: name -> "float16" or "bfloat16" of the tensors of that type, whose values are rounded.
     """
 
     tensors: Mapping[str, str]
@@ -503,9 +521,9 @@ def fingerprint(
 
 
 def difference(expected: Fingerprint, found: Fingerprint) -> str:
-    """Say in one line how the base `found` differs from `expected`; empty when an adapter of one fits the other.
+    """Say in one line how the base `found` differs from `expected`; empty where an adapter of one fits the other.
 
-    A value is compared where both sides hash it: a tensor that either side trains in full is no property of the base.
+    Values are compared where both have a hash: what either of them trains in full is no property of the base.
     """
     old, new = expected.parts(), found.parts()
     common = sorted(old.keys() & new.keys())

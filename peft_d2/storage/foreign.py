@@ -1,4 +1,4 @@
-"""What a file or a folder holds that cannot be read as what it was given for: for messages."""
+"""For messages: what a file or folder is that was given for something else."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ LENGTH = 512  # how many bytes of a file tell
 
 
 def kind_of(start: bytes) -> str:
-    """What a file's first `LENGTH` bytes, or all, show it to be, of what cannot be read anywhere here; else ""."""
+    """What a file is by its first `LENGTH` bytes, if it is one of the kinds that nothing here reads; else ""."""
     if not start:
         return "empty"
     return next((kind for pattern, kind in _KINDS if re.match(pattern, start[:LENGTH], re.DOTALL)), "")
 
 
 def kind_of_file(path: str | os.PathLike[str]) -> str:
-    """As `kind_of`, of a file; "" where it cannot be read."""
+    """`kind_of` the file at `path`; "" where it cannot be read."""
     try:
         with open(path, "rb") as file:
             return kind_of(file.read(LENGTH))
@@ -37,7 +37,7 @@ def kind_of_file(path: str | os.PathLike[str]) -> str:
 
 
 def newest_in_run(folder: Path) -> str:
-    """The checkpoint that stands for the run in a folder, "" where it is none's: for messages."""
+    """The checkpoint to name where the folder of a run was given: its last one, "" where it holds none."""
     found = [folder / "adapter_final", folder / "model_final.pth"]
     for pattern in ("adapter_[0-9]*", "model_[0-9]*.pth"):
         found += sorted(folder.glob(pattern), reverse=True)

@@ -103,10 +103,10 @@ def read(folder: str | os.PathLike[str], model: nn.Module | None = None) -> Adap
 
 
 class _Reader:
-    """One folder of theirs on its way into ours; every method raises ValueError with what does not fit.
+    """Turns what one of their folders holds into an adapter of ours; its methods raise ValueError where they cannot.
 
-    Names are those of the file, in which the model may lie below ``wrapper``: so the config's patterns mean what they
-    meant to `peft`.
+    While it works, names are those of the file, in which the model may lie below ``wrapper``, so that the patterns of
+    the config mean what they meant to `peft`.
     """
 
     def __init__(
@@ -125,7 +125,7 @@ class _Reader:
         self.scales = adapter_file.lora_scales(tensors, config)
 
     def content(self) -> AdapterFile:
-        """The adapter as ours would be stored, without a base's fingerprint."""
+        """The adapter in the form of ours, without a fingerprint of its base."""
         entries: dict[tuple[Any, ...], dict[str, Any]] = {}
         for path, rank in self.ranks.items():
             self._check_targeted(path)
@@ -147,11 +147,11 @@ class _Reader:
         return AdapterFile(tensors, list(entries.values()), self._train(full), None, {}, "", scales)
 
     def _own(self, name: str) -> str:
-        """The model's name for one of the file."""
+        """The name in the model of what is called ``name`` in the file."""
         return name.removeprefix(f"{self.wrapper}.") if self.wrapper else name
 
     def _outright(self, name: str) -> str:
-        """The pattern that chooses one module or tensor alone."""
+        """A pattern that chooses this one module or tensor and no other."""
         return f"re:{re.escape(self._own(name))}"
 
     def _module(self, path: str, what: str) -> nn.Module:

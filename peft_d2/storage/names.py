@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-# ResNets of Caffe2's ImageNet files, and of torchvision and timm, under the names of Detectron2's backbones: part after
-# part of a name is replaced until none fits.
+# From the names in ResNets of Caffe2's ImageNet files, and of torchvision and timm, to those of Detectron2's backbones:
+# each row is applied in turn.
 _FROM_CAFFE2 = (
     (r"res(\d)_(\d+)_branch1_", r"res\1.\2.shortcut."),
     (r"res(\d)_(\d+)_branch2a_", r"res\1.\2.conv1."),
@@ -35,7 +35,7 @@ FROM_TORCHVISION = (
     (r"(?<=\.)bn(\d)\.", r"conv\1.norm."),
 )
 TORCHVISION = {"conv1.weight", "bn1.running_mean", "layer1.0.conv1.weight", "layer4.0.bn2.weight"}
-_PROGRAMS = (  # a part that their state dicts alone have
+_PROGRAMS = (  # how names begin in the state dicts of these programs alone
     (r"model\.pixel_level_module\.", "Hugging Face's transformers"),
     (r"vision_encoder\.layers\.\d+\.layer_norm1\.", "Hugging Face's transformers"),
     (r"encoder\.layer\.\d+\.attention\.attention\.", "Hugging Face's transformers"),

@@ -86,7 +86,7 @@ def _require(condition: bool, defect: str) -> None:
 
 
 class _Bounded:
-    """A file that never gives more than it has, counts how often it is asked, and what its arrays claim."""
+    """A file read within limits: its own size, a number of reads, and the bytes that its arrays may take in all."""
 
     def __init__(self, file: BinaryIO, size: int) -> None:
         self.file, self.size, self.left, self.reads, self.claimed = file, size, size, 0, 0
@@ -104,7 +104,7 @@ class _Bounded:
         return data
 
     def claim(self, count: int) -> None:
-        """Account for what was made of a part of the file: what is used time and again must not fill the memory."""
+        """Count ``count`` bytes that were made of the file's content, which a pickle can have made again and again."""
         self.claimed += count
         _require(self.claimed <= _MOST_CLAIMED * self.size, "its arrays claim more bytes than the file has")
 
@@ -123,6 +123,7 @@ def _read_archive(stream: BinaryIO, size: int, values: bool) -> Any:
         storages: dict[str, Tensor] = {}
 
         def member(name: str) -> Tensor:
+            """The bytes of a member, (bytes,) uint8, whose checksum was compared."""
             _require(name in members, f"its member {name[:60]!r} is missing")
             data = _empty(members[name].file_size)
             view, start = data.numpy().data, 0
@@ -136,6 +137,7 @@ def _read_archive(stream: BinaryIO, size: int, values: bool) -> Any:
             return data
 
         def storage(kind: torch.dtype, key: Any, count: Any) -> _Storage:
+            """The storage ``key`` of ``count`` numbers, read when it is asked for first; see :class:`_Reader`."""
             _require(isinstance(key, str) and isinstance(count, int), _STORAGE)
             name = f"{root}data/{key}"
             if key not in storages and values:
@@ -178,6 +180,7 @@ def _read_pickle(file: _Bounded, nested: bool) -> Any:
     storages: dict[Any, _Storage] = {}
 
     def storage(kind: torch.dtype, key: Any, count: Any) -> _Storage:
+        """The storage ``key`` of ``count`` numbers, whose bytes come behind the pickles; see :class:`_Reader`."""
         _require(isinstance(key, (str, int)) and isinstance(count, int) and count >= 0, _STORAGE)
         if key not in storages:
             file.claim(count * kind.itemsize)
@@ -240,6 +243,7 @@ class Array:
         return self.fill(raw, dtype, shape, "F" if fortran else "C")
 
     def fill(self, raw: Any, dtype: Any, shape: Any, order: Any = "C", *_: Any) -> Array:
+        """Take the bytes ``raw`` as an array of this type, shape and memory order ("C" or "F"); returns itself."""
         plain = isinstance(dtype, _DType) and isinstance(raw, (bytes, bytearray, str))
         _require(plain, "it holds an array of Python objects; only numbers and strings are read")
         _require(_are_sizes(shape), "it holds an array of an impossible shape")
@@ -358,6 +362,11 @@ _Unpickler: Any = pickle._Unpickler  # the Python one: its opcodes can be replac
 
 
 class _Reader(_Unpickler):
+    """The unpickler: its opcodes build plain containers, and call nothing but what the tables above name.
+
+    ``storage(dtype, key, count)`` gives the torch storages that the pickle refers to.
+    """
+
     dispatch: dict[int, Callable[..., None]] = dict(_Unpickler.dispatch)
 
     def __init__(self, file: _Bounded, storage: Callable[..., _Storage], nested: bool = False) -> None:

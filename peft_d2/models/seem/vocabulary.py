@@ -25,6 +25,7 @@ from peft_d2.models.seem.text_encoder import (
     load_tokenizer,
     prompts,
 )
+from peft_d2.peft.errors import shortened
 from peft_d2.storage import CheckpointError, disk
 from peft_d2.storage.disk import dump_json, dump_tensors, fingerprint, load_json, load_tensors
 
@@ -73,10 +74,9 @@ class ClassVectors:
     def select(self, names: Sequence[str]) -> ClassVectors:
         """The vectors of these classes alone, in this order, and of the background."""
         if missing := [name for name in names if name not in self.names]:
-            there = ", ".join(self.names[:10]) + (", ..." if len(self.names) > 10 else "")
             raise ClassVectorsError(
-                f"there are no vectors of the classes {', '.join(map(repr, missing))}, only of {there}: "
-                "write a file with tools/encode_classes.py that has them"
+                f"there are no vectors of the classes {', '.join(map(repr, missing))}, only of "
+                f"{shortened(self.names, 10)}: write a file with tools/encode_classes.py that has them"
             )
         rows = [self.names.index(name) for name in names] + [len(self.names)]
         return dataclasses.replace(self, names=tuple(names), vectors=self.vectors[:, rows])
