@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import logging
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -14,8 +15,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from peft_d2.data.formats.export import CocoJson, write_coco  # noqa: F401  the converters take all from here
+from peft_d2.data.formats.export import CocoJson  # noqa: F401  the converters take all from here
 from peft_d2.data.registration import data_root, read_json
+from peft_d2.storage import disk
 
 
 def split_names(
@@ -43,6 +45,12 @@ def split_names(
     if missing:
         raise ValueError(f"{splits}: lists {len(missing)} images that are not there, {missing[0]!r} for one.")
     return {split: list(listed) for split, listed in found.items()}
+
+
+def write_coco(path: str | Path, data: Mapping[str, Any]) -> int:
+    """Write a json in one step and return the number of its annotations."""
+    disk.write_bytes(path, json.dumps(data).encode())
+    return len(data["annotations"])
 
 
 def require_folder(path: str | Path, holds: str) -> Path:

@@ -20,13 +20,13 @@ from typing import Any
 import numpy as np
 import torch
 from command_line import config_parser, take_pairs
+from mask_shapes import mask_outlines, mask_to_polygons
 from PIL import Image, ImageDraw
 from pycocotools import mask as coco_mask
 
 import peft_d2
 from peft_d2 import peft
 from peft_d2.data.images import image_size, visible
-from peft_d2.data.segmentation import mask_outlines, mask_to_polygons
 from peft_d2.engine.config import PEFT_ARCHITECTURE
 from peft_d2.engine.errors import ConfigError, bounded, one_line_errors
 from peft_d2.engine.factory import build_model

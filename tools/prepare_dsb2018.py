@@ -19,10 +19,9 @@ from pathlib import Path
 
 import numpy as np
 from converting import CocoJson, write_coco
+from mask_shapes import mask_to_polygons
 from PIL import Image
 from tile_dataset import tile_coco
-
-from peft_d2.data.segmentation import mask_to_polygons
 
 _ID_LENGTH = 12
 _SPLITS_FILE = Path(__file__).with_name("dsb2018_splits.json")

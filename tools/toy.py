@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+from mask_shapes import mask_to_polygons, mask_to_rle
 from PIL import Image, ImageDraw
 
-from peft_d2.data.segmentation import mask_box, mask_to_polygons, mask_to_rle
+from peft_d2.data.segmentation import mask_box
 
 _OVERSAMPLE = 4
 _MIN_VISIBLE = 0.6  # of an object after later ones are painted over it

@@ -175,10 +175,6 @@ def image_key(number: Any) -> Any:
     return int(number) if isinstance(number, str) and number.isdecimal() else number
 
 
-def _is_crowd(segment: Mapping[str, Any]) -> bool:
-    return bool(segment.get("iscrowd", 0))
-
-
 def check_panoptic(data: Any, things: Collection[int], stuff: Collection[int]) -> Iterator[Problem]:
     """What is wrong with the lists of a panoptic json.
 
@@ -203,8 +199,9 @@ def check_panoptic(data: Any, things: Collection[int], stuff: Collection[int]) -
     for unknown in sorted(used - (kinds.keys() & {*things, *stuff}), key=str)[:3]:
         what = f"category_id {unknown!r} is not " + ("listed" if unknown not in kinds else "a class of the set")
         yield Problem("error", "unknown category", "segments_info", what, "Correct it, or the categories.")
-    if (all_segments := [s for row in rows[0] for s in row["segments_info"]]) and all(map(_is_crowd, all_segments)):
-        what, advice = f"all {len(all_segments)} are crowds, of which nothing is learnt or judged", "Set iscrowd 0."
+    crowds = [bool(segment.get("iscrowd", 0)) for row in rows[0] for segment in row["segments_info"]]
+    if crowds and all(crowds):
+        what, advice = f"all {len(crowds)} are crowds, of which nothing is learnt or judged", "Set iscrowd 0."
         yield Problem("error", "crowds", "segments_info", what, advice)
     for number, count in repeated(image_key(row.get("image_id")) for row in rows[0]):
         what, advice = f"is there {count} times", "A panoptic json has one annotation an image."

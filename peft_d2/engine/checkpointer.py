@@ -92,7 +92,9 @@ class Checkpointer(DetectionCheckpointer):
             files = adapters.adapter_contents(self.model, metrics=self.metrics)
             with disk.folder(target, _CHECKPOINT_FILES) as folder:
                 torch.save(state, folder / TRAINING_STATE)
-                record = {**_RECORD, "run": self._run, "adapter": _tie(files), **_digest(folder / TRAINING_STATE)}
+                # What ties the state to its adapter: the sha256 of the adapter's record, which covers all of it.
+                tie = disk.sha256(files[adapter_file.RECORD])
+                record = {**_RECORD, "run": self._run, "adapter": tie, **_digest(folder / TRAINING_STATE)}
                 for filename, data in {**files, STATE_RECORD: disk.sign(record)}.items():
                     (folder / filename).write_bytes(data)
             if name.endswith("final"):
@@ -345,11 +347,6 @@ def _time(path: Path) -> int:
     return file.stat().st_mtime_ns if os.path.isfile(file) else 0
 
 
-def _tie(files: dict[str, bytes]) -> str:
-    """What ties a training state to its adapter: the sha256 of the adapter's record, which covers all of it."""
-    return hashlib.sha256(files[adapter_file.RECORD]).hexdigest()
-
-
 def _dense(state: dict[str, Any]) -> dict[str, Any]:
     """The tensors of a state dict, those that are larger than their storage (expanded ones) copied."""
     for name, value in state.items():
@@ -404,7 +401,7 @@ def _check_record(folder: Path) -> dict[str, Any] | None:
             raise CheckpointDamaged(f"{STATE_RECORD} was damaged or edited, or is of another version")
         if any(record.get(key) != value for key, value in _digest(file).items()):
             raise CheckpointDamaged(f"{TRAINING_STATE} is not the one that was saved: it was damaged or replaced")
-        if _tie({adapter_file.RECORD: (folder / adapter_file.RECORD).read_bytes()}) != record.get("adapter"):
+        if disk.sha256((folder / adapter_file.RECORD).read_bytes()) != record.get("adapter"):
             raise CheckpointDamaged(f"{TRAINING_STATE} was saved beside another adapter")
     except disk.Defect as error:
         raise CheckpointDamaged(f"{STATE_RECORD}: {error}") from error

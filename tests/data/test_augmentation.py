@@ -15,10 +15,11 @@ pytest.importorskip("detectron2", reason="needs Detectron2")
 
 from detectron2.data import transforms as T  # noqa: E402
 from detectron2.structures import BoxMode  # noqa: E402
+from mask_shapes import mask_to_polygons, mask_to_rle  # noqa: E402
 
 from peft_d2.data.augmentation import large_scale_jitter_recipe, longest_side_recipe, resize_recipe  # noqa: E402
 from peft_d2.data.mappers import InstanceMapper, PanopticMapper, SemanticMapper  # noqa: E402
-from peft_d2.data.segmentation import mask_to_compressed_rle, mask_to_polygons, mask_to_rle  # noqa: E402
+from peft_d2.data.segmentation import mask_to_compressed_rle  # noqa: E402
 
 FORMS = {
     "polygons": mask_to_polygons,

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from mask_shapes import mask_to_rle
 from PIL import Image
 
-from peft_d2.data.segmentation import mask_to_compressed_rle, mask_to_rle
+from peft_d2.data.segmentation import mask_to_compressed_rle
 from peft_d2.data.validation import DatasetError, check_coco, check_datasets, summary
 
 

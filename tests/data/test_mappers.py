@@ -13,6 +13,7 @@ pytest.importorskip("detectron2", reason="needs Detectron2")
 
 from detectron2.data import transforms as T  # noqa: E402
 from detectron2.structures import BitMasks, BoxMode, PolygonMasks  # noqa: E402
+from mask_shapes import mask_to_polygons  # noqa: E402
 
 from peft_d2.data.augmentation import SSDColour, large_scale_jitter_recipe, resize_recipe  # noqa: E402
 from peft_d2.data.images import DatasetError  # noqa: E402
@@ -24,7 +25,7 @@ from peft_d2.data.mappers import (  # noqa: E402
     build_test_mapper,
     transformed_mask,
 )
-from peft_d2.data.segmentation import mask_to_compressed_rle, mask_to_polygons  # noqa: E402
+from peft_d2.data.segmentation import mask_to_compressed_rle  # noqa: E402
 
 
 def _mask(height=40, width=60):

@@ -9,14 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from mask_shapes import mask_to_polygons, mask_to_rle
 from pycocotools import mask as coco_mask
 
 from peft_d2.data.segmentation import (
     decode_counts,
     mask_box,
     mask_to_compressed_rle,
-    mask_to_polygons,
-    mask_to_rle,
     segmentation_to_mask,
 )
 

@@ -6,7 +6,6 @@ pandas, pyarrow and an older OpenCV.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -63,7 +62,7 @@ def read_folder(folder: str | Path, split: str = "train") -> tuple[str, dict[str
 def store(data: dict[str, Any], folder: Path, name: str) -> Path:
     """Write a COCO-format set; its file is named by its content, so that a run that reads it never sees another."""
     content = json.dumps(data).encode()
-    path = folder / f"{name}_{hashlib.sha256(content).hexdigest()[:8]}.json"
+    path = folder / f"{name}_{disk.sha256(content)[:8]}.json"
     if not path.is_file():
         folder.mkdir(parents=True, exist_ok=True)
         disk.write_bytes(path, content)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from os.path import commonpath
 from pathlib import Path
@@ -16,7 +15,6 @@ import numpy as np
 from peft_d2.data.images import DatasetError, image_size, visible
 from peft_d2.data.registration import read_json
 from peft_d2.data.segmentation import extent, mask_box, mask_to_compressed_rle, segmentation_to_mask
-from peft_d2.storage import disk
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif")
 
@@ -56,12 +54,6 @@ class CocoJson:
         things = self.data["annotations"]
         entry = {"id": len(things) + 1, "image_id": image_id, "category_id": category_id, "bbox": list(box)}
         things.append(entry | {"area": area, "iscrowd": 0} | shape)
-
-
-def write_coco(path: str | Path, data: Mapping[str, Any]) -> int:
-    """Write a json in one step and return the number of its annotations."""
-    disk.write_bytes(path, json.dumps(data).encode())
-    return len(data["annotations"])
 
 
 @dataclass

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import logging
 import os
 from collections.abc import Sequence
@@ -89,7 +88,7 @@ class ClassVectors:
             "names": list(self.names),
             "templates": list(self.templates),
             "encoder": self.encoder,
-            "sha256": _sha256(vectors),
+            "sha256": disk.sha256(vectors.numpy().tobytes()),
         }
         data = dump_tensors({_TENSOR: vectors}, {_RECORD: dump_json(record).decode("ascii")})
         disk.write_bytes(path, data)
@@ -111,16 +110,13 @@ def _checked(tensors: dict[str, Tensor], metadata: dict[str, str]) -> ClassVecto
     if record.get("format") != _FORMAT:
         raise ValueError(f"it has format {record.get('format')!r}, and this version reads {_FORMAT}")
     vectors = tensors[_TENSOR]
-    if vectors.dtype != torch.float32 or not vectors.isfinite().all() or _sha256(vectors) != record.get("sha256"):
+    sound = vectors.dtype == torch.float32 and bool(vectors.isfinite().all())
+    if not sound or disk.sha256(vectors.numpy().tobytes()) != record.get("sha256"):
         raise ValueError("its vectors are not those that were written")
     lists = [record.get("names"), record.get("templates")]
     if not all(isinstance(words, list) and all(isinstance(word, str) for word in words) for words in lists):
         raise ValueError("its names or templates are not lists of words")
     return ClassVectors(tuple(record["names"]), vectors, tuple(record["templates"]), str(record.get("encoder", "")))
-
-
-def _sha256(vectors: Tensor) -> str:
-    return hashlib.sha256(vectors.contiguous().numpy().tobytes()).hexdigest()
 
 
 @torch.no_grad()
