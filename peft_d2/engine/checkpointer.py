@@ -1,6 +1,6 @@
-"""Checkpoints: an adapter folder and its training state, or Detectron2's file where no PEFT is in play.
+"""Checkpoints: an adapter folder with its training state in it, or, where no PEFT is used, Detectron2's file.
 
-A checkpoint appears under its name only when it is whole. Nothing that is read is unpickled freely. Each carries the
+A checkpoint appears under its name only when it is whole. Nothing that is read is unpickled freely. Each holds the
 mark of its run and its iteration, so that a run goes on from the newest of its own.
 """
 
@@ -30,7 +30,7 @@ _CHECKPOINT_FILES = (*adapter_file.FILES, TRAINING_STATE, STATE_RECORD)
 LAST = "last_checkpoint"
 _NAME = re.compile(r"(adapter|model)_(\d{7,10}|final)(\.pth)?")
 _RECORD = {"format": "peft_d2-training-state", "format_version": 1}
-_SURELY = 10**10  # no run has so many iterations
+_SURELY = 10**10  # iterations that no run has; the place of a "final" checkpoint among those of its run
 logger = logging.getLogger(__name__)
 
 
@@ -64,14 +64,14 @@ class Checkpointer(DetectionCheckpointer):
         self.resumed = False
         self._keep = keep
         self._allow_other_base = allow_other_base
-        # The mark of this run: a number that grows from run to run in a folder, 0 of one that a version without marks
-        # began, and random digits.
+        # The mark of this run: a number, larger for each further run in the folder and 0 for one that a version without
+        # marks began; and random digits.
         self._run = ""
         self._own: list[str] = []  # names of this run's checkpoints, oldest first
 
     @property
     def prefix(self) -> str:
-        """How the names of this run's checkpoints begin."""
+        """How the names of this run's checkpoints begin, which is its kind, too: "adapter" or "model"."""
         return "adapter" if peft.get_injection(self.model) is not None else "model"
 
     def save(self, name: str, **extra: Any) -> None:
@@ -147,7 +147,7 @@ class Checkpointer(DetectionCheckpointer):
         return [found.name for found, *_ in sorted(self._found(), key=lambda row: row[2])]
 
     def warn_of_beginning(self, resume: bool) -> None:
-        """Say that a run begins anew where there is nothing to resume, or where an earlier run has left something."""
+        """Warn that a run begins anew where it was to be resumed, or where an earlier run has left checkpoints."""
         if resume:
             logger.warning("--resume: %s holds no checkpoint yet; the run begins at iteration 0.", self.save_dir)
         elif names := self.names():
@@ -221,7 +221,7 @@ class Checkpointer(DetectionCheckpointer):
         return found
 
     def _named(self) -> list[tuple[Path, str]]:
-        """What is named as a checkpoint, and its kind: "adapter" or "model"."""
+        """Paths in ``save_dir`` that are named as checkpoints are, each with its kind: "adapter" or "model"."""
         try:
             names = [(path, _NAME.fullmatch(path.name)) for path in sorted(Path(self.save_dir).iterdir())]
         except (FileNotFoundError, NotADirectoryError):
@@ -231,11 +231,11 @@ class Checkpointer(DetectionCheckpointer):
         return [(p, name[1]) for p, name in names if name and (name[3] or "") == {"model": ".pth"}.get(name[1], "")]
 
     def _candidates(self) -> list[Path]:
-        """Checkpoints of one run, the one to try first in front, the others by iteration downwards.
+        """Checkpoints of one run: first the one to resume from, then the others, from later iterations to earlier ones.
 
-        ``last_checkpoint`` decides, except that a checkpoint of a later iteration, or of a later run, that was
-        completed after it was written comes before: the process may have been killed between the two. What an older
-        run left behind is thus never preferred.
+        That is the one named in ``last_checkpoint``. The process may have been killed before it wrote the name, so a
+        checkpoint of a later iteration or run goes first if it was completed after ``last_checkpoint`` was. What an
+        older run left behind is thus never preferred.
         """
         tag = Path(self.save_dir, LAST)
         tagged, written = "", 0
@@ -267,7 +267,7 @@ class Checkpointer(DetectionCheckpointer):
         return sorted(own, key=lambda path: (runs[path] == runs[first], ages[path]), reverse=True)
 
     def _newest(self) -> tuple[str, dict[str, Any]]:
-        """The newest whole checkpoint and its content, its adapter apart; what is damaged is passed over, with a line.
+        """The path of the newest whole checkpoint and its training state; damaged ones are passed over, with a line.
 
         Raises:
             CheckpointError: the folder's checkpoints are of another kind of run, or this process cannot read them.
@@ -348,7 +348,7 @@ def _time(path: Path) -> int:
 
 
 def _dense(state: dict[str, Any]) -> dict[str, Any]:
-    """The tensors of a state dict, those that are larger than their storage (expanded ones) copied."""
+    """The state dict with tensors that repeat their values (expanded ones) copied: torch.save stores their storage."""
     for name, value in state.items():
         if isinstance(value, Tensor) and 0 in value.stride() and value.numel() > 1:
             state[name] = value.contiguous()
@@ -356,7 +356,7 @@ def _dense(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def _iterations(state: Any) -> list[Any]:
-    """Every place in which a training state tells its iteration."""
+    """The iterations that a training state tells, in each of the places where it may."""
     return [
         part["iteration"] for part in (state, state.get("trainer")) if isinstance(part, dict) and "iteration" in part
     ]

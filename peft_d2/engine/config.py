@@ -1,7 +1,7 @@
-"""The keys of PEFT and of training. Files and ``KEY VALUE`` pairs are read with clear errors.
+"""The config keys of PEFT and of training, and the reading of config files and ``KEY VALUE`` pairs with clear errors.
 
 Files are read here, not by Detectron2, whose reader falls back to one that executes ``!!python`` tags. Published files
-use a single such tag, to write down a list of image sizes in one form; that is computed, every other tag is refused.
+have one such tag, in which they write a list of image sizes. That list is computed; every other tag is refused.
 """
 
 from __future__ import annotations
@@ -171,7 +171,13 @@ def load_config(config_file: str, peft_config: str = "", opts: Sequence[str] = (
 
 
 def _switch_peft_on(cfg: Any, model: str) -> None:
-    """Let ``PEFTModel`` wrap the config's own model, also where only a method, ``TRAIN`` or an adapter is named."""
+    """Make ``PEFTModel`` the config's model, and the model named there its base, where PEFT is asked for.
+
+    It is where ``MODEL.PEFT`` names a method, ``TRAIN`` or an adapter, or a PEFT file has set ``PEFTModel`` itself.
+
+    Args:
+        model: the config's META_ARCHITECTURE without the PEFT file.
+    """
     node = cfg.MODEL.PEFT
     if cfg.MODEL.META_ARCHITECTURE != PEFT_ARCHITECTURE and (node.METHODS or node.TRAIN or node.WEIGHTS):
         node.META_ARCHITECTURE, cfg.MODEL.META_ARCHITECTURE = cfg.MODEL.META_ARCHITECTURE, PEFT_ARCHITECTURE
@@ -210,7 +216,7 @@ def with_values(cfg: Any, values: Mapping[str, Any]) -> Any:
 
 
 def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(key with dots, value) of everything in a config or a part of one."""
+    """Yield (key with dots, value) of everything in a config or a part of one."""
     for key, value in tree.items():
         if isinstance(value, Mapping) and value:
             yield from leaves(value, f"{prefix}{key}.")
@@ -219,6 +225,7 @@ def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 
 
 def _merge_file(loaded: LoadedConfig, path: str, level: int) -> None:
+    """Merge a file and its bases into the config, and note its own keys as written at ``level``."""
     cfg = loaded.cfg
     tree = read_tree(path)
     _adjust(tree, cfg, path)
@@ -238,6 +245,7 @@ def _merge_file(loaded: LoadedConfig, path: str, level: int) -> None:
 
 
 def _merge_pairs(loaded: LoadedConfig, opts: Sequence[str]) -> None:
+    """Merge the ``KEY VALUE`` pairs of a command line into the config, and note their keys."""
     opts = list(opts or ())
     flags = [item for item in opts if item.startswith("--")]
     if flags:
@@ -264,7 +272,7 @@ def _merge_pairs(loaded: LoadedConfig, opts: Sequence[str]) -> None:
 
 
 def _adjust(tree: dict[str, Any], node: Any, path: str, prefix: str = "") -> None:
-    """Take the values of a file as :func:`_adjusted` says."""
+    """Replace each value of a file's tree by what :func:`_adjusted` makes of it, in place."""
     for key, value in tree.items():
         default = node.get(key) if isinstance(node, Mapping) else None
         if isinstance(value, dict):
@@ -274,11 +282,10 @@ def _adjust(tree: dict[str, Any], node: Any, path: str, prefix: str = "") -> Non
 
 
 def _adjusted(where: str, key: str, value: Any, default: Any) -> Any:
-    """A value as Detectron2 takes it: a whole number where a real one is expected, and ``METHODS: auto``.
+    """A value in the form that Detectron2 accepts: a whole number as a float where one is expected, AUTO as a list.
 
     Raises:
-        ConfigError: it names a key twice, or is None, which Detectron2 lets stand for any value, and fails where that
-            is used.
+        ConfigError: it names a key twice; or it is None, which Detectron2 accepts for any value and then fails with.
     """
     _refuse_repeated_keys(f"{where}: {key}", value)
     if value is None and type(default) in _EXPECTED and key not in _MAY_BE_NONE:
@@ -289,7 +296,7 @@ def _adjusted(where: str, key: str, value: Any, default: Any) -> Any:
 
 
 def _mismatch(where: str, error: Exception, cfg: Any) -> str:
-    """What Detectron2 says of a value of the wrong type, in terms of what is to be written."""
+    """A message that says what to write, in place of what Detectron2 says about a value of the wrong type."""
     key = (re.findall(r"for config key: (\S+)", str(error)) or [""])[-1]
     default: Any = cfg
     for part in key.split(".") if key else ():
@@ -305,7 +312,7 @@ def _short(value: Any) -> str:
 
 
 def _refuse_repeated_keys(where: str, value: Any) -> None:
-    """Detectron2 evaluates texts as Python, where of a key that is given twice the last value would win."""
+    """Refuse a dict with a key twice in a text, which Detectron2 evaluates as Python: the last value would count."""
     if not isinstance(value, str) or "{" not in value:
         return
     try:
@@ -320,6 +327,7 @@ def _refuse_repeated_keys(where: str, value: Any) -> None:
 
 
 def _unknown_key(where: str, key: str, cfg: Any) -> str:
+    """The message about a key that does not exist, with the nearest one that does."""
     parts = [known.split(".") for known, _ in leaves(cfg)]
     known = sorted({".".join(part[:count]) for part in parts for count in range(1, len(part) + 1)})  # groups, too
     if key in known:
@@ -389,13 +397,16 @@ def read_top(path: str) -> dict[str, Any]:
 
 
 def _kind(path: str) -> str:
-    """What a file is that was downloaded in place of a config; "" where it is none of these."""
+    """The end of an error about a file that is something else than a config, a web page say; "" if it is not known."""
     kind = foreign.kind_of_file(path)
     return f"is {kind}, not a config." if kind else ""
 
 
 def _moved(path: str) -> str:
-    """Where a file is now that had its model in its name, as in ``peft/lora_mask_dino.yaml``; "" for others."""
+    """Say where a file of configs/peft lies now that used to have its model in its name, as ``lora_mask_dino.yaml``.
+
+    "" for other files.
+    """
     folder, words = Path(path).parent, set(re.split("[_.]", Path(path).name))
     candidates = []
     for file in folder.glob("*/**/*.yaml") if folder.name == "peft" else ():
@@ -427,8 +438,9 @@ class _ConfigLoader(yaml.SafeLoader):
 
 
 def _check_node(node: yaml.Node, depth: int, values: Iterator[int]) -> None:
-    """Refuse a node that gives a key two values, or with more values or levels, aliases written out, than a config can
-    need. The official Mask2Former gives one key the same value twice.
+    """Refuse a yaml node that gives a key two values, or has more values or levels than a config can need.
+
+    Aliases count as often as they are used. The same value twice is let pass: the official Mask2Former has one.
     """
     if next(values) > _MAX_VALUES or depth > _MAX_DEPTH:
         raise _refused(node, f"holds more than {_MAX_VALUES:,} values, aliases written out, or {_MAX_DEPTH} levels")
@@ -443,7 +455,7 @@ def _check_node(node: yaml.Node, depth: int, values: Iterator[int]) -> None:
 
 
 def _meaning(node: yaml.Node) -> Any:
-    """What a node says, for comparison: its tag with its text or with what is in it."""
+    """A yaml node in a form that can be compared: its tag, and its text or the same of its children."""
     if not isinstance(node, yaml.CollectionNode):
         return node.tag, node.value
     return node.tag, [tuple(map(_meaning, item)) if isinstance(item, tuple) else _meaning(item) for item in node.value]

@@ -1,4 +1,4 @@
-"""Out of a run's files come others: of somebody else's checkpoint an adapter's folder, of base and adapter one file."""
+"""Make an adapter's folder of somebody else's checkpoint, and one checkpoint of a base with its adapter."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def merged_place(merged: str | os.PathLike[str], base: str | os.PathLike[str], w
 
 
 def write_merged(model: nn.Module, cfg: Any, merged: str | os.PathLike[str], beside: Path | None) -> list[str]:
-    """Write the merged checkpoint, and the config that belongs to it where ``beside`` says so."""
+    """Write the merged checkpoint and, unless ``beside`` is None, its config there; returns what was written."""
     adapters.save_merged(model, merged)
     if beside is None:
         return [os.fspath(merged)]

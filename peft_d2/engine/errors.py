@@ -1,4 +1,4 @@
-"""What the command-line tools report as one line instead of a traceback."""
+"""Errors that the command-line tools report as one line instead of a traceback."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ _LIMITS = {
 
 
 def bounded(kind: Callable[[str], float], least: float, most: float = math.inf) -> Callable[[str], float]:
-    """What argparse calls to read a number of ``kind``, int or float, from ``least`` to ``most``."""
+    """A ``type`` for argparse: a number of ``kind``, int or float, from ``least`` to ``most``."""
 
     def read(text: str) -> float:
         value = kind(text)
@@ -71,15 +71,15 @@ def bounded(kind: Callable[[str], float], least: float, most: float = math.inf) 
 
 
 def is_expected(error: BaseException) -> bool:
-    """Whether it is of a class of this package: what the user can put right, and the message says all of it."""
+    """Whether an error is of a class of this package: the user can put it right, and its message says how."""
     return any(kind.__module__.startswith("peft_d2.") for kind in type(error).__mro__)
 
 
 def named(error: Exception) -> Exception:
-    """The error, or the `WorkerDied` or `LimitReached` that stands for what torch or Python say in many ways.
+    """The error itself, or a `WorkerDied`, `LimitReached` or `Unusable` in place of one of Python's or torch's.
 
-    torch says that a loader's worker was killed from a signal handler, out of any line of the training; where the
-    loader is just then taking a batch from that worker, the connection fails first.
+    That a loader's worker was killed torch raises from a signal handler, in any line of the training; or the connection
+    to that worker fails first, where the loader is just taking a batch from it.
     """
     if isinstance(error, ConfigError | EvaluationFailed | LimitReached | WorkerDied):
         return error
@@ -107,22 +107,23 @@ def named(error: Exception) -> Exception:
 
 
 def message_of(error: BaseException) -> str:
-    """The error's message; of one that a data loader's worker passed on, without that process's traceback."""
+    """The error's message; of one that a data loader's worker has passed on, without the traceback in it."""
     text = str(error)
     text = text.strip().rpartition("\n")[2].partition(": ")[2] if text.startswith("Caught ") else text
     return printable(text)
 
 
 def printable(text: str) -> str:
-    """Without codes that colour or clear a terminal: class and file names may hold some, and Detectron2's tables do."""
+    """The text without codes that colour or clear a terminal, which names and Detectron2's tables may hold."""
     return _CONTROL.sub("", text)
 
 
 def one_line_errors(function: Callable[[], Any]) -> Any:
-    """Call ``function``; what the user can put right, and Ctrl-C, end the program with one line, not a traceback.
+    """Call ``function`` and return its result; errors that the user can put right, and Ctrl-C, end the program with
+    one line instead of a traceback.
 
-    Names that the terminal's encoding lacks are printed as their codes; a reader that has gone, as ``head`` does, is
-    no error worth a line.
+    Characters that the terminal's encoding lacks are printed as codes. Where the reader of the output has gone, as
+    ``head`` does, the program ends without a word.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
@@ -150,7 +151,7 @@ def one_line_errors(function: Callable[[], Any]) -> Any:
 def _nobody_reads() -> bool:
     """Whether the reader of stdout has gone; what is left to print is then dropped."""
     poll = select.poll()
-    poll.register(sys.stdout.fileno(), 0)  # errors are told in any case
+    poll.register(sys.stdout.fileno(), 0)  # poll reports a closed pipe whatever it is asked for
     gone = bool(poll.poll(0))
     if gone:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

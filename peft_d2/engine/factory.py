@@ -159,7 +159,7 @@ def _near(name: str, known: Iterable[str]) -> str:
 
 
 def _check(node: Any, registry: Any) -> None:
-    """Refuse a ``MODEL.PEFT`` that says nothing to build or to inject."""
+    """Refuse a ``MODEL.PEFT`` that names no model to build, or nothing to inject."""
     name = node.META_ARCHITECTURE
     if not name or name == PEFT_ARCHITECTURE:
         raise ConfigError(

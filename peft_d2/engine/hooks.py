@@ -1,4 +1,4 @@
-"""Hooks of a run: seeds, proofs before and after it, saving on a signal, writers, a bar on a terminal."""
+"""Hooks of a run: seeds, the proofs before and after it, saving on a signal, writers, a bar on a terminal."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from peft_d2 import memory, peft
 from peft_d2.engine.processes import INTERRUPTED, handled
 from peft_d2.engine.step import unwrapped
 
-_SAME_KEY = 1.0  # seconds within which torchrun passes on the Ctrl-C that the terminal has sent already
+_SAME_KEY = 1.0  # seconds within which a second SIGINT is the same Ctrl-C, passed on by torchrun
 
 logger = logging.getLogger(__name__)
 
@@ -40,12 +40,11 @@ def seed_everything(seed: int, rank: int, iteration: int) -> None:
 class SeedEachStep(HookBase):
     """Seeds before each step from the config's seed, this rank and the step's number.
 
-    Nothing needs to be stored: a resumed run draws what it would have drawn, and an evaluation in between changes
-    nothing.
+    So a resumed run draws the same random numbers without anything stored, and an evaluation in between changes none.
     """
 
     def before_step(self) -> None:
-        """Seed."""
+        """Seed Python, NumPy and torch."""
         seed_everything(self.trainer.cfg.SEED, comm.get_rank(), self.trainer.iter)
 
 
@@ -57,11 +56,11 @@ class FrozenWeights(HookBase):
     """
 
     def before_train(self) -> None:
-        """Hash what must stay."""
+        """Hash all that is not trained."""
         self._before = peft.frozen_hash(unwrapped(self.trainer.model))
 
     def after_train(self) -> None:
-        """Compare, unless the run was broken off."""
+        """Compare the hashes, unless the run has ended early."""
         if self.trainer.iter < self.trainer.max_iter:
             return
         if peft.frozen_hash(unwrapped(self.trainer.model)) != self._before:
@@ -79,10 +78,10 @@ class FitMemory(HookBase):
         MemoryBudgetError: before the first step, when no choice fits.
     """
 
-    _STEPS = 10  # after which the measured peak is logged
+    _STEPS = 10  # how many of them are measured before the peak is logged
 
     def before_train(self) -> None:
-        """Plan with the first batch; all processes compute as many pieces as the one that needs most."""
+        """Make the plan with the first batch. All processes take as many pieces as the one that needs most."""
         step = self.trainer._trainer
         model = unwrapped(step.model)
 
@@ -120,8 +119,7 @@ class FitMemory(HookBase):
 class ProveLive(HookBase):
     """Proves on the first images, before a run's first step, that all that is trained has an effect and a gradient.
 
-    What a resumed run shows on other images is no reason to stop: it was proved when it was started, so that it only
-    warns.
+    A resumed run only warns: it begins with other images, and its proof was made when it was started.
     """
 
     def before_train(self) -> None:
@@ -171,6 +169,7 @@ class SaveOnSignal(HookBase):
         self._taken.enter_context(handled(dict.fromkeys((signal.SIGTERM, signal.SIGINT), self._request)))
 
     def _request(self, number: int, frame: Any) -> None:
+        """Handle a signal: ask the training step to stop after this one; a second Ctrl-C interrupts at once."""
         if os.getpid() != self._process:  # a fork, of a pool say, inherits the handler: it would never end
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
@@ -203,9 +202,9 @@ class SaveOnSignal(HookBase):
 
 
 class Writers(PeriodicWriter):
-    """Detectron2's; files and services begin with the training; what cannot be written at its end is no reason to fail.
+    """Detectron2's PeriodicWriter, whose writers are made when the training begins: each of them opens its file.
 
-    The trainer's ``build_writers`` makes the writers, each of which opens its file.
+    A full disk at the end of the training is an error in the log, and no reason to fail.
     """
 
     def __init__(self) -> None:
@@ -236,7 +235,7 @@ def on_terminal() -> bool:
 
 
 class Bar:
-    """A loader with a bar around its iteration."""
+    """A loader that draws a progress bar while somebody iterates over it."""
 
     def __init__(self, loader: Iterable[Any], title: str) -> None:
         self._loader, self._title = loader, title
@@ -276,7 +275,10 @@ class TrainingBar(HookBase):
 
 
 def _redirected() -> contextlib.AbstractContextManager[Any]:
-    """Let the loggers that write to the terminal do so above the bar; tqdm would add a handler to any other."""
+    """Let log lines that go to the terminal appear above the bar.
+
+    Only the loggers that write there are named: tqdm would add a handler to any other.
+    """
     loggers = [logging.getLogger(name) for name in ("", "detectron2", "fvcore", "peft_d2")]
     return logging_redirect_tqdm([log for log in loggers if any(_writes_to_console(h) for h in log.handlers)])
 

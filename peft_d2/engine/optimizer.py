@@ -90,9 +90,9 @@ def build_optimizer(cfg: Any, model: nn.Module) -> torch.optim.Optimizer:
 
 
 def _parameter_groups(cfg: Any, model: nn.Module) -> list[dict[str, Any]]:
-    """One group per distinct (learning rate, weight decay, lateness): few groups keep the fused kernels busy.
+    """The parameter groups, one for all parameters of equal rate, decay and ``late``: fused kernels want few groups.
 
-    What is trained in full in a backbone is ``late``, if the schedule tells the two apart.
+    ``late`` is True for what is trained in full in a backbone, where the schedule is one in two stages.
     """
     from peft_d2 import peft
 
@@ -176,6 +176,7 @@ def _named_factors(cfg: Any, names: list[str]) -> dict[str, float]:
 
 
 def _weight_decay(cfg: Any, leaf: str, module: nn.Module) -> float:
+    """The weight decay of the parameter ``leaf`` of ``module``, by the rules of Mask2Former's training."""
     solver = cfg.SOLVER
     if isinstance(module, nn.Embedding):
         return solver.WEIGHT_DECAY_EMBED
@@ -187,7 +188,7 @@ def _weight_decay(cfg: Any, leaf: str, module: nn.Module) -> float:
 
 
 def _bias_decay(cfg: Any) -> float | None:
-    """``WEIGHT_DECAY_BIAS`` where somebody set it: Detectron2 0.5 has a number there that no published config means."""
+    """``WEIGHT_DECAY_BIAS`` if somebody has set it, else None: Detectron2 0.5 has a default that no config means."""
     from detectron2.config import get_cfg
 
     own = cfg.SOLVER.WEIGHT_DECAY_BIAS
@@ -195,7 +196,7 @@ def _bias_decay(cfg: Any) -> float | None:
 
 
 def _add_clipping(cfg: Any, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """Clip gradients before each step; ``full_model`` clips the norm of all of them together."""
+    """Let the optimizer clip gradients before each step, as CLIP_GRADIENTS says; ``full_model`` by their joint norm."""
     clip = cfg.SOLVER.CLIP_GRADIENTS
     if not clip.ENABLED or clip.CLIP_VALUE <= 0:
         return optimizer
@@ -284,7 +285,7 @@ def parameter_names(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[
 def restore_optimizer(
     optimizer: torch.optim.Optimizer, saved: dict[str, Any], names: list[str], saved_names: list[str] | None
 ) -> None:
-    """Take over the moments of a saved optimizer, by the parameters' names; rates, decay and momentum stay as they are.
+    """Load the moments of a saved optimizer by the parameters' names; rates, decay and momentum stay as they are now.
 
     Args:
         optimizer: as the config of today builds it.
@@ -329,7 +330,7 @@ def restore_optimizer(
 
 
 def restore_scheduler(scheduler: Any, saved: dict[str, Any], optimizer: torch.optim.Optimizer) -> None:
-    """Go on with the schedule at the saved step; those of a config follow today's rates, others go on as they were."""
+    """Go on with the schedule at the saved step; one that the config makes follows the rates of the config now."""
     from detectron2.solver import LRMultiplier
 
     if isinstance(scheduler, LambdaLR | LRMultiplier):

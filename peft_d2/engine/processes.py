@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 
 class Layout(NamedTuple):
-    """Who takes part: processes on each of the machines, which machine this is, where they meet, gloo or NCCL."""
+    """The processes of a run: how many on each machine, which machine this is, where they meet, CPU or GPU."""
 
     processes: int = 1
     machines: int = 1
@@ -125,18 +125,18 @@ def launch(function: Callable[..., Any], args: tuple[Any, ...], layout: Layout) 
 
 
 def _wait(context: Any, messages: Any) -> None:
-    """Wait for started processes, and pass on to them what this one is told.
+    """Wait until the started processes have ended, and pass on to them the signals that this one gets.
 
     Raises:
-        KeyboardInterrupt: they were.
-        SystemExit: one of them failed.
+        KeyboardInterrupt: this process was interrupted.
+        SystemExit: one of the processes failed.
     """
     # torch 2.4 knows no grace period: it ends the others at once.
     grace = {"grace_period": _GRACE} if "grace_period" in inspect.signature(context.join).parameters else {}
     interrupted = False
 
     def pass_on(number: int, frame: Any) -> None:
-        """What is for this process is for those that it started: they save and leave in order; told twice, at once."""
+        """Send the processes SIGTERM, at which they save and leave; or, at a second Ctrl-C, end them at once."""
         nonlocal interrupted
         twice, interrupted = interrupted and number == signal.SIGINT, interrupted or number == signal.SIGINT
         for process in context.processes:
@@ -162,7 +162,7 @@ def _wait(context: Any, messages: Any) -> None:
 
 
 def _report(error: Exception, messages: Any, codes: list[int]) -> None:
-    """Print why processes failed, each reason once; raise ``error``, with the traceback, where nobody expected it.
+    """Print why processes failed, each reason once; raise ``error`` with its traceback where it was none expected.
 
     Args:
         codes: exit codes before the others were made to end, minus the number of a signal that ended a process.
@@ -182,6 +182,7 @@ def _report(error: Exception, messages: Any, codes: list[int]) -> None:
 
 
 def _process(rank: int, function: Callable[..., Any], args: tuple[Any, ...], layout: Layout, messages: Any) -> None:
+    """Run in each started process: join the group, call the function, send the parent what the user can put right."""
     mp._prctl_pr_set_pdeathsig(signal.SIGTERM)  # type: ignore[attr-defined]  # torch's is SIGINT, which is ignored here
     try:
         with _group(layout, rank):
@@ -195,7 +196,7 @@ def _process(rank: int, function: Callable[..., Any], args: tuple[Any, ...], lay
 
 @contextlib.contextmanager
 def _group(layout: Layout, local_rank: int) -> Iterator[None]:
-    """Be one process of the group; after an error it is left as it is, as the others may not come to take leave."""
+    """Be one process of the group within the block. After an error it is not left: the others may wait elsewhere."""
     if layout.on_cpu:
         if "OMP_NUM_THREADS" not in os.environ:  # or each process would take all cores
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // layout.processes))
@@ -225,7 +226,7 @@ def _free_port() -> int:
 
 @contextlib.contextmanager
 def handled(handlers: dict[int, Any]) -> Iterator[None]:
-    """Have signals handled so, those that are not ignored, as SIGINT is in the background; in the main thread alone."""
+    """Within the block handle these signals so. Ignored ones (SIGINT in the background) and other threads' stay."""
     previous: dict[int, Any] = {}
     if threading.current_thread() is threading.main_thread():
         for number, handler in handlers.items():

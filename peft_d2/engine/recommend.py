@@ -1,4 +1,4 @@
-"""Which methods, places, ranks and rate suit a config's model and data: ``MODEL.PEFT.METHODS: auto``.
+"""``MODEL.PEFT.METHODS: auto``: which methods, modules, ranks and rate suit a config's model and data.
 
 Gradients on some training batches rank the places (:mod:`peft_d2.peft.ranking`); a few steps at each of four rates,
 every time from the start, choose the rate by the loss on batches that were left out.
@@ -44,7 +44,7 @@ def settled(cfg: Any, resume: bool = False, evaluate: bool = False) -> Any:
     Args:
         cfg: its data sets registered.
         resume: take what an earlier call has written there, if it is there.
-        evaluate: nothing else will do.
+        evaluate: nothing is trained: what an earlier call has written has to be there.
 
     Raises:
         ConfigError: several processes, or an evaluation of what was never trained.
@@ -70,7 +70,7 @@ def settled(cfg: Any, resume: bool = False, evaluate: bool = False) -> Any:
 
 
 def advise(cfg: Any, budget: int = 0) -> tuple[Any, Recommendation, dict[float, float]]:
-    """(cfg, what to train, rate -> loss after a few steps) for the config's model on its training set.
+    """Choose what to train of the config's model on its training set: (cfg, choice, loss after a few steps by rate).
 
     Args:
         cfg: a model's, or a PEFT config whose ``TRAIN`` is kept and whose ``METHODS`` are not.
@@ -172,6 +172,7 @@ def _base(cfg: Any) -> tuple[nn.Module, list[str]]:
 
 
 def _losses(model: nn.Module, batches: Sequence[Any], seed: int) -> Iterator[Any]:
+    """Yield the model's summed losses on each batch, with the same random numbers for the same seed."""
     for number, batch in enumerate(batches):
         with sample_seed(max(seed, 0), number), EventStorage():
             yield torch.stack([v.float() for v in model([dict(sample) for sample in batch]).values()]).sum()

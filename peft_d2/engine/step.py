@@ -65,14 +65,17 @@ class LazyLoader:
         return self._ahead[0]
 
     def close(self) -> None:
-        """Close the loader, where it can be, and let go of it; who asks for another batch gets a new one's."""
+        """Close the loader, if it can be closed, and forget it; another batch asked for comes from a new one."""
         loader, self._ahead, self._batches, self._loader = self._loader, [], None, None
         if hasattr(loader, "close"):
             loader.close()
 
     @contextlib.contextmanager
     def closed(self) -> Iterator[None]:
-        """Close it at the end; the traceback of an error lets go of what holds another loader's processes."""
+        """Close the loader at the end of the block.
+
+        After an error the frames of its traceback are cleared where they hold the processes of another loader.
+        """
         before = set(multiprocessing.active_children())
         try:
             yield
@@ -187,9 +190,9 @@ class TrainStep(SimpleTrainer):
         return means
 
     def _tell_objects(self, pieces: list[list[dict[str, Any]]]) -> None:
-        """Let each piece say how many objects every image of the whole batch holds, by piece, on all processes.
+        """Put into each piece's first sample how many objects all images of the batch have, by piece and process.
 
-        A model whose losses are means over objects says with ``count_objects`` that it wants to know.
+        A model whose losses are means over objects needs them: it has a method ``count_objects``.
         """
         count = getattr(unwrapped(self.model), "count_objects", None)
         if count is None:
@@ -204,7 +207,7 @@ class TrainStep(SimpleTrainer):
             piece[0] = {**piece[0], "batch_objects": objects}
 
     def _gradients_kept_local(self) -> contextlib.AbstractContextManager[Any]:
-        """Without exchange between processes: the last piece's exchange covers those before it."""
+        """The context in which gradients are not exchanged between processes: the last piece exchanges all of them."""
         return self.model.no_sync() if isinstance(self.model, DistributedDataParallel) else nullcontext()
 
     def precision(self) -> contextlib.AbstractContextManager[Any]:
@@ -238,7 +241,7 @@ class TrainStep(SimpleTrainer):
         )
 
     def _record(self, losses: dict[str, float], total: float, data_time: float) -> None:
-        """Put the figures into Detectron2's storage; those of other processes but the total every so many steps."""
+        """Put the figures into Detectron2's storage; all processes' single losses are gathered every few steps only."""
         rows = []
         if comm.get_world_size() == 1 or not self._recorded or (self.iter + 1) % _GATHER_EVERY == 0:
             rows, self._recorded = comm.gather({**losses, "data_time": data_time}), True
@@ -258,6 +261,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def _images(data: Any) -> str:
+    """File names and ids of a batch's images, for a message."""
     names = []
     for sample in data if isinstance(data, (list, tuple)) else []:
         if isinstance(sample, Mapping):

@@ -1,4 +1,4 @@
-"""Figures of a run to wandb and mlflow, beside Detectron2's log, metrics.json and TensorBoard."""
+"""Writers that send a run's figures to wandb and mlflow, beside Detectron2's log, metrics.json and TensorBoard."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ RUNS_FILE = "tracking.json"  # which run of which service belongs to the folder
 
 
 class Tracker(EventWriter):
-    """Collects what is new since the last time and hands it on, iteration by iteration.
+    """Sends a service the figures that are new since the last time, iteration by iteration.
 
     Args:
         cfg: ``TRACKING.PROJECT`` and ``RUN`` say under which names; the rest is set up as the services have it, e.g. by
             ``WANDB_MODE=offline`` or ``MLFLOW_TRACKING_URI``.
-        resumed: asked when the training begins; a resumed one goes on with its run.
+        resumed: whether the training is a resumed one, which goes on with its run; called when the training begins.
     """
 
     service: str
@@ -41,7 +41,7 @@ class Tracker(EventWriter):
         self._last = -1
 
     def start(self) -> None:
-        """Open the run, of a resumed training the one that it had.
+        """Open a run of the service; a resumed training goes on with the one that it had.
 
         Raises:
             ConfigError: the service refuses.
@@ -57,7 +57,7 @@ class Tracker(EventWriter):
         disk.write_bytes(path, json.dumps(runs).encode())
 
     def write(self) -> None:
-        """Hand on all scalars that are newer than those of the last call."""
+        """Send all scalars that are newer than those of the last call."""
         rows: dict[int, dict[str, float]] = defaultdict(dict)
         for name, (value, iteration) in get_event_storage().latest_with_smoothing_hint(20).items():
             if iteration > self._last:
@@ -70,7 +70,7 @@ class Tracker(EventWriter):
         raise NotImplementedError
 
     def log(self, row: dict[str, float], iteration: int) -> None:
-        """Hand on one iteration's figures."""
+        """Send one iteration's figures."""
         raise NotImplementedError
 
 
@@ -80,6 +80,7 @@ class WandbWriter(Tracker):
     service = package = "wandb"
 
     def open(self, run: str | None) -> str:
+        """Begin a run with the config, or go on with the one of the id ``run``; returns its id."""
         import wandb
 
         names = {"project": self._project, "name": self._name, "dir": str(self._folder)}
@@ -87,6 +88,7 @@ class WandbWriter(Tracker):
         return self._run.id
 
     def log(self, row: dict[str, float], iteration: int) -> None:
+        """Send one iteration's figures as a step."""
         self._run.log(row, step=iteration)
 
     def close(self) -> None:
@@ -101,6 +103,7 @@ class MlflowWriter(Tracker):
     service, package = "mlflow", "mlflow-skinny"
 
     def open(self, run: str | None) -> str:
+        """Begin a run in the project's experiment, made if there is none, or go on with ``run``; returns its id."""
         from mlflow import MlflowClient
 
         self._client = MlflowClient()
@@ -115,6 +118,7 @@ class MlflowWriter(Tracker):
         return self._run
 
     def log(self, row: dict[str, float], iteration: int) -> None:
+        """Send one iteration's figures; characters that mlflow's names cannot have become "_"."""
         for name, value in row.items():
             self._client.log_metric(self._run, re.sub(r"[^\w\-. /]", "_", name), float(value), step=iteration)
 
