@@ -46,10 +46,10 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {name!r} is no command of peft-d2. {hint}", file=sys.stderr)
         return 2
     program, before, _ = known[name]
-    # As if Python had been called with the program, for it and for processes that it spawns; but it has another name.
+    # Run the program as if Python had been called with it, so that processes it spawns find it; argv[0] says peft-d2.
     file = bundled(f"tools/{program}")
     sys.argv = [f"peft-d2 {name}", *before, *rest]
-    # For the authors of fvcore and Detectron2, at every start; who uses them can do nothing about it.
+    # A warning at every start that is for the authors of fvcore and Detectron2: users can do nothing about it.
     warnings.filterwarnings("ignore", r".*torch\.jit\.script", FutureWarning)
     sys.path.insert(0, str(file.parent))
     sys.modules["__main__"] = module = ModuleType("__main__")

@@ -86,9 +86,9 @@ def accept_empty_polygons() -> None:
 
 
 def require_cityscapes(polygons: bool = False) -> None:
-    """Raise a ModuleNotFoundError, which names the extra, where Cityscapes' own scripts are not installed.
+    """Raise a ModuleNotFoundError, which names the extra, where a package for Cityscapes is not installed.
 
-    ``polygons``: nor what Detectron2 reads its instances with.
+    ``polygons``: the package by which Detectron2 reads its instances is needed, too.
     """
     for package in ("cityscapesscripts", "shapely") if polygons else ("cityscapesscripts",):
         if importlib.util.find_spec(package) is None:

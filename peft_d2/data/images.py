@@ -1,4 +1,4 @@
-"""Image files: which ones are read right, their sizes and folders, and errors that name the file."""
+"""Image files: their sizes, which of them would not be read right, and errors that name the file."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def check_input(cfg: Any) -> None:
 
 
 def set_pixel_limit(pixels: int) -> None:
-    """Let Pillow open images of up to so many pixels, in this process: Pillow has no other place. 0 changes nothing."""
+    """Let Pillow open images of up to so many pixels; 0 changes nothing. Pillow has no other place than its global."""
     if pixels:
         Image.MAX_IMAGE_PIXELS = (pixels + 1) // 2  # Pillow warns from here on, and refuses from twice as many
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
@@ -90,7 +90,7 @@ def read_header(path: str | Path) -> tuple[tuple[int, int], str, str]:
 
 
 def _misread(opened: Any) -> tuple[str, str]:
-    """What Pillow would leave out of an image without a word, and the remedy; "" if nothing."""
+    """What Pillow would silently leave out of an image when it reads it, and the remedy; "" if nothing."""
     mode, bands = opened.mode, len(opened.getbands())
     tags: Any = getattr(opened, "tag_v2", {})
     deep = mode in ("I", "F") or mode.startswith("I;") or max(tags.get(_BITS, (8,))) > 8
@@ -113,7 +113,7 @@ def _misread(opened: Any) -> tuple[str, str]:
 
 
 def _frames(opened: Any) -> int:
-    """How many pictures a stack or an animation holds; smaller copies and masks, as large TIFFs have them, are none."""
+    """How many pictures a stack or an animation holds, without the smaller copies and masks that large TIFFs have."""
     if opened.format not in _STACKS or (frames := getattr(opened, "n_frames", 1)) == 1:
         return 1
     if opened.format == "TIFF":
@@ -158,7 +158,7 @@ def as_rgb(image: np.ndarray, image_format: str) -> np.ndarray:
 
 
 def output_size(item: Mapping[str, Any], image: tuple[int, int]) -> tuple[int, int]:
-    """The (height, width) that results of an input are asked in: its ``height`` and ``width``, or those of ``image``.
+    """The (height, width) that results are wanted in: the input's ``height`` and ``width``, else those of ``image``.
 
     Raises:
         DatasetError: one of them is below 1.
@@ -181,7 +181,7 @@ def seems_cut_off(path: str | Path) -> bool:
 
 
 def path_inside(root: str | Path, file_name: str, outside: bool = False) -> str:
-    """The path of a data set's file, which has to lie in the set's folder, links followed, unless ``outside`` says so.
+    """The path of a data set's file. It has to lie in the set's folder, links followed, unless ``outside``.
 
     Raises:
         DatasetError: it lies elsewhere.
@@ -196,13 +196,13 @@ def path_inside(root: str | Path, file_name: str, outside: bool = False) -> str:
 
 
 def visible(folder: Path, pattern: str = "*") -> list[Path]:
-    """What lies below a folder at any depth, sorted; nothing hidden, which macOS puts into archives (``._a.json``)."""
+    """Files and folders below a folder at any depth, sorted, without hidden ones (macOS adds ``._a.json`` to each)."""
     found = sorted(folder.rglob(pattern))
     return [path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
 
 
 def lies_inside(root: str | Path, path: str) -> bool:
-    """Whether a path is in a folder, by its name and, links followed, in truth."""
+    """Whether a path is in a folder, both by its name and after links are followed."""
     if os.path.relpath(path, root).split(os.sep)[0] == "..":
         return False
     folder, base = os.path.split(os.path.normpath(path))
@@ -216,7 +216,7 @@ _real_folder = lru_cache(maxsize=4096)(os.path.realpath)
 
 @contextmanager
 def reading(record: Mapping[str, Any]) -> Iterator[None]:
-    """Inside, a file that cannot be read is an error that names the record's image.
+    """Within the block, turn the errors of files that cannot be read into one that names the record's image.
 
     Raises:
         DatasetError: the image or a label image is missing, broken, or not of the size that the data set gives.

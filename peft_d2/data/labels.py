@@ -1,4 +1,4 @@
-"""What can be wrong with records that have no json: their entries, their label images; and reading these."""
+"""Checks of sets without a COCO json: records, label images, panoptic jsons, Cityscapes; and reading label images."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def repeated(values: Iterable[Any]) -> list[tuple[Any, int]]:
 
 
 class _Fault(Exception):
-    """The kind, the file, what is wrong and the remedy."""
+    """A defect of one file; its arguments are those of :class:`Problem` after the level."""
 
 
 def read_labels(path: str) -> np.ndarray:
@@ -113,7 +113,10 @@ def check_labels(
 
 
 def _label_values(record: Mapping[str, Any], as_grey: bool) -> dict[int, int]:
-    """How many pixels of a record's label image have each value; nothing where only headers are looked at."""
+    """Check the sizes of a record's files, and return how many pixels of its label image have each value.
+
+    Of panoptic records no pixel is looked at here. A defect is raised as :class:`_Fault`.
+    """
     sizes = {}
     for key in [key for key in ("file_name", "sem_seg_file_name", "pan_seg_file_name") if key in record]:
         path = record[key]
@@ -148,7 +151,11 @@ def _label_values(record: Mapping[str, Any], as_grey: bool) -> dict[int, int]:
 
 
 def _segments_apart(record: Mapping[str, Any]) -> dict[str, int]:
-    """How many segments of a panoptic record are in its list or in its image alone; a fault where nothing fits."""
+    """How many segments of a panoptic record are in its list alone, and how many in its image alone.
+
+    Raises:
+        _Fault: an id is listed twice, the image cannot be read, or none of its colours is a listed id.
+    """
     path, listed = record["pan_seg_file_name"], {s["id"] for s in record["segments_info"]}
     for number, count in repeated(s["id"] for s in record["segments_info"]):
         what = f"the segment id {number} is listed {count} times in its segments_info"
@@ -269,7 +276,7 @@ def _defects(thing: Mapping[str, Any], count: int, test: bool) -> Iterator[tuple
 
 
 def unpaired(image_root: str, label_root: str) -> Iterator[Problem]:
-    """Images without a label image of the same name, and the reverse, which Detectron2's loader leaves out."""
+    """Warn of images without a label image of the same name, and of the reverse: Detectron2's loader drops them."""
     images, labels = (
         {str(path.relative_to(root).with_suffix("")): path for path in sorted(Path(root).rglob("*")) if path.is_file()}
         for root in (image_root, label_root)

@@ -35,7 +35,7 @@ _SIGNALS = {signal.SIGINT, signal.SIGTERM}
 
 
 class Draw(NamedTuple):
-    """One place in the stream of samples."""
+    """A sample to come: which record it is of, and its number in the stream of all samples."""
 
     record: int  # index in the data set
     number: int  # of the sample, counted over all batches and ranks from 0
@@ -73,7 +73,7 @@ class BatchOrder:
                 yield [Draw(batch[i], batch_number * self.batch_size + i) for i in mine]
 
     def _batches(self) -> Iterator[list[int]]:
-        """Images that do not fill a batch of their group yet wait for the next epoch."""
+        """Endless batches of record indices; images that do not fill a batch of their group wait for the next epoch."""
         waiting: dict[int, list[int]] = {int(group): [] for group in np.unique(self.groups)}
         epoch = 0
         while True:
@@ -206,9 +206,9 @@ def training_records(cfg: Any) -> list[dict[str, Any]]:
 
 
 class _NamesFiles:
-    """Another mapper, whose errors name the file, with the config's limit of pixels in every process.
+    """Calls another mapper, so that its errors name the file and the config's limit of pixels holds in each process.
 
-    A process that loads data says why it cannot send a sample, see :func:`_send_error`.
+    In a worker it also sees to it that samples which cannot be sent are an error, see :func:`_send_error`.
     """
 
     def __init__(self, mapper: Mapper, max_pixels: int) -> None:
@@ -232,7 +232,7 @@ def _send_error(queue: Any, error: Exception, sent: Any) -> None:
 
 
 class _Samples(Dataset):
-    """Maps a :class:`Draw` to its sample."""
+    """The data set of the loader: gives the sample of a :class:`Draw`."""
 
     def __init__(self, records: Any, mapper: Mapper, seed: int) -> None:
         self.records, self.mapper, self.seed = records, mapper, seed
@@ -249,7 +249,7 @@ class _Samples(Dataset):
 
 
 def _begin_worker(closed: bool, worker: int) -> None:
-    """Let a worker go on for a minute after SIGTERM, and after Ctrl-C for as long as its training does."""
+    """Start a worker: if the loader is sure to be closed, it ignores Ctrl-C and survives SIGTERM for a minute."""
     if closed:
         signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(60))
         signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -257,6 +257,7 @@ def _begin_worker(closed: bool, worker: int) -> None:
 
 
 def _as_list(batch: list[Any]) -> list[Any]:
+    """The batch as it is: Detectron2's models take lists of samples."""
     return batch
 
 

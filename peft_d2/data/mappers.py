@@ -127,10 +127,9 @@ class Detectron2Mapper(DatasetMapper):
 
 
 class _Mapper:
-    """What the mask mappers share: reading, augmenting, padding.
+    """Base of the mask mappers: reads, augments and pads images, and makes instances of masks.
 
-    A sample is a new dict, but what it takes over from its record is not copied: copying polygons number by number took
-    longer than drawing them.
+    A sample is a new dict that shares what it takes over from its record: copying polygons took longer than drawing.
 
     Args:
         augmentations: Detectron2's, in order.
@@ -349,7 +348,7 @@ def _refuse_other_labels(cfg: Any, records: Sequence[dict[str, Any]]) -> None:
 
 
 def _architecture_module(cfg: Any) -> str:
-    """Where the model to be trained is defined, "" when it is not registered (yet)."""
+    """The module that defines the config's model; "" where that is not registered (yet)."""
     from detectron2.modeling import META_ARCH_REGISTRY
 
     name = base_architecture(cfg)

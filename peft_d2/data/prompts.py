@@ -74,7 +74,7 @@ def read_detections(path: str | Path, dataset_name: str) -> Detections:
 
 
 def _row_problem(row: Any, contiguous: Mapping[int, int], dataset_name: str) -> str:
-    """What is wrong with one result, "" if nothing."""
+    """What is wrong with one row of a result file; "" if nothing is."""
     if not isinstance(row, dict) or not {"image_id", "category_id", "bbox", "score"} <= row.keys():
         return "is no result. Expected a list of image_id, category_id, bbox, score."
     category, box, score = row["category_id"], row["bbox"], row["score"]
@@ -99,7 +99,7 @@ def prompt_detections(cfg: Any, dataset_name: str) -> Detections | None:
 
 
 def check_prompts(cfg: Any) -> None:
-    """Refuse what the first evaluation of a prompted model would: boxes that cannot be read or are not there, or tiles.
+    """Refuse before a run what its first evaluation with prompts would refuse: boxes that are missing, or tiles.
 
     Raises:
         DatasetError: as :func:`prompt_detections`, or a test set without annotations to take boxes from.

@@ -175,7 +175,7 @@ def register_coco(name: str, json_path: str | Path, image_root: str | Path, outs
 
 
 def _add_coco(name: str, json_path: str, image_root: str, classes: Mapping[str, Any], outside: bool = False) -> None:
-    """Put a COCO-format set into Detectron2's catalogs, whether or not its files exist; ``classes`` as far as known."""
+    """Put a COCO-format set into Detectron2's catalogs; its files need not exist. ``classes``: metadata, if known."""
     from detectron2.data import DatasetCatalog, MetadataCatalog
 
     DatasetCatalog[name] = partial(load_coco, name, json_path, image_root, outside)
@@ -263,6 +263,7 @@ def remedy(name: str) -> str:
 
 
 def _register_instances(name: str) -> None:
+    """Register a published set of instances; its classes are those of the json, or the expected ones without it."""
     entry = _PUBLISHED[name]
     json_path, images = (os.path.abspath(data_root() / entry.paths[key]) for key in ("json_file", "image_root"))
     expected = list(entry.classes)
@@ -303,6 +304,7 @@ def panoptic_categories(name: str) -> list[dict[str, Any]]:
 
 
 def _register_panoptic(name: str) -> None:
+    """Register a published set with panoptic labels."""
     from detectron2.data import DatasetCatalog, MetadataCatalog
 
     categories, entry = panoptic_categories(name), _PUBLISHED[name]
@@ -355,7 +357,7 @@ def load_coco(name: str, json_path: str, image_root: str, outside: bool = False)
 
 
 def _object(annotation: dict[str, Any], contiguous: Mapping[int, int]) -> dict[str, Any]:
-    """An annotation of a record as Detectron2 has it, of one of a json."""
+    """The annotation of a record in Detectron2's form, made of one of a json."""
     from detectron2.structures import BoxMode
 
     found: dict[str, Any] = {key: annotation[key] for key in ("iscrowd", "bbox") if key in annotation}
@@ -368,7 +370,7 @@ def _object(annotation: dict[str, Any], contiguous: Mapping[int, int]) -> dict[s
 
 
 def _set_keypoints(meta: Any, categories: Sequence[Mapping[str, Any]]) -> None:
-    """Let Detectron2 mirror keypoints whose names begin or end with left and right, as COCO's do."""
+    """Set the names of the keypoints, and which are exchanged by a flip: those with left and right in their names."""
     names = next((list(c["keypoints"]) for c in categories if c.get("keypoints")), [])
     if names and not meta.get("keypoint_names"):
         swapped = {name: name.replace("left", "right") for name in names if "left" in name}

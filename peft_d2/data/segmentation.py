@@ -1,4 +1,4 @@
-"""Bit masks and the two COCO segmentation forms, polygons and run lengths: from one to another, and their defects."""
+"""Masks and the two forms of COCO segmentations, polygons and run lengths: conversions, and what is wrong with them."""
 
 from __future__ import annotations
 
@@ -111,9 +111,10 @@ def run_length_defect(segmentation: Any, height: int, width: int) -> str:
 
 
 def decode_counts(text: str | bytes) -> list[int] | None:
-    """Run lengths of COCO's compressed form, None when the text is not of that form: pycocotools would read beyond it.
+    """The run lengths in a text of COCO's compressed form; None where it is not of that form.
 
-    5 bits a character from 48 on, a continuation bit, and from the fourth run on the difference to the last but one.
+    pycocotools would read beyond the end of such a text. A character holds 5 bits and one that says whether more
+    follow, from 48 on; from the fourth run on, numbers are differences to the last run but one.
     """
     data = text.encode("ascii", "replace") if isinstance(text, str) else text
     counts: list[int] = []

@@ -216,7 +216,7 @@ def _judge(name: str, where: str, problems: Sequence[Problem]) -> None:
 
 
 def _check_tasks(cfg: Any, name: str, json_path: str, problems: Sequence[Problem]) -> Iterator[Problem]:
-    """Masks or keypoints that the config's model needs and the set does not have."""
+    """Find masks or keypoints that the config's model needs and the set lacks."""
     from detectron2.data import MetadataCatalog
 
     from peft_d2.data.mappers import trains_on_masks
@@ -272,14 +272,14 @@ def summary(problems: Iterable[Problem], per_kind: int = 3) -> list[str]:
 
 
 def _remembered(key: Any, folder: str, check: Callable[[], tuple[Sequence[Problem], Sequence[str]]]) -> list[Problem]:
-    """The problems that a check finds, and the files that it looked at; a set without errors is not checked twice.
+    """The problems that ``check`` finds. Of a set without errors they are kept, and it is not checked again.
 
-    What was found is kept in ``~/.cache/peft_d2`` for as long as the files are the same by size and time of change.
+    They are kept in ``~/.cache/peft_d2``, and hold as long as the files are the same by size and time of change.
 
     Args:
-        key: tells this check from others.
-        folder: what the names of the files are relative to.
-        check: gives the problems and the names.
+        key: what tells this check from others.
+        folder: the folder that the files' names are relative to.
+        check: gives the problems, and the names of the files that it has looked at.
     """
     cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))  # "~" where there is no home
     name = hashlib.sha256(repr((key, _RULES)).encode()).hexdigest()
@@ -308,7 +308,7 @@ def _state(folder: str, names: Sequence[str]) -> str:
 
 
 class _Check:
-    """One pass over a json."""
+    """One check of the content of a COCO-format json and of its images' headers."""
 
     def __init__(self, data: Any, image_root: Path, rules: Rules) -> None:
         self.data, self.image_root, self.rules = data, image_root, rules
@@ -318,11 +318,11 @@ class _Check:
         self.objects = _Objects()
 
     def error(self, kind: str, where: str, what: str, advice: str) -> None:
-        """Note what must not stay."""
+        """Note an error."""
         self.problems.append(Problem("error", kind, where, what, advice))
 
     def warn(self, kind: str, where: str, what: str, advice: str) -> None:
-        """Note what is worth a look."""
+        """Note a warning."""
         self.problems.append(Problem("warning", kind, where, what, advice))
 
     def run(self) -> list[Problem]:
@@ -529,7 +529,7 @@ class _Check:
 
 
 class _Objects:
-    """What the objects of a set have in common: consistent nonsense, which no single annotation shows."""
+    """Counts over all objects of a set, which show mistakes that no single annotation does: swapped axes, say."""
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
@@ -570,7 +570,7 @@ class _Objects:
         self.counts.update(key for key, value in seen.items() if value)
 
     def problems(self, rules: Rules) -> Iterator[tuple[Level, str, str, str, str]]:
-        """(level, kind, where, what, remedy) of each thing that many objects have in common."""
+        """Yield (level, kind, where, what, remedy) of each mistake that many objects share."""
         n, total = self.counts, self.counts["all"]
         of = f"of {total} objects have"
         if total and not n["learnable"]:
@@ -606,6 +606,7 @@ class _Objects:
             yield "warning", kind, "annotations", what, advice
 
     def _limits(self, rules: Rules) -> Iterator[tuple[str, str, str]]:
+        """Yield (kind, what, remedy) where images have more objects than are predicted or counted."""
         most = max(self.per_class.values(), default=0)
         if most > rules.counted:
             many = len({image for (image, _), count in self.per_class.items() if count > rules.counted})
@@ -620,7 +621,7 @@ class _Objects:
 
 
 def _iou(one: Sequence[float], other: Sequence[float]) -> float:
-    """Of two boxes x0, y0, x1, y1."""
+    """The intersection over union of two boxes x0, y0, x1, y1."""
     width = min(one[2], other[2]) - max(one[0], other[0])
     height = min(one[3], other[3]) - max(one[1], other[1])
     shared = max(width, 0) * max(height, 0)
@@ -629,5 +630,5 @@ def _iou(one: Sequence[float], other: Sequence[float]) -> float:
 
 
 def _plain(name: str) -> str:
-    """A file's name without what differs where it was written by another system: case, accents apart, %20."""
+    """A file's name without what differs between systems: case, the form of accents, %20 for a space."""
     return unicodedata.normalize("NFC", unquote(name)).lower()

@@ -21,7 +21,7 @@ from peft_d2.evaluation.coco import encode_masks
 
 
 def check_augmentation(cfg: Any) -> None:
-    """Refuse what is not augmented.
+    """Refuse test-time augmentation together with what it does not do.
 
     Raises:
         ValueError: ``TEST.AUG`` together with tiles, prompts or panoptic results.
@@ -113,7 +113,7 @@ class AugmentedModel(nn.Module):
 
 
 class _Found(NamedTuple):
-    """One view's prediction in the image's own coordinates: ``shape`` is run lengths, or the box as x, y, w, h."""
+    """A prediction of one view in the image's own coordinates; ``shape`` is its run lengths, or its box x, y, w, h."""
 
     view: int
     label: int
@@ -123,7 +123,7 @@ class _Found(NamedTuple):
 
 
 def _predictions(instances: Instances, view: int, flip: bool) -> list[_Found]:
-    """A view's predictions, turned back; those without a single pixel are left out."""
+    """A view's predictions, flipped back if it was mirrored; those without a single pixel are left out."""
     boxes = instances.pred_boxes.tensor.detach().cpu().double().numpy()
     if flip:
         width = instances.image_size[1]
@@ -138,9 +138,10 @@ def _predictions(instances: Instances, view: int, flip: bool) -> list[_Found]:
 
 
 def group(found: Sequence[_Found], threshold: float) -> list[list[_Found]]:
-    """Predictions that are one object, at most one of each view, the one with the best score in front.
+    """Group predictions that are one object: at most one of each view, the one with the best score first.
 
-    In the order of their scores, each joins the object of its class whose first member it agrees with most, by IoU.
+    In the order of their scores, each joins the group of its class whose first member it overlaps most, if the IoU is
+    ``threshold`` or more; otherwise it begins a group.
     """
     by_class: dict[int, list[_Found]] = defaultdict(list)
     for prediction in sorted(found, key=lambda p: -p.score):

@@ -34,7 +34,7 @@ _DETECTRON2_OUTPUTS = {  # of its own models, see `_outputs`
 
 
 class _Cityscapes(evaluation.DatasetEvaluator):
-    """What both tasks have before Detectron2's own evaluator.
+    """Base of both evaluators of Cityscapes, beside Detectron2's: makes cityscapesscripts run with today's NumPy.
 
     Raises:
         ModuleNotFoundError: cityscapesscripts is not installed; the message names the extra.
@@ -63,7 +63,7 @@ class CityscapesSemSegEvaluator(_Cityscapes, evaluation.CityscapesSemSegEvaluato
 
 
 def _write_json(content: Any, path: str) -> None:
-    """The package's own function fails on NumPy's numbers, and leaves a matches.json in the current folder."""
+    """Write a json as cityscapesscripts does, but with NumPy's numbers, and no matches.json in the current folder."""
     if Path(path).is_absolute():
         Path(path).write_text(json.dumps(content, default=lambda o: o.item() if hasattr(o, "item") else vars(o)))
 
@@ -97,7 +97,7 @@ def check_evaluators(cfg: Any) -> None:
 
 
 def _makers(cfg: Any, name: str, folder: str | None) -> list[Callable[[], DatasetEvaluator]]:
-    """What makes the evaluators; most read the data set when they are made."""
+    """Functions that make the evaluators of a data set: most of them read the set when they are made."""
     kind, classes = MetadataCatalog.get(name).get("evaluator_type", ""), category_indices(cfg, name)
     instance, semantic, panoptic = _outputs(cfg)
     prompted = published_name(cfg) in PROMPTED and not cfg.INPUT.PROMPTS.DETECTIONS
@@ -142,7 +142,7 @@ def _outputs(cfg: Any) -> tuple[bool, bool, bool]:
 
 
 def outputs_node(cfg: Any) -> Any:
-    """Where the model's config says which results there are; None for models without such a node."""
+    """The config node that says which results the model gives; None for models without such a node."""
     name = published_name(cfg)
     node = "MaskDINO" if name == "MaskDINO" else "MASK_FORMER" if name in ("MaskFormer", "SEEM", "EoMT") else ""
     return cfg.MODEL[node].TEST if node in cfg.MODEL else None

@@ -31,8 +31,9 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def _truth_as_json(name: str) -> Iterator[None]:
-    """Inside, a set that a function registers has a json, made anew of its records: Detectron2 would keep the first one
-    in the output folder, and go on using it for records that have changed since.
+    """Within the block, a set that a function registers has a json, made of its records as they are now.
+
+    Detectron2 would make one in the output folder, and use it again after the records have changed.
     """
     meta = MetadataCatalog.get(name)
     if meta.get("json_file"):
@@ -194,9 +195,9 @@ def renumbered(
 
 
 def predictions(dataset: dict[str, Any], results: Sequence[dict[str, Any]], task: str, keep_empty: bool = True) -> COCO:
-    """Results, in the data set's own category ids, as the evaluation takes them: loadRes with areas in one go.
+    """Results, in the data set's own category ids, in the form that the evaluation takes: as ``loadRes``, but faster.
 
-    ``keep_empty``: whether results without area count, as with COCO; LVIS ignores them.
+    ``keep_empty``: whether results without area count, as in COCO's evaluation; LVIS's ignores them.
     """
     key = "segmentation" if task == "segm" else "bbox"
     values = [r[key] for r in results]

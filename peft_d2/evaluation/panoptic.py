@@ -78,7 +78,7 @@ class PanopticQualityEvaluator(COCOPanopticEvaluator):
                 self._show(record, sum(statistics.values()), (truth, true), (ids, categories))
 
     def _show(self, record: dict[str, Any], counted: Any, truth: _Segments, found: _Segments) -> None:
-        """Keep an image's pictures if it is among the best or the worst so far; one that cannot be read is left out."""
+        """Keep the pictures of an image that is among the best or the worst so far, if it can be read."""
         value = quality([counted])["PQ"]
         value, name = 1.0 if np.isnan(value) else value, os.path.basename(record["file_name"])
         html = ""
@@ -123,7 +123,7 @@ class PanopticQualityEvaluator(COCOPanopticEvaluator):
         logger.info("Report with classes and pictures: %s", path)
 
     def _from_labels(self, labels: np.ndarray) -> tuple[np.ndarray, list[dict[str, Any]]]:
-        """Segments of an image of category * divisor + instance, -1 where there is none."""
+        """Ids and segments of an image whose values are category * divisor + instance, -1 where there is none."""
         things = set(self._metadata.thing_dataset_id_to_contiguous_id.values())
         segments = []
         for label in np.unique(labels[labels >= 0]).tolist():
@@ -133,6 +133,7 @@ class PanopticQualityEvaluator(COCOPanopticEvaluator):
 
 
 def _masks(ids: np.ndarray, categories: Mapping[int, int]) -> Drawn:
+    """The masks and categories of the segments of an image, for drawing."""
     return [ids == number for number in categories], list(categories.values())
 
 

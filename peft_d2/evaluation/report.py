@@ -151,7 +151,7 @@ def judge_images(evaluation: COCOeval_faster, thresholds: Mapping[Any, float]) -
 
 
 def _matched_iou(ious: np.ndarray, free: list[bool]) -> float:
-    """Sum of the IoUs of predictions with the objects that they hit, of those that are ``free`` the best."""
+    """Match predictions (rows) in turn with the best object (column) that is still ``free``, and add up their IoUs."""
     total = 0.0
     for row in ious:
         best = int(np.where(free, row, -1).argmax())
@@ -183,11 +183,12 @@ def _classes(evaluation: COCOeval_faster, thresholds: Mapping[Any, float]) -> st
 
 
 def _bar(value: float) -> str:
+    """HTML of a cell with a bar as long as ``value``, in per cent."""
     return f'<td class="bar"><i style="width:{0 if np.isnan(value) else value:.1f}%"></i></td>'
 
 
 def _number(value: float | None) -> str:
-    # LVIS gives -100 where there are no objects of a size.
+    """A figure as text, "" where there is none: LVIS gives -100 where there are no objects of a size."""
     return "" if value is None or np.isnan(value) or value < 0 else f"{value:.1f}"
 
 

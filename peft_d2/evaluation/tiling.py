@@ -124,14 +124,14 @@ class _Object:
         return canvas
 
     def tight(self) -> _Object | None:
-        """The same on the box of its pixels, None where there are none."""
+        """The same object on the box of its pixels; None where it has none."""
         x, y, width, height = map(int, mask_box(self.mask))
         x0, y0 = self.box[:2]
         box = (x0 + x, y0 + y, x0 + x + width, y0 + y + height)
         return replace(self, mask=self.mask[y : y + height, x : x + width], box=box) if width else None
 
     def join(self, other: _Object) -> None:
-        """Extend by ``other`` where no tile of this one looked: where both did, the better score decided."""
+        """Add the pixels of ``other`` outside the tiles of this object: inside them, this one has the better score."""
         box = (
             min(self.box[0], other.box[0]), min(self.box[1], other.box[1]),
             max(self.box[2], other.box[2]), max(self.box[3], other.box[3]),
@@ -179,7 +179,7 @@ def _compare(part: _Object, kept: Sequence[_Object], threshold: float) -> tuple[
 
 
 def _seen(tiles: Sequence[Box], tile: Box) -> np.ndarray:
-    """Which part of ``tile`` (or of any box) the tiles cover."""
+    """A mask on the box ``tile`` of what the ``tiles`` cover of it."""
     canvas = np.zeros((tile[3] - tile[1], tile[2] - tile[0]), dtype=bool)
     for other in tiles:
         canvas[_window(other, tile)] = True
@@ -191,7 +191,7 @@ def _touch(a: Box, b: Box) -> bool:
 
 
 def _window(part: Box, whole: Box) -> tuple[slice, slice]:
-    """The rows and columns of an array on the box ``whole`` that lie in ``part``, none where the boxes are apart."""
+    """Slices for the rows and columns of an array on the box ``whole`` that lie in the box ``part``; maybe empty."""
     left, top = whole[:2]
     columns = slice(max(part[0] - left, 0), max(min(part[2], whole[2]) - left, 0))
     return slice(max(part[1] - top, 0), max(min(part[3], whole[3]) - top, 0)), columns

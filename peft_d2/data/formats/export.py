@@ -1,4 +1,4 @@
-"""What a folder was understood as, what it becomes, and what readers share: images and jsons, groups, and shapes."""
+"""What the readers of formats share: the objects they find, the COCO json these become, a folder's images, shapes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".g
 
 
 class CocoJson:
-    """A COCO-format json, ``data``, that grows by images and objects, whose ids count from 1."""
+    """A COCO-format json (``data``) to which images and objects are added; their ids count from 1."""
 
     def __init__(self, categories: Iterable[tuple[int, str]]) -> None:
         listed = [{"id": number, "name": name} for number, name in categories]
@@ -161,9 +161,11 @@ def common_folder(paths: Iterable[Path]) -> Path:
 
 
 def grouped(things: Iterable[tuple[Any, Thing | None]], size: tuple[int, int]) -> list[Thing]:
-    """The objects of shapes with their group's ids: those of one group and class are parts of one object.
+    """Join shapes to objects: those of one group and class are parts of one object, others stand for themselves.
 
-    ``size``: (height, width) of the image, for parts of which one is a mask.
+    Args:
+        things: (group's id, shape) pairs; None in place of a shape that is no object.
+        size: (height, width) of the image, for objects of which one part is a mask.
     """
     groups: dict[Any, list[Thing]] = defaultdict(list)
     for number, (group, thing) in enumerate(things):

@@ -105,7 +105,7 @@ def _colours(file: Path) -> np.ndarray:
 
 
 def _instances(image: np.ndarray) -> Iterator[np.ndarray]:
-    """The mask of each value of a label image but 0 and VOC's colour of what is not labelled."""
+    """Yield the mask of each value of a label image, but for 0 and VOC's colour of what is not labelled."""
     for value in np.unique(image):
         if value not in (0, _VOID):
             yield image == value
