@@ -1,4 +1,4 @@
-"""Values of a config that no model can be built with: named with what is expected, before anything is built."""
+"""Checks of a config's values before a model is built; the errors name the key, its value and what is expected."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def expect(condition: bool, key: str, value: object, expected: str) -> None:
 
 
 def expect_numbers(path: str, node: Any, **least: float | tuple[float, float]) -> None:
-    """The smallest value that each key of the config node ``path`` may have, or the smallest and the largest."""
+    """Check numbers in the config node ``path``: by key the smallest allowed value, or the smallest and the largest."""
     for key, bound in least.items():
         value, name = node[key], f"{path}.{key}"
         if isinstance(bound, tuple):
@@ -29,7 +29,7 @@ def expect_numbers(path: str, node: Any, **least: float | tuple[float, float]) -
 
 
 def expect_some_of(key: str, names: Sequence[str], known: Collection[str], whose: str) -> None:
-    """``names``, the value of ``key``, is not empty and names only what is ``known``; ``whose`` says what that is."""
+    """Check that ``names``, the value of ``key``, is not empty and lies in ``known``, the names of ``whose``."""
     unknown = [name for name in names if name not in known]
     some = f"some of {list(known)}, {whose}"
     expect(not unknown, key, list(names), f"{some}; {unknown} {'is' if len(unknown) == 1 else 'are'} not among them")
@@ -37,24 +37,24 @@ def expect_some_of(key: str, names: Sequence[str], known: Collection[str], whose
 
 
 def expect_multiple(key: str, value: int, of: int, source: str = "{}") -> None:
-    """``value``, that of ``key``, is a multiple of ``of``, above 0; ``source`` says with {} where that comes from."""
+    """Check that ``value`` of ``key`` is a positive multiple of ``of``; ``source`` is a text with {} for ``of``."""
     expect(value > 0 and value % of == 0, key, value, f"a multiple of {source.format(of)}")
 
 
 def expect_heads(key: str, channels: int, heads_key: str, heads: int) -> None:
-    """``channels``, the value of ``key``, can be shared out among the ``heads`` of an attention."""
+    """Check that ``channels``, the value of ``key``, is a multiple of the ``heads`` of an attention."""
     expect(heads >= 1, heads_key, heads, "a number of at least 1")
     expect_multiple(key, channels, heads, heads_key + ", {}")
 
 
 def expect_width(path: str, node: Any) -> None:
-    """``HIDDEN_DIM`` and ``NHEADS`` of the transformer decoder in ``node`` go together, and with sine positions."""
+    """Check that ``HIDDEN_DIM`` of a transformer decoder suits its ``NHEADS``, and sine positions (a multiple of 4)."""
     expect_multiple(f"{path}.HIDDEN_DIM", node.HIDDEN_DIM, 4, "{}, for its sine positions")
     expect_heads(f"{path}.HIDDEN_DIM", node.HIDDEN_DIM, f"{path}.NHEADS", node.NHEADS)
 
 
 def expect_norm(key: str, norm: str) -> None:
-    """``norm``, the value of ``key``, is in Detectron2's spelling."""
+    """Check that ``norm``, the value of ``key``, is a name of a norm that Detectron2 knows."""
     try:
         get_norm(norm, 32)
     except KeyError:
@@ -62,7 +62,7 @@ def expect_norm(key: str, norm: str) -> None:
 
 
 def expect_lengths(path: str, node: Any, first: str, *others: str) -> None:
-    """The lists ``others`` of the config node ``path`` are as long as its list ``first``."""
+    """Check that in the config node ``path`` the lists ``others`` are as long as the list ``first``."""
     for key in others:
         expected = f"a list of {len(node[first])} entries, as {first}: one for each stage"
         expect(len(node[key]) == len(node[first]), f"{path}.{key}", node[key], expected)

@@ -1,8 +1,8 @@
-"""What the frozen beginning of an encoder gives, computed once per image and kept on disk.
+"""A cache on disk of the features that the frozen first blocks of an encoder compute, once per image.
 
 Where the first blocks of an encoder are frozen, they give the same features for the same pixels in every epoch: the
-first block with anything that is trained takes them from a file. The key is made of the pixels after all transforms,
-the tensors of these blocks, the model's settings and the precision, so nothing stale is ever read. Files are written
+first block that is trained reads them from a file. The file's name is a hash of the pixels after all transforms, the
+tensors of these blocks, the model's settings and the precision, so nothing stale is ever read. Files are written
 atomically, so several processes and runs can share a folder.
 """
 
@@ -34,7 +34,7 @@ MODEL:
 
 
 def attach(cfg: Any, model: nn.Module) -> None:
-    """Let the encoder of ``model`` keep its features in ``MODEL.FEATURE_CACHE``; nothing where that is empty.
+    """Make the encoder of ``model`` keep its features in the folder ``MODEL.FEATURE_CACHE``; if that is "", do nothing.
 
     Raises:
         ConfigError: the model has no encoder, or it learns from its beginning on.
@@ -74,16 +74,16 @@ def _encoder(model: Any) -> tuple[str, Any]:
 
 
 def _step(name: str, steps: Sequence[str]) -> int:
-    """The step that a tensor belongs to; -1 where it comes before all of them."""
+    """The index of the step that the tensor ``name`` belongs to; -1 if it comes before all steps."""
     return next((i for i, step in enumerate(steps) if name.startswith(step)), -1)
 
 
 class FeatureCache:
-    """An encoder's forward pass, (N, 3, H, W) -> features, whose beginning is run only for images not in ``folder``.
+    """Replaces an encoder's forward pass; runs its first ``count`` steps only for images that ``folder`` lacks.
 
-    An encoder may know its ``steps``, prefixes of the names of its parts in their order; ``first(images, count)``,
-    which runs so many of them, and ``rest(features, images, count)``. Others are taken as a whole. ``settings`` are
-    whatever decides the result besides the encoder's tensors.
+    An encoder that can be split has ``steps``, the prefixes of its parts' names in the order in which they run,
+    ``first(images, count)``, which runs the first ``count`` of them, and ``rest(features, images, count)``. Other
+    encoders are cached as a whole. ``settings`` is whatever decides the result besides the encoder's tensors.
     """
 
     def __init__(self, folder: str | Path, encoder: nn.Module, settings: str, count: int = 0) -> None:
@@ -127,14 +127,14 @@ class FeatureCache:
         return not self._steps or _step(name, self._steps) < self.count
 
     def _is_fixed(self) -> bool:
-        """Whether what is kept is fixed by now: nothing in it learns, or has an adapter, which can be switched."""
+        """Whether the cached steps cannot change: they have no trainable parameters and no adapters (to switch)."""
         return not any(p.requires_grad and self._is_kept(n) for n, p in self.encoder.named_parameters()) and not any(
             isinstance(m, Adapted) and STORE in m._modules and self._is_kept(f"{n}.")
             for n, m in self.encoder.named_modules()
         )
 
     def _weights(self) -> str:
-        """Hash of settings and of the tensors of what is kept, anew after each change of one of these."""
+        """Hash of the settings and of the cached steps' tensors, computed again when one of these was written."""
         state = {n: t for n, t in self.encoder.state_dict(keep_vars=True).items() if self._is_kept(n)}
         # A change through .data has no version: numbers here and there of each tensor show it.
         some = [t.detach().reshape(-1)[:: max(1, t.numel() // 16)].double() for t in state.values()]
@@ -154,7 +154,7 @@ def _bytes(tensor: Tensor) -> bytes:
 
 @contextlib.contextmanager
 def _evaluating(module: nn.Module) -> Iterator[None]:
-    """``module`` in eval mode, without dropout and other chance; afterwards each part's mode is as before."""
+    """Within the context ``module`` is in eval mode; afterwards each part has the mode that it had before."""
     training = [part for part in module.modules() if part.training]
     for part in training:
         part.training = False
@@ -166,7 +166,7 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
 
 
 def _read(path: Path) -> dict[str, Tensor] | None:
-    """The features of a file; None where there is none, or a damaged one, which is then written anew."""
+    """The features in a file; None if it does not exist or is damaged, so that it is written again."""
     if not path.is_file():
         return None
     try:

@@ -1,4 +1,4 @@
-"""What the models tell Detectron2: their registered names, upstream's names on loan, and their config keys."""
+"""Registers the models and their config keys with Detectron2, and lends them the official packages' names."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _logger = logging.getLogger(__name__)
 
 
 def entry(registry: Registry, name: str, upstream: str = "", keys: str = "") -> Callable[[T], T]:
-    """Decorate what :func:`register` is to register in ``registry`` under our ``name``.
+    """Decorator: :func:`register` shall put this class or function into ``registry`` under our ``name``.
 
     ``upstream`` is the official package's name, under which published yaml files ask for it; ``keys`` are its config
     keys with their defaults, as YAML.
@@ -63,7 +63,7 @@ def register(upstream_names: bool = False) -> None:
 
 
 def registered(registry: Registry, key: str, name: str) -> Callable[..., Any]:
-    """What ``name``, the value of the config key ``key``, stands for in ``registry``.
+    """The object that ``registry`` has under ``name``, the value of the config key ``key``.
 
     Raises:
         ModelConfigError: nothing; the official packages have a registry of decoders of their own.
@@ -80,9 +80,9 @@ def registered(registry: Registry, key: str, name: str) -> Callable[..., Any]:
 
 
 def _lend(registry: Registry, names: dict[str, Callable[..., Any]]) -> None:
-    """Serve ``names`` where they are free, until somebody else registers them: an official package imported later.
+    """Register ``names`` where they are free, and remove each when an official package registers it later.
 
-    Detectron2 leaves one way to know of that: the registry object's own ``_do_register``. Its class stays as it is.
+    Detectron2 leaves one way to notice that: replacing ``_do_register`` of this registry object (not of its class).
     """
     lent = {name: model for name, model in names.items() if name not in registry}
     if not lent:

@@ -102,7 +102,7 @@ def _double_backward(ctx: Any, *grads: Tensor) -> None:
 
 
 def _autocast(device: str, key: str) -> Callable[..., Tensor]:
-    """Under autocast value takes autocast's type; locations and the softmax stay as precise as they are."""
+    """The operator under autocast: ``value`` gets autocast's type; locations and the softmax keep theirs."""
     keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
 
     def forward(

@@ -39,7 +39,7 @@ MODEL:
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Softmax attention (..., T, C); written out, as in this order the figures are the published ones to the bit."""
+    """Softmax attention (..., T, C), in the order of operations that gives the published results to the bit."""
     return ((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)).softmax(-1) @ v
 
 
@@ -102,7 +102,7 @@ class Residual(nn.Module):
 
 
 def attention_block(name: str, attention: nn.Module, dim: int, drop_path: float, node: CfgNode) -> nn.Sequential:
-    """Attention, called ``name``, and a feed-forward network, behind depthwise convolutions if ``node`` says so."""
+    """An ``attention`` under ``name`` and a feed-forward network, after depthwise convolutions if ``node`` asks."""
     parts: OrderedDict[str, nn.Module] = OrderedDict()
     if node.CONV_AT_ATTN:
         parts["conv1"] = Residual(None, DepthwiseConvolution(dim))

@@ -1,7 +1,7 @@
 """Focal Modulation Networks (Yang et al., NeurIPS 2022) as Detectron2 backbones, with the published parameter names.
 
-Two kinds are published, which differ in their blocks and not in size alone: that of SEEM's Focal-L (:class:`FocalNet`)
-and that of its Focal-T, with depthwise convolutions before either half of a block (:class:`DepthwiseFocalNet`).
+The two published kinds have different blocks: SEEM's Focal-L is a :class:`FocalNet`; its Focal-T, which has depthwise
+convolutions before both halves of a block, is a :class:`DepthwiseFocalNet`.
 """
 
 from __future__ import annotations
@@ -73,8 +73,8 @@ class FocalModulation(nn.Module):
 class FocalBlock(nn.Module):
     """Modulation and MLP, each with stochastic depth, a residual and, if USE_LAYERSCALE, learned gains per channel.
 
-    USE_POSTLN normalises what a half gives instead of its input. ``depthwise``: a depthwise convolution with a residual
-    before either half, and the post-norm after the sum.
+    USE_POSTLN normalises the output of each half instead of its input. ``depthwise`` puts a depthwise convolution with
+    a residual before each half, and the post-norm after the sum.
     """
 
     gamma_1: Tensor | None
@@ -157,7 +157,7 @@ class FocalNet(StagedBackbone):
 
 @entry(BACKBONE_REGISTRY, "PD2DepthwiseFocalNet", upstream="focal_dw")
 class DepthwiseFocalNet(FocalNet):
-    """The other kind: depthwise convolutions in the blocks, norms after the sums, and a centred stem."""
+    """Focal-T's kind: depthwise convolutions in the blocks, norms after the sums, and a centred stem."""
 
     depthwise = True
     _STEM_PADDING = 3

@@ -57,7 +57,7 @@ class SAMViT(MapBackbone):
 
 
 def simple_pyramid(path: str, names: Sequence[str], dim: int, channels: int) -> nn.ModuleDict:
-    """The levels that OUT_FEATURES in the config node ``path`` names, each made of one map of ``dim`` at stride 16."""
+    """The wanted levels ``names`` (from OUT_FEATURES of ``path``), each made of one map of ``dim`` at stride 16."""
     expect_some_of(f"{path}.OUT_FEATURES", names, STRIDES, "the pyramid's levels")
     return nn.ModuleDict({name: _level(dim, channels, STRIDES[name]) for name in names})
 
@@ -76,7 +76,7 @@ def _level(dim: int, channels: int, stride: int) -> nn.Sequential:
 
 
 class GroupNormPyramid(nn.Module):
-    """SEEM's four levels, each made by itself of one map (N, dim, H, W) at stride 16; ``names`` come out."""
+    """SEEM's pyramid: each of the levels ``names`` is made of the same map (N, dim, H, W) at stride 16."""
 
     def __init__(self, dim: int, names: Sequence[str]) -> None:
         super().__init__()
@@ -93,7 +93,7 @@ class GroupNormPyramid(nn.Module):
         self.down_32 = nn.Sequential(*_group_normed(nn.Conv2d(dim, coarse, 2, stride=2)), *_output(coarse, "res5"))
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        """Of the levels ``res2`` to ``res5``, at strides 4 to 32, those that come out."""
+        """The wanted ones of the levels ``res2`` to ``res5``, at strides 4 to 32."""
         return {name: self.get_submodule(f"down_{STRIDES[name]}")(x) for name in self.names}
 
 

@@ -1,4 +1,4 @@
-"""What hierarchical backbones share: maps named by stage, their config, patch embedding, windows, stochastic depth."""
+"""Shared by hierarchical backbones: maps named by stage, config, patch embedding, windows, stochastic depth."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def init_linear(module: nn.Module) -> None:
 
 
 def note_freeze_at(cfg: CfgNode, backbone: str) -> None:
-    """Say that ``backbone`` does not follow ``MODEL.BACKBONE.FREEZE_AT``, where it asks for something."""
+    """Warn that ``backbone`` ignores ``MODEL.BACKBONE.FREEZE_AT``, if this is set."""
     if cfg.MODEL.BACKBONE.FREEZE_AT > 0:
         _logger.info(
             "MODEL.BACKBONE.FREEZE_AT is %d, which %s does not follow (Detectron2's ResNets do): none of its stages is "
@@ -97,7 +97,7 @@ class PatchEmbed(nn.Module):
 
 
 class Stage(nn.Module):
-    """Blocks at one resolution, (N, H, W, C) -> the same, and the step to the next, which is not taken here."""
+    """Blocks at one resolution, (N, H, W, C) -> the same; it holds ``downsample``, but leaves the call to its owner."""
 
     def __init__(self, blocks: Sequence[nn.Module], downsample: nn.Module | None, use_checkpoint: bool) -> None:
         super().__init__()
@@ -115,7 +115,7 @@ class MapBackbone(Backbone):
     """A backbone that gives maps by name, of images whose sides are multiples of the largest stride."""
 
     def give_out(self, names: Sequence[str], channels: Mapping[str, int], strides: Mapping[str, int]) -> None:
-        """Say which maps come out, of those with these channels and strides."""
+        """Set which maps come out, and their channels and strides."""
         self._out_features = list(names)
         self._out_feature_channels, self._out_feature_strides = dict(channels), dict(strides)
 
@@ -124,7 +124,7 @@ class MapBackbone(Backbone):
         return max(self._out_feature_strides.values())
 
     def padded(self, x: Tensor) -> Tensor:
-        """Images (N, C, H, W) with zeros at the bottom and on the right, up to sides that it takes."""
+        """Images (N, C, H, W) padded with zeros at the bottom and on the right to multiples of the largest stride."""
         height, width = x.shape[-2:]
         return F.pad(x, (0, -width % self.size_divisibility, 0, -height % self.size_divisibility))
 
@@ -161,14 +161,14 @@ class StagedBackbone(MapBackbone):
         self._name_stages(dims, [node.PATCH_SIZE * 2**i for i in range(len(dims))], node.OUT_FEATURES)
 
     def _name_stages(self, channels: Sequence[int], strides: Sequence[int], out_features: Sequence[str]) -> None:
-        """Say what comes out: the maps ``out_features`` of stages with these channels and strides."""
+        """Set what comes out: the maps ``out_features`` of stages with these channels and strides."""
         self._stage_names = [f"res{i + 2}" for i in range(len(channels))]
         expect_some_of(f"{self.config_node}.OUT_FEATURES", out_features, self._stage_names, "the backbone's maps")
         of_stages = (dict(zip(self._stage_names, values, strict=True)) for values in (channels, strides))
         self.give_out(out_features, *of_stages)
 
     def _run_stages(self, x: Tensor) -> dict[str, Tensor]:
-        """The maps, each with its norm, from what enters the first of ``layers``, (N, H, W, C)."""
+        """The maps, each after its norm, from the input (N, H, W, C) of the first stage."""
         outputs = {}
         stages: Any = self.layers
         for i, (name, stage) in enumerate(zip(self._stage_names, stages, strict=True)):

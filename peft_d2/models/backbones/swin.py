@@ -29,7 +29,7 @@ MODEL:
 
 
 def shift_mask(height: int, width: int, window: int, shift: int, device: torch.device) -> Tensor:
-    """What is added to the logits (windows, T, T) of shifted windows on a padded map (section 3.2, figure 4)."""
+    """The mask (windows, T, T) added to the logits of shifted windows on a padded map (section 3.2, figure 4)."""
 
     def region(length: int) -> Tensor:
         place = torch.arange(length, device=device)
@@ -41,7 +41,7 @@ def shift_mask(height: int, width: int, window: int, shift: int, device: torch.d
 
 
 def _masked(bias: Tensor, mask: Tensor | None, rows: int) -> Tensor:
-    """What is added to the logits (rows, heads, T, T): the bias, and the mask of the window that a row is."""
+    """What is added to the logits (rows, heads, T, T): the bias plus each row's own window's mask."""
     if mask is None:
         return bias
     return (bias + mask[:, None]).expand(rows // len(mask), -1, -1, -1, -1).flatten(0, 1)

@@ -56,9 +56,9 @@ _LITE = re.compile(r"_blocks\.(\d+)\._(expand_conv|depthwise_conv|project_conv|b
 
 
 class PixelChange(nn.Module):
-    """From images (N, C, H, W) normalised by ``mean`` and ``std``, in BGR order with ``bgr``, to those ``net`` knows.
+    """Changes images (N, C, H, W), normalised by ``mean`` and ``std``, BGR if ``bgr``, to what ``net`` was trained on.
 
-    What timm says of a network is about three channels: others stay as they come.
+    timm describes three channels; images of another number stay as they are.
     """
 
     scale: Tensor
@@ -158,7 +158,7 @@ class TimmBackbone(MapBackbone):
         return {"patches": patches}
 
     def rest(self, features: dict[str, Tensor], x: Tensor, count: int = 1) -> dict[str, Tensor]:
-        """The maps that are given out, of what :meth:`first` makes of the images ``x``."""
+        """The output maps, from what :meth:`first` made of the images ``x``."""
         if self.pyramid is None:
             return features
         return {name: level(features["patches"]) for name, level in self.pyramid.items()}
@@ -235,7 +235,7 @@ def create_timm_model(name: str, weights: str = "", channels: int = 3, kwargs: M
 
 
 def _create(timm: Any, name: str, arguments: dict[str, Any]) -> nn.Module:
-    """Build with images of any size where the model allows them; which argument says so differs in timm."""
+    """Build the model, for images of any size if it allows that: timm has different arguments for it."""
     for any_size in ({"dynamic_img_size": True}, {"strict_img_size": False}, {}):
         try:
             return timm.create_model(name, **{**any_size, **arguments})

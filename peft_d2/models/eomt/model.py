@@ -86,21 +86,21 @@ class EoMTEncoder(MapBackbone):
         self.give_out(["tokens"], {"tokens": self.net.embed_dim}, {"tokens": patch})
 
     def forward(self, x: Tensor) -> dict[str, Any]:
-        """Images (N, C, H, W), normalised by the config, sides multiples of the patch -> what the joint blocks take.
+        """The joint blocks' input, of images (N, C, H, W), normalised by the config, sides multiples of the patch.
 
         ``tokens`` (N, P + H' W', dim), those before the patches being the class and the registers; ``grid`` (H', W').
         """
         return self.rest(self.first(x, 0), x, 0)
 
     def first(self, x: Tensor, count: int) -> Tensor:
-        """Tokens of images after the first ``count`` of the ``steps``, but after none of the joint blocks."""
+        """Tokens of images after the first ``count`` of the ``steps``, at most up to the joint blocks."""
         grid = self._lay_out(x)
         placed = self.net._pos_embed(self.net.patch_embed(self.pixels(x)))
         tokens = self.net.norm_pre(placed[0] if isinstance(placed, tuple) else placed)
         return self._run(tokens, self._rope(grid), 0, count) if count else tokens
 
     def rest(self, tokens: Tensor, x: Tensor, count: int) -> dict[str, Any]:
-        """As :meth:`forward` for the images ``x``, of what :meth:`first` makes of them."""
+        """What :meth:`forward` returns, from what :meth:`first` made of the images ``x``."""
         grid = self._lay_out(x)
         rope = self._rope(grid)
         return {"tokens": self._run(tokens, rope, count, self.first_joint), "grid": grid, "rope": rope}
@@ -111,12 +111,12 @@ class EoMTEncoder(MapBackbone):
         return tokens
 
     def _rope(self, grid: tuple[int, int]) -> Tensor | None:
-        """What rotates queries and keys, if anything."""
+        """The rotary position embedding for a ``grid``, None if the ViT has none."""
         rope = getattr(self.net, "rope", None)
         return None if rope is None else rope.get_embed(shape=list(grid))
 
     def _lay_out(self, x: Tensor) -> tuple[int, int]:
-        """The patches' grid, which blocks and their parts are told."""
+        """The grid (H', W') of the patches of images ``x``, which is also set on the blocks and their parts."""
         patch = self.net.patch_embed.patch_size
         grid = (x.shape[-2] // patch[0], x.shape[-1] // patch[1])
         for block in self.net.blocks:
@@ -148,7 +148,7 @@ class EoMTEncoder(MapBackbone):
 
 
 class AnnealedQueries(nn.Embedding):
-    """Queries, and for each joint block the probability that one of them attends to its mask alone.
+    """Queries, and for each joint block the probability that a query may attend only within its mask.
 
     The probabilities are stored with the queries, as these learn to do without masks.
     """
@@ -258,9 +258,10 @@ class EoMT(MaskFormer):
         return super().forward(batched_inputs)
 
     def anneal(self, progress: float | None = None) -> None:
-        """Set the share of queries that are masked in each joint block, for the share ``progress`` of a training.
+        """Set the probability of masked attention in each joint block, for the share ``progress`` of a training.
 
-        By default Detectron2's storage of figures says it; without one, and with frozen queries, nothing changes.
+        By default ``progress`` comes from Detectron2's event storage. Without one, or if the queries are frozen,
+        nothing changes.
         """
         queries = self.sem_seg_head.query_feat
         if not self.annealing[0] or not queries.weight.requires_grad:
@@ -281,7 +282,7 @@ class EoMT(MaskFormer):
         return batch
 
     def predict(self, features: dict[str, Any], targets: list[Target] | None = None) -> dict[str, Any]:
-        """The last prediction and, as ``aux_outputs``, those before the joint blocks that need or train them."""
+        """The last prediction and, as ``aux_outputs``, those before joint blocks, if a mask or a loss needs them."""
         head, encoder = self.sem_seg_head, self.backbone
         tokens, grid, rope = (features[key] for key in ("tokens", "grid", "rope"))
         queries = head.query_feat.weight.to(tokens.dtype).expand(tokens.shape[0], -1, -1)
@@ -316,7 +317,7 @@ class EoMT(MaskFormer):
         return F.interpolate((total[:-1] / total[-1])[None], size=wanted, mode="bilinear", align_corners=False)[0]
 
     def upgrade_state_dict(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """A published checkpoint under this model's names; with ``DELTA``, the sum with what it refers to.
+        """A published checkpoint under this model's names; one with ``DELTA`` is added to the weights it refers to.
 
         Positions for images of another size are interpolated.
         """
@@ -331,6 +332,6 @@ class EoMT(MaskFormer):
 
 
 def window_starts(length: int, side: int) -> list[int]:
-    """Where windows of ``side`` begin that cover ``length``, evenly, as few as do."""
+    """Starts of the fewest evenly spaced windows of ``side`` that cover ``length``."""
     count = -(-length // side)
     return [i * (length - side) // (count - 1) for i in range(count)] if count > 1 else [0]

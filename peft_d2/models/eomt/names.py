@@ -40,7 +40,7 @@ _RULES = (
 
 
 def with_own_names(state: Mapping[str, Tensor], own: Collection[str]) -> dict[str, Tensor]:
-    """``state``, if it is a published EoMT, with the names ``own`` of a model; other states as they are."""
+    """A published EoMT's ``state`` under the names ``own`` of a model; other states as they are."""
     if not _QUERIES & state.keys():
         return dict(state)
     found = {}
@@ -58,7 +58,7 @@ def with_own_names(state: Mapping[str, Tensor], own: Collection[str]) -> dict[st
 
 
 def _fit_attention(state: dict[str, Tensor], own: Collection[str], attn: str) -> None:
-    """Join or part q, k and v of the attention below the prefix ``attn`` as the model has them, in place.
+    """Join or split q, k and v of the attention below the prefix ``attn``, in place, as the model has them.
 
     timm's fused attention with rotated positions keeps biases of q and v beside the matrix, and none of k.
     """

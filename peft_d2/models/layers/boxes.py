@@ -14,7 +14,7 @@ _EPSILON = 1e-6  # keeps the overlap of boxes without area finite
 
 
 def inverse_sigmoid(x: Tensor, margin: float = 1e-5) -> Tensor:
-    """The logits of ``x``, which is clamped to [0, 1]; both x and 1 - x count as at least ``margin``."""
+    """The logits of ``x``, clamped to [0, 1]; x and 1 - x are at least ``margin``, so that logits are finite."""
     x = x.clamp(0, 1)
     return (x.clamp(min=margin) / (1 - x).clamp(min=margin)).log()
 

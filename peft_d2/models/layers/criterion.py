@@ -24,7 +24,7 @@ _FORBIDDEN = 1e6  # replaces a cost that is not finite: far above any real one, 
 
 
 class MaskProduct(NamedTuple):
-    """Masks that nobody has made yet: products of queries (N, Q, C) and an image's features (N, C, H, W)."""
+    """The factors of mask logits that are not computed yet: queries (N, Q, C) and pixel features (N, C, H, W)."""
 
     embedded: Tensor
     features: Tensor
@@ -35,11 +35,11 @@ class MaskProduct(NamedTuple):
 
 
 class Prediction(dict[str, Any]):
-    """What a layer predicts by name: ``pred_logits`` (N, Q, K + 1), ``pred_masks`` (N, Q, H, W), and more of a query.
+    """What a layer predicts, by name: ``pred_logits`` (N, Q, K + 1), ``pred_masks`` (N, Q, H, W), and what else it has.
 
-    The losses look at the matched queries' masks, and at a few points of the others': in training these alone are
-    made, of the :class:`MaskProduct` in their place, which takes far less memory. Whoever asks for ``pred_masks``, or
-    goes through all that is there, gets all of them, made then: other people's criteria copy, search and change it.
+    The losses need the masks of matched queries, and a few points of the others. So in training ``pred_masks`` holds a
+    :class:`MaskProduct`, of which only these are computed: that takes far less memory. To all other code this is a
+    plain dict: whoever reads ``pred_masks``, or iterates over the dict, gets all masks, which are computed then.
     """
 
     def __getitem__(self, name: str) -> Any:
@@ -68,7 +68,7 @@ register_pytree_node(
 
 
 def predicted(embedded: Tensor, features: Tensor, kept: bool, **others: Any) -> dict[str, Any]:
-    """A layer's prediction, a plain dict with its masks if they are to be ``kept``: see :class:`Prediction`."""
+    """A layer's prediction: a dict with the masks if they are to be ``kept``, else a :class:`Prediction` without."""
     if kept:
         return {**others, "pred_masks": MaskProduct(embedded, features).masks()}
     prediction = Prediction(others)
@@ -77,19 +77,19 @@ def predicted(embedded: Tensor, features: Tensor, kept: bool, **others: Any) -> 
 
 
 def masks_or_product(prediction: dict[str, Any]) -> Tensor | MaskProduct:
-    """``pred_masks``, or what they would be made of where nobody has made them, or put others there, by now."""
+    """``pred_masks`` as they are stored: a :class:`MaskProduct` as long as nobody has read or replaced them."""
     get = dict.__getitem__ if isinstance(prediction, Prediction) else operator.getitem
     return get(prediction, "pred_masks")
 
 
 def masks_of(prediction: dict[str, Any]) -> Tensor:
-    """``pred_masks``, which are not kept if they are made here."""
+    """``pred_masks``, computed if need be, but then not stored in the prediction."""
     found = masks_or_product(prediction)
     return found.masks() if isinstance(found, MaskProduct) else found
 
 
 def of_queries(prediction: dict[str, Any], part: slice) -> dict[str, Any]:
-    """The same prediction of some queries."""
+    """The same prediction, but only of the queries in ``part``."""
     return type(prediction)(
         (name, MaskProduct(x.embedded[:, part], x.features) if isinstance(x, MaskProduct) else x[:, part])
         for name, x in dict.items(prediction)
@@ -97,7 +97,7 @@ def of_queries(prediction: dict[str, Any], part: slice) -> dict[str, Any]:
 
 
 def autocast_type(x: Tensor) -> Tensor:
-    """``x`` in the type in which autocast has products, if it is on: once for all products that are made of it."""
+    """``x`` in autocast's type if autocast is on: converted once here, not again by each product that uses it."""
     kind = x.device.type
     return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
@@ -128,7 +128,7 @@ def sample_points(maps: Tensor, points: Tensor) -> Tensor:
 
 
 def sample_shared_points(masks: Tensor, points: Tensor) -> Tensor:
-    """Values (M, P) of all ``masks`` (M, H, W) at the same ``points`` (P, 2), each of which is worked out once."""
+    """Values (M, P) of all ``masks`` (M, H, W) at the same ``points`` (P, 2), whose weights are computed only once."""
     if masks.shape[0] == 0:
         return masks.new_zeros(0, points.shape[0])
     return sample_points(masks[None], points[None])[0]
@@ -182,7 +182,7 @@ def mask_loss(logits: Tensor, labels: Tensor, count: float) -> Tensor:
 
 
 def assign(cost: Tensor) -> Match:
-    """The cheapest one-to-one assignment of ``cost`` (Q, T) on the CPU; what is not finite is avoided if possible."""
+    """The cheapest one-to-one assignment for ``cost`` (Q, T) on the CPU; pairs whose cost is not finite come last."""
     finite = torch.nan_to_num(cost, nan=_FORBIDDEN, posinf=_FORBIDDEN, neginf=_FORBIDDEN)
     queries, targets = (torch.as_tensor(i, dtype=torch.int64) for i in linear_sum_assignment(finite.numpy()))
     order = targets.argsort()
@@ -193,8 +193,8 @@ class HungarianMatcher(nn.Module):
     """Matches by class probability, mask cross-entropy and dice, in float32 whatever the autocast type.
 
     All predictions of an image (one per decoder layer) are compared with its targets at one random set of
-    ``num_points`` points. All costs of a batch leave the device in one copy, and all pairs go there in another: each
-    lets the host wait for the device.
+    ``num_points`` points. All costs of a batch leave the device in one copy, and all pairs go there in another, as
+    each copy makes the host wait for the device.
     """
 
     def __init__(self, cost_class: float, cost_mask: float, cost_dice: float, num_points: int) -> None:
@@ -204,7 +204,7 @@ class HungarianMatcher(nn.Module):
 
     @torch.no_grad()
     def forward(self, predictions: Sequence[dict[str, Any]], targets: Sequence[Target]) -> list[list[Match]]:
-        """``[layer][image]``: min(Q, T) pairs of every layer's prediction, each matched by itself."""
+        """The pairs as ``[layer][image]``, min(Q, T) of each; every layer's prediction is matched by itself."""
         device = predictions[0]["pred_logits"].device
         with torch.autocast(device.type, enabled=False):
             costs = [self.costs(predictions, image, target) for image, target in enumerate(targets)]
@@ -216,7 +216,7 @@ class HungarianMatcher(nn.Module):
         return [[(next(moved), next(moved)) for _ in layer] for layer in matches]
 
     def costs(self, predictions: Sequence[dict[str, Any]], image: int, target: Target) -> Tensor:
-        """(layers, Q, T) float32 costs of one image; layer by layer, as each has a value per query and point."""
+        """Costs (layers, Q, T) of one image in float32, computed layer by layer to save memory."""
         class_logits = torch.stack([p["pred_logits"][image] for p in predictions]).float()
         points = torch.rand(self.num_points, 2, device=class_logits.device)
         labels = sample_shared_points(target.masks, points)
@@ -234,7 +234,7 @@ class HungarianMatcher(nn.Module):
         return torch.stack(of_masks) + self.cost_class * self.class_cost(class_logits)[..., target.labels]
 
     def class_cost(self, logits: Tensor) -> Tensor:
-        """Cost of every query for every class: (..., classes) -> the same; 1 - probability but for the constant."""
+        """Cost of every query for every class, (..., classes) -> the same: 1 - probability, without the constant 1."""
         return -logits.softmax(-1)
 
 
@@ -266,7 +266,7 @@ class Matched(NamedTuple):
 
 
 def pair_up(targets: Sequence[Target], matches: Sequence[Match]) -> list[Matched]:
-    """Each image's target beside its match, which other people's matchers give on the CPU."""
+    """Each image's target with its match, which is brought to the target's device (other matchers give CPU tensors)."""
     return [
         Matched(target, *(indices.to(target.labels.device) for indices in match))
         for target, match in zip(targets, matches, strict=True)
@@ -286,9 +286,9 @@ def matched_masks(prediction: dict[str, Any], matched: Sequence[Matched]) -> Ten
 
 
 class MaskLosses(nn.Module):
-    """The losses of matched masks at ``points``: what :func:`uncertain_points` takes.
+    """The losses of matched masks at sampled points; ``points`` are the arguments of :func:`uncertain_points`.
 
-    Under a memory budget they are computed again like a block: they keep several numbers for each point.
+    It is a module so that a memory budget can recompute it like a block: it keeps several numbers for each point.
     """
 
     is_memory_block = True
@@ -361,7 +361,7 @@ class SetCriterion(nn.Module):
         return losses
 
     def supervised(self, outputs: dict) -> dict[str, dict[str, Any]]:
-        """The predictions whose losses are wanted, by the suffix of the losses' names."""
+        """The predictions that get losses; the keys are the suffixes of the losses' names."""
         auxiliary = {f"_{i}": layer for i, layer in enumerate(outputs.get("aux_outputs", ()))}
         wanted = {suffix: layer for suffix, layer in auxiliary.items() if f"loss_ce{suffix}" in self.weight_dict}
         return {"": outputs, **wanted}
@@ -374,10 +374,10 @@ class SetCriterion(nn.Module):
         return {**losses, **(self.mask_losses(prediction, matched, count) if masks else {})}
 
     def class_loss(self, logits: Tensor, matched: Sequence[Matched], objects: Counts | None) -> Tensor:
-        """Cross-entropy over all queries, of which unmatched ones are no-object.
+        """Cross-entropy of the classes over all queries; the unmatched ones should say no-object.
 
-        It is divided by the summed class weights of the average part of the batch, where as many queries as an image
-        has objects are matched; without ``objects`` by those at hand.
+        It is divided by the sum of the class weights, averaged over the parts of the batch; that follows from
+        ``objects``, as each object is matched with one query. Without ``objects``, by the sum for these queries.
         """
         logits, labels = logits.transpose(1, 2), self.wanted_labels(logits, matched)
         weights = self.empty_weight.to(logits.dtype)  # not so on a base in half precision

@@ -1,4 +1,4 @@
-"""What mask-classification models have in common: from images and annotations to the head, to losses or results."""
+"""Base class of the mask-classification models: from images and annotations to losses or results."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ class PixelModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the model is, and its images go."""
+        """The model's device, to which it brings its images."""
         return self.pixel_mean.device
 
     def is_empty(self, batched_inputs: Any) -> bool:
-        """Whether there is no image to predict.
+        """Whether the batch is empty, which is allowed in inference only.
 
         Raises:
             DatasetError: it is no list of dicts with an ``image``, or an empty one to train on.
@@ -66,9 +66,9 @@ class PixelModel(nn.Module):
         return not batched_inputs
 
     def count_objects(self, batched_inputs: list[dict[str, Any]]) -> list[int]:
-        """How many targets each image becomes: what a trainer of several processes or pieces tells all of them.
+        """How many targets each image has; trainers exchange it between processes and between parts of a batch.
 
-        They are ``instances``, or the classes in ``sem_seg`` other than the head's ``ignore_value``.
+        Targets are ``instances``, or the classes in ``sem_seg`` other than the head's ``ignore_value``.
         """
         ignored = getattr(getattr(self, "sem_seg_head", None), "ignore_value", 255)
 
@@ -109,8 +109,8 @@ class PixelModel(nn.Module):
 class MaskClassifier(PixelModel):
     """Backbone, head, and the losses or the inference that the config asks for.
 
-    A model derives from it: ``config_node`` names its node below ``MODEL``, ``make_criterion`` makes its losses, and
-    ``scores`` and ``boxes`` what its results are made of. ``metadata`` is of the training set, and tells its things.
+    A model derives from it: ``config_node`` is the name of its node below ``MODEL``, ``make_criterion`` makes its
+    losses, ``scores`` and ``boxes`` read its predictions. ``metadata``, of the training set, says which are things.
     """
 
     config_node: str
@@ -205,9 +205,10 @@ class MaskClassifier(PixelModel):
         return result
 
     def scores(self, logits: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor], Tensor]:
-        """What semantic results are made of, probabilities (Q, K); panoptic ones; and instances, probabilities (Q, K).
+        """The scores for semantic, panoptic and instance results, in this order.
 
-        Panoptic ones are made of scores (Q,), classes (Q,), and which of the queries compete (Q,).
+        Semantic and instance results take probabilities (Q, K) each; panoptic ones a score (Q,) and a class (Q,) per
+        query, and whether it competes (Q,).
         """
         raise NotImplementedError
 
@@ -226,7 +227,7 @@ class MaskClassifier(PixelModel):
         return None if ids is None else set(ids.values())
 
     def known_things(self, key: str = "TEST.PANOPTIC_ON") -> set[int]:
-        """``thing_classes``, without which what ``key`` switches on is a :class:`ModelConfigError`."""
+        """``thing_classes``; if they are unknown, a :class:`ModelConfigError` about ``key``, which needs them."""
         things = self.thing_classes
         if things is None:
             raise ModelConfigError(
@@ -238,7 +239,7 @@ class MaskClassifier(PixelModel):
 
 
 def bitmaps(masks: Any, height: int, width: int) -> Tensor:
-    """(T, H, W) of whatever holds an image's masks; an instance that a crop left without polygons is an empty mask."""
+    """Masks (T, H, W) from bit masks, polygons or a tensor; an instance that a crop left without polygons is empty."""
     if isinstance(masks, PolygonMasks):
         found = np.zeros((len(masks), height, width), bool)
         for bitmap, polygons in zip(found, masks.polygons, strict=True):
@@ -251,7 +252,7 @@ def bitmaps(masks: Any, height: int, width: int) -> Tensor:
 
 
 def object_masks(item: Mapping[str, Any], height: int, width: int) -> Tensor:
-    """(T, H, W) of a mapped dict's ``instances``, which may lack ``gt_masks`` where there are no objects."""
+    """Masks (T, H, W) of a mapped dict's ``instances``, which may lack ``gt_masks`` if there are no objects."""
     instances = item["instances"]
     if not len(instances):
         return torch.zeros(0, height, width)

@@ -19,10 +19,10 @@ CACHE_VALUES = 2**19  # and in inference on a CPU: 2 MiB, which its cache holds
 
 @dataclass(frozen=True)
 class Canvas:
-    """Where an image's masks go: each size is (height, width).
+    """The sizes (height, width) that an image's masks pass through.
 
     The decoder's masks cover ``padded``, the size of the batch; ``image`` is the part without padding; ``output`` is
-    asked for. The last step, from ``image`` to ``output``, is bilinear, or bicubic with antialiasing.
+    the wanted size. The last step, from ``image`` to ``output``, is bilinear, or bicubic with antialiasing.
     """
 
     padded: tuple[int, int]

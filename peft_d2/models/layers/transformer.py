@@ -36,7 +36,7 @@ def run_block(block: nn.Module, *inputs: Any, use_checkpoint: bool) -> Tensor:
 
 
 def init_transformer(module: nn.Module) -> None:
-    """Start every matrix of ``module`` Xavier-uniform, but deformable attentions as their paper says."""
+    """Initialise matrices of ``module`` Xavier-uniform, and deformable attentions as their paper says."""
     for parameter in module.parameters():
         if parameter.dim() > 1:
             nn.init.xavier_uniform_(parameter)
@@ -115,7 +115,7 @@ class TransformerEncoderLayer(nn.Module):
 
 
 class Layers(nn.Module):
-    """Layers one after the other, each called with what the first one is, and a norm at the end if there is one.
+    """Runs layers one after the other, each with the same further arguments, and ``norm``, if any, at the end.
 
     ``use_checkpoint`` recomputes activations in the backward pass.
     """
@@ -189,7 +189,7 @@ class LayerNorm2d(nn.Module):
 
 
 def input_projections(in_channels: int, channels: int, levels: int, enforce: bool) -> nn.ModuleList:
-    """A 1 x 1 convolution per level; an identity, without keys, where the channels fit, unless ``enforce`` is set."""
+    """A 1 x 1 convolution per level; where the channels fit already, an identity, unless ``enforce`` is set."""
     projections: list[nn.Module] = []
     for _ in range(levels):
         if in_channels == channels and not enforce:
@@ -286,7 +286,7 @@ class MSDeformAttn(nn.Module):
         input_level_start_index: Tensor,
         input_padding_mask: Tensor | None = None,
     ) -> Tensor:
-        """Sample the levels around each reference point, as far as each query (N, Q, C) wants: (N, Q, C).
+        """For each query (N, Q, C), attend to points around its reference points: (N, Q, C).
 
         Args:
             reference_points: (N, Q, L, 2) as (x, y) or (N, Q, L, 4) as (centre x, centre y, width, height), in [0, 1].

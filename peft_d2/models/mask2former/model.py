@@ -94,20 +94,20 @@ class MaskFormer(MaskClassifier):
         self.instance_boxes = cfg.MODEL.SEM_SEG_HEAD.INSTANCE_BOXES
 
     def scores(self, logits: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor], Tensor]:
-        """From (Q, K + 1), of which the last class is no-object."""
+        """The scores of logits (Q, K + 1), whose last class is no-object."""
         scores = logits.softmax(-1)
         best, classes = scores.max(-1)
         keep = (classes != logits.shape[1] - 1) & (best > self.object_mask_threshold)
         return scores[:, :-1], (best, classes, keep), scores[:, :-1]
 
     def boxes(self, prediction: dict[str, Tensor], instances: Instances, chosen: Tensor, canvas: Canvas) -> Tensor:
-        """Around the masks."""
+        """The boxes around the masks."""
         return mask_boxes(instances.pred_masks) if self.instance_boxes else torch.zeros(len(instances), 4)
 
     def upgrade_state_dict(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """A whole model's state dict with the names of earlier releases replaced; ``load_state_dict`` does the same.
 
-        A backbone that other models' checkpoints hold takes its part out of them here.
+        A backbone that can be loaded from another model's whole checkpoint takes its part out of that here.
         """
         upgrade_backbone = getattr(self.backbone, "upgrade_state_dict", None)
         if upgrade_backbone is not None:
@@ -131,21 +131,21 @@ class MaskFormer(MaskClassifier):
 
 
 class GroupNorm(nn.GroupNorm):
-    """torch's, which also takes maps with a single value in each group, as of an image of one pixel."""
+    """torch's group norm, which also takes maps with one value per group, as of an image of one pixel."""
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
 
 
 def _norm(name: str, channels: int) -> nn.Module | None:
-    """Detectron2's norm of this name, but for its group norm, which is the one above."""
+    """The norm that Detectron2 has under this name, but with the group norm above."""
     return GroupNorm(_GROUPS, channels) if name == "GN" else get_norm(name, channels)
 
 
 class Pyramid(nn.Module):
     """Convolutions named ``adapter_<n>`` and ``layer_<n>`` as published; number 1 is the finest level.
 
-    ``head`` is ``MODEL.SEM_SEG_HEAD``, of which CONVS_DIM and NORM are theirs; ``input_shape`` the backbone's maps.
+    ``head`` is ``MODEL.SEM_SEG_HEAD``, with their CONVS_DIM and NORM; ``input_shape`` describes the backbone's maps.
     """
 
     mask_features: nn.Module
@@ -172,7 +172,7 @@ class Pyramid(nn.Module):
         self.add_module(f"layer_{number}", output)
 
     def require_float32(self, or_float64: bool = False) -> None:
-        """Refuse weights of another type, as ``model.half()`` leaves them."""
+        """Refuse weights of other types, such as those after ``model.half()``."""
         kind = self.mask_features.weight.dtype
         if kind != torch.float32 and not (or_float64 and kind == torch.float64):
             raise ModelConfigError(
@@ -191,11 +191,11 @@ class MSDeformAttnPixelDecoder(Pyramid):
     """Deformable encoder and feature pyramid (Cheng et al., CVPR 2022, section 4.1), as Mask2Former configures them.
 
     Args:
-        cfg: ``MODEL.SEM_SEG_HEAD``; NHEADS and DROPOUT are those of the decoder that follows, in ``config_node``.
+        cfg: ``MODEL.SEM_SEG_HEAD`` describes it; NHEADS and DROPOUT come from the decoder's node, ``config_node``.
         decoder_levels: maps that the transformer decoder gets.
-        extra_levels: maps that the encoder sees besides, made from the coarsest one, each half the size of the last.
-        finest_first: order of the encoder's maps and of those that the transformer decoder gets; else coarsest first.
-        least_pyramid_levels: maps that enter the pyramid at least, even where the encoder reaches the common stride.
+        extra_levels: how many more maps the encoder sees: from the coarsest one on, each half the size of the last.
+        finest_first: the order of maps in the encoder and for the transformer decoder; otherwise coarsest first.
+        least_pyramid_levels: how many maps enter the pyramid at least, even if the encoder reaches the common stride.
     """
 
     config_node = "MASK_FORMER"
@@ -287,7 +287,7 @@ class MSDeformAttnPixelDecoder(Pyramid):
 
 
 def _projection(in_channels: int, channels: int, halve: bool = False) -> nn.Sequential:
-    """Convolution and group norm: 1 x 1, or to half the size."""
+    """A 1 x 1 convolution, or one that halves the size, and a group norm."""
     kernel, stride, padding = (3, 2, 1) if halve else (1, 1, 0)
     convolution = nn.Conv2d(in_channels, channels, kernel, stride, padding)
     nn.init.xavier_uniform_(convolution.weight)
@@ -361,7 +361,7 @@ class TransformerEncoderPixelDecoder(Pyramid):
 
 @entry(SEM_SEG_HEADS_REGISTRY, "PD2MaskFormerHead", upstream="MaskFormerHead")
 class MaskFormerHead(nn.Module):
-    """Pixel decoder, then transformer decoder, both named in the config; ``ignore_value`` is a semantic map's.
+    """Pixel decoder, then transformer decoder, as the config names them; semantic maps have ``ignore_value``.
 
     The pixel decoder's ``forward_features`` gives mask features, one encoded map and multi-scale maps; the predictor
     takes the multi-scale maps and the mask features.
@@ -400,8 +400,8 @@ def upgrade_head(state: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     """``state`` in its order, the head at ``prefix`` with today's names instead of those of earlier releases.
 
     Early files hold the pixel decoder's weights directly in the head, and call the query features ``static_query``.
-    Each key is judged by itself, not by version metadata: files that lost theirs, or that mix both forms, load as well.
-    Where a new name is taken, the old key stays, and is unexpected.
+    Each key is judged by itself, not by version metadata, so that files without metadata, or with both forms, load as
+    well. If the new name is taken, the old key stays, and loading reports it as unexpected.
     """
     head = "^" + re.escape(prefix)
     rules = (
@@ -413,7 +413,7 @@ def upgrade_head(state: Mapping[str, Any], prefix: str) -> dict[str, Any]:
 
 
 class MaskedTransformerDecoder(nn.Module):
-    """Queries attend to one scale after the other, each only where it predicts its mask to be.
+    """Queries attend to one scale after the other, each only within the mask that it predicts.
 
     ``MODEL.MASK_FORMER`` describes it: DEC_LAYERS counts the prediction made from the queries themselves, before any
     layer. A decoder derives from it: it adds what its :meth:`classifier` needs. ``in_channels`` are of the features.
@@ -476,7 +476,7 @@ class MaskedTransformerDecoder(nn.Module):
         return predictions[-1]
 
     def classifier(self) -> Callable[[Tensor], Tensor]:
-        """What scores the normalised hidden states (N, Q, C) in one pass: a function to logits (N, Q, K + 1)."""
+        """For one pass: the function from normalised hidden states (N, Q, C) to class logits (N, Q, K + 1)."""
         raise NotImplementedError
 
     def predict(self, x: Tensor, mask_features: Tensor, classify: Callable[[Tensor], Tensor]) -> dict[str, Any]:
@@ -487,7 +487,7 @@ class MaskedTransformerDecoder(nn.Module):
 
     @torch.no_grad()
     def attention_mask(self, prediction: dict[str, Any], size: tuple[int, int]) -> Tensor:
-        """(N * heads, Q, h * w), -inf where a query must not attend, outside of its mask if it has any; else 0."""
+        """(N * heads, Q, h * w): -inf outside of a query's mask, where it must not attend; all 0 if it is empty."""
         resized = F.interpolate(masks_of(prediction), size=size, mode="bilinear", align_corners=False)
         blocked = resized.sigmoid().flatten(2) < 0.5
         blocked &= ~blocked.all(-1, keepdim=True)

@@ -64,7 +64,7 @@ MODEL:
 
 @entry(SEM_SEG_HEADS_REGISTRY, "PD2MaskDINOEncoder", upstream="MaskDINOEncoder")
 class MaskDINOEncoder(MSDeformAttnPixelDecoder):
-    """Mask2Former's pixel decoder with coarser maps besides, of which the transformer decoder gets all (section 3)."""
+    """Mask2Former's pixel decoder with further, coarser maps; the transformer decoder gets all maps (section 3)."""
 
     config_node = "MaskDINO"
 
@@ -83,13 +83,13 @@ class MaskDINOEncoder(MSDeformAttnPixelDecoder):
 
 @entry(SEM_SEG_HEADS_REGISTRY, "PD2MaskDINOHead", upstream="MaskDINOHead")
 class MaskDINOHead(MaskFormerHead):
-    """Pixel decoder, then transformer decoder, which takes ``targets`` too and gets all of the encoder's maps."""
+    """Pixel decoder, then transformer decoder, which gets all of the encoder's maps, and ``targets``."""
 
     config_node = "MaskDINO"
 
 
 class BoxMaskMatcher(HungarianMatcher):
-    """Matches by boxes (L1 distance, generalised IoU) besides, and by sigmoid probabilities as the focal loss does.
+    """Also matches by boxes (L1 distance, generalised IoU); its class cost is of sigmoids, like the focal loss.
 
     Predictions have ``pred_boxes`` (N, Q, 4) too. ``options``: see :class:`HungarianMatcher`.
     """
@@ -130,7 +130,7 @@ class BoxMaskCriterion(SetCriterion):
         self.box_classes = box_classes
 
     def matched_losses(self, outputs: dict, targets: Sequence[Target], objects: Counts) -> dict[str, Tensor]:
-        """As for :class:`SetCriterion`, and those of denoising, which are 0 where nothing was restored."""
+        """The losses of :class:`SetCriterion` and those of denoising, which are 0 if nothing was restored."""
         losses = super().matched_losses(outputs, targets, objects)
         if outputs.get("denoising") is not None:
             queries, predictions = outputs["denoising"]
@@ -147,10 +147,10 @@ class BoxMaskCriterion(SetCriterion):
     def denoising_losses(
         self, queries: DenoisingQueries, predictions: Sequence[dict], targets: Sequence[Target], count: float
     ) -> dict[str, Tensor]:
-        """Losses of restoring: every query knows its target, and all groups together count as one.
+        """The losses of denoising queries, each of which knows its target; averaged over the groups.
 
-        The cross-entropy of classes is divided by the weights at hand: a worker may have no such queries at all, so
-        nothing can be exchanged here. ``count``, the objects of the average part of the batch, divides all others.
+        A cross-entropy of classes is divided by the weights of this worker alone: others may have no denoising
+        queries, so nothing can be exchanged. The other losses are divided by ``count`` as in :meth:`layer_losses`.
         """
         matched = pair_up(targets, queries.matches(targets))
         suffixes = ["_dn", *(f"_dn_{i}" for i in range(len(predictions) - 1))]
@@ -165,7 +165,7 @@ class BoxMaskCriterion(SetCriterion):
     def layer_losses(
         self, prediction: dict[str, Any], matched: Sequence[Matched], count: float, objects: Counts | None, masks: bool
     ) -> dict[str, Tensor]:
-        """As for :class:`SetCriterion`, and those of boxes; ``count`` divides the focal loss, too."""
+        """The losses of :class:`SetCriterion` and those of boxes; ``count`` divides the focal loss, too."""
         losses = super().layer_losses(prediction, matched, count, objects, masks)
         losses.update(self.box_losses(prediction["pred_boxes"].float(), matched, count))
         if not self.softmax_classes:
@@ -195,8 +195,8 @@ class BoxMaskCriterion(SetCriterion):
 class MaskDINO(MaskClassifier):
     """Mask DINO: see :class:`MaskClassifier`.
 
-    ``softmax_classes``: classes compete and the last one is no-object; else each has a sigmoid. ``temperature``: of a
-    softmax over these sigmoids, which sharpens semantic and panoptic results, or None.
+    ``softmax_classes``: a softmax over classes, the last of which is no-object, instead of a sigmoid for each.
+    ``temperature``: that of a softmax over the sigmoids, which sharpens semantic and panoptic results, or None.
     """
 
     config_node = "MaskDINO"
@@ -221,7 +221,7 @@ class MaskDINO(MaskClassifier):
         return targets
 
     def scores(self, logits: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor], Tensor]:
-        """From (Q, K), or (Q, K + 1) with ``softmax_classes``."""
+        """The scores of logits (Q, K), or (Q, K + 1) with ``softmax_classes``."""
         sigmoids = sharpened = logits.sigmoid()
         if self.temperature is not None:  # for results where classes compete
             sharpened = (sigmoids / self.temperature).softmax(-1)
@@ -232,17 +232,17 @@ class MaskDINO(MaskClassifier):
         return softmax, panoptic, softmax
 
     def boxes(self, prediction: dict[str, Tensor], instances: Instances, chosen: Tensor, canvas: Canvas) -> Tensor:
-        """As predicted, not clipped: relative to the padded image, of which the output is the part without padding."""
+        """The predicted boxes, not clipped, from shares of the padded image to pixels of the output."""
         sizes = zip(canvas.padded, canvas.image, canvas.output, strict=True)
         height, width = (padded / image * output for padded, image, output in sizes)
         boxes = to_corners(prediction["pred_boxes"].float()[chosen])
         return boxes * boxes.new_tensor([width, height, width, height])
 
     def upgrade_state_dict(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """A whole model's state dict, whose label embeddings are dealt out to as many classes as this model has.
+        """A whole model's state dict with its label embeddings repeated or cut to this model's number of classes.
 
-        Denoising tells classes apart by these; the decoder has learned to read them, so another's serve better than
-        random ones, which a run that trains few parameters would keep. Past the last one they begin again.
+        By these, denoising tells classes apart. The decoder has learned to read them, so those of other classes are a
+        better start than random ones, which a run that trains few parameters would keep.
         """
         state = dict(state)
         stored, wanted = state.get(_LABELS), self.get_parameter(_LABELS)
@@ -266,7 +266,7 @@ class MaskDINO(MaskClassifier):
 
 
 def add_boxes(targets: list[Target], inputs: list[dict[str, Any]], images: ImageList, of_padded: bool) -> None:
-    """Set the targets' boxes, in place: ``gt_boxes`` where the inputs have them, else those around the masks.
+    """Set the targets' boxes, in place: the inputs' ``gt_boxes``, or if they have none, the boxes around the masks.
 
     They are relative to the padded batch, as masks are; without ``of_padded`` to each image's own size, as published.
     """

@@ -69,8 +69,8 @@ class DeformableDecoderLayer(nn.Module):
 class DeformableDecoder(nn.Module):
     """A stack of :class:`DeformableDecoderLayer` that refines its reference boxes. Sequences are (N, length, C).
 
-    ``norm`` is applied to what each layer gives out, not to what it passes on. Before it is called, ``bbox_embed`` has
-    to be set: per layer a module (..., d_model) -> (..., 4), whose output is added to the boxes' logits.
+    ``norm`` is applied to each layer's output that is returned, not to what the next layer gets. ``bbox_embed`` must be
+    set before a call: for each layer a module (..., d_model) -> (..., 4), whose output is added to the boxes' logits.
     """
 
     bbox_embed: nn.ModuleList
@@ -239,12 +239,12 @@ class MaskDINODecoder(nn.Module):
         return predicted(self.mask_embed(hidden), mask_features, kept=not self.training, **others)
 
     def _boxes(self, x: Tensor, reference: Tensor) -> Tensor:
-        """A layer's boxes from its normalised output and what it started from, which is not detached (DINO, 3.5)."""
+        """Boxes from a layer's normalised output and its starting boxes, which are not detached (DINO, section 3.5)."""
         with torch.autocast(x.device.type, enabled=False):
             return (self._bbox_embed(x.float()) + inverse_sigmoid(reference)).sigmoid()
 
     def _boxes_of(self, masks: Tensor) -> Tensor:
-        """Boxes (N, Q, 4) around masks (N, Q, H, W), as centre and size; an empty mask's depends on ``box_start``."""
+        """Boxes (N, Q, 4) around masks (N, Q, H, W), as centre and size; empty masks' depend on ``box_start``."""
         height, width = masks.shape[-2:]
         flat = masks.flatten(0, 1)
         corners = mask_boxes(flat)
@@ -256,7 +256,7 @@ class MaskDINODecoder(nn.Module):
 
 @dataclass
 class DenoisingQueries:
-    """The queries of a batch: ``groups`` times all targets of an image, each group padded to ``group_size`` by zeros.
+    """Denoising queries of a batch: ``groups`` copies of an image's targets, each padded with zeros to ``group_size``.
 
     ``content`` (N, D, C), D = groups * group_size, one group after the other; ``box_logits`` (N, D, 4).
     """
@@ -289,7 +289,7 @@ class DenoisingQueries:
 def denoising_queries(
     targets: Sequence[Target], label_embedding: nn.Embedding, count: int, noise_scale: float
 ) -> DenoisingQueries | None:
-    """Disturb the targets, with boxes: a label is replaced with probability noise_scale / 2, a box moves and grows.
+    """Disturb labels and boxes of the targets: each label is replaced with probability noise_scale / 2.
 
     A box's centre moves by up to noise_scale / 2 of its size, its sides change by up to noise_scale of themselves. With
     T targets in the largest image there are ``count // T`` groups; None if there are no targets, or T > ``count``.
@@ -314,7 +314,7 @@ def denoising_queries(
 
 
 def proposal_logits(sizes: Sequence[tuple[int, int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """A box at every pixel of every level, and where it is well inside of the image; sides double from level to level.
+    """A box at every pixel of every level, twice as large on each next level, and whether it is well inside the image.
 
     (S, 4) logits of (centre x, centre y, width, height), infinite where not valid, and (S,) bool. Valid are boxes all
     of whose numbers are in (0.01, 0.99) (Zhu et al., Deformable DETR, appendix A.4, two-stage).
@@ -329,6 +329,6 @@ def proposal_logits(sizes: Sequence[tuple[int, int]], device: torch.device) -> t
 
 
 def softmax_classes(cfg: CfgNode) -> bool:
-    """Whether classes compete, with no-object among them: semantic segmentation, where the config says so."""
+    """Whether classes have a softmax with no-object, not sigmoids: in semantic segmentation, if the config asks."""
     test = cfg.MODEL.MaskDINO.TEST
     return bool(test.SEMANTIC_ON and cfg.MODEL.MaskDINO.SEMANTIC_CE_LOSS and not test.PANOPTIC_ON)

@@ -22,7 +22,7 @@ MLPBlock = partial(FeedForward, names=("lin1", "lin2"))
 
 
 def normed_convolutions(in_channels: int, channels: int) -> tuple[nn.Module, ...]:
-    """1 x 1 and 3 x 3 convolutions to ``channels``, each normed."""
+    """A 1 x 1 and a 3 x 3 convolution to ``channels``, each followed by a norm."""
     return (
         nn.Conv2d(in_channels, channels, kernel_size=1, bias=False),
         LayerNorm2d(channels),
@@ -63,7 +63,7 @@ class ImageEncoder(nn.Module):
         return self.rest(self.first(x, 0), x, 0)
 
     def first(self, x: Tensor, count: int) -> Tensor:
-        """What the first ``count`` of the ``steps`` make of images: (N, H', W', C), or after all of them a map."""
+        """Images after the first ``count`` of the ``steps``: (N, H', W', C), or the final map after all of them."""
         # oneDNN's convolution of large patches in bfloat16 takes 780 MiB at 1024 px, and 8 times float32's time.
         with torch.autocast("cpu", enabled=False):
             x = self.patch_embed(x.permute(0, 2, 3, 1))
@@ -74,7 +74,7 @@ class ImageEncoder(nn.Module):
         return self._run(x + positions, 0, count)
 
     def rest(self, features: Tensor, x: Tensor, count: int) -> Tensor:
-        """The steps after the first ``count``, of what these make of the images ``x``."""
+        """The final map, from what :meth:`first` made of the images ``x`` in ``count`` steps."""
         return self._run(features, count, len(self.steps)) if count < len(self.steps) else features
 
     def _run(self, x: Tensor, start: int, stop: int) -> Tensor:
@@ -108,7 +108,7 @@ class BackboneEncoder(nn.Module):
 
 
 class EncoderBlock(nn.Module):
-    """Attention and MLP, each pre-normed with a residual; ``window`` 0 attends over the whole map of ``grid`` px."""
+    """Attention and MLP, each pre-normed with a residual; with ``window`` 0, attention over the whole ``grid``."""
 
     def __init__(self, dim: int, n_heads: int, mlp_ratio: float, window: int, grid: int) -> None:
         super().__init__()

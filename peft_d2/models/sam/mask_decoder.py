@@ -74,7 +74,7 @@ class TwoWayBlock(nn.Module):
 
 
 class TwoWayTransformer(nn.Module):
-    """``depth`` two-way blocks and a last attention from the tokens, which are their own positions, to the image."""
+    """``depth`` two-way blocks, then attention from tokens to the image; tokens serve as their own positions."""
 
     def __init__(self, depth: int, dim: int, n_heads: int, mlp_dim: int) -> None:
         super().__init__()
@@ -131,17 +131,17 @@ class SAMMaskDecoder(nn.Module):
         return self.masks(tokens[:, 1:], upscaled, chosen), self.iou_prediction_head(tokens[:, 0])[:, chosen]
 
     def own_tokens(self) -> Tensor:
-        """Of the expected IoU and of the masks: (1 + masks, C)."""
+        """The learned tokens (1 + masks, C): one for the expected IoU, then one per mask."""
         return torch.cat([self.iou_token.weight, self.mask_tokens.weight])
 
     def upscale(self, pixels: Tensor, fine: Sequence[Tensor]) -> Tensor:
-        """(B, C, G, G) -> (B, C / 8, 4 G, 4 G); ``fine`` are maps of the image in between, where a model has them."""
+        """(B, C, G, G) -> (B, C / 8, 4 G, 4 G); ``fine`` are finer maps of the image, if the model has them."""
         return self.output_upscaling(pixels)
 
     def attend(
         self, embedding: Tensor, positions: Tensor, tokens: Tensor, dense: Tensor, fine: Sequence[Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """The decoder's own tokens and then the prompts', (B, own + T, C), and the upscaled pixels, after attending."""
+        """After attention: own tokens, then the prompts' (B, own + T, C), and the upscaled pixels."""
         own = self.own_tokens().expand(tokens.shape[0], -1, -1)
         pixels = (embedding + dense).flatten(2).transpose(1, 2)
         pixel_positions = positions.flatten(2).transpose(1, 2).expand_as(pixels)

@@ -52,7 +52,7 @@ MODEL:
 class SegmentAnything(PixelModel):
     """Image encoder, prompt encoder and mask decoder; an image is encoded once for all of its prompts.
 
-    ``weights`` of the losses by name leave out what is 0.
+    ``weights`` are those of the losses by name, without losses whose weight is 0.
     """
 
     # The single mask's loss reaches neither the tokens of the other masks nor, without its loss, the expected IoU.
@@ -110,7 +110,7 @@ class SegmentAnything(PixelModel):
         ]
 
     def encode(self, images: Tensor) -> list[tuple[Tensor, ...]]:
-        """What :meth:`decode` takes of each of the images (N, C, S, S): its :meth:`image_maps`."""
+        """For each of the images (N, C, S, S) the maps that :meth:`decode` takes."""
         return list(zip(*(maps.split(1) for maps in self.image_maps(images)), strict=True))
 
     def image_maps(self, images: Tensor) -> tuple[Tensor, ...]:
@@ -140,7 +140,7 @@ class SegmentAnything(PixelModel):
         return self.mask_decoder(embedding, positions, tokens, dense, multimask, fine)[:2]
 
     def losses(self, embeddings: list[tuple[Tensor, ...]], batched_inputs: list[dict[str, Any]]) -> dict[str, Tensor]:
-        """The weighted losses, means over all objects of the batch."""
+        """The weighted losses, averaged over all objects of the batch."""
         totals = {name: torch.zeros((), device=self.device) for name in self.weights}
         targets = [_target(item, self.device) for item in batched_inputs]
         count = average_count(batched_inputs[0].get("batch_objects") or objects_of_all(targets))

@@ -32,7 +32,7 @@ class PromptError(DatasetError):
 
 @dataclass(frozen=True)
 class Prompts:
-    """N prompts, each a combination of what is given; all None is one prompt that says nothing.
+    """N prompts, each made of all kinds that are given; with none given, a single prompt without content.
 
     Boxes are (N, 4), x0 y0 x1 y1; points coordinates (N, P, 2), x before y, and labels (N, P): 1 on the object, 0
     beside it, -1 padding; masks logits (N, 1, 4 G, 4 G) of an earlier prediction.
@@ -93,7 +93,7 @@ def read_prompts(item: Mapping[str, Any], size: tuple[int, int], mask_side: int,
 
 
 def _tensor(value: Any, key: str, name: str) -> Tensor:
-    """One kind of prompts as numbers; labels may be bool."""
+    """The item's value under ``key`` as a tensor of numbers; labels may be bool."""
     try:
         tensor = torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -114,7 +114,7 @@ def _tensor(value: Any, key: str, name: str) -> Tensor:
 
 
 def _warn_of_shares(given: Mapping[str, Tensor], size: tuple[int, int], name: str) -> None:
-    """Say once that all boxes or points of an image lie in its first pixel, as they do where they are shares of it."""
+    """Warn once if all prompts of an image lie in its first pixel: then they were probably relative coordinates."""
     for key in ("boxes", "point_coords"):
         values = given.get(key)
         if values is None or not values.numel() or max(size) < 8 or not values.is_floating_point():
@@ -182,7 +182,7 @@ class FourierPositions(nn.Module):
 class PromptEncoder(nn.Module):
     """Points, boxes and masks as embeddings of ``dim`` channels; the image's embedding has ``grid`` pixels a side.
 
-    ``pads_boxes``: after a box comes a token that is no point.
+    ``pads_boxes`` adds a padding token ("no point") after each box.
     """
 
     def __init__(self, dim: int, grid: int, image_size: int, mask_channels: int, pads_boxes: bool) -> None:
@@ -210,9 +210,9 @@ class PromptEncoder(nn.Module):
     def forward(
         self, points: tuple[Tensor, Tensor] | None, boxes: Tensor | None, masks: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Tokens (B, T, C) of B :class:`Prompts`, none without points and boxes, and what is added to the pixels.
+        """Tokens (B, T, C) for points and boxes, T = 0 without any, and what is added to the pixels (B, C, G, G).
 
-        The latter is (B, C, G, G); places are in px of the padded image.
+        Coordinates are in pixels of the padded image.
         """
         given = [x for x in (boxes, points and points[0], masks) if x is not None]
         count = given[0].shape[0] if given else 1  # no len(): an export keeps the number open
@@ -231,7 +231,7 @@ class PromptEncoder(nn.Module):
         return torch.cat(tokens, dim=1), dense
 
     def _places(self, coordinates: Tensor) -> Tensor:
-        """Codes of pixels' centres, as shares of the padded image."""
+        """Position codes of the centres of the pixels at ``coordinates``."""
         return self.pe_layer((coordinates.float() + 0.5) / self.image_size)
 
     def embed_points(self, coordinates: Tensor, labels: Tensor, alone: bool) -> Tensor:
@@ -246,5 +246,5 @@ class PromptEncoder(nn.Module):
         return tokens
 
     def _kind(self, index: int) -> Tensor:
-        """What tells background, foreground and the two corners of boxes apart: (1, C)."""
+        """The learned vector (1, C) of a kind: background, foreground, or one of a box's two corners."""
         return self.point_embeddings[index].get_parameter("weight")

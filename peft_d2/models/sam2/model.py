@@ -89,7 +89,7 @@ class HieraBlock(nn.Module):
         return x + self.mlp(self.norm2(x))
 
     def _attend(self, x: Tensor, height: int, width: int) -> Tensor:
-        """To a map of ``height`` and ``width``; padded pixels take part, as they are."""
+        """Windowed attention, cut to ``height`` and ``width`` afterwards; padded pixels are attended to like others."""
         if not self.window:
             return self.attn(x)
         padded = pad_bottom_right(x, self.window)
@@ -133,7 +133,7 @@ class Hiera(nn.Module):
                 self.blocks.append(HieraBlock(width // 2 if first else width, width, heads, node.MLP_RATIO, window))
 
     def embed(self, x: Tensor) -> Tensor:
-        """Images (N, C, H, W) to what the first block takes, (N, H / 4, W / 4, dim)."""
+        """The first block's input (N, H / 4, W / 4, dim) of images (N, C, H, W)."""
         x = self.patch_embed.get_submodule("proj")(x)
         height, width = x.shape[-2:]
         window = self.pos_embed_window
@@ -142,9 +142,9 @@ class Hiera(nn.Module):
         return (x + F.interpolate(self.pos_embed, size=(height, width), mode="bicubic") + tiled).permute(0, 2, 3, 1)
 
     def run(self, maps: Mapping[str, Tensor], start: int, stop: int) -> dict[str, Tensor]:
-        """``maps`` after the blocks ``start`` to ``stop``, with those of stages that end among them.
+        """Run the blocks ``start`` to ``stop`` on ``maps["features"]`` (N, H, W, C).
 
-        "features" (N, H, W, C) is what the first of these blocks takes, and then what the last one gives.
+        Returns ``maps`` with their output as "features", and with the maps of stages that end among these blocks.
         """
         maps, x = dict(maps), maps["features"]
         for number in range(start, min(stop, len(self.blocks))):
@@ -179,12 +179,12 @@ class SAM2ImageEncoder(nn.Module):
         return self.pyramid(self.trunk(x))
 
     def first(self, x: Tensor, count: int) -> dict[str, Tensor]:
-        """What the first ``count`` of the ``steps`` make of images."""
+        """Images after the first ``count`` of the ``steps``."""
         maps = self.trunk.run({"features": self.trunk.embed(x)}, 0, count)
         return self.pyramid(maps) if count == len(self.steps) else maps
 
     def rest(self, features: Mapping[str, Tensor], x: Tensor, count: int) -> dict[str, Tensor]:
-        """The steps after the first ``count``, of what these make of the images ``x``."""
+        """The three maps, from what :meth:`first` made of the images ``x`` in ``count`` steps."""
         done = count == len(self.steps)
         return dict(features) if done else self.pyramid(self.trunk.run(features, count, len(self.steps)))
 
@@ -247,7 +247,7 @@ class SAM2MaskDecoder(SAMMaskDecoder):
         multimask: bool,
         fine: Sequence[Tensor] = (),
     ) -> tuple[Tensor, ...]:
-        """As Segment Anything's, and logits (B, 1) of an object being there.
+        """As in Segment Anything, and also logits (B, 1) that the object is there.
 
         ``fine`` are maps (1, C, 4 G, 4 G) and (1, C, 2 G, 2 G) of the image. In inference, with DYNAMIC_MULTIMASK, a
         single mask that is not stable gives way to the best of the three.

@@ -42,7 +42,7 @@ MODEL:
 
 
 class LogitScale(nn.Module):
-    """Stands for the text encoder where class vectors come from a file: what classes are scored with besides."""
+    """The text encoder's stand-in if class vectors come from a file: it holds ``logit_scale`` alone."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class LogitScale(nn.Module):
 
 
 class Parked(nn.Module):
-    """Tensors that nothing here computes with or trains: a published checkpoint is loaded and written whole."""
+    """Tensors of published checkpoints that are unused here, kept so that a checkpoint is loaded and written whole."""
 
     def __init__(self, **shapes: tuple[int, ...]) -> None:
         super().__init__()
@@ -87,7 +87,7 @@ class SEEMDecoder(MaskedTransformerDecoder):
             self.pn_indicator = Parked(weight=(2, channels))
 
     def classifier(self) -> Callable[[Tensor], Tensor]:
-        """Compare with the classes' vectors: in training those of a random template each, anew for each pass."""
+        """Scores by the classes' vectors; in training each class's is of a random template, drawn in each pass."""
         rows_of = self.training_vocabulary.training_rows if self.training else self.vocabulary.rows
         rows = rows_of(self.lang_encoder)
         return partial(self.class_logits, rows=rows.to(self.class_embed))
@@ -122,7 +122,7 @@ class SEEM(MaskFormer):
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """What inference scores, by class id; empty where nobody has said."""
+        """The names that inference predicts, by class id; empty if they are not known."""
         return self.sem_seg_head.predictor.vocabulary.names
 
     @property
@@ -135,7 +135,7 @@ class SEEM(MaskFormer):
         return super().thing_classes
 
     def upgrade_state_dict(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """As in Mask2Former; a checkpoint of a SEEM trained without prompts may lack what is parked here."""
+        """As in Mask2Former; checkpoints of a SEEM that was trained without prompts may lack the :class:`Parked`."""
         state = super().upgrade_state_dict(state)
         if not any(name.startswith(_PREDICTOR) for name in state):
             return state

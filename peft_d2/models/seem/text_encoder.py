@@ -53,7 +53,7 @@ Tokenizer = Callable[[Sequence[str]], Tensor]
 
 
 class TokenizerError(CheckpointError):
-    """There is no tokenizer, or not one for this encoder; says what to do."""
+    """There is no tokenizer, or it does not suit the encoder; the message says what to do."""
 
 
 def prompts(name: str, templates: Sequence[str] = TEMPLATES) -> list[str]:
@@ -167,7 +167,7 @@ class TextEncoder(nn.Module):
 
     @property
     def version(self) -> int:
-        """Grows whenever weights are written, by loading or training."""
+        """A number that grows whenever weights are changed, by loading or training."""
         return sum(parameter._version for name, parameter in self.named_parameters() if name != "logit_scale")
 
     def forward(self, ids: Tensor) -> Tensor:

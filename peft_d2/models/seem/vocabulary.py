@@ -35,7 +35,7 @@ _logger = logging.getLogger(__name__)
 
 
 class ClassVectorsError(CheckpointError):
-    """A file of class vectors that cannot be used, or a class that it lacks; names both and says what to do."""
+    """A file of class vectors cannot be used, or lacks a class; the message names both and says what to do."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +71,7 @@ class ClassVectors:
         return self.vectors[drawn.to(self.vectors.device), torch.arange(classes, device=self.vectors.device)]
 
     def select(self, names: Sequence[str]) -> ClassVectors:
-        """The vectors of these classes alone, in this order, and of the background."""
+        """The vectors of ``names``, in this order, and of the background."""
         if missing := [name for name in names if name not in self.names]:
             raise ClassVectorsError(
                 f"there are no vectors of the classes {', '.join(map(repr, missing))}, only of "
@@ -144,9 +144,9 @@ def encode_classes(
 class Vocabulary:
     """Class names and their vectors: ``given``, or what the text encoder makes of the names when they are first needed.
 
-    What needs vectors raises ClassVectorsError where nobody named the classes, or there is no text encoder or only its
-    random initial weights, and TokenizerError where there is no tokenizer. ``source`` is who named them, for messages;
-    the training data are labelled with ``labels`` classes, 0: nobody knows.
+    Methods that need vectors raise ClassVectorsError if the classes have no names, or the text encoder is missing or
+    has only its random initial weights, and TokenizerError without a tokenizer. ``source`` says in messages where the
+    names come from; ``labels`` is the number of classes in the training data, 0 if unknown.
     """
 
     def __init__(
@@ -218,7 +218,7 @@ class Vocabulary:
 
 
 def _loaded(encoder: nn.Module) -> TextEncoder:
-    """``encoder``, if it is a text encoder into which something was loaded."""
+    """``encoder``, after a check that it is a text encoder and that weights were loaded into it."""
     if not isinstance(encoder, TextEncoder):
         raise ClassVectorsError(f"this model has no text encoder that could make vectors of class names: {_REMEDY}")
     if encoder.version == encoder.initial_version:
