@@ -6,7 +6,6 @@ import contextlib
 import importlib
 import importlib.util
 import inspect
-import re
 import sys
 import types
 from pathlib import Path
@@ -45,21 +44,6 @@ def require_detectron2() -> None:
         absent = isinstance(error, ModuleNotFoundError) and error.name == "detectron2"
         state = "is not installed" if absent else f"is installed but cannot be imported ({error})"
         raise Detectron2Missing(f"Detectron2 {state}, and this needs it. {HOW_TO_GET_DETECTRON2}.") from error
-
-
-def detectron2_version() -> str | None:
-    """The ``__version__`` of the Detectron2 that an import would find, None if there is none. Imports nothing.
-
-    The main branch calls itself 0.6, as the release does: ask for a feature, not for a version.
-    """
-    try:
-        spec = importlib.util.find_spec("detectron2")
-    except ValueError:  # something that is not a module stands in sys.modules
-        return None
-    if spec is None or spec.origin is None:
-        return None
-    found = re.search(r'^__version__ = "(.+)"', Path(spec.origin).read_text(encoding="utf-8"), re.MULTILINE)
-    return found.group(1) if found else "unknown"
 
 
 def accept_empty_polygons() -> None:

@@ -20,6 +20,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import doctor
 import numpy as np
 import pytest
 import torch
@@ -276,7 +277,7 @@ def test_mask_rcnn_takes_a_training_step() -> None:
 
 def test_version_is_told_without_an_import() -> None:
     detectron2 = pytest.importorskip("detectron2", reason="Detectron2 is not installed")
-    assert compat.detectron2_version() == detectron2.__version__
+    assert doctor.detectron2_version() == detectron2.__version__
 
 
 def test_an_instance_without_polygons_becomes_an_empty_mask(monkeypatch: pytest.MonkeyPatch) -> None:

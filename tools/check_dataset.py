@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from picturing import sheet
 from PIL import Image
 
 from peft_d2 import add_config
 from peft_d2.data.formats import READERS, map_classes, read_class_map, read_folder, store
 from peft_d2.data.images import DatasetError, read_rgb, set_pixel_limit
 from peft_d2.data.labels import Problem
-from peft_d2.data.pictures import overlay, sheet
+from peft_d2.data.pictures import overlay
 from peft_d2.data.registration import read_json, register_builtin, require_registered
 from peft_d2.data.segmentation import segmentation_to_mask
 from peft_d2.data.validation import Rules, check_coco, check_registered, summary

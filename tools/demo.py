@@ -403,7 +403,9 @@ class Predictor:
         Returns:
             The image as RGB (H, W, 3) uint8 and the model's output for it, or its outputs by adapter.
         """
-        from peft_d2.data.images import as_rgb, read_image
+        from picturing import as_rgb
+
+        from peft_d2.data.images import read_image
 
         try:
             ordered = read_image(str(path), self.cfg.INPUT.FORMAT)

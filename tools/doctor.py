@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import re
@@ -16,6 +17,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 PAIR = "pip install torch torchvision (both at once, from the same index: their builds must match)"
 EDITABLE = "pip install --no-build-isolation -e . (in the checkout of peft_d2)"
@@ -75,7 +77,7 @@ def _package(module: str, distribution: str, oldest: str, remedy: str) -> Findin
 
 
 def _detectron2() -> Iterator[Finding]:
-    from peft_d2.compat import HOW_TO_GET_DETECTRON2, detectron2_version
+    from peft_d2.compat import HOW_TO_GET_DETECTRON2
 
     version = detectron2_version()
     if version is None:
@@ -96,6 +98,18 @@ def _detectron2() -> Iterator[Finding]:
     else:
         folder = os.path.dirname(sys.modules["detectron2"].__file__ or "")
         yield "ok", "detectron2", f"{version}, {_which_detectron2()} ({folder})"
+
+
+def detectron2_version() -> str | None:
+    """The ``__version__`` of the Detectron2 that an import would find, None if there is none. Imports nothing."""
+    try:
+        spec = importlib.util.find_spec("detectron2")
+    except ValueError:  # something that is not a module stands in sys.modules
+        return None
+    if spec is None or spec.origin is None:
+        return None
+    found = re.search(r'^__version__ = "(.+)"', Path(spec.origin).read_text(encoding="utf-8"), re.MULTILINE)
+    return found.group(1) if found else "unknown"
 
 
 def _which_detectron2() -> str:

@@ -12,12 +12,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from picturing import as_rgb, sheet
 from PIL import Image
 
 from peft_d2.data.classes import class_names
-from peft_d2.data.images import as_rgb
 from peft_d2.data.loader import build_train_loader
-from peft_d2.data.pictures import overlay, sheet
+from peft_d2.data.pictures import overlay
 from peft_d2.data.segmentation import segmentation_to_mask
 from peft_d2.engine.errors import ConfigError, bounded, one_line_errors
 from peft_d2.engine.launch import prepare_config, training_parser

@@ -150,13 +150,6 @@ def read_rgb(path: str | Path) -> np.ndarray:
         return np.asarray(ImageOps.exif_transpose(opened).convert("RGB"))
 
 
-def as_rgb(image: np.ndarray, image_format: str) -> np.ndarray:
-    """(H, W, 3) uint8 RGB of an (H, W, C) image in ``INPUT.FORMAT``."""
-    if image_format == "BGR":
-        return np.ascontiguousarray(image[..., ::-1])
-    return image.repeat(3, axis=-1) if image.shape[-1] == 1 else image
-
-
 def output_size(item: Mapping[str, Any], image: tuple[int, int]) -> tuple[int, int]:
     """The (height, width) that results are wanted in: the input's ``height`` and ``width``, else those of ``image``.
 

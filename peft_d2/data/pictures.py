@@ -1,4 +1,4 @@
-"""Pictures: with masks drawn on them, side by side, and cut into tiles, the same for a set and for evaluation."""
+"""Pictures with masks drawn on them, and cut into tiles, the same for a set and for evaluation."""
 
 from __future__ import annotations
 
@@ -28,18 +28,6 @@ def overlay(
     for x, y, text in labels:
         ImageDraw.Draw(picture).text((int(x), int(y)), text, fill=(255, 255, 255))
     return np.asarray(picture)
-
-
-def sheet(pictures: Sequence[Image.Image], cell: int = 0, columns: int = 6) -> Image.Image:
-    """Pictures side by side in square cells of ``cell`` px, 0: as large as the largest picture."""
-    cell = cell or max(max(p.size) for p in pictures)
-    columns = min(columns, max(1, len(pictures)))
-    canvas = Image.new("RGB", (columns * cell, max(1, -(-len(pictures) // columns)) * cell))
-    for position, picture in enumerate(pictures):
-        thumbnail = picture.copy()
-        thumbnail.thumbnail((cell, cell))
-        canvas.paste(thumbnail, (position % columns * cell, position // columns * cell))
-    return canvas
 
 
 def tile_starts(length: int, tile: int, overlap: int = 0) -> list[int]:

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 from peft_d2.compat import lend_cityscapesscripts
 from peft_d2.data.images import DatasetError, check_input, path_inside
 from peft_d2.data.segmentation import run_lengths
+from peft_d2.peft.errors import alike
 from peft_d2.storage import foreign
 
 logger = logging.getLogger(__name__)
@@ -199,9 +200,8 @@ def require_registered(name: str) -> None:
     from detectron2.data import DatasetCatalog
 
     if name not in DatasetCatalog:
-        near = difflib.get_close_matches(name, list(DatasetCatalog), n=3)
         raise ValueError(
-            f"data set {name!r} is not registered (nearest names: {near}). "
+            f"data set {name!r} is not registered (nearest names: {alike(name, DatasetCatalog)}). "
             "Add it to DATASETS.REGISTER as {NAME, JSON, IMAGES}."
         )
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 import re
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -15,7 +13,7 @@ from peft_d2.compat import require_detectron2
 from peft_d2.data.config import PEFT_ARCHITECTURE
 from peft_d2.engine.config import AUTO, leaves, with_values
 from peft_d2.engine.errors import ConfigError
-from peft_d2.peft.targets import nearest
+from peft_d2.peft.errors import alike
 
 logger = logging.getLogger(__name__)
 _RESNET_BUILDERS = {"build_resnet_backbone", "build_resnet_fpn_backbone", "build_retinanet_resnet_fpn_backbone"}
@@ -112,10 +110,10 @@ def build_model(cfg: Any) -> nn.Module:
         name, kind = found.groups()
         registry: Any = getattr(modeling, f"{kind}_REGISTRY", ())
         keys = [key for key, value in leaves(cfg) if value == name]
-        raise ConfigError(
-            f"{' and '.join(keys) or 'the config'}: {name!r} is not registered as {kind}"
-            f"{_near(name, [known for known, _ in registry]) or '; import the package that defines it'}."
-        ) from None
+        near = alike(name, (known for known, _ in registry))
+        remedy = f"the nearest names are {near}" if near else "import the package that defines it"
+        where = " and ".join(keys) or "the config"
+        raise ConfigError(f"{where}: {name!r} is not registered as {kind}; {remedy}.") from None
 
 
 def build_without_weights(cfg: Any) -> nn.Module:
@@ -150,14 +148,6 @@ def _check_resnet(cfg: Any) -> None:
     expect_some_of(f"{path}.OUT_FEATURES", node.OUT_FEATURES, _RESNET_MAPS, "a ResNet's maps")
 
 
-def _near(name: str, known: Iterable[str]) -> str:
-    """The end of an error about an unknown name: three that begin with it or else resemble it; "" if none does."""
-    known = sorted(known)
-    near = [other for other in known if other.startswith(name)][:3]
-    near = near or difflib.get_close_matches(name, known, n=3, cutoff=0.4)
-    return f"; the nearest names are {near}" if near else ""
-
-
 def _check(node: Any, registry: Any) -> None:
     """Refuse a ``MODEL.PEFT`` that names no model to build, or nothing to inject."""
     name = node.META_ARCHITECTURE
@@ -167,7 +157,7 @@ def _check(node: Any, registry: Any) -> None:
             "It must name the model to build, e.g. 'PD2MaskFormer' or 'GeneralizedRCNN'."
         )
     if name not in registry:
-        near = nearest(name, (key for key, _ in registry))
+        near = alike(name, (known for known, _ in registry))
         raise ConfigError(
             f"MODEL.PEFT.META_ARCHITECTURE {name!r} is not registered; the nearest names are {near}. "
             "Call peft_d2.register(), or import the package that defines it, before building."

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -13,6 +12,7 @@ from fvcore.common.registry import Registry
 from peft_d2.data.config import add_keys
 from peft_d2.models import feature_cache
 from peft_d2.models.checks import ModelConfigError
+from peft_d2.peft.errors import alike
 
 TRANSFORMER_DECODER_REGISTRY = Registry("TRANSFORMER_DECODER")
 TRANSFORMER_DECODER_REGISTRY.__doc__ = """
@@ -70,7 +70,7 @@ def registered(registry: Registry, key: str, name: str) -> Callable[..., Any]:
     """
     if name not in registry:
         known = sorted(known for known, _ in registry)
-        near = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or known
+        near = alike(name, known) or known
         raise ModelConfigError(
             f"{key}: {name!r} is not registered as {registry._name}; the nearest names are {near}. What another "
             f"package keeps in a registry of its own is made known by {registry._name}_REGISTRY.register(the_class) of "

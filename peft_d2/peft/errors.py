@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Iterable, Sequence
 
 
 class PeftError(Exception):
@@ -36,3 +37,10 @@ def shortened(items: Sequence[str], most: int = 20, between: str = ", ") -> str:
     """The first ``most`` items of a list for a message, and how many more there are."""
     more = f"{between if between != ', ' else ' '}and {len(items) - most} more" if len(items) > most else ""
     return between.join(items[:most]) + more
+
+
+def alike(name: str, known: Iterable[str]) -> list[str]:
+    """For a message: up to three of the ``known`` names that begin with ``name``, or else resemble it."""
+    known = sorted(known)
+    begin_so = [other for other in known if other.startswith(name)][:3]
+    return begin_so or difflib.get_close_matches(name, known, n=3, cutoff=0.4)
