@@ -311,7 +311,7 @@ def start_logs(cfg: Any, args: argparse.Namespace) -> None:
         for handler in setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name=name).handlers:
             handler.addFilter(_without_control_codes)
             if type(handler.formatter) is not logging.Formatter:  # Detectron2's coloured one is the terminal's
-                handler.addFilter(_for_the_terminal)
+                handler.addFilter(lambda record: not getattr(record, "file_only", False))
     logger.info("Environment info:\n%s", collect_env_info(), extra=FILE_ONLY)
     program = sys.argv[0] if sys.argv[0].startswith("peft-d2 ") else shlex.quote(sys.argv[0])
     logger.info("Command: %s %s", program, shlex.join(sys.argv[1:]), extra=FILE_ONLY)
@@ -323,10 +323,6 @@ def _thread_failed(args: Any) -> None:
     """A thread, TensorBoard's say, meets the limits of the machine as the training does, which says so in one line."""
     if not isinstance(args.exc_value, Exception) or not isinstance(named(args.exc_value), LimitReached):
         threading.__excepthook__(args)
-
-
-def _for_the_terminal(record: logging.LogRecord) -> bool:
-    return not getattr(record, "file_only", False)
 
 
 def _without_control_codes(record: logging.LogRecord) -> bool:

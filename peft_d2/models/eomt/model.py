@@ -124,9 +124,10 @@ class EoMTEncoder(MapBackbone):
                 module.H, module.W = grid
         return grid
 
-    def fit_positions(self, state: dict[str, Tensor], name: str = "backbone.net.pos_embed") -> None:
+    def fit_positions(self, state: dict[str, Tensor]) -> None:
         """Interpolate positions of another square grid in a model's ``state`` to this one's, in place."""
-        net, found = self.net, state.get(name)
+        net, name = self.net, "backbone.net.pos_embed"
+        found = state.get(name)
         wanted = getattr(net, "pos_embed", None)
         if found is None or wanted is None or found.shape[1] == wanted.shape[1]:
             return

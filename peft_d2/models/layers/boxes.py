@@ -13,10 +13,10 @@ to_centres = partial(box_convert, in_fmt="xyxy", out_fmt="cxcywh")
 _EPSILON = 1e-6  # keeps the overlap of boxes without area finite
 
 
-def inverse_sigmoid(x: Tensor, margin: float = 1e-5) -> Tensor:
-    """The logits of ``x``, clamped to [0, 1]; x and 1 - x are at least ``margin``, so that logits are finite."""
+def inverse_sigmoid(x: Tensor) -> Tensor:
+    """The logits of ``x``, clamped to [0, 1]; x and 1 - x are at least 1e-5, so that logits are finite."""
     x = x.clamp(0, 1)
-    return (x.clamp(min=margin) / (1 - x).clamp(min=margin)).log()
+    return (x.clamp(min=1e-5) / (1 - x).clamp(min=1e-5)).log()
 
 
 def mask_boxes(masks: Tensor) -> Tensor:

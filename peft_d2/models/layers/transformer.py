@@ -177,15 +177,13 @@ class FeedForward(nn.Sequential):
 class LayerNorm2d(nn.Module):
     """Normalises (N, C, H, W) over C at each pixel, with a gain and an offset per channel."""
 
-    def __init__(self, channels: int, eps: float = 1e-6) -> None:
+    def __init__(self, channels: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
-        self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        normed = F.layer_norm(x.movedim(1, -1), self.weight.shape, self.weight, self.bias, self.eps)
-        return normed.movedim(-1, 1)
+        return F.layer_norm(x.movedim(1, -1), self.weight.shape, self.weight, self.bias, eps=1e-6).movedim(-1, 1)
 
 
 def input_projections(in_channels: int, channels: int, levels: int, enforce: bool) -> nn.ModuleList:

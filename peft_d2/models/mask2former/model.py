@@ -453,7 +453,9 @@ class MaskedTransformerDecoder(nn.Module):
         if len(features) != _LEVELS:
             raise ValueError(f"the transformer decoder got {len(features)} feature maps; it needs {_LEVELS}")
         sizes = [(f.shape[-2], f.shape[-1]) for f in features]
-        values = [self._flatten(level, feature) for level, feature in enumerate(features)]
+        values = []
+        for project, feature, code in zip(self.input_proj, features, self.level_embed.weight.unbind(), strict=True):
+            values.append((project(feature).flatten(2) + code[:, None]).permute(2, 0, 1).contiguous())
         keys = [value + self.position(*size, value.device)[:, None] for value, size in zip(values, sizes, strict=True)]
         batch, mask_features = mask_features.shape[0], autocast_type(mask_features)
         position = self.query_embed.weight[:, None].expand(-1, batch, -1)
@@ -494,10 +496,6 @@ class MaskedTransformerDecoder(nn.Module):
         # Torch would make such numbers of bools for each head anew, which takes longer than attending itself.
         bias = torch.zeros_like(blocked, dtype=self.level_embed.weight.dtype).masked_fill_(blocked, -torch.inf)
         return bias[:, None].expand(-1, self.num_heads, -1, -1).flatten(0, 1)  # of one image: the same memory
-
-    def _flatten(self, level: int, feature: Tensor) -> Tensor:
-        x = self.input_proj[level](feature).flatten(2) + self.level_embed.weight[level][:, None]
-        return x.permute(2, 0, 1).contiguous()
 
 
 @entry(

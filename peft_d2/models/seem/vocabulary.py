@@ -120,13 +120,11 @@ def _checked(tensors: dict[str, Tensor], metadata: dict[str, str]) -> ClassVecto
 
 
 @torch.no_grad()
-def encode_classes(
-    encoder: TextEncoder, tokenizer: Tokenizer, names: Sequence[str], templates: Sequence[str] = TEMPLATES
-) -> ClassVectors:
+def encode_classes(encoder: TextEncoder, tokenizer: Tokenizer, names: Sequence[str]) -> ClassVectors:
     """Run the text encoder once for every class, the background and template."""
     if not names or not all(name.strip() for name in names):
         raise ClassVectorsError("there is no class to encode, or one without a name")
-    texts = [text for name in (*names, BACKGROUND) for text in prompts(name, templates)]
+    texts = [text for name in (*names, BACKGROUND) for text in prompts(name)]
     chunks = []
     for start in range(0, len(texts), _TEXTS_PER_CALL):
         ids = tokenizer(texts[start : start + _TEXTS_PER_CALL])
@@ -136,9 +134,9 @@ def encode_classes(
                 f"takes {encoder.context} tokens with ids below {encoder.vocabulary}: they do not belong together"
             )
         chunks.append(encoder(ids.to(encoder.lang_proj.device)).float().cpu())
-    vectors = torch.cat(chunks).unflatten(0, (len(names) + 1, len(templates))).transpose(0, 1).contiguous()
+    vectors = torch.cat(chunks).unflatten(0, (len(names) + 1, len(TEMPLATES))).transpose(0, 1).contiguous()
     weights = {name: value for name, value in encoder.state_dict().items() if name != "logit_scale"}
-    return ClassVectors(tuple(names), vectors, tuple(templates), fingerprint(weights).weights)
+    return ClassVectors(tuple(names), vectors, TEMPLATES, fingerprint(weights).weights)
 
 
 class Vocabulary:
