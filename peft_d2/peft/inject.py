@@ -49,12 +49,12 @@ from .state import (
     after_state_dict,
     check_name,
     get_injection,
+    in_own_mode,
     injected,
     injected_root,
     refuse_sharded,
     refuse_wrapper,
     start_hashes,
-    trainable_tensors,
     unstorable,
 )
 from .targets import EVERYTHING, ModelIndex, match, resolve_train
@@ -70,7 +70,7 @@ def match_targets(model: nn.Module, pattern: str) -> list[str]:
     return match(pattern, ModelIndex.of(model).module_names())
 
 
-@trainable_tensors
+@in_own_mode
 def inject(
     model: nn.Module, methods: Entries = (), train: Patterns = (), name: str = "default", example: Any = None
 ) -> Report:
@@ -123,7 +123,7 @@ def inject(
     return make_report(model)
 
 
-@trainable_tensors
+@in_own_mode
 def add_adapter(
     model: nn.Module, name: str, methods: Entries = None, train: Patterns = None, example: Any = None
 ) -> Report:

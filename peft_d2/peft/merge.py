@@ -26,13 +26,12 @@ from .lora.factors import LowRank
 from .state import (
     BASE,
     Injection,
+    in_own_mode,
     injected,
     low_ranks,
     refuse_meta,
     refuse_sharded,
     require_intact,
-    trainable_tensors,
-    without_autocast,
 )
 
 logger = logging.getLogger(__name__)
@@ -104,7 +103,7 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
             merge(model)
 
 
-@without_autocast
+@in_own_mode
 @torch.no_grad()
 def merge(model: nn.Module) -> list[str]:
     """Write the active adapter's weight changes into the base weights; the originals are kept for :func:`unmerge`.
@@ -135,7 +134,7 @@ def merge(model: nn.Module) -> list[str]:
     return left
 
 
-@without_autocast
+@in_own_mode
 @torch.no_grad()
 def unmerge(model: nn.Module) -> None:
     """Put the base weights back, bit for bit. A model that is not merged stays as it is."""
@@ -161,8 +160,7 @@ def delete_adapter(model: nn.Module, name: str) -> None:
     forget_adapter(root, name)
 
 
-@trainable_tensors
-@without_autocast
+@in_own_mode
 def remove(model: nn.Module, keep: bool = False) -> nn.Module:
     """Undo the injection: every module has its own class and its own Parameters again, and nothing injected is left.
 
@@ -248,7 +246,7 @@ def _refuse_shared(model: nn.Module, plan: Sequence[tuple[Adapted, Mapping[str, 
                 )
 
 
-@without_autocast
+@in_own_mode
 @torch.no_grad()
 def combine_adapters(
     model: nn.Module, weights: Mapping[str, float], name: str, kind: str = "linear", rank: int | None = None

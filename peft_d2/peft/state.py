@@ -172,42 +172,26 @@ def injected_root(model: nn.Module) -> nn.Module | None:
     return None
 
 
-def trainable_tensors(function: Callable[P, R]) -> Callable[P, R]:
-    """Let a function whose first argument is a model make trainable tensors even where it is called in inference mode.
+def in_own_mode(function: Callable[P, R]) -> Callable[P, R]:
+    """Decorator: call the function outside of autocast, and in inference mode only if its model was made in that.
 
-    What is added to a model that was made in inference mode is of that mode, like the model: neither can be trained.
+    The model is the function's first argument. What is added to a model has to be of its parameters' mode: tensors made
+    in inference mode cannot be trained. Autocast keeps copies of parameters, which the function may have changed: they
+    are dropped afterwards.
     """
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         """Call the function in the mode that the model's own parameters were made in."""
         model = args[0] if args else kwargs.get("model")
-        mode = isinstance(model, nn.Module) and any(
-            not is_lazy(value) and value.is_inference() for _, value in own_parameters(model)
-        )
-        if mode == torch.is_inference_mode_enabled():
-            return function(*args, **kwargs)
-        with torch.inference_mode(mode):
-            return function(*args, **kwargs)
-
-    return call
-
-
-def without_autocast(function: Callable[P, R]) -> Callable[P, R]:
-    """Let a function whose first argument is a model compute in its tensors' own types even under torch.autocast.
-
-    Autocast keeps copies of parameters. They are dropped afterwards, as the function may have changed the parameters.
-    """
-
-    @functools.wraps(function)
-    def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        """Call the function with autocast switched off on the model's devices."""
-        model = args[0] if args else kwargs.get("model")
-        devices = {value.device.type for _, value in own_parameters(model)} if isinstance(model, nn.Module) else set()
+        parameters = [value for _, value in own_parameters(model)] if isinstance(model, nn.Module) else []
+        inference = any(not is_lazy(value) and value.is_inference() for value in parameters)
         with contextlib.ExitStack() as stack:
             stack.callback(torch.clear_autocast_cache)
-            for device in devices - {"meta"}:
+            for device in {value.device.type for value in parameters} - {"meta"}:
                 stack.enter_context(torch.autocast(device, enabled=False))
+            if inference != torch.is_inference_mode_enabled():
+                stack.enter_context(torch.inference_mode(inference))
             return function(*args, **kwargs)
 
     return call
@@ -386,8 +370,7 @@ def adapter_state_dict(model: nn.Module, name: str = "default") -> dict[str, Ten
     return {key: whole(value.detach()) for key, value in _tensors(injected(model)[1], name).items()}
 
 
-@trainable_tensors
-@without_autocast
+@in_own_mode
 @torch.no_grad()
 def load_adapter_state_dict(
     model: nn.Module, state: Mapping[str, Tensor], name: str = "default", other_classes: bool = False
