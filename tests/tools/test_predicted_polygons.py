@@ -57,7 +57,7 @@ def written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
             return image, {"instances": instances}
 
     monkeypatch.setattr(demo, "Predictor", Predictor)
-    monkeypatch.setattr(demo, "prepare_config", lambda args: None)
+    monkeypatch.setattr(demo, "prepare_config", lambda args, **_: None)
     monkeypatch.setattr(demo, "draw", lambda *args: 3)
 
     def write(*arguments: str) -> Path:
