@@ -14,6 +14,7 @@ import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from numbers import Real
 from typing import Any
 
 import torch
@@ -262,7 +263,8 @@ def combine_adapters(
         InjectionError: the adapters differ in more than rank, or hold a kind that has no sum (DoRA, COBOT).
     """
     injection = injected(model)[1]
-    fits = isinstance(weights, Mapping) and weights and all(map(math.isfinite, weights.values()))
+    fits = isinstance(weights, Mapping) and weights
+    fits = fits and all(isinstance(value, Real | Tensor) and math.isfinite(value) for value in weights.values())
     if kind not in KINDS or not fits:
         raise InjectionError(
             f"cannot combine {weights!r} by {kind!r}: expected {{name: weight, ...}}, finite weights, and one of "

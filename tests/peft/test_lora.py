@@ -254,6 +254,7 @@ def test_combinations_that_have_no_sum(toy: nn.Module) -> None:
         ({"c": 1.0}, "svd", "LoRA alone"),
         ({"a": 1.0}, "max", "one of linear, svd"),
         ({"a": math.nan}, "linear", "finite weights"),
+        ({"a": "0.5"}, "linear", "finite weights"),
         ({"z": 1.0}, "linear", "no adapter 'z'"),
     ):
         with pytest.raises(peft.InjectionError, match=said):
