@@ -75,6 +75,7 @@ class Recorder:
         runs = 0
 
         def body(*args: Any, **kwargs: Any) -> Any:
+            """Run the block's own forward pass; the second run, in the backward pass, is the one that is measured."""
             nonlocal runs
             runs += 1
             if runs == 1:
@@ -109,6 +110,7 @@ class HostRecorder(Recorder):
         self.calls.append(call := Call(name, number, number, number))
 
         def begin(_: Tensor) -> None:
+            """Note that the block's backward pass begins: the first gradient of its outputs is there."""
             call.start = call.end = self.read() + 1  # what a block keeps is freed little by little until the next
 
         if learning := [tensor for tensor in tensors_of(output) if tensor.requires_grad]:
