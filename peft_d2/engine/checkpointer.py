@@ -13,6 +13,7 @@ import os
 import re
 import secrets
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -313,10 +314,12 @@ class Checkpointer(DetectionCheckpointer):
 
 def trained_classes(path: str) -> list[str]:
     """Names of the classes that a whole model was trained on, of a run's or a merged checkpoint; none where unknown."""
-    with contextlib.suppress(CheckpointError, OSError, AttributeError):
+    with contextlib.suppress(CheckpointError, OSError):
         content = read_file(path, values=False)
-        names = content["classes"] if "classes" in content else content.get("trainer", {}).get("classes")
-        return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else []
+        places = (content, content.get("trainer")) if isinstance(content, Mapping) else ()
+        names = next((place["classes"] for place in places if isinstance(place, Mapping) and "classes" in place), None)
+        if isinstance(names, list) and all(isinstance(name, str) for name in names):
+            return names
     return []
 
 

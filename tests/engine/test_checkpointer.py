@@ -12,13 +12,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 pytest.importorskip("detectron2")
 
 import peft_d2  # noqa: E402
 from peft_d2 import adapters, peft  # noqa: E402
-from peft_d2.engine.checkpointer import Checkpointer  # noqa: E402
+from peft_d2.engine.checkpointer import Checkpointer, trained_classes  # noqa: E402
 from peft_d2.storage import (  # noqa: E402
     AdapterFileError,
     CheckpointError,
@@ -354,7 +355,6 @@ def test_an_adapter_that_is_replaced_while_it_is_read_is_read_again(
 def test_detectron2s_own_checkpointer_reads_safetensors(tmp_path: Path) -> None:
     """As DefaultPredictor does with MODEL.WEIGHTS; an adapter's file is refused by name."""
     from detectron2.checkpoint import DetectionCheckpointer
-    from safetensors.torch import save_file
 
     for _ in range(2):
         peft_d2.register()
@@ -365,6 +365,32 @@ def test_detectron2s_own_checkpointer_reads_safetensors(tmp_path: Path) -> None:
     save_file({"base_model.model.0.lora_A.weight": torch.ones(1, 3)}, tmp_path / "adapter.safetensors")
     with pytest.raises(CheckpointError, match=r"adapter.*MODEL\.PEFT\.WEIGHTS"):
         DetectionCheckpointer(model).load(str(tmp_path / "adapter.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("content", "names"),
+    [
+        ({"model": {}, "classes": ["car", "bus"]}, ["car", "bus"]),
+        ({"model": {}, "trainer": {"classes": ["car", "bus"]}}, ["car", "bus"]),
+        ({"model": {}, "trainer": None}, []),
+        ({"model": {}, "classes": 3}, []),
+        ({"model": {}, "classes": [3]}, []),
+        ([1, 2], []),
+        (torch.zeros(2), []),
+    ],
+)
+def test_classes_of_whole_models(content: Any, names: list[str], tmp_path: Path) -> None:
+    torch.save(content, tmp_path / "model.pth")
+    assert trained_classes(str(tmp_path / "model.pth")) == names
+
+
+def test_files_that_hold_no_classes(tmp_path: Path) -> None:
+    save_file({"w": torch.zeros(2)}, tmp_path / "model.safetensors")
+    (tmp_path / "damaged.pth").write_bytes(b"damaged")
+    for name in ("model.safetensors", "damaged.pth", "missing.pth", ""):
+        assert trained_classes(str(tmp_path / name)) == []
+    for elsewhere in ("", "detectron2://ImageNetPretrained/MSRA/R-50.pkl", "https://example.org/model.pth"):
+        assert trained_classes(elsewhere) == []
 
 
 def test_a_run_of_an_earlier_version_is_resumed(tmp_path: Path) -> None:
