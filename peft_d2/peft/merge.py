@@ -263,9 +263,9 @@ def combine_adapters(
         InjectionError: the adapters differ in more than rank, or hold a kind that has no sum (DoRA, COBOT).
     """
     injection = injected(model)[1]
-    fits = isinstance(weights, Mapping) and weights
-    fits = fits and all(isinstance(value, Real | Tensor) and math.isfinite(value) for value in weights.values())
-    if kind not in KINDS or not fits:
+    values = list(weights.values()) if isinstance(weights, Mapping) else []
+    finite = all(isinstance(value, Real | Tensor) and math.isfinite(value) for value in values)
+    if kind not in KINDS or not values or not finite:
         raise InjectionError(
             f"cannot combine {weights!r} by {kind!r}: expected {{name: weight, ...}}, finite weights, and one of "
             f"{', '.join(KINDS)}"
