@@ -25,7 +25,11 @@ _NEEDED = {
 
 
 class _Proposals(pickle.Unpickler):
-    """Reads arrays and plain containers; a pickle that asks for anything else could run code."""
+    """Reads arrays and plain containers; a pickle that asks for anything else could run code.
+
+    The reader of checkpoints (``storage.torch_file``) lets more pass, since it puts stand-ins in its place. What passes
+    here, Detectron2 unpickles for real.
+    """
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _NEEDED:

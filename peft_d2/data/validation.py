@@ -106,7 +106,9 @@ def _warn_of_shared(trained: str, tested: str) -> None:
     from detectron2.data import MetadataCatalog
 
     metas = [MetadataCatalog.get(name).as_dict() for name in (trained, tested)]
-    if not all(os.path.isfile(meta.get("json_file") or "") and meta.get("image_root") for meta in metas):
+    if not all(meta.get("evaluator_type") == "coco" and meta.get("image_root") for meta in metas):
+        return
+    if not all(os.path.isfile(meta.get("json_file") or "") for meta in metas):
         return
     roots = [os.path.realpath(meta["image_root"]) for meta in metas]
     if not any(lies_inside(*pair) for pair in (roots, roots[::-1])):
@@ -114,9 +116,8 @@ def _warn_of_shared(trained: str, tested: str) -> None:
     files = [
         {os.path.realpath(os.path.join(root, image["file_name"])) for image in read_json(meta["json_file"])["images"]}
         for root, meta in zip(roots, metas, strict=True)
-        if meta.get("evaluator_type") == "coco"
     ]
-    if shared := set.intersection(*files) if len(files) == 2 else None:
+    if shared := files[0] & files[1]:
         logger.warning(
             "data set %r: %d of its %d images are those of %r, too, %s first: figures of what was trained on say "
             "little of other images.",

@@ -314,6 +314,8 @@ class Checkpointer(DetectionCheckpointer):
 
 def trained_classes(path: str) -> list[str]:
     """Names of the classes that a whole model was trained on, of a run's or a merged checkpoint; none where unknown."""
+    if path.endswith(".safetensors"):  # tensors alone, which there is no need to read
+        return []
     with contextlib.suppress(CheckpointError, OSError):
         content = read_file(path, values=False)
         places = (content, content.get("trainer")) if isinstance(content, Mapping) else ()
