@@ -25,7 +25,6 @@ from PIL import Image, ImageDraw
 from pycocotools import mask as coco_mask
 
 import peft_d2
-from peft_d2 import peft
 from peft_d2.data.images import image_size, visible
 from peft_d2.engine.config import PEFT_ARCHITECTURE
 from peft_d2.engine.errors import ConfigError, bounded, one_line_errors
@@ -353,12 +352,19 @@ class Predictor:
         from detectron2.data import transforms as T
 
         from peft_d2.data.augmentation import LongestSide, keep_a_pixel
-        from peft_d2.engine.checkpointer import Checkpointer, trained_classes
+        from peft_d2.engine.checkpointer import Checkpointer, model_classes
         from peft_d2.evaluation.tiling import inference_model
         from peft_d2.models.sam.model import SegmentAnything
 
         if adapters and cfg.TEST.TILES.ENABLED:
             raise ConfigError("--adapters draws whole images: append TEST.TILES.ENABLED False.")
+        if adapters and cfg.MODEL.PEFT.WEIGHTS:
+            raise ConfigError("--adapters names what is drawn: give MODEL.PEFT.WEIGHTS there, or append it as ''.")
+        if cfg.MODEL.LOAD_PROPOSALS:
+            raise ConfigError(
+                "MODEL.LOAD_PROPOSALS: this model takes boxes that were computed before, which an image file does not "
+                "hold. Evaluate it on a data set with tools/train_net.py --eval-only."
+            )
         if adapters and cfg.MODEL.META_ARCHITECTURE == PEFT_ARCHITECTURE:
             cfg = cfg.clone()
             cfg.defrost()
@@ -371,9 +377,7 @@ class Predictor:
         warn_of_untrained(cfg, self.model, checkpointer.names())
         names = (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)  # the model's classes are those trained on
         self.metadata = MetadataCatalog.get(names[0] if names else "__unnamed__")
-        injection = peft.get_injection(self.model)
-        scored = list(getattr(self.model, "class_names", ()))  # of a model that is told its classes by name
-        scored = scored or (injection.current.classes if injection else trained_classes(cfg.MODEL.WEIGHTS))
+        scored = model_classes(self.model, cfg.MODEL.WEIGHTS)
         if scored and scored not in (self.metadata.get("stuff_classes"), self.metadata.get("thing_classes")):
             self.metadata = Metadata(thing_classes=scored, stuff_classes=scored)
         self.base = self.model

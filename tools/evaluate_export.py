@@ -65,11 +65,16 @@ def read_graph(path: Path) -> Callable[..., tuple[Tensor, ...]]:
     return run
 
 
-def replace_networks(model: Any, path: Path) -> None:
-    """Let the graphs at ``path`` compute what the networks of ``model``, on the CPU and in eval mode, do."""
+def read_record(path: Path) -> dict[str, Any]:
+    """What the export wrote of its graphs; ConfigError where these cannot be evaluated."""
     record = json.loads(Path(f"{path}.json").read_text())
     if record["adapter_inputs"]:
         raise ConfigError(f"{path} takes an adapter's tensors as inputs: export it without --adapter-inputs.")
+    return record
+
+
+def replace_networks(model: Any, path: Path, record: dict[str, Any]) -> None:
+    """Let the graphs at ``path`` compute what the networks of ``model``, on the CPU and in eval mode, do."""
     graphs = [read_graph(path.with_name(name)) for name in record["graphs"]]
     if isinstance(model, SegmentAnything):
         _replace_prompted(model, graphs)
@@ -120,11 +125,12 @@ def _replace_prompted(model: SegmentAnything, graphs: list[Callable[..., tuple[T
 
 def compare(cfg: Any, path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """The figures of all test sets, of the model in torch and of the graphs."""
+    record = read_record(path)
     model: Any = build_model(cfg).cpu().eval()
     Checkpointer(model, allow_other_base=cfg.MODEL.PEFT.ALLOW_OTHER_BASE).load(cfg.MODEL.WEIGHTS)
     with torch.no_grad():
         own = Trainer.test(cfg, model)
-        replace_networks(model, path)
+        replace_networks(model, path, record)
         return own, Trainer.test(cfg, model)
 
 

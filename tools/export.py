@@ -27,7 +27,7 @@ from torch.func import functional_call
 
 from peft_d2 import peft
 from peft_d2.adapters import adapter_contents
-from peft_d2.engine.checkpointer import trained_classes
+from peft_d2.engine.checkpointer import model_classes
 from peft_d2.engine.errors import ConfigError, bounded, one_line_errors
 from peft_d2.engine.factory import build_model
 from peft_d2.engine.launch import prepare_config, warn_of_untrained
@@ -215,7 +215,7 @@ def adapter_inputs(model: nn.Module, prefix: str) -> tuple[dict[str, Tensor], di
 def write(model: nn.Module, cfg: Any, path: Path, kind: str, size: tuple[int, int], with_adapter: bool) -> list[Path]:
     """Write the graphs of one model and what is needed to use them; returns the files."""
     injection = get_injection(model)
-    trained_on = injection.current.classes if injection else trained_classes(cfg.MODEL.WEIGHTS)
+    classes = model_classes(model, cfg.MODEL.WEIGHTS)
     adapter = json.loads(adapter_contents(model)[adapter_file.RECORD]) if injection and with_adapter else {}
     model = prepared(model, merged=not with_adapter)
     tensors, keys = adapter_inputs(model, "model.") if with_adapter else ({}, {})
@@ -247,8 +247,7 @@ def write(model: nn.Module, cfg: Any, path: Path, kind: str, size: tuple[int, in
         classify = "softmax" if getattr(model, "softmax_classes", True) else "sigmoid"
         record |= {"model": type(model).__name__.removeprefix("Adapted"), "scores": classify}
         record["bicubic"], record["mask_quality"] = model.bicubic_results, model.mask_quality
-        names = getattr(model, "class_names", ()) or getattr(model.metadata, "thing_classes", ())
-        record["classes"] = list(names or trained_on)
+        record["classes"] = classes or list(getattr(model.metadata, "thing_classes", ()))
         image = 255 * torch.rand(2, channels, *size)
         graph = RawOutputs(model)
         with torch.no_grad():  # also makes class vectors that are made at their first use

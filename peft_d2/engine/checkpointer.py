@@ -312,6 +312,17 @@ class Checkpointer(DetectionCheckpointer):
             logger.warning("Checkpoint %s is kept: it holds %r, which is not part of one.", path, other)
 
 
+def model_classes(model: nn.Module, path: str) -> list[str]:
+    """Names of a model's classes, by its indices: those that it is told, or was trained on; none where unknown.
+
+    Args:
+        path: of its checkpoint, which is asked where it has no adapter.
+    """
+    injection = peft.get_injection(model)
+    told = list(getattr(model, "class_names", ()))
+    return told or (injection.current.classes if injection else trained_classes(path))
+
+
 def trained_classes(path: str) -> list[str]:
     """Names of the classes that a whole model was trained on, of a run's or a merged checkpoint; none where unknown."""
     if path.endswith(".safetensors"):  # tensors alone, which there is no need to read

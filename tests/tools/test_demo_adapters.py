@@ -49,6 +49,15 @@ def test_each_adapter_is_drawn_beside_the_base(tmp_path: Path, monkeypatch: pyte
     assert np.array_equal(base, same) and not np.array_equal(base, other)
 
 
+def test_what_cannot_be_drawn_is_refused_before_a_model_is_built(tmp_path: Path) -> None:
+    beside = load_config(str(TINY), opts=["MODEL.PEFT.WEIGHTS", str(tmp_path)]).cfg
+    with pytest.raises(demo.ConfigError, match="--adapters names what is drawn: give MODEL.PEFT.WEIGHTS there"):
+        demo.Predictor(beside, {"night": tmp_path})
+    with_boxes = load_config(str(TINY), opts=["MODEL.LOAD_PROPOSALS", "True"]).cfg
+    with pytest.raises(demo.ConfigError, match="boxes that were computed before, which an image file does not hold"):
+        demo.Predictor(with_boxes)
+
+
 @pytest.mark.parametrize("argument", ["night", "night=", "night={folder}/missing", "=x"])
 def test_what_is_no_adapter_is_refused(argument: str, tmp_path: Path) -> None:
     with pytest.raises(demo.ConfigError, match="expected NAME=DIR"):

@@ -268,6 +268,12 @@ def test_the_demos_base_has_the_same_ap_in_onnxruntime(tmp_path: Path) -> None:
     assert own["segm"]["AP"] > 15 and abs(graph["segm"]["AP"] - own["segm"]["AP"]) < 0.1
 
 
+def test_a_graph_that_takes_an_adapter_is_refused_before_a_model_is_built(tmp_path: Path) -> None:
+    (tmp_path / "model.onnx.json").write_text('{"adapter_inputs": {"a": "b"}}')
+    with pytest.raises(export.ConfigError, match="export it without --adapter-inputs"):
+        evaluate_export.compare(None, tmp_path / "model.onnx")
+
+
 @pytest.mark.parametrize(("shape", "size"), [((8, 6), (32, 24)), ((9, 7), (5, 11)), ((4, 4), (4, 4))])
 def test_resizing_is_torchs(shape: tuple[int, int], size: tuple[int, int]) -> None:
     maps = torch.randn(3, *shape)
