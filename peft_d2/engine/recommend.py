@@ -1,7 +1,8 @@
 """``MODEL.PEFT.METHODS: auto``: which methods, modules, ranks and rate suit a config's model and data.
 
 Gradients on some training batches rank the places (:mod:`peft_d2.peft.ranking`); a few steps at each of four rates,
-every time from the start, choose the rate by the loss on batches that were left out.
+every time from the start, choose the rate by the loss on batches that were left out. Where rates are close the smaller
+is taken: the longer a training, the worse it fares with a large one.
 """
 
 from __future__ import annotations
@@ -9,8 +10,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Iterator, Sequence
-from itertools import islice
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,9 @@ from peft_d2.peft.ranking import Recommendation, recommend
 from peft_d2.storage import disk
 
 FILE = "recommended.yaml"
-BATCHES, TEST_STEPS, HELD_OUT = 16, 12, 4
+BATCHES, TEST_STEPS, HELD_OUT = 16, 36, 4
 RATES = (0.5, 1.0, 2.0, 4.0)  # times SOLVER.BASE_LR
+CLOSE = 0.03  # of the best rate's loss
 LR_FACTOR = 4.0  # of what is injected, as in this project's configs
 logger = logging.getLogger(__name__)
 
@@ -80,7 +82,7 @@ def advise(cfg: Any, budget: int = 0) -> tuple[Any, Recommendation, dict[float, 
         ConfigError: a budget that TRAIN alone exceeds, or no gradients.
     """
     loader = build_train_loader(cfg)
-    batches = list(islice(iter(loader), BATCHES + TEST_STEPS + HELD_OUT))
+    batches = list(islice(iter(loader), BATCHES + HELD_OUT))
     loader.close()
     if cfg.SEED >= 0:
         seed_everything(cfg.SEED, 0, 0)  # new heads start as in the training
@@ -92,11 +94,11 @@ def advise(cfg: Any, budget: int = 0) -> tuple[Any, Recommendation, dict[float, 
         peft.inject(model, found.methods, train=found.train)
     except peft.PeftError as error:
         raise ConfigError(f"MODEL.PEFT.METHODS auto: {error}") from error
-    return cfg, found, range_test(cfg, model, batches[BATCHES:-HELD_OUT], batches[-HELD_OUT:])
+    return cfg, found, range_test(cfg, model, batches[:BATCHES], batches[BATCHES:])
 
 
 def range_test(cfg: Any, model: nn.Module, batches: Sequence[Any], held_out: Sequence[Any]) -> dict[float, float]:
-    """Rate -> mean loss on ``held_out`` after a step on each of ``batches``; an injected model, left as it was.
+    """Rate -> mean loss on ``held_out`` after ``TEST_STEPS`` on ``batches``, over and over; the model stays as it was.
 
     Infinity stands for losses that are not finite, and for Detectron2's region proposals, which raise an error then.
 
@@ -111,7 +113,7 @@ def range_test(cfg: Any, model: nn.Module, batches: Sequence[Any], held_out: Seq
         model.train()
         found[rate] = math.inf
         with contextlib.suppress(FloatingPointError):
-            for loss in _losses(model, batches, cfg.SEED):
+            for loss in _losses(model, islice(cycle(batches), TEST_STEPS), cfg.SEED):
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 optimizer.step()
@@ -130,9 +132,14 @@ def range_test(cfg: Any, model: nn.Module, batches: Sequence[Any], held_out: Seq
     return found
 
 
+def choose_rate(losses: dict[float, float]) -> float:
+    """The smallest rate whose loss is within ``CLOSE`` of the best one's."""
+    best = min(losses.values())
+    return min(rate for rate, loss in losses.items() if loss <= best + CLOSE * abs(best))
+
+
 def explained(cfg: Any, found: Recommendation, losses: dict[float, float]) -> str:
     """The recommendation as a file for ``--peft-config``, with the reasons as comments."""
-    rate = min(losses, key=lambda key: losses[key])
     parts: dict[str, int] = {}
     for candidate, rank in found.chosen:
         part = ".".join(candidate.names[0].split(".")[:2])
@@ -155,7 +162,7 @@ def explained(cfg: Any, found: Recommendation, losses: dict[float, float]) -> st
                 "TRAIN": found.train,
             },
         },
-        "SOLVER": {"BASE_LR": rate},
+        "SOLVER": {"BASE_LR": choose_rate(losses)},
     }
     return "\n".join([*lines, yaml.safe_dump(tree, sort_keys=False, width=120)])
 
@@ -171,7 +178,7 @@ def _base(cfg: Any) -> tuple[nn.Module, list[str]]:
     return model, list(dict.fromkeys(name.rpartition(".")[0] for name in anew if name in parameters))
 
 
-def _losses(model: nn.Module, batches: Sequence[Any], seed: int) -> Iterator[Any]:
+def _losses(model: nn.Module, batches: Iterable[Any], seed: int) -> Iterator[Any]:
     """Yield the model's summed losses on each batch, with the same random numbers for the same seed."""
     for number, batch in enumerate(batches):
         with sample_seed(max(seed, 0), number), EventStorage():

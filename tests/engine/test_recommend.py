@@ -120,7 +120,8 @@ class Overflows(nn.Module):
         return {"loss": -weight * (float("nan") if float(weight) >= self.nan else 1.0)}
 
 
-def test_rates_that_diverge_are_not_taken(make_cfg: Callable[..., Any]) -> None:
+def test_rates_that_diverge_are_not_taken(make_cfg: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recommend, "TEST_STEPS", 1)
     cfg = make_cfg("SOLVER.OPTIMIZER", "SGD", "SOLVER.CLIP_GRADIENTS.ENABLED", False, "SOLVER.WEIGHT_DECAY", 0.0)
     step = cfg.SOLVER.BASE_LR * recommend.RATES[0]
     for nan, error, finite in ((3.0, 5.0, 2), (9.0, 1.5, 1)):
@@ -132,8 +133,35 @@ def test_rates_that_diverge_are_not_taken(make_cfg: Callable[..., Any]) -> None:
         assert float(model.fc.weight) == 0.0
     model = Overflows(0.0, 9.0)
     peft.inject(model, [], ["fc"])
-    with pytest.raises(ConfigError, match="METHODS auto: no loss is finite after 2 steps.*lower SOLVER.BASE_LR"):
+    with pytest.raises(ConfigError, match="METHODS auto: no loss is finite after 1 steps.*lower SOLVER.BASE_LR"):
         recommend.range_test(cfg, model, [[{}]], [[{}]])
+
+
+@pytest.mark.parametrize(
+    ("losses", "chosen"),
+    [
+        ({0.1: 9.0, 0.2: 7.0, 0.4: 6.9, 0.8: math.inf}, 0.2),
+        ({0.1: 9.0, 0.2: 7.0, 0.4: 6.0, 0.8: 5.9}, 0.4),
+        ({0.1: 9.0, 0.2: 7.0, 0.4: 6.0, 0.8: 5.0}, 0.8),
+        ({0.1: -0.97, 0.2: -1.0}, 0.1),
+        ({0.1: 5.0, 0.2: math.inf}, 0.1),
+    ],
+)
+def test_of_close_rates_the_smaller(losses: dict[float, float], chosen: float) -> None:
+    assert recommend.choose_rate(losses) == chosen
+
+
+def test_a_rate_is_tried_on_the_batches_over_and_over(
+    make_cfg: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Plain SGD on a loss of slope -1: the weight, and so the loss, is the steps' sum."""
+    monkeypatch.setattr(recommend, "TEST_STEPS", 5)
+    cfg = make_cfg("SOLVER.OPTIMIZER", "SGD", "SOLVER.CLIP_GRADIENTS.ENABLED", False, "SOLVER.WEIGHT_DECAY", 0.0)
+    cfg.SOLVER.MOMENTUM = 0.0
+    model = Overflows(math.inf, math.inf)
+    peft.inject(model, [], ["fc"])
+    for rate, loss in recommend.range_test(cfg, model, [[{}]], [[{}]]).items():
+        assert loss == pytest.approx(-5 * rate)
 
 
 def test_the_tool(toy_set: Any, base_weights: Path, tmp_path: Path) -> None:
