@@ -80,6 +80,11 @@ SAMPLES = [
         "deform_conv = _DeformConv.apply\nmodulated_deform_conv = _ModulatedDeformConv.apply\n",
         maker.DEFORM_CONV,
     ),
+    (
+        "detectron2/layers/nms.py",
+        "def nms_rotated(b, s, t):\n    return torch.ops.detectron2.nms_rotated(b, s, t)\n",
+        "def nms_rotated(b, s, t):\n    from detectron2 import _C\n\n    return _C.nms_rotated(b, s, t)\n",
+    ),
 ]
 
 

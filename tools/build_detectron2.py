@@ -141,6 +141,13 @@ TABLE = (
         DEFORM_CONV,
         1,
     ),
+    Row(
+        "the suppression of rotated boxes is compiled code, too: looked up there, it says so",
+        r"/layers/nms\.py$",
+        r"^    return torch\.ops\.detectron2\.nms_rotated\(",
+        "    from detectron2 import _C\n\n    return _C.nms_rotated(",
+        1,
+    ),
 )
 
 # Takes the place of the compiled module. Dunder names are missing in the usual way, for what probes any module.
