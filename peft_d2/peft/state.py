@@ -11,6 +11,7 @@ import contextlib
 import functools
 import hashlib
 import logging
+import os
 import re
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -45,6 +46,14 @@ SUFFIXES = {
     ".lora_embedding_a": ".lora_embedding_A",
     ".lora_embedding_b": ".lora_embedding_B",
 }
+
+
+def _lock() -> Any:
+    """A lock for which ``os.fork`` waits: a child would inherit it taken, by a thread that it does not have."""
+    lock = threading.RLock()
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(before=lock.acquire, after_in_parent=lock.release, after_in_child=lock.release)
+    return lock
 
 
 @dataclass
@@ -98,7 +107,7 @@ class Injection:
     statistics: list[Adapted] = field(default_factory=list, compare=False, repr=False)  # norms that stay frozen
     hashes: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)  # of the base's tensors: a cache
     split: Any = field(default=None, compare=False, repr=False)  # how mixed batches run, once found: mixed.py
-    lock: Any = field(default_factory=threading.RLock, compare=False, repr=False)  # one mixed batch at a time
+    lock: Any = field(default_factory=_lock, compare=False, repr=False)  # one mixed batch at a time
 
     @property
     def active(self) -> str:
@@ -121,7 +130,7 @@ class Injection:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Install the active adapter's values: a copy made within ``disabled`` has its adapters on, too."""
-        self.__dict__.update(state, lock=threading.RLock())
+        self.__dict__.update(state, lock=_lock())
         self.install(self.active)
 
     def install(self, adapter: str | None) -> None:

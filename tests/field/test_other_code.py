@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import multiprocessing
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -116,6 +117,37 @@ def test_threads_share_a_model_that_serves_adapters(images: Tensor, tmp_path: Pa
 
 
 def test_a_model_with_adapters_cannot_be_scripted() -> None:
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_fork_waits_for_the_predictions_of_other_threads(images: Tensor, tmp_path: Path) -> None:
+    """A child of then waited for ever, for a thread that it does not have."""
+    peft_d2.save_adapter(injected(), tmp_path / "a")
+    model = Model().eval()
+    peft_d2.load_adapters(model, {"a": tmp_path / "a"})
+    ended = threading.Event()
+
+    def predict() -> None:
+        with torch.no_grad():
+            model([{"image": images[0], "adapter": "a"}])
+
+    def predict_on() -> None:
+        while not ended.is_set():
+            predict()
+
+    predict()
+    with ThreadPoolExecutor(1) as threads:
+        threads.submit(predict_on)
+        try:
+            for _ in range(3):
+                child = multiprocessing.get_context("fork").Process(target=predict)
+                child.start()
+                child.join(20)
+                code = child.exitcode
+                child.kill()
+                assert code == 0
+        finally:
+            ended.set()
+
+
     model, x = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)).eval(), torch.randn(3, 4)
     peft_d2.inject(model, [{**LORA, "TARGETS": ["0"]}])
     expected = change(model)(x)
