@@ -33,6 +33,15 @@ class LivenessError(PeftError, RuntimeError):
 DeadPartError = LivenessError  # its name until 0.1
 
 
+def no_longer_there(names: Sequence[str]) -> InjectionError:
+    """The error of a model in which something that was there at the injection has been replaced since."""
+    return InjectionError(
+        f"what was injected is no longer in the model: {shortened(names, 8)}. Modules were changed after inject (a new "
+        "head, SyncBatchNorm, weight_norm, fused, quantised, pruned or tied layers): change the model first, then "
+        "inject it; compile a part in place, part.compile()"
+    )
+
+
 def shortened(items: Sequence[str], most: int = 20, between: str = ", ") -> str:
     """The first ``most`` items of a list for a message, and how many more there are."""
     more = f"{between if between != ', ' else ' '}and {len(items) - most} more" if len(items) > most else ""

@@ -94,8 +94,8 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
     if merged:
         unmerge(model)
     injection.running.enabled = False
-    injection.install(None)
     try:
+        injection.install(None)
         yield model
     finally:
         injection.install(injection.active)
@@ -120,7 +120,11 @@ def merge(model: nn.Module) -> list[str]:
     injection.require_plain()
     refuse_sharded(root, "merge")
     refuse_meta(root, "merging")
-    plan = [(module, *_merged_weights(module)) for module in injection.current.modules]
+    try:
+        plan = [(module, *_merged_weights(module)) for module in injection.current.modules]
+    except KeyError:  # a weight that a layer changes
+        require_intact(model)
+        raise
     _refuse_shared(model, plan)
     for module, changed, methods in plan:
         module.peft_merged.extend(methods)
@@ -174,6 +178,7 @@ def remove(model: nn.Module, keep: bool = False) -> nn.Module:
     if not injection.running.enabled:
         raise InjectionError("adapters are disabled: leave the disabled(model) block first")
     refuse_sharded(root, "remove adapters")
+    installed = {key: tensor.get() for key, tensor in injection.full.items()}  # an error comes before any change
     if keep:
         merge_whole(model)
         for module in injection.current.modules:
@@ -181,7 +186,7 @@ def remove(model: nn.Module, keep: bool = False) -> nn.Module:
     else:
         unmerge(model)
     for key, original in injection.original.items():
-        now = injection.full[key].get() if keep or key not in injection.base else injection.base[key]
+        now = installed[key] if keep or key not in injection.base else injection.base[key]
         if now is not original:
             original.data = now.detach().clone()  # of another class count, perhaps
     undo(root, injection)
@@ -263,6 +268,7 @@ def combine_adapters(
         InjectionError: the adapters differ in more than rank, or hold a kind that has no sum (DoRA, COBOT).
     """
     injection = injected(model)[1]
+    require_intact(model)
     values = list(weights.values()) if isinstance(weights, Mapping) else []
     finite = all(isinstance(value, Real | Tensor) and math.isfinite(value) for value in values)
     if kind not in KINDS or not values or not finite:

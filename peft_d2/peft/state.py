@@ -24,7 +24,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 
 from .adapted import STORE, ActiveAdapter, Adapted, join, own_parameters, walk_adapted
-from .errors import AdapterStateError, InjectionError, shortened
+from .errors import AdapterStateError, InjectionError, no_longer_there, shortened
 from .lora.factors import LowRank
 from .targets import BaseTensor
 
@@ -297,11 +297,7 @@ def require_intact(model: nn.Module) -> None:
     here = {name for name, _ in own_parameters(root)} | set(injection.current.full)
     gone += [f"{name} (of the base)" for name in injection.was_trainable if name not in here]
     if gone:
-        raise InjectionError(
-            f"what was injected is no longer in the model: {shortened(gone, 8)}. Modules were changed after inject (a "
-            "new head, SyncBatchNorm, weight_norm, fused, quantised, pruned or tied layers): change the model first, "
-            "then inject it; compile a part in place, part.compile()"
-        )
+        raise no_longer_there(gone)
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapted import join, walk
-from .errors import PatternError
+from .errors import PatternError, no_longer_there
 
 EVERYTHING, REGEX_PREFIX = "*", "re:"
 T = TypeVar("T")
@@ -193,8 +193,10 @@ class BaseTensor:
     names: list[str]
 
     def get(self) -> Tensor:
-        """The tensor that is installed now."""
+        """The tensor that is installed now; InjectionError where it is computed from others since (weight_norm)."""
         table, leaf = self.places[0]
+        if leaf not in table:
+            raise no_longer_there(self.names[:1])
         return table[leaf]
 
     def put(self, tensor: Tensor) -> None:

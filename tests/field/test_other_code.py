@@ -402,6 +402,31 @@ def test_a_norm_that_was_fused_into_an_adapted_convolution(tmp_path: Path) -> No
         peft_d2.merge(model)
 
 
+SINCE: dict[str, tuple[str, Callable[[nn.Module], Any]]] = {
+    "merge": ("fc", peft_d2.merge),
+    "remove": ("head", peft.remove),
+    "set_adapter": ("head", lambda model: peft_d2.set_adapter(model, "b")),
+    "disabled": ("head", lambda model: peft_d2.disabled(model).__enter__()),
+    "trained_parameters": ("head", lambda model: list(peft.trained_parameters(model))),
+    "combine_adapters": ("head", lambda model: peft.combine_adapters(model, {"default": 1.0, "b": 1.0}, "c")),
+}
+
+
+@pytest.mark.parametrize("call", SINCE)
+def test_a_weight_that_is_computed_from_others_since_inject(call: str, images: Tensor) -> None:
+    """It was a KeyError of its last name, and ``disabled`` left the adapters off."""
+    model = injected()
+    peft.add_adapter(model, "b")
+    name, function = SINCE[call]
+    nn.utils.parametrizations.weight_norm(model.get_submodule(name))
+    expected = model.eval()(images)
+    with pytest.raises(
+        peft.InjectionError, match=rf"no longer in the model: {name}\.weight.*weight_norm.*then inject it"
+    ):
+        function(model)
+    assert torch.equal(model(images), expected)
+
+
 class Strided(nn.Module):
     """Images -> a dict of one map, as Detectron2's backbones give."""
 
