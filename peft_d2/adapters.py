@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_d2 import peft
-from peft_d2.peft.adapted import own_parameters, walk
+from peft_d2.peft.adapted import own_buffers, own_parameters, unwrapped_name, walk
 from peft_d2.peft.errors import shortened
 from peft_d2.peft.state import injected, low_ranks, tensor_hash
 from peft_d2.storage import CheckpointError, LoadReport, adapter_file, checkpoint, disk, huggingface
@@ -262,7 +262,7 @@ def _read(model: nn.Module, folder: str | os.PathLike[str]) -> tuple[AdapterFile
             content = huggingface.read(folder, model)
     else:
         content = adapter_file.read(folder)
-    if defect := disk.not_finite(content.tensors, dict(model.named_buffers(remove_duplicate=False)).keys()):
+    if defect := disk.not_finite(content.tensors, dict(own_buffers(model, remove_duplicate=False)).keys()):
         remedy = "use an earlier checkpoint: this one comes from a training that diverged, or is damaged"
         raise AdapterFileError(folder, f"it holds {defect}", remedy)
     return content, is_theirs
@@ -340,6 +340,7 @@ def save_merged(model: nn.Module, path: str | os.PathLike[str]) -> None:
         modules = {name for name, *_ in walk(model)}
         # Versions of adapter layers are no part of a base.
         versions = getattr(own, "_metadata", {})  # none where a model makes its state dict itself
+        versions = {unwrapped_name(name): entry for name, entry in versions.items()}
         state._metadata = {name: entry for name, entry in versions.items() if name in modules}
         with disk.file(path) as temporary:
             known = {"classes": classes} if classes else {}
@@ -494,7 +495,7 @@ def _refuse_other_base(
     resized = {name for name, (a, b) in sizes.items() if a != b}
     rows = {name for name in resized if sizes[name][0][1:] == sizes[name][1][1:]}
     if other_classes:
-        free = {*content.tensors, *getattr(model, "by_class_in_training", ()), *dict(model.named_buffers())}
+        free = {*content.tensors, *getattr(model, "by_class_in_training", ()), *dict(own_buffers(model))}
         expected, found = expected.without(rows & free), found.without(rows & free)
     differs = difference(expected, found)
     if differs and not allowed:
@@ -520,7 +521,7 @@ def _base_fingerprint(model: nn.Module, tensors: Collection[str]) -> Fingerprint
     state = (
         peft.base_values(model) if injection else {k: v for k, v in model.state_dict().items() if isinstance(v, Tensor)}
     )
-    all_names = [*own_parameters(model, remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    all_names = [*own_parameters(model, remove_duplicate=False), *own_buffers(model, remove_duplicate=False)]
     chosen = {id(value) for name, value in all_names if name in tensors}  # a shared module has several names for each
     left_out = {name for name, value in all_names if id(value) in chosen} | peft.counters(model)
     return fingerprint(state, trained=left_out, memo=injection.hashes if injection else None)

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from .errors import InjectionError
 
 STORE = "peft"
+_WRAPPED = "_checkpoint_wrapped_module"  # what torch's wrappers for activation checkpointing call the module in them
 _FIELDS = ("peft_active", "peft_backup", "peft_merged", "peft_mode", "peft_name", "peft_trained_by")
 _CLASSES: dict[tuple[type[nn.Module], type[Adapted] | None], type[Adapted]] = {}
 
@@ -270,7 +271,8 @@ def remove_layers(module: Adapted, adapter: str) -> None:
 
 def has_statistics(module: nn.Module) -> bool:
     """Whether training a batch would move this module's running statistics (BatchNorm of any make)."""
-    return isinstance(getattr(module, "running_mean", None), Tensor) and hasattr(module, "momentum")
+    own = module._buffers  # wrappers hand on the attributes of what is in them
+    return "running_mean" in own and isinstance(own["running_mean"], Tensor) and hasattr(module, "momentum")
 
 
 def guard(model: nn.Module, active: ActiveAdapter) -> list[Adapted]:
@@ -279,8 +281,9 @@ def guard(model: nn.Module, active: ActiveAdapter) -> list[Adapted]:
     Returns:
         the norms, whose statistics are frozen unless an adapter trains them.
     """
-    norms = [adapt(module, active, name) for name, module in model.named_modules() if has_statistics(module)]
-    for name, module in model.named_modules():
+    named = [(unwrapped_name(name), module) for name, module in model.named_modules()]
+    norms = [adapt(module, active, name) for name, module in named if has_statistics(module)]
+    for name, module in named:
         if isinstance(module, nn.TransformerEncoder | nn.TransformerEncoderLayer) and adapted_modules(module):
             adapt(module, active, name)
     return norms
@@ -296,23 +299,38 @@ def join(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
 
 
+def unwrapped_name(name: str) -> str:
+    """A name without the levels of torch's ``checkpoint_wrapper`` and ``offload_wrapper``, as state dicts have it."""
+    return f"{name}.".replace(f"{_WRAPPED}.", "").removesuffix(".")
+
+
 def walk(
     module: nn.Module, prefix: str = "", parent: nn.Module | None = None
 ) -> Iterator[tuple[str, nn.Module, nn.Module | None]]:
-    """Yield (name, module, parent) of the modules of a tree, without adapter layers; shared ones under each name."""
+    """Yield (name, module, parent) of the modules of a tree, without adapter layers; shared ones under each name.
+
+    A wrapper of :func:`unwrapped_name` comes before the module in it, under the same name.
+    """
     yield prefix, module, parent
     for name, child in module._modules.items():
         if child is not None and not (name == STORE and isinstance(module, Adapted)):
-            yield from walk(child, join(prefix, name), module)
+            yield from walk(child, prefix if name == _WRAPPED else join(prefix, name), module)
 
 
 def own_parameters(model: nn.Module, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Parameter]]:
-    """(name, parameter) of all parameters of a model, as torch gives them.
+    """(name, parameter) of all parameters of a model.
 
-    Models override ``named_parameters`` or ``parameters`` to keep some from their optimizers or checkpoints; these have
-    to be frozen and stored all the same.
+    Names are those of the state dict. Models override ``named_parameters`` or ``parameters`` to keep some from their
+    optimizers or checkpoints; these have to be frozen and stored all the same.
     """
-    return nn.Module.named_parameters(model, remove_duplicate=remove_duplicate)
+    named = nn.Module.named_parameters(model, remove_duplicate=remove_duplicate)
+    return ((unwrapped_name(name), parameter) for name, parameter in named)
+
+
+def own_buffers(model: nn.Module, remove_duplicate: bool = True) -> Iterator[tuple[str, Tensor]]:
+    """(name, buffer) of all buffers of a model, by the names that they have in its state dict."""
+    named = model.named_buffers(remove_duplicate=remove_duplicate)
+    return ((unwrapped_name(name), buffer) for name, buffer in named)
 
 
 def walk_adapted(model: nn.Module) -> Iterator[tuple[str, Adapted]]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .adapted import Adapted, own_parameters
+from .adapted import Adapted, own_buffers, own_parameters
 from .errors import LivenessError, shortened
 from .probe import as_it_was, call, own_event_storage, tensors_of
 from .state import (
@@ -171,7 +171,7 @@ def _layers(modules: Iterable[Adapted]) -> Iterator[tuple[str, Adapted, list[nn.
 def _frozen_buffers(root: nn.Module, injection: Injection) -> dict[str, str]:
     """Hashes of the base's buffers by name, without those that are trained and those that count steps."""
     trained = {alias for name in injection.current.full for alias in injection.full[name].names}
-    names = dict(root.named_buffers(remove_duplicate=False)).keys() - counters(root) - trained
+    names = dict(own_buffers(root, remove_duplicate=False)).keys() - counters(root) - trained
     return {key: tensor_hash(value) for key, value in base_values(root).items() if key in names}
 
 

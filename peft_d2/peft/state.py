@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 
-from .adapted import STORE, ActiveAdapter, Adapted, join, own_parameters, walk_adapted
+from .adapted import STORE, ActiveAdapter, Adapted, join, own_buffers, own_parameters, unwrapped_name, walk_adapted
 from .errors import AdapterStateError, InjectionError, no_longer_there, shortened
 from .lora.factors import LowRank
 from .targets import BaseTensor
@@ -284,7 +284,7 @@ def get_injection(model: nn.Module) -> Injection | None:
 def require_intact(model: nn.Module) -> None:
     """Raise InjectionError where a module or tensor that was there at the injection is no longer in the model."""
     root, injection = injected(model)
-    modules = dict(root.named_modules(remove_duplicate=False))
+    modules = {unwrapped_name(name): module for name, module in root.named_modules(remove_duplicate=False)}
     ours = [(module, "adapted") for module in injection.current.modules]
     ours += [(module, "a norm whose statistics are frozen") for module in injection.statistics]
     gone = [f"{module.peft_name} ({what})" for module, what in ours if modules.get(module.peft_name) is not module]
@@ -504,7 +504,7 @@ def counters(model: nn.Module) -> set[str]:
 
     Training moves them, so they tell nothing about which base it is.
     """
-    buffers = model.named_buffers(remove_duplicate=False)
+    buffers = own_buffers(model, remove_duplicate=False)
     return {name for name, value in buffers if value.numel() == 1 or name.endswith("num_batches_tracked")}
 
 

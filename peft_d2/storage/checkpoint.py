@@ -20,6 +20,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from peft_d2.peft import injected_keys
+from peft_d2.peft.adapted import own_buffers
 from peft_d2.peft.errors import shortened
 from peft_d2.peft.targets import ModelIndex
 from peft_d2.storage import adapter_file, torch_file
@@ -251,7 +252,7 @@ def load_base(
     unexpected = sorted(name for name in state if name not in own and not _any(name, _COMPUTED))
     if required or misshaped or not matched:
         raise CheckpointError(_refusal(file, required, misshaped, unexpected, own, bool(matched)))
-    if defect := not_finite(matched, {name for name, _ in model.named_buffers(remove_duplicate=False)}):
+    if defect := not_finite(matched, {name for name, _ in own_buffers(model, remove_duplicate=False)}):
         raise CheckpointError(
             f"the checkpoint {file.path} holds {defect}. Nothing was loaded. It comes from a training that diverged, "
             "or is damaged: use an earlier one"

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peft_d2.peft.adapted import walk
 from peft_d2.peft.state import SUFFIXES
 from peft_d2.storage import adapter_file
 from peft_d2.storage.adapter_file import CONFIG, EMBEDDING_A, LORA, MAGNITUDE, TENSORS, A, AdapterFile, B, expression
@@ -115,8 +116,8 @@ class _Reader:
         _check_fields(config)
         self.config, self.wrapper = config, wrapper
         self.dora = bool(config.get("use_dora"))
-        modules = [] if model is None else model.named_modules(remove_duplicate=False)
-        self.by_name = {".".join(filter(None, (wrapper, name))): module for name, module in modules}
+        modules = [] if model is None else walk(model)
+        self.by_name = {".".join(filter(None, (wrapper, name))): module for name, module, _ in modules}
         self.tensors = _named_as_in_model(stored)
         self._drop_unused_output_projections()
         tensors = {name: value for name, value in self.tensors.items() if _OUT_PROJ not in name}

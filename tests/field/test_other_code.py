@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 import peft_d2
@@ -116,7 +117,6 @@ def test_threads_share_a_model_that_serves_adapters(images: Tensor, tmp_path: Pa
         assert list(threads.map(wrong, calls)) == [0] * len(calls)
 
 
-def test_a_model_with_adapters_cannot_be_scripted() -> None:
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_a_fork_waits_for_the_predictions_of_other_threads(images: Tensor, tmp_path: Path) -> None:
     """A child of then waited for ever, for a thread that it does not have."""
@@ -148,6 +148,7 @@ def test_a_fork_waits_for_the_predictions_of_other_threads(images: Tensor, tmp_p
             ended.set()
 
 
+def test_a_model_with_adapters_cannot_be_scripted() -> None:
     model, x = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)).eval(), torch.randn(3, 4)
     peft_d2.inject(model, [{**LORA, "TARGETS": ["0"]}])
     expected = change(model)(x)
@@ -425,6 +426,36 @@ def test_a_weight_that_is_computed_from_others_since_inject(call: str, images: T
     ):
         function(model)
     assert torch.equal(model(images), expected)
+
+
+@pytest.mark.parametrize("when", ["before inject", "after inject"])
+def test_torchs_wrappers_for_activation_checkpointing_change_no_names(
+    when: str, images: Tensor, tmp_path: Path
+) -> None:
+    """Adapters of such a model fitted no base, and merged checkpoints held the adapter's layers."""
+
+    def wrapped(model: nn.Module) -> nn.Module:
+        for name in ("conv", "bn", "fc", "head"):
+            setattr(model, name, checkpoint_wrapper(getattr(model, name)))
+        return model
+
+    model = wrapped(Model()) if when == "before inject" else Model()
+    peft_d2.inject(model, [{**LORA, "TARGETS": ["conv", "fc"]}], ["bn", "head"])
+    model = model if when == "before inject" else wrapped(model)
+    change(model)
+    peft_d2.prove_live(model, images)
+    backward(model, images)
+    expected = model.eval()(images)
+    with peft_d2.disabled(model):
+        assert torch.equal(model(images), Model().eval()(images))
+    peft_d2.save_adapter(model, tmp_path / "a")
+    for other in (Model(), wrapped(Model())):
+        peft_d2.load_adapter(other, tmp_path / "a")
+        assert torch.equal(other.eval()(images), expected)
+    peft_d2.save_merged(model, tmp_path / "merged.pth")
+    plain = Model().eval()
+    plain.load_state_dict(torch.load(tmp_path / "merged.pth")["model"])
+    torch.testing.assert_close(plain(images), expected)
 
 
 class Strided(nn.Module):
