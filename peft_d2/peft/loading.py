@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .adapted import join, walk
 from .errors import InjectionError, shortened
 from .method import choose_targets, layers_of, parse
 from .methods import METHODS
 from .state import (
+    ATTRIBUTE,
     KEPT_BASE,
     KEPT_VALUES,
     Injection,
@@ -46,10 +49,15 @@ def before_load(root: nn.Module, state: dict[str, Any], prefix: str, *_: Any) ->
     """
     injection, index = injected(root)[1], ModelIndex.of(root)
     base, layers = base_values(root), layer_tensors(root)
-    given = {key: state[prefix + key] for key in base if isinstance(state.get(prefix + key), Tensor)}
+    inside = {key: value for key, value in state.items() if key.startswith(prefix) and isinstance(value, Tensor)}
+    tensors = {key.removeprefix(prefix): value for key, value in inside.items()}
+    is_injected = any(key in tensors for key in injected_keys(root))
+    renamed = {} if is_injected else older_names(root, tensors, base)
+    there = {renamed.get(key, key): prefix + key for key in tensors}
+    given = {key: state[there[key]] for key in base if key in there}
     if given and injection.merged:
         raise InjectionError("the adapter is merged into the weights: call unmerge(model) before loading others")
-    if any(prefix + key in state for key in injected_keys(root)):
+    if is_injected:
         return _take_not_installed(injection, state, prefix)
     if not given:
         return None
@@ -76,9 +84,36 @@ def before_load(root: nn.Module, state: dict[str, Any], prefix: str, *_: Any) ->
             *(len(injection.current.start), injection.active),
         )
         fits |= own  # a head of another class count is not missing either
-    state.update({prefix + key: index.tensors[index.first_name[key]].get() for key in fits if key in index.first_name})
+    known = [key for key in fits if key in index.first_name]
+    state.update({there.get(key, prefix + key): index.tensors[index.first_name[key]].get() for key in known})
     state.update({prefix + key: value for key, value in layers.items()})
     return None
+
+
+def older_names(model: nn.Module, state: Mapping[str, Tensor], known: Collection[str]) -> dict[str, str]:
+    """{name in ``state``: name now} of tensors that modules of the model rename as they load their older versions.
+
+    PointRend's heads and the official Mask2Former's do. Here modules load into copies of themselves: the model is not
+    changed. Empty where ``state`` has no others than the ``known`` names, or they would not become known ones.
+    """
+    if state.keys() <= set(known):
+        return {}
+    renamed = dict(state)
+    for path, module, _ in walk(model):
+        is_own = type(module)._load_from_state_dict is not nn.Module._load_from_state_dict
+        if ATTRIBUTE not in module.__dict__ and (is_own or module._load_state_dict_pre_hooks):
+            shell = copy.copy(module)
+            for table in ("_parameters", "_buffers"):
+                held = getattr(module, table).items()
+                setattr(shell, table, {leaf: None if value is None else value.detach().clone() for leaf, value in held})
+            try:
+                shell._load_from_state_dict(renamed, join(path, ""), {}, False, [], [], [])
+            except Exception:  # of their own code, with a file that may not be of their model
+                return {}
+    if len(renamed.keys() & known) <= len(state.keys() & known):
+        return {}
+    before = {id(value): name for name, value in state.items()}
+    return {before[id(value)]: name for name, value in renamed.items() if name not in state and id(value) in before}
 
 
 @torch.no_grad()

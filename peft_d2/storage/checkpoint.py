@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from peft_d2.peft import injected_keys
 from peft_d2.peft.adapted import own_buffers
 from peft_d2.peft.errors import shortened
+from peft_d2.peft.loading import older_names
 from peft_d2.peft.targets import ModelIndex
 from peft_d2.storage import adapter_file, torch_file
 from peft_d2.storage.disk import Defect, load_tensors, not_finite
@@ -241,6 +242,8 @@ def load_base(
     state, removed = unwrapped(model, file, own)
     state, prefix = _named_as_in_model(model, dataclasses.replace(file, state=state), own)
     state = _without_layers(state, own, file.path, of_injected)
+    renamed = older_names(model, state, own)
+    state = {renamed.get(name, name): value for name, value in state.items()}
     matched, heads, misshaped = _compared(state, own, aliases)
 
     backbone = prefix or next((b for b in _BACKBONES if matched and all(name.startswith(b) for name in state)), "")

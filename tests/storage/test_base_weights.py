@@ -363,21 +363,73 @@ def test_a_models_own_upgrade_comes_first(tmp_path: Path) -> None:
     assert torch.equal(model.predictor.query_feat.weight, source.predictor.query_feat.weight)
 
 
+class Head(nn.Module):
+    """Renames the tensors of its first version, as heads of PointRend and of the official Mask2Former do."""
+
+    _version = 2
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(2, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x)
+
+    def _load_from_state_dict(self, state: Any, prefix: str, metadata: Any, *rest: Any) -> None:
+        if metadata.get("version") is None or metadata["version"] < 2:
+            for key in [key for key in state if key.startswith(prefix)]:
+                state[key.replace(prefix, f"{prefix}inner.", 1)] = state.pop(key)
+        super()._load_from_state_dict(state, prefix, metadata, *rest)
+
+
+class Hooked(nn.Module):
+    """The same by torch's hook."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(2, 2)
+        self.register_load_state_dict_pre_hook(self.rename)
+
+    forward = Head.forward
+
+    @staticmethod
+    def rename(module: nn.Module, state: Any, prefix: str, *_: Any) -> None:
+        for leaf in ("weight", "bias"):
+            if prefix + leaf in state:
+                state[f"{prefix}inner.{leaf}"] = state.pop(prefix + leaf)
+
+
+@pytest.mark.parametrize("head", [Head, Hooked])
+def test_names_of_older_versions_of_modules(head: type[nn.Module], tmp_path: Path) -> None:
+    """They were refused; loaded again by a checkpointer, they went over the head that an adapter had trained."""
+    source, model = nn.Sequential(head(), nn.Linear(2, 2)), nn.Sequential(head(), nn.Linear(2, 2))
+    older = {name.replace("inner.", ""): value for name, value in source.state_dict().items()}
+    torch.save({"model": older}, tmp_path / "base.pth")
+    report = load_base(model, tmp_path / "base.pth")
+    assert not report.initial and not report.unexpected
+    assert all(torch.equal(value, source.state_dict()[name]) for name, value in model.state_dict().items())
+    peft.inject(model, [{"NAME": "lora", "TARGETS": ["1"], "RANK": 1}], ["0"])
+    with torch.no_grad():
+        for trained in peft.trained_parameters(model):
+            trained.param.add_(1)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    model.load_state_dict(older, strict=False)  # as Detectron2's checkpointer does it
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    with pytest.raises(peft.InjectionError, match="weights of another base"):
+        model.load_state_dict({name: value + 1 for name, value in older.items()}, strict=False)
+
+
+def test_names_that_no_version_of_a_module_has(tmp_path: Path) -> None:
+    model = nn.Sequential(Head(), nn.Linear(2, 2))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    torch.save({"0.other.weight": torch.ones(2, 2), "1.weight": torch.ones(2, 2)}, tmp_path / "base.pth")
+    with pytest.raises(CheckpointError, match="3 tensors of the model are not in the file: 0.inner.bias, 0.inner.weig"):
+        load_base(model, tmp_path / "base.pth")
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
 @pytest.mark.parametrize("keeps_versions", [True, False])
 def test_modules_that_rename_earlier_versions_leave_their_own_names_alone(tmp_path: Path, keeps_versions: bool) -> None:
-    class Head(nn.Module):  # as the official Mask2Former's heads do
-        _version = 2
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = nn.Linear(2, 2)
-
-        def _load_from_state_dict(self, state: Any, prefix: str, metadata: Any, *rest: Any) -> None:
-            if metadata.get("version") is None or metadata["version"] < 2:
-                for key in [key for key in state if key.startswith(prefix)]:
-                    state[key.replace(prefix, f"{prefix}inner.", 1)] = state.pop(key)
-            super()._load_from_state_dict(state, prefix, metadata, *rest)
-
     first, second = nn.Sequential(Head()), nn.Sequential(Head())
     state = first.state_dict()
     torch.save({"model": state if keeps_versions else dict(state)}, tmp_path / "base.pth")
