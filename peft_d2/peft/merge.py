@@ -131,7 +131,7 @@ def merge(model: nn.Module) -> list[str]:
         for name, value in changed.items():
             weight = module.get_parameter(name)
             module.peft_backup[name] = weight.detach().clone()
-            weight.data.copy_(value)
+            _write(weight, value)
     injection.merged = True
     left = [module.peft_name for module, _, methods in plan if len(methods) < len(module.peft_layers())]
     if left:
@@ -146,7 +146,7 @@ def unmerge(model: nn.Module) -> None:
     injection = injected(model)[1]
     for module in injection.current.modules:
         for name, value in module.peft_backup.items():
-            module.get_parameter(name).data.copy_(value)
+            _write(module.get_parameter(name), value)
         module.peft_backup.clear()
         module.peft_merged.clear()
     injection.merged = False
@@ -216,6 +216,13 @@ def merge_whole(model: nn.Module) -> None:
             f"these modules hold layers that no weight can hold: {shortened(left, 8)}. Keep them as an adapter "
             "(save_adapter), or train one that only changes weights, such as lora"
         )
+
+
+def _write(weight: Tensor, value: Tensor) -> None:
+    """Give a weight other values, but not in other processes: torch lets a model that is sent to one share memory."""
+    if weight.device.type == "cpu" and weight.is_shared():
+        weight.data = weight.detach().clone()
+    weight.data.copy_(value)
 
 
 def _merged_weights(module: Adapted) -> tuple[dict[str, Tensor], list[str]]:

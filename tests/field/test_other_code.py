@@ -148,6 +148,26 @@ def test_a_fork_waits_for_the_predictions_of_other_threads(images: Tensor, tmp_p
             ended.set()
 
 
+@pytest.mark.parametrize("merged", [False, True])
+def test_merging_in_one_process_changes_no_other(merged: bool, images: Tensor) -> None:
+    """torch shares the memory of a model that is sent to a process: merged there, it was in effect twice here."""
+    model = injected([{**LORA, "TARGETS": ["conv", "fc"]}]).eval().share_memory()
+    if merged:
+        peft_d2.merge(model)
+        model.share_memory()
+    expected = model(images).detach()
+
+    def in_a_child() -> None:
+        (peft_d2.unmerge if merged else peft_d2.merge)(model)
+        torch.testing.assert_close(model(images), expected)
+
+    child = multiprocessing.get_context("fork").Process(target=in_a_child)
+    child.start()
+    child.join(60)
+    assert child.exitcode == 0
+    assert torch.equal(model(images), expected)
+
+
 def test_a_model_with_adapters_cannot_be_scripted() -> None:
     model, x = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)).eval(), torch.randn(3, 4)
     peft_d2.inject(model, [{**LORA, "TARGETS": ["0"]}])
