@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from .adapted import (
+    STORE,
     ActiveAdapter,
     Adapted,
     adapt,
@@ -51,6 +52,7 @@ from .state import (
     get_injection,
     in_own_mode,
     injected,
+    injected_keys,
     injected_root,
     refuse_sharded,
     refuse_wrapper,
@@ -115,6 +117,7 @@ def inject(
         model._register_load_state_dict_pre_hook(before_load, with_module=True)
         model._register_state_dict_hook(after_state_dict)
         injection.current.start = start_hashes(injection, name)
+        _refuse_renamed(model, name)
     for _, parameter in own_parameters(model):
         if not parameter.requires_grad:
             parameter.grad = None  # optimizers move whatever has a gradient, zero with weight decay, too
@@ -367,6 +370,16 @@ def _check_model(model: nn.Module) -> None:
     lazy = [name for name, parameter in own_parameters(model) if is_lazy(parameter)]
     if lazy:
         raise InjectionError(f"{lazy[0]} has no shape yet (a lazy module): run the model once, then inject")
+
+
+def _refuse_renamed(model: nn.Module, name: str) -> None:
+    """Refuse a model whose state dict gives adapter layers other names: the adapter would not even fit its own base."""
+    renamed = {key for key in model.state_dict() if f".{STORE}.{name}." in f".{key}"} - injected_keys(model)
+    if renamed:
+        raise InjectionError(
+            f"the state dict has other names than the model's modules, such as {min(renamed)} (a hook or a wrapper "
+            "that renames), so no adapter could be stored: inject without it, and rename where checkpoints are written"
+        )
 
 
 @dataclass(frozen=True)

@@ -478,6 +478,22 @@ def test_torchs_wrappers_for_activation_checkpointing_change_no_names(
     torch.testing.assert_close(plain(images), expected)
 
 
+def test_a_model_that_renames_as_it_saves() -> None:
+    """Its adapters could be saved, and loaded into no model."""
+    model = Model()
+    before = list(model.state_dict())
+
+    def rename(module: nn.Module, state: dict[str, Any], *_: Any) -> None:
+        state.update({f"linear{key[2:]}": state.pop(key) for key in list(state) if key.startswith("fc.")})
+
+    hook = model._register_state_dict_hook(rename)
+    with pytest.raises(peft.InjectionError, match=r"other names .* such as linear\.peft\.default\.lora\.lora_a "):
+        peft_d2.inject(model, [LORA])
+    hook.remove()
+    assert list(model.state_dict()) == before
+    peft_d2.inject(model, [LORA])
+
+
 class Strided(nn.Module):
     """Images -> a dict of one map, as Detectron2's backbones give."""
 
