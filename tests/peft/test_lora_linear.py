@@ -90,6 +90,24 @@ def test_equals_the_branch(
     torch.testing.assert_close(*runs, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("entry", ENTRIES.values(), ids=ENTRIES)
+def test_the_output_may_be_changed_in_place(entry: dict[str, Any], bias: bool, disturb: Callable) -> None:
+    """As nn.ReLU(inplace=True) after a layer does, or timm's Swin v2, which adds the bias itself."""
+    model = nn.ModuleDict({"m": nn.Linear(6, 18, bias=bias)}).double()
+    peft.inject(model, [{"NAME": "lora", "TARGETS": ["m"], "RANK": 2, **entry}])
+    disturb(model)
+    x = torch.randn(3, 40, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    assert saves_passes(x, model["m"].weight, torch.empty(2, 6, dtype=torch.float64))
+    runs = []
+    for relu in (torch.relu, torch.relu_):
+        model.zero_grad()
+        out = relu(model["m"](x))
+        out.sum().backward()
+        runs.append([out, *[t.param.grad for t in peft.trained_parameters(model)]])
+    torch.testing.assert_close(*runs, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("entry", [{"DORA": True}, {"INIT": "pissa"}, {"DROPOUT": 0.5}], ids=str)
 def test_what_needs_the_branch_keeps_it(entry: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear, "low_rank_linear", lambda *_: pytest.fail("used in spite of the entry"))
