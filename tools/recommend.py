@@ -56,8 +56,10 @@ def recommended(args: argparse.Namespace) -> str:
     """The text of the file.
 
     Raises:
-        ConfigError: no data, or a budget that is too small.
+        ConfigError: no data, what no training would begin with, or a budget that is too small.
     """
+    from peft_d2.engine.checks import check_run
+    from peft_d2.engine.config import with_values
     from peft_d2.engine.recommend import advise, explained
 
     if args.percent:
@@ -67,6 +69,7 @@ def recommended(args: argparse.Namespace) -> str:
         raise ConfigError(
             "DATASETS.TRAIN is empty: give --train-json and --train-images, --train-data, or name registered data sets."
         )
+    check_run(with_values(cfg, {"DATASETS.TEST": ()}), evaluate=False, writes=False)
     most = max(1, int(args.memory * 2**20 / BYTES)) if args.memory else 0
     return explained(*advise(cfg, most))
 

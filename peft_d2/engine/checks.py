@@ -45,12 +45,13 @@ _COUNTS = {
 _IMAGENET = (124, 116, 104)  # means of red, green and blue
 
 
-def check_run(cfg: Any, evaluate: bool) -> None:
+def check_run(cfg: Any, evaluate: bool, writes: bool = True) -> None:
     """Refuse a run that would fail only after the model was built or the training had begun.
 
     Args:
         cfg: the run's config; the data sets of its ``DATASETS.REGISTER`` are registered already.
         evaluate: the run evaluates and trains nothing.
+        writes: it writes to ``OUTPUT_DIR``.
 
     Raises:
         ConfigError: no, unknown or defective data sets, or such that nothing can evaluate; impossible numbers; a folder
@@ -73,7 +74,8 @@ def check_run(cfg: Any, evaluate: bool) -> None:
             proposal_files(cfg, split)
     except DatasetError as error:
         raise ConfigError(str(error)) from error
-    _check_writable(cfg.OUTPUT_DIR)
+    if writes:
+        _check_writable(cfg.OUTPUT_DIR)
 
 
 def _check_numbers(cfg: Any) -> None:

@@ -171,3 +171,21 @@ def test_the_tool(toy_set: Any, base_weights: Path, tmp_path: Path) -> None:
     assert tree["MODEL"]["PEFT"]["META_ARCHITECTURE"] == "PD2MaskFormer" and "Loss on batches left out" in text
     parameters = int(text.split()[1].replace(",", ""))
     assert 0 < parameters * 16 <= 0.05 * 2**20
+
+
+@pytest.mark.parametrize(
+    ("json", "opts", "message"),
+    [
+        ('{"images": [], "annotations": [], "categories": [{"id": 1, "name": "a"}]}', [], "images: is empty"),
+        ("", ["SOLVER.IMS_PER_BATCH", "0"], "SOLVER.IMS_PER_BATCH 0 cannot be dealt out"),
+    ],
+)
+def test_the_tool_takes_what_a_training_takes(
+    toy_set: Any, base_weights: Path, tmp_path: Path, json: str, opts: list[str], message: str
+) -> None:
+    (tmp_path / "own.json").write_text(json or toy_set.json.read_text())
+    arguments = ["--config-file", str(TINY), "--name", tmp_path.name, "--train-json", str(tmp_path / "own.json")]
+    opts = [*opts, "MODEL.WEIGHTS", str(base_weights), "OUTPUT_DIR", str(tmp_path / "output")]
+    with pytest.raises(ConfigError, match=message):
+        tool.recommended(tool.recommend_parser().parse_args([*arguments, "--train-images", str(toy_set.images), *opts]))
+    assert not (tmp_path / "output").exists()
