@@ -181,7 +181,7 @@ class TimmBackbone(MapBackbone):
                 f"timm's {known['architecture']} does not take images of {height} x {width} pixels ({error}): it is "
                 f"made for one size, {tuple(known['input_size'][1:])} or the one that MODEL.TIMM.KWARGS sets "
                 "('{img_size: 448}', where it knows that). Images have to be of that size, padding included "
-                "(MODEL.MASK_FORMER.SIZE_DIVISIBILITY pads to it)"
+                "(SIZE_DIVISIBILITY of MODEL.MASK_FORMER or MODEL.MaskDINO pads to it)"
             ) from error
 
     def _on_grid(self, value: Tensor, name: str, x: Tensor) -> Tensor:
