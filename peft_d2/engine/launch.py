@@ -293,13 +293,13 @@ def _make_paths_absolute(cfg: Any) -> None:
     for node, key in (
         *((cfg.MODEL, "WEIGHTS"), (cfg.MODEL.PEFT, "WEIGHTS"), (cfg.MODEL.SEEM, "CLASS_VECTORS")),
         *((cfg.MODEL.TEXT, "PRETRAINED_TOKENIZER"), (cfg.MODEL.SAM, "FEATURE_CACHE"), (cfg.MODEL, "FEATURE_CACHE")),
-        (cfg.INPUT.PROMPTS, "DETECTIONS"),
+        *((cfg.INPUT.PROMPTS, "DETECTIONS"), (cfg.MODEL.TIMM, "WEIGHTS")),
     ):
         node[key] = _absolute(node[key])
 
 
 def _absolute(path: Any) -> Any:
-    if not isinstance(path, str) or not path:
+    if not isinstance(path, str) or path in ("", "timm"):  # TIMM.WEIGHTS's word for a download, whatever folder is here
         return path
     found = os.path.abspath(os.path.expanduser(find_file(path)))
     return found if os.path.exists(found) else path

