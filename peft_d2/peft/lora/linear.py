@@ -44,24 +44,26 @@ class _LowRankLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, low: Tensor | None) -> Tensor:
-        # As rows: of more dimensions F.linear gives a view, which nothing may change in place when it has left here.
-        return F.linear(x.reshape(-1, x.shape[-1]), torch.addmm(weight, b, a), bias)
+        out = F.linear(x, torch.addmm(weight, b, a), bias)
+        # Of more than two dimensions it is a view, which nothing may change in place once it has left here.
+        return torch.ops.aten._unsafe_view(out, out.shape)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         x, weight, _, a, b, low = inputs
-        wanted, ctx.shape = ctx.needs_input_grad, x.shape
+        wanted = ctx.needs_input_grad
         ctx.save_for_backward(x if wanted[1] or wanted[3] or low is None else None, weight, a, b, low)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, a, b, low = ctx.saved_tensors
         for_x, for_weight, for_bias, for_a, for_b, _ = ctx.needs_input_grad
         rows = low if x is None else x.reshape(-1, x.shape[-1])
         low = F.linear(rows, a) if low is None and for_b else low
+        grad = grad_output.reshape(-1, grad_output.shape[-1])
         # CPUs take the time of a whole weight for thin products in other memory orders than these.
         return (
-            (grad @ torch.addmm(weight, b, a)).view(ctx.shape) if for_x else None,
+            (grad @ torch.addmm(weight, b, a)).view(*grad_output.shape[:-1], weight.shape[1]) if for_x else None,
             grad.t() @ rows if for_weight else None,
             grad.sum(0) if for_bias else None,
             F.linear(grad, b.t().contiguous()).t() @ rows if for_a else None,
@@ -78,7 +80,7 @@ def low_rank_linear(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b
     kept: its products with A are all that the gradient of B needs.
     """
     low = F.linear(x, a) if torch.is_grad_enabled() and not a.requires_grad else None
-    return _LowRankLinear.apply(x, weight, bias, a, b, low).view(*x.shape[:-1], len(weight))
+    return _LowRankLinear.apply(x, weight, bias, a, b, low)
 
 
 class _OnLinear(AdapterLayer):
