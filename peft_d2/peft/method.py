@@ -172,23 +172,25 @@ def choose_targets(index: ModelIndex, method: Method) -> list[Target]:
             elif before.parts:
                 parts = tuple(dict.fromkeys(before.parts + target.parts)) if target.parts else ()
                 chosen[id(target.module)] = replace(before, parts=parts)
-        _check_refused(method, pattern, matched, refused)
+        has_levels = any(any(index.modules[name].children()) for name in refused)
+        _check_refused(method, pattern, matched, refused, has_levels)
     if not chosen:
         raise MethodError(f"method {method.name!r}: EXCLUDE takes back everything that TARGETS choose")
     order = {key: position for position, key in enumerate(index.targets)}
     return sorted(chosen.values(), key=lambda target: order[id(target.module)])
 
 
-def _check_refused(method: Method, pattern: str, matched: list[str], refused: dict[str, str]) -> None:
+def _check_refused(method: Method, pattern: str, matched: list[str], refused: dict[str, str], has_levels: bool) -> None:
     """Raise MethodError where the method can go on none of the modules, or not on one that the pattern names outright.
 
-    A pattern with wildcards may pass over some of them.
+    A pattern with wildcards may pass over some of them. ``has_levels``: there are modules in those that are refused.
     """
     if not refused or (not is_literal(pattern) and len(refused) < len(matched)):
         return
     name, reason = next(iter(refused.items()))
     more = f" (and {len(refused) - 1} more)" if len(refused) > 1 else ""
-    deeper = "" if is_literal(pattern) or pattern.endswith("**") else f"; {pattern.rstrip('*')}** reaches deeper levels"
+    reaches = has_levels and not is_literal(pattern) and not pattern.endswith("**")
+    deeper = f"; {pattern.rstrip('*')}** reaches deeper levels" if reaches else ""
     raise MethodError(
         f"method {method.name!r} cannot go on {name}{more}, which pattern {pattern!r} chooses: {reason}{deeper}"
     )

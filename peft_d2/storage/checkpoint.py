@@ -144,6 +144,12 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         keys = ", ".join(sorted(str(key)[:80] for key in content)[:8])
         raise CheckpointError(f"the checkpoint {path} holds no tensors (found: {keys or 'nothing'}). {_REMEDY}")
     _refuse_adapter(state, path)
+    averaged = (k for k, v in content.items() if re.search("(^|_)ema(_|$)", str(k), re.I) and isinstance(v, Mapping))
+    if inner is not content and (name := next(averaged, None)):
+        logger.warning(
+            "The checkpoint %s also holds %r, averaged weights, which are not taken. To use them, save them alone.",
+            *(path, name),
+        )
     of_caffe2 = all("." not in str(name) for name in inner) and any(name.endswith(("_w", "_b")) for name in state)
     if "__author__" not in metadata and of_caffe2:
         metadata.update({"__author__": "Caffe2", "matching_heuristics": True})

@@ -412,6 +412,17 @@ def test_state_dicts_within_other_dicts(keys: tuple[str, ...], tmp_path: Path) -
     assert all(torch.equal(value, expected.state_dict()[key]) for key, value in model.state_dict().items())
 
 
+@pytest.mark.parametrize(("key", "said"), [("model_ema", True), ("state_dict_ema", True), ("schema", False)])
+def test_averaged_weights_beside_others_are_named(
+    key: str, said: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    torch.save({"model": (expected := net(1)).state_dict(), key: net(2).state_dict()}, tmp_path / "base.pth")
+    with caplog.at_level("WARNING"):
+        peft_d2.load_base(model := net(), tmp_path / "base.pth")
+    assert (f"also holds {key!r}, averaged weights, which are not taken" in caplog.text) == said
+    assert all(torch.equal(value, expected.state_dict()[name]) for name, value in model.state_dict().items())
+
+
 def test_files_that_hold_no_whole_state_dict(tmp_path: Path) -> None:
     for name in ("model.safetensors.index.json", "hub/model.safetensors"):
         (tmp_path / name).parent.mkdir(exist_ok=True)

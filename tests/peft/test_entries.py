@@ -30,6 +30,7 @@ LINEAR: list[dict[str, Any]] = [{"NAME": "lora", "TARGETS": ["proj", "mlp.{fc1,f
         ([{"NAME": "lora", "TARGETS": ["norm1"]}], [], peft.MethodError, "cannot go on blocks.0.norm1.*LayerNorm"),
         ([{"NAME": "lora", "TARGETS": ["mlp"]}], [], peft.MethodError, "in it are fc1, fc2"),
         ([{"NAME": "lora", "TARGETS": ["blocks.*"]}], [], peft.MethodError, r"blocks\.\*\* reaches deeper"),
+        ([{"NAME": "lora", "TARGETS": ["blocks.0.norm*"]}], [], peft.MethodError, r"is none of nn.Linear.*types\)$"),
         ([{"NAME": "lora", "TARGETS": ["proj"], "PARTS": ["q"]}], [], peft.MethodError, "fused qkv"),
         ([{"NAME": "lora", "TARGETS": ["self_attn"], "DROPOUT": 0.1}], [], peft.MethodError, "without DROPOUT"),
         ([{"NAME": "lora", "TARGETS": ["proj", "prjo"]}], [], peft.PatternError, "prjo.*proj"),
