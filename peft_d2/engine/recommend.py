@@ -1,8 +1,7 @@
 """``MODEL.PEFT.METHODS: auto``: which methods, modules, ranks and rate suit a config's model and data.
 
 Gradients on some training batches rank the places (:mod:`peft_d2.peft.ranking`); a few steps at each of four rates,
-every time from the start, choose the rate by the loss on batches that were left out. Where rates are close the smaller
-is taken: the longer a training, the worse it fares with a large one.
+every time from the start, choose the rate by the loss on batches that were left out.
 """
 
 from __future__ import annotations
@@ -33,9 +32,8 @@ from peft_d2.peft.ranking import Recommendation, recommend
 from peft_d2.storage import disk
 
 FILE = "recommended.yaml"
-BATCHES, TEST_STEPS, HELD_OUT = 16, 36, 4
+BATCHES, TEST_STEPS, HELD_OUT = 16, 36, 4  # after fewer steps too large a rate looks best
 RATES = (0.5, 1.0, 2.0, 4.0)  # times SOLVER.BASE_LR
-CLOSE = 0.03  # of the best rate's loss
 LR_FACTOR = 4.0  # of what is injected, as in this project's configs
 logger = logging.getLogger(__name__)
 
@@ -132,14 +130,9 @@ def range_test(cfg: Any, model: nn.Module, batches: Sequence[Any], held_out: Seq
     return found
 
 
-def choose_rate(losses: dict[float, float]) -> float:
-    """The smallest rate whose loss is within ``CLOSE`` of the best one's."""
-    best = min(losses.values())
-    return min(rate for rate, loss in losses.items() if loss <= best + CLOSE * abs(best))
-
-
 def explained(cfg: Any, found: Recommendation, losses: dict[float, float]) -> str:
     """The recommendation as a file for ``--peft-config``, with the reasons as comments."""
+    rate = min(losses, key=lambda key: losses[key])
     parts: dict[str, int] = {}
     for candidate, rank in found.chosen:
         part = ".".join(candidate.names[0].split(".")[:2])
@@ -162,7 +155,7 @@ def explained(cfg: Any, found: Recommendation, losses: dict[float, float]) -> st
                 "TRAIN": found.train,
             },
         },
-        "SOLVER": {"BASE_LR": choose_rate(losses)},
+        "SOLVER": {"BASE_LR": rate},
     }
     return "\n".join([*lines, yaml.safe_dump(tree, sort_keys=False, width=120)])
 

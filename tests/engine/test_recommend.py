@@ -138,20 +138,6 @@ def test_rates_that_diverge_are_not_taken(make_cfg: Callable[..., Any], monkeypa
         recommend.range_test(cfg, model, [[{}]], [[{}]])
 
 
-@pytest.mark.parametrize(
-    ("losses", "chosen"),
-    [
-        ({0.1: 9.0, 0.2: 7.0, 0.4: 6.9, 0.8: math.inf}, 0.2),
-        ({0.1: 9.0, 0.2: 7.0, 0.4: 6.0, 0.8: 5.9}, 0.4),
-        ({0.1: 9.0, 0.2: 7.0, 0.4: 6.0, 0.8: 5.0}, 0.8),
-        ({0.1: -0.97, 0.2: -1.0}, 0.1),
-        ({0.1: 5.0, 0.2: math.inf}, 0.1),
-    ],
-)
-def test_of_close_rates_the_smaller(losses: dict[float, float], chosen: float) -> None:
-    assert recommend.choose_rate(losses) == chosen
-
-
 def test_a_rate_is_tried_on_the_batches_over_and_over(
     make_cfg: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
