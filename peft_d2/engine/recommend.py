@@ -32,7 +32,8 @@ from peft_d2.peft.ranking import Recommendation, recommend
 from peft_d2.storage import disk
 
 FILE = "recommended.yaml"
-BATCHES, TEST_STEPS, HELD_OUT = 16, 36, 4  # after fewer steps too large a rate looks best
+BATCHES, MORE, HELD_OUT = 16, 12, 4  # to rank places; besides, to try rates; to compare them
+TEST_STEPS = 36  # at each rate: after fewer too large a one looks best
 RATES = (0.5, 1.0, 2.0, 4.0)  # times SOLVER.BASE_LR
 LR_FACTOR = 4.0  # of what is injected, as in this project's configs
 logger = logging.getLogger(__name__)
@@ -80,7 +81,7 @@ def advise(cfg: Any, budget: int = 0) -> tuple[Any, Recommendation, dict[float, 
         ConfigError: a budget that TRAIN alone exceeds, or no gradients.
     """
     loader = build_train_loader(cfg)
-    batches = list(islice(iter(loader), BATCHES + HELD_OUT))
+    batches = list(islice(iter(loader), BATCHES + MORE + HELD_OUT))
     loader.close()
     if cfg.SEED >= 0:
         seed_everything(cfg.SEED, 0, 0)  # new heads start as in the training
@@ -92,7 +93,8 @@ def advise(cfg: Any, budget: int = 0) -> tuple[Any, Recommendation, dict[float, 
         peft.inject(model, found.methods, train=found.train)
     except peft.PeftError as error:
         raise ConfigError(f"MODEL.PEFT.METHODS auto: {error}") from error
-    return cfg, found, range_test(cfg, model, batches[:BATCHES], batches[BATCHES:])
+    tried = batches[BATCHES:-HELD_OUT] + batches[:BATCHES]
+    return cfg, found, range_test(cfg, model, tried, batches[-HELD_OUT:])
 
 
 def range_test(cfg: Any, model: nn.Module, batches: Sequence[Any], held_out: Sequence[Any]) -> dict[float, float]:

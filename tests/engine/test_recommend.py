@@ -27,7 +27,7 @@ from .conftest import DINO, HEADS, TINY  # noqa: E402
 
 @pytest.fixture(autouse=True)
 def _few(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in (("BATCHES", 2), ("TEST_STEPS", 2), ("HELD_OUT", 1)):
+    for name, value in (("BATCHES", 2), ("MORE", 1), ("TEST_STEPS", 2), ("HELD_OUT", 1)):
         monkeypatch.setattr(recommend, name, value)
 
 
