@@ -49,8 +49,8 @@ def before_load(root: nn.Module, state: dict[str, Any], prefix: str, *_: Any) ->
     """
     injection, index = injected(root)[1], ModelIndex.of(root)
     base, layers = base_values(root), layer_tensors(root)
-    inside = {key: value for key, value in state.items() if key.startswith(prefix) and isinstance(value, Tensor)}
-    tensors = {key.removeprefix(prefix): value for key, value in inside.items()}
+    inside = (key for key in state if key.startswith(prefix) and isinstance(state[key], Tensor))
+    tensors = {key.removeprefix(prefix): state[key] for key in inside}
     is_injected = any(key in tensors for key in injected_keys(root))
     renamed = {} if is_injected else older_names(root, tensors, base)
     there = {renamed.get(key, key): prefix + key for key in tensors}
@@ -94,9 +94,9 @@ def older_names(model: nn.Module, state: Mapping[str, Tensor], known: Collection
     """{name in ``state``: name now} of tensors that modules of the model rename as they load their older versions.
 
     PointRend's heads and the official Mask2Former's do. Here modules load into copies of themselves: the model is not
-    changed. Empty where ``state`` has no others than the ``known`` names, or they would not become known ones.
+    changed. Empty where ``state`` has no others than the ``known`` names, or all of these, or no others become known.
     """
-    if state.keys() <= set(known):
+    if state.keys() <= set(known) or state.keys() >= set(known):
         return {}
     renamed = dict(state)
     for path, module, _ in walk(model):
