@@ -7,7 +7,7 @@ it over trainable parameters.
 
 Rows are named after the config files. Each run is an ordinary training of its own in
 <output>/<name>[-seed<n>]; what is compared is read from the files that any run leaves behind. A finished run is kept: a
-comparison that was interrupted goes on where it stopped.
+comparison that was interrupted goes on where it stopped. One with other settings is refused in that folder.
 """
 
 from __future__ import annotations
@@ -26,11 +26,14 @@ from typing import Any
 
 from command_line import take_pairs
 
+from peft_d2.engine.config import leaves, read_tree
 from peft_d2.engine.errors import ConfigError, bounded, one_line_errors
+from peft_d2.storage import disk
 
 TRAIN_NET = Path(__file__).with_name("train_net.py")
 OWN_DATA = ("train-json", "train-images", "val-json", "val-images", "name")
 RESULT_FILE = "comparison_result.json"
+SETTINGS_FILE = "comparison_settings.json"  # written as a run begins
 METRICS = ("segm/AP", "segm/AP50")
 _LABELS = {
     "segm/AP": "mask AP",
@@ -105,18 +108,24 @@ def compare(
         metrics: figures that every run must have; the first is printed as runs end.
 
     Raises:
+        ConfigError: before anything is trained, where a folder has a run of other settings.
         RunFailed: when a training process fails; finished runs stay.
     """
     output = Path(output)
     several_seeds = len({run.seed for run in runs}) > 1
+    folders = [output / (f"{r.name}-seed{r.seed}" if several_seeds else r.name).replace(" ", "_") for r in runs]
+    settings = [_settings(run, command, shared_opts) for run in runs]
+    for folder, asked in zip(folders, settings, strict=True):
+        _refuse_others(folder, asked)
     results = []
-    for number, run in enumerate(runs, 1):
-        folder = output / (f"{run.name}-seed{run.seed}" if several_seeds else run.name).replace(" ", "_")
+    for number, (run, folder, asked) in enumerate(zip(runs, folders, settings, strict=True), 1):
         kept = folder / RESULT_FILE
         if kept.exists():
             print(f"[{number}/{len(runs)}] {folder.name}: already finished, kept", flush=True)
         else:
             print(f"[{number}/{len(runs)}] {folder.name}: training, log in {folder / 'log.txt'}", flush=True)
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / SETTINGS_FILE).write_text(json.dumps(asked, indent=1))
             peak = _train(run, folder, command, shared_opts)
             result = read_result(folder, run.name, run.seed, peak, metrics)
             kept.write_text(json.dumps(asdict(result), indent=1))
@@ -126,9 +135,38 @@ def compare(
     return results
 
 
+def _settings(run: Run, command: Sequence[str], shared_opts: Sequence[str]) -> dict[str, str]:
+    """What a run's result depends on, by config key or flag; files by their content, so that folders can be moved."""
+    pairs = [*command[2:], *shared_opts, *run.opts]
+    given = {**dict(leaves(read_tree(run.config))), **dict(zip(pairs[::2], pairs[1::2], strict=True))}
+    return {key: _identity(str(value)) for key, value in given.items()} | {"SEED": str(run.seed)}
+
+
+def _identity(value: str) -> str:
+    path = Path(value)
+    if path.is_file():
+        return f"{path.name} (sha256 {disk.file_digest(path)['sha256'][:12]})"
+    return path.name if path.is_dir() else value
+
+
+def _refuse_others(folder: Path, asked: Mapping[str, str]) -> None:
+    """Raise where ``folder`` has a run, finished or one to go on with, that was begun with other settings."""
+    begun = any((folder / name).exists() for name in (RESULT_FILE, "last_checkpoint"))
+    if not begun or not (folder / SETTINGS_FILE).exists():
+        return
+    there = json.loads((folder / SETTINGS_FILE).read_text())
+    others = [key for key in {**there, **asked} if there.get(key) != asked.get(key)]
+    if others:
+        said = [f"{key} {there.get(key, 'not given')} there, {asked.get(key, 'not given')} now" for key in others[:3]]
+        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+        raise ConfigError(
+            f"{folder} has a run of other settings: {'; '.join(said)}{more}. "
+            "Choose another --output, or delete that folder to train anew."
+        )
+
+
 def _train(run: Run, folder: Path, command: Sequence[str], shared_opts: Sequence[str]) -> int:
     """Run one training process to its end; returns its peak resident memory in bytes."""
-    folder.mkdir(parents=True, exist_ok=True)
     arguments = [*command, "--config-file", run.config, "--resume"]
     arguments += ["OUTPUT_DIR", str(folder), "SEED", str(run.seed), *shared_opts, *run.opts]
     console = folder / "console.txt"

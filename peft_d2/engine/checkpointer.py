@@ -7,7 +7,6 @@ mark of its run and its iteration, so that a run goes on from the newest of its 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import logging
 import os
 import re
@@ -95,7 +94,7 @@ class Checkpointer(DetectionCheckpointer):
                 torch.save(state, folder / TRAINING_STATE)
                 # What ties the state to its adapter: the sha256 of the adapter's record, which covers all of it.
                 tie = disk.sha256(files[adapter_file.RECORD])
-                record = {**_RECORD, "run": self._run, "adapter": tie, **_digest(folder / TRAINING_STATE)}
+                record = {**_RECORD, "run": self._run, "adapter": tie, **disk.file_digest(folder / TRAINING_STATE)}
                 for filename, data in {**files, STATE_RECORD: disk.sign(record)}.items():
                     (folder / filename).write_bytes(data)
             if name.endswith("final"):
@@ -415,7 +414,7 @@ def _check_record(folder: Path) -> dict[str, Any] | None:
         record = disk.load_json(data)
         if not disk.is_signed(data, record) or any(record.get(key) != _RECORD[key] for key in _RECORD):
             raise CheckpointDamaged(f"{STATE_RECORD} was damaged or edited, or is of another version")
-        if any(record.get(key) != value for key, value in _digest(file).items()):
+        if any(record.get(key) != value for key, value in disk.file_digest(file).items()):
             raise CheckpointDamaged(f"{TRAINING_STATE} is not the one that was saved: it was damaged or replaced")
         if disk.sha256((folder / adapter_file.RECORD).read_bytes()) != record.get("adapter"):
             raise CheckpointDamaged(f"{TRAINING_STATE} was saved beside another adapter")
@@ -425,15 +424,6 @@ def _check_record(folder: Path) -> dict[str, Any] | None:
         kind = CheckpointError if error.errno in SYSTEM_ERRORS else CheckpointDamaged
         raise kind(f"{folder} cannot be read: {error.strerror or error}") from error
     return record
-
-
-def _digest(path: Path) -> dict[str, Any]:
-    """Size and sha256 of a file, as a record has them."""
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while chunk := stream.read(2**22):
-            digest.update(chunk)
-        return {"bytes": stream.tell(), "sha256": digest.hexdigest()}
 
 
 def _defect(path: Path, state: Any) -> str:

@@ -436,6 +436,15 @@ def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+def file_digest(path: Path) -> dict[str, Any]:
+    """Size and sha256 of a file, as a record has them."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while chunk := stream.read(2**22):
+            digest.update(chunk)
+        return {"bytes": stream.tell(), "sha256": digest.hexdigest()}
+
+
 @dataclasses.dataclass(frozen=True)
 class Fingerprint:
     """What tells one base model from another: names and shapes of its tensors, and hashes of those that stay frozen.

@@ -23,7 +23,7 @@ import yaml
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "projects" / "nuclei")]
 import toy  # noqa: E402
-from compare import METRICS, Result, Run, compare, plot_tradeoff, table  # noqa: E402
+from compare import METRICS, RESULT_FILE, Result, Run, compare, plot_tradeoff, table  # noqa: E402
 from run_demo import BASE_WEIGHTS, PICTURES, SCALE, TILE  # noqa: E402
 from study import PROMPTED_METRICS, TRAIN_NET, own_data, run_base  # noqa: E402
 from tile_dataset import tile_coco  # noqa: E402
@@ -94,10 +94,9 @@ def main() -> None:
             "test": pictures(output, "val", slice(None)),
         }
     args.base = BASE_WEIGHTS if model.ships else make_base(model, output, args.nuclei)
-    done: dict[str, list[Result]] = {}
     for name in args.rows or rows:
-        done[name] = run_row(name, rows[name], model, parts, output, args)
-        write(rows, done, output, model.metrics)
+        run_row(rows[name], model, parts, folder_of(name, output), args)
+        write(list(rows), output, model.metrics)
     print((output / "rows.md").read_text())
 
 
@@ -112,11 +111,12 @@ def make_base(model: Model, output: Path, nuclei: str) -> Path:
     return run_base(model.folder, data, output / "base", [], model.metrics)
 
 
-def run_row(
-    name: str, row: dict[str, Any], model: Model, parts: dict[str, Path], output: Path, args: Any
-) -> list[Result]:
+def folder_of(name: str, output: Path) -> Path:
+    return output / "".join(c if c.isalnum() else "_" for c in name)
+
+
+def run_row(row: dict[str, Any], model: Model, parts: dict[str, Path], folder: Path, args: Any) -> None:
     """Choose the row's rate on validation pictures, then train and test each seed at it."""
-    folder = output / "".join(c if c.isalnum() else "_" for c in name)
     folder.mkdir(parents=True, exist_ok=True)
     peft = {"TRAIN": model.train, "LR_FACTOR": 4.0, **row}
     base = str(ROOT / "configs" / "nuclei" / model.folder / "adapt.yaml")
@@ -130,13 +130,9 @@ def run_row(
     chosen = max(trials, key=lambda trial: trial.metrics[model.metrics[0]])
     opts = next(run.opts for run in runs if run.name == chosen.name)
     (folder / "chosen.json").write_text(json.dumps({t.name: t.metrics[model.metrics[0]] for t in trials}, indent=1))
-    results = []
     for seed in args.seeds:  # one by one, so that a folder's name does not depend on how many there are
         tests = [Run(f"seed {seed}", str(config), seed, opts)]
-        results += compare(tests, folder / "tests", command(parts, "test"), shared, model.metrics)
-    for result in results:
-        result.name = name
-    return results
+        compare(tests, folder / "tests", command(parts, "test"), shared, model.metrics)
 
 
 def command(parts: dict[str, Path], tested: str) -> list[str]:
@@ -187,8 +183,15 @@ def verdict(results: Sequence[Result], metric: str) -> str:
     )
 
 
-def write(rows: dict[str, Any], done: dict[str, list[Result]], output: Path, metrics: Sequence[str] = METRICS) -> None:
-    """rows.md with every row, those of ``done`` with their figures, and tradeoff.png."""
+def tested(name: str, output: Path) -> list[Result]:
+    """What the row's seeds gave on the test pictures, as far as they were run, in this call or an earlier one."""
+    files = sorted((folder_of(name, output) / "tests").glob(f"*/{RESULT_FILE}"))
+    return [Result(**{**json.loads(file.read_text()), "name": name}) for file in files]
+
+
+def write(rows: Sequence[str], output: Path, metrics: Sequence[str] = METRICS) -> None:
+    """rows.md with every row, those that were tested with their figures, and tradeoff.png."""
+    done = {name: results for name in rows if (results := tested(name, output))}
     results = [result for row in done.values() for result in row]
     waiting = [f"| {name} | not run |" + " |" * (4 + len(metrics)) for name in rows if name not in done]
     text = "\n".join([table(results, metrics), *waiting]) + "\n"

@@ -18,6 +18,8 @@ from compare import (
     table,
 )
 
+from peft_d2.engine.errors import ConfigError
+
 # Stands for a training program: takes the same arguments and leaves the same files.
 PROGRAM = """
 import json, pathlib, sys
@@ -39,9 +41,12 @@ with open(folder.parent / "runs.txt", "a") as stream:
 
 
 @pytest.fixture
-def command(tmp_path: Path) -> list[str]:
+def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b", "c", "good", "broken"):
+        Path(f"{name}.yaml").write_text("SOLVER: {MAX_ITER: 40}")
     return [sys.executable, str(program)]
 
 
@@ -85,6 +90,40 @@ def test_a_failed_run_is_named_with_its_last_words_and_not_kept(tmp_path: Path, 
         compare(runs, tmp_path / "out", command)
     assert (tmp_path / "out" / "good" / "comparison_result.json").exists()
     assert not (tmp_path / "out" / "bad" / "comparison_result.json").exists()
+
+
+def test_a_run_of_other_settings_is_refused_and_stays(tmp_path: Path, command: list[str]) -> None:
+    base, out = tmp_path / "base.pth", tmp_path / "out"
+    base.write_bytes(b"one")
+    opts = ["MODEL.WEIGHTS", str(base)]
+    runs = [Run("b", "b.yaml"), Run("a", "a.yaml")]
+    compare(runs[1:], out, command, opts)
+
+    Path("below.yaml").write_text("SOLVER: {MAX_ITER: 40}")
+    Path("a.yaml").write_text("_BASE_: below.yaml")  # says the same
+    (tmp_path / "moved").mkdir()
+    base = base.rename(tmp_path / "moved" / base.name)
+    opts = ["MODEL.WEIGHTS", str(base)]
+    compare(runs[1:], out, command, opts)
+    assert (out / "runs.txt").read_text().split() == ["a"]
+
+    Path("below.yaml").write_text("SOLVER: {MAX_ITER: 80}")
+    with pytest.raises(ConfigError, match=r"out/a has a run of other settings: SOLVER.MAX_ITER 40 there, 80 now\."):
+        compare(runs, out, command, opts)
+    assert not (out / "b").exists()  # nothing was begun
+    Path("below.yaml").write_text("SOLVER: {MAX_ITER: 40}")
+    with pytest.raises(ConfigError, match=r"SOLVER.BASE_LR not given there, 0.1 now"):
+        compare(runs, out, command, [*opts, "SOLVER.BASE_LR", "0.1"])
+    base.write_bytes(b"two")
+    with pytest.raises(ConfigError, match=r"MODEL.WEIGHTS base.pth \(sha256 \w+\) there, base.pth \("):
+        compare(runs, out, command, opts)
+
+    (out / "a" / "comparison_result.json").unlink()
+    (out / "a" / "last_checkpoint").touch()  # interrupted: it would go on with what it began with
+    with pytest.raises(ConfigError, match="MODEL.WEIGHTS"):
+        compare(runs, out, command, opts)
+    (out / "a" / "last_checkpoint").unlink()
+    compare(runs, out, command, opts)  # it ended before its first checkpoint, so there is nothing to mix
 
 
 def test_a_run_without_evaluation_is_an_error(tmp_path: Path) -> None:

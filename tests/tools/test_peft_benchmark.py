@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import sys
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -68,13 +69,18 @@ def result(name: str, ap: float, trainable: int = 5) -> Any:
     return Result(name, 1, "", {"segm/AP": ap, "segm/AP50": 30.0}, trainable=trainable, total=100)
 
 
-def test_rows_that_were_not_run_are_said_so(tmp_path: Path) -> None:
-    rows = ROWS["mask2former"]
-    write(rows, {"heads": [result("heads", 12.34, 10)]}, tmp_path)
+def test_all_rows_are_written_those_of_earlier_calls_too(tmp_path: Path) -> None:
+    rows = list(ROWS["mask2former"])
+    assert len({benchmark.folder_of(name, tmp_path) for name in rows}) == len(rows)
+    for name, seed, ap in (("heads", 1, 12.0), ("heads", 2, 14.0), ("LoRA, everywhere", 1, 20.0)):
+        folder = benchmark.folder_of(name, tmp_path) / "tests" / f"seed_{seed}"
+        folder.mkdir(parents=True)
+        (folder / "comparison_result.json").write_text(json.dumps(asdict(result(f"seed {seed}", ap, 10))))
+    write(rows, tmp_path)
     lines = (tmp_path / "rows.md").read_text().splitlines()
-    assert (
-        sum("not run" in line for line in lines) == len(rows) - 1 and "| heads | 12.3 | 30.0 | 10 | 10.00 |" in lines[2]
-    )
+    assert lines[2].startswith("| heads | 13.0 ± 1.4 | 30.0 ± 0.0 | 10 | 10.00 |")
+    assert lines[3].startswith("| LoRA, everywhere | 20.0 | 30.0 |")
+    assert sum("not run" in line for line in lines) == len(rows) - 2
     assert len({line.count("|") for line in lines}) == 1 and len(RATES) == 4 and (tmp_path / "tradeoff.png").is_file()
 
 
