@@ -26,7 +26,7 @@ from typing import Any
 
 from command_line import take_pairs
 
-from peft_d2.engine.config import leaves, read_tree
+from peft_d2.engine.config import leaves, load_config
 from peft_d2.engine.errors import ConfigError, bounded, one_line_errors
 from peft_d2.storage import disk
 
@@ -35,6 +35,7 @@ OWN_DATA = ("train-json", "train-images", "val-json", "val-images", "name")
 RESULT_FILE = "comparison_result.json"
 SETTINGS_FILE = "comparison_settings.json"  # written as a run begins
 METRICS = ("segm/AP", "segm/AP50")
+_NOT_COMPARED = ("MODEL.DEVICE", "DATALOADER.NUM_WORKERS", "OUTPUT_DIR")  # a run may go on with others
 _LABELS = {
     "segm/AP": "mask AP",
     "segm/AP50": "AP50",
@@ -108,7 +109,7 @@ def compare(
         metrics: figures that every run must have; the first is printed as runs end.
 
     Raises:
-        ConfigError: before anything is trained, where a folder has a run of other settings.
+        ConfigError: before anything is trained: what a config cannot be, or a folder with a run of other settings.
         RunFailed: when a training process fails; finished runs stay.
     """
     output = Path(output)
@@ -137,16 +138,16 @@ def compare(
 
 def _settings(run: Run, command: Sequence[str], shared_opts: Sequence[str]) -> dict[str, str]:
     """What a run's result depends on, by config key or flag; files by their content, so that folders can be moved."""
-    pairs = [*command[2:], *shared_opts, *run.opts]
-    given = {**dict(leaves(read_tree(run.config))), **dict(zip(pairs[::2], pairs[1::2], strict=True))}
+    cfg = load_config(run.config, opts=[*shared_opts, *run.opts]).cfg
+    flags = zip(command[2::2], command[3::2], strict=True)
+    given = {**{key: value for key, value in leaves(cfg) if key not in _NOT_COMPARED}, **dict(flags)}
     return {key: _identity(str(value)) for key, value in given.items()} | {"SEED": str(run.seed)}
 
 
 def _identity(value: str) -> str:
-    path = Path(value)
-    if path.is_file():
-        return f"{path.name} (sha256 {disk.file_digest(path)['sha256'][:12]})"
-    return path.name if path.is_dir() else value
+    if os.path.isfile(value):
+        return f"{Path(value).name} (sha256 {disk.file_digest(Path(value))['sha256'][:12]})"
+    return Path(value).name if os.path.isdir(value) else value
 
 
 def _refuse_others(folder: Path, asked: Mapping[str, str]) -> None:
@@ -155,7 +156,8 @@ def _refuse_others(folder: Path, asked: Mapping[str, str]) -> None:
     if not begun or not (folder / SETTINGS_FILE).exists():
         return
     there = json.loads((folder / SETTINGS_FILE).read_text())
-    others = [key for key in {**there, **asked} if there.get(key) != asked.get(key)]
+    keys = [key for key in {**there, **asked} if key.startswith("--") or key in there and key in asked]
+    others = [key for key in keys if there.get(key) != asked.get(key)]  # keys of other versions have no part in it
     if others:
         said = [f"{key} {there.get(key, 'not given')} there, {asked.get(key, 'not given')} now" for key in others[:3]]
         more = f" and {len(others) - 3} more" if len(others) > 3 else ""

@@ -112,8 +112,12 @@ def test_a_run_of_other_settings_is_refused_and_stays(tmp_path: Path, command: l
         compare(runs, out, command, opts)
     assert not (out / "b").exists()  # nothing was begun
     Path("below.yaml").write_text("SOLVER: {MAX_ITER: 40}")
-    with pytest.raises(ConfigError, match=r"SOLVER.BASE_LR not given there, 0.1 now"):
+    with pytest.raises(ConfigError, match=r"SOLVER.BASE_LR 0.001 there, 0.1 now"):
         compare(runs, out, command, [*opts, "SOLVER.BASE_LR", "0.1"])
+    with pytest.raises(ConfigError, match=r"a.yaml: config key 'SOLVER.BASE_LT' does not exist"):
+        Path("a.yaml").write_text("SOLVER: {BASE_LT: 0.1}")
+        compare(runs, out, command, opts)
+    Path("a.yaml").write_text("_BASE_: below.yaml")
     base.write_bytes(b"two")
     with pytest.raises(ConfigError, match=r"MODEL.WEIGHTS base.pth \(sha256 \w+\) there, base.pth \("):
         compare(runs, out, command, opts)
