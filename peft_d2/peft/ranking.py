@@ -10,7 +10,6 @@ The gradient's singular directions are those that LoRA-GA (arXiv 2407.05000) sta
 
 from __future__ import annotations
 
-import bisect
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -36,7 +35,7 @@ class Candidate:
     """One thing that could be trained.
 
     Attributes:
-        names: of the module (LoRA), or of parameters that differ in numbers alone (in full).
+        names: of the module (LoRA), of one parameter, or of vectors whose names differ in numbers alone (in full).
         kind: "linear" (convolutions, too), "attention" (``nn.MultiheadAttention``) or "full".
         cost: parameters of one rank, or of all of them.
         energies: of each rank in turn, falling; one for "full".
@@ -156,7 +155,7 @@ def candidates(index: ModelIndex, halves: tuple[Gradients, Gradients], given: It
         elif kind == "linear":
             found.append(_low_rank(path, kind, [pair]))
         elif name in pairs:
-            small.setdefault(_DIGITS.sub("*", name), []).append(name)
+            small.setdefault(_DIGITS.sub("*", name) if pair[0].dim() == 1 else name, []).append(name)
     for names in small.values():
         energy = sum(float((pairs[name][0] * pairs[name][1]).sum()) for name in names if name in pairs)
         names = [name for name in names if name in pairs]
@@ -195,23 +194,31 @@ def _spectrum(first: Tensor, second: Tensor, count: int) -> Tensor:
 
 
 def choose(found: Sequence[Candidate], budget: int) -> list[tuple[Candidate, int]]:
-    """What brings the most energy per parameter within ``budget``, with ranks out of ``RANKS`` (0: in full)."""
+    """What brings the most energy per parameter within ``budget``, with ranks out of ``RANKS`` (0: in full).
+
+    What is too large for what is left of the budget is passed over.
+    """
     steps = sorted(
         ((energy / entry.cost, i) for i, entry in enumerate(found) for energy in entry.energies if energy > 0),
         reverse=True,
     )
+    directions, left = dict.fromkeys(range(len(found)), 0), budget
+    for _, i in steps:
+        more = _cost(found[i], directions[i] + 1) - _cost(found[i], directions[i])
+        if more <= left:
+            directions[i] += 1
+            left -= more
+    return [(found[i], _rank(found[i], count)) for i, count in directions.items() if count]
 
-    def first(count: int) -> list[tuple[Candidate, int]]:
-        ranks = dict.fromkeys(range(len(found)), 0)
-        for _, i in steps[:count]:
-            ranks[i] += 1
-        rounded = {count: next((rank for rank in RANKS if rank >= count), count) for count in ranks.values()}
-        return [(found[i], 0 if found[i].kind == "full" else rounded[rank]) for i, rank in ranks.items() if rank]
 
-    def cost(count: int) -> int:
-        return sum(candidate.cost * (rank or 1) for candidate, rank in first(count))
+def _rank(candidate: Candidate, directions: int) -> int:
+    """The rank that holds so many directions; 0 is in full."""
+    return 0 if candidate.kind == "full" else next((rank for rank in RANKS if rank >= directions), directions)
 
-    return first(max(0, bisect.bisect_right(range(1, len(steps) + 1), budget, key=cost)))
+
+def _cost(candidate: Candidate, directions: int) -> int:
+    """Parameters that so many directions take."""
+    return candidate.cost * (_rank(candidate, directions) or 1) if directions else 0
 
 
 def _entries(index: ModelIndex, chosen: Sequence[tuple[Candidate, int]], scale: float) -> tuple[list[Any], list[str]]:

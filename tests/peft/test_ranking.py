@@ -5,10 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from peft_d2 import peft
-from peft_d2.peft.ranking import candidates, measure, patterns_of, recommend
+from peft_d2.peft.ranking import RANKS, Candidate, candidates, choose, measure, patterns_of, recommend
 from peft_d2.peft.targets import ModelIndex
 
 
@@ -115,6 +117,35 @@ def test_budgets_are_kept_and_what_is_proposed_can_be_injected(budget: int) -> N
         assert "depthwise.weight" in found.train and "norm.weight" in found.train
         assert [entry["TARGETS"] for entry in found.methods if "PARTS" in entry] == [["attention"]]
     peft.prove_live(model, images)
+
+
+CANDIDATES = st.lists(
+    st.one_of(
+        st.builds(
+            lambda cost, energy: Candidate(("f",), "full", cost, (energy,)), st.integers(1, 90), st.floats(0.1, 9)
+        ),
+        st.builds(
+            lambda cost, energies: Candidate(("l",), "linear", cost, tuple(sorted(energies, reverse=True))),
+            st.integers(1, 9),
+            st.lists(st.floats(0.1, 9), min_size=1, max_size=20),
+        ),
+    ),
+    max_size=6,
+)
+
+
+@given(CANDIDATES, st.integers(0, 200))
+def test_nothing_that_would_fit_is_left_out(found: list[Candidate], budget: int) -> None:
+    """Not even where something too large for the budget comes before it."""
+    chosen = {id(candidate): rank for candidate, rank in choose(found, budget)}
+    left = budget - sum(c.cost * (chosen[id(c)] or 1) for c in found if id(c) in chosen)
+    assert left >= 0
+    for candidate in found:
+        if id(candidate) not in chosen:
+            assert candidate.cost * (1 if candidate.kind == "full" else 2) > left
+        elif (rank := chosen[id(candidate)]) and rank < len(candidate.energies):
+            larger = next((one for one in RANKS if one > rank), rank + 1)
+            assert candidate.cost * (larger - rank) > left
 
 
 def test_an_attention_whose_projection_is_trained_anyway() -> None:
