@@ -18,9 +18,10 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +116,8 @@ def compare(
     output = Path(output)
     several_seeds = len({run.seed for run in runs}) > 1
     folders = [output / (f"{r.name}-seed{r.seed}" if several_seeds else r.name).replace(" ", "_") for r in runs]
-    settings = [_settings(run, command, shared_opts) for run in runs]
+    identity = cache(_identity)  # the runs of a comparison share their data and mostly their base
+    settings = [_settings(run, command, shared_opts, identity) for run in runs]
     for folder, asked in zip(folders, settings, strict=True):
         _refuse_others(folder, asked)
     results = []
@@ -136,12 +138,19 @@ def compare(
     return results
 
 
-def _settings(run: Run, command: Sequence[str], shared_opts: Sequence[str]) -> dict[str, str]:
+def _settings(
+    run: Run, command: Sequence[str], shared_opts: Sequence[str], identity: Callable[[str], str]
+) -> dict[str, str]:
     """What a run's result depends on, by config key or flag; files by their content, so that folders can be moved."""
-    cfg = load_config(run.config, opts=[*shared_opts, *run.opts]).cfg
+    cfg = load_config(run.config, opts=_pairs(run, shared_opts)).cfg
     flags = zip(command[2::2], command[3::2], strict=True)
     given = {**{key: value for key, value in leaves(cfg) if key not in _NOT_COMPARED}, **dict(flags)}
-    return {key: _identity(str(value)) for key, value in given.items()} | {"SEED": str(run.seed)}
+    return {key: identity(str(value)) for key, value in given.items()}
+
+
+def _pairs(run: Run, shared_opts: Sequence[str]) -> list[str]:
+    """The run's config ``KEY VALUE`` pairs: of a key that is there twice the last one holds."""
+    return ["SEED", str(run.seed), *shared_opts, *run.opts]
 
 
 def _identity(value: str) -> str:
@@ -170,7 +179,7 @@ def _refuse_others(folder: Path, asked: Mapping[str, str]) -> None:
 def _train(run: Run, folder: Path, command: Sequence[str], shared_opts: Sequence[str]) -> int:
     """Run one training process to its end; returns its peak resident memory in bytes."""
     arguments = [*command, "--config-file", run.config, "--resume"]
-    arguments += ["OUTPUT_DIR", str(folder), "SEED", str(run.seed), *shared_opts, *run.opts]
+    arguments += ["OUTPUT_DIR", str(folder), *_pairs(run, shared_opts)]
     console = folder / "console.txt"
     with console.open("w") as stream:
         process = subprocess.Popen(arguments, stdout=stream, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)

@@ -202,13 +202,13 @@ def choose(found: Sequence[Candidate], budget: int) -> list[tuple[Candidate, int
         ((energy / entry.cost, i) for i, entry in enumerate(found) for energy in entry.energies if energy > 0),
         reverse=True,
     )
-    directions, left = dict.fromkeys(range(len(found)), 0), budget
+    directions, left = [0] * len(found), budget
     for _, i in steps:
         more = _cost(found[i], directions[i] + 1) - _cost(found[i], directions[i])
         if more <= left:
             directions[i] += 1
             left -= more
-    return [(found[i], _rank(found[i], count)) for i, count in directions.items() if count]
+    return [(candidate, _rank(candidate, count)) for candidate, count in zip(found, directions, strict=True) if count]
 
 
 def _rank(candidate: Candidate, directions: int) -> int:
