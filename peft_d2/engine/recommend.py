@@ -1,7 +1,8 @@
 """``MODEL.PEFT.METHODS: auto``: which methods, modules, ranks and rate suit a config's model and data.
 
-Gradients on some training batches rank the places (:mod:`peft_d2.peft.ranking`); a few steps at each of four rates,
-every time from the start, choose the rate by the loss on batches that were left out.
+Gradients on some training batches rank the places (:mod:`peft_d2.peft.ranking`). A few steps at each of four rates,
+every time from the start and with a rate that falls to zero as in a training, choose the rate by the loss on batches
+that were left out.
 """
 
 from __future__ import annotations
@@ -9,16 +10,18 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from torch import nn
+from torch.optim.lr_scheduler import LinearLR
 
 from peft_d2 import adapters, peft
 from peft_d2.data.config import PEFT_ARCHITECTURE
@@ -33,7 +36,7 @@ from peft_d2.storage import disk
 
 FILE = "recommended.yaml"
 BATCHES, MORE, HELD_OUT = 16, 12, 4  # to rank places; besides, to try rates; to compare them
-TEST_STEPS = 36  # at each rate: after fewer too large a one looks best
+TEST_STEPS = 36  # at each rate
 RATES = (0.5, 1.0, 2.0, 4.0)  # times SOLVER.BASE_LR
 LR_FACTOR = 4.0  # of what is injected, as in this project's configs
 logger = logging.getLogger(__name__)
@@ -71,7 +74,7 @@ def settled(cfg: Any, resume: bool = False, evaluate: bool = False) -> Any:
 
 
 def advise(cfg: Any, budget: int = 0) -> tuple[Any, Recommendation, dict[float, float]]:
-    """Choose what to train of the config's model on its training set: (cfg, choice, loss after a few steps by rate).
+    """Choose what to train of the config's model on its training set: (cfg, choice, losses by rate).
 
     Args:
         cfg: a model's, or a PEFT config whose ``TRAIN`` is kept and whose ``METHODS`` are not.
@@ -100,23 +103,27 @@ def advise(cfg: Any, budget: int = 0) -> tuple[Any, Recommendation, dict[float, 
 def range_test(cfg: Any, model: nn.Module, batches: Sequence[Any], held_out: Sequence[Any]) -> dict[float, float]:
     """Rate -> mean loss on ``held_out`` after ``TEST_STEPS`` on ``batches``, over and over; the model stays as it was.
 
-    Infinity stands for losses that are not finite, and for Detectron2's region proposals, which raise an error then.
+    The rate falls linearly to zero: at a constant one, noise that a training loses at its end makes small ones look
+    best. Rate 0 stands for the untrained model. Infinity stands for losses that are not finite, and for Detectron2's
+    region proposals, which raise an error then.
 
     Raises:
         ConfigError: no rate has a finite loss.
     """
     start = [(item.param, item.param.detach().clone()) for item in peft.trained_parameters(model)]
     found = {}
-    for rate in (cfg.SOLVER.BASE_LR * factor for factor in RATES):
+    for rate in (0.0, *(cfg.SOLVER.BASE_LR * factor for factor in RATES)):
         trial = with_values(cfg, {"SOLVER.BASE_LR": rate, "MODEL.PEFT.LR_FACTOR": LR_FACTOR})
         optimizer = build_optimizer(trial, model)
+        schedule = LinearLR(optimizer, 1.0, 0.0, TEST_STEPS)
         model.train()
         found[rate] = math.inf
         with contextlib.suppress(FloatingPointError):
-            for loss in _losses(model, islice(cycle(batches), TEST_STEPS), cfg.SEED):
+            for loss in _losses(model, islice(cycle(batches), TEST_STEPS if rate else 0), cfg.SEED):
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 optimizer.step()
+                schedule.step()
             with torch.no_grad():
                 mean = sum(float(loss) for loss in _losses(model, held_out, 0)) / len(held_out)
             found[rate] = mean if math.isfinite(mean) else math.inf
@@ -124,17 +131,33 @@ def range_test(cfg: Any, model: nn.Module, batches: Sequence[Any], held_out: Seq
             for parameter, value in start:
                 parameter.copy_(value)
         model.zero_grad(set_to_none=True)
-    if not any(map(math.isfinite, found.values())):
+    untrained, *trained = found.values()
+    if not (math.isfinite(untrained) and any(map(math.isfinite, trained))):
         raise ConfigError(
-            f"MODEL.PEFT.METHODS auto: no loss is finite after {TEST_STEPS} steps, at rates from {min(found):g} to "
-            f"{max(found):g}: lower SOLVER.BASE_LR, and look whether the base's weights are those of its config."
+            f"MODEL.PEFT.METHODS auto: no loss is finite after {TEST_STEPS} steps, at rates to {max(found):g}: lower "
+            "SOLVER.BASE_LR, and look whether the base's weights are those of its config."
         )
     return found
 
 
+def best_rate(losses: Mapping[float, float]) -> float:
+    """Where the parabola through the losses over the rate's logarithm is least, within the rates that were tried.
+
+    All losses have a say so, where single ones are noisy. A rate that does worse than no training counts as none.
+
+    Args:
+        losses: as :func:`range_test` gives them, by rate; that of rate 0 is the untrained model's.
+    """
+    rates = sorted(rate for rate in losses if rate)
+    values = np.array([min(losses[rate], losses[0.0]) for rate in rates])
+    curvature, slope, _ = np.polyfit(np.log2(rates), values - values.min(), 2)
+    if curvature <= 0:
+        return rates[int(np.argmin(values))]
+    return float(f"{np.clip(2 ** (-slope / (2 * curvature)), rates[0], rates[-1]):.2g}")
+
+
 def explained(cfg: Any, found: Recommendation, losses: dict[float, float]) -> str:
     """The recommendation as a file for ``--peft-config``, with the reasons as comments."""
-    rate = min(losses, key=lambda key: losses[key])
     parts: dict[str, int] = {}
     for candidate, rank in found.chosen:
         part = ".".join(candidate.names[0].split(".")[:2])
@@ -143,7 +166,7 @@ def explained(cfg: Any, found: Recommendation, losses: dict[float, float]) -> st
         f"# {found.parameters:,} parameters, which hold {found.share:.0%} of the gradients' energy that two halves of",
         f"# {BATCHES} batches of the training set agree on. Where they are:",
         *(f"#   {part}: {count:,}" for part, count in sorted(parts.items(), key=lambda item: -item[1])),
-        f"# Loss on batches left out, after {TEST_STEPS} steps at each rate:",
+        f"# Loss on batches left out, after {TEST_STEPS} steps at each rate (0: before):",
         *(f"#   {key:g}: {loss:.3f}" for key, loss in losses.items()),
     ]
     node = cfg.MODEL.PEFT
@@ -157,7 +180,7 @@ def explained(cfg: Any, found: Recommendation, losses: dict[float, float]) -> st
                 "TRAIN": found.train,
             },
         },
-        "SOLVER": {"BASE_LR": rate},
+        "SOLVER": {"BASE_LR": best_rate(losses)},
     }
     return "\n".join([*lines, yaml.safe_dump(tree, sort_keys=False, width=120)])
 

@@ -34,7 +34,8 @@ RATES = (0.00025, 0.0005, 0.001, 0.002)
 VALIDATION = 12  # of the 48 training pictures, the last ones
 HEADS = ["sem_seg_head.predictor.{class_embed,mask_embed}"]
 SHARE = 6.0  # percent that what is recommended may train, and the rows by hand that it is compared with
-TOY = {"train": ("night", 36, 1), "validation": ("night", 24, 2), "test": ("night", 48, 3)}  # domain, pictures, seed
+TOY = {"toy": "night", "toy_day": "day"}  # the recommender's check: drawn shapes, domain
+TOY_PARTS = {"train": (36, 1), "validation": (24, 2), "test": (48, 3)}  # pictures, seed
 TOY_SIZE = 96  # px
 _SIZES = [f"INPUT.{side}_SIZE_{part}" for side in ("MIN", "MAX") for part in ("TRAIN", "TEST")]
 TOY_OPTS = [word for key in _SIZES for word in (key, f"({TOY_SIZE},)" if key == _SIZES[0] else str(TOY_SIZE))]
@@ -66,7 +67,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="mask2former", choices=list(MODELS))
     parser.add_argument(
-        "--task", default="histology", choices=["histology", "toy"], help="toy: drawn shapes, the recommender's check"
+        "--task", default="histology", choices=["histology", *TOY], help="toy*: drawn shapes, the recommender's check"
     )
     parser.add_argument(
         "--output", default="output/benchmark", metavar="DIR", help="tiles, runs, rows.md, tradeoff.png"
@@ -84,9 +85,9 @@ def main() -> None:
     rows = rows_of(model)
     if unknown := sorted(set(args.rows) - set(rows)):
         raise ConfigError(f"--rows {', '.join(map(repr, unknown))}: {model.rows} has {', '.join(rows)}.")
-    if args.task == "toy":
+    if args.task in TOY:
         args.opts = [*TOY_OPTS, *args.opts]
-        parts = {part: toy_pictures(output, part, args.images) for part in TOY}
+        parts = {part: toy_pictures(output, args.task, part, args.images) for part in TOY_PARTS}
     else:
         parts = {
             "train": pictures(output, "train", slice(args.images)),
@@ -156,13 +157,13 @@ def pictures(output: Path, split: str, chosen: slice) -> Path:
     return folder
 
 
-def toy_pictures(output: Path, part: str, images: int) -> Path:
+def toy_pictures(output: Path, task: str, part: str, images: int) -> Path:
     """A part of the drawn world, made where that is not done yet."""
-    domain, count, seed = TOY[part]
+    count, seed = TOY_PARTS[part]
     count = min(count, images) if part == "train" else count
-    folder = output / "tiles" / f"toy_{part}_{count}"
+    folder = output / "tiles" / f"{task}_{part}_{count}"
     if not (folder / "annotations.json").exists():
-        toy.generate(folder, domain, count, seed, size=TOY_SIZE)
+        toy.generate(folder, TOY[task], count, seed, size=TOY_SIZE)
     return folder
 
 

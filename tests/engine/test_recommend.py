@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 pytest.importorskip("detectron2")
@@ -38,7 +40,8 @@ def test_auto(make_cfg: Callable[..., Any], base_weights: Path, tmp_path: Path) 
     found = recommend.settled(cfg)
     node = found.MODEL.PEFT
     assert {entry["NAME"] for entry in node.METHODS} == {"lora"} and len(node.TRAIN) >= 2
-    assert found.SOLVER.BASE_LR in [cfg.SOLVER.BASE_LR * factor for factor in recommend.RATES]
+    tried = [cfg.SOLVER.BASE_LR * factor for factor in recommend.RATES]
+    assert min(tried) <= found.SOLVER.BASE_LR <= max(tried)
     report = peft.make_report(Trainer.build_model(found))
     assert 2.5 < 100 * report.trainable / (report.total - report.injected) <= 5
     torch.manual_seed(99)
@@ -129,8 +132,10 @@ def test_rates_that_diverge_are_not_taken(make_cfg: Callable[..., Any], monkeypa
         model = Overflows(nan * step, error * step)
         peft.inject(model, [], ["fc"])
         losses = recommend.range_test(cfg, model, [[{}]], [[{}]])
-        assert [math.isfinite(loss) for loss in losses.values()] == [i < finite for i in range(len(losses))]
-        assert min(losses, key=lambda key: losses[key]) == list(losses)[finite - 1]
+        untrained, *trained = losses.values()
+        assert untrained == 0 and [math.isfinite(loss) for loss in trained] == [i < finite for i in range(4)]
+        rates = list(losses)[1:]
+        assert rates[0] <= recommend.best_rate(losses) <= rates[finite - 1]
         assert model.fc.weight.item() == 0.0
     model = Overflows(0.0, 9.0)
     peft.inject(model, [], ["fc"])
@@ -138,17 +143,43 @@ def test_rates_that_diverge_are_not_taken(make_cfg: Callable[..., Any], monkeypa
         recommend.range_test(cfg, model, [[{}]], [[{}]])
 
 
-def test_a_rate_is_tried_on_the_batches_over_and_over(
+def test_a_rate_is_tried_on_the_batches_over_and_over_and_falls_to_zero(
     make_cfg: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Plain SGD on a loss of slope -1: the weight, and so the loss, is the steps' sum."""
+    """Plain SGD on a loss of slope -1: the weight, and so the loss, is the sum of steps of 1, 4/5, 3/5, 2/5 and 1/5."""
     monkeypatch.setattr(recommend, "TEST_STEPS", 5)
     cfg = make_cfg("SOLVER.OPTIMIZER", "SGD", "SOLVER.CLIP_GRADIENTS.ENABLED", False, "SOLVER.WEIGHT_DECAY", 0.0)
     cfg.SOLVER.MOMENTUM = 0.0
     model = Overflows(math.inf, math.inf)
     peft.inject(model, [], ["fc"])
-    for rate, loss in recommend.range_test(cfg, model, [[{}]], [[{}]]).items():
-        assert loss == pytest.approx(-5 * rate)
+    losses = recommend.range_test(cfg, model, [[{}]], [[{}]])
+    assert list(losses) == [0.0, *(cfg.SOLVER.BASE_LR * factor for factor in recommend.RATES)]
+    for rate, loss in losses.items():
+        assert loss == pytest.approx(-3 * rate)
+
+
+@given(vertex=st.floats(-1.0, 4.0), curvature=st.floats(0.1, 3.0), shift=st.floats(-50, 50), unit=st.floats(1e-6, 1.0))
+def test_the_rate_is_the_least_point_of_a_parabola(vertex: float, curvature: float, shift: float, unit: float) -> None:
+    """Whatever the losses' level and the rates' unit are; within what was tried, to two digits."""
+    losses = {unit * 2**x: shift + curvature * (x - vertex) ** 2 for x in range(4)}
+    best = recommend.best_rate({0.0: max(losses.values()), **losses})
+    assert best == pytest.approx(unit * 2 ** min(3.0, max(0.0, vertex)), rel=0.06)
+
+
+@pytest.mark.parametrize(
+    ("losses", "best"),
+    [
+        ((18.37, 14.92, 14.59, 14.13), 2.37),  # still falling at the end by less than the noise of one loss
+        ((16.38, 14.41, 13.84, 14.27), 2.07),
+        ((9.0, 8.0, 9.0, math.inf), 0.9),  # no worse than the untrained model's, so that it does not outweigh the rest
+        ((9.0, 8.0, 9.0, 1e9), 0.9),
+        ((9.0, 8.0, 7.0, 5.0), 3.0),  # no parabola with a least point
+        ((20.0, 20.0, 20.0, 20.0), 0.0),  # nothing helps
+    ],
+)
+def test_the_rate_of_losses_seen(losses: tuple[float, ...], best: float) -> None:
+    tried = dict(zip((1e-3, 2e-3, 4e-3, 8e-3), losses, strict=True))
+    assert recommend.best_rate({0.0: 20.0, **tried}) == pytest.approx(1e-3 * 2**best, rel=0.06)
 
 
 def test_the_tool(toy_set: Any, base_weights: Path, tmp_path: Path) -> None:

@@ -93,8 +93,9 @@ def test_what_is_recommended_is_compared_with_rows_that_train_as_little() -> Non
         assert text.endswith(f"Within 1: {said}.")
 
 
-def test_the_check_has_pictures_of_its_own(tmp_path: Path) -> None:
-    folders = {part: benchmark.toy_pictures(tmp_path, part, images=3) for part in benchmark.TOY}
+@pytest.mark.parametrize("task", benchmark.TOY)
+def test_the_check_has_pictures_of_its_own(tmp_path: Path, task: str) -> None:
+    folders = {part: benchmark.toy_pictures(tmp_path, task, part, images=3) for part in benchmark.TOY_PARTS}
     contents = {part: json.loads((folder / "annotations.json").read_text()) for part, folder in folders.items()}
     assert [len(content["images"]) for content in contents.values()] == [3, 24, 48]
     first = {part: (folder / "images" / "00000.png").read_bytes() for part, folder in folders.items()}
