@@ -28,6 +28,7 @@ from peft_d2.engine.config import load_config  # noqa: E402
 from peft_d2.engine.errors import ConfigError, one_line_errors  # noqa: E402
 from peft_d2.engine.factory import register  # noqa: E402
 from peft_d2.models.layers.transformer import SinePosition2d  # noqa: E402
+from peft_d2.storage import disk  # noqa: E402
 
 CONFIGS = ROOT / "configs" / "nuclei"
 TRAIN_NET = [sys.executable, str(ROOT / "tools" / "train_net.py")]
@@ -73,10 +74,10 @@ def own_data(data: Path, tiles: Path, domain: str) -> list[str]:
     """Cut the tiles of a domain where they are not there yet; returns train_net's arguments for them."""
     arguments = ["--name", domain]
     for kind in ("train", "val"):
-        folder = tiles / f"{domain}_{kind}"
         source = data / f"{domain}_{kind}.json"
         if not source.exists():
             raise ConfigError(f"--data {data}: there is no {source.name}; make it with tools/prepare_dsb2018.py.")
+        folder = tiles / f"{domain}_{kind}_{disk.file_digest(source)['sha256'][:8]}"  # of other data has another name
         if not (folder / "annotations.json").exists():
             tile_coco(source, data / f"{domain}_{kind}", folder, tile=TILE, scale=SCALE)
         arguments += [f"--{kind}-json", str(folder / "annotations.json"), f"--{kind}-images", str(folder / "images")]

@@ -62,7 +62,7 @@ def test_variants_start_from_their_models_base(tool, data, tmp_path, monkeypatch
     assert {(r.name, r.seed) for r in variants[0]} >= {("heads", 1), ("heads", 2), ("lora", 1), ("full", 2)}
     assert "histology" in variants[1]
     assert variants[2] == ["MODEL.WEIGHTS", str(output / "mask2former" / "base" / "model_final.pth")]
-    tiles = json.loads((output / "tiles" / "histology_val" / "annotations.json").read_text())
+    tiles = json.loads(Path(variants[1][variants[1].index("--val-json") + 1]).read_text())
     assert tiles["images"][0]["height"] == 192
 
     text = (output / "table.md").read_text()
@@ -80,6 +80,20 @@ def test_models_with_one_figure_stand_side_by_side(tool, data, tmp_path, monkeyp
     assert "| variant | mask_dino: mask AP | % trained | seem: mask AP | % trained |" in text
     assert "| adapters2 | 12.0 | 0.90 | 14.0 | 0.90 |" in text
     assert (output / "tradeoff.png").exists()
+
+
+def test_tiles_are_those_of_the_data_given(tool, data, tmp_path) -> None:
+    """Cut once; of other data under the same --output anew, beside the first ones."""
+    first, again = (tool.own_data(data, tmp_path / "tiles", "histology") for _ in range(2))
+    cut = Path(first[first.index("--train-json") + 1])
+    moment = cut.stat().st_mtime_ns
+    source = json.loads((data / "histology_train.json").read_text())
+    (data / "histology_train.json").write_text(json.dumps({**source, "annotations": []}))
+    other = tool.own_data(data, tmp_path / "tiles", "histology")
+    found = Path(other[other.index("--train-json") + 1])
+    assert first == again and cut.stat().st_mtime_ns == moment
+    assert [len(json.loads(path.read_text())["annotations"]) for path in (cut, found)] == [1, 0]
+    assert first[first.index("--val-json") + 1] == other[other.index("--val-json") + 1]
 
 
 def test_wrong_arguments_are_named(tool, data, tmp_path, monkeypatch) -> None:
