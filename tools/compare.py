@@ -319,6 +319,7 @@ def plot_tradeoff(
 
     Several seeds are their mean, with a bar from the least to the greatest.
     """
+    labels: list[tuple[str, float, float]] = []
     with _axes(path, "trainable parameters", metric, title) as axes:
         for model, results in models.items():
             groups = sorted(_by_name(results).items(), key=lambda item: item[1][0].trainable)
@@ -330,12 +331,26 @@ def plot_tradeoff(
             ]
             counts = [rows[0].trainable for _, rows in groups]
             axes.errorbar(counts, means, yerr=bars, fmt="o", markersize=4, capsize=2, label=model)
-            for (name, _), count, mean in zip(groups, counts, means, strict=True):
-                axes.annotate(name, (count, mean), textcoords="offset points", xytext=(4, 4), fontsize=7)
+            labels += zip((name for name, _ in groups), counts, means, strict=True)
         axes.set_xscale("log")
         axes.margins(x=0.15)
+        write_names(axes, labels)
         if len(models) > 1:
             axes.legend(fontsize=8)
+
+
+def write_names(axes: Any, labels: Sequence[tuple[str, float, float]], line: float = 8.0) -> None:
+    """Write (name, x, y) beside their points, from the lowest up, above names that would be written over."""
+    scale = 72 / axes.figure.dpi
+    placed: list[tuple[float, float, float]] = []  # in points: left, right, height
+    for name, across, up in sorted(labels, key=lambda label: label[2]):
+        x, y = (float(value) * scale for value in axes.transData.transform((across, up)))
+        right, height = x + 4.5 * len(name), y
+        for left, end, taken in sorted(placed, key=lambda place: place[2]):
+            if left < right and x < end and abs(height - taken) < line:
+                height = taken + line
+        placed.append((x, right, height))
+        axes.annotate(name, (across, up), textcoords="offset points", xytext=(4, 4 + height - y), fontsize=7)
 
 
 def _share(result: Result) -> float:

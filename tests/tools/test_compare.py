@@ -16,6 +16,7 @@ from compare import (
     read_result,
     side_by_side,
     table,
+    write_names,
 )
 
 from peft_d2.engine.errors import ConfigError
@@ -134,3 +135,23 @@ def test_a_run_without_evaluation_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "metrics.json").write_text(json.dumps({"iteration": 1, "time": 0.1}))
     with pytest.raises(RunFailed, match=r"DATASETS\.TEST"):
         read_result(tmp_path, "name", 1)
+
+
+def test_names_of_points_close_together_are_not_written_over_each_other() -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.2))
+    axes = figure.subplots()
+    labels = [("LoRA, linear layers", 4e4, y) for y in (20.5, 20.8, 21.2)] + [
+        ("LoRA + COBOT", 4.1e4, 20.6),
+        ("x", 1e6, 5),
+    ]
+    axes.scatter([x for _, x, _ in labels], [y for *_, y in labels])
+    axes.set_xscale("log")
+    write_names(axes, labels)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    boxes = [text.get_window_extent(canvas.get_renderer()) for text in axes.texts]
+    assert len(boxes) == 5
+    assert not any(a.padded(-2).overlaps(b.padded(-2)) for i, a in enumerate(boxes) for b in boxes[:i])
