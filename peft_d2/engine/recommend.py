@@ -108,34 +108,35 @@ def range_test(cfg: Any, model: nn.Module, batches: Sequence[Any], held_out: Seq
     region proposals, which raise an error then.
 
     Raises:
-        ConfigError: no rate has a finite loss.
+        ConfigError: no rate has a finite loss, or the untrained model has none.
     """
     start = [(item.param, item.param.detach().clone()) for item in peft.trained_parameters(model)]
-    found = {}
-    for rate in (0.0, *(cfg.SOLVER.BASE_LR * factor for factor in RATES)):
+    found = {0.0: _mean_loss(model, held_out)}
+    if not math.isfinite(found[0.0]):
+        raise ConfigError(
+            "MODEL.PEFT.METHODS auto: the loss is not finite before any step. "
+            "Look whether the base's weights are those of its config."
+        )
+    for rate in (cfg.SOLVER.BASE_LR * factor for factor in RATES):
         trial = with_values(cfg, {"SOLVER.BASE_LR": rate, "MODEL.PEFT.LR_FACTOR": LR_FACTOR})
         optimizer = build_optimizer(trial, model)
         schedule = LinearLR(optimizer, 1.0, 0.0, TEST_STEPS)
-        model.train()
         found[rate] = math.inf
         with contextlib.suppress(FloatingPointError):
-            for loss in _losses(model, islice(cycle(batches), TEST_STEPS if rate else 0), cfg.SEED):
+            for loss in _losses(model, islice(cycle(batches), TEST_STEPS), cfg.SEED):
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 optimizer.step()
                 schedule.step()
-            with torch.no_grad():
-                mean = sum(float(loss) for loss in _losses(model, held_out, 0)) / len(held_out)
-            found[rate] = mean if math.isfinite(mean) else math.inf
+            found[rate] = _mean_loss(model, held_out)
         with torch.no_grad():
             for parameter, value in start:
                 parameter.copy_(value)
         model.zero_grad(set_to_none=True)
-    untrained, *trained = found.values()
-    if not (math.isfinite(untrained) and any(map(math.isfinite, trained))):
+    if not any(math.isfinite(loss) for rate, loss in found.items() if rate):
         raise ConfigError(
-            f"MODEL.PEFT.METHODS auto: no loss is finite after {TEST_STEPS} steps, at rates to {max(found):g}: lower "
-            "SOLVER.BASE_LR, and look whether the base's weights are those of its config."
+            f"MODEL.PEFT.METHODS auto: no loss is finite after {TEST_STEPS} steps, at rates from "
+            f"{cfg.SOLVER.BASE_LR * RATES[0]:g} to {max(found):g}: lower SOLVER.BASE_LR."
         )
     return found
 
@@ -196,8 +197,19 @@ def _base(cfg: Any) -> tuple[nn.Module, list[str]]:
     return model, list(dict.fromkeys(name.rpartition(".")[0] for name in anew if name in parameters))
 
 
+@torch.no_grad()
+def _mean_loss(model: nn.Module, batches: Sequence[Any]) -> float:
+    """Infinity where it is not finite, which Detectron2's region proposals raise an error for."""
+    try:
+        mean = sum(float(loss) for loss in _losses(model, batches, 0)) / len(batches)
+    except FloatingPointError:
+        return math.inf
+    return mean if math.isfinite(mean) else math.inf
+
+
 def _losses(model: nn.Module, batches: Iterable[Any], seed: int) -> Iterator[Any]:
-    """Yield the model's summed losses on each batch, with the same random numbers for the same seed."""
+    """Yield the summed losses of training on each batch, with the same random numbers for the same seed."""
+    model.train()
     for number, batch in enumerate(batches):
         with sample_seed(max(seed, 0), number), EventStorage():
             yield torch.stack([v.float() for v in model([dict(sample) for sample in batch]).values()]).sum()

@@ -10,8 +10,9 @@ The gradient's singular directions are those that LoRA-GA (arXiv 2407.05000) sta
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,7 +82,7 @@ def recommend(
 
     Raises:
         InjectionError: fewer than two batches, a budget that ``train`` alone exceeds or no place fits,
-            or no gradient anywhere.
+            a loss that is not finite, or no gradient anywhere.
         PatternError: a pattern that matches nothing.
     The model is as it was.
     """
@@ -112,7 +113,11 @@ def recommend(
 def measure(
     model: nn.Module, batches: Sequence[Any], losses: Callable[[nn.Module, Any], Tensor]
 ) -> tuple[Gradients, Gradients]:
-    """Mean gradients of every parameter over the even and the odd batches, by the parameters' first names."""
+    """Mean gradients of every parameter over the even and the odd batches, by the parameters' first names.
+
+    Raises:
+        InjectionError: a loss or a gradient that is not finite.
+    """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     halves: tuple[Gradients, Gradients] = ({}, {})
     with as_it_was(model), torch.random.fork_rng(), own_event_storage(), torch.enable_grad():
@@ -125,15 +130,32 @@ def measure(
         for number, batch in enumerate(batches):
             torch.manual_seed(number)
             model.zero_grad(set_to_none=True)
-            loss = losses(model, batch)
-            with torch.autocast(loss.device.type, enabled=False):
-                loss.backward()
+            with _finite(number):
+                loss = losses(model, batch)
+                if not loss.isfinite():
+                    raise FloatingPointError(f"the loss is {loss.item()}")
+                with torch.autocast(loss.device.type, enabled=False):
+                    loss.backward()
+                for name, parameter in model.named_parameters():
+                    if parameter.grad is not None and not parameter.grad.isfinite().all():
+                        raise FloatingPointError(f"the gradient of {name} is not finite")
             half = halves[number % 2]
             for parameter in model.parameters():
                 if parameter.grad is not None:
                     own = parameter.grad.detach().float() / len(batches[number % 2 :: 2])
                     half[names[id(parameter)]] = half.get(names[id(parameter)], 0) + own
     return halves
+
+
+@contextlib.contextmanager
+def _finite(number: int) -> Iterator[None]:
+    """One error for numbers that are not finite, of which Detectron2's region proposals raise their own."""
+    try:
+        yield
+    except FloatingPointError as error:
+        raise InjectionError(
+            f"batch {number}, before any step: {error}. Look whether the base's weights are those of its config"
+        ) from error
 
 
 def candidates(index: ModelIndex, halves: tuple[Gradients, Gradients], given: Iterable[str] = ()) -> list[Candidate]:

@@ -137,10 +137,30 @@ def test_rates_that_diverge_are_not_taken(make_cfg: Callable[..., Any], monkeypa
         rates = list(losses)[1:]
         assert rates[0] <= recommend.best_rate(losses) <= rates[finite - 1]
         assert model.fc.weight.item() == 0.0
-    model = Overflows(0.0, 9.0)
+    model = Overflows(0.5 * step, 9.0)
     peft.inject(model, [], ["fc"])
-    with pytest.raises(ConfigError, match="METHODS auto: no loss is finite after 1 steps.*lower SOLVER.BASE_LR"):
+    with pytest.raises(ConfigError, match="METHODS auto: no loss is finite after 1 steps, .*: lower SOLVER.BASE_LR"):
         recommend.range_test(cfg, model, [[{}]], [[{}]])
+
+
+@pytest.mark.parametrize(("nan", "error"), [(0.0, 9.0), (9.0, 0.0)])
+def test_a_loss_that_is_not_finite_before_any_step(make_cfg: Callable[..., Any], nan: float, error: float) -> None:
+    model = Overflows(nan, error)
+    peft.inject(model, [], ["fc"])
+    with pytest.raises(ConfigError, match="METHODS auto: the loss is not finite before any step"):
+        recommend.range_test(make_cfg(), model, [[{}]], [[{}]])
+
+
+def test_a_base_whose_weights_overflow(make_cfg: Callable[..., Any], base_weights: Path, tmp_path: Path) -> None:
+    """Its numbers are finite, so that it loads."""
+    checkpoint = torch.load(base_weights, weights_only=True)
+    name = next(name for name in checkpoint["model"] if name.endswith("query_feat.weight"))
+    checkpoint["model"][name] = torch.full_like(checkpoint["model"][name], 1e30)
+    torch.save(checkpoint, tmp_path / "base.pth")
+    cfg = make_cfg("MODEL.PEFT.METHODS", "auto", "MODEL.WEIGHTS", tmp_path / "base.pth")
+    with pytest.raises(ConfigError, match="METHODS auto: batch 0, before any step: .*Look whether the base's weights"):
+        recommend.settled(cfg)
+    assert not Path(cfg.OUTPUT_DIR, recommend.FILE).exists()
 
 
 def test_a_rate_is_tried_on_the_batches_over_and_over_and_falls_to_zero(
