@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import inspect
 import json
 import logging
@@ -21,6 +22,7 @@ from detectron2.engine import DefaultTrainer, HookBase, create_ddp_model, hooks
 from detectron2.engine.train_loop import TrainerBase
 from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.utils import comm
+from detectron2.utils.events import TensorboardXWriter
 from torch import nn
 
 from peft_d2 import peft
@@ -204,7 +206,10 @@ class Trainer(DefaultTrainer):
             ConfigError: tensorboard is not installed.
         """
         try:
-            return [*super().build_writers(), *self._trackers]
+            writers = [*super().build_writers(), *self._trackers]
+            if any(isinstance(writer, TensorboardXWriter) for writer in writers):
+                importlib.import_module("torch.utils.tensorboard")  # in Detectron2 main not before the first figures
+            return writers
         except ModuleNotFoundError as error:
             raise ConfigError(
                 f"the package {error.name}, with which Detectron2 writes figures, is missing: pip install tensorboard"

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from detectron2.engine import HookBase
+from detectron2.utils.events import TensorboardXWriter
 from fault_campaign.poison import Poison
 
 from peft_d2.engine.checkpointer import Checkpointer
@@ -266,9 +267,13 @@ def test_a_trainer_trains_once(make_cfg: Callable[..., Any], base_weights: Path,
     assert sorted(path.name for path in tmp_path.iterdir()) == files
 
 
+@pytest.mark.parametrize("late", [False, True])
 def test_no_tensorboard_is_one_line(
-    make_cfg: Callable[..., Any], base_weights: Path, monkeypatch: pytest.MonkeyPatch
+    make_cfg: Callable[..., Any], base_weights: Path, monkeypatch: pytest.MonkeyPatch, late: bool
 ) -> None:
+    """Detectron2 0.5 imports it for its writer, Detectron2 main when the first figures are written."""
+    if late:
+        monkeypatch.setattr(TensorboardXWriter, "__init__", lambda self, *args, **kwargs: None)
     for name in ("tensorboard", "torch.utils.tensorboard"):
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ConfigError, match="tensorboard, with which Detectron2 writes figures, is missing: pip install"):
