@@ -23,6 +23,7 @@ def main() -> None:
     """Run ``probe.py STAGE JSON``; a stage that fails raises."""
     stage, job = sys.argv[1], json.loads(sys.argv[2])
     torch.set_num_threads(1)
+    sys.path.append(str(Path(__file__).resolve().parents[2] / "tools"))
     for name in job["empty"]:
         sys.modules[name] = types.ModuleType(name)
     print("RESULT", STAGES[stage](job) or "")
@@ -154,7 +155,6 @@ def _draw(root: Path) -> None:
     """Four pictures of shapes each for training and validation, where and how Detectron2 expects COCO's."""
     from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
 
-    sys.path.append(str(Path(__file__).resolve().parents[2] / "tools"))
     import toy
 
     (root / "annotations").mkdir(parents=True, exist_ok=True)
