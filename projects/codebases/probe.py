@@ -153,9 +153,8 @@ def _shorten(job: dict[str, Any]) -> None:
 
 def _draw(root: Path) -> None:
     """Four pictures of shapes each for training and validation, where and how Detectron2 expects COCO's."""
-    from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
-
     import toy
+    from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
 
     (root / "annotations").mkdir(parents=True, exist_ok=True)
     for seed, split in enumerate(("train2017", "val2017")):
