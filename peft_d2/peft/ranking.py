@@ -10,9 +10,8 @@ The gradient's singular directions are those that LoRA-GA (arXiv 2407.05000) sta
 
 from __future__ import annotations
 
-import contextlib
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -130,15 +129,12 @@ def measure(
         for number, batch in enumerate(batches):
             torch.manual_seed(number)
             model.zero_grad(set_to_none=True)
-            with _finite(number):
-                loss = losses(model, batch)
-                if not loss.isfinite():
-                    raise FloatingPointError(f"the loss is {loss.item()}")
-                with torch.autocast(loss.device.type, enabled=False):
-                    loss.backward()
-                for name, parameter in model.named_parameters():
-                    if parameter.grad is not None and not parameter.grad.isfinite().all():
-                        raise FloatingPointError(f"the gradient of {name} is not finite")
+            try:
+                _backward(model, losses, batch)
+            except FloatingPointError as error:  # of Detectron2's region proposals, too
+                raise InjectionError(
+                    f"batch {number}, before any step: {error}. Look whether the base's weights are those of its config"
+                ) from error
             half = halves[number % 2]
             for parameter in model.parameters():
                 if parameter.grad is not None:
@@ -147,15 +143,16 @@ def measure(
     return halves
 
 
-@contextlib.contextmanager
-def _finite(number: int) -> Iterator[None]:
-    """One error for numbers that are not finite, of which Detectron2's region proposals raise their own."""
-    try:
-        yield
-    except FloatingPointError as error:
-        raise InjectionError(
-            f"batch {number}, before any step: {error}. Look whether the base's weights are those of its config"
-        ) from error
+def _backward(model: nn.Module, losses: Callable[[nn.Module, Any], Tensor], batch: Any) -> None:
+    """Fill the parameters' gradients; raises FloatingPointError where the loss or one of them is not finite."""
+    loss = losses(model, batch)
+    if not loss.isfinite():
+        raise FloatingPointError(f"the loss is {loss.item()}")
+    with torch.autocast(loss.device.type, enabled=False):
+        loss.backward()
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None and not parameter.grad.isfinite().all():
+            raise FloatingPointError(f"the gradient of {name} is not finite")
 
 
 def candidates(index: ModelIndex, halves: tuple[Gradients, Gradients], given: Iterable[str] = ()) -> list[Candidate]:
