@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -22,6 +23,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -334,23 +336,33 @@ def plot_tradeoff(
             labels += zip((name for name, _ in groups), counts, means, strict=True)
         axes.set_xscale("log")
         axes.margins(x=0.15)
+        axes.figure.set_figheight(max(4.2, 0.16 * len(labels)))
         write_names(axes, labels)
         if len(models) > 1:
             axes.legend(fontsize=8)
 
 
-def write_names(axes: Any, labels: Sequence[tuple[str, float, float]], line: float = 8.0) -> None:
-    """Write (name, x, y) beside their points, from the lowest up, above names that would be written over."""
-    scale = 72 / axes.figure.dpi
-    placed: list[tuple[float, float, float]] = []  # in points: left, right, height
-    for name, across, up in sorted(labels, key=lambda label: label[2]):
-        x, y = (float(value) * scale for value in axes.transData.transform((across, up)))
-        right, height = x + 4.5 * len(name), y
-        for left, end, taken in sorted(placed, key=lambda place: place[2]):
-            if left < right and x < end and abs(height - taken) < line:
-                height = taken + line
-        placed.append((x, right, height))
-        axes.annotate(name, (across, up), textcoords="offset points", xytext=(4, 4 + height - y), fontsize=7)
+def write_names(axes: Any, labels: Sequence[tuple[str, float, float]]) -> None:
+    """Write (name, x, y) at the free place nearest to its point and inside the frame, with a line where that is far.
+
+    Where there is none, a name stands beside its point, over others.
+    """
+    from matplotlib.transforms import Bbox
+
+    axes.figure.tight_layout()  # places are free or not in the frame as it will be
+    places = sorted(product((6, -6, 24, -24, 48, -48, 80, -80), range(-96, 97, 8)), key=lambda at: math.hypot(*at))
+    points = axes.transData.transform([at for _, *at in labels])
+    taken = [Bbox.from_bounds(x - 5, y - 5, 10, 10) for x, y in points]
+    for name, *point in labels:
+        text = axes.annotate(name, point, places[0], textcoords="offset points", va="center", fontsize=7)
+        for place in (*places, places[0]):
+            text.set(position=place, horizontalalignment="left" if place[0] > 0 else "right")
+            box = text.get_window_extent()
+            if axes.bbox.count_contains(box.corners()) == 4 and not box.count_overlaps(taken):
+                break
+        taken.append(box)
+        if math.hypot(*place) > 10:
+            axes.annotate("", point, place, textcoords="offset points", arrowprops={"arrowstyle": "-", "lw": 0.4})
 
 
 def _share(result: Result) -> float:
