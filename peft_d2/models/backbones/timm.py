@@ -322,8 +322,7 @@ def read_timm_weights(source: str) -> dict[str, Tensor]:
 def _from_original_efficientnet(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """EfficientNet's tensors from the names of the first PyTorch port, which numbers all blocks in a row, to timm's.
 
-    A stage begins where the number of output channels changes or the depthwise convolution's stride does, which for the
-    published widths are the same blocks.
+    A stage begins where the number of output channels changes: in no published width do two neighbours have the same.
     """
     rest = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": "classifier"}
     count = 1 + max(int(found[1]) for key in state if (found := _LITE.fullmatch(key)))
