@@ -13,7 +13,7 @@ import argparse
 import os
 import sys
 
-from command_line import take_pairs
+from command_line import require_output, take_pairs
 from take_adapter import their_config
 
 from peft_d2.data.config import PEFT_ARCHITECTURE, base_architecture
@@ -22,6 +22,7 @@ from peft_d2.engine.config import with_values
 from peft_d2.engine.errors import ConfigError, one_line_errors
 from peft_d2.engine.factory import build_model
 from peft_d2.engine.launch import prepare_config
+from peft_d2.storage import AdapterFileError
 
 
 def merge_parser() -> argparse.ArgumentParser:
@@ -54,8 +55,11 @@ def merge_adapter(args: argparse.Namespace) -> str:
     else:
         args.peft_config = ""
         cfg = prepare_config(args, reads=())
-    if not cfg.MODEL.WEIGHTS:
-        raise ConfigError("MODEL.WEIGHTS is empty: append MODEL.WEIGHTS and the base checkpoint to the command.")
+    empty = "MODEL.WEIGHTS is empty: append MODEL.WEIGHTS and the base checkpoint to the command."
+    if not cfg.MODEL.WEIGHTS and cfg.SEED < 0:
+        raise ConfigError(empty)
+    of_timm = cfg.MODEL.get("TIMM", {}).get("WEIGHTS", "")
+    require_output("--output", args.output, args.config_file, cfg.MODEL.WEIGHTS, of_timm)
     beside = convert.merged_place(args.output, cfg.MODEL.WEIGHTS, with_config=bool(args.adders))
     values = {
         "MODEL.DEVICE": "cpu",
@@ -65,8 +69,15 @@ def merge_adapter(args: argparse.Namespace) -> str:
         "MODEL.PEFT.TRAIN": [],
         "MODEL.PEFT.WEIGHTS": args.adapter,
     }
-    written = convert.write_merged(build_model(with_values(cfg, values)), cfg, args.output, beside)
-    return f"{' and '.join(written)}: {cfg.MODEL.WEIGHTS} with {args.adapter} merged in"
+    try:
+        model = build_model(with_values(cfg, values))
+    except AdapterFileError as error:
+        if cfg.MODEL.WEIGHTS:
+            raise
+        raise ConfigError(f"{empty} Without it, on the base that SEED {cfg.SEED} gives, {error}") from error
+    written = convert.write_merged(model, cfg, args.output, beside)
+    base = cfg.MODEL.WEIGHTS or f"the base of SEED {cfg.SEED}"
+    return f"{' and '.join(written)}: {base} with {args.adapter} merged in"
 
 
 if __name__ == "__main__":

@@ -15,8 +15,6 @@ from peft_d2.engine.errors import ConfigError, bounded, one_line_errors
 from peft_d2.engine.launch import prepare_config
 from peft_d2.storage import disk
 
-BYTES = 16  # of a trained parameter: itself, its gradient and two moments, in float32
-
 
 def main(arguments: list[str] | None = None) -> None:
     """Run ``tools/recommend.py``."""
@@ -41,12 +39,9 @@ def recommend_parser() -> argparse.ArgumentParser:
     parser.add_argument("--train-images", default="", metavar="DIR", help="folder of the images")
     parser.add_argument("--train-data", default="", metavar="DIR", help="instead: a folder; its format is recognised")
     parser.add_argument("--name", default="own", help="what the data set is called: NAME_train")
-    parser.add_argument(
-        "--percent", type=bounded(float, 0, 100), default=0.0, help="of the parameters to train (MODEL.PEFT.BUDGET)"
-    )
-    parser.add_argument(
-        "--memory", type=bounded(float, 0), default=0.0, metavar="MIB", help="for what is trained, moments included"
-    )
+    budget = parser.add_mutually_exclusive_group()
+    budget.add_argument("--percent", type=bounded(float, 0, 100), help="of the parameters to train (MODEL.PEFT.BUDGET)")
+    budget.add_argument("--memory", type=bounded(float, 0), metavar="MIB", help="for what is trained, moments included")
     parser.add_argument("--output", default="", metavar="FILE", help="write it there, too")
     take_pairs(parser)
     return parser
@@ -60,17 +55,18 @@ def recommended(args: argparse.Namespace) -> str:
     """
     from peft_d2.engine.checks import check_run
     from peft_d2.engine.config import with_values
-    from peft_d2.engine.recommend import advise, explained
+    from peft_d2.engine.recommend import BYTES, advise, explained, require_own
 
-    if args.percent:
+    if args.percent is not None:
         args.opts = [*args.opts, "MODEL.PEFT.BUDGET", str(float(args.percent))]
     cfg = prepare_config(args)
+    require_own(args.output)
     if not cfg.DATASETS.TRAIN:
         raise ConfigError(
             "DATASETS.TRAIN is empty: give --train-json and --train-images, --train-data, or name registered data sets."
         )
     check_run(with_values(cfg, {"DATASETS.TEST": ()}), evaluate=False, writes=False)
-    most = max(1, int(args.memory * 2**20 / BYTES)) if args.memory else 0
+    most = 0 if args.memory is None else max(1, int(args.memory * 2**20 / BYTES))
     return explained(*advise(cfg, most))
 
 

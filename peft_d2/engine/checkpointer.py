@@ -131,7 +131,7 @@ class Checkpointer(DetectionCheckpointer):
             CheckpointError: the file does not exist, or is an adapter.
         """
         if not path:
-            logger.info("MODEL.WEIGHTS is empty: the model keeps its random initial weights.")
+            logger.info("MODEL.WEIGHTS is empty: the model keeps the weights that it was built with.")
             return {}
         injection = peft.get_injection(self.model)
         if injection is not None and injection.base_file == path:

@@ -87,6 +87,8 @@ def _check_numbers(cfg: Any) -> None:
     for key, (least, most) in _COUNTS.items():
         if not least <= known[key] <= most:
             raise ConfigError(f"{key} is {known[key]}; expected {least} or more, and no more than {most}.")
+    if not 0 < cfg.MODEL.PEFT.BUDGET <= 100:
+        raise ConfigError(f"MODEL.PEFT.BUDGET is {cfg.MODEL.PEFT.BUDGET}; expected above 0 and at most 100 (percent).")
     if cfg.MODEL.DEVICE == "meta":
         raise ConfigError("MODEL.DEVICE is 'meta', whose tensors hold no values; expected 'cpu', 'cuda' or 'cuda:0'.")
     if 0 < max(cfg.MODEL.PIXEL_MEAN) <= 1 and max(cfg.MODEL.PIXEL_STD) < 1:

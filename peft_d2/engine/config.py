@@ -163,8 +163,11 @@ def load_config(config_file: str, peft_config: str = "", opts: Sequence[str] = (
     batch = cfg.SOLVER.IMS_PER_BATCH
     _merge_pairs(loaded, opts)
     explicit, solver = loaded.explicit, cfg.SOLVER
-    if explicit.get("SOLVER.IMS_PER_BATCH") == 2 and explicit.get("SOLVER.BASE_LR") != 2 and not solver.REFERENCE_IMS:
-        solver.REFERENCE_IMS = batch  # the files' rate follows the batch size given beside them
+    if explicit.get("SOLVER.REFERENCE_IMS") != 2:
+        if explicit.get("SOLVER.BASE_LR") == 2:
+            solver.REFERENCE_IMS = 0  # the files' is that of their own rate
+        elif explicit.get("SOLVER.IMS_PER_BATCH") == 2 and not solver.REFERENCE_IMS:
+            solver.REFERENCE_IMS = batch  # the files' rate follows the batch size given beside them
     _switch_peft_on(cfg, model)
     resolve_device(cfg)
     return loaded

@@ -65,7 +65,7 @@ def merged_place(merged: str | os.PathLike[str], base: str | os.PathLike[str], w
         ConfigError: the checkpoint or its config would be written over what was read, or is somebody's.
     """
     adapters.require_torch_name(merged)
-    if Path(merged).exists() and Path(base).exists() and os.path.samefile(merged, base):
+    if os.path.exists(merged) and os.path.exists(base) and os.path.samefile(merged, base):
         raise ConfigError(f"{merged} is what is read, and would be written over: choose another name.")
     beside = Path(merged).with_suffix(".yaml")
     before = {}

@@ -103,7 +103,20 @@ def build_model(cfg: Any) -> nn.Module:
         seed_everything(cfg.SEED, 0, 0)
     try:
         return modeling.build_model(cfg)
+    except AssertionError as error:
+        if "log2 contiguous" not in str(error):
+            raise
+        raise ConfigError(
+            f"MODEL.FPN.IN_FEATURES is {cfg.MODEL.FPN.IN_FEATURES} ([]: all maps of the backbone); expected the finest "
+            f"first, and each of twice the stride of the one before ({error})."
+        ) from error
     except KeyError as error:
+        absent = str(error).strip("'")
+        if readers := [key for key, value in leaves(cfg) if key.endswith("IN_FEATURES") and absent in value]:
+            raise ConfigError(
+                f"the backbone gives no map {absent!r}, which is in {', '.join(readers)}. A backbone's maps are its "
+                "OUT_FEATURES; those of a pyramid are p2 where MODEL.FPN.IN_FEATURES has res2, and so on."
+            ) from error
         found = re.search(r"No object named '(.*)' found in '(.*)' registry", str(error))
         if not found:
             raise

@@ -165,7 +165,8 @@ def warn_of_untrained(cfg: Any, model: torch.nn.Module, trained: Sequence[str]) 
     if given and cfg.MODEL.META_ARCHITECTURE != PEFT_ARCHITECTURE:
         check_order(trained_classes(given), cfg)
     if not given:
-        logger.warning("MODEL.WEIGHTS is empty: the model has random weights.")
+        of_timm = " but for those of MODEL.TIMM.WEIGHTS" if cfg.MODEL.get("TIMM", {}).get("WEIGHTS") else ""
+        logger.warning("MODEL.WEIGHTS is empty: the model has random weights%s.", of_timm)
     elif cfg.MODEL.META_ARCHITECTURE != PEFT_ARCHITECTURE and trained and not lies_inside(cfg.OUTPUT_DIR, given):
         logger.warning(
             "%s is what is evaluated, not what was trained in OUTPUT_DIR. For that, append MODEL.WEIGHTS %s.",

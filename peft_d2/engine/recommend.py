@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import cycle, islice
 from pathlib import Path
@@ -30,14 +31,16 @@ from peft_d2.engine.config import leaves, with_values
 from peft_d2.engine.errors import ConfigError
 from peft_d2.engine.factory import build_model
 from peft_d2.engine.hooks import seed_everything
-from peft_d2.engine.optimizer import build_optimizer
-from peft_d2.peft.ranking import Recommendation, recommend
+from peft_d2.engine.optimizer import build_optimizer, scale_learning_rate
+from peft_d2.peft.ranking import BudgetError, Recommendation, recommend
 from peft_d2.storage import disk
 
 FILE = "recommended.yaml"
+_HEAD = "# What to train, as recommended by gradients on the training set:"
 BATCHES, MORE, HELD_OUT = 16, 12, 4  # to rank places; besides, to try rates; to compare them
 TEST_STEPS = 36  # at each rate
 RATES = (0.5, 1.0, 2.0, 4.0)  # times SOLVER.BASE_LR
+BYTES = 16  # of a trained parameter: itself, its gradient and two moments, in float32
 LR_FACTOR = 4.0  # of what is injected, as in this project's configs
 logger = logging.getLogger(__name__)
 
@@ -51,7 +54,7 @@ def settled(cfg: Any, resume: bool = False, evaluate: bool = False) -> Any:
         evaluate: nothing is trained: what an earlier call has written has to be there.
 
     Raises:
-        ConfigError: several processes, or an evaluation of what was never trained.
+        ConfigError: several processes, an evaluation of what was never trained, or somebody's file in that place.
     """
     if comm.get_world_size() > 1:
         raise ConfigError(
@@ -61,6 +64,7 @@ def settled(cfg: Any, resume: bool = False, evaluate: bool = False) -> Any:
     if evaluate and not path.is_file():
         raise ConfigError(f"MODEL.PEFT.METHODS auto: there is no {path} of a training. Give that run's config.yaml.")
     if not ((resume or evaluate) and path.is_file()):
+        require_own(path)
         text = explained(*advise(cfg))
         path.parent.mkdir(parents=True, exist_ok=True)
         disk.write_bytes(path, text.encode())
@@ -73,8 +77,18 @@ def settled(cfg: Any, resume: bool = False, evaluate: bool = False) -> Any:
     return changed
 
 
+def require_own(path: str | Path) -> None:
+    """Refuse to write a recommendation over a file that is none, a config or a checkpoint.
+
+    Raises:
+        ConfigError: naming it.
+    """
+    if os.path.isfile(path) and not Path(path).read_bytes().startswith(_HEAD.encode()):
+        raise ConfigError(f"{path} is no earlier recommendation, and would be written over. Choose another place.")
+
+
 def advise(cfg: Any, budget: int = 0) -> tuple[Any, Recommendation, dict[float, float]]:
-    """Choose what to train of the config's model on its training set: (cfg, choice, losses by rate).
+    """Choose what to train of the config's model on its training set: (cfg, its rate scaled; choice; losses by rate).
 
     Args:
         cfg: a model's, or a PEFT config whose ``TRAIN`` is kept and whose ``METHODS`` are not.
@@ -83,6 +97,8 @@ def advise(cfg: Any, budget: int = 0) -> tuple[Any, Recommendation, dict[float, 
     Raises:
         ConfigError: a budget that TRAIN alone exceeds, or no gradients.
     """
+    cfg = cfg.clone()
+    scale_learning_rate(cfg)  # as a training does: the rates tried are those that it would have
     loader = build_train_loader(cfg)
     batches = list(islice(iter(loader), BATCHES + MORE + HELD_OUT))
     loader.close()
@@ -94,6 +110,12 @@ def advise(cfg: Any, budget: int = 0) -> tuple[Any, Recommendation, dict[float, 
     try:
         found = recommend(model, batches[:BATCHES], budget, [*cfg.MODEL.PEFT.TRAIN, *heads])
         peft.inject(model, found.methods, train=found.train)
+    except BudgetError as error:
+        percent, memory = 100 * error.least / count, error.least * BYTES / 2**20
+        raise ConfigError(
+            f"MODEL.PEFT.METHODS auto: {error} above {error.least:,} parameters, {percent:.3g} percent "
+            f"(MODEL.PEFT.BUDGET; --percent of tools/recommend.py) or {memory:.3g} MiB (--memory)."
+        ) from error
     except peft.PeftError as error:
         raise ConfigError(f"MODEL.PEFT.METHODS auto: {error}") from error
     tried = batches[BATCHES:-HELD_OUT] + batches[:BATCHES]
@@ -163,12 +185,16 @@ def explained(cfg: Any, found: Recommendation, losses: dict[float, float]) -> st
     for candidate, rank in found.chosen:
         part = ".".join(candidate.names[0].split(".")[:2])
         parts[part] = parts.get(part, 0) + candidate.cost * (rank or 1)
+    tried = [rate for rate in losses if rate]
+    useless = min(losses[rate] for rate in tried) >= losses[0.0]
     lines = [
+        _HEAD,
         f"# {found.parameters:,} parameters, which hold {found.share:.0%} of the gradients' energy that two halves of",
-        f"# {BATCHES} batches of the training set agree on. Where they are:",
+        f"# {BATCHES} batches agree on. Where they are:",
         *(f"#   {part}: {count:,}" for part, count in sorted(parts.items(), key=lambda item: -item[1])),
         f"# Loss on batches left out, after {TEST_STEPS} steps at each rate (0: before):",
         *(f"#   {key:g}: {loss:.3f}" for key, loss in losses.items()),
+        *([f"# NONE IS BETTER than no training: lower SOLVER.BASE_LR, {tried[1]:g} now, or more data."] * useless),
     ]
     node = cfg.MODEL.PEFT
     tree = {
@@ -181,7 +207,7 @@ def explained(cfg: Any, found: Recommendation, losses: dict[float, float]) -> st
                 "TRAIN": found.train,
             },
         },
-        "SOLVER": {"BASE_LR": best_rate(losses)},
+        "SOLVER": {"BASE_LR": best_rate(losses), "REFERENCE_IMS": cfg.SOLVER.IMS_PER_BATCH},
     }
     return "\n".join([*lines, yaml.safe_dump(tree, sort_keys=False, width=120)])
 

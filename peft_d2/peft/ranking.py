@@ -23,11 +23,21 @@ from .errors import InjectionError
 from .lora import Lora
 from .method import parse
 from .probe import as_it_was, call, own_event_storage
+from .state import get_injection
 from .targets import ModelIndex, Target, match, resolve_train
 
 RANKS = (2, 4, 8, 16, 32)
 _DIGITS = re.compile(r"\d+")
 Gradients = dict[str, Tensor]
+Losses = Callable[[nn.Module, Any], Tensor | dict[str, Tensor]]
+
+
+class BudgetError(InjectionError):
+    """A budget that is too small; ``least`` is the number of parameters that would do."""
+
+    def __init__(self, message: str, least: int) -> None:
+        super().__init__(message)
+        self.least = least
 
 
 @dataclass(frozen=True)
@@ -66,33 +76,39 @@ def recommend(
     batches: Sequence[Any],
     budget: int,
     train: Sequence[str] = (),
-    losses: Callable[[nn.Module, Any], Tensor] | None = None,
+    losses: Losses | None = None,
     scale: float = 4.0,
 ) -> Recommendation:
     """What to train of ``model`` with at most ``budget`` parameters, of which ``train`` (new heads) is trained anyway.
 
     Args:
         model: not injected yet, with the base's weights.
-        batches: two or more that it is called with in training.
+        batches: a list of two or more that it is called with in training, ``list(itertools.islice(loader, 16))`` say.
         budget: number of parameters.
         train: patterns, as for :func:`inject`.
-        losses: gives the loss of (model, batch); by default the sum of the dict that the model returns.
+        losses: gives the loss of (model, batch), or a dict of losses to be summed; by default what the model returns.
         scale: of LoRA's branches, ``ALPHA / RANK``.
 
     Raises:
-        InjectionError: fewer than two batches, a budget that ``train`` alone exceeds or no place fits,
-            a loss that is not finite, or no gradient anywhere.
+        BudgetError: a budget that ``train`` alone exceeds or no place fits.
+        InjectionError: a model that is injected already, fewer than two batches, a loss that is not finite or that no
+            gradient comes from, or no gradient anywhere.
         PatternError: a pattern that matches nothing.
     The model is as it was.
     """
+    if get_injection(model) is not None:
+        raise InjectionError("this model is injected already: rank the modules of one that is not, then inject it")
+    if not isinstance(batches, Sequence):
+        how = "list(itertools.islice(batches, 16))"
+        raise InjectionError(f"batches is a {type(batches).__name__}: give a list of some of them, {how}")
     if len(batches) < 2:
         raise InjectionError(f"{len(batches)} batch(es) to measure gradients on: expected two or more")
     index = ModelIndex.of(model)
     given = set(resolve_train(index, list(train))[0])
     fixed = sum(index.tensors[name].get().numel() for name in given if name in dict(model.named_parameters()))
     if fixed >= budget:
-        raise InjectionError(f"TRAIN alone has {fixed:,} parameters and the budget is {budget:,}: raise it")
-    halves = measure(model, batches, losses or _sum_of_losses)
+        raise BudgetError(f"TRAIN alone has {fixed:,} parameters and the budget is {budget:,}: raise it", fixed + 1)
+    halves = measure(model, batches, losses or call)
     device = next(model.parameters()).device.type
     with torch.random.fork_rng(), torch.autocast(device, enabled=False):
         torch.manual_seed(0)  # of the randomised singular values
@@ -101,7 +117,8 @@ def recommend(
         raise InjectionError("no weight has a gradient that two halves of these batches agree on: give more batches")
     chosen = choose(found, budget - fixed)
     if not (chosen or train):
-        raise InjectionError(f"the budget is {budget:,} parameters, and no place takes as few: raise it")
+        least = fixed + min(candidate.cost for candidate in found)
+        raise BudgetError(f"the budget is {budget:,} parameters, and no place takes as few: raise it", least)
     methods, in_full = _entries(index, chosen, scale)
     cost = fixed + sum(candidate.cost * (rank or 1) for candidate, rank in chosen)
     energy = sum(sum(candidate.energies[: rank or 1]) for candidate, rank in chosen)
@@ -109,13 +126,11 @@ def recommend(
     return Recommendation(methods, [*train, *in_full], chosen, cost, share)
 
 
-def measure(
-    model: nn.Module, batches: Sequence[Any], losses: Callable[[nn.Module, Any], Tensor]
-) -> tuple[Gradients, Gradients]:
+def measure(model: nn.Module, batches: Sequence[Any], losses: Losses) -> tuple[Gradients, Gradients]:
     """Mean gradients of every parameter over the even and the odd batches, by the parameters' first names.
 
     Raises:
-        InjectionError: a loss or a gradient that is not finite.
+        InjectionError: a loss or a gradient that is not finite, or a loss that is no number with a gradient.
     """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     halves: tuple[Gradients, Gradients] = ({}, {})
@@ -143,9 +158,15 @@ def measure(
     return halves
 
 
-def _backward(model: nn.Module, losses: Callable[[nn.Module, Any], Tensor], batch: Any) -> None:
+def _backward(model: nn.Module, losses: Losses, batch: Any) -> None:
     """Fill the parameters' gradients; raises FloatingPointError where the loss or one of them is not finite."""
     loss = losses(model, batch)
+    if isinstance(loss, dict):
+        loss = torch.stack([value.float() for value in loss.values()]).sum()
+    if not (isinstance(loss, Tensor) and loss.numel() == 1 and loss.requires_grad):
+        kind = f"a tensor {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
+        given = " without a gradient" if isinstance(loss, Tensor) and not loss.requires_grad else ""
+        raise InjectionError(f"the loss is {kind}{given}: expected one number with a gradient, or a dict of such")
     if not loss.isfinite():
         raise FloatingPointError(f"the loss is {loss.item()}")
     with torch.autocast(loss.device.type, enabled=False):
@@ -265,9 +286,3 @@ def patterns_of(names: Sequence[str], known: Sequence[str]) -> list[str]:
         result.append(pattern)
         wanted = [name for name in wanted if name not in hits]
     return result
-
-
-def _sum_of_losses(model: nn.Module, batch: Any) -> Tensor:
-    found = call(model, batch)
-    values = found.values() if isinstance(found, dict) else [found]
-    return torch.stack([value.float() for value in values]).sum()

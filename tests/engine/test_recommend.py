@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,10 @@ import recommend as tool  # noqa: E402
 
 from peft_d2 import peft  # noqa: E402
 from peft_d2.engine import recommend  # noqa: E402
+from peft_d2.engine.checks import check_run  # noqa: E402
 from peft_d2.engine.config import load_config  # noqa: E402
 from peft_d2.engine.errors import ConfigError  # noqa: E402
+from peft_d2.engine.optimizer import scale_learning_rate  # noqa: E402
 from peft_d2.engine.trainer import Trainer  # noqa: E402
 
 from .conftest import DINO, HEADS, TINY  # noqa: E402
@@ -103,8 +106,59 @@ def test_too_small_a_budget(make_cfg: Callable[..., Any], base_weights: Path) ->
         *("MODEL.PEFT.METHODS", "auto", "MODEL.PEFT.TRAIN", HEADS),
         *("MODEL.WEIGHTS", base_weights, "MODEL.PEFT.BUDGET", 0.01),
     )
-    with pytest.raises(ConfigError, match="METHODS auto: TRAIN alone has .* parameters and the budget is"):
+    said = (
+        r"METHODS auto: TRAIN alone has .* parameters and the budget is .*: raise it above [\d,]+ parameters, ([\d.]+) "
+    )
+    with pytest.raises(ConfigError, match=said) as raised:
         recommend.settled(cfg)
+    cfg.MODEL.PEFT.BUDGET = 1.05 * float(re.search(said, str(raised.value))[1])  # type: ignore[index]
+    assert recommend.advise(cfg)[1].train
+
+
+def test_a_training_takes_the_rate_that_was_tried(
+    make_cfg: Callable[..., Any], base_weights: Path, tmp_path: Path
+) -> None:
+    """At the batch that it was tried at; at another it follows."""
+    cfg = make_cfg(
+        *("MODEL.PEFT.METHODS", "auto", "MODEL.WEIGHTS", base_weights, "SOLVER.BASE_LR", 0.008),
+        *("SOLVER.REFERENCE_IMS", 8, "SOLVER.IMS_PER_BATCH", 2),
+    )
+    found = recommend.settled(cfg)
+    file = tmp_path / recommend.FILE
+    rate = yaml.safe_load(file.read_text())["SOLVER"]["BASE_LR"]
+    assert 0.002 * recommend.RATES[0] <= rate <= 0.002 * recommend.RATES[-1]
+    for opts, expected in (
+        ([], rate),
+        (["SOLVER.IMS_PER_BATCH", "2"], rate),
+        (["SOLVER.IMS_PER_BATCH", "4"], 2 * rate),
+        (["SOLVER.IMS_PER_BATCH", "4", "SOLVER.BASE_LR", "0.25"], 0.25),
+    ):
+        trained = load_config(str(TINY), str(file), opts).cfg if opts else found
+        scale_learning_rate(trained)
+        assert trained.SOLVER.BASE_LR == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("budget", [0, -5, 500])
+def test_budgets_that_are_no_percentage(make_cfg: Callable[..., Any], budget: float) -> None:
+    with pytest.raises(ConfigError, match=r"MODEL\.PEFT\.BUDGET is .*above 0 and at most 100"):
+        check_run(make_cfg("MODEL.PEFT.METHODS", "auto", "MODEL.PEFT.BUDGET", budget), evaluate=False)
+
+
+def test_no_file_of_another_kind_is_written_over(
+    make_cfg: Callable[..., Any], base_weights: Path, tmp_path: Path
+) -> None:
+    somebodys = tmp_path / recommend.FILE
+    somebodys.write_text("MODEL: {}\n")
+    with pytest.raises(ConfigError, match="recommended.yaml is no earlier recommendation, and would be written over"):
+        recommend.settled(make_cfg("MODEL.PEFT.METHODS", "auto", "MODEL.WEIGHTS", base_weights))
+    assert somebodys.read_text() == "MODEL: {}\n"
+
+
+def test_rates_that_do_harm_are_said_to(make_cfg: Callable[..., Any]) -> None:
+    found = recommend.Recommendation([], ["head"], [], 5, 1.0)
+    worse = recommend.explained(make_cfg(), found, {0.0: 1.0, 0.1: 2.0, 0.2: 3.0, 0.4: math.inf})
+    better = recommend.explained(make_cfg(), found, {0.0: 1.0, 0.1: 2.0, 0.2: 0.9, 0.4: 3.0})
+    assert "NONE IS BETTER than no training: lower SOLVER.BASE_LR, 0.2 now" in worse and "NONE" not in better
 
 
 class Overflows(nn.Module):
@@ -207,8 +261,12 @@ def test_the_tool(toy_set: Any, base_weights: Path, tmp_path: Path) -> None:
     args = tool.recommend_parser().parse_args([*arguments, "--memory", "0.05", "MODEL.WEIGHTS", str(base_weights)])
     tree = yaml.safe_load(text := tool.recommended(args))
     assert tree["MODEL"]["PEFT"]["META_ARCHITECTURE"] == "PD2MaskFormer" and "Loss on batches left out" in text
-    parameters = int(text.split()[1].replace(",", ""))
+    parameters = int(text.splitlines()[1].split()[1].replace(",", ""))
     assert 0 < parameters * 16 <= 0.05 * 2**20
+    base = base_weights.read_bytes()
+    with pytest.raises(ConfigError, match="is no earlier recommendation, and would be written over"):
+        tool.recommended(tool.recommend_parser().parse_args([*arguments, "--output", str(base_weights)]))
+    assert base_weights.read_bytes() == base
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,9 @@ from detectron2.utils.events import EventStorage  # noqa: E402
 
 import peft_d2  # noqa: E402
 from peft_d2 import peft  # noqa: E402
+from peft_d2.engine import factory  # noqa: E402
 from peft_d2.engine.config import load_config  # noqa: E402
+from peft_d2.engine.errors import ConfigError  # noqa: E402
 from peft_d2.engine.launch import prepare_config  # noqa: E402
 from peft_d2.models.backbones.timm import TimmBackbone, create_timm_model, read_timm_weights  # noqa: E402
 from peft_d2.models.checks import ModelConfigError  # noqa: E402
@@ -263,7 +265,17 @@ def test_weights_of_the_package_index_are_the_original_ports(size: str) -> None:
         ({"MODEL__TIMM__KWARGS": "{checkpoint_path: a.pth}"}, "MODEL.TIMM.KWARGS.*weights are MODEL.TIMM.WEIGHTS"),
         ({"MODEL__TIMM__NAME": "sequencer2d_s"}, "MODEL.TIMM.NAME.*strides of powers of two, not .7, 14"),
         ({"MODEL__TIMM__NAME": "resnet18.nonsense"}, "resnet18.nonsense.*Invalid pretrained tag"),
-        ({"MODEL__TIMM__WEIGHTS": "no_such_file.pth"}, "MODEL.TIMM.WEIGHTS is 'no_such_file.pth'"),
+        (
+            {"MODEL__TIMM__WEIGHTS": "no_such_file.pth"},
+            "MODEL.TIMM.WEIGHTS is 'no_such_file.pth', which is no file here",
+        ),
+        (
+            {"MODEL__TIMM__WEIGHTS": "https://a.b/c.pth"},
+            "'https://a.b/c.pth', which is no file here: download it first",
+        ),
+        ({"MODEL__TIMM__NAME": ""}, "MODEL.TIMM.NAME is ''; it should be the name of a model"),
+        ({"MODEL__TIMM__NAME": "crossvit_tiny_240"}, "MODEL.TIMM.NAME is 'crossvit_tiny_240'; .*powers of two"),
+        ({"MODEL__TIMM__NAME": "test_vit", "MODEL__TIMM__PYRAMID_CHANNELS": 0}, "MODEL.TIMM.PYRAMID_CHANNELS is 0"),
         ({"INPUT__FORMAT": "YUV-BT.601"}, "INPUT.FORMAT"),
     ],
 )
@@ -336,6 +348,30 @@ BACKBONES: dict[str, dict[str, Any]] = {
     "resnet18": {},
     "vit_tiny_patch16_224": {"MODEL.TIMM.KWARGS": "{depth: 2}", "MODEL.TIMM.PYRAMID_CHANNELS": 32},
 }
+
+
+@pytest.mark.parametrize(
+    ("head", "wrong", "message"),
+    [
+        ("mask_rcnn", {"MODEL.FPN.IN_FEATURES": ["res5", "res4", "res3"]}, "MODEL.FPN.IN_FEATURES is .*finest first"),
+        ("retinanet", {"MODEL.FPN.IN_FEATURES": ["res3", "res5"]}, "MODEL.FPN.IN_FEATURES is .*twice the stride"),
+        ("mask_rcnn", {"MODEL.FPN.IN_FEATURES": ["res3", "res4"]}, "no map 'p2', which is in .*MODEL.RPN.IN_FEATURES"),
+    ],
+)
+def test_a_pyramid_of_maps_that_do_not_fit(head: str, wrong: dict[str, Any], message: str) -> None:
+    cfg = config("resnet18")
+    cfg.MODEL.META_ARCHITECTURE, keys = HEADS[head]
+    keys = {**keys, "MODEL.DEVICE": "cpu", **wrong}
+    cfg.merge_from_list([part for pair in keys.items() for part in pair])
+    with pytest.raises(ConfigError, match=message):
+        factory.build_model(cfg)
+
+
+def test_a_pyramid_takes_all_maps_in_their_order() -> None:
+    cfg = config("resnet18", MODEL__TIMM__OUT_FEATURES=["res5", "res3", "res2", "res4"])
+    keys = {**FPN, "MODEL.FPN.IN_FEATURES": []}
+    cfg.merge_from_list([part for pair in keys.items() for part in pair])
+    assert list(build_backbone(cfg).output_shape()) == PYRAMID
 
 
 @pytest.mark.parametrize("name", BACKBONES)

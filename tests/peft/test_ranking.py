@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from peft_d2 import peft
 from peft_d2.peft.ranking import RANKS, Candidate, candidates, choose, measure, patterns_of, recommend
@@ -165,6 +166,20 @@ def test_what_cannot_be() -> None:
         recommend(model, batches[:1], 1000)
     with pytest.raises(peft.PatternError, match="haed"):
         recommend(model, batches, 1000, train=["haed"])
+    with pytest.raises(peft.InjectionError, match="batches is a DataLoader: give a list of some of them"):
+        recommend(model, DataLoader(torch.randn(4, 3, 8, 8)), 1000)  # type: ignore[arg-type]
+    for losses, said in (
+        (lambda model, batch: torch.stack([*model(batch).values()] * 2), r"a tensor \(2,\): expected one number"),
+        (lambda model, batch: torch.ones(()), r"a tensor \(\) without a gradient"),
+        (lambda model, batch: 1.0, "the loss is a float"),
+    ):
+        with pytest.raises(peft.InjectionError, match=said):
+            recommend(model, batches, 1000, losses=losses)
+    one = recommend(model, batches, 1000)
+    assert recommend(model, batches, 1000, losses=lambda model, batch: model(batch)).methods == one.methods  # a dict
+    peft.inject(model, one.methods, one.train)
+    with pytest.raises(peft.InjectionError, match="injected already"):
+        recommend(model, batches, 1000)
 
 
 def test_patterns_choose_exactly_the_names() -> None:

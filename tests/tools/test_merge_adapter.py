@@ -15,7 +15,7 @@ from merge_adapter import merge_adapter, merge_parser  # noqa: E402
 
 import peft_d2  # noqa: E402
 from peft_d2 import peft  # noqa: E402
-from peft_d2.engine import convert  # noqa: E402
+from peft_d2.engine import convert, factory  # noqa: E402
 from peft_d2.engine.config import load_config  # noqa: E402
 from peft_d2.engine.errors import ConfigError, one_line_errors  # noqa: E402
 
@@ -112,6 +112,25 @@ def test_what_cannot_be_merged_is_one_line(tmp_path: Path, methods: list[dict], 
         run(tmp_path, *(("MODEL.WEIGHTS", str(tmp_path / "base.pth")) if opts else ()))
     assert message in errors.getvalue() and errors.getvalue().count("\n") == 1
     assert not (tmp_path / "merged.pth").exists()
+
+
+def test_a_base_that_was_never_a_file_is_built_again_from_its_seed(tmp_path: Path) -> None:
+    """As one of MODEL.TIMM.WEIGHTS and new heads is; the adapter's file tells whether it is the same."""
+    peft_d2.register()
+    model = factory.build_model(load_config(str(TINY), opts=["SEED", "3"]).cfg)
+    peft_d2.inject(model, [LORA], train=HEADS)
+    peft_d2.save_adapter(model, tmp_path / "adapter")
+    assert "the base of SEED 3" in run(tmp_path, "SEED", "3")
+    merged = torch.load(tmp_path / "merged.pth", weights_only=True)["model"]
+    plain = build(seed=5)
+    plain.load_state_dict(merged)
+    torch.testing.assert_close(predictions(plain), predictions(model.eval()), rtol=1e-4, atol=1e-5)
+    (tmp_path / "merged.pth").unlink()
+    for seed in ("4", "-1"):
+        errors = io.StringIO()
+        with pytest.raises(SystemExit), contextlib.redirect_stderr(errors):
+            run(tmp_path, "SEED", seed)
+        assert "MODEL.WEIGHTS is empty" in errors.getvalue() and not (tmp_path / "merged.pth").exists()
 
 
 def test_merged_again_into_a_folder_whose_name_yaml_writes_otherwise(tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ def build_fpn(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
     expect(node.TOP_BLOCK in _TOP_BLOCKS, "MODEL.FPN.TOP_BLOCK", node.TOP_BLOCK, f"one of {list(_TOP_BLOCKS)}")
     bottom_up = BACKBONE_REGISTRY.get(node.BOTTOM_UP)(cfg, input_shape)
     shapes = bottom_up.output_shape()
-    in_features = list(node.IN_FEATURES) or list(shapes)
+    in_features = list(node.IN_FEATURES) or sorted(shapes, key=lambda name: shapes[name].stride or 0)
     expect_some_of("MODEL.FPN.IN_FEATURES", in_features, shapes, f"the maps of {node.BOTTOM_UP}")
     top = LastLevelMaxPool() if node.TOP_BLOCK == "pool" else None
     if node.TOP_BLOCK == "p6p7":

