@@ -11,6 +11,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+from command_line import require_output
 from torch import Tensor
 
 from peft_d2.engine.errors import ConfigError, one_line_errors
@@ -43,6 +44,7 @@ def encode(args: argparse.Namespace) -> str:
     Raises:
         CheckpointError, TokenizerError, ClassVectorsError, ConfigError, StorageError: what is wrong.
     """
+    require_output("--output", args.output, args.weights, args.annotations or "")
     names = args.names or _category_names(args.annotations)
     encoder = read_text_encoder(args.weights, args.heads)
     classes = encode_classes(encoder, load_tokenizer(args.tokenizer, encoder.context), names)

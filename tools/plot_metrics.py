@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from command_line import require_output
+
 from peft_d2.engine.errors import ConfigError, bounded, one_line_errors
 
 METRICS_FILE = "metrics.json"
@@ -29,7 +31,12 @@ def main(arguments: list[str] | None = None) -> None:
         "--smooth", type=bounded(int, 1), default=1, metavar="N", help="running mean of a loss over N entries"
     )
     args = parser.parse_args(arguments)
-    one_line_errors(lambda: plot_runs(args.runs, args.output, args.smooth))
+
+    def run() -> None:
+        require_output("--output", args.output)
+        plot_runs(args.runs, args.output, args.smooth)
+
+    one_line_errors(run)
 
 
 def read_metrics(folder: str | Path) -> list[dict[str, Any]]:

@@ -188,6 +188,8 @@ def main(arguments: list[str] | None = None) -> None:
     if suffix not in Image.registered_extensions() or not args.output.parent.is_dir():
         raise SystemExit(f"error: --output {args.output}: expected a picture's name, .png say, in a folder that exists")
     image = read_picture(args.image)
+    if args.output.exists() and args.output.samefile(args.image):
+        raise SystemExit(f"error: --output {args.output} is the picture that is read: choose another file")
     model = Model(args.model, args.adapter)
     scores, classes, masks = model.predict(image, np.array(args.box) if args.box else None)
     kept = scores >= args.confidence_threshold

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from command_line import require_output
 from picturing import as_rgb, sheet
 from PIL import Image
 
@@ -30,6 +31,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--batches", type=bounded(int, 1), default=4, help="how many batches to show")
     parser.add_argument("--start", type=bounded(int, 0), default=0, help="the iteration to begin with")
     args = parser.parse_args(arguments)
+    require_output("--output", args.output, args.config_file, args.peft_config, args.train_json)
     cfg: Any = prepare_config(args)
     if not cfg.DATASETS.TRAIN:
         raise ConfigError(

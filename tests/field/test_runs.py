@@ -378,6 +378,13 @@ def test_arguments_of_the_tools_that_no_value_can_have(own: Any, tool: Any, tmp_
             ["--config-file", config, "--plot", tmp_path / "a.abc"],
             "a name that ends in .png",
         ),
+        (
+            "encode_classes",
+            ["--weights", config, "--names", "a", "--output", config],
+            "is read, and would be written over",
+        ),
+        ("visualize_data", ["--config-file", config, "--output", made.json / "a.png"], "cannot be written"),
+        ("plot_metrics", [tmp_path, "--output", tmp_path], "is a folder. Choose another file"),
         ("ui", ["--config-file", config, "--host", "256.1.1.1.9"], "--host 256.1.1.1.9, --port None"),
         ("visualize_data", ["--config-file", TINY], "DATASETS.TRAIN is empty"),
         (

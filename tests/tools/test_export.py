@@ -198,6 +198,8 @@ def test_the_server_reads_pictures_as_the_model_does(tmp_path: Path) -> None:
     for output in ("out.txt", "nowhere/out.png"):
         with pytest.raises(SystemExit, match="error: --output .*expected a picture's name"):
             serve_onnx.main(["m.onnx", str(tmp_path / "phone.jpg"), "--output", str(tmp_path / output)])
+    with pytest.raises(SystemExit, match="phone.jpg is the picture that is read"):
+        serve_onnx.main(["m.onnx", *[str(tmp_path / "phone.jpg"), "--output"] * 2][:-1])
 
 
 @torch.no_grad()
