@@ -58,8 +58,7 @@ def merge_adapter(args: argparse.Namespace) -> str:
     empty = "MODEL.WEIGHTS is empty: append MODEL.WEIGHTS and the base checkpoint to the command."
     if not cfg.MODEL.WEIGHTS and cfg.SEED < 0:
         raise ConfigError(empty)
-    of_timm = cfg.MODEL.get("TIMM", {}).get("WEIGHTS", "")
-    require_output("--output", args.output, args.config_file, cfg.MODEL.WEIGHTS, of_timm)
+    require_output("--output", args.output, args.config_file, cfg.MODEL.get("TIMM", {}).get("WEIGHTS", ""))
     beside = convert.merged_place(args.output, cfg.MODEL.WEIGHTS, with_config=bool(args.adders))
     values = {
         "MODEL.DEVICE": "cpu",

@@ -32,7 +32,8 @@ from peft_d2.engine.errors import ConfigError
 from peft_d2.engine.factory import build_model
 from peft_d2.engine.hooks import seed_everything
 from peft_d2.engine.optimizer import build_optimizer, scale_learning_rate
-from peft_d2.peft.ranking import BudgetError, Recommendation, recommend
+from peft_d2.peft.probe import call
+from peft_d2.peft.ranking import BudgetError, Recommendation, recommend, summed
 from peft_d2.storage import disk
 
 FILE = "recommended.yaml"
@@ -238,4 +239,4 @@ def _losses(model: nn.Module, batches: Iterable[Any], seed: int) -> Iterator[Any
     model.train()
     for number, batch in enumerate(batches):
         with sample_seed(max(seed, 0), number), EventStorage():
-            yield torch.stack([v.float() for v in model([dict(sample) for sample in batch]).values()]).sum()
+            yield summed(call(model, batch))

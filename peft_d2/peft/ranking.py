@@ -158,11 +158,14 @@ def measure(model: nn.Module, batches: Sequence[Any], losses: Losses) -> tuple[G
     return halves
 
 
+def summed(losses: Any) -> Any:
+    """The sum of a dict of losses in float32; anything else as it is."""
+    return torch.stack([value.float() for value in losses.values()]).sum() if isinstance(losses, dict) else losses
+
+
 def _backward(model: nn.Module, losses: Losses, batch: Any) -> None:
     """Fill the parameters' gradients; raises FloatingPointError where the loss or one of them is not finite."""
-    loss = losses(model, batch)
-    if isinstance(loss, dict):
-        loss = torch.stack([value.float() for value in loss.values()]).sum()
+    loss = summed(losses(model, batch))
     if not (isinstance(loss, Tensor) and loss.numel() == 1 and loss.requires_grad):
         kind = f"a tensor {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
         given = " without a gradient" if isinstance(loss, Tensor) and not loss.requires_grad else ""
